@@ -1,0 +1,1 @@
+"""Super tickets in pre-trained language models: find them, retrain them, keep what is small, fast and good."""

@@ -1,0 +1,63 @@
+"""Files that are either wholly there or not there at all."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from ticketops.errors import StoreError
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again; finished work is kept",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again; finished work is kept",
+    errno.EROFS: "the file system is read-only: choose another --output folder",
+    errno.EACCES: "permission denied: choose another --output folder or change its permissions",
+    errno.EPERM: "not permitted: choose another --output folder or change its permissions",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output folder",
+}
+
+
+def store_error(path: Path, error: OSError) -> StoreError:
+    """Turns an operating-system error on `path` into a StoreError that says what to do.
+
+    Args:
+        path: the file or folder that could not be written.
+        error: what the operating system answered.
+
+    Returns:
+        The error to raise.
+    """
+    remedy = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
+    return StoreError(f"cannot write {path}: {remedy}")
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Writes a file so that a reader, or a process killed at any moment, sees all of it or nothing of it.
+
+    Args:
+        path: the file to write; its folder is created where it is missing.
+        data: the content; text is written as UTF-8.
+
+    Raises:
+        StoreError: the folder cannot be written (full, read-only, no permission).
+    """
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; results are as readable as any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise store_error(path, error) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
