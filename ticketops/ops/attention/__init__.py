@@ -1,0 +1,146 @@
+"""Masked multi-head attention over (start, length) sequences, one autograd op for every backend.
+
+    out[t, h] = head_mask[h] * sum_j dropout(softmax_j(scale * <q[t, h], k[j, h]>)) v[j, h],   j over t's sequence
+
+A head whose mask is 0 is not computed: its output and all its gradients, the mask's too, are 0. With O the output
+before the mask, the gradient of the mask is sum <dOut, O>; the backward pass forms <dOut, out> anyway as the softmax's
+delta, so importance is a sum over it.
+"""
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError
+from ticketops.ops.backends import implementation
+from ticketops.ops.dropout import draw_seed
+from ticketops.ops.packing import Sequences
+from ticketops.ops.registration import autocast, define, same_dtype
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    *,
+    head_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    importance: Tensor | None = None,
+    per_token: bool = False,
+) -> Tensor:
+    """Self-attention of every sequence on its own, with a mask value a head.
+
+    Args:
+        q: [T, H, D] queries, any strides; float64, float32, bfloat16 or float16.
+        k: [T, H, D] keys, same dtype.
+        v: [T, H, D] values, same dtype.
+        sequences: which rows belong together; rows of no sequence are not computed and come out 0.
+        head_mask: [H], multiplies each head's output; None means ones. Differentiable.
+        dropout_p: probability in [0, 1) of dropping an attention weight.
+        scale: multiplies the scores; None means D ** -0.5.
+        importance: [B, H] float tensor that requires a gradient; its values are not read, its gradient becomes the
+            importance partials: for every sequence and head sum_t <dOut, O>, or sum_t |<dOut, O>| with `per_token`.
+        per_token: takes the absolute value of each token's term before summing.
+
+    Returns:
+        [T, H, D], contiguous, in q's dtype (autocast's dtype under autocast).
+
+    Raises:
+        InputError: shapes, dtypes or values that do not fit together.
+        UnsupportedError: a dtype that no backend serves.
+
+    Source:
+        Liang et al. 2021, section 3; the delta identity of flash attention's backward pass.
+    """
+    q, k, v = autocast(q, k, v)
+    same_dtype("attention", DTYPES, q=q, k=k, v=v)
+    if q.ndim != 3 or q.shape != k.shape or q.shape != v.shape:
+        raise InputError(f"attention needs q, k, v of one shape [T, H, D], got {[tuple(x.shape) for x in (q, k, v)]}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise InputError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if head_mask is not None and head_mask.shape != (q.shape[1],):
+        raise InputError(f"head_mask must have shape [{q.shape[1]}], one value a head, got {tuple(head_mask.shape)}")
+    if importance is not None and importance.shape != (len(sequences), q.shape[1]):
+        raise InputError(f"importance must have shape [{len(sequences)}, {q.shape[1]}], got {tuple(importance.shape)}")
+    seed = draw_seed(q.device) if dropout_p else None
+    out, _ = torch.ops.ticketops.attention(
+        q,
+        k,
+        v,
+        sequences.starts,
+        sequences.lengths,
+        None if head_mask is None else head_mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32),
+        importance,
+        seed,
+        sequences.max_length,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p,
+        per_token,
+    )
+    return out
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _forward(q, k, v, starts, lengths, head_mask, importance, seed, max_length, scale, dropout_p, per_token):
+    with torch.autocast(q.device.type, enabled=False):
+        return implementation("attention", q.device, q.dtype).forward(
+            q, k, v, starts, lengths, head_mask, seed, max_length, scale, dropout_p
+        )
+
+
+def _fake_forward(q, k, v, starts, lengths, head_mask, importance, seed, max_length, scale, dropout_p, per_token):
+    tokens, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((tokens, heads), dtype=_statistics_dtype(q.dtype))
+
+
+def _backward(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p):
+    with torch.autocast(q.device.type, enabled=False):
+        return implementation("attention", q.device, q.dtype).backward(
+            dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p
+        )
+
+
+def _fake_backward(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p):
+    partial = q.new_empty((lengths.shape[0], q.shape[1]), dtype=_statistics_dtype(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), partial, torch.empty_like(partial)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, starts, lengths, head_mask, importance, seed, *ctx.settings, ctx.per_token = inputs
+    ctx.save_for_backward(q, k, v, *output, starts, lengths, head_mask, seed)
+    ctx.importance_dtype = None if importance is None else importance.dtype
+
+
+def _gradients(ctx, dout, _):
+    *tensors, head_mask, seed = ctx.saved_tensors
+    dq, dk, dv, signed, absolute = torch.ops.ticketops.attention_backward(
+        dout, *tensors, head_mask, seed, *ctx.settings
+    )
+    dmask = signed.sum(0) if head_mask is not None and ctx.needs_input_grad[5] else None
+    partial = None
+    if ctx.importance_dtype is not None:
+        partial = (absolute if ctx.per_token else signed).to(ctx.importance_dtype)
+    return dq, dk, dv, None, None, dmask, partial, None, None, None, None, None
+
+
+define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, Tensor? head_mask, Tensor? importance, "
+    "Tensor? seed, SymInt max_length, float scale, float dropout_p, bool per_token) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _gradients,
+    _setup_context,
+)
+define(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
+    "Tensor lengths, Tensor? head_mask, Tensor? seed, SymInt max_length, float scale, float dropout_p) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

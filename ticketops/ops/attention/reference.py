@@ -1,0 +1,140 @@
+"""The definition of masked attention in plain PyTorch, one sequence at a time: what every other backend is tested
+against."""
+
+import torch
+from torch import Tensor
+
+from ticketops.ops.dropout import keep_mask
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Says why this backend cannot serve a device and dtype; the reference serves all.
+
+    Returns:
+        None.
+    """
+    return None
+
+
+def _active_heads(head_mask: Tensor | None, heads: int, device: torch.device) -> Tensor:
+    return torch.arange(heads, device=device) if head_mask is None else head_mask.nonzero().squeeze(1)
+
+
+def _by_head(x: Tensor, start: int, end: int, heads: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of one sequence as [heads, tokens, D] in the dtype of the arithmetic."""
+    rows = x[start:end]
+    if len(heads) != x.shape[1]:
+        rows = rows.index_select(1, heads)
+    return rows.transpose(0, 1).to(dtype)
+
+
+def _spans(starts: Tensor, lengths: Tensor) -> list[tuple[int, int]]:
+    return [(start, start + n) for start, n in zip(starts.tolist(), lengths.tolist(), strict=True) if n]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    head_mask: Tensor | None,
+    seed: Tensor | None,
+    max_length: int,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """See ticketops.ops.attention; sums and softmax in float32 (float64 for float64 inputs).
+
+    Returns:
+        out [T, H, D] in q's dtype and the log-sum-exp of the scaled scores [T, H].
+    """
+    tokens, num_heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.zeros((tokens, num_heads), dtype=dtype, device=q.device)
+    heads = _active_heads(head_mask, num_heads, q.device)
+    if not len(heads):
+        return out, lse
+    for start, end in _spans(starts, lengths):
+        qs, ks, vs = (_by_head(x, start, end, heads, dtype) for x in (q, k, v))
+        # [h, n, n]
+        weights = (qs @ ks.transpose(1, 2)).mul_(scale)
+        row_lse = weights.logsumexp(-1)
+        weights.sub_(row_lse[:, :, None]).exp_()
+        if dropout_p:
+            weights.mul_(keep_mask(seed, start, end - start, heads, num_heads, end - start, dropout_p)).div_(
+                1 - dropout_p
+            )
+        context = weights @ vs
+        if head_mask is not None:
+            context.mul_(head_mask[heads, None, None])
+        out[start:end].index_copy_(1, heads, context.transpose(0, 1).to(q.dtype))
+        lse[start:end].index_copy_(1, heads, row_lse.transpose(0, 1))
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    head_mask: Tensor | None,
+    seed: Tensor | None,
+    max_length: int,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients and importance partials of `forward`.
+
+    With P = softmax(S), R = keep / (1 - p), W = P * R, O = W V, out = m O and dO = m dOut:
+        dV = W^T dO,   dP = (dO V^T) * R,   delta = rowsum(dO * O) = rowsum(dOut * out),
+        dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dL/dm = sum <dOut, O> = sum delta / m.
+
+    Returns:
+        dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
+    """
+    num_heads = q.shape[1]
+    dtype = lse.dtype
+    dq, dk, dv = (torch.zeros(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    signed = torch.zeros((len(lengths), num_heads), dtype=dtype, device=q.device)
+    absolute = torch.zeros_like(signed)
+    heads = _active_heads(head_mask, num_heads, q.device)
+    if not len(heads):
+        return dq, dk, dv, signed, absolute
+    # [T, H]
+    delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
+    mask_gradient = delta
+    if head_mask is not None:
+        mask_gradient = torch.where(head_mask == 0, 0.0, delta / head_mask)
+    for b, (start, n) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        if not n:
+            continue
+        end = start + n
+        signed[b] = mask_gradient[start:end].sum(0)
+        absolute[b] = mask_gradient[start:end].abs().sum(0)
+        qs, ks, vs, do = (_by_head(x, start, end, heads, dtype) for x in (q, k, v, dout))
+        if head_mask is not None:
+            do = do * head_mask[heads, None, None]
+        row_lse = lse[start:end].index_select(1, heads).transpose(0, 1)
+        row_delta = delta[start:end].index_select(1, heads).transpose(0, 1)
+        # [h, n, n]
+        weights = (qs @ ks.transpose(1, 2)).mul_(scale).sub_(row_lse[:, :, None]).exp_()
+        dscores = do @ vs.transpose(1, 2)
+        dropped = weights
+        if dropout_p:
+            kept = keep_mask(seed, start, n, heads, num_heads, n, dropout_p)
+            dropped = (weights * kept).div_(1 - dropout_p)
+            dscores.mul_(kept).div_(1 - dropout_p)
+        dscores.sub_(row_delta[:, :, None]).mul_(weights).mul_(scale)
+        for gradient, value in (
+            (dq, dscores @ ks),
+            (dk, dscores.transpose(1, 2) @ qs),
+            (dv, dropped.transpose(1, 2) @ do),
+        ):
+            gradient[start:end].index_copy_(1, heads, value.transpose(0, 1).to(q.dtype))
+    return dq, dk, dv, signed, absolute

@@ -1,0 +1,109 @@
+"""Which implementation of an op runs, and why. TICKETOPS_BACKEND=reference|native|triton overrides the choice."""
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from ticketops.errors import UnsupportedError
+
+OPS = ("attention", "ffn")
+#: The backends of each device, the preferred one first. A backend of an op is the module ticketops.ops.<op>.<backend>
+#: with `forward`, `backward` and `refusal(device, dtype)`, which says why it cannot serve a call or None; `reference`
+#: serves every device and dtype.
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
+
+
+def requested() -> str:
+    """The backend that TICKETOPS_BACKEND asks for.
+
+    Returns:
+        A backend's name, or "auto".
+
+    Raises:
+        UnsupportedError: the variable names no backend.
+    """
+    name = os.environ.get("TICKETOPS_BACKEND", "auto") or "auto"
+    known = {"auto", "reference", *(backend for backends in BACKENDS.values() for backend in backends)}
+    if name not in known:
+        raise UnsupportedError(
+            f"TICKETOPS_BACKEND={name} is no backend of this build: use one of {', '.join(sorted(known))}"
+        )
+    return name
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Decides which backend runs an op.
+
+    Args:
+        op: "attention" or "ffn".
+        device: where the tensors lie.
+        dtype: their dtype.
+
+    Returns:
+        The backend's name and the reason in words.
+
+    Raises:
+        UnsupportedError: TICKETOPS_BACKEND asks for a backend that cannot run this.
+    """
+    wanted = requested()
+    refusals: list[str] = []
+    for backend in BACKENDS.get(device.type, ("reference",)):
+        if wanted not in ("auto", backend):
+            continue
+        refusal = _module(op, backend).refusal(device, dtype)
+        if refusal is None:
+            reason = "TICKETOPS_BACKEND asks for it" if wanted == backend else f"the preferred backend on {device.type}"
+            return backend, "; ".join([reason, *refusals])
+        refusals.append(f"{backend} is out: {refusal}")
+    if wanted != "auto":
+        detail = "; ".join(refusals) or f"it does not serve {device.type}"
+        raise UnsupportedError(
+            f"TICKETOPS_BACKEND={wanted} cannot run {op} on {device.type} in {dtype}: {detail}; unset it"
+        )
+    return "reference", "; ".join([f"the plain-PyTorch reference serves {device.type}", *refusals])
+
+
+@cache
+def _module(op: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"ticketops.ops.{op}.{backend}")
+
+
+def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module whose `forward` and `backward` run an op.
+
+    Args:
+        op: "attention" or "ffn".
+        device: where the tensors lie.
+        dtype: their dtype.
+
+    Returns:
+        The module.
+    """
+    return _module(op, choose(op, device, dtype)[0])
+
+
+def explain() -> list[dict[str, str]]:
+    """What `ticketops doctor` prints: for every op, device at hand and dtype, the backend that would run and why.
+
+    Returns:
+        One row a combination, with keys op, device, dtype, backend, why.
+    """
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    rows = []
+    for device in devices:
+        for op in OPS:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                backend, why = choose(op, torch.device(device), dtype)
+                rows.append(
+                    {
+                        "op": op,
+                        "device": device,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "backend": backend,
+                        "why": why,
+                    }
+                )
+    return rows

@@ -1,0 +1,80 @@
+"""Counter-based dropout: whether an attention weight is kept is a function of (seed, query row, head, key), so that
+every backend
+draws the same mask and the backward pass replays it instead of storing it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B9
+_MIX_1 = 0x7FEB352D
+_MIX_2 = 0x846CA68B
+
+
+def _signed(word: int) -> int:
+    """The int32 that has the same bits as a 32-bit word, since torch lacks unsigned arithmetic on every device."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _mix_(x: Tensor) -> Tensor:
+    """Scrambles int32 words in place: two rounds of xor-shift and multiply (the `lowbias32` constants of the
+    hash-prospector search)."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(_MIX_1))
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(_MIX_2))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Draws the seed of one dropout call from torch's own generator, so that torch.manual_seed governs it.
+
+    Args:
+        device: where the call runs; a tensor seed keeps a captured CUDA graph drawing anew.
+
+    Returns:
+        int64 [1], non-negative, below 2**62.
+    """
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
+
+
+def keep_threshold(p: float) -> int:
+    """The number of 2**-24 steps below which a word's upper 24 bits mean "dropped"; one rule for every backend.
+
+    Args:
+        p: dropout probability, 0 <= p < 1.
+
+    Returns:
+        An integer in [0, 2**24].
+    """
+    return math.ceil(p * (1 << 24))
+
+
+def keep_mask(seed: Tensor, first_row: int, queries: int, heads: Tensor, num_heads: int, keys: int, p: float) -> Tensor:
+    """The dropout mask of one sequence.
+
+    word(row, head, key) = mix(mix(row * num_heads + head + lo) ^ hi + key * 0x9E3779B9) in 32-bit wrapping arithmetic,
+    where `lo` and `hi` are the halves of the seed; kept where word >> 8 >= ceil(p * 2**24).
+
+    Args:
+        seed: int64 [1] of this call, never None where p > 0.
+        first_row: the sequence's first row in the flat token matrix.
+        queries: its number of query rows.
+        heads: int64 [h], which heads.
+        num_heads: H, heads of the whole call (pruned ones included, so that a mask of 0 leaves the other heads' draws
+            alone).
+        keys: its number of keys; key j is the j-th token of the sequence.
+        p: dropout probability.
+
+    Returns:
+        bool [h, queries, keys], True where the weight is kept.
+    """
+    assert seed is not None
+    word = int(seed.item())
+    low, high = _signed(word), _signed(word >> 32)
+    rows = torch.arange(first_row, first_row + queries, dtype=torch.int64, device=heads.device)
+    row_key = (rows[None, :] * num_heads + heads[:, None]).to(torch.int32).add_(low)
+    row_key = _mix_(row_key).bitwise_xor_(high)
+    columns = torch.arange(keys, dtype=torch.int32, device=heads.device) * _signed(_GOLDEN)
+    words = _mix_(row_key[:, :, None] + columns)
+    return (words >> 8).bitwise_and_(0xFFFFFF) >= keep_threshold(p)

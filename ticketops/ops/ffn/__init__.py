@@ -1,0 +1,277 @@
+"""Masked feed-forward network, one autograd op for every backend.
+
+    out[t] = ffn_mask * ((neuron_mask * act(x[t] W1^T + b1)) W2^T + b2)
+
+An FFN whose mask is 0 and a neuron whose mask is 0 are not computed: their output and all their gradients, the masks'
+too, are 0. With Y the output and H the activations before the masks, the gradients are dL/dffn_mask = sum <dOut, Y> and
+dL/dneuron_mask = sum (ffn_mask dOut W2) * H.
+"""
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError, UnsupportedError
+from ticketops.ops.backends import implementation
+from ticketops.ops.packing import Sequences
+from ticketops.ops.registration import autocast, define, same_dtype
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+
+
+def ffn(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    sequences: Sequences,
+    *,
+    activation: str = "gelu",
+    ffn_mask: Tensor | None = None,
+    neuron_mask: Tensor | None = None,
+    importance: Tensor | None = None,
+    neuron_importance: Tensor | None = None,
+    per_token: bool = False,
+) -> Tensor:
+    """Two linear layers with an activation between them, a mask value for the whole and one a neuron.
+
+    Args:
+        x: [T, C] tokens; float64, float32, bfloat16 or float16.
+        w1: [N, C] weight of the first linear layer, N neurons.
+        b1: [N] its bias.
+        w2: [C, N] weight of the second.
+        b2: [C] its bias.
+        sequences: which rows belong together, for the gradients of the masks; rows of no sequence count in none of
+            these.
+        activation: "gelu" (erf), "gelu_tanh" or "relu".
+        ffn_mask: scalar tensor that multiplies the output, bias included; None means 1. Differentiable.
+        neuron_mask: [N], multiplies the activations; None means ones. Differentiable.
+        importance: [B] float tensor that requires a gradient; its values are not read, its gradient becomes the
+            importance partials: for every sequence sum_t <dOut, Y>, or sum_t |<dOut, Y>| with `per_token`.
+        neuron_importance: [B, N], the same for each neuron.
+        per_token: takes the absolute value of each token's term before summing.
+
+    Returns:
+        [T, C] in x's dtype (autocast's dtype under autocast).
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together.
+        UnsupportedError: an activation or dtype that no backend serves.
+
+    Source:
+        Liang et al. 2021, section 3; neuron masks go beyond the paper.
+    """
+    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
+    same_dtype("ffn", DTYPES, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    if activation not in ACTIVATIONS:
+        raise UnsupportedError(
+            f"ffn does not support the activation {activation!r}: use one of {', '.join(ACTIVATIONS)}"
+        )
+    neurons, channels = w1.shape
+    if (
+        x.ndim != 2
+        or x.shape[1] != channels
+        or w2.shape != (channels, neurons)
+        or (*b1.shape, *b2.shape) != (neurons, channels)
+    ):
+        shapes = {
+            name: tuple(tensor.shape) for name, tensor in (("x", x), ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2))
+        }
+        raise InputError(f"ffn needs x [T, C], w1 [N, C], b1 [N], w2 [C, N], b2 [C], got {shapes}")
+    for name, tensor, shape in (
+        ("ffn_mask", ffn_mask, ()),
+        ("neuron_mask", neuron_mask, (neurons,)),
+        ("importance", importance, (len(sequences),)),
+        ("neuron_importance", neuron_importance, (len(sequences), neurons)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise InputError(f"ffn needs {name} of shape {list(shape)}, got {list(tensor.shape)}")
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out, _, _ = torch.ops.ticketops.ffn(
+        x,
+        w1,
+        b1,
+        w2,
+        b2,
+        sequences.starts,
+        sequences.lengths,
+        None if ffn_mask is None else ffn_mask.to(statistics),
+        None if neuron_mask is None else neuron_mask.to(statistics),
+        importance,
+        neuron_importance,
+        activation,
+        per_token,
+    )
+    return out
+
+
+def _forward(
+    x, w1, b1, w2, b2, starts, lengths, ffn_mask, neuron_mask, importance, neuron_importance, activation, per_token
+):
+    with torch.autocast(x.device.type, enabled=False):
+        return implementation("ffn", x.device, x.dtype).forward(x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation)
+
+
+def _fake_forward(
+    x, w1, b1, w2, b2, starts, lengths, ffn_mask, neuron_mask, importance, neuron_importance, activation, per_token
+):
+    neurons = x.new_empty((x.shape[0], w1.shape[0]))
+    return x.new_empty(x.shape), neurons, torch.empty_like(neurons)
+
+
+def _backward(
+    dout,
+    out,
+    pre,
+    hidden,
+    x,
+    w1,
+    w2,
+    starts,
+    lengths,
+    ffn_mask,
+    neuron_mask,
+    activation,
+    weight_gradients,
+    token_sums,
+    neuron_sums,
+    neuron_absolute,
+):
+    with torch.autocast(x.device.type, enabled=False):
+        return implementation("ffn", x.device, x.dtype).backward(
+            dout,
+            out,
+            pre,
+            hidden,
+            x,
+            w1,
+            w2,
+            starts,
+            lengths,
+            ffn_mask,
+            neuron_mask,
+            activation,
+            weight_gradients,
+            token_sums,
+            neuron_sums,
+            neuron_absolute,
+        )
+
+
+def _fake_backward(
+    dout,
+    out,
+    pre,
+    hidden,
+    x,
+    w1,
+    w2,
+    starts,
+    lengths,
+    ffn_mask,
+    neuron_mask,
+    activation,
+    weight_gradients,
+    token_sums,
+    neuron_sums,
+    neuron_absolute,
+):
+    neurons, channels = w1.shape
+    batch = lengths.shape[0]
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def sums(wanted, *shape):
+        return x.new_empty(shape if wanted else (0,), dtype=statistics)
+
+    def weight(*shape):
+        return x.new_empty(shape if weight_gradients else (0,))
+
+    return (
+        x.new_empty(x.shape),
+        weight(neurons, channels),
+        weight(neurons),
+        weight(channels, neurons),
+        weight(channels),
+        sums(token_sums, batch),
+        sums(token_sums, batch),
+        sums(neuron_sums, batch, neurons),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    (
+        x,
+        w1,
+        _,
+        w2,
+        _,
+        starts,
+        lengths,
+        ffn_mask,
+        neuron_mask,
+        importance,
+        neuron_importance,
+        ctx.activation,
+        ctx.per_token,
+    ) = inputs
+    out, pre, hidden = output
+    ctx.recording = importance is not None
+    ctx.neuron_recording = neuron_importance is not None
+    # The output is kept only where a mask gradient will be formed from it.
+    keep_out = ctx.recording or ffn_mask is not None
+    ctx.save_for_backward(out if keep_out else None, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask)
+    ctx.importance_dtypes = [None if sink is None else sink.dtype for sink in (importance, neuron_importance)]
+
+
+def _gradients(ctx, dout, *_):
+    out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    mask_wanted, neuron_mask_wanted = needs[7], needs[8]
+    if neuron_mask_wanted and ctx.neuron_recording and ctx.per_token:
+        raise UnsupportedError(
+            "per-token neuron importance and a trainable neuron_mask need two passes: record without training the mask"
+        )
+    dx, dw1, db1, dw2, db2, signed, absolute, by_neuron = torch.ops.ticketops.ffn_backward(
+        dout,
+        out,
+        pre,
+        hidden,
+        x,
+        w1,
+        w2,
+        starts,
+        lengths,
+        ffn_mask,
+        neuron_mask,
+        ctx.activation,
+        any(needs[1:5]),
+        ctx.recording or mask_wanted,
+        ctx.neuron_recording or neuron_mask_wanted,
+        ctx.per_token and ctx.neuron_recording,
+    )
+    weights = (dw1, db1, dw2, db2) if any(needs[1:5]) else (None, None, None, None)
+    dmask = signed.sum() if mask_wanted else None
+    dneuron_mask = by_neuron.sum(0) if neuron_mask_wanted else None
+    dtype, neuron_dtype = ctx.importance_dtypes
+    partial = (absolute if ctx.per_token else signed).to(dtype) if ctx.recording else None
+    neuron_partial = by_neuron.to(neuron_dtype) if ctx.neuron_recording else None
+    return dx, *weights, None, None, dmask, dneuron_mask, partial, neuron_partial, None, None
+
+
+define(
+    "ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor starts, Tensor lengths, Tensor? ffn_mask, "
+    "Tensor? neuron_mask, Tensor? importance, Tensor? neuron_importance, str activation, bool per_token) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _gradients,
+    _setup_context,
+)
+define(
+    "ffn_backward(Tensor dout, Tensor? out, Tensor pre, Tensor hidden, Tensor x, Tensor w1, Tensor w2, Tensor starts, "
+    "Tensor lengths, Tensor? ffn_mask, Tensor? neuron_mask, str activation, bool weight_gradients, bool token_sums, "
+    "bool neuron_sums, bool neuron_absolute) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

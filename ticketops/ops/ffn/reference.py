@@ -1,0 +1,151 @@
+"""The definition of the masked FFN in plain PyTorch: what every other backend is tested against."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Says why this backend cannot serve a device and dtype; the reference serves all.
+
+    Returns:
+        None.
+    """
+    return None
+
+
+def _activate(pre: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return functional.relu(pre)
+    return functional.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _activate_backward(gradient: Tensor, pre: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(gradient, pre, 0)
+    return torch.ops.aten.gelu_backward(gradient, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _select_neurons(neuron_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Which neurons to compute, as indices (None for all), and their mask values (None for ones)."""
+    if neuron_mask is None or bool((neuron_mask != 0).all()):
+        return None, neuron_mask
+    active = neuron_mask.nonzero().squeeze(1)
+    return active, neuron_mask[active]
+
+
+def _sequence_sums(terms: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    """Sums [T, ...] over the rows of each sequence: [B, ...]."""
+    sums = terms.new_zeros((len(lengths), *terms.shape[1:]))
+    for b, (start, n) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        torch.sum(terms[start : start + n], 0, out=sums[b])
+    return sums
+
+
+def forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    ffn_mask: Tensor | None,
+    neuron_mask: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ticketops.ops.ffn.
+
+    Returns:
+        out [T, C], the input of the activation [T, N] and its output before the mask [T, N], both zero for neurons not
+        computed.
+    """
+    shape = (x.shape[0], w1.shape[0])
+    if ffn_mask is not None and not ffn_mask:
+        return torch.zeros_like(x), x.new_zeros(shape), x.new_zeros(shape)
+    active, scale = _select_neurons(neuron_mask)
+    if active is not None:
+        w1, b1, w2 = w1[active], b1[active], w2[:, active]
+    pre = torch.addmm(b1, x, w1.t())
+    hidden = _activate(pre, activation)
+    out = torch.addmm(b2, hidden if scale is None else hidden * scale.to(hidden.dtype), w2.t())
+    if active is not None:
+        pre, hidden = (x.new_zeros(shape).index_copy_(1, active, some) for some in (pre, hidden))
+    if ffn_mask is not None:
+        out.mul_(ffn_mask.to(out.dtype))
+    return out, pre, hidden
+
+
+def backward(
+    dout: Tensor,
+    out: Tensor | None,
+    pre: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    ffn_mask: Tensor | None,
+    neuron_mask: Tensor | None,
+    activation: str,
+    weight_gradients: bool,
+    token_sums: bool,
+    neuron_sums: bool,
+    neuron_absolute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients and importance partials of `forward`.
+
+    With n the neuron mask, m the FFN mask, H = act(A), A = x W1^T + b1 and dY = m dOut:
+        dW2 = dY^T (H n),   db2 = sum dY,   G = dY W2,   dA = G n act'(A),   dx = dA W1,   dW1 = dA^T x,   db1 = sum dA,
+        dL/dm = sum <dOut, Y> = sum <dOut, out> / m,   dL/dn = sum G * H.
+
+    Returns:
+        dx; dw1, db1, dw2, db2 (empty unless `weight_gradients`); the signed and absolute sums of <dOut, Y> over each
+        sequence's tokens [B] (empty unless `token_sums`); the sums of G * H over each sequence's tokens [B, N], of its
+        absolute value with `neuron_absolute` (empty unless `neuron_sums`).
+    """
+    neurons, channels = w1.shape
+    batch = len(lengths)
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def sums(wanted: bool, *shape: int) -> Tensor:
+        return x.new_zeros(shape if wanted else (0,), dtype=statistics)
+
+    signed, absolute, by_neuron = sums(token_sums, batch), sums(token_sums, batch), sums(neuron_sums, batch, neurons)
+    if ffn_mask is not None and not ffn_mask:
+        dw1, db1, dw2, db2 = (
+            x.new_zeros(shape if weight_gradients else (0,))
+            for shape in ((neurons, channels), (neurons,), (channels, neurons), (channels,))
+        )
+        return torch.zeros_like(x), dw1, db1, dw2, db2, signed, absolute, by_neuron
+    if token_sums:
+        assert out is not None
+        # [T]
+        terms = (dout.to(statistics) * out.to(statistics)).sum(-1)
+        if ffn_mask is not None:
+            terms.div_(ffn_mask)
+        signed = _sequence_sums(terms, starts, lengths)
+        absolute = _sequence_sums(terms.abs(), starts, lengths)
+
+    active, scale = _select_neurons(neuron_mask)
+    if active is not None:
+        pre, hidden, w1, w2 = pre[:, active], hidden[:, active], w1[active], w2[:, active]
+    dy = dout if ffn_mask is None else dout * ffn_mask.to(dout.dtype)
+    # [T, n]
+    gradient = dy @ w2
+    if neuron_sums:
+        terms = gradient.to(statistics) * hidden.to(statistics)
+        some = _sequence_sums(terms.abs() if neuron_absolute else terms, starts, lengths)
+        by_neuron = some if active is None else by_neuron.index_copy_(1, active, some)
+    if scale is not None:
+        gradient = gradient * scale.to(gradient.dtype)
+    dpre = _activate_backward(gradient, pre, activation)
+    dx = dpre @ w1
+    dw1 = db1 = dw2 = db2 = x.new_empty(0)
+    if weight_gradients:
+        masked = hidden if scale is None else hidden * scale.to(hidden.dtype)
+        dw1, db1, dw2, db2 = dpre.t() @ x, dpre.sum(0), dy.t() @ masked, dy.sum(0)
+        if active is not None:
+            dw1 = x.new_zeros((neurons, channels)).index_copy_(0, active, dw1)
+            db1 = x.new_zeros(neurons).index_copy_(0, active, db1)
+            dw2 = x.new_zeros((channels, neurons)).index_copy_(1, active, dw2)
+    return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron

@@ -1,0 +1,148 @@
+"""Which rows of a flat token matrix belong to which sequence, and the way between padded batches and packed tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One description for right-padded and packed batches alike: sequence b owns rows starts[b] .. starts[b] +
+    lengths[b] - 1.
+
+    Attributes:
+        starts: int32 [B], the first row of each sequence in the flat token matrix.
+        lengths: int32 [B], its number of tokens; 0 is an empty sequence.
+        max_length: an upper bound on the lengths, known on the host so that no kernel launch waits for the device.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    max_length: int
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int] | Tensor, width: int | None = None) -> "Sequences":
+        """Describes sequences that lie one behind the other (packed) or one in each block of `width` rows (padded).
+
+        Args:
+            lengths: integers [B], tokens in each sequence.
+            width: rows between two starts in a padded batch; None for packed tokens.
+
+        Returns:
+            The description, on the device of `lengths` (the CPU for a list).
+        """
+        lengths = torch.as_tensor(lengths, dtype=torch.int32)
+        if lengths.ndim != 1 or (lengths < 0).any():
+            raise InputError(f"lengths must be a vector of numbers >= 0, got {lengths.tolist()}")
+        longest = int(lengths.max()) if len(lengths) else 0
+        if width is None:
+            starts = torch.cumsum(lengths, 0, dtype=torch.int32) - lengths
+        elif longest <= width:
+            starts = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device) * width
+        else:
+            raise InputError(
+                f"a sequence of {longest} tokens does not fit rows of width {width}: truncate it or widen them"
+            )
+        return cls(starts, lengths, longest)
+
+    def __len__(self) -> int:
+        return self.lengths.shape[0]
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Start and end of every sequence as Python numbers; on a GPU this waits for the device.
+
+        Returns:
+            One (first row, row after the last) pair a sequence.
+        """
+        return [(start, start + n) for start, n in zip(self.starts.tolist(), self.lengths.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The way from a padded batch [B, S, C] to its real tokens [T, C] and back.
+
+    Attributes:
+        indices: int64 [T], the rows of the flattened batch that are real tokens, in order; None where every row stays
+            in place.
+        sequences: where each sequence lies among the rows that `pack` returns.
+        batch: B, rows of the padded batch.
+        width: S, tokens a row including padding.
+    """
+
+    indices: Tensor | None
+    sequences: Sequences
+    batch: int
+    width: int
+
+    @classmethod
+    def from_mask(
+        cls, mask: Tensor | None, batch: int, width: int, device: torch.device, unpad: bool = True
+    ) -> "Packing":
+        """Builds the packing that an attention mask asks for; any 0/1 mask can be packed, padding on the left or inside
+        too.
+
+        Args:
+            mask: [B, S], nonzero for a real token, any dtype; None when all are real.
+            batch: B.
+            width: S.
+            device: where the tokens lie.
+            unpad: False leaves the tokens where they are, which needs the real tokens of every row to be one unbroken
+                run.
+
+        Returns:
+            The packing.
+
+        Raises:
+            InputError: `unpad=False` and some row's real tokens are not one unbroken run.
+        """
+        if mask is None:
+            lengths = torch.full((batch,), width, dtype=torch.int32, device=device)
+            starts = torch.arange(batch, dtype=torch.int32, device=device) * width
+            return cls(None, Sequences(starts, lengths, width), batch, width)
+        real = mask.to(device=device, dtype=torch.bool)
+        lengths = real.sum(1, dtype=torch.int32)
+        if unpad:
+            indices = real.flatten().nonzero().squeeze(1)
+            starts = torch.cumsum(lengths, 0, dtype=torch.int32) - lengths
+            return cls(indices, Sequences(starts, lengths, int(lengths.max()) if batch else 0), batch, width)
+        first = real.int().argmax(1).int()
+        columns = torch.arange(width, device=device)
+        unbroken = (columns >= first[:, None]) & (columns < (first + lengths)[:, None])
+        if not torch.equal(unbroken, real):
+            row = int((unbroken != real).any(1).nonzero()[0])
+            raise InputError(
+                f"row {row} of the attention mask has holes, which unpad=False cannot serve: "
+                "patch(model, unpad=True) packs it"
+            )
+        starts = torch.arange(batch, dtype=torch.int32, device=device) * width + first
+        return cls(None, Sequences(starts, lengths, width), batch, width)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Takes the real tokens out of a padded batch.
+
+        Args:
+            padded: [B, S, C].
+
+        Returns:
+            [T, C], or [B * S, C] where every row stays in place.
+        """
+        rows = padded.reshape(self.batch * self.width, padded.shape[-1])
+        return rows if self.indices is None else rows.index_select(0, self.indices)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Puts packed tokens back to where they came from; padding becomes zeros.
+
+        Args:
+            packed: [T, C].
+
+        Returns:
+            [B, S, C].
+        """
+        channels = packed.shape[-1]
+        if self.indices is not None:
+            rows = packed.new_zeros(self.batch * self.width, channels)
+            packed = rows.index_copy(0, self.indices, packed)
+        return packed.view(self.batch, self.width, channels)

@@ -1,0 +1,83 @@
+"""How an op enters torch: one schema, one implementation for all devices, one fake for tracing, one autograd
+formula."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError, UnsupportedError
+
+_library = torch.library.Library("ticketops", "FRAGMENT")
+
+
+def _no_second_derivative(name: str) -> Callable:
+    def refuse(ctx, *gradients):
+        raise UnsupportedError(f"{name} has no second derivative: take gradients without create_graph=True")
+
+    return refuse
+
+
+def define(
+    schema: str,
+    forward: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Registers an op as torch.ops.ticketops.<name>.
+
+    Args:
+        schema: name, arguments and results in torch's schema language.
+        forward: computes the results; backends are chosen inside.
+        fake: the results' shapes and dtypes without computing, for torch.compile.
+        backward: the autograd formula; None for an op that is itself a backward pass, whose differentiation is refused.
+        setup_context: stores what `backward` needs.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ticketops::{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        f"ticketops::{name}", backward or _no_second_derivative(name), setup_context=setup_context, lib=_library
+    )
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts floating tensors to autocast's dtype where autocast is on, as torch's own matrix products do.
+
+    Args:
+        tensors: the op's inputs; float64 is left alone, as autocast does.
+
+    Returns:
+        The inputs, cast where needed.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def same_dtype(op: str, dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
+    """Checks that an op's floating inputs have one supported dtype and one device.
+
+    Args:
+        op: the op's name, for the message.
+        dtypes: what the op supports.
+        tensors: the inputs by name.
+
+    Raises:
+        UnsupportedError: an unsupported dtype.
+        InputError: inputs that differ in dtype or device.
+    """
+    (first, tensor), *others = tensors.items()
+    if tensor.dtype not in dtypes:
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise UnsupportedError(f"{op} does not support {first} of dtype {tensor.dtype}: use {supported}")
+    for name, other in others:
+        if other.dtype != tensor.dtype or other.device != tensor.device:
+            raise InputError(
+                f"{op} needs one dtype and device for all inputs, got {first}: {tensor.dtype} on {tensor.device} and "
+                f"{name}: {other.dtype} on {other.device}"
+            )
