@@ -1,0 +1,19 @@
+"""Tickets: importance scores, the tickets cut from them, and what they keep. Knows no model."""
+
+from ticketops.tickets.importance import Granularity, Importance
+from ticketops.tickets.paper import PAPER_LEVELS, PAPER_WEIGHTS
+from ticketops.tickets.prune import Kind, level_counts, prune
+from ticketops.tickets.ticket import Ticket
+from ticketops.tickets.weights import WeightCounts
+
+__all__ = [
+    "PAPER_LEVELS",
+    "PAPER_WEIGHTS",
+    "Granularity",
+    "Importance",
+    "Kind",
+    "Ticket",
+    "WeightCounts",
+    "level_counts",
+    "prune",
+]

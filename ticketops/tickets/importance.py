@@ -1,0 +1,268 @@
+"""Importance: how much the loss would change with each mask, accumulated over backward passes."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError
+from ticketops.tickets import storage
+
+Granularity = Literal["example", "token", "batch"]
+
+
+class Importance:
+    """Running averages of |dL/d mask| for every head and every FFN, at a named granularity.
+
+    The absolute value is taken per example (the paper's formula), per token (the authors' code) or per batch. L is a
+    mean over the batch, so the terms of a batch of B examples are multiplied by B where they are taken one by one.
+
+    Args:
+        layers: number of encoder layers.
+        heads: number of heads in each.
+        granularity: what the absolute value is taken of: `example`, `token` or `batch`.
+        sequences_per_example: consecutive rows of a batch that make up one example, as the choices of a
+            multiple-choice model do.
+        metadata: JSON values to save with the scores.
+
+    Raises:
+        InputError: an argument is out of range.
+
+    Source: arXiv 2105.12002, section 3; Michel et al., arXiv 1905.10650.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        granularity: Granularity = "example",
+        sequences_per_example: int = 1,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        if granularity not in get_args(Granularity):
+            raise InputError(f"granularity {granularity!r} is unknown; use one of {', '.join(get_args(Granularity))}")
+        for name, value in (("layers", layers), ("heads", heads), ("sequences_per_example", sequences_per_example)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}; it must be an integer of at least 1")
+        self.num_layers = layers
+        self.num_heads = heads
+        self.granularity = granularity
+        self.sequences_per_example = sequences_per_example
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self._heads = _Sums("head", torch.zeros(layers, heads, dtype=torch.float64), [0] * layers)
+        self._ffns = _Sums("FFN", torch.zeros(layers, dtype=torch.float64), [0] * layers)
+
+    def add_head(self, layer: int, signed: Tensor | None, absolute: Tensor | None) -> None:
+        """Adds the heads of one layer and one batch, without waiting for the GPU.
+
+        Args:
+            layer: the layer, from 0.
+            signed: floating [B, heads]: per sequence, the sum over its tokens of <dL/dOut, Out>; read at granularity
+                `example` and `batch`.
+            absolute: floating [B, heads]: the same sum of absolute values; read at granularity `token`.
+
+        Raises:
+            InputError: the tensor that the granularity needs is missing or has another shape.
+        """
+        self._add(self._heads, layer, signed, absolute)
+
+    def add_ffn(self, layer: int, signed: Tensor | None, absolute: Tensor | None) -> None:
+        """Adds the FFN of one layer and one batch, without waiting for the GPU.
+
+        Args:
+            layer: the layer, from 0.
+            signed: floating [B], as in `add_head`.
+            absolute: floating [B], as in `add_head`.
+
+        Raises:
+            InputError: the tensor that the granularity needs is missing or has another shape.
+        """
+        self._add(self._ffns, layer, signed, absolute)
+
+    @property
+    def head(self) -> Tensor:
+        """The heads' averages so far, float64 [layers, heads] on the CPU; InputError where a layer has none."""
+        return self._heads.average()
+
+    @property
+    def ffn(self) -> Tensor:
+        """The FFNs' averages so far, float64 [layers] on the CPU; InputError where a layer has none."""
+        return self._ffns.average()
+
+    def normalized_head(self) -> Tensor:
+        """Makes head scores comparable across layers: each layer divided by its l2 norm.
+
+        Returns:
+            float64 [layers, heads] on the CPU; a layer of zeros stays zeros.
+
+        Raises:
+            InputError: a layer has no scores.
+        """
+        head = self.head
+        norm = torch.linalg.vector_norm(head, dim=1, keepdim=True)
+        return head / torch.where(norm == 0, 1.0, norm)
+
+    def merge(self, other: "Importance") -> "Importance":
+        """Adds what another importance has recorded, as if all of it had been recorded here.
+
+        Args:
+            other: an importance of the same shape and granularity; left as it is.
+
+        Returns:
+            This importance, with its own metadata.
+
+        Raises:
+            InputError: the two do not measure the same thing.
+        """
+        if self._meaning != other._meaning:
+            raise InputError(f"cannot merge importance of {other._meaning} into {self._meaning}; record both alike")
+        for mine, theirs in ((self._heads, other._heads), (self._ffns, other._ffns)):
+            for layer, (total, count) in enumerate(zip(theirs.totals, theirs.counts, strict=True)):
+                if count:
+                    mine.add(layer, total, count, scale=1)
+        return self
+
+    def rank_correlation(self, other: "Importance") -> dict[str, float]:
+        """Tells how alike two importances rank the structures, as Spearman's rank correlation.
+
+        Args:
+            other: an importance of the same number of layers and heads, of any granularity.
+
+        Returns:
+            `head` over the layer-normalised scores of all heads, `ffn` over all FFNs; each in [-1, 1], NaN where one
+            of the two gives all structures the same score.
+
+        Raises:
+            InputError: the shapes differ, or one of the two has no scores.
+        """
+        # Takes longer to import than everything else here together.
+        from scipy.stats import spearmanr
+
+        if (self.num_layers, self.num_heads) != (other.num_layers, other.num_heads):
+            raise InputError(f"cannot compare importance of {self._meaning} and {other._meaning}; use one architecture")
+        pairs = {"head": (self.normalized_head(), other.normalized_head()), "ffn": (self.ffn, other.ffn)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return {
+                name: float(spearmanr(a.flatten(), b.flatten()).statistic) if a.numel() > 1 else float("nan")
+                for name, (a, b) in pairs.items()
+            }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes sums, counts, granularity and metadata to one safetensors file, atomically.
+
+        Args:
+            path: the file to write, by custom `*.safetensors`.
+
+        Raises:
+            InputError: the metadata is not JSON.
+            StoreError: the file cannot be written.
+        """
+        tensors = {
+            "head_sums": self._heads.stacked(),
+            "ffn_sums": self._ffns.stacked(),
+            "head_counts": torch.tensor(self._heads.counts),
+            "ffn_counts": torch.tensor(self._ffns.counts),
+        }
+        names = ("granularity", "sequences_per_example", "metadata")
+        storage.save(path, "importance", tensors, {name: getattr(self, name) for name in names})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Importance":
+        """Reads an importance that `save` wrote; it can go on accumulating and merging.
+
+        Args:
+            path: the file to read.
+
+        Returns:
+            The importance, on the CPU until gradients on another device are added.
+
+        Raises:
+            InputError: the file is missing, damaged, too large, not an importance, or of an unknown version.
+        """
+        layout = {"head_sums": ("F64", 2), "ffn_sums": ("F64", 1), "head_counts": ("I64", 1), "ffn_counts": ("I64", 1)}
+        return storage.load(path, "importance", layout, cls._from_file)
+
+    @classmethod
+    def _from_file(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> "Importance":
+        importance = cls(*tensors["head_sums"].shape, **fields)
+        layers = (importance.num_layers,)
+        counts = tensors["head_counts"], tensors["ffn_counts"]
+        if any(part.shape != layers for part in (tensors["ffn_sums"], *counts)) or any((c < 0).any() for c in counts):
+            raise InputError("its tensors do not fit each other; save it again")
+        importance._heads = _Sums("head", tensors["head_sums"], counts[0].tolist())
+        importance._ffns = _Sums("FFN", tensors["ffn_sums"], counts[1].tolist())
+        return importance
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Importance):
+            return NotImplemented
+        return self._meaning == other._meaning and self._heads == other._heads and self._ffns == other._ffns
+
+    # Mutable, so not hashable.
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<Importance: {self._meaning}, {max(self._heads.counts)} recorded>"
+
+    @property
+    def _meaning(self) -> str:
+        rows = f", {self.sequences_per_example} sequences an example" if self.sequences_per_example > 1 else ""
+        return f"{self.num_layers} layers x {self.num_heads} heads per {self.granularity}{rows}"
+
+    def _add(self, sums: "_Sums", layer: int, signed: Tensor | None, absolute: Tensor | None) -> None:
+        name, partial = ("absolute", absolute) if self.granularity == "token" else ("signed", signed)
+        if partial is None:
+            raise InputError(f"{name} is None, but granularity {self.granularity!r} is computed from it; pass it")
+        if not 0 <= layer < self.num_layers:
+            raise InputError(f"layer {layer} is not one of {self.num_layers}; count from 0")
+        if partial.shape[1:] != sums.totals[layer].shape or not partial.shape or not partial.is_floating_point():
+            expected = ", ".join(["B", *map(str, sums.totals[layer].shape)])
+            raise InputError(f"{name} is {partial.dtype} {list(partial.shape)}; pass a floating tensor [{expected}]")
+        rows, group = partial.shape[0], self.sequences_per_example
+        if rows == 0 or rows % group:
+            raise InputError(f"a batch of {rows} sequences is not whole examples of {group}; pass whole examples")
+        terms = partial.detach()
+        if group > 1:
+            terms = terms.unflatten(0, (-1, group)).sum(1, dtype=torch.float64)
+        if self.granularity == "batch":
+            terms = terms.sum(0, keepdim=True, dtype=torch.float64)
+        count = 1 if self.granularity == "batch" else rows // group
+        # The 1-norm is the sum of absolute values in one kernel; the loss is a mean over the batch, hence the scale.
+        sums.add(layer, torch.linalg.vector_norm(terms, ord=1, dim=0, dtype=torch.float64), count, scale=count)
+
+
+class _Sums:
+    """Sums and counts of one kind of structure, one row a layer, each row where its layer's gradients are."""
+
+    def __init__(self, name: str, totals: Tensor, counts: list[int]) -> None:
+        self.name = name
+        self.totals = list(totals.unbind())
+        self.counts = counts
+
+    def add(self, layer: int, term: Tensor, count: int, scale: int) -> None:
+        total = self.totals[layer]
+        if total.device != term.device:
+            # Not waiting is safe towards a GPU only: the host could read a copy from it too early.
+            total = self.totals[layer] = total.to(term.device, non_blocking=term.is_cuda)
+        total.add_(term, alpha=scale)
+        self.counts[layer] += count
+
+    def stacked(self) -> Tensor:
+        return torch.stack([total.cpu() for total in self.totals])
+
+    def average(self) -> Tensor:
+        if missing := [layer for layer, count in enumerate(self.counts) if count == 0]:
+            where = "any layer" if len(missing) == len(self.counts) else f"layers {missing}"
+            raise InputError(f"no {self.name} importance was recorded for {where}; record the whole model's backward")
+        totals = self.stacked()
+        counts = torch.tensor(self.counts, dtype=torch.float64)
+        return totals / counts.view(-1, *[1] * (totals.ndim - 1))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Sums) and self.counts == other.counts and torch.equal(self.stacked(), other.stacked())
+
+    __hash__ = None  # type: ignore[assignment]

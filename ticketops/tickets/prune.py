@@ -1,0 +1,138 @@
+"""From importance to tickets: winning, losing and random ones at any level."""
+
+import math
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError
+from ticketops.tickets.importance import Importance
+from ticketops.tickets.ticket import Ticket
+
+Kind = Literal["winning", "losing", "random"]
+
+
+def level_counts(sparsity: float, layers: int, heads: int) -> tuple[int, int]:
+    """Tells how many structures a sparsity prunes: that share of all heads and of all FFNs, rounded down.
+
+    Args:
+        sparsity: the share to prune, in [0, 1).
+        layers: number of encoder layers.
+        heads: number of heads in each.
+
+    Returns:
+        Numbers of heads and of FFNs to prune.
+
+    Raises:
+        InputError: the sparsity is outside [0, 1).
+    """
+    if not 0 <= sparsity < 1:
+        raise InputError(f"sparsity {sparsity} is outside [0, 1); use for example 0.3 to prune 30 %")
+
+    def floor(structures: int) -> int:
+        # 0.29 * 100 is 28.999999999999996, and 29 is meant.
+        return math.floor(round(float(sparsity) * structures, 6))
+
+    return floor(layers * heads), floor(layers)
+
+
+def prune(
+    importance: Importance,
+    sparsity: float | None = None,
+    *,
+    counts: tuple[int, int] | None = None,
+    kind: Kind = "winning",
+    min_heads: int = 1,
+    seed: int = 0,
+) -> Ticket:
+    """Cuts a ticket: the least important structures go (winning), the most important (losing), or any (random).
+
+    All heads are put into one ranking by layer-normalised score, all FFNs into another; equal scores rank by layer,
+    then head. A winning ticket prunes from the lower end of the ranking, a losing one from the upper end, a random one
+    along a permutation that `seed` fixes, without replacement. A head is passed over when its layer has only
+    `min_heads` left. So the counts are exact, and at one `kind` and `seed` a sparser ticket is part of a denser one.
+
+    Winning and losing tickets that prune n of N heads never prune the same head if 2 n <= N and no head is passed over.
+    One passed over moves its order one place towards the other, so with m = `min_heads` of H heads a layer they share
+    no pruned head while 2 (n + m floor(n / (H - m))) <= N, and at most the excess over N after that. For 12 x 12 heads
+    and m = 1 that is up to n = 66. Pruned FFNs are disjoint up to half of them.
+
+    Args:
+        importance: the scores; `random` reads its shape only.
+        sparsity: the share of heads and of FFNs to prune, in [0, 1), see `level_counts`; give this or `counts`.
+        counts: numbers of heads and of FFNs to prune; give this or `sparsity`.
+        kind: `winning`, `losing` or `random`.
+        min_heads: heads that every layer keeps at least; FFNs have no floor.
+        seed: of the random permutation, in [0, 2**32).
+
+    Returns:
+        The ticket; its metadata tells how it was cut.
+
+    Raises:
+        InputError: an argument is out of range, more is to be pruned than can be, or scores are missing or not finite.
+
+    Source: arXiv 2105.12002, section 3.
+    """
+    layers, heads = importance.num_layers, importance.num_heads
+    if sparsity is not None and counts is None:
+        counts = level_counts(sparsity, layers, heads)
+    elif sparsity is not None or counts is None:
+        raise InputError("prune takes a sparsity or counts; give exactly one of them")
+    if kind not in get_args(Kind):
+        raise InputError(f"kind {kind!r} is unknown; use one of {', '.join(get_args(Kind))}")
+    if min_heads not in range(heads + 1):
+        raise InputError(f"min_heads {min_heads} is impossible with {heads} heads a layer; use 0 to {heads}")
+    num_heads, num_ffns = counts
+    for what, count, most in (("heads", num_heads, layers * (heads - min_heads)), ("FFNs", num_ffns, layers)):
+        if count not in range(most + 1):
+            floor = f" while each of {layers} layers keeps {min_heads}" if what == "heads" else ""
+            raise InputError(f"cannot prune {count} {what}{floor}; the maximum is {most}")
+    head_order, ffn_order = _orders(importance, kind, seed)
+    ffn_mask = torch.ones(layers, dtype=torch.bool)
+    ffn_mask[ffn_order[:num_ffns]] = False
+    metadata: dict[str, Any] = {
+        "kind": kind,
+        "sparsity": None if sparsity is None else float(sparsity),
+        "counts": [num_heads, num_ffns],
+        "min_heads": min_heads,
+        "granularity": importance.granularity,
+    }
+    if kind == "random":
+        metadata["seed"] = seed
+    return Ticket(_head_mask(head_order, num_heads, layers, heads, min_heads), ffn_mask, metadata)
+
+
+def _orders(importance: Importance, kind: Kind, seed: int) -> tuple[Tensor, Tensor]:
+    """Gives all heads (as layer * heads + head) and all FFNs in the order in which they go."""
+    layers, heads = importance.num_layers, importance.num_heads
+    if kind == "random":
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed {seed} is outside [0, 2**32); use a smaller one")
+        # The one generator whose stream numpy has frozen for good: a seed names the same ticket in every version.
+        generator = np.random.RandomState(seed)
+        return torch.from_numpy(generator.permutation(layers * heads)), torch.from_numpy(generator.permutation(layers))
+    scores = importance.normalized_head().flatten(), importance.ffn
+    for name, score in zip(("head", "FFN"), scores, strict=True):
+        if not score.isfinite().all():
+            bad = int((~score.isfinite()).sum())
+            raise InputError(f"{bad} of {score.numel()} {name} scores are NaN or infinite; record again in float32")
+    ascending = [torch.argsort(score, stable=True) for score in scores]
+    # The same ranking from its other end, ties included, so that losing does not take what winning takes.
+    head_order, ffn_order = ascending if kind == "winning" else [order.flip(0) for order in ascending]
+    return head_order, ffn_order
+
+
+def _head_mask(order: Tensor, count: int, layers: int, heads: int, min_heads: int) -> Tensor:
+    mask = torch.ones(layers, heads, dtype=torch.bool)
+    spare = [heads - min_heads] * layers
+    for index in order.tolist():
+        if count == 0:
+            break
+        layer, head = divmod(index, heads)
+        if spare[layer]:
+            mask[layer, head] = False
+            spare[layer] -= 1
+            count -= 1
+    return mask

@@ -1,0 +1,247 @@
+"""Ticket: which heads and which FFN sublayers of an encoder are kept."""
+
+import json
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError
+from ticketops.tickets import storage
+from ticketops.tickets.weights import WeightCounts
+
+
+class Ticket:
+    """The structures of an encoder that are kept; immutable, and equal to another ticket that keeps the same ones.
+
+    Args:
+        head_mask: bool [layers, heads], True where the head is kept; copied.
+        ffn_mask: bool [layers], True where the FFN is kept; copied.
+        metadata: where the ticket comes from, as JSON values; copied, and no part of equality.
+
+    Raises:
+        InputError: a mask is not a bool tensor, the shapes do not fit each other, or the metadata is not JSON.
+    """
+
+    __slots__ = ("_ffn_mask", "_head_mask", "_metadata")
+
+    def __init__(self, head_mask: Tensor, ffn_mask: Tensor, metadata: Mapping[str, Any] | None = None) -> None:
+        for name, mask in (("head_mask", head_mask), ("ffn_mask", ffn_mask)):
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise InputError(f"{name} is {kind}, not a torch.bool tensor; convert it, True for kept")
+        if head_mask.ndim != 2 or head_mask.numel() == 0 or ffn_mask.shape != head_mask.shape[:1]:
+            shapes = f"head_mask {list(head_mask.shape)} and ffn_mask {list(ffn_mask.shape)}"
+            raise InputError(f"{shapes} do not describe an encoder; they must be [layers, heads] and [layers]")
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise InputError(f"metadata is {type(metadata).__name__}, not a mapping; give a dict of JSON values")
+        self._head_mask = head_mask.detach().cpu().clone(memory_format=torch.contiguous_format)
+        self._ffn_mask = ffn_mask.detach().cpu().clone(memory_format=torch.contiguous_format)
+        # Kept as text, so that no caller holds a part of it that could change.
+        self._metadata = storage.to_json(dict(metadata or {}))
+
+    @classmethod
+    def full(cls, layers: int, heads: int) -> "Ticket":
+        """Makes the ticket that keeps everything.
+
+        Args:
+            layers: number of encoder layers.
+            heads: number of heads in each.
+
+        Returns:
+            The full ticket.
+
+        Raises:
+            InputError: a number is below 1.
+        """
+        if min(layers, heads) < 1:
+            raise InputError(f"{layers} layers x {heads} heads is not an encoder; both must be at least 1")
+        return cls(torch.ones(layers, heads, dtype=torch.bool), torch.ones(layers, dtype=torch.bool), {"kind": "full"})
+
+    @property
+    def head_mask(self) -> Tensor:
+        """Bool [layers, heads] on the CPU, True where the head is kept; a copy."""
+        return self._head_mask.clone()
+
+    @property
+    def ffn_mask(self) -> Tensor:
+        """Bool [layers] on the CPU, True where the FFN is kept; a copy."""
+        return self._ffn_mask.clone()
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Where the ticket comes from, as JSON values; a read-only copy."""
+        return MappingProxyType(json.loads(self._metadata))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of encoder layers."""
+        return self._head_mask.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        """Number of heads in each layer, kept and pruned."""
+        return self._head_mask.shape[1]
+
+    @property
+    def heads_pruned(self) -> int:
+        """Number of heads pruned in all layers."""
+        return int((~self._head_mask).sum())
+
+    @property
+    def ffns_pruned(self) -> int:
+        """Number of FFN sublayers pruned."""
+        return int((~self._ffn_mask).sum())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is pruned."""
+        return self.heads_pruned == 0 and self.ffns_pruned == 0
+
+    def check(self, layers: int, heads: int) -> None:
+        """Makes sure that the ticket is for an encoder of this shape.
+
+        Args:
+            layers: number of the encoder's layers.
+            heads: number of heads in each.
+
+        Raises:
+            InputError: the ticket is for another shape.
+        """
+        if (self.num_layers, self.num_heads) != (layers, heads):
+            raise InputError(
+                f"a ticket for {self.num_layers} layers x {self.num_heads} heads does not fit {layers} layers x "
+                f"{heads} heads; use a ticket made for this architecture"
+            )
+
+    def union(self, other: "Ticket") -> "Ticket":
+        """Keeps what either ticket keeps.
+
+        Args:
+            other: a ticket of the same shape.
+
+        Returns:
+            The union; also written `a | b`.
+
+        Raises:
+            InputError: the shapes differ.
+        """
+        other.check(self.num_layers, self.num_heads)
+        return Ticket(self._head_mask | other._head_mask, self._ffn_mask | other._ffn_mask, {"kind": "union"})
+
+    def intersection(self, other: "Ticket") -> "Ticket":
+        """Keeps what both tickets keep.
+
+        Args:
+            other: a ticket of the same shape.
+
+        Returns:
+            The intersection; also written `a & b`.
+
+        Raises:
+            InputError: the shapes differ.
+        """
+        other.check(self.num_layers, self.num_heads)
+        return Ticket(self._head_mask & other._head_mask, self._ffn_mask & other._ffn_mask, {"kind": "intersection"})
+
+    def jaccard(self, other: "Ticket") -> float:
+        """Measures how alike two tickets are: structures that both keep over structures that either keeps.
+
+        Args:
+            other: a ticket of the same shape.
+
+        Returns:
+            A number in [0, 1], heads and FFNs counted alike; 1 where neither keeps anything.
+
+        Raises:
+            InputError: the shapes differ.
+        """
+        either = (self | other)._kept
+        return (self & other)._kept / either if either else 1.0
+
+    def weights_remaining(self, counts: WeightCounts, embeddings: bool = True) -> float:
+        """Tells what share of the weights the ticket keeps.
+
+        Args:
+            counts: the model's numbers of weights.
+            embeddings: whether the share is of all weights, or of those in the encoder layers only.
+
+        Returns:
+            A fraction in [0, 1].
+
+        Raises:
+            InputError: the ticket removes more weights than there are, so the counts are of another model.
+        """
+        whole = counts.total if embeddings else counts.encoder
+        removed = self.heads_pruned * counts.head + self.ffns_pruned * counts.ffn
+        if removed > whole:
+            raise InputError(f"the ticket prunes {removed} of {whole} weights; use the counts of the model it is for")
+        return (whole - removed) / whole
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the ticket to one safetensors file, atomically.
+
+        Args:
+            path: the file to write, by custom `*.safetensors`.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        masks = {"head_mask": self._head_mask, "ffn_mask": self._ffn_mask}
+        storage.save(path, "ticket", masks, {"metadata": dict(self.metadata)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Ticket":
+        """Reads a ticket that `save` wrote; nothing in the file is executed or trusted.
+
+        Args:
+            path: the file to read.
+
+        Returns:
+            The ticket, with its metadata.
+
+        Raises:
+            InputError: the file is missing, damaged, too large, not a ticket, or of an unknown version.
+        """
+        layout = {"head_mask": ("BOOL", 2), "ffn_mask": ("BOOL", 1)}
+        return storage.load(
+            path, "ticket", layout, lambda masks, fields: cls(masks["head_mask"], masks["ffn_mask"], fields["metadata"])
+        )
+
+    @property
+    def _kept(self) -> int:
+        return int(self._head_mask.sum() + self._ffn_mask.sum())
+
+    def __or__(self, other: "Ticket") -> "Ticket":
+        return self.union(other)
+
+    def __and__(self, other: "Ticket") -> "Ticket":
+        return self.intersection(other)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Ticket):
+            return NotImplemented
+        return torch.equal(self._head_mask, other._head_mask) and torch.equal(self._ffn_mask, other._ffn_mask)
+
+    def __hash__(self) -> int:
+        return hash((self._head_mask.shape, self._head_mask.numpy().tobytes(), self._ffn_mask.numpy().tobytes()))
+
+    def __repr__(self) -> str:
+        pruned = f"{self.heads_pruned} heads and {self.ffns_pruned} FFNs pruned"
+        return f"<Ticket: {self.num_layers} layers x {self.num_heads} heads, {pruned}>"
+
+    def __str__(self) -> str:
+        width = max(len("heads"), 2 * self.num_heads - 1)
+        rows = [f"layer  {'heads':<{width}}  FFN"]
+        for layer, (heads, ffn) in enumerate(zip(self._head_mask.tolist(), self._ffn_mask.tolist(), strict=True)):
+            blocks = " ".join("■" if kept else "·" for kept in heads)
+            rows.append(f"{layer:>5}  {blocks:<{width}}  {' ■' if ffn else ' ·'}")
+        heads_total = self.num_layers * self.num_heads
+        rows.append(
+            f"■ kept, · pruned: {self.heads_pruned} of {heads_total} heads and "
+            f"{self.ffns_pruned} of {self.num_layers} FFNs pruned"
+        )
+        return "\n".join(rows)

@@ -1,0 +1,29 @@
+"""How many weights a model has and how many go with each structure."""
+
+from dataclasses import dataclass
+
+from ticketops.errors import InputError
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """Numbers of weights of one model, from which a ticket tells what share of them it keeps.
+
+    Args:
+        head: weights removed with one head: its rows of W_q, W_k, W_v with their biases, its columns of W_o.
+        ffn: weights removed with one FFN: both linears with their biases.
+        encoder: all weights of the encoder layers.
+        total: all weights of the model, embeddings and task head included.
+
+    Raises:
+        InputError: a number is negative, or a part is larger than the whole.
+    """
+
+    head: int
+    ffn: int
+    encoder: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if min(self.head, self.ffn) < 0 or not 0 < self.encoder <= self.total:
+            raise InputError(f"{self} is not a model: head and ffn must be >= 0 and 0 < encoder <= total")
