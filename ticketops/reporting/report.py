@@ -1,0 +1,197 @@
+"""The report of a search: read from its folder, written beside its records."""
+
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ticketops.files import write_atomically
+from ticketops.reporting import plots, tables
+from ticketops.searching.selection import Selection, Spread, select
+from ticketops.searching.store import Record, Store
+from ticketops.tickets import Importance, Ticket
+
+
+def report(folder: str | Path) -> Path:
+    """Writes `report.md`, `results.csv` and the figures of a search, finished or not.
+
+    Args:
+        folder: the output folder of a search.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        InputError: there is no search in the folder.
+        StoreError: one of its files is damaged, or the folder cannot be written.
+    """
+    store = Store.read(folder)
+    records = store.records()
+    config = store.config
+    selection = select(records, config.seeds)
+    level = selection.super_level
+    tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
+    write_atomically(store.folder / "results.csv", tables.results_csv(records))
+    text = [f"# Super tickets of {config.model} on {config.task}", ""]
+    text += _missing(store, records)
+    if records:
+        split = "report" if config.report_fraction else "validation"
+        metric = records[0]["metric"]
+        text += [*_summary(selection, metric, split), "", *_splits(store, split), ""]
+        _figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric, split)
+        text += [f"![{metric} against weights remaining](phase_transition.png)", ""]
+        text += [tables.markdown(tables.level_rows(selection)), ""]
+        majority = f"{100 * records[0]['majority']:.1f}"
+        text += [f"Scores are {metric} x 100, mean ± standard deviation over seeds; ★ marks the super ticket."]
+        text += [f"Without learning anything, one constant answer scores {majority} on `validation`.", ""]
+        text += _importance(store, records, selection, tickets)
+        text += _ticket(store, selection, tickets)
+    text += _reproduction(store, records)
+    path = store.folder / "report.md"
+    write_atomically(path, "\n".join(text) + "\n")
+    return path
+
+
+def headline(selection: Selection, metric: str, split: str) -> str:
+    """The finding of a search in one sentence, with the gain over the full model and its spread over seeds.
+
+    Args:
+        selection: of the search's records.
+        metric: its name.
+        split: the split that reports, "report" or "validation".
+    """
+    best, full = selection.super_level, selection.full
+    if best is None or full is None:
+        return "No super ticket yet: that takes the full model and a winning ticket of the same seed."
+    gains = selection.report_gains if split == "report" else selection.gains
+    gain = Spread.of(gains.values())
+    theirs, ours = (full.report_spread, best.report_spread) if split == "report" else (full.spread, best.spread)
+    verdict = (
+        "The super ticket beats the full model"
+        if gain.mean > 0
+        else "No winning ticket beats the full model here; the best one, taken as the super ticket, is"
+        if gain.mean < 0
+        else "The super ticket equals the full model"
+    )
+    seeds = f"over {gain.count} seeds" if gain.count > 1 else "with one seed, so without a spread"
+    return (
+        f"{verdict}: sparsity {best.sparsity:g} ({best.heads_pruned} heads and {best.ffns_pruned} FFNs pruned, "
+        f"{100 * best.weights_remaining:.1f} % of the weights left) reaches {metric} {tables.points(ours)} against "
+        f"{tables.points(theirs)}, a gain of {tables.points(gain, sign=True)} points {seeds}."
+    )
+
+
+def _missing(store: Store, records: list[Record]) -> list[str]:
+    done = {record["id"] for record in records}
+    absent = [trial.id for trial in store.plan if trial.id not in done]
+    if not absent:
+        return []
+    names = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+    return [
+        f"> **Unfinished:** {len(absent)} of {len(store.plan)} trials are missing ({names}). Resume: see below.",
+        "",
+    ]
+
+
+def _summary(selection: Selection, metric: str, split: str) -> list[str]:
+    text = [headline(selection, metric, split)]
+    gains = selection.report_gains if split == "report" else selection.gains
+    if len(gains) > 1:
+        text.append("Gain by seed: " + ", ".join(f"{seed}: {100 * gain:+.1f}" for seed, gain in gains.items()) + ".")
+    if selection.super_level is not None and not selection.complete:
+        text.append("No winning level has all its seeds yet, so this choice is provisional.")
+    return text
+
+
+def _splits(store: Store, split: str) -> list[str]:
+    name = store.description["notes"].get("validation", "validation")
+    if split == "report":
+        share = f"{100 * store.config.report_fraction:g} % of the validation rows"
+        return [f"The split `validation` ({name}) selects; the split `report`, {share} held out of it, reports."]
+    return [
+        f"The same split, `validation` ({name}), both selects the super ticket and reports, which flatters the best of "
+        "several levels; `--report-fraction 0.5` holds a report split out."
+    ]
+
+
+def _importance(store: Store, records: list[Record], selection: Selection, tickets: dict[int, Ticket]) -> list[str]:
+    way = "on_the_fly" if store.config.importance == "on_the_fly" else "pass"
+    done = [record["seed"] for record in records if record["kind"] == "full"]
+    scored: list[Importance] = [found for seed in done if (found := store.importance(seed, way)) is not None]
+    if not scored:
+        return []
+    level = selection.super_level
+    title = f"What the super ticket keeps\n(sparsity {level.sparsity:g})" if level else ""
+    _figure(store.folder / "importance.png", plots.importance_map, scored, list(tickets.values()), title)
+    how = {"pass": "in a clean pass after training", "on_the_fly": "during the last epoch of training"}[way]
+    text = [
+        "## Importance",
+        "",
+        "![importance of each head and FFN, and what the super ticket keeps](importance.png)",
+        "",
+        f"Scored {how}, absolute value per {store.config.granularity}, mean over {len(scored)} seed(s).",
+    ]
+    both = [record["rank_correlation"] for record in records if "rank_correlation" in record]
+    for name, label in (("head", "heads"), ("ffn", "FFNs")):
+        values = [one[name] for one in both if one[name] is not None]
+        if values:
+            spread = Spread.of(values)
+            deviation = "" if spread.std is None else f" ± {spread.std:.3f}"
+            text.append(
+                f"Rank correlation of the clean pass with on-the-fly scores, {label}: {spread.mean:.3f}{deviation}."
+            )
+    return [*text, ""]
+
+
+def _ticket(store: Store, selection: Selection, tickets: dict[int, Ticket]) -> list[str]:
+    level = selection.super_level
+    if level is None or not tickets:
+        return []
+    seed = max(tickets, key=lambda seed: level.scores[seed])
+    path = store.ticket_path(
+        next(t for t in store.plan if (t.kind, t.sparsity, t.seed) == ("winning", level.sparsity, seed))
+    )
+    text = ["## The super ticket", "", f"Of the best seed, {seed}: `{path.relative_to(store.folder)}`", ""]
+    text += ["```text", str(tickets[seed]), "```", ""]
+    if len(tickets) > 1:
+        overlaps = [a.jaccard(b) for a, b in itertools.combinations(tickets.values(), 2)]
+        text += [
+            f"The tickets of two seeds share {100 * Spread.of(overlaps).mean:.0f} % of what either keeps (mean).",
+            "",
+        ]
+    return text
+
+
+def _reproduction(store: Store, records: list[Record]) -> list[str]:
+    notes = store.description["notes"]
+    seconds = sum(sum(record["timing"].values()) for record in records)
+    settings = {**store.config.to_dict(), "output": str(store.folder)}
+    return [
+        "## How to reproduce",
+        "",
+        "```sh",
+        store.config.command(),
+        "```",
+        "",
+        "```yaml",
+        yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100).rstrip(),
+        "```",
+        "",
+        f"- versions: {_listed(notes['versions'])}",
+        f"- machine: {_listed(notes['machine'])}",
+        f"- time: {seconds:,.0f} s in {len(records)} trials",
+        f"- data: sha256 {store.description['identity']['task_fingerprint']}",
+        f"- pre-trained weights: sha256 {store.description['identity']['model_fingerprint']}",
+    ]
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def _figure(path: Path, draw: Any, *arguments: Any) -> None:
+    image = io.BytesIO()
+    draw(*arguments, image)
+    write_atomically(path, image.getvalue())

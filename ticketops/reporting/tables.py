@@ -1,0 +1,85 @@
+"""Records as tables: one row a trial for programs, one row a level for readers."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ticketops.searching.selection import Selection, Spread
+
+COLUMNS = (
+    "task",
+    "model",
+    "kind",
+    "sparsity",
+    "seed",
+    "heads_pruned",
+    "ffns_pruned",
+    "weights_remaining",
+    "weights_remaining_encoder",
+    "split",
+    "metric",
+    "score",
+    "report_score",
+    "train_loss",
+    "steps",
+)
+
+
+def results_csv(records: Iterable[Mapping[str, Any]]) -> str:
+    """Lays out records as CSV, one row a trial.
+
+    Args:
+        records: of one search.
+
+    Returns:
+        The text. `score` is `metric` on `split` (which selects), `report_score` on the report split, empty where
+        there is none; then every metric of every split, and the seconds of training.
+    """
+    records = list(records)
+    details = sorted(
+        {(split, name) for record in records for split, found in record["scores"].items() for name in found}
+    )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*COLUMNS, *(f"{split}_{name}" for split, name in details), "train_seconds"])
+    for record in records:
+        scores = [record["scores"].get(split, {}).get(name) for split, name in details]
+        writer.writerow([*(record[column] for column in COLUMNS), *scores, record["timing"]["train_seconds"]])
+    return text.getvalue()
+
+
+def points(spread: Spread, sign: bool = False) -> str:
+    """A mean, and its deviation where there are several seeds, times 100: `83.8 ± 0.4`."""
+    if not spread.count:
+        return "–"
+    mean = f"{100 * spread.mean:{'+' if sign else ''}.1f}"
+    return mean if spread.std is None else f"{mean} ± {100 * spread.std:.1f}"
+
+
+def level_rows(selection: Selection) -> list[list[str]]:
+    """One row a level, header first: what it prunes, what remains, its scores over seeds.
+
+    Args:
+        selection: the levels of a search.
+
+    Returns:
+        Cells as text; the super ticket's row is marked with a star.
+    """
+    held_out = any(level.report_scores for level in selection.levels)
+    header = ["ticket", "sparsity", "heads pruned", "FFNs pruned", "weights left (%)", "encoder's left (%)", "seeds"]
+    rows = [[*header, *(["selects", "reports"] if held_out else ["score"])]]
+    for level in selection.levels:
+        star = " ★" if level is selection.super_level else ""
+        scores = [points(level.spread), *([points(level.report_spread)] if held_out else [])]
+        weights = [f"{100 * share:.1f}" for share in (level.weights_remaining, level.weights_remaining_encoder)]
+        counts = [str(level.heads_pruned), str(level.ffns_pruned)]
+        rows.append([level.kind + star, f"{level.sparsity:g}", *counts, *weights, str(len(level.scores)), *scores])
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table of rows of cells, header first, numbers to the right."""
+    head, *body = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,405 @@
+"""What a search does, before anything is loaded: its configuration and the list of its trials. Imports no torch."""
+
+import dataclasses
+import difflib
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from ticketops.errors import InputError
+
+TicketKind = Literal["winning", "random", "losing"]
+TICKET_KINDS: tuple[str, ...] = get_args(TicketKind)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a trial trains where the configuration does not say otherwise.
+
+    Attributes:
+        optimizer: "adamw" or "adamax".
+        betas: decay rates of the two moment estimates.
+        eps: added to the denominator of the update.
+        learning_rate: peak step size.
+        epochs: passes over the training split.
+        batch_size: examples a step.
+        train_rows: rows of the training split used; None for all.
+        warmup: share of the steps over which the step size rises from zero; it then falls linearly back to zero.
+        weight_decay: of all weights but biases and LayerNorm.
+        clip: largest l2 norm of a step's gradient.
+        dropout: of hidden states and attention; None leaves the checkpoint's.
+        long_tasks: tasks that train for `long_epochs` instead, since they have many rows.
+        long_epochs: passes over the training split of `long_tasks`.
+    """
+
+    optimizer: Literal["adamw", "adamax"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    learning_rate: float = 5e-5
+    epochs: int = 3
+    batch_size: int = 32
+    train_rows: int | None = None
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    dropout: float | None = None
+    long_tasks: tuple[str, ...] = ()
+    long_epochs: int = 3
+
+
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe(),
+    # The recipe of the authors' code: arXiv 2105.12002 and its repository.
+    "paper": Recipe(optimizer="adamax", eps=1e-6, epochs=6, dropout=0.1, long_tasks=("mnli", "mnli_mm", "qnli")),
+    # Small enough for a laptop's processor.
+    "demo": Recipe(learning_rate=1e-4, epochs=1, train_rows=3000),
+}
+
+
+def _option(default: Any, help: str, group: str, flag_type: type = str) -> Any:
+    """A configuration field: its default, its help text (with unit), its group in `--help`, the type of its flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "flag_type": flag_type})
+
+
+_WHAT, _PLAN, _TRAINING, _SCORING, _DATA = "What", "Which tickets", "Training", "Importance", "Data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Everything a search depends on; each field is a flag of `ticketops search` and a key of its YAML file.
+
+    The fields' meaning, unit and default are in their `metadata["help"]`, which `ticketops search --help` prints.
+    Values are normalised when the object is made ("0.1,0.3" becomes (0.1, 0.3); 3 seeds become (0, 1, 2)), and what the
+    recipe decides is filled in, so that two equal searches are two equal objects.
+
+    Raises:
+        InputError: a value is out of range, of the wrong type, or unknown.
+    """
+
+    model: str = _option(
+        "demo", "Pre-trained encoder: a folder, a Hugging Face name, or 'demo' (MiniLM, 6 layers x 12 heads).", _WHAT
+    )
+    task: str = _option(
+        "demo", "A GLUE task by name, a data file or folder (jsonl, csv, parquet), or 'demo' (movie sentiment).", _WHAT
+    )
+    output: str = _option(
+        "ticketops-run", "Folder for records, tickets and the report; the same command resumes there.", _WHAT
+    )
+    sparsities: tuple[float, ...] | Literal["paper"] = _option(
+        (0.1, 0.3, 0.5),
+        "Fractions of heads and of FFNs to prune, in (0, 1), comma-separated; 'paper': its eight BERT-base levels.",
+        _PLAN,
+    )
+    kinds: tuple[str, ...] = _option(
+        ("winning", "random"),
+        "Of winning, random, losing, comma-separated; 'random@0.3' is that kind at that sparsity only.",
+        _PLAN,
+    )
+    seeds: tuple[int, ...] = _option((0,), "Number of seeds, or the seeds themselves, comma-separated ('7,').", _PLAN)
+    min_heads: int = _option(1, "Heads that every layer keeps at least.", _PLAN, int)
+    recipe: str = _option(
+        None,
+        "default (AdamW), paper (its Adamax) or demo (1 epoch of 3000 rows) \\[default: demo for task demo].",
+        _TRAINING,
+    )
+    epochs: int = _option(None, "Passes over the training split \\[default: recipe].", _TRAINING, int)
+    batch_size: int = _option(None, "Examples a step \\[default: recipe].", _TRAINING, int)
+    learning_rate: float = _option(None, "Peak step size \\[default: recipe].", _TRAINING, float)
+    dtype: Literal["fp32", "bf16"] = _option(
+        "fp32", "fp32, or bf16 for bfloat16 autocast over fp32 weights.", _TRAINING
+    )
+    save_models: bool = _option(
+        False, "Keep each trial's trained model in models/ (the size of the checkpoint each).", _TRAINING, bool
+    )
+    importance: Literal["pass", "on_the_fly", "both"] = _option(
+        "pass",
+        "Scores heads and FFNs in a clean pass after training, on_the_fly in its last epoch, or both (pass ranks).",
+        _SCORING,
+    )
+    granularity: Literal["example", "token", "batch"] = _option(
+        "example", "Absolute importance per example (the paper's formula), token (its code) or batch.", _SCORING
+    )
+    text_columns: tuple[str, ...] | None = _option(
+        None, "Local data: the one or two text columns, comma-separated \\[default: found by name].", _DATA
+    )
+    label_column: str | None = _option(None, "Local data: the label column \\[default: label or labels].", _DATA)
+    task_kind: Literal["classification", "regression"] | None = _option(
+        None, "Local data: classification or regression \\[default: as the labels look].", _DATA
+    )
+    max_length: int = _option(128, "Longest input in tokens; longer ones are cut.", _DATA, int)
+    train_rows: int | None = _option(None, "Training rows used \\[default: recipe, else all].", _DATA, int)
+    validation_rows: int | None = _option(None, "Validation rows used \\[default: all].", _DATA, int)
+    report_fraction: float = _option(
+        0.0, "Share of the validation rows, in [0, 1), held out from selection and used to report.", _DATA, float
+    )
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("model", "task", "output"):
+            put(name, _text(name, getattr(self, name)))
+        put("recipe", self.recipe if self.recipe is not None else ("demo" if self.task == "demo" else "default"))
+        _choice("recipe", self.recipe, tuple(RECIPES))
+        recipe = RECIPES[self.recipe]
+        epochs = recipe.long_epochs if self.task.lower() in recipe.long_tasks else recipe.epochs
+        for name, value in (
+            ("epochs", epochs),
+            ("batch_size", recipe.batch_size),
+            ("learning_rate", recipe.learning_rate),
+            ("train_rows", recipe.train_rows),
+        ):
+            if getattr(self, name) is None:
+                put(name, value)
+
+        if self.sparsities != "paper":
+            put("sparsities", _sparsities("sparsities", self.sparsities))
+        put("kinds", tuple(dict.fromkeys(_kind(entry) for entry in _entries("kinds", self.kinds))))
+        put("seeds", _seeds(self.seeds))
+        if self.text_columns is not None:
+            put("text_columns", tuple(str(column) for column in _entries("text_columns", self.text_columns)))
+        if self.task_kind is not None:
+            _choice("task_kind", self.task_kind, ("classification", "regression"))
+        for name in ("epochs", "batch_size", "max_length"):
+            put(name, _whole(name, getattr(self, name), 1))
+        put("min_heads", _whole("min_heads", self.min_heads, 0))
+        for name in ("train_rows", "validation_rows"):
+            if getattr(self, name) is not None:
+                put(name, _whole(name, getattr(self, name), 1))
+        rate = _real("learning_rate", self.learning_rate)
+        if not 0 < rate < 1:
+            raise InputError(f"learning_rate {rate:g} is not between 0 and 1: 5e-5 suits most encoders")
+        put("learning_rate", rate)
+        fraction = _real("report_fraction", self.report_fraction)
+        if not 0 <= fraction < 1:
+            raise InputError(f"report_fraction {fraction:g} is outside [0, 1): give the share to hold out, such as 0.5")
+        put("report_fraction", fraction)
+        _choice("dtype", self.dtype, ("fp32", "bf16"))
+        _choice("importance", self.importance, ("pass", "on_the_fly", "both"))
+        _choice("granularity", self.granularity, ("example", "token", "batch"))
+        if not isinstance(self.save_models, bool):
+            raise InputError(f"save_models {self.save_models!r} is neither true nor false")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> "SearchConfig":
+        """Builds a configuration from plain values, as a YAML or JSON file holds them.
+
+        Args:
+            values: field names (dashes allowed) and values; absent fields take their defaults.
+            source: where the values come from, for the error message.
+
+        Raises:
+            InputError: a key is unknown (the message names the nearest one) or a value is bad.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        fields = {str(key).replace("-", "_"): value for key, value in values.items()}
+        for key in fields:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+                raise InputError(f"{source} has an unknown key {key!r}: did you mean {near!r}?")
+        return cls(**fields)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> "SearchConfig":
+        """Reads a configuration file whose keys are the flags of `ticketops search`.
+
+        Args:
+            path: the YAML (or JSON) file.
+            overrides: fields that win over the file's.
+
+        Raises:
+            InputError: the file cannot be read, is not a mapping, or has an unknown key or a bad value.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"cannot read the configuration file {path}: {getattr(error, 'strerror', error)}"
+            ) from error
+        except yaml.YAMLError as error:
+            problem = " ".join(str(error).split())
+            raise InputError(
+                f"the configuration file {path} is not YAML ({problem}): write 'flag: value' lines"
+            ) from error
+        if not isinstance(values, Mapping | None):
+            raise InputError(f"the configuration file {path} holds no mapping: write 'flag: value' lines")
+        return cls.from_dict({**(values or {}), **overrides}, source=f"the configuration file {path}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON and YAML hold and `from_dict` reads back to an equal configuration."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def command(self) -> str:
+        """The `ticketops search` command that makes this search, with the flags that differ from the defaults."""
+        fallback = SearchConfig(task=self.task, recipe=self.recipe).to_dict()
+        fallback |= {"task": "demo", "recipe": "demo" if self.task == "demo" else "default"}
+        words = ["ticketops", "search"]
+        for name, value in self.to_dict().items():
+            if value != fallback[name]:
+                flag = f"--{name.replace('_', '-')}"
+                if name == "seeds":
+                    value = len(value) if value == list(range(len(value))) else ",".join(map(str, value)) + ","
+                elif isinstance(value, list):
+                    value = ",".join(map(str, value))
+                words += [flag] if value is True else [flag, str(value)]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a search: which ticket, which seed.
+
+    Attributes:
+        kind: "full" for the whole model, otherwise the ticket's kind.
+        sparsity: the level's name, in [0, 1).
+        seed: of the task head, the data order, dropout, and a random ticket's draw.
+        heads_pruned: heads that its ticket removes.
+        ffns_pruned: FFN sublayers that its ticket removes.
+    """
+
+    kind: str
+    sparsity: float
+    seed: int
+    heads_pruned: int
+    ffns_pruned: int
+
+    @property
+    def id(self) -> str:
+        """A name that is unique in its search and can be a file's name."""
+        level = "" if self.kind == "full" else f"-{self.sparsity:g}"
+        return f"{self.kind}{level}-seed-{self.seed}"
+
+
+def make_plan(config: SearchConfig, layers: int, heads: int) -> list[Trial]:
+    """Lists the trials of a search in the order in which they run: seed by seed, the full model first.
+
+    Args:
+        config: the search.
+        layers: encoder layers of the model.
+        heads: attention heads a layer.
+
+    Raises:
+        InputError: a level prunes nothing, more than `min_heads` allows, or is no level of the paper's.
+    """
+    from ticketops.tickets import PAPER_LEVELS, level_counts
+
+    levels: dict[float, tuple[int, int]] = {}
+    if config.sparsities == "paper":
+        if (layers, heads) != (12, 12):
+            raise InputError(
+                f"the paper's levels are for 12 layers x 12 heads, and {config.model} has {layers} x {heads}: "
+                "give fractions, such as --sparsities 0.1,0.3,0.5"
+            )
+        levels = dict(PAPER_LEVELS)
+
+    def counts(sparsity: float) -> tuple[int, int]:
+        if config.sparsities == "paper" and sparsity not in levels:
+            raise InputError(f"sparsity {sparsity:g} is none of the paper's levels {', '.join(map(str, levels))}")
+        found = levels.get(sparsity) or level_counts(sparsity, layers, heads)
+        most = layers * max(heads - config.min_heads, 0)
+        if not any(found):
+            raise InputError(
+                f"sparsity {sparsity:g} prunes nothing of {layers} layers x {heads} heads: "
+                f"give at least {1 / (layers * heads):.4f}"
+            )
+        if found[0] > most:
+            raise InputError(
+                f"sparsity {sparsity:g} prunes {found[0]} heads, and min_heads {config.min_heads} leaves at most "
+                f"{most} of {layers * heads} to prune: lower one of them"
+            )
+        return found
+
+    trials = []
+    for seed in config.seeds:
+        trials.append(Trial("full", 0.0, seed, 0, 0))
+        for kind in TICKET_KINDS:
+            entries = [entry.partition("@") for entry in config.kinds]
+            own = {float(level) for name, _, level in entries if name == kind and level}
+            general = tuple(levels) if config.sparsities == "paper" else config.sparsities
+            shared = set(general) if (kind, "", "") in entries else set()
+            trials += [Trial(kind, level, seed, *counts(level)) for level in sorted(own | shared)]
+    return trials
+
+
+def json_identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as JSON gives them back, so that a fresh configuration compares with a stored one."""
+    return json.loads(json.dumps(values))
+
+
+def _entries(name: str, value: Any) -> list[Any]:
+    entries = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(entries, Iterable):
+        entries = [entries]
+    entries = [entry for entry in entries if entry != ""]
+    # No sparsity at all is the full model alone, which is how a stored configuration may look.
+    if not entries and (isinstance(value, str) or name != "sparsities"):
+        raise InputError(f"{name} is empty: give at least one value")
+    return entries
+
+
+def _sparsities(name: str, value: Any) -> tuple[float, ...]:
+    levels = set()
+    for entry in _entries(name, value):
+        level = _real(name, entry)
+        if not 0 <= level < 1:
+            raise InputError(f"sparsity {level:g} is outside [0, 1): give the fraction to prune, such as 0.3")
+        levels.add(level)
+    # 0 is the full model, which every search trains.
+    return tuple(sorted(levels - {0.0}))
+
+
+def _kind(entry: Any) -> str:
+    kind, at, level = str(entry).partition("@")
+    _choice("kinds", kind, TICKET_KINDS)
+    if not at:
+        return kind
+    levels = _sparsities("kinds", level)
+    if len(levels) != 1:
+        raise InputError(f"kinds entry {entry!r} needs one sparsity in (0, 1) after '@', such as {kind}@0.3")
+    return f"{kind}@{levels[0]:g}"
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    entries = _entries("seeds", value)
+    # A bare number counts the seeds; anything with a comma, and any list, names them.
+    if "," not in value if isinstance(value, str) else not isinstance(value, Iterable):
+        return tuple(range(_whole("seeds", entries[0], 1)))
+    return tuple(dict.fromkeys(_whole("seeds", entry, 0) for entry in entries))
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise InputError(f"{name} {value!r} is not a name or a path")
+    return str(value)
+
+
+def _number(convert: Callable[[Any], Any], noun: str, name: str, value: Any) -> Any:
+    try:
+        number = convert(value)
+        if isinstance(value, bool) or (not isinstance(value, str) and number != value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{name} {value!r} is not a {noun}") from error
+    return number
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    number: int = _number(int, "whole number", name, value)
+    if not least <= number < 2**32:
+        raise InputError(f"{name} {number} is out of range: give a whole number from {least} on")
+    return number
+
+
+def _real(name: str, value: Any) -> float:
+    return float(_number(float, "number", name, value))
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")

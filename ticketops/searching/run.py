@@ -1,0 +1,142 @@
+"""The search: every trial of the plan, in order, each finished one kept."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ticketops.files import store_error
+from ticketops.searching import environment
+from ticketops.searching.plan import SearchConfig, Trial, make_plan
+from ticketops.searching.selection import Level, Selection, Spread, select
+from ticketops.searching.setting import Setting
+from ticketops.searching.store import Record, Store
+from ticketops.searching.trial import Listener, Outcome, run_trial
+from ticketops.tickets import Importance, Ticket, prune
+
+WAYS: Mapping[str, tuple[str, ...]] = {
+    "pass": ("pass",),
+    "on_the_fly": ("on_the_fly",),
+    "both": ("pass", "on_the_fly"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """What a finished search found.
+
+    Attributes:
+        folder: the output folder.
+        config: the search.
+        records: one a trial, in the plan's order.
+        selection: all levels with their spreads over seeds, and the choice among them.
+        tickets: seed -> ticket at the super ticket's level; empty where no winning ticket was searched.
+        report_path: the report, where one was written.
+    """
+
+    folder: Path
+    config: SearchConfig
+    records: list[Record]
+    selection: Selection
+    tickets: dict[int, Ticket]
+    report_path: Path | None = None
+
+    @property
+    def super_level(self) -> Level | None:
+        """The level of the super ticket."""
+        return self.selection.super_level
+
+    @property
+    def super_ticket(self) -> Ticket | None:
+        """The ticket at the super level whose seed scores best on the split that selects."""
+        level = self.super_level
+        return None if level is None else self.tickets[max(level.scores, key=lambda seed: level.scores[seed])]
+
+    @property
+    def gain(self) -> Spread:
+        """Super ticket minus full model over seeds, on the split that reports (else the one that selects)."""
+        return Spread.of((self.selection.report_gains or self.selection.gains).values())
+
+
+def run_search(config: SearchConfig, listener: Listener | None = None) -> SearchResult:
+    """Runs what is still missing of a search in its output folder.
+
+    Args:
+        config: the search.
+        listener: hears about trials and steps.
+
+    Returns:
+        The result; no report is written.
+
+    Raises:
+        InputError: model, task and configuration do not fit each other, or cannot be loaded.
+        StoreError: the output folder cannot be used; finished trials stay.
+        TicketopsError: training diverged.
+    """
+    listener = listener or Listener()
+    setting = Setting.load(config)
+    plan = make_plan(config, setting.num_layers, setting.num_heads)
+    ways = WAYS[config.importance]
+    notes = {
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+        "validation": setting.task.validation_name,
+    }
+    with Store.create(config.output, setting.identity(), notes) as store:
+        # Reads everything first: a damaged file is better reported now than after hours.
+        finished = {trial for trial in plan if store.record(trial) is not None}
+        scored = {seed for seed in config.seeds if None not in [store.importance(seed, way) for way in ways]}
+        finished = {trial for trial in finished if trial.kind != "full" or trial.seed in scored}
+        listener.planned(plan, len(finished))
+        for trial in plan:
+            ticket = None
+            if trial.kind != "full":
+                importance = store.importance(trial.seed, ways[0])
+                assert importance is not None, "the plan has each seed's full model before its tickets"
+                ticket = draw(importance, trial, config)
+                store.keep_ticket(trial, ticket)
+            if trial not in finished:
+                listener.started(trial)
+                outcome = run_trial(setting, trial, ticket, () if ticket else ways, listener)
+                _keep(store, trial, ticket, outcome, config.save_models)
+                listener.finished(trial, outcome.record)
+        records = store.records()
+        selection = select(records, config.seeds)
+        level = selection.super_level
+        tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
+        return SearchResult(store.folder, config, records, selection, tickets)
+
+
+def draw(importance: Importance, trial: Trial, config: SearchConfig) -> Ticket:
+    """Draws a trial's ticket from its seed's importance and notes in its metadata what it was drawn for.
+
+    Args:
+        importance: of the full model with the same seed.
+        trial: names the kind and the counts.
+        config: the search.
+    """
+    ticket = prune(
+        importance,
+        counts=(trial.heads_pruned, trial.ffns_pruned),
+        kind=trial.kind,  # type: ignore[arg-type]
+        min_heads=config.min_heads,
+        seed=trial.seed,
+    )
+    note = {"sparsity": trial.sparsity, "model": config.model, "task": config.task, "trial_seed": trial.seed}
+    return Ticket(ticket.head_mask, ticket.ffn_mask, {**ticket.metadata, **note})
+
+
+def _keep(store: Store, trial: Trial, ticket: Ticket | None, outcome: Outcome, model: bool) -> None:
+    """Writes what a trial leaves; the record comes last, since it says that the rest is there."""
+    for way, importance in outcome.importance.items():
+        store.write_importance(trial.seed, way, importance)
+    if model:
+        folder = store.model_path(trial)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            outcome.model.save_pretrained(folder)
+        except OSError as error:
+            raise store_error(folder, error) from error
+        if ticket is not None:
+            ticket.save(folder / "ticket.safetensors")
+    store.write_record(trial, outcome.record)

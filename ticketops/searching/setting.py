@@ -1,0 +1,214 @@
+"""What all trials of a search share: the task's rows as tokens, and the pre-trained weights they all start from."""
+
+import contextlib
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from ticketops.errors import InputError
+from ticketops.models import check_supported
+from ticketops.searching.plan import RECIPES, SearchConfig
+from ticketops.tasks import Task, demo_model, load_task, tokenize
+
+# The hub's own client tries for half a minute before it gives up; one short request tells as much.
+_HUB_TIMEOUT = 5.0
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """The loaded inputs of a search; a trial is a pure function of it, its seed and its ticket.
+
+    Attributes:
+        config: the search.
+        task: labels, metrics and raw rows.
+        tokenizer: of the model.
+        model_config: the model's, with the task's labels and the recipe's dropout.
+        pretrained: the encoder's weights as the checkpoint has them, float32, on the CPU.
+        splits: split name -> tokenised rows: "train", "validation" and, where held out, "report".
+    """
+
+    config: SearchConfig
+    task: Task
+    tokenizer: transformers.PreTrainedTokenizerBase
+    model_config: transformers.PretrainedConfig
+    pretrained: dict[str, Tensor]
+    splits: dict[str, datasets.Dataset]
+
+    @classmethod
+    def load(cls, config: SearchConfig) -> "Setting":
+        """Loads and checks everything that a search needs, before anything is trained.
+
+        Args:
+            config: the search.
+
+        Raises:
+            InputError: the model or the task cannot be loaded, or they do not fit each other.
+            UnsupportedError: ticketops does not serve this architecture.
+        """
+        with quiet():
+            task = load_task(
+                config.task,
+                text_columns=config.text_columns,
+                label_column=config.label_column,
+                kind=config.task_kind,
+                train_rows=config.train_rows,
+                validation_rows=config.validation_rows,
+                report_fraction=config.report_fraction,
+            )
+            name, options = _find_model(config.model)
+            with _loading(config.model):
+                model_config = AutoConfig.from_pretrained(name, **options)
+            with _loading(config.model):
+                tokenizer = AutoTokenizer.from_pretrained(name, **options)
+                # Only what the checkpoint has is pre-trained; a pooler it lacks belongs to each trial's fresh head.
+                encoder, report = AutoModel.from_pretrained(
+                    name, config=model_config, dtype=torch.float32, output_loading_info=True, **options
+                )
+            check_supported(encoder)
+            if report["mismatched_keys"]:
+                raise InputError(
+                    f"model {config.model!r} has weights that do not fit its own config.json: fix the folder"
+                )
+            missing = set(report["missing_keys"])
+            pretrained = {key: value for key, value in encoder.state_dict().items() if key not in missing}
+            if not any("attention" in key for key in pretrained):
+                raise InputError(
+                    f"model {config.model!r} holds no pre-trained encoder weights: give another checkpoint"
+                )
+
+            model_config.num_labels = task.num_labels
+            model_config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+            dropout = RECIPES[config.recipe].dropout
+            for field in _DROPOUTS if dropout is not None else ():
+                if hasattr(model_config, field):
+                    setattr(model_config, field, dropout)
+            longest = getattr(model_config, "max_position_embeddings", config.max_length)
+            if config.max_length > longest:
+                raise InputError(f"max_length {config.max_length} exceeds the {longest} positions of {config.model!r}")
+            rows = {"train": task.train, "validation": task.validation, "report": task.report}
+            splits = {
+                split: tokenize(data, task, tokenizer, config.max_length)
+                for split, data in rows.items()
+                if data is not None
+            }
+        return cls(config, task, tokenizer, model_config, pretrained, splits)
+
+    @property
+    def num_layers(self) -> int:
+        """Encoder layers of the model."""
+        return int(self.model_config.num_hidden_layers)
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads a layer."""
+        return int(self.model_config.num_attention_heads)
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on: the configuration, the rows and the pre-trained weights."""
+        # Where the results go, and whether models are kept with them, changes no result.
+        config = {key: value for key, value in self.config.to_dict().items() if key not in ("output", "save_models")}
+        digest = hashlib.sha256()
+        for key, value in sorted(self.pretrained.items()):
+            digest.update(f"{key} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().numpy().data)
+        return {
+            "config": config,
+            "task_fingerprint": self.task.fingerprint,
+            "model_fingerprint": digest.hexdigest(),
+            "layers": self.num_layers,
+            "heads": self.num_heads,
+        }
+
+    def fresh_model(self, seed: int) -> PreTrainedModel:
+        """Makes a model as every trial starts: pre-trained encoder, task head drawn from the seed.
+
+        Args:
+            seed: of the head; torch's global generator is left at a state that depends on it alone.
+
+        Returns:
+            The model on the CPU, in training mode.
+        """
+        transformers.set_seed(seed)
+        model = AutoModelForSequenceClassification.from_config(self.model_config, dtype=torch.float32)
+        # Weights that only the bare model has, such as an unused pooler, stay behind.
+        left = model.base_model.load_state_dict(self.pretrained, strict=False).missing_keys
+        absent = [key for key in left if "pooler" not in key]
+        if absent:
+            raise InputError(f"model {self.config.model!r} lacks {', '.join(absent[:3])}: give a complete checkpoint")
+        return model.train()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the progress bars, notices and warnings of the libraries underneath off the terminal."""
+    loggers = [
+        logging.getLogger(name) for name in ("transformers", "datasets", "huggingface_hub", "accelerate", "torch")
+    ]
+    levels = [logger.level for logger in loggers]
+    bars = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars[0]:
+            transformers.utils.logging.enable_progress_bar()
+        if not bars[1]:
+            datasets.enable_progress_bars()
+
+
+def _find_model(name: str) -> tuple[str, dict[str, Any]]:
+    """Where `from_pretrained` finds the model, and with which options."""
+    if name == "demo":
+        return str(demo_model()), {"local_files_only": True}
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model folder {name} has no config.json: give a folder made by save_pretrained")
+        return str(folder), {"local_files_only": True}
+    remedy = "give a local folder made by save_pretrained, or --model demo"
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"model {name!r} is not a folder: {remedy}")
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        return name, {"local_files_only": True}
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError) as error:
+        raise InputError(f"model {name!r} is neither a folder here nor on the Hugging Face hub: {remedy}") from error
+    except Exception as error:
+        raise InputError(
+            f"model {name!r} is no folder here, and the Hugging Face hub cannot be reached: {remedy}"
+        ) from error
+    return name, {}
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    # A damaged checkpoint surfaces as any of a dozen exception types of four libraries.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"model {name!r} cannot be loaded ({reason}): give a folder made by save_pretrained"
+        ) from error

@@ -1,0 +1,241 @@
+"""The output folder of a search: one atomically written file per finished thing, so that a killed search resumes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ticketops.errors import InputError, StoreError
+from ticketops.files import store_error, write_atomically
+from ticketops.searching.plan import SearchConfig, Trial, json_identity, make_plan
+from ticketops.tickets import Importance, Ticket
+
+FORMAT = 1
+Record = dict[str, Any]
+
+
+class Store:
+    """The folder in which a search keeps what it has finished.
+
+    `config.json` says which search it is, `trials/` has one record a trial, `importance/` and `tickets/` what was
+    scored and drawn. Use `Store.create` to search (it holds the folder's lock until closed) and `Store.read` to report.
+    """
+
+    def __init__(self, folder: Path, description: Record, lock: FileLock | None = None):
+        self.folder = folder
+        self.description = description
+        self._lock = lock
+
+    @classmethod
+    def create(cls, folder: str | Path, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> "Store":
+        """Opens a folder for a search, new or to be resumed, and locks it against a second process.
+
+        Args:
+            folder: the output folder; made where it is missing.
+            identity: what the search's results depend on; a folder with another identity is refused.
+            notes: what is only noted, such as versions; the first search's notes stay.
+
+        Raises:
+            StoreError: the folder is in use, holds another search or other files, is corrupt, or cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            others = [name for name in sorted(os.listdir(folder)) if name != ".lock"]
+            # What a search killed in its very first write leaves behind is not somebody's file.
+            foreign = [name for name in others if not name.startswith(".config.json.")]
+            if foreign and not (folder / "config.json").exists():
+                raise StoreError(
+                    f"{folder} holds {foreign[0]!r} and is no ticketops folder: choose another --output folder"
+                )
+            lock = FileLock(folder / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StoreError(
+                f"another process is working in {folder}: wait for it, or choose another --output folder"
+            ) from error
+        except OSError as error:
+            raise store_error(folder, error) from error
+        try:
+            if (folder / "config.json").exists():
+                store = cls(folder, _read_description(folder), lock)
+                _refuse_another_search(folder, store.description["identity"], json_identity(identity))
+            else:
+                store = cls(folder, {"format": FORMAT, "identity": json_identity(identity), "notes": dict(notes)}, lock)
+                write_atomically(folder / "config.json", json.dumps(store.description, indent=2) + "\n")
+        except BaseException:
+            lock.release()
+            raise
+        return store
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Store":
+        """Opens a search's folder to look at it; nothing is locked or written.
+
+        Raises:
+            InputError: there is no search in the folder.
+            StoreError: its `config.json` is corrupt.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} is no ticketops folder (no config.json): give the --output folder of a search")
+        return cls(folder, _read_description(folder))
+
+    def close(self) -> None:
+        """Gives the folder free for another process."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def config(self) -> SearchConfig:
+        """The configuration of the search, with `output` as this folder."""
+        return SearchConfig.from_dict({**self.description["identity"]["config"], "output": str(self.folder)})
+
+    @property
+    def plan(self) -> list[Trial]:
+        """All trials of the search, finished or not."""
+        identity = self.description["identity"]
+        return make_plan(self.config, identity["layers"], identity["heads"])
+
+    def record_path(self, trial: Trial) -> Path:
+        """The file of a trial's record."""
+        return self.folder / "trials" / f"{trial.id}.json"
+
+    def ticket_path(self, trial: Trial) -> Path:
+        """The file of a trial's ticket."""
+        return self.folder / "tickets" / f"{trial.id}.safetensors"
+
+    def importance_path(self, seed: int, way: str) -> Path:
+        """The file of the importance of a seed's full model, scored in this way ("pass" or "on_the_fly")."""
+        return self.folder / "importance" / f"seed-{seed}-{way}.safetensors"
+
+    def model_path(self, trial: Trial) -> Path:
+        """The folder of a trial's trained model."""
+        return self.folder / "models" / trial.id
+
+    def record(self, trial: Trial) -> Record | None:
+        """A trial's record, or None while it is unfinished.
+
+        Raises:
+            StoreError: the file is truncated, damaged, or another trial's.
+        """
+        path = self.record_path(trial)
+        if not path.exists():
+            return None
+        record = _read_json(path)
+        if record.pop("checksum", None) != _checksum(record):
+            raise StoreError(f"the record {path} is damaged: delete it and run the same command again")
+        if record.get("id") != trial.id:
+            raise StoreError(f"the record {path} is of {record.get('id')!r}: delete it and run the same command again")
+        return record
+
+    def records(self) -> list[Record]:
+        """The records of all finished trials, in the plan's order."""
+        return [record for trial in self.plan if (record := self.record(trial)) is not None]
+
+    def write_record(self, trial: Trial, record: Record) -> None:
+        """Writes a trial's record, which marks the trial as finished."""
+        record = {**record, "checksum": _checksum(record)}
+        write_atomically(self.record_path(trial), json.dumps(record, indent=2) + "\n")
+
+    def importance(self, seed: int, way: str) -> Importance | None:
+        """The importance of a seed's full model, or None where it was not scored yet."""
+        path = self.importance_path(seed, way)
+        return _load(Importance, path) if path.exists() else None
+
+    def write_importance(self, seed: int, way: str, importance: Importance) -> None:
+        """Writes the importance of a seed's full model."""
+        _save(importance, self.importance_path(seed, way))
+
+    def ticket(self, trial: Trial) -> Ticket | None:
+        """A trial's ticket, or None where it was not drawn yet."""
+        path = self.ticket_path(trial)
+        return _load(Ticket, path) if path.exists() else None
+
+    def tickets(self, kind: str, sparsity: float) -> dict[int, Ticket]:
+        """Seed -> ticket of one level, for the seeds whose trial is finished."""
+        trials = [trial for trial in self.plan if (trial.kind, trial.sparsity) == (kind, sparsity)]
+        found = {trial.seed: self.ticket(trial) for trial in trials if self.record_path(trial).exists()}
+        return {seed: ticket for seed, ticket in found.items() if ticket is not None}
+
+    def keep_ticket(self, trial: Trial, ticket: Ticket) -> None:
+        """Writes a trial's ticket, or checks it against the one that is there.
+
+        Raises:
+            StoreError: another ticket is there, which means that its trial was made from other importance scores.
+        """
+        found = self.ticket(trial)
+        if found is None:
+            _save(ticket, self.ticket_path(trial))
+        elif found != ticket:
+            raise StoreError(
+                f"the ticket {self.ticket_path(trial)} was drawn from other importance scores than "
+                f"{self.folder / 'importance'} holds: delete it and {self.record_path(trial)}, and run the same "
+                "command again"
+            )
+
+
+def _save(thing: Importance | Ticket, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        thing.save(path)
+    except OSError as error:
+        raise store_error(path, error) from error
+
+
+def _load(kind: type[Any], path: Path) -> Any:
+    try:
+        return kind.load(path)
+    except InputError as error:
+        raise StoreError(f"{path} is truncated or damaged: delete it and run the same command again") from error
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> Record:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise StoreError(f"{path} is truncated or damaged: delete it and run the same command again") from error
+    return content
+
+
+def _read_description(folder: Path) -> Record:
+    path = folder / "config.json"
+    description = _read_json(path)
+    identity = description.get("identity")
+    if description.get("format") != FORMAT or not isinstance(identity, dict) or "config" not in identity:
+        raise StoreError(f"{path} is damaged or of another version of ticketops: choose another --output folder")
+    return description
+
+
+def _refuse_another_search(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    def flatten(identity: Mapping[str, Any]) -> dict[str, Any]:
+        return {**identity["config"], **{name: value for name, value in identity.items() if name != "config"}}
+
+    old, new = flatten(stored), flatten(wanted)
+    differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if differing:
+        fields = "; ".join(f"{name} is {old.get(name)!r} there and {new.get(name)!r} here" for name in differing)
+        raise StoreError(
+            f"{folder} holds another search ({fields}): choose another --output folder, or the same values"
+        )
