@@ -1,0 +1,5 @@
+"""Where ticketops meets Hugging Face: patching models and counting their weights."""
+
+from ticketops.models.patch import PatchHandle, check_supported, patch, weight_counts
+
+__all__ = ["PatchHandle", "check_supported", "patch", "weight_counts"]

@@ -1,0 +1,145 @@
+"""What ticketops must know of an architecture: where its linear layers live and which classes to swap."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ticketops.errors import UnsupportedError
+from ticketops.ops import Packing
+
+#: Activation modules of transformers and torch, by class name, and what the FFN op calls them.
+ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "GELU": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+}
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The prunable parts of one encoder layer.
+
+    Attributes:
+        query, key, value: linear layers from the hidden size to heads * head_dim.
+        output: linear layer from heads * head_dim back to the hidden size; its bias stays when heads go.
+        fc1, fc2: the two linear layers of the FFN.
+        activation: the module between them.
+    """
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+    fc1: nn.Linear
+    fc2: nn.Linear
+    activation: nn.Module
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linear layers by name."""
+        return {name: getattr(self, name) for name in ("query", "key", "value", "output", "fc1", "fc2")}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How ticketops meets one architecture.
+
+    Attributes:
+        base: the bare model's class, to which every task head gives access as `model.base_model`.
+        swaps: the stock class of each module whose class is swapped, and its replacement, a subclass.
+        encoder: finds the encoder in the bare model; its parameters are "the encoder" of weight counts.
+        layers: finds the encoder's layers.
+        parts: finds the prunable parts of a layer.
+        refusal: says what of a configuration is not served, or None.
+    """
+
+    base: type[nn.Module]
+    swaps: dict[type[nn.Module], type[nn.Module]]
+    encoder: Callable[[Any], nn.Module]
+    layers: Callable[[Any], list[nn.Module]]
+    parts: Callable[[Any], LayerParts]
+    refusal: Callable[[Any], str | None]
+
+
+class LayerState:
+    """What a swapped layer needs to know of the ticket; one object a layer, shared by the layer's swapped modules."""
+
+    def __init__(self, num_heads: int, activation: str) -> None:
+        self.num_heads = num_heads
+        self.activation = activation
+        self.kept_heads: tuple[int, ...] | None = None
+        self.ffn_kept = True
+        self._indices: dict[torch.device, Tensor] = {}
+
+    def keep(self, kept_heads: tuple[int, ...], ffn_kept: bool) -> None:
+        """Sets which structures are computed.
+
+        Args:
+            kept_heads: the heads to compute, ascending.
+            ffn_kept: whether to compute the FFN.
+        """
+        self.kept_heads = None if len(kept_heads) == self.num_heads else kept_heads
+        self.ffn_kept = ffn_kept
+        self._indices = {}
+
+    def head_indices(self, device: torch.device) -> Tensor:
+        """The kept heads as int64 indices on a device, made once a device."""
+        if device not in self._indices:
+            self._indices[device] = torch.tensor(self.kept_heads or (), dtype=torch.int64, device=device)
+        return self._indices[device]
+
+    def rows(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a q, k or v projection restricted to the kept heads; gradients reach the kept rows
+        only."""
+        heads = self.head_indices(linear.weight.device)
+        weight = linear.weight.view(self.num_heads, -1, linear.in_features).index_select(0, heads).flatten(0, 1)
+        return weight, linear.bias.view(self.num_heads, -1).index_select(0, heads).flatten()
+
+    def columns(self, linear: nn.Linear) -> Tensor:
+        """Weight of the output projection restricted to the kept heads' columns."""
+        heads = self.head_indices(linear.weight.device)
+        return linear.weight.view(linear.out_features, self.num_heads, -1).index_select(1, heads).flatten(1)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward pass of the whole model hands to its layers.
+
+    Attributes:
+        packing: where the real tokens are.
+        head_importance: per layer, the leaf whose gradient becomes the head importance partials; empty when not
+            recording.
+        ffn_importance: the same for the FFN.
+        per_token: the granularity is "token".
+    """
+
+    packing: Packing
+    head_importance: dict[int, Tensor] = field(default_factory=dict)
+    ffn_importance: dict[int, Tensor] = field(default_factory=dict)
+    per_token: bool = False
+
+
+def activation_name(module: nn.Module) -> str:
+    """The FFN op's name for an activation module.
+
+    Args:
+        module: what the model applies between the FFN's linear layers.
+
+    Returns:
+        "gelu", "gelu_tanh" or "relu".
+
+    Raises:
+        UnsupportedError: any other activation.
+    """
+    name = type(module).__name__
+    if name not in ACTIVATIONS:
+        raise UnsupportedError(
+            f"the activation {name} is not supported: ticketops serves gelu (erf), its tanh approximations and relu"
+        )
+    return ACTIVATIONS[name]

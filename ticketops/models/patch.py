@@ -1,0 +1,373 @@
+"""Swaps the classes of a model's layers in place, so that they run on ticketops' ops; parameters stay."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ticketops.errors import InputError, UnsupportedError
+from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState, activation_name
+from ticketops.models.bert import BERT
+from ticketops.models.freezing import freeze, unfreeze
+from ticketops.ops import Packing
+from ticketops.tickets import Granularity, Importance, Ticket, WeightCounts
+
+ADAPTERS: tuple[Adapter, ...] = (BERT,)
+
+#: Arguments of a forward pass that stock layers honour and ticketops' layers do not, with the remedy.
+_REFUSED_ARGUMENTS = {
+    "output_attentions": "attention weights are never formed: call handle.revert() first",
+    "encoder_hidden_states": "cross attention is not served",
+    "past_key_values": "caches belong to decoders",
+    "use_cache": "caches belong to decoders",
+    "cu_seq_lens_q": "pass a padded batch with its attention_mask, it is packed inside",
+    "is_causal": "causal attention is not served",
+}
+
+
+def _find(model: nn.Module) -> tuple[Adapter, Any]:
+    """The adapter that serves a model, and the bare model inside it."""
+    if not isinstance(model, PreTrainedModel):
+        wrapped = hasattr(model, "_orig_mod") or hasattr(model, "module")
+        hint = ": patch before torch.compile and before wrapping" if wrapped else ""
+        raise UnsupportedError(f"{type(model).__name__} is not a transformers model{hint}")
+    base = model.base_model
+    for adapter in ADAPTERS:
+        if isinstance(base, adapter.base):
+            refusal = adapter.refusal(base.config)
+            if refusal:
+                raise UnsupportedError(f"{type(model).__name__} with {refusal}")
+            return adapter, base
+    served = ", ".join(adapter.base.__name__ for adapter in ADAPTERS)
+    raise UnsupportedError(f"{type(model).__name__} is not supported: ticketops serves {served} and its task heads")
+
+
+def check_supported(model: nn.Module) -> None:
+    """Checks that `patch` would serve a model, without touching it.
+
+    Args:
+        model: a transformers model, bare or with a task head.
+
+    Raises:
+        UnsupportedError: names what is not served.
+    """
+    adapter, base = _find(model)
+    for index, layer in enumerate(adapter.layers(base)):
+        _check_layer(adapter, layer, index)
+
+
+def weight_counts(model: nn.Module) -> WeightCounts:
+    """Counts the weights that pruning can remove from a model.
+
+    Args:
+        model: a transformers model, patched or stock; shared weights count once.
+
+    Returns:
+        Weights in one head, in one FFN, in the encoder's layers and in the whole model.
+
+    Raises:
+        UnsupportedError: a model that ticketops does not serve.
+    """
+    adapter, base = _find(model)
+    parts = adapter.parts(adapter.layers(base)[0])
+    heads = base.config.num_attention_heads
+    columns = parts.output.weight.numel()
+    rows = sum(p.numel() for linear in (parts.query, parts.key, parts.value) for p in linear.parameters())
+    return WeightCounts(
+        head=(rows + columns) // heads,
+        ffn=sum(p.numel() for linear in (parts.fc1, parts.fc2) for p in linear.parameters()),
+        encoder=sum(p.numel() for p in adapter.encoder(base).parameters()),
+        total=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _check_layer(adapter: Adapter, layer: nn.Module, index: int) -> LayerParts:
+    if type(layer) not in adapter.swaps:
+        raise UnsupportedError(f"layer {index} is a {type(layer).__name__}, no stock layer of {adapter.base.__name__}")
+    parts = adapter.parts(layer)
+    activation_name(parts.activation)
+    for name, linear in parts.linears().items():
+        # The ops read weights directly, so whatever changes a linear layer's forward would be passed over in silence.
+        if type(linear) is not nn.Linear:
+            raise UnsupportedError(
+                f"layer {index} has a {type(linear).__module__}.{type(linear).__name__} as its {name}, not a plain "
+                "torch.nn.Linear: merge adapters and undo quantization before patching"
+            )
+        if linear.bias is None:
+            raise UnsupportedError(f"layer {index} has no bias in its {name} layer, which ticketops does not serve")
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            raise UnsupportedError(f"layer {index} has forward hooks on its {name}: remove them before patching")
+    return parts
+
+
+def patch(model: PreTrainedModel, *, unpad: bool = True) -> "PatchHandle":
+    """Makes a transformers model run on ticketops' ops, in place.
+
+    Parameter names, state_dict, optimizer references and isinstance checks stay as they are; only the classes of the
+    encoder's modules change, to subclasses of the stock ones.
+
+    Args:
+        model: a BERT of transformers, bare or with a task head, on any device.
+        unpad: compute real tokens only, packed inside the encoder; False keeps shapes static, for captured graphs, and
+            then every row of the attention mask must be one unbroken run.
+
+    Returns:
+        The handle that records importance, applies tickets and reverts; usable as a context manager that reverts at its
+        end.
+
+    Raises:
+        UnsupportedError: a model, configuration or layer that is not served; the message names it.
+        InputError: the model is patched already.
+    """
+    return PatchHandle(model, unpad=unpad)
+
+
+class PatchHandle:
+    """A patched model's handle; made by `patch`.
+
+    Attributes:
+        model: the patched model.
+        num_layers: encoder layers.
+        num_heads: attention heads a layer.
+        ticket: the ticket applied, None for the whole model.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, unpad: bool = True) -> None:
+        adapter, base = _find(model)
+        encoder = adapter.encoder(base)
+        if hasattr(encoder, "_ticketops"):
+            raise InputError(f"this {type(model).__name__} is patched already: use its handle, or revert() it first")
+        layers = adapter.layers(base)
+        self._parts = [_check_layer(adapter, layer, index) for index, layer in enumerate(layers)]
+        self.model = model
+        self.num_layers = len(layers)
+        self.num_heads: int = base.config.num_attention_heads
+        self.ticket: Ticket | None = None
+        self._unpad = unpad
+        self._importance: Importance | None = None
+        self._states = [LayerState(self.num_heads, activation_name(parts.activation)) for parts in self._parts]
+        self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._swap(encoder, adapter.swaps, self)
+        for layer, state in zip(layers, self._states, strict=True):
+            for module in layer.modules():
+                self._swap(module, adapter.swaps, state)
+        parameters = inspect.signature(base.forward).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        self._hooks = [
+            base.register_forward_pre_hook(partial(_before_forward, self, names), with_kwargs=True),
+            base.register_forward_hook(_after_forward, with_kwargs=True),
+        ]
+
+    def _swap(self, module: nn.Module, swaps: dict[type[nn.Module], type[nn.Module]], state: object) -> None:
+        if type(module) in swaps:
+            self._swapped.append((module, type(module)))
+            module.__class__ = swaps[type(module)]
+            module.__dict__["_ticketops"] = state
+
+    def __enter__(self) -> "PatchHandle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.revert()
+
+    def _check_live(self) -> None:
+        if not self._swapped:
+            raise InputError("this model was reverted: patch it again to go on")
+
+    def apply(self, ticket: Ticket | None) -> "PatchHandle":
+        """Restricts the model to a ticket: what it prunes costs no compute, gets no gradient and no optimizer moves it.
+
+        Holds for every optimizer of torch.optim, with momentum and weight decay too; weights stay in place at full
+        shape.
+
+        Args:
+            ticket: which heads and FFNs to keep; None for the whole model.
+
+        Returns:
+            The handle itself.
+
+        Raises:
+            InputError: a ticket for another number of layers or heads, or a reverted model.
+        """
+        self._check_live()
+        if ticket is None:
+            ticket = Ticket.full(self.num_layers, self.num_heads)
+        ticket.check(self.num_layers, self.num_heads)
+        rows = zip(self._states, self._parts, ticket.head_mask.tolist(), ticket.ffn_mask.tolist(), strict=True)
+        for state, parts, kept, ffn_kept in rows:
+            state.keep(tuple(head for head, keep in enumerate(kept) if keep), ffn_kept)
+            pruned = [head for head, keep in enumerate(kept) if not keep]
+            for linear in (parts.query, parts.key, parts.value):
+                for parameter in (linear.weight, linear.bias):
+                    freeze(parameter, 0, self.num_heads, pruned)
+            freeze(parts.output.weight, 1, self.num_heads, pruned)
+            for parameter in (*parts.fc1.parameters(), *parts.fc2.parameters()):
+                freeze(parameter, 0, 1, [] if ffn_kept else [0])
+        self.ticket = None if ticket.is_full else ticket
+        return self
+
+    @contextmanager
+    def record_importance(
+        self, granularity: Granularity = "example", sequences_per_example: int | None = None
+    ) -> Iterator[Importance]:
+        """Collects |dL/d mask| of every head and FFN from each backward pass inside the `with` block, at no extra pass.
+
+        The loss must be the mean over the batch's examples. Dropout is the caller's: model.eval() for a clean pass.
+        Only mask gradients are needed, so a scoring pass may call model.requires_grad_(False) and skip every weight
+        gradient.
+
+        Args:
+            granularity: where the absolute value is taken: "example" (paper's formula), "token" (its code) or "batch".
+            sequences_per_example: rows of the batch that make one example; needed for multiple choice, else 1.
+
+        Yields:
+            The Importance, which fills up; a structure that the applied ticket prunes is not computed and scores 0.
+
+        Raises:
+            InputError: a recording is under way, an unknown granularity, multiple choice without sequences_per_example.
+        """
+        self._check_live()
+        if self._importance is not None:
+            raise InputError("importance is being recorded already: leave the outer record_importance() first")
+        if sequences_per_example is None:
+            if type(self.model).__name__.endswith("ForMultipleChoice"):
+                raise InputError(
+                    "a multiple-choice example is several sequences: pass sequences_per_example=<number of choices>"
+                )
+            sequences_per_example = 1
+        self._importance = Importance(
+            self.num_layers, self.num_heads, granularity, sequences_per_example=sequences_per_example
+        )
+        try:
+            yield self._importance
+        finally:
+            self._importance = None
+
+    def revert(self) -> None:
+        """Gives every module its stock class back; the weights are untouched. Reverting twice is allowed."""
+        if not self._swapped:
+            return
+        self.apply(None)
+        for parts in self._parts:
+            for linear in parts.linears().values():
+                for parameter in linear.parameters():
+                    unfreeze(parameter)
+        for hook in self._hooks:
+            hook.remove()
+        for module, stock in self._swapped:
+            module.__class__ = stock
+            del module.__dict__["_ticketops"]
+        self._swapped = []
+
+    def _call(self, packing: Packing, device: torch.device) -> Call:
+        """The per-call information, with a leaf for each importance partial where a backward pass may follow."""
+        importance = self._importance
+        if importance is None or not torch.is_grad_enabled():
+            return Call(packing)
+        call = Call(packing, per_token=importance.granularity == "token")
+        batch = len(packing.sequences)
+        idle: list[Callable[..., None]] = []
+        for layer, state in enumerate(self._states):
+            kept = None if state.kept_heads is None else state.head_indices(device)
+            heads = self.num_heads if kept is None else len(kept)
+            add_heads = partial(_add_heads, importance, layer, kept, self.num_heads)
+            add_ffn = partial(_add_ffn, importance, layer)
+            if heads:
+                call.head_importance[layer] = _leaf((batch, heads), device, add_heads)
+            else:
+                idle.append(partial(add_heads, torch.zeros(batch, 0, device=device)))
+            if state.ffn_kept:
+                call.ffn_importance[layer] = _leaf((batch,), device, add_ffn)
+            else:
+                idle.append(partial(add_ffn, torch.zeros(batch, device=device)))
+
+        def add_idle(_: Tensor) -> None:
+            for add in idle:
+                add()
+
+        # What is pruned away has no backward pass of its own: it scores its 0 when another structure's has run.
+        for leaf in [*call.head_importance.values(), *call.ffn_importance.values()][:1]:
+            leaf.register_post_accumulate_grad_hook(add_idle)
+        return call
+
+
+def _leaf(shape: tuple[int, ...], device: torch.device, add: Callable[[Tensor], None]) -> Tensor:
+    """A tensor whose gradient, the importance partials, goes to `add` as soon as a backward pass has formed it."""
+    leaf = torch.zeros(shape, device=device, requires_grad=True)
+
+    def take(leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        add(gradient)
+
+    leaf.register_post_accumulate_grad_hook(take)
+    return leaf
+
+
+def _add_heads(importance: Importance, layer: int, kept: Tensor | None, num_heads: int, partials: Tensor) -> None:
+    if kept is not None:
+        partials = partials.new_zeros(len(partials), num_heads).index_copy_(1, kept, partials)
+    importance.add_head(layer, signed=partials, absolute=partials)
+
+
+def _add_ffn(importance: Importance, layer: int, partials: Tensor) -> None:
+    importance.add_ffn(layer, signed=partials, absolute=partials)
+
+
+# Packing asks for the number of real tokens, which a compiler cannot know: it runs outside of compiled graphs.
+@torch.compiler.disable
+def _before_forward(
+    handle: PatchHandle, names: list[str], base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
+    """Turns the attention mask into a packing that travels to the layers, and refuses what they would ignore."""
+    if len(args) > len(names):
+        raise InputError(f"{type(base).__name__} takes at most {len(names)} positional arguments, got {len(args)}")
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if base.config.output_attentions:
+        kwargs.setdefault("output_attentions", True)
+    for name, remedy in _REFUSED_ARGUMENTS.items():
+        value = kwargs.get(name)
+        if value is not None and value is not False:
+            raise UnsupportedError(f"a patched {type(base).__name__} does not serve {name}: {remedy}")
+    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if tokens is None:
+        # The stock model has the right words for a missing input.
+        return (), kwargs
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.shape != tokens.shape[:2]:
+        raise UnsupportedError(
+            f"a patched {type(base).__name__} needs an attention_mask of shape {list(tokens.shape[:2])}, one value a "
+            f"token, got {list(mask.shape)}: masks of single query-key pairs are not served"
+        )
+    batch, width = tokens.shape[:2]
+    packing = Packing.from_mask(mask, batch, width, tokens.device, handle._unpad)
+    # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one.
+    kwargs["attention_mask"] = None
+    kwargs["ticketops"] = handle._call(packing, tokens.device)
+    return (), kwargs
+
+
+def _after_forward(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Pads hidden states that were captured between packed layers."""
+    packing: Packing = kwargs["ticketops"].packing
+
+    def padded(state: Tensor | None) -> Tensor | None:
+        if state is None or state.shape[:2] == (packing.batch, packing.width):
+            return state
+        return packing.unpack(state[0])
+
+    if packing.indices is None:
+        return output
+    if isinstance(output, tuple):
+        return tuple(tuple(map(padded, x)) if isinstance(x, tuple) else x for x in output)
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = tuple(map(padded, output["hidden_states"]))
+    return output
