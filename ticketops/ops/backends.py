@@ -9,7 +9,7 @@ import torch
 
 from ticketops.errors import UnsupportedError
 
-OPS = ("attention", "ffn")
+OPS = ("attention", "ffn", "residual")
 #: The backends of each device, the preferred one first. A backend of an op is the module ticketops.ops.<op>.<backend>
 #: with `forward`, `backward` and `refusal(device, dtype)`, which says why it cannot serve a call or None; `reference`
 #: serves every device and dtype.
@@ -38,7 +38,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
     """Decides which backend runs an op.
 
     Args:
-        op: "attention" or "ffn".
+        op: one of OPS.
         device: where the tensors lie.
         dtype: their dtype.
 
@@ -75,7 +75,7 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleT
     """The module whose `forward` and `backward` run an op.
 
     Args:
-        op: "attention" or "ffn".
+        op: one of OPS.
         device: where the tensors lie.
         dtype: their dtype.
 

@@ -1,6 +1,6 @@
-"""Counter-based dropout: whether an attention weight is kept is a function of (seed, query row, head, key), so that
-every backend
-draws the same mask and the backward pass replays it instead of storing it."""
+"""Counter-based dropout: whether an attention weight is kept is a function of (seed, query row, head, key), and whether
+an element of a matrix is kept is one of (seed, row, column), so that every backend draws the same mask and the backward
+pass replays it instead of storing it."""
 
 import math
 
@@ -78,3 +78,21 @@ def keep_mask(seed: Tensor | None, first_row: int, queries: int, heads: Tensor, 
     columns = torch.arange(keys, dtype=torch.int32, device=heads.device) * _signed(_GOLDEN)
     words = _mix_(row_key[:, :, None] + columns)
     return (words >> 8).bitwise_and_(0xFFFFFF) >= keep_threshold(p)
+
+
+def keep_elements(seed: Tensor | None, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
+    """The dropout mask of a matrix: `keep_mask` of one sequence with a single head, its columns for keys.
+
+    Args:
+        seed: int64 [1] of this call.
+        rows: T.
+        columns: C.
+        p: dropout probability.
+        device: where the mask is wanted.
+
+    Returns:
+        bool [T, C], True where the element is kept.
+    """
+    assert seed is not None
+    head = torch.zeros(1, dtype=torch.int64, device=device)
+    return keep_mask(seed, 0, rows, head, 1, columns, p)[0]
