@@ -50,7 +50,9 @@ def keep_threshold(p: float) -> int:
     return math.ceil(p * (1 << 24))
 
 
-def keep_mask(seed: Tensor | None, first_row: int, queries: int, heads: Tensor, num_heads: int, keys: int, p: float) -> Tensor:
+def keep_mask(
+    seed: Tensor | None, first_row: int, queries: int, heads: Tensor, num_heads: int, keys: int, p: float
+) -> Tensor:
     """The dropout mask of one sequence.
 
     word(row, head, key) = mix(mix(row * num_heads + head + lo) ^ hi + key * 0x9E3779B9) in 32-bit wrapping arithmetic,

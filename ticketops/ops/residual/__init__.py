@@ -1,6 +1,8 @@
 """Dropout, residual and LayerNorm, the end of every BERT sublayer, as one autograd op for every backend.
 
     z[t] = residual[t] + dropout(x[t] + bias),   out[t] = gamma * (z[t] - mean z[t]) / sqrt(var z[t] + eps) + beta
+
+Neither z nor the dropout mask is stored: the backward pass forms them again from what is alive anyway.
 """
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from ticketops.errors import InputError
 from ticketops.ops.backends import implementation
 from ticketops.ops.dropout import draw_seed
-from ticketops.ops.registration import same_dtype
+from ticketops.ops.registration import define, same_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +26,8 @@ def residual_norm(
     dropout_p: float = 0.0,
     eps: float = 1e-12,
 ) -> Tensor:
-    """LayerNorm of a residual plus a sublayer's output with dropout; sums and statistics in float32 (float64 for float64).
+    """LayerNorm of a residual plus a sublayer's output with dropout; sums and statistics in float32 (float64 for
+    float64).
 
     Autocast casts nothing here: the residual stream keeps its dtype, and a bfloat16 `x` may join a float32 residual.
 

@@ -18,7 +18,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def _drop(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     if not dropout_p:
         return x
-    return torch.where(keep_elements(seed, *x.shape, dropout_p, x.device), x / (1 - dropout_p), 0.0)
+    return torch.where(keep_elements(seed, x.shape[0], x.shape[1], dropout_p, x.device), x / (1 - dropout_p), 0.0)
 
 
 def _sum(x: Tensor, residual: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
