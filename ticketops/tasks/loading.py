@@ -1,0 +1,145 @@
+"""From what the user names to a task, and from a task's rows to tokens."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ticketops.errors import InputError
+from ticketops.tasks.demo import load_demo
+from ticketops.tasks.glue import GLUE, glue_name, load_glue
+from ticketops.tasks.local import load_local
+from ticketops.tasks.sampling import hold_out, take
+from ticketops.tasks.task import Kind, Task
+
+
+def load_task(
+    spec: str | os.PathLike[str],
+    *,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    kind: Kind | None = None,
+    train_rows: int | None = None,
+    validation_rows: int | None = None,
+    report_fraction: float = 0.0,
+    seed: int = 0,
+) -> Task:
+    """Loads a task: `demo`, a GLUE task by name from the hub, or a local file or folder.
+
+    Args:
+        spec: `demo`, a GLUE name (`rte`, `SST-2`), or a path (`./rte` is a folder, `rte` is GLUE's).
+        text_columns: local data only: the one or two text columns, where their names do not say so.
+        label_column: local data only: the label column.
+        kind: local data only: classification or regression, where the labels do not say so.
+        train_rows: how many training rows to use; a seeded, stratified choice that a larger one contains.
+        validation_rows: likewise for the validation rows, before any report rows are cut from them.
+        report_fraction: share of the validation rows in [0, 1) that is set apart only to report.
+        seed: chooses all of these rows.
+
+    Returns:
+        The task with the rows that will be used.
+
+    Raises:
+        InputError: there is no such task or file, its rows are unusable, or fewer rows exist than are asked for.
+    """
+    if not 0.0 <= report_fraction < 1.0:
+        raise InputError(f"report_fraction {report_fraction} is outside [0, 1): give the share of validation rows")
+    with _no_progress_bars():
+        task = _whole_task(spec, {"text_columns": text_columns, "label_column": label_column, "kind": kind}, seed)
+        train = _limit(task.train, train_rows, "train_rows", "training", seed)
+        validation = _limit(task.validation, validation_rows, "validation_rows", "validation", seed)
+        report = None
+        if report_fraction:
+            validation, report = hold_out(
+                validation, task.columns, max(1, round(report_fraction * len(validation))), seed
+            )
+    for role, rows in (("training", train), ("validation", validation)):
+        if not len(rows):
+            raise InputError(f"task {task.name} has no {role} rows left: give it more distinct rows")
+    if task.kind == "classification" and len(set(train["label"][:])) < 2:
+        only = task.labels[train["label"][0]]
+        raise InputError(
+            f"every training row of task {task.name} has the label {only}: give rows of two labels or more"
+        )
+    return dataclasses.replace(task, train=train, validation=validation, report=report)
+
+
+def tokenize(
+    dataset: datasets.Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> datasets.Dataset:
+    """Turns a task's rows into model inputs, in order, truncated and not padded.
+
+    Args:
+        dataset: one of the task's splits.
+        task: names the text columns.
+        tokenizer: the model's.
+        max_length: the most tokens a row may have, special tokens included.
+
+    Returns:
+        Rows of `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and `labels` (int64
+        class ids, or float32 numbers).
+
+    Raises:
+        InputError: `max_length` leaves no room for text or is more than the model takes.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2)
+    least, most = special + len(task.columns), tokenizer.model_max_length
+    if not least <= max_length <= most:
+        raise InputError(f"max_length {max_length} does not suit the tokenizer and task: choose from {least} to {most}")
+    dtype = np.int64 if task.kind == "classification" else np.float32
+
+    def encode(batch: Mapping[str, list]) -> dict[str, Any]:
+        tokens = tokenizer(*(batch[column] for column in task.columns), truncation=True, max_length=max_length)
+        return {**tokens, "labels": np.asarray(batch["label"], dtype=dtype)}
+
+    with _no_progress_bars():
+        return dataset.map(
+            encode,
+            batched=True,
+            remove_columns=dataset.column_names,
+            keep_in_memory=True,
+            # Nothing is cached, so the slow hash of the tokenizer is not needed.
+            new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
+        )
+
+
+def _whole_task(spec: str | os.PathLike[str], local: Mapping[str, Any], seed: int) -> Task:
+    path = Path(spec).expanduser()
+    named = None if isinstance(spec, os.PathLike) else "demo" if spec == "demo" else glue_name(spec)
+    if named is None and path.exists():
+        return load_local(path, **local, seed=seed)
+    if named is None:
+        raise InputError(
+            f"unknown task {os.fspath(spec)!r}: name one of demo, {', '.join(GLUE)}, or an existing file (.jsonl, "
+            f".json, .csv, .tsv, .parquet) or a folder with train.* and validation.*"
+        )
+    if given := [name for name, value in local.items() if value is not None]:
+        raise InputError(
+            f"{', '.join(given)} given for task {named}: only local files and folders take it; leave it out"
+        )
+    return load_demo() if named == "demo" else load_glue(named)
+
+
+def _limit(rows: datasets.Dataset, count: int | None, option: str, role: str, seed: int) -> datasets.Dataset:
+    if count is None:
+        return rows
+    if not 1 <= count <= len(rows):
+        raise InputError(f"{option} {count} of {len(rows)} {role} rows: choose from 1 to {len(rows)}, or leave it out")
+    return take(rows, count, seed)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()

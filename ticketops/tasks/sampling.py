@@ -1,0 +1,62 @@
+"""Which rows are taken: seeded, stratified by label, and nested for growing numbers of rows."""
+
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+
+
+def spread(rows: datasets.Dataset, seed: int) -> np.ndarray:
+    """Orders rows so that every prefix has, to within rounding, the label shares of the whole.
+
+    Args:
+        rows: rows with a `label`; a float label (regression) is not stratified.
+        seed: the same seed gives the same order.
+
+    Returns:
+        A permutation of the row numbers [rows].
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(rows))
+    labels = np.asarray(rows["label"][:])[shuffled]
+    if not np.issubdtype(labels.dtype, np.integer):
+        return shuffled
+    classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)[1:]
+    by_class = np.argsort(classes, kind="stable")
+    rank = np.empty_like(by_class)
+    rank[by_class] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    # Row k of n in its class stands at (k + 1/2) / n of the whole; equal places keep their shuffled order.
+    return shuffled[np.argsort((rank + 0.5) / sizes[classes], kind="stable")]
+
+
+def take(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
+    """Takes a seeded, stratified subset in the rows' own order; a larger count contains a smaller one.
+
+    Args:
+        rows: the rows to choose from.
+        count: how many, at most `len(rows)`.
+        seed: chooses them.
+
+    Returns:
+        The chosen rows.
+    """
+    return rows.select(np.sort(spread(rows, seed)[:count]))
+
+
+def hold_out(
+    rows: datasets.Dataset, columns: Sequence[str], count: int, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Splits rows in two so that no text stands on both sides.
+
+    Args:
+        rows: the rows to split.
+        columns: the text columns.
+        count: how many rows to hold out; the other rows of a held-out text follow it, so it may become a few more.
+        seed: chooses them.
+
+    Returns:
+        The remaining rows and the held-out rows, each in their own order.
+    """
+    texts = list(zip(*(rows[column][:] for column in columns), strict=True))
+    chosen = {texts[i] for i in spread(rows, seed)[:count]}
+    held = np.array([text in chosen for text in texts], dtype=bool)
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))

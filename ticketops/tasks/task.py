@@ -1,0 +1,174 @@
+"""A task: rows to train on, rows to score on, and the metrics that score them."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from ticketops.errors import InputError
+
+Kind = Literal["classification", "regression"]
+
+
+def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return float(np.mean(labels == predictions))
+
+
+def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    # `labels=[1]` keeps a split without the positive class at 0 rather than an error.
+    return float(sklearn_metrics.f1_score(labels, predictions, labels=[1], average="macro", zero_division=0.0))
+
+
+def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return float(sklearn_metrics.matthews_corrcoef(labels, predictions))
+
+
+def _correlation(function: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarray], float]:
+    def score(labels: np.ndarray, predictions: np.ndarray) -> float:
+        if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+            return 0.0
+        # scipy warns of nearly constant input; a value that underflows to NaN is no correlation either.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = float(function(labels, predictions).statistic)
+        return value if np.isfinite(value) else 0.0
+
+    return score
+
+
+METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews_correlation": _matthews,
+    "pearson": _correlation(stats.pearsonr),
+    "spearman": _correlation(stats.spearmanr),
+}
+
+
+def features(kind: Kind, labels: Sequence[str], columns: Sequence[str]) -> datasets.Features:
+    """The column types every task's rows have, wherever they came from.
+
+    Args:
+        kind: classification or regression.
+        labels: label names by id; unused for regression.
+        columns: the text columns.
+
+    Returns:
+        Strings for the text columns, a class label or a float32 for `label`.
+    """
+    label = datasets.ClassLabel(names=list(labels)) if kind == "classification" else datasets.Value("float32")
+    return datasets.Features({column: datasets.Value("string") for column in columns} | {"label": label})
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a model is fine-tuned for and scored by.
+
+    Attributes:
+        name: what the user calls it.
+        kind: classification (cross entropy over `labels`) or regression (one number).
+        labels: label names by id; empty for regression.
+        columns: the one or two text columns.
+        metrics: names of the metrics, the one that selects first.
+        train: rows to train on: the text columns and `label`.
+        validation: rows that select.
+        validation_name: where the validation rows came from, such as `validation`, `dev` or `held out of reviews.csv`.
+        report: rows that only report, cut from the validation rows; None when the validation rows do both.
+    """
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    columns: tuple[str, ...]
+    metrics: tuple[str, ...]
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    validation_name: str
+    report: datasets.Dataset | None = None
+
+    @property
+    def metric(self) -> str:
+        """The metric that selects; higher is better."""
+        return self.metrics[0]
+
+    @property
+    def num_labels(self) -> int:
+        """The width of the model's output: the number of classes, 1 for regression."""
+        return len(self.labels) if self.kind == "classification" else 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 over every row used and its role, so that a trial's identity includes its data."""
+        digest = hashlib.sha256(json.dumps([self.kind, self.labels, self.columns, self.metrics]).encode())
+        for role, rows in (("train", self.train), ("validation", self.validation), ("report", self.report)):
+            digest.update(f"\n{role}\n".encode())
+            for batch in rows.iter(batch_size=1_000) if rows is not None else ():
+                digest.update(json.dumps([batch[column] for column in (*self.columns, "label")]).encode())
+        return digest.hexdigest()
+
+    def compute(self, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
+        """Scores a model's outputs.
+
+        Args:
+            predictions: logits [rows, num_labels]; for regression [rows] or [rows, 1].
+            labels: label ids, or numbers for regression [rows].
+
+        Returns:
+            Every metric's value: fractions in [0, 1], correlations in [-1, 1]; a constant predictor correlates at 0.
+
+        Raises:
+            InputError: the shapes do not fit the task, there are no rows, or an output is NaN or infinite.
+        """
+        scores, targets = np.asarray(predictions, dtype=np.float64), np.asarray(labels)
+        if self.kind == "regression" and scores.ndim == 1:
+            scores = scores[:, None]
+        if scores.shape != (targets.size, self.num_labels) or targets.ndim != 1 or targets.size == 0:
+            raise InputError(
+                f"predictions of shape {np.shape(predictions)} with labels of shape {targets.shape} do not fit task "
+                f"{self.name}: give [rows, {self.num_labels}] and [rows], at least one row"
+            )
+        bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+        if bad.size:
+            raise InputError(
+                f"{bad.size} of {targets.size} predictions for task {self.name} are NaN or infinite, the first in row "
+                f"{bad[0]}: the training diverged; lower the learning rate or use a wider dtype"
+            )
+        outputs = scores.argmax(axis=1) if self.kind == "classification" else scores[:, 0]
+        return {metric: METRICS[metric](targets, outputs) for metric in self.metrics}
+
+    def majority(self, split: datasets.Dataset | None = None) -> float:
+        """What always answering a split's most frequent label scores: the bar a model has to clear.
+
+        Args:
+            split: the rows to score on; the validation rows when left out.
+
+        Returns:
+            The value of `metric`; 0 for correlations.
+        """
+        if self.kind == "regression":
+            return 0.0
+        labels = np.asarray((self.validation if split is None else split)["label"][:])
+        constant = np.full_like(labels, np.bincount(labels, minlength=self.num_labels).argmax())
+        return METRICS[self.metric](labels, constant)
+
+    def describe(self) -> str:
+        """Says in one line what the task is: rows, which split does what, labels, metrics, the majority's score."""
+        rows = f"{len(self.train):,} training and {len(self.validation):,} validation rows ({self.validation_name})"
+        if self.report is not None:
+            rows += f", {len(self.report):,} report rows"
+        if self.kind == "regression":
+            return f"{self.name}: {rows}, regression, metrics {', '.join(self.metrics)}"
+        names = ", ".join(self.labels[:6]) + (", ..." if self.num_labels > 6 else "")
+        return (
+            f"{self.name}: {rows}, {self.num_labels} labels ({names}), metrics {', '.join(self.metrics)}, "
+            f"majority {self.metric} {self.majority():.3f}"
+        )
