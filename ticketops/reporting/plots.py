@@ -6,9 +6,10 @@ from typing import IO
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.image import AxesImage
 
 from ticketops.searching.selection import Level, Selection, Spread
 from ticketops.tickets import Importance, Ticket
@@ -19,7 +20,7 @@ _STYLES: Mapping[str, tuple[str, str]] = {
     "random": ("#E69F00", "s"),
     "losing": ("#CC79A7", "v"),
 }
-_FULL = "#404040"
+_FULL, _SUPER = "#404040", "#009E73"
 _KEPT = LinearSegmentedColormap.from_list("kept", ["#ECECEC", "#0072B2"])
 
 
@@ -36,7 +37,8 @@ def phase_transition(selection: Selection, metric: str, split: str, file: IO[byt
     def spread(level: Level) -> Spread:
         return level.report_spread if split == "report" else level.spread
 
-    figure, axes = _figure(7.0, 4.3)
+    figure = _figure(7.0, 4.3)
+    axes = figure.subplots()
     if selection.full is not None:
         whole = spread(selection.full)
         axes.axhline(100 * whole.mean, color=_FULL, linestyle="--", linewidth=1.2, label="full model", zorder=1)
@@ -63,12 +65,13 @@ def phase_transition(selection: Selection, metric: str, split: str, file: IO[byt
     best = selection.super_level
     if best is not None:
         point = (100 * best.weights_remaining, 100 * spread(best).mean)
-        ring = {"facecolors": "none", "edgecolors": "#009E73", "linewidths": 2.0}
-        axes.scatter(*point, s=190, label="super ticket", zorder=3, **ring)
+        axes.plot(*point, "o", markersize=14, fillstyle="none", color=_SUPER, markeredgewidth=2, label="super ticket")
     seeds = max((len(level.scores) for level in selection.levels), default=0)
     axes.set_xlabel("weights remaining, embeddings included (%)")
     axes.set_ylabel(f"{metric} on {split} (x 100)")
-    axes.set_title(f"Mean over {seeds} seeds, bars and band: one standard deviation" if seeds > 1 else "One seed")
+    axes.set_title(
+        f"Mean over {seeds} seeds, bars and band: one standard deviation" if seeds > 1 else "One seed", fontsize=10
+    )
     # Sparser to the right, as training goes from the full model on.
     axes.invert_xaxis()
     axes.grid(alpha=0.25)
@@ -76,67 +79,70 @@ def phase_transition(selection: Selection, metric: str, split: str, file: IO[byt
     figure.savefig(file, format="png", dpi=150)
 
 
-def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket], title: str, file: IO[bytes]) -> None:
+def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket], name: str, file: IO[bytes]) -> None:
     """Draws how important each head and FFN is and, beside it, what the super ticket keeps.
 
     Args:
         importances: one a seed; their normalised scores are averaged.
         tickets: the super ticket's, one a seed; none draws the importance alone.
-        title: what the tickets are.
+        name: what the tickets are, for the title.
         file: where to write the PNG.
     """
     heads = np.mean([importance.normalized_head().numpy() for importance in importances], axis=0)
-    ffns = np.mean(
-        [(importance.ffn / importance.ffn.norm().clamp_min(1e-30)).numpy() for importance in importances], axis=0
-    )
+    ffns = np.mean([(one.ffn / one.ffn.norm().clamp_min(1e-30)).numpy() for one in importances], axis=0)
     layers, width = heads.shape
-    scale = min(0.32, 7.0 / max(layers, width))
     panels = 2 if tickets else 1
-    figure, axes = _figure(
-        panels * (scale * (width + 2) + 1.9), scale * layers + 1.7, 2 * panels, [width, 1.0] * panels
-    )
-    _grid(axes[0], heads, "head", "viridis", "Importance of heads\n(each layer's l2 norm is 1)", figure)
-    _grid(axes[1], ffns[:, None], "FFN", "viridis", "of FFNs\n(l2 norm 1)", figure)
-    if tickets:
+    cell = min(0.32, 7.0 / max(layers, width))
+    figure = _figure(panels * (cell * (width + 2) + 1.9), cell * layers + 1.7)
+    first, *second = figure.subplots(1, panels, squeeze=False)[0]
+    image = _structures(first, heads, ffns, "viridis", None)
+    first.set_title("Importance", fontsize=10)
+    _colour_bar(first, image, "normalised score")
+    for axes in second:
         kept_heads = np.mean([ticket.head_mask.numpy() for ticket in tickets], axis=0)
         kept_ffns = np.mean([ticket.ffn_mask.numpy() for ticket in tickets], axis=0)
-        share = "" if len(tickets) == 1 else f"\n(share of {len(tickets)} seeds that keep it)"
-        _grid(axes[2], kept_heads, "head", _KEPT, f"{title}{share}", None)
-        _grid(axes[3], kept_ffns[:, None], "FFN", _KEPT, "", figure if len(tickets) > 1 else None)
+        image = _structures(axes, kept_heads, kept_ffns, _KEPT, 1.0)
+        axes.set_title(f"Kept by {name}", fontsize=10)
+        if len(tickets) > 1:
+            _colour_bar(axes, image, f"share of {len(tickets)} seeds")
+        else:
+            _colour_bar(axes, image, "").set_ticks([0.0, 1.0], labels=["pruned", "kept"])
     figure.savefig(file, format="png", dpi=150)
 
 
-def _figure(
-    width: float, height: float, columns: int = 1, ratios: Sequence[float] | None = None
-) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, width_ratios=ratios)
+    return figure
 
 
-def _grid(axes: Axes, values: np.ndarray, what: str, colours: str | Colormap, title: str, bar: Figure | None) -> None:
-    shares = isinstance(colours, Colormap)
-    image = axes.imshow(
-        values,
-        cmap=colours,
-        vmin=0.0,
-        vmax=1.0 if shares else max(float(values.max()), 1e-12),
-        aspect="equal",
-        interpolation="nearest",
-    )
-    axes.set_title(title, fontsize=9)
-    axes.set_ylabel("layer" if what == "head" else "")
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    if what == "head":
-        axes.set_xlabel("head")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    else:
-        axes.set_xticks([0], ["FFN"])
-        axes.tick_params(labelleft=False)
-    rows, columns = values.shape
-    axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.8)
+def _structures(
+    axes: Axes, heads: np.ndarray, ffns: np.ndarray, colours: str | Colormap, top: float | None
+) -> AxesImage:
+    """Draws one cell a structure: a row a layer, a column a head, and the FFNs behind a gap."""
+    layers, width = heads.shape
+    cells = np.full((layers, width + 2), np.nan)
+    cells[:, :width], cells[:, -1] = heads, ffns
+    top = max(float(np.nanmax(cells)), 1e-12) if top is None else top
+    image = axes.imshow(cells, cmap=colours, vmin=0.0, vmax=top, interpolation="nearest")
+    step = 1 + (width - 1) // 12
+    ticks = list(range(0, width, step))
+    axes.set_xticks([*ticks, width + 1], [*map(str, ticks), "FFN"])
+    axes.set_yticks(range(0, layers, 1 + (layers - 1) // 12))
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    axes.set_xticks(np.arange(width + 3) - 0.5, minor=True)
+    axes.set_yticks(np.arange(layers + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.0)
     axes.tick_params(which="minor", length=0)
-    if bar is not None:
-        bar.colorbar(image, ax=axes, fraction=0.08, pad=0.03)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _colour_bar(axes: Axes, image: AxesImage, label: str) -> Colorbar:
+    """A colour bar as tall as its cells; constrained layout would make it as tall as the figure."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "the axes were made by a figure"
+    bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0.0, 0.035, 1.0)))
+    bar.set_label(label)
+    return bar

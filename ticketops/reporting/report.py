@@ -123,7 +123,7 @@ def _importance(store: Store, records: list[Record], selection: Selection, ticke
     if not scored:
         return []
     level = selection.super_level
-    title = f"What the super ticket keeps\n(sparsity {level.sparsity:g})" if level else ""
+    title = f"the super ticket (sparsity {level.sparsity:g})" if level else ""
     _figure(store.folder / "importance.png", plots.importance_map, scored, list(tickets.values()), title)
     how = {"pass": "in a clean pass after training", "on_the_fly": "during the last epoch of training"}[way]
     text = [
@@ -131,7 +131,8 @@ def _importance(store: Store, records: list[Record], selection: Selection, ticke
         "",
         "![importance of each head and FFN, and what the super ticket keeps](importance.png)",
         "",
-        f"Scored {how}, absolute value per {store.config.granularity}, mean over {len(scored)} seed(s).",
+        f"Scored {how}, absolute value per {store.config.granularity}, mean over {len(scored)} seed(s); a layer's "
+        "head scores are divided by their l2 norm, FFN scores by that of all FFNs.",
     ]
     both = [record["rank_correlation"] for record in records if "rank_correlation" in record]
     for name, label in (("head", "heads"), ("ffn", "FFNs")):

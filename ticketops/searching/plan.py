@@ -61,9 +61,13 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def _option(default: Any, help: str, group: str, flag_type: type = str) -> Any:
-    """A configuration field: its default, its help text (with unit), its group in `--help`, the type of its flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "flag_type": flag_type})
+def _option(default: Any, help: str, group: str, flag_type: type = str, shown: str | None = None) -> Any:
+    """A field with its default, help text (with unit), group in `--help`, type of its flag, and default as shown."""
+    if shown is None:
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return dataclasses.field(
+        default=default, metadata={"help": help, "group": group, "flag_type": flag_type, "shown": shown}
+    )
 
 
 _WHAT, _PLAN, _TRAINING, _SCORING, _DATA = "What", "Which tickets", "Training", "Importance", "Data"
@@ -100,16 +104,19 @@ class SearchConfig:
         "Of winning, random, losing, comma-separated; 'random@0.3' is that kind at that sparsity only.",
         _PLAN,
     )
-    seeds: tuple[int, ...] = _option((0,), "Number of seeds, or the seeds themselves, comma-separated ('7,').", _PLAN)
+    seeds: tuple[int, ...] = _option(
+        (0,), "Number of seeds, or the seeds themselves, comma-separated ('7,').", _PLAN, shown="1"
+    )
     min_heads: int = _option(1, "Heads that every layer keeps at least.", _PLAN, int)
     recipe: str = _option(
         None,
-        "default (AdamW), paper (its Adamax) or demo (1 epoch of 3000 rows) \\[default: demo for task demo].",
+        "default (AdamW), paper (its Adamax) or demo (1 epoch of 3000 rows).",
         _TRAINING,
+        shown="demo for task demo, else default",
     )
-    epochs: int = _option(None, "Passes over the training split \\[default: recipe].", _TRAINING, int)
-    batch_size: int = _option(None, "Examples a step \\[default: recipe].", _TRAINING, int)
-    learning_rate: float = _option(None, "Peak step size \\[default: recipe].", _TRAINING, float)
+    epochs: int = _option(None, "Passes over the training split.", _TRAINING, int, shown="recipe")
+    batch_size: int = _option(None, "Examples a step.", _TRAINING, int, shown="recipe")
+    learning_rate: float = _option(None, "Peak step size.", _TRAINING, float, shown="recipe")
     dtype: Literal["fp32", "bf16"] = _option(
         "fp32", "fp32, or bf16 for bfloat16 autocast over fp32 weights.", _TRAINING
     )
@@ -125,15 +132,15 @@ class SearchConfig:
         "example", "Absolute importance per example (the paper's formula), token (its code) or batch.", _SCORING
     )
     text_columns: tuple[str, ...] | None = _option(
-        None, "Local data: the one or two text columns, comma-separated \\[default: found by name].", _DATA
+        None, "Local data: the one or two text columns, comma-separated.", _DATA, shown="found by name"
     )
-    label_column: str | None = _option(None, "Local data: the label column \\[default: label or labels].", _DATA)
+    label_column: str | None = _option(None, "Local data: the label column.", _DATA, shown="label or labels")
     task_kind: Literal["classification", "regression"] | None = _option(
-        None, "Local data: classification or regression \\[default: as the labels look].", _DATA
+        None, "Local data: classification or regression.", _DATA, shown="as the labels look"
     )
     max_length: int = _option(128, "Longest input in tokens; longer ones are cut.", _DATA, int)
-    train_rows: int | None = _option(None, "Training rows used \\[default: recipe, else all].", _DATA, int)
-    validation_rows: int | None = _option(None, "Validation rows used \\[default: all].", _DATA, int)
+    train_rows: int | None = _option(None, "Training rows used.", _DATA, int, shown="recipe, else all")
+    validation_rows: int | None = _option(None, "Validation rows used.", _DATA, int, shown="all")
     report_fraction: float = _option(
         0.0, "Share of the validation rows, in [0, 1), held out from selection and used to report.", _DATA, float
     )

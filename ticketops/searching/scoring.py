@@ -8,10 +8,10 @@ import torch
 from transformers import TrainerCallback
 
 from ticketops.models import PatchHandle
-from ticketops.tickets import Importance
+from ticketops.tickets import Granularity, Importance
 
 
-def score_pass(handle: PatchHandle, batches: Iterable[Any], granularity: str, autocast: bool) -> Importance:
+def score_pass(handle: PatchHandle, batches: Iterable[Any], granularity: Granularity, autocast: bool) -> Importance:
     """Scores heads and FFNs in one pass over the training rows: dropout off, no weight gradient computed.
 
     Args:
@@ -52,7 +52,7 @@ class LastEpochScorer(TrainerCallback):
         granularity: "example", "token" or "batch".
     """
 
-    def __init__(self, handle: PatchHandle, granularity: str):
+    def __init__(self, handle: PatchHandle, granularity: Granularity):
         self.importance: Importance | None = None
         self._handle = handle
         self._granularity = granularity

@@ -1,0 +1,297 @@
+"""The command line. Only help and arguments are handled before torch is imported."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ticketops.errors import InputError, TicketopsError, UnsupportedError
+from ticketops.searching.plan import SearchConfig, Trial
+
+if TYPE_CHECKING:
+    from ticketops.searching.store import Record
+
+app = typer.Typer(
+    help="Finds super tickets: sub-networks of a pre-trained encoder that fine-tune better than all of it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Trace = Annotated[
+    bool,
+    typer.Option(
+        "--traceback", envvar="TICKETOPS_TRACEBACK", help="Show where an error comes from.", show_default=False
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.", show_default=False)]
+
+
+def main() -> None:
+    """The console entry point."""
+    app(prog_name="ticketops")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from ticketops import __version__
+
+        typer.echo(f"ticketops {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.", show_default=False)
+    ] = False,
+) -> None:
+    pass
+
+
+def _search(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="A YAML file whose keys are these flags; flags win over it.", rich_help_panel="What"
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop.", show_default=False, rich_help_panel="What")
+    ] = False,
+    traceback: Trace = False,
+    **flags: Any,
+) -> None:
+    """Fine-tune, score, prune, rewind, retrain, select, report; the same command resumes what was interrupted.
+
+    Without arguments it searches the demo: MiniLM on movie-review sentences, in minutes on a processor.
+    """
+    with _errors(traceback, "Finished trials are kept: run the same command again to go on."):
+        given = {name: value for name, value in flags.items() if value is not None}
+        settings = SearchConfig.from_yaml(config, **given) if config else SearchConfig.from_dict(given)
+        if dry_run:
+            _print_plan(settings)
+            return
+        with _progress() as listener:
+            from ticketops.api import search
+
+            result = search(settings, listener=listener)
+        from ticketops.reporting.report import headline
+        from ticketops.reporting.tables import level_rows
+
+        _print_table(level_rows(result.selection))
+        split = "report" if settings.report_fraction else "validation"
+        console = Console()
+        console.print(headline(result.selection, result.records[0]["metric"], split), highlight=False)
+        console.print(f"Report: {result.report_path}", highlight=False, soft_wrap=True)
+
+
+def _flag(field: "dataclasses.Field[Any]") -> inspect.Parameter:
+    """The flag of a configuration field; not given is None, so that the file and the recipe can speak."""
+    flag = f"--{field.name.replace('_', '-')}"
+    kind: Any = field.metadata["flag_type"]
+    option = typer.Option(
+        f"{flag}/--no-{flag.removeprefix('--')}" if kind is bool else flag,
+        help=f"{field.metadata['help']} \\[default: {field.metadata['shown']}]",
+        show_default=False,
+        rich_help_panel=field.metadata["group"],
+    )
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+# The configuration's fields become the flags, so that flags, YAML keys and SearchConfig cannot drift apart.
+_own = [p for p in inspect.signature(_search).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+_own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in _own]
+_flags = [_flag(field) for field in dataclasses.fields(SearchConfig)]
+_search.__signature__ = inspect.Signature([*_flags, *_own])  # type: ignore[attr-defined]
+_search.__annotations__ = {p.name: p.annotation for p in [*_flags, *_own]}
+app.command("search")(_search)
+
+
+@app.command("report")
+def _report(
+    folder: Annotated[Path, typer.Argument(help="The --output folder of a search, finished or not.")],
+    traceback: Trace = False,
+) -> None:
+    """Write the report of a search again: report.md, results.csv and the figures."""
+    with _errors(traceback):
+        from ticketops.reporting import report
+        from ticketops.reporting.tables import level_rows
+        from ticketops.searching import Store, select
+
+        path = report(folder)
+        store = Store.read(folder)
+        _print_table(level_rows(select(store.records(), store.config.seeds)))
+        Console().print(f"Report: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command("show")
+def _show(
+    ticket: Annotated[Path, typer.Argument(help="A ticket's .safetensors file.")],
+    as_json: Json = False,
+    traceback: Trace = False,
+) -> None:
+    """Print a ticket: what it keeps, how much that is, where it comes from."""
+    with _errors(traceback):
+        from ticketops.tickets import Ticket
+
+        found = Ticket.load(ticket)
+        if as_json:
+            masks = {"head_mask": found.head_mask.tolist(), "ffn_mask": found.ffn_mask.tolist()}
+            counts = {name: getattr(found, name) for name in ("num_layers", "num_heads", "heads_pruned", "ffns_pruned")}
+            typer.echo(json.dumps({**counts, **masks, "metadata": dict(found.metadata)}))
+            return
+        typer.echo(str(found))
+        for name, value in found.metadata.items():
+            typer.echo(f"{name}: {value}")
+
+
+@app.command("doctor")
+def _doctor(as_json: Json = False, traceback: Trace = False) -> None:
+    """Print versions, device, and which backend would run each op and why."""
+    with _errors(traceback):
+        from ticketops.ops.backends import explain
+        from ticketops.searching import environment
+
+        versions, machine, backends = environment.versions(), environment.machine(), explain()
+        if as_json:
+            typer.echo(json.dumps({"versions": versions, "machine": machine, "backends": backends}))
+            return
+        for name, value in {**versions, **machine}.items():
+            typer.echo(f"{name:<18} {'none' if value is None else value}")
+        titles = ["op", "device", "dtype", "backend", "why"]
+        _print_table([titles, *([row[title] for title in titles] for row in backends)])
+
+
+@contextlib.contextmanager
+def _errors(traceback: bool, interrupted: str = "") -> Iterator[None]:
+    """Turns errors into one line on stderr and an exit code: 2 bad input, 1 failure while running, 130 Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted. {interrupted}".rstrip(), err=True)
+        raise typer.Exit(130) from None
+    # typer.Exit is a RuntimeError.
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except Exception as error:
+        if traceback:
+            raise
+        message = " ".join(str(error).split())
+        if not isinstance(error, TicketopsError):
+            message = f"unexpected {type(error).__name__}: {message}: run again with --traceback to see where"
+        typer.echo(f"ticketops: error: {message}", err=True)
+        raise typer.Exit(2 if isinstance(error, InputError | UnsupportedError) else 1) from error
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for position, title in enumerate(rows[0]):
+        numeric = len(rows) > 1 and position > 0 and rows[1][position][:1].isdigit()
+        table.add_column(title, justify="right" if numeric else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _print_plan(settings: SearchConfig) -> None:
+    from ticketops.models import weight_counts
+    from ticketops.searching import Setting, make_plan
+
+    setting = Setting.load(settings)
+    plan = make_plan(settings, setting.num_layers, setting.num_heads)
+    counts = weight_counts(setting.fresh_model(0))
+    rows = [["ticket", "sparsity", "heads pruned", "FFNs pruned", "weights left (%)", "encoder's left (%)", "seeds"]]
+    for trial in plan[: len(plan) // len(settings.seeds)]:
+        removed = trial.heads_pruned * counts.head + trial.ffns_pruned * counts.ffn
+        left = [f"{100 * (1 - removed / whole):.1f}" for whole in (counts.total, counts.encoder)]
+        pruned = [str(trial.heads_pruned), str(trial.ffns_pruned)]
+        rows.append([trial.kind, f"{trial.sparsity:g}", *pruned, *left, str(len(settings.seeds))])
+    _print_table(rows)
+    typer.echo(setting.task.describe())
+    steps = settings.epochs * -(-len(setting.task.train) // settings.batch_size)
+    typer.echo(f"{len(plan)} trials of {steps} steps, batch {settings.batch_size}, into {settings.output}")
+    typer.echo(settings.command())
+
+
+class _Lines:
+    """Reports a search as plain lines, for files and pipes."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.total = self.done = 0
+
+    def planned(self, trials: Sequence[Trial], finished: int) -> None:
+        self.total, self.done = len(trials), finished
+        kept = f", {finished} finished before" if finished else ""
+        self.say(f"{len(trials)} trials{kept}")
+
+    def started(self, trial: Trial) -> None:
+        pass
+
+    def stepped(self, step: int, steps: int) -> None:
+        pass
+
+    def finished(self, trial: Trial, record: "Record") -> None:
+        self.done += 1
+        score, seconds = f"{record['metric']} {100 * record['score']:.1f}", sum(record["timing"].values())
+        self.say(f"[{self.done}/{self.total}] {trial.id}: {score} ({seconds:.0f} s)")
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Bars(_Lines):
+    """Adds progress bars over trials and over the current trial's steps, for terminals."""
+
+    def __init__(self, progress: Progress):
+        super().__init__(progress.console)
+        self.progress = progress
+        self.trials = progress.add_task("loading model and data", total=None)
+        self.steps = progress.add_task("", total=None, visible=False)
+
+    def planned(self, trials: Sequence[Trial], finished: int) -> None:
+        super().planned(trials, finished)
+        self.progress.update(self.trials, description="trials", total=len(trials), completed=finished)
+
+    def started(self, trial: Trial) -> None:
+        self.progress.reset(self.steps, description=trial.id, total=None, visible=True)
+
+    def stepped(self, step: int, steps: int) -> None:
+        self.progress.update(self.steps, completed=step, total=steps)
+
+    def finished(self, trial: Trial, record: "Record") -> None:
+        super().finished(trial, record)
+        self.progress.update(self.trials, completed=self.done)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print("loading model and data", highlight=False)
+        yield _Lines(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Bars(progress)
