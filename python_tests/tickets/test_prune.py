@@ -134,7 +134,7 @@ def test_random_is_a_function_of_the_seed_and_not_of_the_scores(cut: Any, seed: 
 def test_random_is_uniform_over_structures() -> None:
     importance = Importance(3, 4)
     tickets = [prune(importance, counts=(6, 1), kind="random", seed=seed) for seed in range(2000)]
-    assert len({(t.head_mask.sum(1).tolist()[0], t) for t in tickets}) > 500
+    assert len(set(tickets)) > 500
     heads = torch.stack([~t.head_mask for t in tickets]).double().mean(0)
     ffns = torch.stack([~t.ffn_mask for t in tickets]).double().mean(0)
     # Five standard errors of a share of 2000.
