@@ -1,1 +1,30 @@
 """Super tickets in pre-trained language models: find them, retrain them, keep what is small, fast and good."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ticketops.models import PatchHandle, patch
+    from ticketops.reporting import report
+    from ticketops.searching import search
+    from ticketops.tickets import Importance, Ticket, prune
+
+__version__ = "0.1.0"
+__all__ = ["Importance", "PatchHandle", "Ticket", "patch", "prune", "report", "search"]
+
+_HOMES = {
+    "Importance": "ticketops.tickets",
+    "PatchHandle": "ticketops.models",
+    "Ticket": "ticketops.tickets",
+    "patch": "ticketops.models",
+    "prune": "ticketops.tickets",
+    "report": "ticketops.reporting",
+    "search": "ticketops.searching",
+}
+
+
+# Loaded on first use, so that `ticketops --help` does not wait for torch and transformers.
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ticketops' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

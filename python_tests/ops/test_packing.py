@@ -1,0 +1,60 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ticketops.errors import InputError
+from ticketops.ops import Packing, Sequences
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=5))
+def test_packing_any_mask_keeps_the_real_tokens_in_order_and_unpacks_to_zeros(rows):
+    mask = torch.tensor(rows)
+    padded = torch.randn(*mask.shape, 3)
+    packing = Packing.from_mask(mask.int(), *mask.shape, mask.device)
+
+    packed = packing.pack(padded)
+
+    assert torch.equal(packed, padded[mask])
+    assert packing.sequences.lengths.tolist() == mask.sum(1).tolist()
+    for (start, end), row, keep in zip(packing.sequences.spans(), padded, mask, strict=True):
+        assert torch.equal(packed[start:end], row[keep])
+    assert torch.equal(packing.unpack(packed), padded * mask[:, :, None])
+
+
+def test_packing_is_differentiable():
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    packing = Packing.from_mask(mask, 2, 3, mask.device)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: packing.unpack(packing.pack(x) ** 2), x)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 5)])
+def test_a_batch_without_padding_is_whole(mask):
+    packing = Packing.from_mask(mask, 2, 5, torch.device("cpu"))
+    x = torch.randn(2, 5, 3)
+    assert torch.equal(packing.unpack(packing.pack(x)), x)
+    assert packing.sequences.spans() == [(0, 5), (5, 10)]
+
+
+def test_in_place_sequences_start_at_their_first_real_token():
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]])
+    packing = Packing.from_mask(mask, 3, 4, mask.device, unpad=False)
+    assert packing.indices is None
+    assert packing.sequences.spans() == [(0, 2), (6, 8), (8, 8)]
+
+
+def test_a_mask_with_holes_is_refused_in_place():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1]])
+    with pytest.raises(InputError, match="row 1 of the attention mask has holes"):
+        Packing.from_mask(mask, 2, 3, mask.device, unpad=False)
+
+
+def test_sequences_from_lengths():
+    assert Sequences.from_lengths([3, 0, 2]).spans() == [(0, 3), (3, 3), (3, 5)]
+    assert Sequences.from_lengths([3, 0, 2], width=4).spans() == [(0, 3), (4, 4), (8, 10)]
+    assert len(Sequences.from_lengths([])) == 0
+    with pytest.raises(InputError, match="5 tokens does not fit"):
+        Sequences.from_lengths([5], width=4)
+    with pytest.raises(InputError, match=">= 0"):
+        Sequences.from_lengths([2, -1])

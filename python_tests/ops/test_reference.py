@@ -1,0 +1,281 @@
+"""The reference against definitions written independently of it: dense masks, autograd through every multiplication."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from ticketops import ops
+from ticketops.errors import InputError, UnsupportedError
+from ticketops.ops import Sequences
+from ticketops.ops.dropout import keep_mask
+
+LENGTHS = [5, 1, 0, 7, 3]
+
+
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch):
+    monkeypatch.setenv("TICKETOPS_BACKEND", "reference")
+
+
+def inputs(lengths, heads=3, size=4, channels=6, neurons=10, dtype=torch.float64, gap=0):
+    torch.manual_seed(sum(lengths) + heads)
+    sequences = Sequences.from_lengths(lengths, width=max(lengths) + gap if gap else None)
+    tokens = len(lengths) * (max(lengths) + gap) if gap else sum(lengths)
+
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+    qkv = [leaf(tokens, heads, size) for _ in range(3)]
+    weights = [leaf(neurons, channels), leaf(neurons), leaf(channels, neurons), leaf(channels)]
+    return sequences, qkv, [leaf(tokens, channels), *weights]
+
+
+def dense_attention(q, k, v, sequences, masks, scale=None, keep=None, p=0.0):
+    """One softmax over all tokens, with everything outside of the query's sequence masked; `masks` is [B, H] or [T, H]."""
+    tokens = q.shape[0]
+    owner = torch.full((tokens,), -1)
+    for b, (start, end) in enumerate(sequences.spans()):
+        owner[start:end] = b
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    allowed = (owner[:, None] == owner[None, :]) & (owner >= 0)[:, None]
+    weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1).nan_to_num()
+    if keep is not None:
+        weights = weights * keep / (1 - p)
+    context = torch.einsum("hqk,khd->qhd", weights, v)
+    per_token = masks if masks.shape[0] == tokens and masks.ndim == 2 else None
+    if per_token is None:
+        per_token = torch.cat([masks, masks.new_zeros(1, masks.shape[1])])[owner]
+    return context * per_token[:, :, None]
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any), st.integers(1, 4), st.sampled_from([0, 2]))
+def test_attention_equals_the_dense_definition(lengths, heads, gap):
+    sequences, (q, k, v), _ = inputs(lengths, heads, gap=gap)
+    mask = torch.linspace(-0.5, 1.5, heads, dtype=torch.float64)
+    out = ops.attention(q, k, v, sequences, head_mask=mask, scale=0.3)
+    expected = dense_attention(q, k, v, sequences, mask.expand(len(lengths), -1), 0.3)
+    torch.testing.assert_close(out, expected)
+    for got, want in zip(
+        torch.autograd.grad(out.cos().sum(), (q, k, v)),
+        torch.autograd.grad(expected.cos().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_attention_gradients_against_finite_differences():
+    sequences, qkv, _ = inputs(LENGTHS)
+    mask = torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, k, v, m: ops.attention(q, k, v, sequences, head_mask=m), (*qkv, mask))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_ffn_gradients_against_finite_differences(activation):
+    sequences, _, tensors = inputs(LENGTHS)
+    masks = [
+        torch.tensor(0.7, dtype=torch.float64, requires_grad=True),
+        torch.linspace(0.1, 2, 10, dtype=torch.float64).requires_grad_(),
+    ]
+
+    def run(x, w1, b1, w2, b2, mask, neuron_mask):
+        return ops.ffn(x, w1, b1, w2, b2, sequences, activation=activation, ffn_mask=mask, neuron_mask=neuron_mask)
+
+    assert torch.autograd.gradcheck(run, (*tensors, *masks))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_head_importance_is_the_gradient_of_masks_multiplied_in_by_hand(per_token, masked):
+    sequences, (q, k, v), _ = inputs(LENGTHS)
+    mask = torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64) if masked else torch.ones(3, dtype=torch.float64)
+    importance = torch.full((5, 3), 7.0, dtype=torch.float64, requires_grad=True)
+    out = ops.attention(
+        q, k, v, sequences, head_mask=mask if masked else None, importance=importance, per_token=per_token
+    )
+    out.cos().sum().backward()
+
+    shape = (q.shape[0], 3) if per_token else (5, 3)
+    by_hand = mask.expand(*shape).clone().requires_grad_()
+    dense_attention(q.detach(), k.detach(), v.detach(), sequences, by_hand).cos().sum().backward()
+    expected = by_hand.grad
+    if per_token:
+        expected = torch.stack([expected[start:end].abs().sum(0) for start, end in sequences.spans()])
+    torch.testing.assert_close(importance.grad, expected)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_ffn_importance_is_the_gradient_of_masks_multiplied_in_by_hand(per_token):
+    sequences, _, tensors = inputs(LENGTHS)
+    x, w1, b1, w2, b2 = (tensor.detach() for tensor in tensors)
+    importance = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    neurons = torch.zeros(5, 10, dtype=torch.float64, requires_grad=True)
+    out = ops.ffn(x, w1, b1, w2, b2, sequences, importance=importance, neuron_importance=neurons, per_token=per_token)
+    out.cos().sum().backward()
+
+    mask = torch.ones(len(x), 1, dtype=torch.float64, requires_grad=True)
+    neuron_mask = torch.ones(len(x), 10, dtype=torch.float64, requires_grad=True)
+    by_hand = mask * functional.linear(neuron_mask * functional.gelu(functional.linear(x, w1, b1)), w2, b2)
+    by_hand.cos().sum().backward()
+
+    def sums(gradient):
+        gradient = gradient.abs() if per_token else gradient
+        return torch.stack([gradient[start:end].sum(0) for start, end in sequences.spans()])
+
+    torch.testing.assert_close(importance.grad, sums(mask.grad).squeeze(1))
+    torch.testing.assert_close(neurons.grad, sums(neuron_mask.grad))
+
+
+def test_a_pruned_head_is_zero_and_gets_no_gradient():
+    sequences, (q, k, v), _ = inputs(LENGTHS)
+    mask = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        for x in (q, k, v):
+            # Not computed means that not even a NaN is read.
+            x[:, 1] = torch.nan
+    out = ops.attention(q, k, v, sequences, head_mask=mask)
+    out.cos().sum().backward()
+    assert out[:, 1].eq(0).all()
+    assert mask.grad[1] == 0
+    assert mask.grad[[0, 2]].isfinite().all()
+    for x in (q, k, v):
+        assert x.grad[:, 1].eq(0).all()
+        assert x.grad[:, [0, 2]].isfinite().all()
+
+
+def test_pruned_neurons_and_a_pruned_ffn_are_not_read():
+    sequences, _, tensors = inputs(LENGTHS)
+    keep = torch.ones(10, dtype=torch.float64)
+    keep[[2, 5]] = 0
+    with torch.no_grad():
+        tensors[1][[2, 5]] = torch.nan
+        tensors[3][:, [2, 5]] = torch.nan
+    out = ops.ffn(*tensors, sequences, neuron_mask=keep)
+    out.cos().sum().backward()
+    x, w1, b1, w2, b2 = (tensor.detach() for tensor in tensors)
+    kept = keep.nonzero().squeeze(1)
+    hidden = functional.gelu(functional.linear(x, w1[kept], b1[kept]))
+    torch.testing.assert_close(out.detach(), functional.linear(hidden, w2[:, kept], b2))
+    assert all(tensor.grad.isfinite().all() for tensor in tensors)
+    assert tensors[1].grad[[2, 5]].eq(0).all()
+
+    none = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    out = ops.ffn(*tensors, sequences, ffn_mask=none)
+    out.sum().backward()
+    assert out.eq(0).all()
+    assert none.grad == 0
+
+
+def test_dropout_is_replayed_in_the_backward_pass():
+    sequences, (q, k, v), _ = inputs([6, 4])
+    torch.manual_seed(11)
+    out = ops.attention(q, k, v, sequences, dropout_p=0.4)
+    torch.manual_seed(11)
+    seed = torch.randint(2**62, (1,), dtype=torch.int64)
+    keep = torch.zeros(3, 10, 10, dtype=torch.float64)
+    for start, end in sequences.spans():
+        n = end - start
+        keep[:, start:end, start:end] = keep_mask(seed, start, n, torch.arange(3), 3, n, 0.4).double()
+    expected = dense_attention(q, k, v, sequences, torch.ones(2, 3, dtype=torch.float64), keep=keep, p=0.4)
+    torch.testing.assert_close(out, expected)
+    for got, want in zip(
+        torch.autograd.grad(out.cos().sum(), (q, k, v)),
+        torch.autograd.grad(expected.cos().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_good_as_pytorch_in_the_same_dtype(dtype):
+    sequences, qkv, _ = inputs([33, 20], heads=2, size=32)
+    exact = [x.detach().requires_grad_() for x in qkv]
+    low = [x.detach().to(dtype).requires_grad_() for x in qkv]
+    stock = [x.detach().to(dtype).requires_grad_() for x in qkv]
+
+    def sdpa(tensors):
+        return torch.cat(
+            [
+                functional.scaled_dot_product_attention(*(x[a:b].transpose(0, 1)[None] for x in tensors))[0].transpose(
+                    0, 1
+                )
+                for a, b in sequences.spans()
+            ]
+        )
+
+    outs = [ops.attention(*exact, sequences), ops.attention(*low, sequences), sdpa(stock)]
+    for out in outs:
+        out.double().square().sum().backward()
+    wanted, ours, theirs = ([out, *(x.grad for x in xs)] for out, xs in zip(outs, (exact, low, stock), strict=True))
+    for index, (want, got, other) in enumerate(zip(wanted, ours, theirs, strict=True)):
+        bound = (2 if index == 0 else 3) * (other.double() - want).abs().max()
+        assert (got.double() - want).abs().max() <= bound + 1e-6
+        assert got.dtype == dtype
+
+
+def test_opcheck_and_one_graph():
+    sequences, qkv, tensors = inputs(LENGTHS)
+    mask = torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64, requires_grad=True)
+    importance = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
+    where = (sequences.starts, sequences.lengths)
+    seed = torch.tensor([5])
+    torch.library.opcheck(torch.ops.ticketops.attention, (*qkv, *where, mask, importance, seed, 7, 0.3, 0.1, False))
+    sink = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    ffn_mask = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.ticketops.ffn, (*tensors, *where, ffn_mask, None, sink, None, "gelu", True))
+
+    def step(q, k, v, importance, *tensors):
+        attended = ops.attention(q, k, v, sequences, importance=importance)
+        return ops.ffn(*tensors, sequences, activation="relu").sum() + attended.cos().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for run in (step, compiled):
+        importance.grad = None
+        run(*qkv, importance, *tensors).backward()
+        if run is step:
+            eager = importance.grad
+    torch.testing.assert_close(importance.grad, eager)
+
+
+def test_autocast_and_strides_and_no_tokens():
+    sequences, qkv, tensors = inputs([4, 3], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.attention(*qkv, sequences).dtype == torch.bfloat16
+        assert ops.ffn(*tensors, sequences).dtype == torch.bfloat16
+    fused = torch.randn(7, 2, 3, 3, 4).transpose(1, 2)
+    q, k, v = (fused[:, :, 0, i] for i in range(3))
+    torch.testing.assert_close(
+        ops.attention(q, k, v, sequences), ops.attention(*(x.contiguous() for x in (q, k, v)), sequences)
+    )
+    nothing = Sequences.from_lengths([0, 0])
+    assert ops.attention(*(torch.zeros(0, 2, 4, requires_grad=True) for _ in range(3)), nothing).shape == (0, 2, 4)
+
+
+def test_bad_arguments_are_named():
+    sequences, (q, k, v), tensors = inputs([4, 3])
+    with pytest.raises(InputError, match="one shape"):
+        ops.attention(q, k[:, :2], v, sequences)
+    with pytest.raises(InputError, match=r"dropout_p must be in \[0, 1\), got 1.5"):
+        ops.attention(q, k, v, sequences, dropout_p=1.5)
+    with pytest.raises(InputError, match=r"head_mask must have shape \[3\]"):
+        ops.attention(q, k, v, sequences, head_mask=torch.ones(4))
+    with pytest.raises(InputError, match="one dtype and device"):
+        ops.attention(q, k.float(), v, sequences)
+    with pytest.raises(UnsupportedError, match="int64"):
+        ops.attention(q.long(), k.long(), v.long(), sequences)
+    with pytest.raises(UnsupportedError, match="'swish'"):
+        ops.ffn(*tensors, sequences, activation="swish")
+    with pytest.raises(InputError, match="neuron_mask"):
+        ops.ffn(*tensors, sequences, neuron_mask=torch.ones(3))
+    (gradient,) = torch.autograd.grad(ops.attention(q, k, v, sequences).sum(), q, create_graph=True)
+    with pytest.raises(UnsupportedError, match="second derivative"):
+        gradient.sum().backward()
+
+
+def test_an_unknown_backend_is_named(monkeypatch):
+    monkeypatch.setenv("TICKETOPS_BACKEND", "cuda11")
+    sequences, (q, k, v), _ = inputs([4, 3])
+    with pytest.raises(UnsupportedError, match="TICKETOPS_BACKEND=cuda11"):
+        ops.attention(q, k, v, sequences)
