@@ -13,7 +13,7 @@ OPS = ("attention", "ffn", "residual")
 #: The backends of each device, the preferred one first. A backend of an op is the module ticketops.ops.<op>.<backend>
 #: with `forward`, `backward` and `refusal(device, dtype)`, which says why it cannot serve a call or None; `reference`
 #: serves every device and dtype.
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("reference",)}
 
 
 def requested() -> str:

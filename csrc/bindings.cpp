@@ -1,0 +1,269 @@
+// ticketops._native. Addresses come as integers, and the callers in ticketops/ops/*/native.py have checked that they
+// are of the right device, dtype, size and stride; only what the sequences say is checked here, since it is data.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/threads.h"
+
+namespace py = pybind11;
+using namespace ticketops;
+using Address = std::uintptr_t;
+
+namespace {
+
+#ifdef __x86_64__
+bool choose_avx512() {
+  const char* wanted = std::getenv("TICKETOPS_ISA");
+  if (wanted && std::string(wanted) == "avx2") return false;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+const bool avx512_chosen = choose_avx512();
+const char* isa() { return avx512_chosen ? "avx512" : "avx2"; }
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#define KERNEL(...) (avx512_chosen ? &avx512::__VA_ARGS__ : &avx2::__VA_ARGS__)
+#else
+const char* isa() { return "generic"; }
+bool supported() { return true; }
+#define KERNEL(...) (&generic::__VA_ARGS__)
+#endif
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+View view(Address data, int64_t row, int64_t head) { return {pointer<void>(data), row, head}; }
+
+// Not initialised, so that nothing is written twice.
+using Scratch = std::unique_ptr<float[]>;
+Scratch allocate(int64_t floats) { return Scratch(new float[floats]); }
+
+Dropout dropout(uint64_t seed, uint32_t threshold, double p) {
+  return {seed, threshold, static_cast<float>(1.0 / (1.0 - p))};
+}
+
+std::vector<Segment> read_sequences(Address starts, Address lengths, int64_t batch, int64_t rows, int64_t longest) {
+  std::vector<Segment> sequences(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t start = pointer<int32_t>(starts)[b], length = pointer<int32_t>(lengths)[b];
+    if (start < 0 || length < 0 || start + length > rows || length > longest)
+      throw std::invalid_argument("sequence " + std::to_string(b) + " is rows " + std::to_string(start) + " .. " +
+                                  std::to_string(start + length - 1) + ", but there are " + std::to_string(rows) +
+                                  " rows and max_length is " + std::to_string(longest));
+    sequences[b] = {start, length, b};
+  }
+  return sequences;
+}
+
+// The sequences in the order of their rows, and between them the rows of no sequence.
+std::vector<Segment> cover(std::vector<Segment> sequences, int64_t rows) {
+  std::stable_sort(sequences.begin(), sequences.end(), [](const Segment& a, const Segment& b) {
+    return a.start != b.start ? a.start < b.start : a.length < b.length;
+  });
+  std::vector<Segment> segments;
+  int64_t end = 0;
+  for (const Segment& sequence : sequences) {
+    if (sequence.length && sequence.start < end)
+      throw std::invalid_argument("sequences overlap at row " + std::to_string(sequence.start));
+    if (sequence.length && sequence.start > end) segments.push_back({end, sequence.start - end, -1});
+    segments.push_back(sequence);
+    if (sequence.length) end = sequence.start + sequence.length;
+  }
+  if (rows > end) segments.push_back({end, rows - end, -1});
+  return segments;
+}
+
+void clear_gaps(const std::vector<Segment>& segments, Address target, int64_t row_bytes) {
+  for (const Segment& segment : segments)
+    if (segment.sequence < 0) std::memset(pointer<char>(target) + segment.start * row_bytes, 0, segment.length * row_bytes);
+}
+
+void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head,
+                       Address v, int64_t v_row, int64_t v_head, Address out, Address lse, Address starts,
+                       Address lengths, Address head_mask, int64_t batch, int64_t tokens, int64_t heads,
+                       int64_t head_dim, int64_t max_length, double scale, uint64_t seed, uint32_t threshold, double p,
+                       int threads) {
+  const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
+  const auto segments = cover(sequences, tokens);
+  const Scratch scratch = allocate(threads * attention_scratch(max_length, head_dim));
+  AttentionForward args;
+  args.heads = heads;
+  args.head_dim = head_dim;
+  args.sequences = sequences.data();
+  args.batch = batch;
+  args.head_mask = pointer<float>(head_mask);
+  args.dropout = dropout(seed, threshold, p);
+  args.scale = static_cast<float>(scale);
+  args.scratch = scratch.get();
+  args.scratch_stride = attention_scratch(max_length, head_dim);
+  args.threads = threads;
+  args.q = view(q, q_row, q_head);
+  args.k = view(k, k_row, k_head);
+  args.v = view(v, v_row, v_head);
+  args.out = pointer<void>(out);
+  args.lse = pointer<float>(lse);
+  clear_gaps(segments, out, heads * head_dim * (bf16 ? 2 : 4));
+  clear_gaps(segments, lse, heads * 4);
+  (bf16 ? KERNEL(attention_forward<Bf16>) : KERNEL(attention_forward<float>))(args);
+}
+
+void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_head, Address q, int64_t q_row,
+                        int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v, int64_t v_row,
+                        int64_t v_head, Address out, Address lse, Address starts, Address lengths, Address head_mask,
+                        Address dq, Address dk, Address dv, Address signed_sums, Address absolute_sums, int64_t batch,
+                        int64_t tokens, int64_t heads, int64_t head_dim, int64_t max_length, double scale,
+                        uint64_t seed, uint32_t threshold, double p, int threads) {
+  const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
+  const auto segments = cover(sequences, tokens);
+  const Scratch scratch = allocate(threads * attention_scratch(max_length, head_dim));
+  AttentionBackward args;
+  args.heads = heads;
+  args.head_dim = head_dim;
+  args.sequences = sequences.data();
+  args.batch = batch;
+  args.head_mask = pointer<float>(head_mask);
+  args.dropout = dropout(seed, threshold, p);
+  args.scale = static_cast<float>(scale);
+  args.scratch = scratch.get();
+  args.scratch_stride = attention_scratch(max_length, head_dim);
+  args.threads = threads;
+  args.dout = view(dout, dout_row, dout_head);
+  args.q = view(q, q_row, q_head);
+  args.k = view(k, k_row, k_head);
+  args.v = view(v, v_row, v_head);
+  args.out = pointer<void>(out);
+  args.lse = pointer<float>(lse);
+  args.dq = pointer<void>(dq);
+  args.dk = pointer<void>(dk);
+  args.dv = pointer<void>(dv);
+  args.signed_sums = pointer<float>(signed_sums);
+  args.absolute_sums = pointer<float>(absolute_sums);
+  for (Address target : {dq, dk, dv}) clear_gaps(segments, target, heads * head_dim * (bf16 ? 2 : 4));
+  (bf16 ? KERNEL(attention_backward<Bf16>) : KERNEL(attention_backward<float>))(args);
+}
+
+void ffn_forward(bool bf16, int activation, Address pre, Address hidden, Address masked, Address neuron_mask,
+                 int64_t rows, int64_t neurons, int threads) {
+  const FfnForward args{rows, neurons, static_cast<Activation>(activation), pointer<void>(pre), pointer<void>(hidden),
+                        pointer<void>(masked), pointer<float>(neuron_mask), threads};
+  (bf16 ? KERNEL(ffn_forward<Bf16>) : KERNEL(ffn_forward<float>))(args);
+}
+
+void ffn_backward(bool bf16, int activation, Address gradient, Address pre, Address hidden, Address masked,
+                  Address neuron_mask, Address bias_sums, Address neuron_sums, bool neuron_absolute, Address starts,
+                  Address lengths, int64_t batch, int64_t rows, int64_t neurons, int threads) {
+  std::vector<Segment> segments;
+  if (neuron_sums) {
+    segments = cover(read_sequences(starts, lengths, batch, rows, rows), rows);
+  } else {
+    constexpr int64_t chunk = 64;
+    for (int64_t start = 0; start < rows; start += chunk) segments.push_back({start, std::min(chunk, rows - start), -1});
+  }
+  const Scratch bias_table = allocate(bias_sums ? segments.size() * neurons : 0);
+  FfnBackward args;
+  args.rows = rows;
+  args.neurons = neurons;
+  args.activation = static_cast<Activation>(activation);
+  args.gradient = pointer<void>(gradient);
+  args.pre = pointer<void>(pre);
+  args.hidden = pointer<void>(hidden);
+  args.masked = pointer<void>(masked);
+  args.neuron_mask = pointer<float>(neuron_mask);
+  args.segments = segments.data();
+  args.segment_count = static_cast<int64_t>(segments.size());
+  args.bias_table = bias_sums ? bias_table.get() : nullptr;
+  args.bias_sums = pointer<float>(bias_sums);
+  args.neuron_sums = pointer<float>(neuron_sums);
+  args.neuron_absolute = neuron_absolute;
+  args.threads = threads;
+  (bf16 ? KERNEL(ffn_backward<Bf16>) : KERNEL(ffn_backward<float>))(args);
+}
+
+void token_sums(bool bf16, Address a, Address b, Address starts, Address lengths, double mask, Address signed_sums,
+                Address absolute_sums, int64_t batch, int64_t rows, int64_t channels, int threads) {
+  const auto sequences = read_sequences(starts, lengths, batch, rows, rows);
+  const TokenSums args{channels, pointer<void>(a), pointer<void>(b), sequences.data(), batch,
+                       static_cast<float>(mask), pointer<float>(signed_sums), pointer<float>(absolute_sums), threads};
+  (bf16 ? KERNEL(token_sums<Bf16>) : KERNEL(token_sums<float>))(args);
+}
+
+// The kernel for the storage of x and of the residual, which is float32 or x's.
+#define RESIDUAL_KERNEL(name)                       \
+  (residual_bf16 ? KERNEL(name<Bf16, Bf16>)         \
+   : x_bf16      ? KERNEL(name<Bf16, float>)        \
+                 : KERNEL(name<float, float>))
+
+void residual_forward(bool x_bf16, bool residual_bf16, Address x, Address residual, Address bias, Address gamma,
+                      Address beta, Address out, Address mean, Address rstd, int64_t rows, int64_t channels,
+                      double eps, uint64_t seed, uint32_t threshold, double p, int threads) {
+  const Scratch scratch = allocate(threads * channels);
+  ResidualForward args;
+  args.rows = rows;
+  args.channels = channels;
+  args.x = pointer<void>(x);
+  args.residual = pointer<void>(residual);
+  args.bias = pointer<float>(bias);
+  args.gamma = pointer<float>(gamma);
+  args.dropout = dropout(seed, threshold, p);
+  args.scratch = scratch.get();
+  args.threads = threads;
+  args.out = pointer<void>(out);
+  args.beta = pointer<float>(beta);
+  args.eps = static_cast<float>(eps);
+  args.mean = pointer<float>(mean);
+  args.rstd = pointer<float>(rstd);
+  RESIDUAL_KERNEL(residual_forward)(args);
+}
+
+void residual_backward(bool x_bf16, bool residual_bf16, Address dout, Address x, Address residual, Address bias,
+                       Address gamma, Address mean, Address rstd, Address dx, Address dresidual, Address dbias,
+                       Address dgamma, Address dbeta, int64_t rows, int64_t channels, uint64_t seed,
+                       uint32_t threshold, double p, int threads) {
+  const Scratch scratch = allocate((rows + residual_chunk - 1) / residual_chunk * 4 * channels);
+  ResidualBackward args;
+  args.rows = rows;
+  args.channels = channels;
+  args.x = pointer<void>(x);
+  args.residual = pointer<void>(residual);
+  args.bias = pointer<float>(bias);
+  args.gamma = pointer<float>(gamma);
+  args.dropout = dropout(seed, threshold, p);
+  args.scratch = scratch.get();
+  args.threads = threads;
+  args.dout = pointer<void>(dout);
+  args.mean = pointer<float>(mean);
+  args.rstd = pointer<float>(rstd);
+  args.dx = pointer<void>(dx);
+  args.dresidual = pointer<void>(dresidual);
+  args.dbias = pointer<float>(dbias);
+  args.dgamma = pointer<float>(dgamma);
+  args.dbeta = pointer<float>(dbeta);
+  RESIDUAL_KERNEL(residual_backward)(args);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Kernels of ticketops that take addresses; use ticketops.ops.";
+  m.def("isa", isa, "The instruction set that the kernels use.");
+  m.def("supported", supported, "Whether this processor has what the kernels need.");
+  m.def("threads_available", threads_available, "Whether torch's OpenMP runtime was found.");
+  const py::call_guard<py::gil_scoped_release> release;
+  m.def("attention_forward", attention_forward, release);
+  m.def("attention_backward", attention_backward, release);
+  m.def("ffn_forward", ffn_forward, release);
+  m.def("ffn_backward", ffn_backward, release);
+  m.def("token_sums", token_sums, release);
+  m.def("residual_forward", residual_forward, release);
+  m.def("residual_backward", residual_backward, release);
+}

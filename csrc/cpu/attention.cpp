@@ -1,0 +1,245 @@
+// Masked attention over packed sequences, one (sequence, head) a task. The operands of a task are copied into float32
+// scratch with padded rows, so that one register-tiled matrix product serves all seven products and both dtypes; the
+// scores of a block of queries stay in the cache, and no score is ever written to memory.
+#include "cpu/dropout.h"
+#include "cpu/parallel.h"
+
+namespace ticketops::TICKETOPS_ISA {
+namespace {
+
+constexpr int64_t query_block = attention_query_block;
+
+// The left operand of a product: element (i, k) is data[i * row + k * column].
+struct Left {
+  const float* data;
+  int64_t row, column;
+};
+
+// c[i][j] = (add ? c[i][j] : 0) + sum_k a(i, k) b[k][j] for R rows and V vectors of columns, held in registers.
+template <int R, int V, bool add>
+TICKETOPS_INLINE void product_tile(Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
+  Float total[R][V] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Float right[V];
+    for (int v = 0; v < V; ++v) right[v] = load(b + k * b_row + v * W);
+    for (int r = 0; r < R; ++r) {
+      const float left = a.data[r * a.row + k * a.column];
+      for (int v = 0; v < V; ++v) total[r][v] += left * right[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      float* p = c + r * c_row + v * W;
+      store(p, add ? load(p) + total[r][v] : total[r][v]);
+    }
+}
+
+// One panel of V vectors of columns: rows in tiles of 6, then one tile of what is left.
+template <int V, bool add, int R = 6>
+void product_panel(int64_t rows, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
+  for (; rows >= R; rows -= R, a.data += R * a.row, c += R * c_row)
+    product_tile<R, V, add>(a, b, b_row, c, c_row, depth);
+  if constexpr (R > 1)
+    if (rows) product_panel<V, add, R - 1>(rows, a, b, b_row, c, c_row, depth);
+}
+
+// c = (add ? c : 0) + a b with `columns` a multiple of W. Panels are as wide as the registers allow beside 6 rows.
+template <bool add>
+void product(int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_row, float* c,
+             int64_t c_row) {
+  constexpr int widest = W == 16 ? 4 : 2;
+  int64_t j = 0;
+  for (; j + widest * W <= columns; j += widest * W)
+    product_panel<widest, add>(rows, a, b + j, b_row, c + j, c_row, depth);
+  for (; j < columns; j += W) product_panel<1, add>(rows, a, b + j, b_row, c + j, c_row, depth);
+}
+
+int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+// One head of a sequence's rows `start` .. `start` + rows - 1, times `factor`, as [rows][stride] with zeros up to the
+// next multiple of W.
+template <typename T>
+void gather(const View& view, int64_t start, int64_t rows, int64_t head, int64_t head_dim, float factor, float* packed,
+            int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = static_cast<const T*>(view.data) + (start + i) * view.row + head * view.head;
+    for_row(head_dim, [&](int64_t d, auto load, auto) { store(packed + i * stride + d, load(row) * factor); });
+  }
+}
+
+// The transpose [head_dim][stride] of the same, with zeros up to the next multiple of W.
+template <typename T>
+void gather_transposed(const View& view, int64_t start, int64_t rows, int64_t head, int64_t head_dim, float* packed,
+                       int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = static_cast<const T*>(view.data) + (start + i) * view.row + head * view.head;
+    for_row(head_dim, [&](int64_t d, auto load, auto) {
+      const Float x = load(row);
+      const int64_t count = min(W, head_dim - d);
+      for (int64_t lane = 0; lane < count; ++lane) packed[(d + lane) * stride + i] = x[lane];
+    });
+  }
+  for (int64_t d = 0; d < head_dim; ++d)
+    for (int64_t i = rows; i < padded(rows); ++i) packed[d * stride + i] = 0;
+}
+
+// Writes [rows][stride] times `factor` to one head of a contiguous [T, H, D].
+template <typename T>
+void scatter(const float* packed, int64_t stride, const Attention& args, int64_t start, int64_t rows, int64_t head,
+             float factor, void* target) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* row = static_cast<T*>(target) + ((start + i) * args.heads + head) * args.head_dim;
+    for_row(args.head_dim, [&](int64_t d, auto, auto store) { store(row, load(packed + i * stride + d) * factor); });
+  }
+}
+
+// A head that is masked out leaves zeros.
+template <typename T>
+void clear(const Attention& args, const Segment& sequence, int64_t head, void* target) {
+  const T zero{};
+  for (int64_t i = 0; i < sequence.length; ++i) {
+    T* row = static_cast<T*>(target) + ((sequence.start + i) * args.heads + head) * args.head_dim;
+    for (int64_t d = 0; d < args.head_dim; ++d) row[d] = zero;
+  }
+}
+
+// Scores behind the last key take no part in the softmax.
+void pad_scores(float* scores, int64_t keys) {
+  for (int64_t j = keys; j < padded(keys); ++j) scores[j] = -__builtin_inff();
+}
+
+}  // namespace
+
+template <typename T>
+void attention_forward(const AttentionForward& args) {
+  parallel(args.batch * args.heads, args.threads, [&](int64_t task, int thread) {
+    const Segment& sequence = args.sequences[task / args.heads];
+    const int64_t head = task % args.heads, n = sequence.length, depth = args.head_dim;
+    const float mask = args.head_mask ? args.head_mask[head] : 1.0f;
+    if (mask == 0) {
+      clear<T>(args, sequence, head, args.out);
+      for (int64_t i = 0; i < n; ++i) args.lse[(sequence.start + i) * args.heads + head] = 0;
+      return;
+    }
+    const int64_t key_stride = attention_stride(n), stride = attention_stride(depth);
+    float* k = args.scratch + thread * args.scratch_stride;  // [depth][key_stride], transposed
+    float* v = k + depth * key_stride;  // [n][stride]
+    float* q = v + n * stride;  // [query_block][stride]
+    float* out = q + query_block * stride;  // [query_block][stride]
+    float* scores = out + query_block * stride;  // [query_block][key_stride]
+    gather_transposed<T>(args.k, sequence.start, n, head, depth, k, key_stride);
+    gather<T>(args.v, sequence.start, n, head, depth, 1, v, stride);
+    for (int64_t first = 0; first < n; first += query_block) {
+      const int64_t rows = min(query_block, n - first), start = sequence.start + first;
+      gather<T>(args.q, start, rows, head, depth, args.scale, q, stride);
+      product<false>(rows, padded(n), depth, {q, stride, 1}, k, key_stride, scores, key_stride);
+      float factors[query_block];
+      for (int64_t i = 0; i < rows; ++i) {
+        float* row = scores + i * key_stride;
+        pad_scores(row, n);
+        Float largest = load(row);
+        for (int64_t j = W; j < n; j += W) {
+          const Float x = load(row + j);
+          largest = x > largest ? x : largest;
+        }
+        const float top = max(largest);
+        const uint32_t key = row_key(args.dropout, (start + i) * args.heads + head);
+        Float total{};
+        for (int64_t j = 0; j < n; j += W) {
+          const Float weight = exp(load(row + j) - top);
+          total += weight;
+          store(row + j, args.dropout.threshold ? drop(args.dropout, key, j, weight) : weight);
+        }
+        const float normaliser = sum(total);
+        args.lse[(start + i) * args.heads + head] = top + __builtin_logf(normaliser);
+        factors[i] = mask * args.dropout.scale / normaliser;
+      }
+      product<false>(rows, padded(depth), n, {scores, key_stride, 1}, v, stride, out, stride);
+      for (int64_t i = 0; i < rows; ++i)
+        scatter<T>(out + i * stride, stride, args, start + i, 1, head, factors[i], args.out);
+    }
+  });
+}
+
+// With P = softmax(S), R = keep / (1 - p), W = P * R, dO = m dOut and delta = rowsum(dOut * out):
+//   dV = W^T dO,  dP = (dO V^T) * R,  dS = P * (dP - delta),  dQ = scale dS K,  dK = dS^T (scale Q),
+//   and the mask's gradient is sum delta / m.
+template <typename T>
+void attention_backward(const AttentionBackward& args) {
+  parallel(args.batch * args.heads, args.threads, [&](int64_t task, int thread) {
+    const Segment& sequence = args.sequences[task / args.heads];
+    const int64_t head = task % args.heads, n = sequence.length, depth = args.head_dim;
+    const float mask = args.head_mask ? args.head_mask[head] : 1.0f;
+    if (mask == 0) {
+      clear<T>(args, sequence, head, args.dq);
+      clear<T>(args, sequence, head, args.dk);
+      clear<T>(args, sequence, head, args.dv);
+      args.signed_sums[task] = args.absolute_sums[task] = 0;
+      return;
+    }
+    const Dropout& dropout = args.dropout;
+    const int64_t key_stride = attention_stride(n), stride = attention_stride(depth);
+    const int64_t keys = padded(n), channels = padded(depth);
+    float* k_transposed = args.scratch + thread * args.scratch_stride;  // [depth][key_stride]
+    float* v_transposed = k_transposed + depth * key_stride;
+    float* k = v_transposed + depth * key_stride;  // [n][stride]
+    float* dk = k + n * stride;
+    float* dv = dk + n * stride;
+    float* q = dv + n * stride;  // [query_block][stride]
+    float* dout = q + query_block * stride;
+    float* dq = dout + query_block * stride;
+    float* weights = dq + query_block * stride;  // [query_block][key_stride]
+    float* dscores = weights + query_block * key_stride;
+    gather_transposed<T>(args.k, sequence.start, n, head, depth, k_transposed, key_stride);
+    gather_transposed<T>(args.v, sequence.start, n, head, depth, v_transposed, key_stride);
+    gather<T>(args.k, sequence.start, n, head, depth, 1, k, stride);
+    double signed_sum = 0, absolute_sum = 0;
+    for (int64_t first = 0; first < n; first += query_block) {
+      const int64_t rows = min(query_block, n - first), start = sequence.start + first;
+      gather<T>(args.q, start, rows, head, depth, args.scale, q, stride);
+      gather<T>(args.dout, start, rows, head, depth, mask, dout, stride);
+      product<false>(rows, keys, depth, {q, stride, 1}, k_transposed, key_stride, weights, key_stride);
+      product<false>(rows, keys, depth, {dout, stride, 1}, v_transposed, key_stride, dscores, key_stride);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = (start + i) * args.heads + head;
+        const T* out_row = static_cast<const T*>(args.out) + at * depth;
+        const T* dout_row = static_cast<const T*>(args.dout.data) + (start + i) * args.dout.row + head * args.dout.head;
+        Float products{};
+        for_row(depth, [&](int64_t, auto load, auto) { products += load(dout_row) * load(out_row); });
+        const float delta = sum(products), lse = args.lse[at];
+        signed_sum += delta / mask;
+        absolute_sum += __builtin_fabsf(delta / mask);
+        float* weight_row = weights + i * key_stride;
+        float* dscore_row = dscores + i * key_stride;
+        pad_scores(weight_row, n);
+        const uint32_t key = row_key(dropout, at);
+        for (int64_t j = 0; j < n; j += W) {
+          const Float weight = exp(load(weight_row + j) - lse);
+          Float dropped = weight, dweight = load(dscore_row + j);
+          if (dropout.threshold) {
+            dropped = drop(dropout, key, j, weight * dropout.scale);
+            dweight = drop(dropout, key, j, dweight * dropout.scale);
+          }
+          store(weight_row + j, dropped);
+          store(dscore_row + j, weight * (dweight - delta));
+        }
+      }
+      product<false>(rows, channels, n, {dscores, key_stride, 1}, k, stride, dq, stride);
+      scatter<T>(dq, stride, args, start, rows, head, args.scale, args.dq);
+      const auto accumulate = first ? product<true> : product<false>;
+      accumulate(n, channels, rows, {dscores, 1, key_stride}, q, stride, dk, stride);
+      accumulate(n, channels, rows, {weights, 1, key_stride}, dout, stride, dv, stride);
+    }
+    scatter<T>(dk, stride, args, sequence.start, n, head, 1, args.dk);
+    scatter<T>(dv, stride, args, sequence.start, n, head, 1, args.dv);
+    args.signed_sums[task] = static_cast<float>(signed_sum);
+    args.absolute_sums[task] = static_cast<float>(absolute_sum);
+  });
+}
+
+template void attention_forward<float>(const AttentionForward&);
+template void attention_forward<Bf16>(const AttentionForward&);
+template void attention_backward<float>(const AttentionBackward&);
+template void attention_backward<Bf16>(const AttentionBackward&);
+
+}  // namespace ticketops::TICKETOPS_ISA

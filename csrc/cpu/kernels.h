@@ -1,0 +1,158 @@
+// What the CPU kernels take: raw pointers, sizes and strides (in elements), checked by the callers in Python.
+#pragma once
+
+#include <cstdint>
+
+namespace ticketops {
+
+// Storage of a bfloat16; all arithmetic is in float32.
+struct Bf16 {
+  uint16_t bits;
+};
+
+// threshold: ceil(p * 2^24); 0 means no dropout.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;
+  float scale;  // 1 / (1 - p)
+};
+
+// Consecutive rows that belong together; `sequence` is -1 for rows of no sequence.
+struct Segment {
+  int64_t start, length, sequence;
+};
+
+// A [T, H, D] view whose last stride is 1.
+struct View {
+  const void* data;
+  int64_t row, head;
+};
+
+// The scores of this many queries are held at a time.
+constexpr int64_t attention_query_block = 48;
+
+// Elements from one row of n to the next in scratch: room for whole vectors, and an odd number of cache lines, so that
+// walking down a column does not hit the same cache set again and again.
+constexpr int64_t attention_stride(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
+
+// Floats that one thread needs for sequences of up to n tokens (those of the backward pass; the forward pass needs less).
+constexpr int64_t attention_scratch(int64_t n, int64_t head_dim) {
+  return 2 * head_dim * attention_stride(n) + 3 * n * attention_stride(head_dim) +
+         attention_query_block * (3 * attention_stride(head_dim) + 2 * attention_stride(n));
+}
+
+struct Attention {
+  int64_t heads, head_dim;
+  const Segment* sequences;
+  int64_t batch;
+  const float* head_mask;  // [H] or null
+  Dropout dropout;
+  float scale;
+  float* scratch;  // [threads, scratch_stride]
+  int64_t scratch_stride;
+  int threads;
+};
+
+struct AttentionForward : Attention {
+  View q, k, v;
+  void* out;  // [T, H, D]
+  float* lse;  // [T, H]
+};
+
+struct AttentionBackward : Attention {
+  View dout, q, k, v;
+  const void* out;
+  const float* lse;
+  void *dq, *dk, *dv;  // [T, H, D]
+  float *signed_sums, *absolute_sums;  // [B, H]
+};
+
+enum class Activation : int { gelu, gelu_tanh, relu };
+
+// hidden = act(pre), masked = hidden * mask.
+struct FfnForward {
+  int64_t rows, neurons;
+  Activation activation;
+  const void* pre;  // [T, N], bias included
+  void *hidden, *masked;  // [T, N]; masked: null without a mask
+  const float* neuron_mask;  // [N] or null
+  int threads;
+};
+
+struct FfnBackward {
+  int64_t rows, neurons;
+  Activation activation;
+  void* gradient;  // [T, N], holds dY W2 and becomes dL/dpre
+  const void *pre, *hidden;
+  void* masked;  // hidden * mask; null where it is not wanted
+  const float* neuron_mask;
+  const Segment* segments;  // cover all rows
+  int64_t segment_count;
+  float* bias_table;  // [segments, N] scratch, null where bias_sums are not wanted
+  float* bias_sums;  // [N], column sums of dL/dpre
+  float* neuron_sums;  // [B, N] or null
+  bool neuron_absolute;
+  int threads;
+};
+
+// Sums over each sequence's rows of <a, b> and of |<a, b>|.
+struct TokenSums {
+  int64_t channels;
+  const void *a, *b;
+  const Segment* sequences;
+  int64_t batch;
+  float mask;  // divides every term
+  float *signed_sums, *absolute_sums;  // [B]
+  int threads;
+};
+
+struct Residual {
+  int64_t rows, channels;
+  const void *x, *residual;
+  const float *bias, *gamma;  // bias: or null
+  Dropout dropout;
+  float* scratch;
+  int threads;
+};
+
+// scratch: [threads, C].
+struct ResidualForward : Residual {
+  void* out;
+  const float* beta;
+  float eps;
+  float *mean, *rstd;  // [T]
+};
+
+// Rows are summed in chunks of this many, so that the sums do not depend on the number of threads.
+constexpr int64_t residual_chunk = 64;
+
+struct ResidualBackward : Residual {
+  const void* dout;
+  const float *mean, *rstd;
+  void *dx, *dresidual;  // dx: null where it equals dresidual
+  float *dbias, *dgamma, *dbeta;  // [C]; scratch holds [chunks, 4, C]: these three of each chunk, and a row
+};
+
+#define TICKETOPS_KERNELS(isa)                                                      \
+  namespace isa {                                                                   \
+  template <typename T>                                                             \
+  void attention_forward(const AttentionForward&);                                  \
+  template <typename T>                                                             \
+  void attention_backward(const AttentionBackward&);                                \
+  template <typename T>                                                             \
+  void ffn_forward(const FfnForward&);                                              \
+  template <typename T>                                                             \
+  void ffn_backward(const FfnBackward&);                                            \
+  template <typename T>                                                             \
+  void token_sums(const TokenSums&);                                                \
+  template <typename X, typename R>                                                 \
+  void residual_forward(const ResidualForward&);                                    \
+  template <typename X, typename R>                                                 \
+  void residual_backward(const ResidualBackward&);                                  \
+  }
+
+TICKETOPS_KERNELS(avx2)
+TICKETOPS_KERNELS(avx512)
+TICKETOPS_KERNELS(generic)
+
+}  // namespace ticketops

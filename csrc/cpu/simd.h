@@ -1,0 +1,116 @@
+// Vectors of float32 on the compiler's vector extensions: one source for every instruction set, and for float32 and
+// bfloat16 storage. Everything is in a namespace named after the instruction set and nothing of the C++ library is
+// used, so that no function compiled for one processor can be linked into the code for another.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+#define TICKETOPS_INLINE inline __attribute__((always_inline))
+
+namespace ticketops::TICKETOPS_ISA {
+
+#ifdef __AVX512F__
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+
+typedef float Float __attribute__((vector_size(4 * W)));
+typedef uint32_t Word __attribute__((vector_size(4 * W)));
+typedef uint16_t Half __attribute__((vector_size(2 * W)));
+
+TICKETOPS_INLINE Float splat(float x) { return Float{} + x; }
+TICKETOPS_INLINE Word bits(Float x) { return reinterpret_cast<Word>(x); }
+TICKETOPS_INLINE Float as_float(Word x) { return reinterpret_cast<Float>(x); }
+
+// 0, 1, 2 ...
+TICKETOPS_INLINE Word lanes() {
+  Word x;
+  for (int i = 0; i < W; ++i) x[i] = i;
+  return x;
+}
+
+TICKETOPS_INLINE Float load(const float* p) {
+  Float x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+TICKETOPS_INLINE void store(float* p, Float x) { __builtin_memcpy(p, &x, sizeof x); }
+
+TICKETOPS_INLINE Float load(const Bf16* p) {
+  Half x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return as_float(__builtin_convertvector(x, Word) << 16);
+}
+
+// Rounds to nearest, ties to even, as torch does; a NaN stays one.
+TICKETOPS_INLINE void store(Bf16* p, Float x) {
+  const Word word = bits(x);
+  const Word rounded = word + 0x7FFF + ((word >> 16) & 1);
+  const Half half = __builtin_convertvector((x == x ? rounded : word | 0x400000) >> 16, Half);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+
+// The last vector of a row: `count` in [0, W) elements, zeros behind them.
+template <typename T>
+TICKETOPS_INLINE Float load(const T* p, int64_t count) {
+  T row[W] = {};
+  __builtin_memcpy(row, p, count * sizeof(T));
+  return load(row);
+}
+
+template <typename T>
+TICKETOPS_INLINE void store(T* p, Float x, int64_t count) {
+  T row[W];
+  store(row, x);
+  __builtin_memcpy(p, row, count * sizeof(T));
+}
+
+// Calls body(i, load, store) for each vector of a row of n elements; `load` and `store` take pointers to rows and cut
+// the last vector to size.
+template <typename F>
+TICKETOPS_INLINE void for_row(int64_t n, F body) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W)
+    body(i, [=](auto* row) { return load(row + i); }, [=](auto* row, Float x) { store(row + i, x); });
+  if (const int64_t rest = n - i)
+    body(i, [=](auto* row) { return load(row + i, rest); }, [=](auto* row, Float x) { store(row + i, x, rest); });
+}
+
+TICKETOPS_INLINE float sum(Float x) {
+  float total = 0;
+  for (int i = 0; i < W; ++i) total += x[i];
+  return total;
+}
+
+TICKETOPS_INLINE float max(Float x) {
+  float largest = x[0];
+  for (int i = 1; i < W; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+TICKETOPS_INLINE Float abs(Float x) { return as_float(bits(x) & 0x7FFFFFFF); }
+
+// e^x within 1.5 units in the last place for x <= 88 (larger x count as 88); 0 where the result would be below 2.5e-38.
+TICKETOPS_INLINE Float exp(Float x) {
+  constexpr float lowest = -86.6f, highest = 88.0f, magic = 12582912.0f;
+  Float y = x > highest ? splat(highest) : x;
+  y = y < lowest ? splat(lowest) : y;
+  // Adding 1.5 * 2^23 leaves the nearest integer n to x / ln 2 in the low bits; e^x = 2^n e^r with |r| <= ln 2 / 2.
+  const Float shifted = y * 1.44269504088896341f + magic;
+  const Float n = shifted - magic;
+  const Float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+  Float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Float scaled = as_float(bits(p) + (bits(shifted) << 23));
+  return x < lowest ? Float{} : x == x ? scaled : x;
+}
+
+}  // namespace ticketops::TICKETOPS_ISA

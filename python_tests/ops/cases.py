@@ -1,0 +1,99 @@
+"""Inputs, backends and bounds that the tests of all ops share."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from ticketops.ops import Sequences, backends
+
+#: Empty, single, prime and long sequences, in no order.
+RAGGED = [3, 0, 1, 61, 16, 17, 0, 128, 37, 513]
+SHORT = [5, 0, 1, 13, 8]
+
+
+def need(backend: str, op: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Skips a test where a backend cannot run."""
+    if backend not in backends.BACKENDS[device]:
+        pytest.skip(f"{backend} does not serve {device}")
+    refusal = backends._module(op, backend).refusal(torch.device(device), dtype)
+    if refusal is not None:
+        pytest.skip(f"{backend}: {refusal}")
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Runs with another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills new tensors with NaN, so that an element nobody wrote shows."""
+    names = ("empty", "empty_like")
+    originals = {name: getattr(torch, name) for name in names}
+
+    def poison(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def created(*args, **kwargs):
+            x = create(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return created
+
+    for name in names:
+        setattr(torch, name, poison(originals[name]))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(torch, name, originals[name])
+
+
+def padded_sequences(lengths: list[int]) -> tuple[Sequences, int]:
+    """Sequences with rows of no sequence before, between and behind them, and the number of rows."""
+    starts, row = [], 2
+    for n in lengths:
+        starts.append(row)
+        row += n + 3
+    make = lambda numbers: torch.tensor(numbers, dtype=torch.int32)  # noqa: E731
+    return Sequences(make(starts), make(lengths), max(lengths, default=0)), row
+
+
+def packed_sequences(lengths: list[int]) -> tuple[Sequences, int]:
+    """Sequences one behind the other, and the number of rows."""
+    return Sequences.from_lengths(lengths), sum(lengths)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values [T, H, D] as a view into a wider tensor, as q, k and v lie in a fused projection."""
+    wide = torch.full((x.shape[0], x.shape[1], x.shape[2] + 5), float("nan"), dtype=x.dtype)
+    view = wide[:, :, 2:-3]
+    view.copy_(x)
+    return view
+
+
+def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor, factor: float, what: str) -> None:
+    """Checks that a result is as near to float64 as plain PyTorch of the same dtype gets.
+
+    Args:
+        got: the result under test.
+        plain: the reference backend's in the same dtype.
+        exact: the reference backend's in float64.
+        factor: 2 for forward passes, 3 for gradients.
+        what: for the message.
+    """
+    assert torch.isfinite(got).all(), f"{what}: not finite"
+    assert got.shape == exact.shape
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    error = (got.double() - exact).abs().max().item() if exact.numel() else 0.0
+    bound = (plain.double() - exact).abs().max().item() if exact.numel() else 0.0
+    # Rounding to storage of the largest value, which plain PyTorch may happen to escape.
+    floor = 2 * torch.finfo(got.dtype).eps * scale
+    assert error <= factor * bound + floor, f"{what}: error {error:.3g}, plain PyTorch {bound:.3g}, largest {scale:.3g}"

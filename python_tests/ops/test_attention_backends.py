@@ -1,0 +1,143 @@
+import pytest
+import torch
+from .cases import RAGGED, SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, strided, threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ticketops.ops import Sequences
+from ticketops.ops.attention import reference
+from ticketops.ops.backends import _module
+
+FAST = ("native",)
+DTYPES = (torch.float32, torch.bfloat16)
+NAMES = ("out", "lse", "dq", "dk", "dv", "signed", "absolute")
+
+
+def inputs(rows, heads, head_dim, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, heads, head_dim, generator=generator).to(dtype) for _ in range(4)]
+
+
+def run(module, tensors, sequences, mask=None, dropout_p=0.0, dtype=None):
+    q, k, v, dout = tensors if dtype is None else [x.to(dtype) for x in tensors]
+    if mask is not None:
+        mask = mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    seed = torch.tensor([0x2345_6789_ABCD_EF01 >> 1]) if dropout_p else None
+    settings = (mask, seed, sequences.max_length, q.shape[-1] ** -0.5, dropout_p)
+    where = (sequences.starts, sequences.lengths)
+    out, lse = module.forward(q, k, v, *where, *settings)
+    return out, lse, *module.backward(dout, q, k, v, out, lse, *where, *settings)
+
+
+def check(backend, tensors, sequences, **options):
+    got = run(_module("attention", backend), tensors, sequences, **options)
+    plain = run(reference, tensors, sequences, **options)
+    exact = run(reference, tensors, sequences, dtype=torch.float64, **options)
+    for i, name in enumerate(NAMES):
+        assert got[i].dtype == plain[i].dtype
+        assert_as_good(got[i], plain[i], exact[i], 2 if i < 2 else 3, name)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
+def test_as_good_as_plain_pytorch(backend, dtype, dropout_p, masked, layout):
+    need(backend, "attention", dtype)
+    sequences, rows = layout(RAGGED)
+    mask = torch.tensor([1.0, 0.0, -0.5, 2.0]) if masked else None
+    with poisoned():
+        check(backend, inputs(rows, 4, 32, dtype), sequences, mask=mask, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 20, 24, 40, 64, 80, 96, 128])
+def test_any_head_dim(backend, dtype, head_dim):
+    need(backend, "attention", dtype)
+    sequences, rows = packed_sequences([31, 9, 64])
+    with poisoned():
+        check(backend, inputs(rows, 3, head_dim, dtype), sequences, dropout_p=0.2)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    heads=st.integers(1, 5),
+    head_dim=st.integers(1, 40),
+    dropout_p=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed):
+    need(backend, "attention", torch.float32)
+    sequences, rows = padded_sequences(lengths)
+    mask = torch.randn(heads, generator=torch.Generator().manual_seed(seed)).round(decimals=0)
+    tensors = [strided(x) for x in inputs(rows, heads, head_dim, torch.float32, seed)]
+    with poisoned():
+        check(backend, tensors, sequences, mask=mask, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_and_threads_change_nothing(backend, dtype):
+    need(backend, "attention", dtype)
+    module = _module("attention", backend)
+    sequences, rows = packed_sequences(RAGGED)
+    tensors = inputs(rows, 4, 32, dtype)
+    with threads(1):
+        first = run(module, tensors, sequences, dropout_p=0.1)
+    for number in (1, 2, 3):
+        with threads(number):
+            for other in (
+                tensors,
+                [strided(x) for x in tensors],
+                [x.transpose(0, 2).contiguous().transpose(0, 2) for x in tensors],
+            ):
+                again = run(module, other, sequences, dropout_p=0.1)
+                assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_dropout_draws_the_same_weights_as_the_reference(backend):
+    need(backend, "attention", torch.float32)
+    # With v the identity, the output is the dropped attention matrix itself.
+    n = 50
+    sequences = Sequences.from_lengths([7, n])
+    q, k = (torch.randn(7 + n, 2, n) for _ in range(2))
+    v = torch.cat([torch.zeros(7, n), torch.eye(n)])[:, None, :].expand(7 + n, 2, n)
+    seed = torch.tensor([2**61 + 12345])
+    args = (q, k, v, sequences.starts, sequences.lengths, None, seed, n, 0.1, 0.3)
+    got, want = (_module("attention", name).forward(*args)[0] for name in (backend, "reference"))
+    assert torch.equal(got == 0, want == 0)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_large_scores_do_not_overflow(backend):
+    need(backend, "attention", torch.float32)
+    sequences, rows = packed_sequences(SHORT)
+    tensors = inputs(rows, 2, 16, torch.float32)
+    tensors[0] *= 300
+    check(backend, tensors, sequences)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_sequences_outside_the_tensor_are_refused(backend):
+    need(backend, "attention", torch.float32)
+    module = _module("attention", backend)
+    q, k, v, _ = inputs(10, 2, 8, torch.float32)
+
+    def call(starts, lengths, max_length=10):
+        where = (torch.tensor(x, dtype=torch.int32) for x in (starts, lengths))
+        return module.forward(q, k, v, *where, None, None, max_length, 1.0, 0.0)
+
+    for starts, lengths in (([5], [6]), ([-1], [3]), ([3], [-1]), ([0, 3], [4, 4]), ([2**31 - 1], [2**31 - 1])):
+        with pytest.raises(ValueError, match="rows|overlap"):
+            call(starts, lengths)
+    with pytest.raises(ValueError, match="max_length is 3"):
+        call([0], [4], 3)
+    with pytest.raises(ValueError, match="starts as torch.int32"):
+        module.forward(q, k, v, torch.zeros(1), torch.zeros(1), None, None, 10, 1.0, 0.0)
+    with pytest.raises(ValueError, match="native kernel needs k"):
+        module.forward(q, k[:5], v, *(torch.zeros(1, dtype=torch.int32),) * 2, None, None, 10, 1.0, 0.0)

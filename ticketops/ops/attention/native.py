@@ -1,0 +1,90 @@
+"""Masked attention on the CPU in C++: csrc/cpu/attention.cpp."""
+
+import torch
+from torch import Tensor
+
+from ticketops.ops.extension import address, checked, dropout_arguments, native, refusal, run
+
+__all__ = ["backward", "forward", "refusal"]
+
+
+def _view(name: str, x: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """A [T, H, D] tensor whose last stride is 1, with its address and strides; it is to outlive the call."""
+    if x.dtype != like.dtype or x.shape != like.shape or x.device != like.device or x.stride(2) != 1:
+        x = checked(name, x, like.dtype, *like.shape)
+    return x, (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    head_mask: Tensor | None,
+    seed: Tensor | None,
+    max_length: int,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """See ticketops.ops.attention.reference.forward.
+
+    Returns:
+        out [T, H, D] and the log-sum-exp of the scaled scores [T, H].
+    """
+    tokens, heads, head_dim = q.shape
+    batch = len(lengths)
+    (q, q_view), (k, k_view), (v, v_view) = _view("q", q, q), _view("k", k, q), _view("v", v, q)
+    starts = checked("starts", starts, torch.int32, batch)
+    lengths = checked("lengths", lengths, torch.int32, batch)
+    head_mask = checked("head_mask", head_mask, torch.float32, heads)
+    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype)
+    lse = torch.empty((tokens, heads), dtype=torch.float32)
+    run(
+        native.attention_forward,
+        *(q.dtype == torch.bfloat16, *q_view, *k_view, *v_view, address(out), address(lse)),
+        *(address(starts), address(lengths), address(head_mask), batch, tokens, heads, head_dim, max_length),
+        *(scale, *dropout_arguments(seed, dropout_p)),
+    )
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    head_mask: Tensor | None,
+    seed: Tensor | None,
+    max_length: int,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ticketops.ops.attention.reference.backward.
+
+    Returns:
+        dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
+    """
+    tokens, heads, head_dim = q.shape
+    batch = len(lengths)
+    (dout, dout_view), (q, q_view) = _view("dout", dout, q), _view("q", q, q)
+    (k, k_view), (v, v_view) = _view("k", k, q), _view("v", v, q)
+    out = checked("out", out, q.dtype, tokens, heads, head_dim)
+    lse = checked("lse", lse, torch.float32, tokens, heads)
+    starts = checked("starts", starts, torch.int32, batch)
+    lengths = checked("lengths", lengths, torch.int32, batch)
+    head_mask = checked("head_mask", head_mask, torch.float32, heads)
+    dq, dk, dv = (torch.empty((tokens, heads, head_dim), dtype=q.dtype) for _ in range(3))
+    signed, absolute = (torch.empty((batch, heads), dtype=torch.float32) for _ in range(2))
+    run(
+        native.attention_backward,
+        *(q.dtype == torch.bfloat16, *dout_view, *q_view, *k_view, *v_view, address(out), address(lse)),
+        *(address(starts), address(lengths), address(head_mask), address(dq), address(dk), address(dv)),
+        *(address(signed), address(absolute), batch, tokens, heads, head_dim, max_length),
+        *(scale, *dropout_arguments(seed, dropout_p)),
+    )
+    return dq, dk, dv, signed, absolute

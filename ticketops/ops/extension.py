@@ -1,0 +1,120 @@
+"""The native extension, or why it is not there, and how tensors reach it: as addresses, after everything about them has
+been checked."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError
+from ticketops.ops.dropout import keep_threshold
+
+
+def _load() -> tuple[Any, str]:
+    if os.environ.get("TICKETOPS_NATIVE") == "0":
+        return None, "TICKETOPS_NATIVE=0 turns the native extension off"
+    try:
+        from ticketops import _native
+    except ModuleNotFoundError:
+        return None, (
+            "the native extension is not built: install ticketops again with a C++ compiler at hand and without "
+            "TICKETOPS_NATIVE=0"
+        )
+    except ImportError as error:
+        return None, f"the native extension cannot be loaded ({error}): install ticketops again"
+    if not _native.supported():
+        return None, "the native extension needs a processor with AVX2 and FMA"
+    return _native, f"{_native.isa()}, {'threads of torch' if _native.threads_available() else 'one thread: no OpenMP'}"
+
+
+native, status = _load()
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Says why the native kernels cannot serve a device and dtype.
+
+    Args:
+        device: where the tensors lie.
+        dtype: their dtype.
+
+    Returns:
+        The reason, or None.
+    """
+    if native is None:
+        return status
+    if device.type != "cpu":
+        return f"its kernels do not run on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def checked(name: str, x: Tensor | None, dtype: torch.dtype, *shape: int) -> Tensor | None:
+    """Makes sure that a tensor is what a kernel will take it for.
+
+    Args:
+        name: what to call it in a message.
+        x: the tensor, or None.
+        dtype: what it must have.
+        shape: likewise.
+
+    Returns:
+        The tensor, contiguous (a copy if it was not); None for None.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if x is None:
+        return None
+    if x.device.type != "cpu" or x.dtype != dtype or x.shape != shape or x.layout != torch.strided:
+        raise InputError(
+            f"the native kernel needs {name} as {dtype} {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on "
+            f"{x.device}"
+        )
+    return x.contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    """Where a tensor's elements lie.
+
+    Args:
+        x: a tensor that outlives the call it is passed to, or None.
+
+    Returns:
+        The address, 0 for None.
+    """
+    return 0 if x is None else x.data_ptr()
+
+
+def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:
+    """What the kernels take for a dropout.
+
+    Args:
+        seed: int64 [1], None without dropout.
+        p: dropout probability.
+
+    Returns:
+        The seed, the threshold of dropout.keep_threshold and p.
+    """
+    if not p:
+        return 0, 0, 0.0
+    assert seed is not None
+    return int(seed.item()) & 0xFFFFFFFFFFFFFFFF, keep_threshold(p), p
+
+
+def run(kernel: Callable[..., None], *arguments: bool | float) -> None:
+    """Runs a kernel on as many threads as torch uses.
+
+    Args:
+        kernel: a function of the extension.
+        arguments: all but the last, which is the number of threads.
+
+    Raises:
+        InputError: the sequences reach outside the tensors or overlap.
+    """
+    try:
+        kernel(*arguments, torch.get_num_threads())
+    except ValueError as error:
+        raise InputError(str(error)) from None

@@ -1,0 +1,87 @@
+"""Dropout, residual and LayerNorm on the CPU in C++: csrc/cpu/residual.cpp."""
+
+import torch
+from torch import Tensor
+
+from ticketops.ops.extension import address, checked, dropout_arguments, native, refusal, run
+
+__all__ = ["backward", "forward", "refusal"]
+
+
+def _vector(name: str, x: Tensor | None, channels: int) -> Tensor | None:
+    return checked(name, None if x is None else x.float(), torch.float32, channels)
+
+
+def _residual_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
+    return x.dtype if residual.dtype == x.dtype else torch.float32
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ticketops.ops.residual.reference.forward.
+
+    Returns:
+        out [T, C] in the residual's dtype, and each row's mean [T] and 1 / sqrt(variance + eps) [T].
+    """
+    rows, channels = x.shape
+    x = checked("x", x, x.dtype, rows, channels)
+    residual = checked("residual", residual, _residual_dtype(x, residual), rows, channels)
+    bias, gamma, beta = (
+        _vector("bias", bias, channels),
+        _vector("gamma", gamma, channels),
+        _vector("beta", beta, channels),
+    )
+    out = torch.empty((rows, channels), dtype=residual.dtype)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+    run(
+        native.residual_forward,
+        *(x.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, address(x), address(residual), address(bias)),
+        *(address(gamma), address(beta), address(out), address(mean), address(rstd), rows, channels, eps),
+        *dropout_arguments(seed, dropout_p),
+    )
+    return out, mean, rstd
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ticketops.ops.residual.reference.backward.
+
+    Returns:
+        dx [T, C], empty where it equals dresidual; dresidual [T, C]; dbias, dgamma, dbeta [C] in float32.
+    """
+    rows, channels = x.shape
+    x = checked("x", x, x.dtype, rows, channels)
+    residual = checked("residual", residual, _residual_dtype(x, residual), rows, channels)
+    dout = checked("dout", dout, residual.dtype, rows, channels)
+    bias, gamma = _vector("bias", bias, channels), _vector("gamma", gamma, channels)
+    mean = checked("mean", mean, torch.float32, rows)
+    rstd = checked("rstd", rstd, torch.float32, rows)
+    own_dx = bool(dropout_p) or x.dtype != residual.dtype
+    dx = torch.empty((rows, channels) if own_dx else (0,), dtype=x.dtype)
+    dresidual = torch.empty((rows, channels), dtype=residual.dtype)
+    dbias, dgamma, dbeta = (torch.empty(channels, dtype=torch.float32) for _ in range(3))
+    run(
+        native.residual_backward,
+        *(x.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, address(dout), address(x), address(residual)),
+        *(address(bias), address(gamma), address(mean), address(rstd), address(dx if own_dx else None)),
+        *(address(dresidual), address(dbias), address(dgamma), address(dbeta), rows, channels),
+        *dropout_arguments(seed, dropout_p),
+    )
+    return dx, dresidual, dbias, dgamma, dbeta
