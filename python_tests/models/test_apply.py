@@ -1,0 +1,172 @@
+"""A ticket applied against its masks multiplied in, and what it must not cost or move."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertForSequenceClassification
+
+import ticketops
+from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
+from ticketops import Ticket
+from ticketops.errors import InputError
+
+
+def draw_ticket(seed, share=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    return Ticket(
+        torch.rand(LAYERS, HEADS, generator=generator) > share, torch.rand(LAYERS, generator=generator) > share
+    )
+
+
+def masked(stock, ticket):
+    """The stock model with the ticket's masks multiplied in, by hooks."""
+    for layer, heads, ffn in zip(stock.bert.encoder.layer, ticket.head_mask, ticket.ffn_mask, strict=True):
+
+        def scale_heads(module, args, output, heads=heads):
+            return (output[0].unflatten(-1, (HEADS, -1)) * heads[:, None]).flatten(2), output[1]
+
+        def scale_ffn(module, args, output, ffn=ffn):
+            return output * ffn
+
+        layer.attention.self.register_forward_hook(scale_heads)
+        layer.output.dropout.register_forward_hook(scale_ffn)
+    return stock
+
+
+@settings(max_examples=12)
+@given(st.integers(0, 10_000), st.sampled_from([0.2, 0.5, 0.9, 1.1]), st.booleans())
+def test_applying_a_ticket_equals_multiplying_by_its_masks(seed, share, unpad):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_config()).eval()
+    ticket = draw_ticket(seed, share)
+    stock = masked(copy.deepcopy(model), ticket)
+    batch = tiny_batch()
+    with ticketops.patch(model, unpad=unpad).apply(ticket):
+        got, want = model(**batch), stock(**batch)
+        torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+        got.loss.backward()
+        want.loss.backward()
+    for a, b in zip(model.parameters(), stock.parameters(), strict=True):
+        gradient = torch.zeros_like(a) if a.grad is None else a.grad
+        torch.testing.assert_close(gradient, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def pruned_parts(model, ticket):
+    """Every pruned slice of every parameter, as views."""
+    for layer, heads, ffn in zip(model.bert.encoder.layer, ticket.head_mask, ticket.ffn_mask, strict=True):
+        attention, gone = layer.attention.self, ~heads
+        for linear in (attention.query, attention.key, attention.value):
+            yield linear.weight.detach().view(HEADS, -1)[gone]
+            yield linear.bias.detach().view(HEADS, -1)[gone]
+        yield layer.attention.output.dense.weight.detach().view(48, HEADS, -1)[:, gone]
+        if not ffn:
+            for linear in (layer.intermediate.dense, layer.output.dense):
+                yield from (parameter.detach() for parameter in linear.parameters())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, fused=True),
+        lambda p: torch.optim.Adamax(p, lr=0.1, weight_decay=0.5),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5),
+    ],
+)
+@pytest.mark.parametrize("order", ["ticket first", "optimizer first", "with history"])
+def test_no_optimizer_moves_what_is_pruned(model, batch, make, order):
+    ticket = Ticket(torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool(), torch.tensor([True, False, True]))
+    handle = ticketops.patch(model)
+    if order == "ticket first":
+        handle.apply(ticket)
+    optimizer = make(model.parameters())
+    if order == "with history":
+        # Momentum and gradients of an earlier step must not leak into the pruned parts.
+        model(**batch).loss.backward()
+        optimizer.step()
+    handle.apply(ticket)
+    before = [part.clone() for part in pruned_parts(model, ticket)]
+    kept_before = model.bert.encoder.layer[0].attention.self.query.weight.detach().clone()
+    for _ in range(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for part, old in zip(pruned_parts(model, ticket), before, strict=True):
+        assert torch.equal(part, old)
+    kept = ticket.head_mask[0]
+    now = model.bert.encoder.layer[0].attention.self.query.weight.detach().view(HEADS, -1)
+    assert not torch.equal(now[kept], kept_before.view(HEADS, -1)[kept])
+    handle.apply(None)
+    model(**batch).loss.backward()
+    optimizer.step()
+    moved = [
+        not torch.equal(part, old) for part, old in zip(pruned_parts(model, ticket), before, strict=True) if old.numel()
+    ]
+    assert all(moved)
+
+
+class Work(TorchDispatchMode):
+    """Notes the heads of every attention and the number of FFNs that run, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.ffns = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith("attention"):
+            self.heads.append(args[0].shape[1])
+        self.ffns += name.startswith("ffn")
+        return func(*args, **(kwargs or {}))
+
+
+def test_pruned_structures_cost_no_compute(model, batch):
+    half = torch.ones(LAYERS, HEADS, dtype=torch.bool)
+    half[:, ::2] = False
+    ffns = torch.tensor([True, False, True])
+    tokens = int(batch["attention_mask"].sum())
+    # Forward, input gradient and weight gradient: three products of 2 operations a weight and token, for q, k, v and o.
+    per_head = 3 * 2 * tokens * 4 * 48 * 12
+    flops = {}
+    with ticketops.patch(model) as handle:
+        for kept, head_mask in ((4, torch.ones_like(half)), (2, half), (0, torch.zeros_like(half))):
+            handle.apply(Ticket(head_mask, ffns))
+            with FlopCounterMode(display=False) as counter, Work() as work:
+                model(**batch).loss.backward()
+            assert work.heads == [kept] * (2 * LAYERS if kept else 0)
+            assert work.ffns == 2 * 2
+            # The counter sees the projections; attention and FFN are ops of their own, counted above.
+            flops[kept] = counter.get_total_flops()
+    assert flops[4] - flops[2] == flops[2] - flops[0] == LAYERS * 2 * per_head
+
+
+def test_a_ticket_can_be_changed_and_taken_off(model, stock, batch):
+    with ticketops.patch(model) as handle, torch.no_grad():
+        for seed in (1, 2, 1):
+            handle.apply(draw_ticket(seed))
+            assert handle.ticket == draw_ticket(seed)
+            want = masked(copy.deepcopy(stock), draw_ticket(seed))(**batch).logits
+            torch.testing.assert_close(model(**batch).logits, want, rtol=1e-5, atol=1e-5)
+        handle.apply(None)
+        assert handle.ticket is None
+        torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_ticket_for_another_architecture_is_refused_and_changes_nothing(model):
+    with ticketops.patch(model) as handle:
+        handle.apply(draw_ticket(1))
+        with pytest.raises(InputError, match="12"):
+            handle.apply(Ticket.full(12, 12))
+        assert handle.ticket == draw_ticket(1)
+
+
+def test_a_reverted_handle_says_so(model):
+    handle = ticketops.patch(model)
+    handle.revert()
+    with pytest.raises(InputError, match="reverted"):
+        handle.apply(None)

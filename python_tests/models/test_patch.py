@@ -1,0 +1,328 @@
+"""A patched model against stock transformers, and the traps on the way."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import BertForSequenceClassification, BertModel
+from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
+
+import ticketops
+from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
+from ticketops.errors import InputError, UnsupportedError
+from ticketops.models import check_supported, weight_counts
+from ticketops.tickets import Ticket
+
+
+def compare(model, stock, batch):
+    """Asserts that outputs and gradients are equal to float32 rounding, on the scale of the largest gradient."""
+    for each in (model, stock):
+        each.zero_grad()
+    got, want = model(**batch), stock(**batch)
+    for name in want:
+        if name != "hidden_states":
+            a, b = got[name], want[name]
+            if a.shape[:2] == batch["input_ids"].shape and "attention_mask" in batch:
+                # One value a token: the stock model also fills padding, with numbers that mean nothing.
+                a, b = a[batch["attention_mask"].bool()], b[batch["attention_mask"].bool()]
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    loss = (lambda out: out.loss) if "loss" in want else (lambda out: out[0].double().square().mean())
+    loss(got).backward()
+    loss(want).backward()
+    # A key bias has no gradient but rounding noise: softmax does not see it.
+    scale = max(parameter.grad.abs().max().item() for parameter in stock.parameters() if parameter.grad is not None)
+    for (name, parameter), other in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), name
+        if other.grad is not None:
+            assert (parameter.grad - other.grad).abs().max() <= 3e-6 * scale, name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("unpad", [True, False])
+def test_logits_and_gradients_equal_stock(attention, unpad, batch):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification._from_config(tiny_config(), attn_implementation=attention).eval()
+    stock = copy.deepcopy(model)
+    with ticketops.patch(model, unpad=unpad):
+        compare(model, stock, batch)
+        del batch["attention_mask"]
+        compare(model, stock, batch)
+
+
+@pytest.mark.parametrize("rows", [[[1, 0, 1, 1], [0, 0, 1, 1]], [[0, 1, 1, 0], [1, 1, 1, 1]]])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
+def test_padding_anywhere_is_never_attended(model, stock, rows, dtype):
+    mask = torch.tensor(rows, dtype=dtype)
+    ids = torch.randint(0, 100, mask.shape)
+    with ticketops.patch(model), torch.no_grad():
+        got = model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        want = stock.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        keep = mask.bool()
+        torch.testing.assert_close(got[keep], want[keep], rtol=1e-5, atol=1e-5)
+        other = ids.masked_fill(~keep, 5)
+        again = model.bert(input_ids=other, attention_mask=mask).last_hidden_state
+        assert torch.equal(again[keep], got[keep])
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "BertModel",
+        "BertForPreTraining",
+        "BertForMaskedLM",
+        "BertForNextSentencePrediction",
+        "BertForSequenceClassification",
+        "BertForTokenClassification",
+        "BertForQuestionAnswering",
+        "BertForMultipleChoice",
+    ],
+)
+def test_every_task_head_equals_stock(head):
+    torch.manual_seed(0)
+    labels = 2 if head == "BertForQuestionAnswering" else 3
+    model = getattr(transformers, head)(tiny_config(num_labels=labels)).eval()
+    stock = copy.deepcopy(model)
+    batch = tiny_batch(rows=4)
+    batch.pop("labels")
+    if head == "BertForMultipleChoice":
+        batch = {name: value.view(2, 2, -1) for name, value in batch.items()} | {"labels": torch.tensor([0, 1])}
+    elif head in ("BertForSequenceClassification", "BertForNextSentencePrediction"):
+        batch["labels"] = torch.tensor([0, 1, 1, 0])
+    elif head == "BertForQuestionAnswering":
+        batch |= {
+            "start_positions": torch.zeros(4, dtype=torch.long),
+            "end_positions": torch.zeros(4, dtype=torch.long),
+        }
+    elif head in ("BertForTokenClassification", "BertForMaskedLM"):
+        batch["labels"] = torch.where(batch["attention_mask"] > 0, 1, -100)
+    with ticketops.patch(model):
+        if head in ("BertModel", "BertForPreTraining"):
+            compare(model, stock, batch | {"attention_mask": torch.ones(4, 17)})
+        else:
+            compare(model, stock, batch)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("unpad", [True, False])
+def test_real_weights_equal_stock(minilm, unpad):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    texts = ["A fine, moving film.", "Dull.", "It is what it is, and what it is " + "goes on and on " * 20, "Why not?"]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+    batch["labels"] = torch.tensor([1, 0, 0, 1])
+    torch.manual_seed(0)
+    stock = BertForSequenceClassification.from_pretrained(minilm).eval()
+    model = copy.deepcopy(stock)
+    with ticketops.patch(model, unpad=unpad):
+        compare(model, stock, batch)
+
+
+def test_the_state_dict_and_classes_never_change(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = list(model.parameters())
+    classes = [type(module) for module in model.modules()]
+
+    def same():
+        now = model.state_dict()
+        assert list(now) == list(before)
+        assert all(torch.equal(now[name], before[name]) for name in before)
+        assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+    handle = ticketops.patch(model)
+    same()
+    assert type(model) is BertForSequenceClassification
+    assert type(model.bert) is BertModel
+    assert isinstance(model.bert.encoder.layer[0], BertLayer)
+    assert isinstance(model.bert.encoder.layer[0].attention.self, BertSelfAttention)
+    handle.apply(Ticket.full(LAYERS, HEADS) & ticket(heads=[(0, 1)], ffns=[2]))
+    same()
+    handle.revert()
+    same()
+    assert [type(module) for module in model.modules()] == classes
+    assert not any("_ticketops" in vars(module) for module in model.modules())
+    assert not any(hasattr(parameter, "_ticketops_frozen") for parameter in parameters)
+    handle.revert()
+
+
+def ticket(heads=(), ffns=()):
+    head_mask = torch.ones(LAYERS, HEADS, dtype=torch.bool)
+    ffn_mask = torch.ones(LAYERS, dtype=torch.bool)
+    for layer, head in heads:
+        head_mask[layer, head] = False
+    ffn_mask[list(ffns)] = False
+    return Ticket(head_mask, ffn_mask)
+
+
+def test_a_reverted_model_is_bit_exact(model, stock, batch):
+    handle = ticketops.patch(model)
+    model(**batch).loss.backward()
+    handle.apply(ticket(heads=[(0, 1)], ffns=[2])).revert()
+    model.zero_grad()
+    outputs = [each(**batch) for each in (model, stock)]
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    for output in outputs:
+        output.loss.backward()
+    for a, b in zip(model.parameters(), stock.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_patched_model_saves_what_a_stock_one_saves(model, tmp_path, batch):
+    with ticketops.patch(model):
+        model.save_pretrained(tmp_path)
+        want = model(**batch).logits
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert loaded.config.architectures == ["BertForSequenceClassification"]
+    torch.testing.assert_close(loaded(**batch).logits, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("hooked_before", [False, True])
+def test_hidden_states_are_captured_and_padded(model, stock, batch, hooked_before):
+    if hooked_before:
+        # transformers installs its capturing hooks once, on whatever modules are there.
+        model(**batch, output_hidden_states=True)
+    keep = batch["attention_mask"].bool()
+    with ticketops.patch(model):
+        got = model(**batch, output_hidden_states=True).hidden_states
+        want = stock(**batch, output_hidden_states=True).hidden_states
+        as_tuple = model.bert(batch["input_ids"], batch["attention_mask"], output_hidden_states=True, return_dict=False)
+    assert len(got) == len(want) == LAYERS + 1
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a[keep], b[keep], rtol=1e-5, atol=1e-5)
+    assert [x.shape for x in as_tuple[-1]] == [x.shape for x in want]
+
+
+def test_autocast_stays_within_its_rounding(model, stock, batch):
+    with ticketops.patch(model):
+        exact = stock(**batch).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            got, other = model(**batch).logits, stock(**batch).logits
+    assert (got - exact).abs().max() <= 3 * (other - exact).abs().max() + 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients_and_importance(reentrant, batch):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_config(attention_probs_dropout_prob=0.2, hidden_dropout_prob=0.1))
+    with ticketops.patch(model.train()) as handle:
+        results = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.zero_grad()
+            torch.manual_seed(5)
+            with handle.record_importance() as importance:
+                model(**batch).loss.backward()
+            results.append(([p.grad.clone() for p in model.parameters()], importance.head, importance.ffn))
+    for got, want in zip(results[1][0], results[0][0], strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(results[1][1:], results[0][1:])
+
+
+def test_torch_compile_gives_the_same_and_records(model, stock, batch):
+    with ticketops.patch(model) as handle:
+        compiled = torch.compile(model, backend="aot_eager")
+        with handle.record_importance() as eager:
+            model(**batch).loss.backward()
+        model.zero_grad()
+        with handle.record_importance() as recorded:
+            loss = compiled(**batch).loss
+            loss.backward()
+        torch.testing.assert_close(recorded.head, eager.head)
+        torch.testing.assert_close(recorded.ffn, eager.ffn)
+        want = stock(**batch)
+        torch.testing.assert_close(loss, want.loss)
+        want.loss.backward()
+        for a, b in zip(model.parameters(), stock.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+        shorter = tiny_batch(rows=3, width=11, seed=1)
+        torch.testing.assert_close(compiled(**shorter).logits, stock(**shorter).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_training_draws_dropout_that_torch_governs(batch):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_config(attention_probs_dropout_prob=0.3)).train()
+    with ticketops.patch(model):
+        logits = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            logits.append(model(**batch).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
+def test_patching_twice_is_refused(model):
+    ticketops.patch(model)
+    with pytest.raises(InputError, match="patched already"):
+        ticketops.patch(model)
+    with pytest.raises(InputError, match="patched already"):
+        ticketops.patch(model.bert)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"is_decoder": True}, "is_decoder"),
+        ({"is_decoder": True, "add_cross_attention": True}, "is_decoder"),
+        ({"hidden_act": "silu"}, "activation SiLU"),
+        ({"chunk_size_feed_forward": 2}, "chunk_size_feed_forward=2"),
+    ],
+)
+def test_configurations_that_are_not_served_are_named(changes, words):
+    model = BertModel(tiny_config(**changes))
+    for refuse in (ticketops.patch, check_supported):
+        with pytest.raises(UnsupportedError, match=words):
+            refuse(model)
+    assert type(model.encoder.layer[0]) is BertLayer
+
+
+def test_other_models_and_wrappers_are_named(model):
+    with pytest.raises(UnsupportedError, match="RobertaModel is not supported"):
+        ticketops.patch(
+            transformers.RobertaModel(
+                transformers.RobertaConfig(hidden_size=24, num_attention_heads=2, num_hidden_layers=1)
+            )
+        )
+    with pytest.raises(UnsupportedError, match=r"not a transformers model: patch before torch\.compile"):
+        ticketops.patch(torch.compile(model))
+
+
+def test_linear_layers_that_are_not_plain_are_named(model):
+    class Lora(torch.nn.Linear):
+        pass
+
+    model.bert.encoder.layer[1].output.dense = Lora(64, 48)
+    with pytest.raises(UnsupportedError, match=r"layer 1 has a .*Lora as its fc2"):
+        ticketops.patch(model)
+    assert type(model.bert.encoder) is transformers.models.bert.modeling_bert.BertEncoder
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("output_attentions", True),
+        ("encoder_hidden_states", torch.zeros(5, 3, 48)),
+        ("use_cache", True),
+        ("is_causal", True),
+        ("cu_seq_lens_q", torch.tensor([0, 3])),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(model, batch, argument, value):
+    batch.pop("labels")
+    with ticketops.patch(model), pytest.raises(UnsupportedError, match=argument):
+        model.bert(**batch, **{argument: value})
+
+
+def test_masks_of_query_key_pairs_are_refused(model, batch):
+    batch["attention_mask"] = torch.ones(5, 1, 17, 17)
+    with ticketops.patch(model), pytest.raises(UnsupportedError, match=r"attention_mask of shape \[5, 17\]"):
+        model(**batch)
+
+
+def test_weights_are_counted_as_they_are(model):
+    counts = weight_counts(model)
+    layer = model.bert.encoder.layer[0]
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.encoder == sum(p.numel() for p in model.bert.encoder.parameters())
+    assert counts.head == 3 * 12 * 48 + 3 * 12 + 48 * 12
+    assert counts.ffn == sum(p.numel() for m in (layer.intermediate.dense, layer.output.dense) for p in m.parameters())
