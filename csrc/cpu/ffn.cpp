@@ -57,6 +57,7 @@ TICKETOPS_INLINE void with_activation(Activation activation, F body) {
 // Columns of one task: rows of 2 KB, long enough for the memory's prefetching and short enough that their sums stay in
 // the nearest cache.
 constexpr int64_t column_block = 512;
+constexpr int64_t rows_at_once = 32;
 
 }  // namespace
 
@@ -91,24 +92,33 @@ void ffn_backward(const FfnBackward& args) {
       const int64_t first = task % blocks * column_block, columns = min(column_block, args.neurons - first);
       const float* mask = args.neuron_mask ? args.neuron_mask + first : nullptr;
       float bias_sums[column_block] = {}, neuron_sums[column_block] = {};
-      for (int64_t i = 0; i < segment.length; ++i) {
-        const int64_t at = (segment.start + i) * args.neurons + first;
-        T* gradient = static_cast<T*>(args.gradient) + at;
-        const T* pre = static_cast<const T*>(args.pre) + at;
-        const T* hidden = static_cast<const T*>(args.hidden) + at;
-        T* masked = args.masked ? static_cast<T*>(args.masked) + at : nullptr;
-        for_row(columns, [&](int64_t, auto load, auto store) {
-          Float value = load(gradient);
-          if (args.neuron_sums) {
-            const Float term = value * load(hidden);
-            store(neuron_sums, load(neuron_sums) + (args.neuron_absolute ? abs(term) : term));
-          }
-          if (masked) store(masked, load(hidden) * load(mask));
-          if (mask) value *= load(mask);
-          value *= activation.at(load(pre)).derivative;
-          store(gradient, value);
-          store(bias_sums, load(bias_sums) + value);
-        });
+      for (int64_t i = 0; i < segment.length; i += rows_at_once) {
+        // Sums of sums: a single float32 running through hundreds of rows would lose digits.
+        float bias_part[column_block] = {}, neuron_part[column_block] = {};
+        const int64_t end = segment.start + min(i + rows_at_once, segment.length);
+        for (int64_t row = segment.start + i; row < end; ++row) {
+          const int64_t at = row * args.neurons + first;
+          T* gradient = static_cast<T*>(args.gradient) + at;
+          const T* pre = static_cast<const T*>(args.pre) + at;
+          const T* hidden = static_cast<const T*>(args.hidden) + at;
+          T* masked = args.masked ? static_cast<T*>(args.masked) + at : nullptr;
+          for_row(columns, [&](int64_t, auto load, auto store) {
+            Float value = load(gradient);
+            if (args.neuron_sums) {
+              const Float term = value * load(hidden);
+              store(neuron_part, load(neuron_part) + (args.neuron_absolute ? abs(term) : term));
+            }
+            if (masked) store(masked, load(hidden) * load(mask));
+            if (mask) value *= load(mask);
+            value *= activation.at(load(pre)).derivative;
+            store(gradient, value);
+            store(bias_part, load(bias_part) + value);
+          });
+        }
+        for (int64_t j = 0; j < columns; ++j) {
+          bias_sums[j] += bias_part[j];
+          neuron_sums[j] += neuron_part[j];
+        }
       }
       const auto copy = [=](const float* from, float* to) {
         for (int64_t j = 0; j < columns; ++j) to[j] = from[j];

@@ -79,7 +79,9 @@ def strided(x: Tensor) -> Tensor:
     return view
 
 
-def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor, factor: float, what: str) -> None:
+def assert_as_good(
+    got: Tensor, plain: Tensor, exact: Tensor, factor: float, what: str, terms: Tensor | None = None
+) -> None:
     """Checks that a result is as near to float64 as plain PyTorch of the same dtype gets.
 
     Args:
@@ -88,12 +90,14 @@ def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor, factor: float, wha
         exact: the reference backend's in float64.
         factor: 2 for forward passes, 3 for gradients.
         what: for the message.
+        terms: for a sum of terms of both signs, the sum of their absolute values.
     """
     assert torch.isfinite(got).all(), f"{what}: not finite"
-    assert got.shape == exact.shape
-    scale = exact.abs().max().item() if exact.numel() else 0.0
-    error = (got.double() - exact).abs().max().item() if exact.numel() else 0.0
-    bound = (plain.double() - exact).abs().max().item() if exact.numel() else 0.0
-    # Rounding to storage of the largest value, which plain PyTorch may happen to escape.
-    floor = 2 * torch.finfo(got.dtype).eps * scale
-    assert error <= factor * bound + floor, f"{what}: error {error:.3g}, plain PyTorch {bound:.3g}, largest {scale:.3g}"
+    assert got.shape == exact.shape, what
+    if not exact.numel():
+        return
+    error, bound = ((x.double() - exact).abs().max().item() for x in (got, plain))
+    # A few roundings of the largest value, which plain PyTorch may happen to escape.
+    largest = (exact if terms is None else terms).abs().max().item()
+    floor = 4 * torch.finfo(got.dtype).eps * largest
+    assert error <= factor * bound + floor, f"{what}: error {error:.3g}, plain PyTorch {bound:.3g}, floor {floor:.3g}"

@@ -3,13 +3,15 @@ been checked."""
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
 from ticketops.ops.dropout import keep_threshold
+
+_Given = TypeVar("_Given", Tensor, Tensor | None)
 
 
 def _load() -> tuple[Any, str]:
@@ -51,7 +53,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def checked(name: str, x: Tensor | None, dtype: torch.dtype, *shape: int) -> Tensor | None:
+def checked(name: str, x: _Given, dtype: torch.dtype, *shape: int) -> _Given:
     """Makes sure that a tensor is what a kernel will take it for.
 
     Args:

@@ -63,7 +63,7 @@ def forward(
     if not scale:
         return torch.zeros_like(x), x.new_zeros((tokens, neurons)), x.new_zeros((tokens, neurons))
     active = _active(neuron_mask)
-    if active is not None:
+    if neuron_mask is not None and active is not None:
         w1, b1, w2, neuron_mask = w1[active], b1[active], w2[:, active], neuron_mask[active]
     pre = _product(x, w1.t(), b1)
     hidden = torch.empty_like(pre)
@@ -114,10 +114,12 @@ def backward(
     create = torch.empty if scale else torch.zeros
     signed, absolute = (create(batch if token_sums else 0, dtype=torch.float32) for _ in range(2))
     if not scale:
-        shapes = ((neurons, channels), (neurons,), (channels, neurons), (channels,))
-        weights = (x.new_zeros(shape if weight_gradients else 0) for shape in shapes)
-        by_neuron = torch.zeros((batch, neurons) if neuron_sums else 0, dtype=torch.float32)
-        return torch.zeros_like(x), *weights, signed, absolute, by_neuron
+        dw1, db1, dw2, db2 = (
+            x.new_zeros(shape if weight_gradients else (0,))
+            for shape in ((neurons, channels), (neurons,), (channels, neurons), (channels,))
+        )
+        by_neuron = torch.zeros((batch, neurons) if neuron_sums else (0,), dtype=torch.float32)
+        return torch.zeros_like(x), dw1, db1, dw2, db2, signed, absolute, by_neuron
     if token_sums:
         out = checked("out", out, x.dtype, tokens, channels)
         run(
@@ -127,7 +129,7 @@ def backward(
         )
 
     active = _active(neuron_mask)
-    if active is not None:
+    if neuron_mask is not None and active is not None:
         pre, hidden, w1, w2, neuron_mask = (
             pre[:, active],
             hidden[:, active],

@@ -1,15 +1,19 @@
 """Dropout, residual and LayerNorm on the CPU in C++: csrc/cpu/residual.cpp."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from ticketops.ops.extension import address, checked, dropout_arguments, native, refusal, run
 
+_Given = TypeVar("_Given", Tensor, Tensor | None)
+
 __all__ = ["backward", "forward", "refusal"]
 
 
-def _vector(name: str, x: Tensor | None, channels: int) -> Tensor | None:
-    return checked(name, None if x is None else x.float(), torch.float32, channels)
+def _vector(name: str, x: _Given, channels: int) -> _Given:
+    return x if x is None else checked(name, x.float(), torch.float32, channels)
 
 
 def _residual_dtype(x: Tensor, residual: Tensor) -> torch.dtype:

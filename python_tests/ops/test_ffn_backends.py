@@ -1,0 +1,142 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ticketops.ops.backends import _module
+from ticketops.ops.ffn import reference
+
+from .cases import RAGGED, SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
+
+FAST = ("native",)
+DTYPES = (torch.float32, torch.bfloat16)
+NAMES = ("out", "pre", "hidden", "dx", "dw1", "db1", "dw2", "db2", "signed", "absolute", "by_neuron")
+
+
+def inputs(rows, channels, neurons, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    w1, w2 = normal(neurons, channels, scale=channels**-0.5), normal(channels, neurons, scale=neurons**-0.5)
+    # The activation's input reaches from deep in one tail to deep in the other.
+    return normal(rows, channels, scale=3.0), w1, normal(neurons), w2, normal(channels), normal(rows, channels)
+
+
+def run(
+    module, tensors, sequences, activation, ffn_mask=None, neuron_mask=None, absolute=False, dtype=None, weights=True
+):
+    x, w1, b1, w2, b2, dout = tensors if dtype is None else [tensor.to(dtype) for tensor in tensors]
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    masks = [None if mask is None else mask.to(statistics) for mask in (ffn_mask, neuron_mask)]
+    out, pre, hidden = module.forward(x, w1, b1, w2, b2, *masks, activation)
+    where = (sequences.starts, sequences.lengths)
+    gradients = module.backward(
+        dout, out, pre, hidden, x, w1, w2, *where, *masks, activation, weights, True, True, absolute
+    )
+    return out, pre, hidden, *gradients
+
+
+def check(backend, tensors, sequences, *args, **options):
+    got = run(_module("ffn", backend), tensors, sequences, *args, **options)
+    plain = run(reference, tensors, sequences, *args, **options)
+    exact = run(reference, tensors, sequences, *args, dtype=torch.float64, **options)
+    for i, name in enumerate(NAMES):
+        assert got[i].dtype == plain[i].dtype
+        assert got[i].shape == plain[i].shape
+        terms = exact[NAMES.index("absolute")] if name == "signed" else None
+        assert_as_good(got[i], plain[i], exact[i], 2 if i < 3 else 3, name, terms)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
+def test_as_good_as_plain_pytorch(backend, dtype, activation, absolute, layout):
+    need(backend, "ffn", dtype)
+    sequences, rows = layout(RAGGED)
+    with poisoned():
+        check(backend, inputs(rows, 24, 37, dtype), sequences, activation, absolute=absolute)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ffn_mask", [None, 0.0, 1.0, -0.7])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
+def test_masks(backend, dtype, ffn_mask, kept):
+    need(backend, "ffn", dtype)
+    sequences, rows = padded_sequences(SHORT)
+    generator = torch.Generator().manual_seed(1)
+    neurons = torch.randn(600, generator=generator) * (torch.rand(600, generator=generator) < kept)
+    mask = None if ffn_mask is None else torch.tensor(ffn_mask)
+    with poisoned():
+        check(backend, inputs(rows, 16, 600, dtype), sequences, "gelu", ffn_mask=mask, neuron_mask=neurons)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    channels=st.integers(1, 40),
+    neurons=st.integers(1, 70),
+    activation=st.sampled_from(["gelu", "gelu_tanh", "relu"]),
+    masked=st.booleans(),
+    weights=st.booleans(),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_shape(backend, lengths, channels, neurons, activation, masked, weights, seed):
+    need(backend, "ffn", torch.float32)
+    sequences, rows = padded_sequences(lengths)
+    mask = torch.randn(neurons, generator=torch.Generator().manual_seed(seed)).round() if masked else None
+    with poisoned():
+        check(
+            backend,
+            inputs(rows, channels, neurons, torch.float32, seed),
+            sequences,
+            activation,
+            neuron_mask=mask,
+            weights=weights,
+        )
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_activation_is_exact_to_rounding(backend, activation):
+    need(backend, "ffn", torch.float32)
+    module = _module("ffn", backend)
+    points = torch.linspace(-14, 14, 200_001)[:, None]
+    one, zero = torch.ones(1, 1), torch.zeros(1)
+    starts, lengths = torch.zeros(1, dtype=torch.int32), torch.tensor([len(points)], dtype=torch.int32)
+    out, pre, hidden = module.forward(points, one, zero, one, zero, None, None, activation)
+    gradient = module.backward(
+        torch.ones_like(points), out, pre, hidden, points, one, one, starts, lengths, None, None, activation,
+        False, False, False, False,
+    )[0]  # fmt: skip
+    exact = points.double().requires_grad_()
+    want = reference._activate(exact, activation)
+    (slope,) = torch.autograd.grad(want.sum(), exact)
+    if activation == "gelu":
+        # x cdf(x) without the cancellation of 1 + erf; the tail's relative error comes from rounding x^2.
+        want = exact.detach() * torch.special.erfc(-exact.detach() / 2**0.5) / 2
+        near = (points > -5).squeeze()
+        assert ((hidden.double() - want)[near] / want[near].abs().clamp_min(1e-300)).abs().max() < 2e-6
+    assert (hidden.double() - want).abs().div(want.abs().clamp_min(1)).max() < 1.5e-7
+    if activation == "relu":
+        assert torch.equal(gradient, (points > 0).float())
+    else:
+        assert (gradient.double() - slope).abs().max() < 4e-7
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_do_not_depend_on_threads(backend, dtype):
+    need(backend, "ffn", dtype)
+    module = _module("ffn", backend)
+    sequences, rows = packed_sequences(RAGGED)
+    tensors = inputs(rows, 8, 700, dtype)
+    for number in (1, 2):
+        with threads(number):
+            first, again = (run(module, tensors, sequences, "gelu") for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -1,0 +1,344 @@
+"""Dropout, residual and LayerNorm as Triton kernels: whole rows in registers, one launch forward, two backward."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ticketops.ops import triton_configs
+from ticketops.ops.dropout import keep_threshold
+from ticketops.ops.triton_common import dropout_keeps, dropout_rows, launch, refusal
+
+__all__ = ["backward", "forward", "refusal"]
+
+#: Partial sums of the backward pass over tokens, a few for every multiprocessor of today's largest GPUs.
+MAX_PARTS = 512
+
+
+@triton.jit
+def load_block(p_x, i_row, o_r, o_c, m_x, stride_t, stride_c):
+    """A block [rows, columns] of a matrix in float32."""
+    o_x = o_r[:, None].to(tl.int64) * stride_t + o_c[None, :] * stride_c
+    return tl.load(p_x + i_row * stride_t + o_x, mask=m_x, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_sum(
+    p_x,
+    p_residual,
+    p_bias,
+    i_row,
+    o_r,
+    o_c,
+    m_x,
+    m_keep,
+    keep_scale,
+    stride_xt,
+    stride_xc,
+    stride_rt,
+    stride_rc,
+    channels,
+    DROPOUT: tl.constexpr,
+):
+    """z = residual + dropout(x + bias) of some rows, zero outside."""
+    b_x = load_block(p_x, i_row, o_r, o_c, m_x, stride_xt, stride_xc)
+    if p_bias is not None:
+        b_x += tl.load(p_bias + o_c, mask=o_c < channels, other=0.0).to(tl.float32)[None, :]
+    if DROPOUT:
+        b_x = tl.where(m_keep, b_x * keep_scale, 0.0)
+    return load_block(p_residual, i_row, o_r, o_c, m_x, stride_rt, stride_rc) + b_x
+
+
+@triton.jit(do_not_specialize=["tokens", "threshold", "keep_scale", "eps"])
+def forward_kernel(
+    p_x,
+    p_residual,
+    p_bias,
+    p_gamma,
+    p_beta,
+    p_seed,
+    p_out,
+    p_mean,
+    p_rstd,
+    stride_xt,
+    stride_xc,
+    stride_rt,
+    stride_rc,
+    tokens,
+    channels,
+    threshold,
+    keep_scale,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rows of the output, with the mean and variance of each taken in two passes over registers."""
+    i_row = tl.program_id(0).to(tl.int64) * ROWS
+    o_r = tl.arange(0, ROWS)
+    o_c = tl.arange(0, COLUMNS)
+    m_r = i_row + o_r < tokens
+    m_c = o_c < channels
+    m_x = m_r[:, None] & m_c[None, :]
+    m_keep = m_x
+    if p_seed is not None:
+        m_keep = dropout_keeps(dropout_rows(p_seed, i_row, o_r, 0, 1)[:, None], o_c[None, :], threshold)
+    # [ROWS, COLUMNS]
+    b_z = load_sum(
+        p_x,
+        p_residual,
+        p_bias,
+        i_row,
+        o_r,
+        o_c,
+        m_x,
+        m_keep,
+        keep_scale,
+        stride_xt,
+        stride_xc,
+        stride_rt,
+        stride_rc,
+        channels,
+        p_seed is not None,
+    )
+    b_mean = tl.sum(tl.where(m_x, b_z, 0.0), 1) / channels
+    b_centred = tl.where(m_x, b_z - b_mean[:, None], 0.0)
+    b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, 1) / channels + eps)
+    b_gamma = tl.load(p_gamma + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_beta = tl.load(p_beta + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_out = b_centred * b_rstd[:, None] * b_gamma[None, :] + b_beta[None, :]
+    p_block = p_out + i_row * channels + o_r[:, None] * channels + o_c[None, :]
+    tl.store(p_block, b_out.to(p_out.dtype.element_ty), mask=m_x)
+    tl.store(p_mean + i_row + o_r, b_mean, mask=m_r)
+    tl.store(p_rstd + i_row + o_r, b_rstd, mask=m_r)
+
+
+# The backward pass. With N = (z - mean) rstd, G = gamma dOut and R = keep / (1 - p):
+#
+#     dz = rstd (G - mean(G) - N mean(G N)),   dresidual = dz,   dx = R dz,
+#     dbias = sum dx,   dgamma = sum dOut N,   dbeta = sum dOut.
+
+
+@triton.jit(do_not_specialize=["tokens", "rows_per_part", "threshold", "keep_scale"])
+def backward_kernel(
+    p_dout,
+    p_x,
+    p_residual,
+    p_bias,
+    p_gamma,
+    p_mean,
+    p_rstd,
+    p_seed,
+    p_dx,
+    p_dresidual,
+    p_parts,
+    stride_dt,
+    stride_dc,
+    stride_xt,
+    stride_xc,
+    stride_rt,
+    stride_rc,
+    tokens,
+    channels,
+    rows_per_part,
+    threshold,
+    keep_scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradients of a run of rows, and this part's share of the vectors' gradients, [part, 3, channels]."""
+    i_part = tl.program_id(0).to(tl.int64)
+    first = i_part * rows_per_part
+    last = tl.minimum(first + rows_per_part, tokens)
+    o_r = tl.arange(0, ROWS)
+    o_c = tl.arange(0, COLUMNS)
+    m_c = o_c < channels
+    b_gamma = tl.load(p_gamma + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_dgamma = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_dbeta = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i_row in range(first, last, ROWS):
+        m_r = i_row + o_r < last
+        m_x = m_r[:, None] & m_c[None, :]
+        m_keep = m_x
+        if p_seed is not None:
+            m_keep = dropout_keeps(dropout_rows(p_seed, i_row, o_r, 0, 1)[:, None], o_c[None, :], threshold)
+        # [ROWS, COLUMNS]
+        b_z = load_sum(
+            p_x,
+            p_residual,
+            p_bias,
+            i_row,
+            o_r,
+            o_c,
+            m_x,
+            m_keep,
+            keep_scale,
+            stride_xt,
+            stride_xc,
+            stride_rt,
+            stride_rc,
+            channels,
+            p_seed is not None,
+        )
+        b_mean = tl.load(p_mean + i_row + o_r, mask=m_r, other=0.0)
+        b_rstd = tl.load(p_rstd + i_row + o_r, mask=m_r, other=0.0)
+        b_normal = tl.where(m_x, (b_z - b_mean[:, None]) * b_rstd[:, None], 0.0)
+        b_do = load_block(p_dout, i_row, o_r, o_c, m_x, stride_dt, stride_dc)
+        b_g = b_do * b_gamma[None, :]
+        b_g_mean = tl.sum(b_g, 1) / channels
+        b_gn_mean = tl.sum(b_g * b_normal, 1) / channels
+        b_dz = tl.where(m_x, (b_g - b_g_mean[:, None] - b_normal * b_gn_mean[:, None]) * b_rstd[:, None], 0.0)
+        o_x = o_r[:, None] * channels + o_c[None, :]
+        tl.store(p_dresidual + i_row * channels + o_x, b_dz.to(p_dresidual.dtype.element_ty), mask=m_x)
+        b_dx = b_dz
+        if p_seed is not None:
+            b_dx = tl.where(m_keep, b_dz * keep_scale, 0.0)
+        if p_dx is not None:
+            tl.store(p_dx + i_row * channels + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
+        b_dbias += b_dx
+        b_dgamma += b_do * b_normal
+        b_dbeta += b_do
+    p_part = p_parts + i_part * 3 * channels + o_c
+    tl.store(p_part, tl.sum(b_dbias, 0), mask=m_c)
+    tl.store(p_part + channels, tl.sum(b_dgamma, 0), mask=m_c)
+    tl.store(p_part + 2 * channels, tl.sum(b_dbeta, 0), mask=m_c)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def finish_kernel(p_parts, p_dbias, p_dgamma, p_dbeta, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums the parts in their order, whatever order they were computed in."""
+    o_r = tl.arange(0, ROWS)
+    o_c = tl.program_id(0) // 3 * COLUMNS + tl.arange(0, COLUMNS)
+    i_vector = tl.program_id(0) % 3
+    m_c = o_c < channels
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i_part in range(0, parts, ROWS):
+        p_block = p_parts + ((i_part + o_r)[:, None] * 3 + i_vector) * channels + o_c[None, :]
+        b_sum += tl.load(p_block, mask=(i_part + o_r < parts)[:, None] & m_c[None, :], other=0.0)
+    b_total = tl.sum(b_sum, 0)
+    if i_vector == 0:
+        tl.store(p_dbias + o_c, b_total, mask=m_c)
+    elif i_vector == 1:
+        tl.store(p_dgamma + o_c, b_total, mask=m_c)
+    else:
+        tl.store(p_dbeta + o_c, b_total, mask=m_c)
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ticketops.ops.residual; one launch.
+
+    Returns:
+        out [T, C] in the residual's dtype, and each row's mean [T] and 1 / sqrt(variance + eps) [T] in float32.
+    """
+    tokens, channels = x.shape
+    out = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    mean, rstd = (torch.empty(tokens, dtype=torch.float32, device=x.device) for _ in range(2))
+    tile = triton_configs.norm_forward(channels)
+    launch(
+        forward_kernel,
+        triton.cdiv(tokens, tile.rows),
+        tile,
+        p_x=x,
+        p_residual=residual,
+        p_bias=None if bias is None else bias.contiguous(),
+        p_gamma=gamma.contiguous(),
+        p_beta=beta.contiguous(),
+        p_seed=seed if dropout_p else None,
+        p_out=out,
+        p_mean=mean,
+        p_rstd=rstd,
+        stride_xt=x.stride(0),
+        stride_xc=x.stride(1),
+        stride_rt=residual.stride(0),
+        stride_rc=residual.stride(1),
+        tokens=tokens,
+        channels=channels,
+        threshold=keep_threshold(dropout_p),
+        keep_scale=1.0 / (1.0 - dropout_p),
+        eps=float(eps),
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
+    return out, mean, rstd
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `forward`; two launches.
+
+    Returns:
+        dx [T, C], empty where it equals dresidual: no dropout and one dtype; dresidual [T, C]; dbias, dgamma and dbeta
+        [C] in float32.
+    """
+    tokens, channels = x.shape
+    own_dx = bool(dropout_p) or x.dtype != residual.dtype
+    dx = torch.empty(x.shape if own_dx else (0,), dtype=x.dtype, device=x.device)
+    dresidual = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    dbias, dgamma, dbeta = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(3))
+    tile = triton_configs.norm_backward(channels)
+    blocks = triton.cdiv(tokens, tile.rows)
+    rows_per_part = tile.rows * max(1, triton.cdiv(blocks, MAX_PARTS))
+    parts = triton.cdiv(tokens, rows_per_part)
+    sums = torch.empty((parts, 3, channels), dtype=torch.float32, device=x.device)
+    launch(
+        backward_kernel,
+        parts,
+        tile,
+        p_dout=dout,
+        p_x=x,
+        p_residual=residual,
+        p_bias=None if bias is None else bias.contiguous(),
+        p_gamma=gamma.contiguous(),
+        p_mean=mean,
+        p_rstd=rstd,
+        p_seed=seed if dropout_p else None,
+        p_dx=dx if own_dx else None,
+        p_dresidual=dresidual,
+        p_parts=sums,
+        stride_dt=dout.stride(0),
+        stride_dc=dout.stride(1),
+        stride_xt=x.stride(0),
+        stride_xc=x.stride(1),
+        stride_rt=residual.stride(0),
+        stride_rc=residual.stride(1),
+        tokens=tokens,
+        channels=channels,
+        rows_per_part=rows_per_part,
+        threshold=keep_threshold(dropout_p),
+        keep_scale=1.0 / (1.0 - dropout_p),
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
+    tile = triton_configs.NORM_FINISH
+    launch(
+        finish_kernel,
+        3 * triton.cdiv(channels, tile.columns),
+        tile,
+        p_parts=sums,
+        p_dbias=dbias,
+        p_dgamma=dgamma,
+        p_dbeta=dbeta,
+        parts=parts,
+        channels=channels,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
+    return dx, dresidual, dbias, dgamma, dbeta
