@@ -13,7 +13,11 @@ OPS = ("attention", "ffn", "residual")
 #: The backends of each device, the preferred one first. A backend of an op is the module ticketops.ops.<op>.<backend>
 #: with `forward`, `backward` and `refusal(device, dtype)`, which says why it cannot serve a call or None; `reference`
 #: serves every device and dtype.
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("reference",)}
+BACKENDS: dict[str, tuple[str, ...]] = {
+    # On the CPU Triton only interprets, and is never chosen by itself.
+    "cpu": ("native", "reference", "triton"),
+    "cuda": ("triton", "reference"),
+}
 
 
 def requested() -> str:
@@ -53,7 +57,10 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
     for backend in BACKENDS.get(device.type, ("reference",)):
         if wanted not in ("auto", backend):
             continue
-        refusal = _module(op, backend).refusal(device, dtype)
+        try:
+            refusal = _module(op, backend).refusal(device, dtype)
+        except ModuleNotFoundError as missing:
+            refusal = f"{missing.name} is not installed"
         if refusal is None:
             reason = "TICKETOPS_BACKEND asks for it" if wanted == backend else f"the preferred backend on {device.type}"
             return backend, "; ".join([reason, *refusals])

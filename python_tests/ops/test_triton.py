@@ -1,0 +1,535 @@
+"""The Triton backends against plain PyTorch in float64: on a GPU where there is one, else in Triton's interpreter,
+which needs TRITON_INTERPRET=1 before Python starts (`make test` runs this file once more with it)."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+import ticketops.ops as ops
+from ticketops.errors import UnsupportedError
+from ticketops.ops import Sequences
+from ticketops.ops.backends import BACKENDS, choose
+from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
+
+common = pytest.importorskip("ticketops.ops.triton_common")
+
+DEVICE = torch.device("cpu" if common.INTERPRETED else "cuda")
+DTYPES = [torch.float32, torch.float16] + ([] if common.INTERPRETED else [torch.bfloat16])
+EXAMPLES = 6 if common.INTERPRETED else 60
+pytestmark = [
+    pytest.mark.skipif(
+        not (common.INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
+    ),
+    *([] if common.INTERPRETED else [pytest.mark.gpu]),
+]
+drawn = settings(
+    max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+# One token, primes, both sides of every block edge up to 64; 0 is an empty sequence.
+LENGTHS = [0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 37] + ([] if common.INTERPRETED else [63, 64, 65, 127, 128, 129, 257])
+MASK_VALUES = [0.0, 0.0, 1.0, 1.0, 0.5, -0.75, 1.5]
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asks for Triton, and fills every fresh tensor with NaN, so that a place nobody wrote to shows."""
+    monkeypatch.setenv("TICKETOPS_BACKEND", "triton")
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def poisoned(*args: object, **options: object) -> Tensor:
+        x = allocate(*args, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    return poisoned
+
+
+#: What a sum of signed terms is measured against: rounding knows the terms, not how they cancel.
+TERMS = {
+    "signed": "absolute",
+    "dmask": "absolute",
+    "dffn_mask": "absolute",
+    "neuron_signed": "neuron_absolute",
+    "dneuron_mask": "neuron_absolute",
+}
+
+
+def check(actual: dict[str, Tensor], same: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Holds every error to twice (gradients: three times) that of plain PyTorch in the same dtype, plus a few roundings
+    of the largest term, below which that error is luck."""
+    for name, value in actual.items():
+        assert value.shape == exact[name].shape, name
+        assert value.isfinite().all(), f"{name} is not finite"
+        if not value.numel():
+            continue
+        plain = (same[name].double() - exact[name]).abs().max().item()
+        error = (value.double() - exact[name]).abs().max().item()
+        floor = 4 * torch.finfo(same[name].dtype).eps * exact[TERMS.get(name, name)].abs().max().item() + 1e-7
+        allowed = (2 if name == "out" else 3) * plain + floor
+        assert error <= allowed, f"{name}: error {error:.2e}, plain PyTorch {plain:.2e}, allowed {allowed:.2e}"
+
+
+def leaf(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.detach().to(dtype).requires_grad_()
+
+
+def spans(sequences: Sequences) -> list[tuple[int, int, int]]:
+    return [(b, start, end) for b, (start, end) in enumerate(sequences.spans()) if end > start]
+
+
+def draw_sequences(lengths: list[int], layout: str) -> tuple[Sequences, int]:
+    """Sequences and the number of rows they lie in: packed, padded, or in reverse order with gaps all over."""
+    if layout == "padded":
+        width = max(lengths) + 1
+        return _to_device(Sequences.from_lengths(lengths, width)), width * len(lengths)
+    if layout == "packed":
+        return _to_device(Sequences.from_lengths(lengths)), sum(lengths)
+    ends = list(itertools.accumulate(length + 2 for length in reversed(lengths)))
+    starts = [end - length for end, length in zip(ends, reversed(lengths), strict=True)][::-1]
+    both = torch.tensor([starts, lengths], dtype=torch.int32, device=DEVICE)
+    return Sequences(both[0], both[1], max(lengths) + 3), ends[-1] + 3
+
+
+def _to_device(sequences: Sequences) -> Sequences:
+    return Sequences(sequences.starts.to(DEVICE), sequences.lengths.to(DEVICE), sequences.max_length)
+
+
+layouts = st.sampled_from(["packed", "padded", "scattered"])
+lengths = st.lists(st.sampled_from(LENGTHS), min_size=1, max_size=3)
+
+
+# Attention
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    head_mask: Tensor | None,
+    gradient: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> dict[str, Tensor]:
+    """Attention as one would write it with torch's autograd, in the dtype of its inputs."""
+    heads = q.shape[1]
+    mask = torch.ones(heads, dtype=q.dtype, device=q.device) if head_mask is None else head_mask
+    unmasked = 0 * (q + k + v)
+    for _, start, end in spans(sequences):
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * q.shape[2] ** -0.5
+        weights = scores.softmax(-1)
+        if dropout_p:
+            kept = keep_mask(
+                seed, start, end - start, torch.arange(heads, device=q.device), heads, end - start, dropout_p
+            )
+            weights = weights * kept / (1 - dropout_p)
+        unmasked = unmasked.index_copy(
+            0, torch.arange(start, end, device=q.device), torch.einsum("hqk,khd->qhd", weights, v[start:end])
+        )
+    out = unmasked * mask[:, None]
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
+    terms = (unmasked * gradient).sum(-1) * (mask != 0)
+    zero = torch.zeros((len(sequences), heads), dtype=q.dtype, device=q.device)
+    signed, absolute = zero, zero.clone()
+    for b, start, end in spans(sequences):
+        signed[b], absolute[b] = terms[start:end].sum(0), terms[start:end].abs().sum(0)
+    return {"out": out, "dq": dq, "dk": dk, "dv": dv, "signed": signed, "absolute": absolute}
+
+
+def check_attention(
+    lengths: list[int],
+    layout: str,
+    mask: list[float] | None,
+    head_dim: int,
+    dropout_p: float,
+    dtype: torch.dtype,
+    strided: bool,
+) -> None:
+    sequences, tokens = draw_sequences(lengths, layout)
+    heads = 2 if mask is None else len(mask)
+    torch.manual_seed(len(lengths) + head_dim)
+    # Strided: a slice of one [D, H, 3, T] tensor, whose last dimension is not the contiguous one.
+    values = torch.randn((head_dim, heads, 3, tokens) if strided else (3, tokens, heads, head_dim), device=DEVICE)
+    q, k, v = (values.permute(2, 3, 1, 0) if strided else values).to(dtype).unbind()
+    gradient = torch.randn((tokens, heads, head_dim), device=DEVICE).to(dtype)
+    head_mask = None if mask is None else torch.tensor(mask, device=DEVICE)
+
+    def plain(dtype: torch.dtype) -> dict[str, Tensor]:
+        torch.manual_seed(7)
+        seed = draw_seed(DEVICE) if dropout_p else None
+        mask = None if head_mask is None else head_mask.to(dtype)
+        return plain_attention(
+            *(leaf(x, dtype) for x in (q, k, v)), sequences, mask, gradient.to(dtype), seed, dropout_p
+        )
+
+    exact, same = plain(torch.float64), plain(dtype)
+    actual: dict[str, Tensor] = {}
+    for per_token in (False, True):
+        torch.manual_seed(7)
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        mask_leaf = None if head_mask is None else head_mask.clone().requires_grad_()
+        importance = torch.zeros((len(sequences), heads), device=DEVICE, requires_grad=True)
+        out = ops.attention(
+            *inputs,
+            sequences,
+            head_mask=mask_leaf,
+            dropout_p=dropout_p,
+            importance=importance,
+            per_token=per_token,
+        )
+        out.backward(gradient)
+        actual |= {"out": out, **{f"d{name}": x.grad for name, x in zip("qkv", inputs, strict=True)}}
+        actual["absolute" if per_token else "signed"] = importance.grad
+        if mask_leaf is not None:
+            actual["dmask"] = mask_leaf.grad
+    for result in (exact, same):
+        result["dmask"] = result["signed"].sum(0)
+    check(actual, same, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@drawn
+@given(
+    lengths=lengths,
+    layout=layouts,
+    mask=st.none() | st.lists(st.sampled_from(MASK_VALUES), min_size=1, max_size=2),
+    head_dim=st.sampled_from([16, 24, 32, 40, 64, 72, 128]),
+    dropout_p=st.sampled_from([0.0, 0.3]),
+    strided=st.booleans(),
+)
+@example(lengths=[1], layout="packed", mask=None, head_dim=16, dropout_p=0.0, strided=False)
+@example(lengths=[33, 0, 17], layout="scattered", mask=[0.0, 0.5], head_dim=32, dropout_p=0.3, strided=True)
+@example(lengths=[67], layout="padded", mask=[0.0, -1.5], head_dim=24, dropout_p=0.1, strided=False)
+@example(lengths=[0, 0], layout="scattered", mask=None, head_dim=16, dropout_p=0.1, strided=False)
+def test_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided):
+    check_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "batch"), [(0, 2, 1), (0, 2, 0), (3, 2, 0), (3, 0, 1)])
+def test_attention_of_nothing(tokens, heads, batch):
+    q = torch.ones((tokens, heads, 16), device=DEVICE, requires_grad=True)
+    sequences = _to_device(Sequences.from_lengths([tokens] * batch))
+    out = ops.attention(q, q, q, sequences, dropout_p=0.1)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == q.shape
+    assert not out.any()
+    assert not q.grad.any()
+
+
+def test_attention_dropout_is_the_reference_mask():
+    # With v the identity, the output is the dropped weights themselves.
+    n, p = 37, 0.4
+    sequences = _to_device(Sequences.from_lengths([n]))
+    v = torch.eye(n, device=DEVICE)[:, None].expand(n, 3, n)
+    torch.manual_seed(3)
+    out = ops.attention(torch.zeros_like(v), torch.zeros_like(v), v, sequences, dropout_p=p)
+    torch.manual_seed(3)
+    kept = keep_mask(draw_seed(DEVICE), 0, n, torch.arange(3, device=DEVICE), 3, n, p)
+    assert torch.equal(out.transpose(0, 1) != 0, kept)
+
+
+def test_attention_refuses_wide_heads():
+    q = torch.zeros((4, 1, 160), device=DEVICE)
+    with pytest.raises(UnsupportedError, match="up to 128, got 160"):
+        ops.attention(q, q, q, _to_device(Sequences.from_lengths([4])))
+
+
+# FFN
+
+
+def plain_ffn(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    sequences: Sequences,
+    activation: str,
+    ffn_mask: Tensor | None,
+    neuron_mask: Tensor | None,
+    gradient: Tensor,
+) -> dict[str, Tensor]:
+    one = torch.ones((), dtype=x.dtype, device=x.device)
+    m = one if ffn_mask is None else ffn_mask
+    n = one.expand(w1.shape[0]) if neuron_mask is None else neuron_mask
+    pre = functional.linear(x, w1, b1)
+    hidden = (
+        functional.relu(pre)
+        if activation == "relu"
+        else functional.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+    )
+    unmasked = functional.linear(hidden * n, w2, b2)
+    out = unmasked * m
+    gradients = torch.autograd.grad(out, (x, w1, b1, w2, b2), gradient, retain_graph=True)
+    terms = (unmasked * gradient).sum(-1) * (m != 0)
+    neuron_terms = (gradient * m) @ w2 * hidden * (n != 0)
+    result = {"out": out, **dict(zip(("dx", "dw1", "db1", "dw2", "db2"), gradients, strict=True))}
+    for name, values in (("signed", terms), ("absolute", terms.abs())):
+        result[name] = torch.stack([values[start:end].sum(0) for start, end in sequences.spans()])
+    for name, values in (("neuron_signed", neuron_terms), ("neuron_absolute", neuron_terms.abs())):
+        result[name] = torch.stack([values[start:end].sum(0) for start, end in sequences.spans()])
+    result["dffn_mask"] = result["signed"].sum(0)
+    result["dneuron_mask"] = result["neuron_signed"].sum(0)
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@drawn
+@given(
+    lengths=lengths,
+    layout=layouts,
+    activation=st.sampled_from(["gelu", "gelu_tanh", "relu"]),
+    ffn_mask=st.none() | st.sampled_from(MASK_VALUES),
+    neuron_mask=st.booleans(),
+    recording=st.sampled_from(["nothing", "ffn", "neurons", "both"]),
+    per_token=st.booleans(),
+    sizes=st.sampled_from([(16, 40), (24, 65), (65, 96)]),
+)
+@example(
+    lengths=[33, 0, 17],
+    layout="scattered",
+    activation="gelu",
+    ffn_mask=0.5,
+    neuron_mask=True,
+    recording="both",
+    per_token=False,
+    sizes=(24, 65),
+)
+@example(
+    lengths=[70],
+    layout="packed",
+    activation="gelu",
+    ffn_mask=None,
+    neuron_mask=False,
+    recording="ffn",
+    per_token=True,
+    sizes=(16, 40),
+)
+@example(
+    lengths=[3, 2],
+    layout="padded",
+    activation="gelu_tanh",
+    ffn_mask=0.0,
+    neuron_mask=True,
+    recording="neurons",
+    per_token=True,
+    sizes=(16, 40),
+)
+def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_token, sizes, dtype):
+    sequences, tokens = draw_sequences(lengths, layout)
+    channels, neurons = sizes
+    torch.manual_seed(neurons)
+    shapes = ((tokens, channels), (neurons, channels), (neurons,), (channels, neurons), (channels,))
+    scales = (1.0, channels**-0.5, 0.5, neurons**-0.5, 0.5)
+    inputs = [
+        (torch.randn(shape, device=DEVICE) * scale).to(dtype) for shape, scale in zip(shapes, scales, strict=True)
+    ]
+    gradient = torch.randn((channels, tokens), device=DEVICE).to(dtype).t()
+    m = None if ffn_mask is None else torch.tensor(ffn_mask, device=DEVICE)
+    values = torch.tensor(MASK_VALUES, device=DEVICE)
+    n = values[torch.arange(neurons, device=DEVICE) % len(values)] if neuron_mask else None
+    masks = [None if mask is None else mask.double() for mask in (m, n)]
+
+    def plain(dtype: torch.dtype) -> dict[str, Tensor]:
+        cast = [None if mask is None else mask.to(dtype) for mask in masks]
+        return plain_ffn(*(leaf(x, dtype) for x in inputs), sequences, activation, *cast, gradient.to(dtype))
+
+    exact, same = plain(torch.float64), plain(dtype)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    train_neurons = neuron_mask and not (per_token and recording in ("neurons", "both"))
+    mask_leaf, neuron_leaf = leaf(m, torch.float32), leaf(n, torch.float32)
+    if neuron_leaf is not None and not train_neurons:
+        neuron_leaf.requires_grad_(False)
+    sinks = {
+        "importance": (recording in ("ffn", "both"), (len(sequences),)),
+        "neuron_importance": (recording in ("neurons", "both"), (len(sequences), neurons)),
+    }
+    sinks = {name: torch.zeros(shape, device=DEVICE, requires_grad=True) for name, (on, shape) in sinks.items() if on}
+    out = ops.ffn(
+        *leaves,
+        sequences,
+        activation=activation,
+        ffn_mask=mask_leaf,
+        neuron_mask=neuron_leaf,
+        per_token=per_token,
+        **sinks,
+    )
+    out.backward(gradient)
+    kind = "absolute" if per_token else "signed"
+    actual = {"out": out, **{f"d{name}": x.grad for name, x in zip(("x", "w1", "b1", "w2", "b2"), leaves, strict=True)}}
+    if "importance" in sinks:
+        actual[kind] = sinks["importance"].grad
+    if "neuron_importance" in sinks:
+        actual[f"neuron_{kind}"] = sinks["neuron_importance"].grad
+    if m is not None:
+        actual["dffn_mask"] = mask_leaf.grad
+    if train_neurons:
+        actual["dneuron_mask"] = neuron_leaf.grad
+    check(actual, same, exact)
+
+
+def test_ffn_without_weight_gradients():
+    torch.manual_seed(0)
+    x = torch.randn((5, 16), device=DEVICE, requires_grad=True)
+    w1, w2 = torch.randn((24, 16), device=DEVICE), torch.randn((16, 24), device=DEVICE)
+    b1, b2 = torch.randn(24, device=DEVICE), torch.randn(16, device=DEVICE)
+    sequences = _to_device(Sequences.from_lengths([3, 2]))
+    ops.ffn(x, w1, b1, w2, b2, sequences).square().sum().backward()
+    expected = leaf(x, torch.float64)
+    weights = (w1.double(), b1.double(), w2.double(), b2.double())
+    hidden = functional.gelu(functional.linear(expected, *weights[:2]))
+    functional.linear(hidden, *weights[2:]).square().sum().backward()
+    torch.testing.assert_close(x.grad.double(), expected.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_ffn_of_no_tokens():
+    x = torch.zeros((0, 16), device=DEVICE, requires_grad=True)
+    w1 = torch.ones((24, 16), device=DEVICE, requires_grad=True)
+    w2 = torch.ones((16, 24), device=DEVICE, requires_grad=True)
+    out = ops.ffn(x, w1, w1[:, 0], w2, w2[:, 0], _to_device(Sequences.from_lengths([0])))
+    out.sum().backward()
+    assert out.shape == (0, 16)
+    assert not w1.grad.any()
+    assert not w2.grad.any()
+
+
+# Residual norm
+
+
+def plain_residual(x, residual, gamma, beta, bias, gradient, kept, dropout_p):
+    z = x if bias is None else x + bias
+    if kept is not None:
+        z = z * kept / (1 - dropout_p)
+    out = functional.layer_norm(residual + z, x.shape[1:], gamma, beta, 1e-5)
+    names = ["x", "residual", "gamma", "beta"] + ([] if bias is None else ["bias"])
+    leaves = [x, residual, gamma, beta] + ([] if bias is None else [bias])
+    gradients = torch.autograd.grad(out, leaves, gradient)
+    return {"out": out, **{f"d{name}": value for name, value in zip(names, gradients, strict=True)}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@drawn
+@given(
+    tokens=st.sampled_from([1, 2, 5, 37]),
+    channels=st.sampled_from([16, 65, 130, 384]),
+    with_bias=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.3]),
+    wide_residual=st.booleans(),
+    strided=st.booleans(),
+)
+@example(tokens=37, channels=65, with_bias=True, dropout_p=0.3, wide_residual=True, strided=True)
+def test_residual_norm(tokens, channels, with_bias, dropout_p, wide_residual, strided, dtype):
+    torch.manual_seed(channels)
+    residual_dtype = torch.float32 if wide_residual else dtype
+
+    def matrix() -> Tensor:
+        return (
+            torch.randn((channels, tokens), device=DEVICE).t()
+            if strided
+            else torch.randn((tokens, channels), device=DEVICE)
+        )
+
+    x, residual, gradient = matrix().to(dtype), matrix().to(residual_dtype), matrix().to(residual_dtype)
+    gamma, beta, bias = torch.randn((3, channels), device=DEVICE).unbind()
+    inputs = [x, residual, gamma, beta, bias if with_bias else None]
+
+    def plain(dtype: torch.dtype) -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        kept = keep_elements(draw_seed(DEVICE), tokens, channels, dropout_p, DEVICE) if dropout_p else None
+        return plain_residual(*(leaf(value, dtype) for value in inputs), gradient.to(dtype), kept, dropout_p)
+
+    exact, same = plain(torch.float64), plain(dtype)
+    torch.manual_seed(5)
+    leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
+    out = ops.residual_norm(*leaves[:4], bias=leaves[4], dropout_p=dropout_p, eps=1e-5)
+    out.backward(gradient)
+    actual = {"out": out}
+    for name, value in zip(("x", "residual", "gamma", "beta", "bias"), leaves, strict=True):
+        if value is not None:
+            actual[f"d{name}"] = value.grad
+    check(actual, same, exact)
+
+
+# What torch asks of an op
+
+
+def calls() -> dict[str, Callable[[], Tensor]]:
+    """Every op with all its options on, as functions of fresh leaves."""
+    sequences = _to_device(Sequences.from_lengths([5, 12]))
+    torch.manual_seed(1)
+    q = torch.randn((17, 2, 16), device=DEVICE, requires_grad=True)
+    x = torch.randn((17, 16), device=DEVICE, requires_grad=True)
+    w1 = torch.randn((24, 16), device=DEVICE, requires_grad=True)
+    b1 = torch.randn(24, device=DEVICE, requires_grad=True)
+    head_mask = torch.tensor([1.0, 0.5], device=DEVICE)
+    importance = torch.zeros((2, 2), device=DEVICE, requires_grad=True)
+
+    def attention() -> Tensor:
+        return ops.attention(q, q, q, sequences, head_mask=head_mask, dropout_p=0.1, importance=importance)
+
+    def ffn() -> Tensor:
+        return ops.ffn(x, w1, b1, w1.t(), b1[:16], sequences, importance=importance[0])
+
+    def residual_norm() -> Tensor:
+        return ops.residual_norm(x, x, b1[:16], b1[:16], bias=b1[:16], dropout_p=0.1)
+
+    return {"attention": attention, "ffn": ffn, "residual_norm": residual_norm}
+
+
+@pytest.mark.parametrize("op", ["attention", "ffn", "residual_norm"])
+def test_compiles_as_one_graph(op):
+    call = calls()[op]
+    torch.manual_seed(2)
+    expected = call()
+    torch.manual_seed(2)
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(), expected)
+
+
+@pytest.mark.parametrize("op", ["attention", "ffn", "residual_norm"])
+def test_repeats_bit_for_bit(op):
+    results = []
+    for _ in range(2):
+        call = calls()[op]
+        torch.manual_seed(2)
+        out = call()
+        leaves = [cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, Tensor)]
+        leaves = [tensor for tensor in leaves if tensor.requires_grad]
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)])
+    for first, second in zip(*results, strict=True):
+        assert (first is second is None) or torch.equal(first, second)
+
+
+def test_opcheck():
+    sequences = _to_device(Sequences.from_lengths([3, 4]))
+    spans = (sequences.starts, sequences.lengths)
+    q = torch.randn((7, 2, 16), device=DEVICE, requires_grad=True)
+    mask = torch.tensor([1.0, 0.0], device=DEVICE)
+    seed = torch.tensor([5], device=DEVICE)
+    torch.library.opcheck(torch.ops.ticketops.attention, (q, q, q, *spans, mask, None, seed, 4, 0.25, 0.1, False))
+    x = torch.randn((7, 16), device=DEVICE, requires_grad=True)
+    w1, b1 = torch.randn((24, 16), device=DEVICE), torch.randn(24, device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.ticketops.ffn,
+        (x, w1, b1, w1.t().contiguous(), b1[:16], *spans, None, None, None, None, "gelu", False),
+    )
+    torch.library.opcheck(torch.ops.ticketops.residual_norm, (x, x, None, b1[:16], b1[:16], seed, 0.1, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64] + ([torch.bfloat16] if common.INTERPRETED else []))
+def test_refuses_by_name(dtype):
+    with pytest.raises(UnsupportedError, match="TICKETOPS_BACKEND=triton cannot run attention"):
+        choose("attention", DEVICE, dtype)
+
+
+def test_is_the_last_choice_on_the_cpu_and_the_first_on_cuda():
+    assert BACKENDS["cpu"][-1] == "triton"
+    assert BACKENDS["cuda"][0] == "triton"

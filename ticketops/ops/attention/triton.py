@@ -1,0 +1,599 @@
+"""Masked attention as Triton kernels: one program per sequence, head and block of query (or key) rows.
+
+A call whose longest sequence fits one block has one program per sequence and head; its backward pass then is a single
+kernel that holds the whole score matrix, so that delta needs no pass of its own. Longer sequences are tiled, with one
+kernel for dQ and one for dK and dV. No kernel uses atomics, so results are the same in every run.
+
+The mask lies on the device and reading it on the host would wait for the GPU, so the grid spans all heads and the
+programs of a head whose mask is 0 end after writing their zeros, before they load anything else. Each grid has one
+more "head", whose programs write the zeros of the rows that belong to no sequence.
+
+float32 inputs are multiplied in float32 unless torch.backends.cuda.matmul.fp32_precision is "tf32": a fine-tuning run
+in float32 then differs from the reference by rounding only, and one switch governs these kernels and torch's own.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ticketops.errors import UnsupportedError
+from ticketops.ops import triton_configs
+from ticketops.ops.dropout import keep_threshold
+from ticketops.ops.triton_common import capability, dropout_keeps, dropout_rows, launch, refusal, zero_gaps
+
+__all__ = ["backward", "forward", "refusal"]
+
+MAX_HEAD_DIM = 128
+MAX_BLOCK = 128
+
+
+@triton.jit
+def load_rows(p_x, i_row, o_rows, m_rows, i_head, stride_t, stride_h, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows i_row + o_rows of one head of a [T, H, D] tensor as a block [rows, BLOCK_D], zero outside. Only the first
+    row's address takes 64 bits, see `_operand`."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_first = p_x + i_row * stride_t + i_head.to(tl.int64) * stride_h
+    o_x = o_rows[:, None] * stride_t + o_d[None, :] * stride_d
+    return tl.load(p_first + o_x, mask=m_rows[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(p_x, b_x, i_row, o_rows, m_rows, i_head, heads, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes a block [rows, BLOCK_D] to rows i_row + o_rows of one head of a contiguous [T, H, D] tensor."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_first = p_x + (i_row * heads + i_head) * D
+    o_x = o_rows[:, None] * (heads * D) + o_d[None, :]
+    tl.store(p_first + o_x, b_x.to(p_x.dtype.element_ty), mask=m_rows[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale"])
+def forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_starts,
+    p_lengths,
+    p_mask,
+    p_seed,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    stride_kt,
+    stride_kh,
+    stride_kd,
+    stride_vt,
+    stride_vh,
+    stride_vd,
+    tokens,
+    batch,
+    heads,
+    blocks,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax over blocks of keys with a running maximum, in base 2; a short sequence takes one turn of the loop."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    i_h = tl.program_id(0) % (heads + 1)
+    i_m = tl.program_id(0) // (heads + 1) % blocks
+    i_b = tl.program_id(0) // (heads + 1) // blocks
+    if i_h == heads:
+        zero_gaps(p_out, p_starts, p_lengths, batch, tokens, i_b, heads * D, i_m, blocks)
+        zero_gaps(p_lse, p_starts, p_lengths, batch, tokens, i_b, heads, i_m, blocks)
+        return
+    length = tl.load(p_lengths + i_b)
+    if i_m * BLOCK_M >= length:
+        return
+    start = tl.load(p_starts + i_b).to(tl.int64)
+    i_row = start + i_m * BLOCK_M
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = i_m * BLOCK_M + o_m < length
+    head_mask = 1.0
+    if p_mask is not None:
+        head_mask = tl.load(p_mask + i_h)
+        if head_mask == 0.0:
+            store_rows(p_out, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), i_row, o_m, m_m, i_h, heads, D, BLOCK_D)
+            tl.store(p_lse + (i_row * heads + i_h) + o_m * heads, tl.zeros([BLOCK_M], tl.float32), mask=m_m)
+            return
+
+    # [BLOCK_M, BLOCK_D]
+    b_q = load_rows(p_q, i_row, o_m, m_m, i_h, stride_qt, stride_qh, stride_qd, D, BLOCK_D)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    if p_seed is not None:
+        b_word = dropout_rows(p_seed, i_row, o_m, i_h, heads)
+    o_n = tl.arange(0, BLOCK_N)
+    for i_n in range(0, length, BLOCK_N):
+        m_n = i_n + o_n < length
+        # [BLOCK_N, BLOCK_D]
+        b_k = load_rows(p_k, start + i_n, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
+        b_v = load_rows(p_v, start + i_n, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
+        # [BLOCK_M, BLOCK_N]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new_max[:, None])
+        b_decay = tl.exp2(b_max - b_new_max)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_max = b_new_max
+        if p_seed is not None:
+            b_p = tl.where(dropout_keeps(b_word[:, None], i_n + o_n[None, :], threshold), b_p, 0.0)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
+    b_out = b_acc * (head_mask * keep_scale / b_sum)[:, None]
+    store_rows(p_out, b_out, i_row, o_m, m_m, i_h, heads, D, BLOCK_D)
+    tl.store(p_lse + (i_row * heads + i_h) + o_m * heads, (b_max + tl.log2(b_sum)) / LOG2_E, mask=m_m)
+
+
+# The backward kernels. With m the head's mask, S = scale Q K^T, P = softmax(S), R = keep / (1 - p), W = P * R and
+# O = W V before the mask, so that out = m O:
+#
+#     g = dOut V^T * R,     delta = rowsum(P * g) = rowsum(dOut * O),     h = P * (g - delta),
+#     dV = m W^T dOut,      dQ = m scale h K,      dK = m scale h^T Q,    dL/dm = sum(delta).
+#
+# m stays outside all products, hence delta is the importance of the unmasked head whatever m is. Score blocks are
+# computed transposed, [keys, queries], where W^T and h^T are left operands: those never leave the registers.
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "scale", "threshold", "keep_scale"])
+def row_backward_kernel(
+    p_dout,
+    p_q,
+    p_k,
+    p_v,
+    p_lse,
+    p_dq,
+    p_dk,
+    p_dv,
+    p_signed,
+    p_absolute,
+    p_starts,
+    p_lengths,
+    p_mask,
+    p_seed,
+    stride_dt,
+    stride_dh,
+    stride_dd,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    stride_kt,
+    stride_kh,
+    stride_kd,
+    stride_vt,
+    stride_vh,
+    stride_vd,
+    tokens,
+    batch,
+    heads,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All gradients of one head of one sequence of at most BLOCK tokens; delta comes from P and g, not from the stored
+    output."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    i_h = tl.program_id(0) % (heads + 1)
+    i_b = tl.program_id(0) // (heads + 1)
+    if i_h == heads:
+        zero_gaps(p_dq, p_starts, p_lengths, batch, tokens, i_b, heads * D, 0, 1)
+        zero_gaps(p_dk, p_starts, p_lengths, batch, tokens, i_b, heads * D, 0, 1)
+        zero_gaps(p_dv, p_starts, p_lengths, batch, tokens, i_b, heads * D, 0, 1)
+        return
+    length = tl.load(p_lengths + i_b)
+    start = tl.load(p_starts + i_b).to(tl.int64)
+    o_n = tl.arange(0, BLOCK)
+    m_n = o_n < length
+    head_mask = 1.0
+    if p_mask is not None:
+        head_mask = tl.load(p_mask + i_h)
+        if head_mask == 0.0:
+            b_zero = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+            store_rows(p_dq, b_zero, start, o_n, m_n, i_h, heads, D, BLOCK_D)
+            store_rows(p_dk, b_zero, start, o_n, m_n, i_h, heads, D, BLOCK_D)
+            store_rows(p_dv, b_zero, start, o_n, m_n, i_h, heads, D, BLOCK_D)
+            tl.store(p_signed + i_b * heads + i_h, 0.0)
+            tl.store(p_absolute + i_b * heads + i_h, 0.0)
+            return
+
+    # [BLOCK, BLOCK_D]
+    b_q = load_rows(p_q, start, o_n, m_n, i_h, stride_qt, stride_qh, stride_qd, D, BLOCK_D)
+    b_k = load_rows(p_k, start, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
+    b_lse = tl.load(p_lse + (start * heads + i_h) + o_n * heads, mask=m_n, other=float("inf"))
+    # [keys, queries]
+    b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E)
+    b_pt = tl.where(m_n[:, None], tl.exp2(b_st - (b_lse * LOG2_E)[None, :]), 0.0)
+    b_do = load_rows(p_dout, start, o_n, m_n, i_h, stride_dt, stride_dh, stride_dd, D, BLOCK_D)
+    b_v = load_rows(p_v, start, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
+    b_gt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_wt = b_pt
+    if p_seed is not None:
+        m_keep = dropout_keeps(dropout_rows(p_seed, start, o_n, i_h, heads)[None, :], o_n[:, None], threshold)
+        b_wt = tl.where(m_keep, b_pt * keep_scale, 0.0)
+        b_gt = tl.where(m_keep, b_gt * keep_scale, 0.0)
+    b_dv = tl.dot(b_wt.to(b_do.dtype), b_do, input_precision=PRECISION)
+    store_rows(p_dv, b_dv * head_mask, start, o_n, m_n, i_h, heads, D, BLOCK_D)
+    # [queries]
+    b_delta = tl.sum(b_pt * b_gt, 0)
+    tl.store(p_signed + i_b * heads + i_h, tl.sum(b_delta, 0))
+    tl.store(p_absolute + i_b * heads + i_h, tl.sum(tl.abs(b_delta), 0))
+    b_ht = (b_pt * (b_gt - b_delta[None, :])).to(b_q.dtype)
+    b_dk = tl.dot(b_ht, b_q, input_precision=PRECISION)
+    store_rows(p_dk, b_dk * (head_mask * scale), start, o_n, m_n, i_h, heads, D, BLOCK_D)
+    b_dq = tl.dot(tl.trans(b_ht), b_k, input_precision=PRECISION)
+    store_rows(p_dq, b_dq * (head_mask * scale), start, o_n, m_n, i_h, heads, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale"])
+def dq_kernel(
+    p_dout,
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_delta,
+    p_dq,
+    p_starts,
+    p_lengths,
+    p_mask,
+    p_seed,
+    stride_dt,
+    stride_dh,
+    stride_dd,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    stride_kt,
+    stride_kh,
+    stride_kd,
+    stride_vt,
+    stride_vh,
+    stride_vd,
+    tokens,
+    batch,
+    heads,
+    blocks,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ of one block of queries, and delta on the way, for `dkdv_kernel`."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    i_h = tl.program_id(0) % (heads + 1)
+    i_m = tl.program_id(0) // (heads + 1) % blocks
+    i_b = tl.program_id(0) // (heads + 1) // blocks
+    if i_h == heads:
+        zero_gaps(p_dq, p_starts, p_lengths, batch, tokens, i_b, heads * D, i_m, blocks)
+        return
+    length = tl.load(p_lengths + i_b)
+    if i_m * BLOCK_M >= length:
+        return
+    start = tl.load(p_starts + i_b).to(tl.int64)
+    i_row = start + i_m * BLOCK_M
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = i_m * BLOCK_M + o_m < length
+    head_mask = 1.0
+    if p_mask is not None:
+        head_mask = tl.load(p_mask + i_h)
+        if head_mask == 0.0:
+            store_rows(p_dq, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), i_row, o_m, m_m, i_h, heads, D, BLOCK_D)
+            return
+
+    # [BLOCK_M, BLOCK_D]
+    b_do = load_rows(p_dout, i_row, o_m, m_m, i_h, stride_dt, stride_dh, stride_dd, D, BLOCK_D)
+    b_out = load_rows(p_out, i_row, o_m, m_m, i_h, heads * D, D, 1, D, BLOCK_D)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1) / head_mask
+    tl.store(p_delta + (i_row * heads + i_h) + o_m * heads, b_delta, mask=m_m)
+    b_q = load_rows(p_q, i_row, o_m, m_m, i_h, stride_qt, stride_qh, stride_qd, D, BLOCK_D)
+    b_lse = tl.load(p_lse + (i_row * heads + i_h) + o_m * heads, mask=m_m, other=float("inf")) * LOG2_E
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if p_seed is not None:
+        b_word = dropout_rows(p_seed, i_row, o_m, i_h, heads)
+    o_n = tl.arange(0, BLOCK_N)
+    for i_n in range(0, length, BLOCK_N):
+        m_n = i_n + o_n < length
+        # [BLOCK_N, BLOCK_D]
+        b_k = load_rows(p_k, start + i_n, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
+        b_v = load_rows(p_v, start + i_n, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
+        # [BLOCK_M, BLOCK_N]
+        b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) - b_lse[:, None])
+        b_g = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        if p_seed is not None:
+            b_g = tl.where(dropout_keeps(b_word[:, None], i_n + o_n[None, :], threshold), b_g * keep_scale, 0.0)
+        b_h = tl.where(m_n[None, :], b_p * (b_g - b_delta[:, None]), 0.0).to(b_k.dtype)
+        b_dq = tl.dot(b_h, b_k, b_dq, input_precision=PRECISION)
+    store_rows(p_dq, b_dq * (head_mask * scale), i_row, o_m, m_m, i_h, heads, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale"])
+def dkdv_kernel(
+    p_dout,
+    p_q,
+    p_k,
+    p_v,
+    p_lse,
+    p_delta,
+    p_dk,
+    p_dv,
+    p_signed,
+    p_absolute,
+    p_starts,
+    p_lengths,
+    p_mask,
+    p_seed,
+    stride_dt,
+    stride_dh,
+    stride_dd,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    stride_kt,
+    stride_kh,
+    stride_kd,
+    stride_vt,
+    stride_vh,
+    stride_vd,
+    tokens,
+    batch,
+    heads,
+    blocks,
+    scale,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dK and dV of one block of keys. Its loop reads delta of the whole sequence, so the program of the first block
+    also writes the importance sums."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    i_h = tl.program_id(0) % (heads + 1)
+    i_n = tl.program_id(0) // (heads + 1) % blocks
+    i_b = tl.program_id(0) // (heads + 1) // blocks
+    if i_h == heads:
+        zero_gaps(p_dk, p_starts, p_lengths, batch, tokens, i_b, heads * D, i_n, blocks)
+        zero_gaps(p_dv, p_starts, p_lengths, batch, tokens, i_b, heads * D, i_n, blocks)
+        return
+    # The first block also runs for an empty sequence, whose sums are 0.
+    length = tl.load(p_lengths + i_b)
+    if (i_n > 0) & (i_n * BLOCK_N >= length):
+        return
+    start = tl.load(p_starts + i_b).to(tl.int64)
+    i_key = start + i_n * BLOCK_N
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = i_n * BLOCK_N + o_n < length
+    head_mask = 1.0
+    if p_mask is not None:
+        head_mask = tl.load(p_mask + i_h)
+        if head_mask == 0.0:
+            b_zero = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            store_rows(p_dk, b_zero, i_key, o_n, m_n, i_h, heads, D, BLOCK_D)
+            store_rows(p_dv, b_zero, i_key, o_n, m_n, i_h, heads, D, BLOCK_D)
+            if i_n == 0:
+                tl.store(p_signed + i_b * heads + i_h, 0.0)
+                tl.store(p_absolute + i_b * heads + i_h, 0.0)
+            return
+
+    # [BLOCK_N, BLOCK_D]
+    b_k = load_rows(p_k, i_key, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
+    b_v = load_rows(p_v, i_key, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_signed = tl.zeros([BLOCK_M], tl.float32)
+    b_absolute = tl.zeros([BLOCK_M], tl.float32)
+    o_m = tl.arange(0, BLOCK_M)
+    for i_m in range(0, length, BLOCK_M):
+        i_row = start + i_m
+        m_m = i_m + o_m < length
+        # [BLOCK_M, BLOCK_D]
+        b_q = load_rows(p_q, i_row, o_m, m_m, i_h, stride_qt, stride_qh, stride_qd, D, BLOCK_D)
+        b_do = load_rows(p_dout, i_row, o_m, m_m, i_h, stride_dt, stride_dh, stride_dd, D, BLOCK_D)
+        b_lse = tl.load(p_lse + (i_row * heads + i_h) + o_m * heads, mask=m_m, other=float("inf")) * LOG2_E
+        b_delta = tl.load(p_delta + (i_row * heads + i_h) + o_m * heads, mask=m_m, other=0.0)
+        b_signed += b_delta
+        b_absolute += tl.abs(b_delta)
+        # [BLOCK_N, BLOCK_M]; rows of keys past the end hold nonsense, which the stores leave out.
+        b_pt = tl.exp2(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E) - b_lse[None, :])
+        b_gt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_wt = b_pt
+        if p_seed is not None:
+            b_word = dropout_rows(p_seed, i_row, o_m, i_h, heads)
+            m_keep = dropout_keeps(b_word[None, :], i_n * BLOCK_N + o_n[:, None], threshold)
+            b_wt = tl.where(m_keep, b_pt * keep_scale, 0.0)
+            b_gt = tl.where(m_keep, b_gt * keep_scale, 0.0)
+        b_dv = tl.dot(b_wt.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_ht = (b_pt * (b_gt - b_delta[None, :])).to(b_q.dtype)
+        b_dk = tl.dot(b_ht, b_q, b_dk, input_precision=PRECISION)
+    store_rows(p_dk, b_dk * (head_mask * scale), i_key, o_n, m_n, i_h, heads, D, BLOCK_D)
+    store_rows(p_dv, b_dv * head_mask, i_key, o_n, m_n, i_h, heads, D, BLOCK_D)
+    if i_n == 0:
+        tl.store(p_signed + i_b * heads + i_h, tl.sum(b_signed, 0))
+        tl.store(p_absolute + i_b * heads + i_h, tl.sum(b_absolute, 0))
+
+
+def _shared_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    head_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> dict[str, Any]:
+    """The arguments that all four kernels take."""
+    tokens, heads, head_dim = q.shape
+    if head_dim > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"the Triton attention kernels serve head dimensions up to {MAX_HEAD_DIM}, got {head_dim}: set "
+            "TICKETOPS_BACKEND=reference"
+        )
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    arguments: dict[str, Any] = {
+        "p_lse": lse,
+        "p_starts": starts.contiguous(),
+        "p_lengths": lengths.contiguous(),
+        "p_mask": None if head_mask is None else head_mask.contiguous(),
+        "p_seed": seed if dropout_p else None,
+        "tokens": tokens,
+        "batch": len(lengths),
+        "heads": heads,
+        "scale": float(scale),
+        "threshold": keep_threshold(dropout_p),
+        "keep_scale": 1.0 / (1.0 - dropout_p),
+        "D": head_dim,
+        "BLOCK_D": triton_configs.power_of_two(head_dim),
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        arguments |= _operand(name, tensor)
+    return arguments
+
+
+def _operand(name: str, x: Tensor) -> dict[str, Any]:
+    """An input's pointer and strides. It is copied where offsets within a block of rows would leave 32 bits."""
+    if max(x.stride()) * MAX_BLOCK >= 2**31:
+        x = x.contiguous()
+    strides = {f"stride_{name[:1]}{axis}": stride for axis, stride in zip("thd", x.stride(), strict=True)}
+    return {f"p_{name}": x} | strides
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    head_mask: Tensor | None,
+    seed: Tensor | None,
+    max_length: int,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """See ticketops.ops.attention and the reference backend; one launch.
+
+    Returns:
+        out [T, H, D] in q's dtype and the log-sum-exp of the scaled scores [T, H] in float32.
+    """
+    tokens, heads, head_dim = q.shape
+    batch = len(lengths)
+    if not tokens * heads * batch:
+        return q.new_zeros(q.shape), q.new_zeros((tokens, heads), dtype=torch.float32)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
+    tile = triton_configs.attention_forward(capability(q.device), q.dtype, head_dim, max_length)
+    blocks = max(1, triton.cdiv(max_length, tile.rows))
+    launch(
+        forward_kernel,
+        batch * blocks * (heads + 1),
+        tile,
+        **_shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p),
+        p_out=out,
+        blocks=blocks,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+    )
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    head_mask: Tensor | None,
+    seed: Tensor | None,
+    max_length: int,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients and importance partials of `forward`; one launch where a sequence fits one block, else two.
+
+    Returns:
+        dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
+    """
+    tokens, heads, head_dim = q.shape
+    batch = len(lengths)
+    empty = not tokens * heads * batch
+    dq, dk, dv = ((torch.zeros if empty else torch.empty)(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    signed, absolute = (
+        (torch.zeros if empty else torch.empty)((batch, heads), dtype=torch.float32, device=q.device) for _ in range(2)
+    )
+    if empty:
+        return dq, dk, dv, signed, absolute
+    shared = _shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p)
+    shared |= _operand("dout", dout)
+    tiles = triton_configs.attention_backward(capability(q.device), q.dtype, head_dim, max_length)
+    if len(tiles) == 1:
+        launch(
+            row_backward_kernel,
+            batch * (heads + 1),
+            tiles[0],
+            **shared,
+            p_dq=dq,
+            p_dk=dk,
+            p_dv=dv,
+            p_signed=signed,
+            p_absolute=absolute,
+            BLOCK=tiles[0].rows,
+        )
+        return dq, dk, dv, signed, absolute
+    delta = torch.empty_like(lse)
+    dq_tile, dkdv_tile = tiles
+    blocks = triton.cdiv(max_length, dq_tile.rows)
+    launch(
+        dq_kernel,
+        batch * blocks * (heads + 1),
+        dq_tile,
+        **shared,
+        p_out=out,
+        p_delta=delta,
+        p_dq=dq,
+        blocks=blocks,
+        BLOCK_M=dq_tile.rows,
+        BLOCK_N=dq_tile.columns,
+    )
+    blocks = triton.cdiv(max_length, dkdv_tile.columns)
+    launch(
+        dkdv_kernel,
+        batch * blocks * (heads + 1),
+        dkdv_tile,
+        **shared,
+        p_delta=delta,
+        p_dk=dk,
+        p_dv=dv,
+        p_signed=signed,
+        p_absolute=absolute,
+        blocks=blocks,
+        BLOCK_M=dkdv_tile.rows,
+        BLOCK_N=dkdv_tile.columns,
+    )
+    return dq, dk, dv, signed, absolute

@@ -1,0 +1,386 @@
+"""Masked FFN: matrix products by cuBLAS, and one fused Triton kernel between them each way.
+
+A fused GEMM + GELU is not attempted: FlashAttention measured cuBLASLt's own fused GELU as slower on H100 than a plain
+product followed by a pointwise kernel, and a Triton GEMM starts behind cuBLAS. The first bias rides in cuBLAS's
+epilogue (torch.addmm); the pointwise kernels do everything else. No GPU has measured this choice for these ops yet.
+
+Both masks are folded into the activations: with m the FFN mask and n the neuron mask, hidden = m n act(pre) gives
+out = hidden W2^T + m b2 and dW2 = dOut^T hidden, so that nothing of the output's size is multiplied by m. The masks lie
+on the device and reading them would wait for the GPU, hence products are computed at a mask of 0 too, on zeros; for a
+fixed ticket the model drops pruned structures before it calls the op.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ticketops.ops import triton_configs
+from ticketops.ops.triton_common import launch, owned_rows, refusal
+
+__all__ = ["backward", "forward", "refusal"]
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation and its derivative at float32 values."""
+    if ACTIVATION == "relu":
+        return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
+    if ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2 u), which needs no tanh.
+        TWO_ROOT_2_OVER_PI: tl.constexpr = 1.5957691216057308
+        gate = tl.sigmoid(TWO_ROOT_2_OVER_PI * (x + 0.044715 * x * x * x))
+        slope = TWO_ROOT_2_OVER_PI * (1.0 + 0.134145 * x * x)
+        return x * gate, gate + x * gate * (1.0 - gate) * slope
+    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def load_masks(p_ffn_mask, p_neuron_mask, o_n, m_n):
+    """The FFN's mask value and those of some neurons; 1 where there is no mask."""
+    ffn_mask = 1.0
+    if p_ffn_mask is not None:
+        ffn_mask = tl.load(p_ffn_mask)
+    b_neuron_mask = tl.full(o_n.shape, 1.0, tl.float32)
+    if p_neuron_mask is not None:
+        b_neuron_mask = tl.load(p_neuron_mask + o_n, mask=m_n, other=0.0)
+    return ffn_mask, b_neuron_mask
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def forward_kernel(
+    p_pre,
+    p_hidden,
+    p_ffn_mask,
+    p_neuron_mask,
+    tokens,
+    neurons,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """hidden = m n act(pre) on a block of tokens and neurons."""
+    column_blocks = tl.cdiv(neurons, COLUMNS)
+    i_row = (tl.program_id(0) // column_blocks).to(tl.int64) * ROWS
+    o_r = tl.arange(0, ROWS)
+    o_n = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    m_n = o_n < neurons
+    o_x = o_r[:, None] * neurons + o_n[None, :]
+    m_x = (i_row + o_r < tokens)[:, None] & m_n[None, :]
+    ffn_mask, b_neuron_mask = load_masks(p_ffn_mask, p_neuron_mask, o_n, m_n)
+    b_scale = (ffn_mask * b_neuron_mask)[None, :]
+    # [ROWS, COLUMNS]
+    b_pre = tl.load(p_pre + i_row * neurons + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_act, _ = activate(b_pre, ACTIVATION)
+    b_hidden = tl.where(b_scale == 0.0, 0.0, b_act * b_scale)
+    tl.store(p_hidden + i_row * neurons + o_x, b_hidden.to(p_hidden.dtype.element_ty), mask=m_x)
+
+
+# The backward kernels. With m the FFN's mask, n the neurons' and H = act(A):
+#
+#     G = dOut W2 (cuBLAS),   dA = m n G act'(A),   db1 = sum dA,   db2 = m sum dOut,
+#     dL/dm = sum <dOut, Y> = sum <dOut, out> / m,   dL/dn = sum m G H.
+
+
+@triton.jit
+def reduce_output_side(
+    p_dout,
+    p_out,
+    p_db2,
+    p_terms,
+    i_part,
+    stride_dt,
+    stride_dc,
+    tokens,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """On a block of tokens, one pass over dOut: its sum over tokens, for db2, and <dOut, out> of each token."""
+    i_row = i_part.to(tl.int64) * ROWS
+    o_r = tl.arange(0, ROWS)
+    m_r = i_row + o_r < tokens
+    b_terms = tl.zeros([ROWS], tl.float32)
+    for i_c in range(0, channels, COLUMNS):
+        o_c = i_c + tl.arange(0, COLUMNS)
+        m_c = o_c < channels
+        m_x = m_r[:, None] & m_c[None, :]
+        # [ROWS, COLUMNS]
+        p_block = p_dout + i_row * stride_dt + o_r[:, None].to(tl.int64) * stride_dt + o_c[None, :] * stride_dc
+        b_do = tl.load(p_block, mask=m_x, other=0.0).to(tl.float32)
+        if p_db2 is not None:
+            tl.store(p_db2 + i_part.to(tl.int64) * channels + o_c, tl.sum(b_do, 0), mask=m_c)
+        if p_terms is not None:
+            p_block = p_out + i_row * channels + o_r[:, None] * channels + o_c[None, :]
+            b_terms += tl.sum(b_do * tl.load(p_block, mask=m_x, other=0.0).to(tl.float32), 1)
+    if p_terms is not None:
+        tl.store(p_terms + i_row + o_r, b_terms, mask=m_r)
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "output_parts"])
+def backward_kernel(
+    p_gradient,
+    p_pre,
+    p_db1,
+    p_by_neuron,
+    p_dout,
+    p_out,
+    p_db2,
+    p_terms,
+    p_starts,
+    p_lengths,
+    p_ffn_mask,
+    p_neuron_mask,
+    stride_dt,
+    stride_dc,
+    tokens,
+    batch,
+    neurons,
+    channels,
+    output_parts,
+    ACTIVATION: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Turns G into dA in place, with the partial sums that both biases and the importance need.
+
+    The first `output_parts` programs reduce dOut. Each other one takes a block of neurons and of tokens, or, where sums
+    by sequence and neuron are wanted, all the rows that one sequence owns.
+    """
+    pid = tl.program_id(0)
+    if pid < output_parts:
+        reduce_output_side(p_dout, p_out, p_db2, p_terms, pid, stride_dt, stride_dc, tokens, channels, ROWS, COLUMNS)
+        return
+    column_blocks = tl.cdiv(neurons, COLUMNS)
+    i_part = (pid - output_parts) // column_blocks
+    o_n = (pid - output_parts) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    m_n = o_n < neurons
+    ffn_mask, b_neuron_mask = load_masks(p_ffn_mask, p_neuron_mask, o_n, m_n)
+    b_scale = (ffn_mask * b_neuron_mask)[None, :]
+    if p_by_neuron is not None:
+        own_first, last = owned_rows(p_starts, p_lengths, batch, tokens, i_part)
+        first = own_first.to(tl.int64)
+        start = tl.load(p_starts + i_part)
+        end = start + tl.load(p_lengths + i_part)
+    else:
+        first = i_part.to(tl.int64) * ROWS
+        last = tl.minimum(first + ROWS, tokens)
+    b_db1 = tl.zeros([COLUMNS], tl.float32)
+    b_sum = tl.zeros([COLUMNS], tl.float32)
+    o_r = tl.arange(0, ROWS)
+    for i_row in range(first, last, ROWS):
+        o_x = o_r[:, None] * neurons + o_n[None, :]
+        m_x = (i_row + o_r < last)[:, None] & m_n[None, :]
+        i_x = i_row * neurons
+        # [ROWS, COLUMNS]
+        b_g = tl.load(p_gradient + i_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_act, b_slope = activate(tl.load(p_pre + i_x + o_x, mask=m_x, other=0.0).to(tl.float32), ACTIVATION)
+        b_da = tl.where(b_scale == 0.0, 0.0, b_g * b_slope * b_scale)
+        tl.store(p_gradient + i_x + o_x, b_da.to(p_gradient.dtype.element_ty), mask=m_x)
+        b_db1 += tl.sum(b_da, 0)
+        if p_by_neuron is not None:
+            m_own = (i_row + o_r >= start) & (i_row + o_r < end)
+            b_term = tl.where(m_own[:, None] & (b_scale != 0.0), b_g * b_act * ffn_mask, 0.0)
+            b_sum += tl.sum(tl.abs(b_term) if ABSOLUTE else b_term, 0)
+    if p_db1 is not None:
+        tl.store(p_db1 + i_part.to(tl.int64) * neurons + o_n, b_db1, mask=m_n)
+    if p_by_neuron is not None:
+        tl.store(p_by_neuron + i_part.to(tl.int64) * neurons + o_n, b_sum, mask=m_n)
+
+
+@triton.jit
+def sum_parts(p_parts, p_sum, parts, width, scale, i_block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A block of columns of scale * the sum over [parts, width], always in the same order."""
+    o_r = tl.arange(0, ROWS).to(tl.int64)
+    o_c = i_block * COLUMNS + tl.arange(0, COLUMNS)
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i_part in range(0, parts, ROWS):
+        p_block = p_parts + (i_part + o_r)[:, None] * width + o_c[None, :]
+        b_sum += tl.load(p_block, mask=(i_part + o_r < parts)[:, None] & (o_c < width)[None, :], other=0.0)
+    b_total = tl.where(scale == 0.0, 0.0, tl.sum(b_sum, 0) * scale)
+    tl.store(p_sum + o_c, b_total.to(p_sum.dtype.element_ty), mask=o_c < width)
+
+
+@triton.jit(do_not_specialize=["parts", "output_parts", "batch"])
+def finish_kernel(
+    p_parts1,
+    p_db1,
+    p_parts2,
+    p_db2,
+    p_terms,
+    p_signed,
+    p_absolute,
+    p_starts,
+    p_lengths,
+    p_ffn_mask,
+    parts,
+    output_parts,
+    batch,
+    neurons,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The second stage of all sums: biases over the blocks of tokens, <dOut, Y> over each sequence's tokens."""
+    pid = tl.program_id(0)
+    ffn_mask = tl.full([], 1.0, tl.float32)
+    if p_ffn_mask is not None:
+        ffn_mask = tl.load(p_ffn_mask)
+    if pid < batch:
+        if p_terms is not None:
+            start = tl.load(p_starts + pid).to(tl.int64)
+            length = tl.load(p_lengths + pid)
+            o_r = tl.arange(0, ROWS * COLUMNS)
+            b_signed = tl.zeros([ROWS * COLUMNS], tl.float32)
+            b_absolute = tl.zeros([ROWS * COLUMNS], tl.float32)
+            for i_row in range(0, length, ROWS * COLUMNS):
+                b_term = tl.load(p_terms + start + i_row + o_r, mask=i_row + o_r < length, other=0.0)
+                b_signed += b_term
+                b_absolute += tl.abs(b_term)
+            # A mask of 0 leaves out = 0, and with it sums of 0.
+            inverse = 1.0 / tl.where(ffn_mask == 0.0, 1.0, ffn_mask)
+            tl.store(p_signed + pid, tl.sum(b_signed, 0) * inverse)
+            tl.store(p_absolute + pid, tl.sum(b_absolute, 0) * tl.abs(inverse))
+        return
+    if p_db1 is not None:
+        i_block = pid - batch
+        blocks = tl.cdiv(neurons, COLUMNS)
+        if i_block < blocks:
+            sum_parts(p_parts1, p_db1, parts, neurons, 1.0, i_block, ROWS, COLUMNS)
+        else:
+            sum_parts(p_parts2, p_db2, output_parts, channels, ffn_mask, i_block - blocks, ROWS, COLUMNS)
+
+
+def forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    ffn_mask: Tensor | None,
+    neuron_mask: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ticketops.ops.ffn; two products and one launch.
+
+    Returns:
+        out [T, C], the input of the activation [T, N] and its output times both masks [T, N].
+    """
+    tokens, neurons = x.shape[0], w1.shape[0]
+    pre = torch.addmm(b1, x, w1.t())
+    hidden = torch.empty_like(pre)
+    tile = triton_configs.FFN
+    launch(
+        forward_kernel,
+        triton.cdiv(tokens, tile.rows) * triton.cdiv(neurons, tile.columns),
+        tile,
+        p_pre=pre,
+        p_hidden=hidden,
+        p_ffn_mask=ffn_mask,
+        p_neuron_mask=None if neuron_mask is None else neuron_mask.contiguous(),
+        tokens=tokens,
+        neurons=neurons,
+        ACTIVATION=activation,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
+    bias = b2 if ffn_mask is None else (b2 * ffn_mask).to(b2.dtype)
+    return torch.addmm(bias, hidden, w2.t()), pre, hidden
+
+
+def backward(
+    dout: Tensor,
+    out: Tensor | None,
+    pre: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    ffn_mask: Tensor | None,
+    neuron_mask: Tensor | None,
+    activation: str,
+    weight_gradients: bool,
+    token_sums: bool,
+    neuron_sums: bool,
+    neuron_absolute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients and importance partials of `forward`; four products (two without weight gradients) and two launches
+    (one where no sum is wanted).
+
+    Returns:
+        dx; dw1, db1, dw2, db2 (empty unless `weight_gradients`); the signed and absolute sums of <dOut, Y> over each
+        sequence's tokens [B] (empty unless `token_sums`); the sums of G * H over each sequence's tokens [B, N], of its
+        absolute value with `neuron_absolute` (empty unless `neuron_sums`).
+    """
+    tokens, channels = x.shape
+    neurons, batch = w1.shape[0], len(lengths)
+
+    def sums(wanted: bool, *shape: int) -> Tensor:
+        return torch.empty(shape if wanted else (0,), dtype=torch.float32, device=x.device)
+
+    def weight(*shape: int) -> Tensor:
+        return torch.empty(shape if weight_gradients else (0,), dtype=x.dtype, device=x.device)
+
+    tile = triton_configs.FFN
+    blocks = triton.cdiv(tokens, tile.rows)
+    column_blocks = triton.cdiv(neurons, tile.columns)
+    by_sequence = neuron_sums and batch > 0
+    parts = batch if by_sequence else blocks
+    output_parts = blocks if weight_gradients or token_sums else 0
+    db1, db2 = weight(neurons), weight(channels)
+    parts1, parts2 = sums(weight_gradients, parts, neurons), sums(weight_gradients, output_parts, channels)
+    terms, signed, absolute = sums(token_sums, tokens), sums(token_sums, batch), sums(token_sums, batch)
+    by_neuron = sums(neuron_sums, batch, neurons)
+
+    gradient = torch.mm(dout, w2)
+    spans = {"p_starts": starts.contiguous(), "p_lengths": lengths.contiguous(), "p_ffn_mask": ffn_mask}
+    sizes = {"batch": batch, "neurons": neurons, "channels": channels, "output_parts": output_parts}
+    launch(
+        backward_kernel,
+        parts * column_blocks + output_parts,
+        tile,
+        **spans,
+        **sizes,
+        p_gradient=gradient,
+        p_pre=pre,
+        p_db1=parts1 if weight_gradients else None,
+        p_by_neuron=by_neuron if by_sequence else None,
+        p_dout=dout,
+        p_out=out if token_sums else None,
+        p_db2=parts2 if weight_gradients else None,
+        p_terms=terms if token_sums else None,
+        p_neuron_mask=None if neuron_mask is None else neuron_mask.contiguous(),
+        stride_dt=dout.stride(0),
+        stride_dc=dout.stride(1),
+        tokens=tokens,
+        ACTIVATION=activation,
+        ABSOLUTE=neuron_absolute,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
+    if weight_gradients or token_sums:
+        launch(
+            finish_kernel,
+            batch + (column_blocks + triton.cdiv(channels, tile.columns) if weight_gradients else 0),
+            tile,
+            **spans,
+            **sizes,
+            p_parts1=parts1 if weight_gradients else None,
+            p_db1=db1 if weight_gradients else None,
+            p_parts2=parts2 if weight_gradients else None,
+            p_db2=db2 if weight_gradients else None,
+            p_terms=terms if token_sums else None,
+            p_signed=signed if token_sums else None,
+            p_absolute=absolute if token_sums else None,
+            parts=parts,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+        )
+    dx = torch.mm(gradient, w1)
+    if not weight_gradients:
+        return dx, weight(0), db1, weight(0), db2, signed, absolute, by_neuron
+    return dx, torch.mm(gradient.t(), x), db1, torch.mm(dout.t(), hidden), db2, signed, absolute, by_neuron

@@ -1,0 +1,319 @@
+"""What the Triton kernels cost on GPUs that need not be there: every launch that the ops would make is compiled ahead
+of time, and its registers, spills and shared memory are read from the machine code."""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ticketops.files import write_atomically
+from ticketops.ops.attention import triton as attention
+from ticketops.ops.ffn import triton as ffn
+from ticketops.ops.residual import triton as residual
+from ticketops.ops.triton_common import FP_FUSION, INTERPRETED, recorded_launches
+from ticketops.ops.triton_configs import Tile
+
+TARGETS = ((8, 0), (9, 0), (10, 0))
+#: Shared memory that one program may use, in bytes, by major capability. The smaller consumer GPUs of a generation have
+#: less (99 KiB for 8.6, 8.9 and 12.0).
+SHARED_LIMIT = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as an op would launch it.
+
+    Attributes:
+        kernel: the function under triton.jit.
+        tile: its configuration.
+        arguments: its arguments by name; tensors on the meta device.
+        target: compute capability.
+        case: dtype and shape of the call, for the table.
+    """
+
+    kernel: Any
+    tile: Tile
+    arguments: dict[str, Any]
+    target: tuple[int, int]
+    case: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a launch.
+
+    Attributes:
+        registers: of a thread.
+        spills: bytes of registers spilled, stores and loads together.
+        shared: bytes of shared memory of a program.
+        matrix_unit: the instruction that multiplies matrices: wgmma, tcgen05, mma or none.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    matrix_unit: str
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _recorder(launches: list[Launch], target: tuple[int, int], case: dict[str, str]) -> Callable[..., None]:
+    return lambda kernel, tile, arguments: launches.append(Launch(kernel, tile, arguments, target, case))
+
+
+def attention_launches(
+    target: tuple[int, int], dtype: torch.dtype, head_dim: int, length: int, dropout_p: float = 0.1
+) -> list[Launch]:
+    """The launches of one attention call with a head mask, forward and backward.
+
+    Args:
+        target: compute capability.
+        dtype: of q, k and v.
+        head_dim: D.
+        length: tokens of the longest sequence.
+        dropout_p: dropout probability; 0 compiles without dropout.
+
+    Returns:
+        One launch a kernel.
+    """
+    q = torch.empty((2 * length, 12, head_dim), dtype=dtype, device="meta")
+    lse = torch.empty((2 * length, 12), device="meta")
+    starts = torch.empty(2, dtype=torch.int32, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    head_mask = torch.empty(12, device="meta")
+    settings = (starts, starts, head_mask, seed, length, head_dim**-0.5, dropout_p)
+    case = {"dtype": _name(dtype), "case": f"D={head_dim} S={length}"}
+    launches: list[Launch] = []
+    with recorded_launches(target, _recorder(launches, target, case)):
+        attention.forward(q, q, q, *settings)
+        attention.backward(q, q, q, q, q, lse, *settings)
+    return launches
+
+
+def ffn_launches(target: tuple[int, int], dtype: torch.dtype, activation: str = "gelu") -> list[Launch]:
+    """The launches of one FFN call with both masks and all sums on, forward and backward.
+
+    Args:
+        target: compute capability.
+        dtype: of the tokens and weights.
+        activation: "gelu", "gelu_tanh" or "relu".
+
+    Returns:
+        One launch a kernel.
+    """
+    x = torch.empty((256, 768), dtype=dtype, device="meta")
+    w1, b1 = x.new_empty((3072, 768)), x.new_empty(3072)
+    w2, b2 = x.new_empty((768, 3072)), x.new_empty(768)
+    pre = x.new_empty((256, 3072))
+    starts = torch.empty(2, dtype=torch.int32, device="meta")
+    masks = (torch.empty((), device="meta"), torch.empty(3072, device="meta"))
+    sums = (True, True, True, False)
+    launches: list[Launch] = []
+    with recorded_launches(target, _recorder(launches, target, {"dtype": _name(dtype), "case": activation})):
+        ffn.forward(x, w1, b1, w2, b2, *masks, activation)
+        ffn.backward(x, x, pre, pre, x, w1, w2, starts, starts, *masks, activation, *sums)
+    return launches
+
+
+def residual_launches(target: tuple[int, int], dtype: torch.dtype, channels: int = 768) -> list[Launch]:
+    """The launches of one residual_norm call with bias and dropout, forward and backward.
+
+    Args:
+        target: compute capability.
+        dtype: of the tokens.
+        channels: C.
+
+    Returns:
+        One launch a kernel.
+    """
+    x = torch.empty((256, channels), dtype=dtype, device="meta")
+    vector, mean = torch.empty(channels, device="meta"), torch.empty(256, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    launches: list[Launch] = []
+    with recorded_launches(target, _recorder(launches, target, {"dtype": _name(dtype), "case": f"C={channels}"})):
+        residual.forward(x, x, vector, vector, vector, seed, 0.1, 1e-12)
+        residual.backward(x, x, x, vector, vector, mean, mean, seed, 0.1)
+    return launches
+
+
+def shipped_launches() -> Iterator[Launch]:
+    """Every kernel in every configuration of ticketops.ops.triton_configs, as BERT would launch it.
+
+    Returns:
+        The launches, each configuration once.
+    """
+    for target in TARGETS:
+        seen = set()
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for head_dim in (32, 64, 128) if dtype != torch.float16 else (64,):
+                for length in (16, 32, 64, 128, 512):
+                    for launch in attention_launches(target, dtype, head_dim, length):
+                        key = (launch.kernel.__name__, dtype, head_dim, launch.tile)
+                        if key not in seen:
+                            seen.add(key)
+                            yield launch
+            for activation in ("gelu", "gelu_tanh", "relu") if dtype == torch.bfloat16 else ("gelu",):
+                yield from ffn_launches(target, dtype, activation)
+            for channels in (384, 768, 1024):
+                yield from residual_launches(target, dtype, channels)
+
+
+def kernel_table(progress: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """Compiles every shipped configuration; minutes the first time, then served from Triton's cache.
+
+    Args:
+        progress: is told what is being compiled.
+
+    Returns:
+        One row a kernel, target and configuration: kernel, target, dtype, case, tile, warps, stages, registers,
+        spill_bytes, shared_bytes, matrix_unit.
+    """
+    rows = []
+    for launch in shipped_launches():
+        name = f"{launch.kernel.__module__.split('.')[-2]}.{launch.kernel.__name__.removesuffix('_kernel')}"
+        target = "sm_{}{}".format(*launch.target)
+        if progress is not None:
+            progress(f"{name} for {target}, {launch.case['dtype']} {launch.case['case']}")
+        compiled = compile_launch(launch)
+        rows.append(
+            {
+                "kernel": name,
+                "target": target,
+                **launch.case,
+                "tile": f"{launch.tile.rows}x{launch.tile.columns}",
+                "warps": launch.tile.warps,
+                "stages": launch.tile.stages,
+                "registers": compiled.registers,
+                "spill_bytes": compiled.spills,
+                "shared_bytes": compiled.shared,
+                "matrix_unit": compiled.matrix_unit,
+            }
+        )
+    return rows
+
+
+def write_table(rows: list[dict[str, Any]], folder: Path) -> Path:
+    """Keeps a kernel table as kernels-<triton version>.json and .md.
+
+    Args:
+        rows: what `kernel_table` returned.
+        folder: where to.
+
+    Returns:
+        The path of the .md file.
+    """
+    stem = f"kernels-{triton.__version__}"
+    record = {"triton": triton.__version__, "torch": torch.__version__, "measured_on_gpu": False, "rows": rows}
+    write_atomically(folder / f"{stem}.json", json.dumps(record, indent=1) + "\n")
+    lines = [
+        f"# Triton {triton.__version__} kernels, compiled ahead of time",
+        "",
+        "Registers of a thread, bytes spilled and bytes of shared memory of every shipped configuration. Nothing here was "
+        "run or timed on a GPU.",
+        "",
+        "| " + " | ".join(rows[0]) + " |",
+        "|" + " --- |" * len(rows[0]),
+        *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows),
+    ]
+    path = folder / f"{stem}.md"
+    write_atomically(path, "\n".join(lines) + "\n")
+    return path
+
+
+def compile_launch(launch: Launch) -> Compiled:
+    """Compiles a launch to machine code, as Triton would on its GPU; Triton's cache makes a second time quick.
+
+    Args:
+        launch: the launch.
+
+    Returns:
+        Its resources.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET=1, where there is nothing to compile.
+    """
+    if INTERPRETED:
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it")
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        specialized = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, Tensor) or (specialized and value % 16 == 0):
+            attributes[i,] = [["tt.divisibility", 16]]
+    major, minor = launch.target
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": FP_FUSION}
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes), target=target, options=options
+    )
+    ptx = compiled.asm["ptx"]
+    registers, local = _resources(compiled.asm["cubin"])
+    units = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
+    unit = next((name for name, instruction in units.items() if instruction in ptx), "none")
+    return Compiled(registers, _spills(ptx, launch.target) if local else 0, compiled.metadata.shared, unit)
+
+
+def _tool(name: str) -> str:
+    return str(getattr(triton.knobs.nvidia, name).path)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its local memory, which holds spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
+    return int(numbers["REG"]), int(numbers["STACK"]) + int(numbers["LOCAL"])
+
+
+def _spills(ptx: str, target: tuple[int, int]) -> int:
+    """Bytes that ptxas says it spills, stores and loads together."""
+    major, minor = target
+    architecture = f"sm_{10 * major + minor}{'a' if major >= 9 else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        report = subprocess.run(
+            [
+                _tool("ptxas" if major < 9 else "ptxas_blackwell"),
+                "-v",
+                f"--gpu-name={architecture}",
+                str(source),
+                "-o",
+                str(source.with_suffix(".cubin")),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return sum(int(size) for size in re.findall(r"(\d+) bytes spill", report.stderr))

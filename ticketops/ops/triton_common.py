@@ -1,0 +1,173 @@
+"""What the Triton backends of all ops share: when they can serve, how a kernel is launched, and the device functions
+for dropout and for rows that belong to no sequence."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ticketops.ops.triton_configs import Tile
+
+#: Triton reads TRITON_INTERPRET where a kernel is decorated, so it is fixed once this module is imported.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+#: Contraction into fused multiply-adds is pinned, since Triton's default for it changes between versions.
+FP_FUSION = True
+#: The oldest GPUs with bfloat16 tensor cores and asynchronous copies.
+OLDEST_CAPABILITY = (8, 0)
+
+_Recorder = Callable[[Any, Tile, dict[str, Any]], None]
+_recorder: ContextVar[tuple[tuple[int, int], _Recorder] | None] = ContextVar("recorder", default=None)
+
+
+@cache
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Says why the Triton kernels cannot serve a device and dtype.
+
+    Args:
+        device: where the tensors lie.
+        dtype: their dtype.
+
+    Returns:
+        The reason, or None where they can.
+    """
+    if dtype == torch.float64:
+        return "its kernels sum in float32, which is too coarse for float64"
+    if INTERPRETED:
+        return "Triton's interpreter multiplies bfloat16 blocks wrongly" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return f"Triton serves {device.type} only in its interpreter: set TRITON_INTERPRET=1 before Python starts"
+    if capability(device) < OLDEST_CAPABILITY:
+        return "its kernels need compute capability 8.0 or newer, this GPU has {}.{}".format(*capability(device))
+    return None
+
+
+@cache
+def _device_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else OLDEST_CAPABILITY
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability that a launch on a device is configured for.
+
+    Args:
+        device: where the tensors lie; anything but a GPU counts as the oldest supported one.
+
+    Returns:
+        Major and minor number.
+    """
+    recording = _recorder.get()
+    return _device_capability(device) if recording is None else recording[0]
+
+
+@contextmanager
+def recorded_launches(target: tuple[int, int], recorder: _Recorder) -> Iterator[None]:
+    """Hands every launch to a function instead of the GPU, so that kernels can be compiled for a GPU that is not there.
+
+    Args:
+        target: the compute capability to configure for.
+        recorder: gets the kernel, its tile and its arguments by name.
+    """
+    token = _recorder.set((target, recorder))
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
+    """Launches a kernel over a flat grid on the device of its tensors, without waiting for it.
+
+    Args:
+        kernel: a function decorated with triton.jit.
+        programs: size of the grid; one flat axis, because the others end at 65535.
+        tile: gives warps and stages.
+        arguments: the kernel's arguments by name.
+    """
+    recording = _recorder.get()
+    if recording is not None:
+        recording[1](kernel, tile, arguments)
+        return
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": FP_FUSION}
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[(programs,)](**arguments, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[(programs,)](**arguments, **options)
+
+
+@triton.jit
+def mix(x):
+    """Scrambles uint32 words as ticketops.ops.dropout does."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def dropout_rows(p_seed, i_row, o_rows, i_head, heads):
+    """The part of a dropout word that depends on the row i_row + o_rows and the head: uint32, shaped as `o_rows`."""
+    seed = tl.load(p_seed)
+    first = ((seed + i_row * heads + i_head) & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return mix(o_rows.to(tl.uint32) * heads + first) ^ high
+
+
+@triton.jit
+def dropout_keeps(b_rows, o_columns, threshold):
+    """Which weights are kept, from `dropout_rows` and column numbers of shapes that broadcast."""
+    word = mix(b_rows + o_columns.to(tl.uint32) * 0x9E3779B9)
+    return (word >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit
+def owned_rows(p_starts, p_lengths, batch, tokens, i_b):
+    """The rows [first, last) that sequence i_b answers for: its own, those of no sequence behind it, and for the first
+    sequence those before it. Every row has one owner, in whatever order the sequences lie."""
+    SCAN: tl.constexpr = 256
+    start = tl.load(p_starts + i_b)
+    length = tl.load(p_lengths + i_b)
+    earliest = tokens
+    following = tokens
+    for i in range(0, batch, SCAN):
+        o_b = i + tl.arange(0, SCAN)
+        b_lengths = tl.load(p_lengths + o_b, mask=o_b < batch, other=0)
+        b_starts = tl.load(p_starts + o_b, mask=b_lengths > 0, other=tokens)
+        earliest = tl.minimum(earliest, tl.min(b_starts, 0))
+        following = tl.minimum(following, tl.min(tl.where(b_starts > start, b_starts, tokens), 0))
+    first = tl.where(start == earliest, 0, start)
+    # An empty sequence owns nothing, unless all are empty: then sequence 0 owns all rows.
+    alone = (earliest == tokens) & (i_b == 0)
+    first = tl.where(length > 0, first, 0)
+    last = tl.where(length > 0, following, tl.where(alone, tokens, 0))
+    return first, last
+
+
+@triton.jit
+def zero_rows(p_x, first, last, width, i_part, parts):
+    """Writes zeros to rows [first, last) of a contiguous [T, width] matrix; part i_part of `parts` does its share."""
+    BLOCK: tl.constexpr = 1024
+    begin = first.to(tl.int64) * width
+    end = last.to(tl.int64) * width
+    b_zero = tl.zeros([BLOCK], dtype=p_x.dtype.element_ty)
+    for i in range(begin + i_part * BLOCK, end, parts * BLOCK):
+        o_x = i + tl.arange(0, BLOCK)
+        tl.store(p_x + o_x, b_zero, mask=o_x < end)
+
+
+@triton.jit
+def zero_gaps(p_x, p_starts, p_lengths, batch, tokens, i_b, width, i_part, parts):
+    """Writes zeros to the rows of no sequence that sequence i_b owns."""
+    first, last = owned_rows(p_starts, p_lengths, batch, tokens, i_b)
+    start = tl.load(p_starts + i_b)
+    length = tl.load(p_lengths + i_b)
+    # An empty sequence that owns rows has all of them to clear.
+    start = tl.where(length > 0, start, last)
+    zero_rows(p_x, first, start, width, i_part, parts)
+    zero_rows(p_x, start + length, last, width, i_part, parts)

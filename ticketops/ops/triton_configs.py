@@ -1,0 +1,187 @@
+"""The tile of every Triton kernel, by GPU family, dtype, head dimension and length: one table, looked up and never
+searched at run time.
+
+What supports the entries: each was compiled ahead of time for sm_80, sm_90 or sm_100 with dropout and a mask on, and is
+the largest of those tried that spills no register (bench/results/kernels-*.md has registers and shared memory of all;
+python_tests/aot holds them to it). No entry has been timed on a GPU yet.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its work.
+
+    Attributes:
+        rows: rows of a block: queries in the attention kernels, tokens in the others.
+        columns: columns of a block: keys in the attention kernels, neurons or channels in the others.
+        warps: warps of a program.
+        stages: depth of software pipelining.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """The attention kernels' tiles for one GPU family, dtype size and range of head dimensions.
+
+    Attributes:
+        forward: ascending in rows; the first that holds the longest sequence, else the last.
+        row_backward: ascending; the first that holds the longest sequence, else dq and dkdv tile it.
+        dq: for the kernel that walks over keys.
+        dkdv: for the kernel that walks over queries.
+    """
+
+    forward: tuple[Tile, ...]
+    row_backward: tuple[Tile, ...]
+    dq: Tile
+    dkdv: Tile
+
+
+_SHORT_FORWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 2, 1), Tile(64, 64, 4, 1))
+_SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 2, 1), Tile(64, 64, 4, 1))
+_WIDE_SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(64, 64, 8, 1))
+
+#: By family (see `family`), bytes of an element and the largest head dimension served.
+ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
+    # A whole 128 x 128 backward spills on sm_80, whose products keep both accumulators in registers.
+    (8, 2, 64): AttentionTiles(
+        (*_SHORT_FORWARD, Tile(128, 64, 8, 2)), _SHORT_BACKWARD, Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)
+    ),
+    (8, 2, 128): AttentionTiles(
+        (*_SHORT_FORWARD[:2], Tile(64, 64, 8, 1), Tile(128, 64, 8, 2)),
+        _WIDE_SHORT_BACKWARD,
+        Tile(64, 64, 8, 2),
+        Tile(64, 64, 8, 2),
+    ),
+    (9, 2, 64): AttentionTiles(
+        (*_SHORT_FORWARD, Tile(128, 128, 8, 1), Tile(128, 64, 8, 2)),
+        (*_SHORT_BACKWARD, Tile(128, 128, 8, 1)),
+        Tile(128, 64, 8, 2),
+        Tile(64, 128, 8, 2),
+    ),
+    (9, 2, 128): AttentionTiles(
+        (*_SHORT_FORWARD[:2], Tile(64, 64, 8, 1), Tile(128, 64, 8, 2)),
+        (*_WIDE_SHORT_BACKWARD, Tile(128, 128, 8, 1)),
+        Tile(64, 64, 8, 2),
+        Tile(64, 64, 8, 2),
+    ),
+    # Products in float32 run on the plain cores with both operands in registers, hence the small tiles.
+    (8, 4, 64): AttentionTiles(
+        (Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)),
+        (Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)),
+        Tile(32, 32, 8, 1),
+        Tile(32, 32, 8, 1),
+    ),
+    (8, 4, 128): AttentionTiles(
+        (Tile(16, 16, 8, 1), Tile(32, 64, 8, 1)),
+        (Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
+        Tile(16, 16, 8, 1),
+        Tile(32, 32, 8, 1),
+    ),
+}
+ATTENTION |= {(10, 2, width): ATTENTION[9, 2, width] for width in (64, 128)}
+ATTENTION |= {(major, 4, width): ATTENTION[8, 4, width] for major in (9, 10) for width in (64, 128)}
+
+#: Tokens x neurons of the pointwise FFN kernels: whole 128-byte lines of 16-bit elements, 32 elements a thread.
+FFN = Tile(64, 64, 4, 1)
+#: Columns summed by one program of the LayerNorm's second stage.
+NORM_FINISH = Tile(32, 64, 4, 1)
+
+
+def family(capability: tuple[int, int]) -> int:
+    """The part of the table that serves a GPU.
+
+    Args:
+        capability: compute capability.
+
+    Returns:
+        9 for Hopper, 10 for data-centre Blackwell, 8 for all others, which have neither's matrix units nor more shared
+        memory than an Ampere GPU.
+    """
+    return capability[0] if capability[0] in (9, 10) else 8
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The block size that holds n.
+
+    Args:
+        n: a size.
+        least: the smallest block, 16 for operands of matrix products.
+
+    Returns:
+        The smallest power of two that is at least n and `least`.
+    """
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def _attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> AttentionTiles:
+    return ATTENTION[family(capability), dtype.itemsize, 64 if head_dim <= 64 else 128]
+
+
+def attention_forward(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, max_length: int) -> Tile:
+    """The forward kernel's tile.
+
+    Args:
+        capability: compute capability.
+        dtype: of q, k and v.
+        head_dim: D.
+        max_length: tokens of the longest sequence.
+
+    Returns:
+        The tile.
+    """
+    tiles = _attention(capability, dtype, head_dim).forward
+    return next((tile for tile in tiles if tile.rows >= max_length), tiles[-1])
+
+
+def attention_backward(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, max_length: int
+) -> tuple[Tile] | tuple[Tile, Tile]:
+    """The backward kernels' tiles.
+
+    Args:
+        capability: compute capability.
+        dtype: of q, k and v.
+        head_dim: D.
+        max_length: tokens of the longest sequence.
+
+    Returns:
+        One tile where whole sequences fit a program, else those for dq and for dk with dv.
+    """
+    tiles = _attention(capability, dtype, head_dim)
+    whole = next((tile for tile in tiles.row_backward if tile.rows >= max_length), None)
+    return (tiles.dq, tiles.dkdv) if whole is None else (whole,)
+
+
+def norm_forward(channels: int) -> Tile:
+    """The tile of the LayerNorm's forward kernel: whole rows, at least 2048 elements a program.
+
+    Args:
+        channels: C.
+
+    Returns:
+        The tile.
+    """
+    columns = power_of_two(channels)
+    return Tile(max(1, 2048 // columns), columns, 4 if columns <= 2048 else 16, 1)
+
+
+def norm_backward(channels: int) -> Tile:
+    """The tile of the LayerNorm's backward kernel, which keeps three sums over rows in registers.
+
+    Args:
+        channels: C.
+
+    Returns:
+        The tile.
+    """
+    columns = power_of_two(channels)
+    return Tile(max(1, 2048 // columns), columns, 8 if columns <= 2048 else 16, 1)
