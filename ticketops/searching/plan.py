@@ -330,7 +330,8 @@ def make_plan(config: SearchConfig, layers: int, heads: int) -> list[Trial]:
             own = {float(level) for name, _, level in entries if name == kind and level}
             general = tuple(levels) if config.sparsities == "paper" else config.sparsities
             shared = set(general) if (kind, "", "") in entries else set()
-            trials += [Trial(kind, level, seed, *counts(level)) for level in sorted(own | shared)]
+            # Level 0 is the full model.
+            trials += [Trial(kind, level, seed, *counts(level)) for level in sorted(own | shared) if level]
     return trials
 
 
@@ -344,8 +345,7 @@ def _entries(name: str, value: Any) -> list[Any]:
     if not isinstance(entries, Iterable):
         entries = [entries]
     entries = [entry for entry in entries if entry != ""]
-    # No sparsity at all is the full model alone, which is how a stored configuration may look.
-    if not entries and (isinstance(value, str) or name != "sparsities"):
+    if not entries:
         raise InputError(f"{name} is empty: give at least one value")
     return entries
 
@@ -357,8 +357,7 @@ def _sparsities(name: str, value: Any) -> tuple[float, ...]:
         if not 0 <= level < 1:
             raise InputError(f"sparsity {level:g} is outside [0, 1): give the fraction to prune, such as 0.3")
         levels.add(level)
-    # 0 is the full model, which every search trains.
-    return tuple(sorted(levels - {0.0}))
+    return tuple(sorted(levels))
 
 
 def _kind(entry: Any) -> str:
@@ -366,10 +365,10 @@ def _kind(entry: Any) -> str:
     _choice("kinds", kind, TICKET_KINDS)
     if not at:
         return kind
-    levels = _sparsities("kinds", level)
-    if len(levels) != 1:
-        raise InputError(f"kinds entry {entry!r} needs one sparsity in (0, 1) after '@', such as {kind}@0.3")
-    return f"{kind}@{levels[0]:g}"
+    sparsity = _sparsities("kinds", level)[0] if level else 0.0
+    if not sparsity:
+        raise InputError(f"kinds entry {entry!r} needs a sparsity in (0, 1) after '@', such as {kind}@0.3")
+    return f"{kind}@{sparsity:g}"
 
 
 def _seeds(value: Any) -> tuple[int, ...]:

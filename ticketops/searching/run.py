@@ -9,7 +9,7 @@ from ticketops.files import store_error
 from ticketops.searching import environment
 from ticketops.searching.plan import SearchConfig, Trial, make_plan
 from ticketops.searching.selection import Level, Selection, Spread, select
-from ticketops.searching.setting import Setting
+from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.store import Record, Store
 from ticketops.searching.trial import Listener, Outcome, run_trial
 from ticketops.tickets import Importance, Ticket, prune
@@ -134,7 +134,8 @@ def _keep(store: Store, trial: Trial, ticket: Ticket | None, outcome: Outcome, m
         folder = store.model_path(trial)
         try:
             shutil.rmtree(folder, ignore_errors=True)
-            outcome.model.save_pretrained(folder)
+            with quiet():
+                outcome.model.save_pretrained(folder)
         except OSError as error:
             raise store_error(folder, error) from error
         if ticket is not None:

@@ -62,6 +62,9 @@ class Store:
         except OSError as error:
             raise store_error(folder, error) from error
         try:
+            # Half-written files of a killed search; nobody else writes while the lock is held.
+            for leftover in folder.rglob(".*.part"):
+                leftover.unlink()
             if (folder / "config.json").exists():
                 store = cls(folder, _read_description(folder), lock)
                 _refuse_another_search(folder, store.description["identity"], json_identity(identity))

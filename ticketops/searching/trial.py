@@ -178,6 +178,8 @@ def _arguments(setting: Setting, seed: int) -> TrainingArguments:
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         bf16=config.dtype == "bf16",
+        # Without this the Trainer refuses bfloat16 where there is no accelerator.
+        use_cpu=not torch.accelerator.is_available(),
         seed=seed,
         data_seed=seed,
         dataloader_pin_memory=torch.cuda.is_available(),

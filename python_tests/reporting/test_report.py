@@ -1,0 +1,151 @@
+import csv
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from ticketops.errors import InputError, StoreError
+from ticketops.reporting import report
+from ticketops.searching import SearchConfig, Store
+from ticketops.tickets import Importance, WeightCounts, prune
+
+COUNTS = WeightCounts(head=100, ffn=800, encoder=6_000, total=10_000)
+
+
+def importance(seed: int) -> Importance:
+    scores = Importance(3, 4)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in range(3):
+        scores.add_head(layer, torch.randn(5, 4, generator=generator), None)
+        scores.add_ffn(layer, torch.randn(5, generator=generator), None)
+    return scores
+
+
+def make_store(folder: Path, gain: float = 0.02, leave_out: tuple[str, ...] = (), **fields: object) -> Store:
+    """A finished search without any training: winning tickets gain `gain` at sparsity 0.25 and lose beyond."""
+    config = SearchConfig(model="m", task="t", sparsities="0.25,0.5", kinds="winning,random,losing", seeds=3, **fields)
+    values = {name: value for name, value in config.to_dict().items() if name not in ("output", "save_models")}
+    identity = {"config": values, "task_fingerprint": "feed", "model_fingerprint": "beef", "layers": 3, "heads": 4}
+    notes = {"versions": {"python": "3"}, "machine": {"device": "cpu"}, "validation": "dev"}
+    held_out = bool(config.report_fraction)
+    with Store.create(folder, identity, notes) as store:
+        for trial in store.plan:
+            if trial.id in leave_out:
+                continue
+            scores = importance(trial.seed)
+            if trial.kind == "full":
+                store.write_importance(trial.seed, "pass", scores)
+                ticket = prune(scores, counts=(0, 0))
+            else:
+                counts = (trial.heads_pruned, trial.ffns_pruned)
+                ticket = prune(scores, counts=counts, kind=trial.kind, seed=trial.seed)  # type: ignore[arg-type]
+                store.keep_ticket(trial, ticket)
+            score = 0.8 + 0.01 * trial.seed
+            score += {"full": 0.0, "winning": gain if trial.sparsity == 0.25 else -0.1}.get(trial.kind, -0.2)
+            split_scores = {"validation": {"accuracy": score, "f1": score}}
+            if held_out:
+                split_scores["report"] = {"accuracy": score - 0.05, "f1": score}
+            record = {
+                "id": trial.id, "task": "t", "model": "m", "kind": trial.kind, "sparsity": trial.sparsity,
+                "seed": trial.seed, "heads_pruned": ticket.heads_pruned, "ffns_pruned": ticket.ffns_pruned,
+                "weights_remaining": ticket.weights_remaining(COUNTS),
+                "weights_remaining_encoder": ticket.weights_remaining(COUNTS, embeddings=False),
+                "split": "validation", "metric": "accuracy", "score": score,
+                "report_score": score - 0.05 if held_out else None, "scores": split_scores, "majority": 0.5,
+                "train_loss": 0.3, "steps": 10, "timing": {"train_seconds": 1.5, "evaluate_seconds": 0.5},
+            }  # fmt: skip
+            if trial.kind == "full" and config.importance == "both":
+                record["rank_correlation"] = {"head": 0.9, "ffn": None}
+            store.write_record(trial, record)
+    return store
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", content[16:24])
+
+
+def test_report_names_the_finding_its_spread_and_how_to_reproduce_it(tmp_path: Path):
+    store = make_store(tmp_path / "run")
+    path = report(store.folder)
+    text = path.read_text()
+    assert path == store.folder / "report.md"
+    assert "beats the full model: sparsity 0.25 (3 heads and 0 FFNs pruned, 97.0 % of the weights left)" in text
+    assert "accuracy 83.0 ± 1.0 against 81.0 ± 1.0, a gain of +2.0 ± 0.0 points over 3 seeds" in text
+    assert "| winning ★ | 0.25 | 3 | 0 | 97.0 | 95.0 | 3 | 83.0 ± 1.0 |" in text
+    assert "same split, `validation` (dev), both selects" in text
+    assert "one constant answer scores 50.0" in text
+    assert "tickets/winning-0.25-seed-2.safetensors" in text
+    assert store.config.command() in text
+    for words in ("python 3", "device cpu", "feed", "beef", "42 s in 21 trials", "sparsities: [0.25, 0.5]"):
+        assert words in text
+    assert "Unfinished" not in text
+    for name in ("phase_transition.png", "importance.png"):
+        assert f"({name})" in text
+        assert min(png_size(store.folder / name)) > 300
+
+
+def test_results_have_one_row_a_trial(tmp_path: Path):
+    store = make_store(tmp_path / "run")
+    report(store.folder)
+    with open(store.folder / "results.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(store.plan) == 21
+    wanted = "task kind sparsity seed heads_pruned ffns_pruned weights_remaining split metric score"
+    assert set(wanted.split()) <= rows[0].keys()
+    assert (rows[0]["kind"], float(rows[0]["sparsity"]), float(rows[0]["weights_remaining"])) == ("full", 0.0, 1.0)
+    assert [float(row["score"]) for row in rows] == [record["score"] for record in store.records()]
+    assert rows[0]["validation_f1"] == rows[0]["score"]
+
+
+def test_a_loss_is_reported_as_a_loss(tmp_path: Path):
+    text = report(make_store(tmp_path / "run", gain=-0.03).folder).read_text()
+    assert "No winning ticket beats the full model here" in text
+    assert "a gain of -3.0 ± 0.0 points" in text
+
+
+def test_a_report_split_reports_and_both_splits_are_named(tmp_path: Path):
+    text = report(make_store(tmp_path / "run", report_fraction=0.5).folder).read_text()
+    assert "The split `validation` (dev) selects; the split `report`, 50 % of the validation rows" in text
+    assert "reaches accuracy 78.0 ± 1.0 against 76.0 ± 1.0" in text
+    assert "| 83.0 ± 1.0 | 78.0 ± 1.0 |" in text
+
+
+def test_an_unfinished_search_is_reported_with_what_is_missing(tmp_path: Path):
+    left_out = ("full-seed-1", "winning-0.25-seed-1", "losing-0.5-seed-2", *(f"winning-0.5-seed-{n}" for n in range(3)))
+    text = report(make_store(tmp_path / "run", leave_out=left_out).folder).read_text()
+    assert "6 of 21 trials are missing (winning-0.5-seed-0, full-seed-1, winning-0.25-seed-1" in text
+    assert "provisional" in text
+    assert "over 2 seeds" in text
+
+
+def test_a_search_without_any_record_is_reported(tmp_path: Path):
+    everything = tuple(trial.id for trial in make_store(tmp_path / "whole").plan)
+    text = report(make_store(tmp_path / "run", leave_out=everything).folder).read_text()
+    assert "21 of 21 trials are missing" in text
+
+
+def test_rank_correlation_is_given_when_both_ways_were_taken(tmp_path: Path):
+    text = report(make_store(tmp_path / "run", importance="both").folder).read_text()
+    assert "Rank correlation of the clean pass with on-the-fly scores, heads: 0.900 ± 0.000." in text
+    assert "FFNs: " not in text
+
+
+def test_reporting_changes_nothing_else_and_can_be_repeated(tmp_path: Path):
+    store = make_store(tmp_path / "run")
+    first = report(store.folder).read_bytes()
+    names = {path.name for path in store.folder.iterdir()}
+    assert report(store.folder).read_bytes() == first
+    assert {path.name for path in store.folder.iterdir()} == names
+
+
+def test_damage_and_strange_folders_are_errors(tmp_path: Path):
+    store = make_store(tmp_path / "run")
+    path = store.record_path(store.plan[3])
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(StoreError, match=f"{path}.*delete it"):
+        report(store.folder)
+    with pytest.raises(InputError, match="no ticketops folder"):
+        report(tmp_path)

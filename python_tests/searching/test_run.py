@@ -1,0 +1,121 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ticketops.errors import StoreError
+from ticketops.files import write_atomically
+from ticketops.searching import Listener, SearchConfig, SearchResult, Store, run_search
+
+from .test_trial import reproducible
+from .tiny import FIELDS
+
+
+class Heard(Listener):
+    """Writes down which trials ran."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+
+    def finished(self, trial: Any, record: Any) -> None:
+        self.ran.append(trial.id)
+
+
+@pytest.fixture(scope="module")
+def found(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    folder = tmp_path_factory.mktemp("search") / "run"
+    config = SearchConfig(**inputs, **FIELDS, seeds=2, importance="both", save_models=True, output=str(folder))
+    return run_search(config)
+
+
+def test_a_search_finds_a_super_ticket_and_its_gain(found: SearchResult):
+    assert len(found.records) == 2 * 4
+    assert found.super_level is not None
+    assert set(found.tickets) == {0, 1}
+    assert found.super_ticket in found.tickets.values()
+    full = {r["seed"]: r["score"] for r in found.records if r["kind"] == "full"}
+    gains = [found.super_level.scores[seed] - full[seed] for seed in (0, 1)]
+    assert found.gain.mean == pytest.approx(sum(gains) / 2)
+    # Each seed has its own importance, and so its own tickets.
+    store = Store.read(found.folder)
+    assert store.importance(0, "pass") != store.importance(1, "pass")
+    assert store.importance(0, "on_the_fly") is not None
+
+
+def test_levels_are_nested_and_tickets_carry_where_they_come_from(found: SearchResult):
+    store = Store.read(found.folder)
+    sparse, dense = (store.tickets("winning", level)[1] for level in (0.5, 0.25))
+    assert sparse & dense == sparse
+    assert sparse.metadata["sparsity"] == 0.5
+    assert sparse.metadata["trial_seed"] == 1
+
+
+def test_models_are_kept_with_their_ticket(found: SearchResult):
+    folders = sorted(path.name for path in (found.folder / "models").iterdir())
+    assert folders == sorted(record["id"] for record in found.records)
+    assert (found.folder / "models" / "winning-0.5-seed-0" / "ticket.safetensors").is_file()
+    assert (found.folder / "models" / "winning-0.5-seed-0" / "model.safetensors").is_file()
+
+
+def test_a_finished_search_runs_nothing_again(found: SearchResult):
+    heard = Heard()
+    assert run_search(found.config, heard).records == found.records
+    assert heard.ran == []
+
+
+def test_what_is_deleted_is_made_again_alike(found: SearchResult):
+    store = Store.read(found.folder)
+    full, winning = store.plan[:2]
+    store.importance_path(0, "pass").unlink()
+    store.record_path(winning).unlink()
+    store.ticket_path(winning).unlink()
+    heard = Heard()
+    again = run_search(found.config, heard)
+    assert heard.ran == [full.id, winning.id]
+    assert list(map(reproducible, again.records)) == list(map(reproducible, found.records))
+
+
+def test_a_damaged_record_is_reported_before_anything_runs(found: SearchResult):
+    store = Store.read(found.folder)
+    path = store.record_path(store.plan[-1])
+    whole = path.read_text()
+    path.write_text(whole[:50])
+    heard = Heard()
+    with pytest.raises(StoreError, match=str(path)):
+        run_search(found.config, heard)
+    path.write_text(whole)
+    assert heard.ran == []
+
+
+@pytest.mark.parametrize("task", ["tiny", pytest.param("sst2", marks=pytest.mark.data)])
+def test_a_search_killed_at_several_points_gives_the_records_of_an_undisturbed_one(
+    task: str, inputs: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+):
+    fields = {**inputs, **FIELDS, "validation_rows": 40}
+    if task == "sst2":
+        fields["task"] = str(tmp_path / "sst2")
+        for split in ("train", "validation"):
+            rows = (request.getfixturevalue("glue_folder") / "sst2" / f"{split}.jsonl").read_text().splitlines()[:300]
+            write_atomically(tmp_path / "sst2" / f"{split}.jsonl", "\n".join(rows))
+    folders = [tmp_path / "interrupted", tmp_path / "undisturbed"]
+    script = Path(__file__).with_name("interrupted.py")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(fields), *map(str, folders)],
+        # Children are forked, and OpenMP's threads do not survive that.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 5
+    interrupted, undisturbed = (Store.read(folder) for folder in folders)
+    assert len(undisturbed.records()) == len(undisturbed.plan) == 4
+    assert list(map(reproducible, interrupted.records())) == list(map(reproducible, undisturbed.records()))
+    for path in sorted([*folders[1].glob("tickets/*"), *folders[1].glob("importance/*")]):
+        assert (folders[0] / path.relative_to(folders[1])).read_bytes() == path.read_bytes()
+    assert not list(folders[0].rglob("*.part"))

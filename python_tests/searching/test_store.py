@@ -1,0 +1,182 @@
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ticketops.errors import InputError, StoreError
+from ticketops.searching import SearchConfig, Store
+from ticketops.tickets import Importance, prune
+
+CONFIG = SearchConfig(sparsities="0.5", kinds="winning")
+
+
+def identity(config: SearchConfig = CONFIG, **fields: object) -> dict:
+    values = {name: value for name, value in config.to_dict().items() if name not in ("output", "save_models")}
+    return {"config": values, "task_fingerprint": "t", "model_fingerprint": "m", "layers": 2, "heads": 4, **fields}
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    with Store.create(tmp_path / "run", identity(), {}) as store:
+        yield store
+
+
+def importance(seed: int) -> Importance:
+    scores = Importance(2, 4)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in range(2):
+        scores.add_head(layer, torch.randn(3, 4, generator=generator), None)
+        scores.add_ffn(layer, torch.randn(3, generator=generator), None)
+    return scores
+
+
+def test_what_is_written_is_read_back(store: Store):
+    full, winning = store.plan
+    assert store.record(full) is None
+    assert store.importance(0, "pass") is None
+    store.write_importance(0, "pass", importance(0))
+    store.write_record(full, {"id": full.id, "score": 0.1 + 0.2})
+    ticket = prune(importance(0), counts=(4, 1))
+    store.keep_ticket(winning, ticket)
+    again = Store.read(store.folder)
+    assert again.config == SearchConfig.from_dict({**CONFIG.to_dict(), "output": str(store.folder)})
+    assert again.records() == [{"id": full.id, "score": 0.1 + 0.2}]
+    assert again.importance(0, "pass") == importance(0)
+    assert again.ticket(winning) == ticket
+
+
+def test_another_search_is_refused_with_both_values(store: Store):
+    store.close()
+    other = SearchConfig(sparsities="0.5", kinds="winning", epochs=7, seeds=3)
+    with pytest.raises(StoreError, match=r"seeds is \[0\] there and \[0, 1, 2\] here; epochs is 1 there and 7 here"):
+        Store.create(store.folder, identity(other), {})
+    with pytest.raises(StoreError, match="task_fingerprint is 't' there and 'u' here"):
+        Store.create(store.folder, identity(task_fingerprint="u"), {})
+    Store.create(store.folder, identity(), {}).close()
+
+
+def test_a_second_process_is_refused_and_a_killed_one_does_not_block(store: Store):
+    code = (
+        "import os, signal, sys\n"
+        "from filelock import FileLock\n"
+        "lock = FileLock(sys.argv[1])\n"
+        "lock.acquire(timeout=0)\n"
+        "print('locked', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    with pytest.raises(StoreError, match="another process is working in"):
+        Store.create(store.folder, identity(), {})
+    store.close()
+    other = subprocess.Popen([sys.executable, "-c", code, str(store.folder / ".lock")], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(StoreError, match=str(store.folder)):
+        Store.create(store.folder, identity(), {})
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    Store.create(store.folder, identity(), {}).close()
+
+
+def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(StoreError, match=r"'thesis.tex' and is no ticketops folder"):
+        Store.create(tmp_path, identity(), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_leftovers_of_a_killed_write_do_not_block(tmp_path: Path):
+    (tmp_path / ".config.json.abc.part").write_text("{")
+    Store.create(tmp_path, identity(), {}).close()
+    assert not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[: len(text) // 2], lambda text: text.replace("0.8", "0.9"), lambda _: ""]
+)
+def test_a_damaged_record_names_the_file_and_the_remedy(store: Store, damage: Callable[[str], str]):
+    full = store.plan[0]
+    store.write_record(full, {"id": full.id, "score": 0.8})
+    path = store.record_path(full)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(StoreError, match=f"{path}.*delete it and run the same command again"):
+        store.records()
+    path.unlink()
+    assert store.records() == []
+
+
+def test_a_record_under_another_trials_name_is_refused(store: Store):
+    full, winning = store.plan
+    store.write_record(full, {"id": full.id})
+    store.record_path(full).rename(store.record_path(winning))
+    with pytest.raises(StoreError, match="full-seed-0"):
+        store.record(winning)
+
+
+def test_damaged_tickets_and_importance_name_the_file_and_the_remedy(store: Store):
+    winning = store.plan[1]
+    store.write_importance(0, "pass", importance(0))
+    store.keep_ticket(winning, prune(importance(0), counts=(4, 1)))
+    for path in (store.ticket_path(winning), store.importance_path(0, "pass")):
+        path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(StoreError, match=r"winning-0.5-seed-0.safetensors.*delete it"):
+        store.ticket(winning)
+    with pytest.raises(StoreError, match=r"seed-0-pass.safetensors.*delete it"):
+        store.importance(0, "pass")
+
+
+def test_a_ticket_from_other_scores_is_refused(store: Store):
+    winning = store.plan[1]
+    store.keep_ticket(winning, prune(importance(0), counts=(4, 1)))
+    store.keep_ticket(winning, prune(importance(0), counts=(4, 1)))
+    with pytest.raises(StoreError, match="other importance scores"):
+        store.keep_ticket(winning, prune(importance(0), counts=(4, 1), kind="losing"))
+
+
+@pytest.mark.parametrize(("code", "word"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only")])
+def test_a_full_or_read_only_disk_loses_nothing(store: Store, monkeypatch: pytest.MonkeyPatch, code: int, word: str):
+    full, winning = store.plan
+    store.write_record(full, {"id": full.id})
+
+    def fail(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StoreError, match=word):
+        store.write_record(winning, {"id": winning.id})
+    with pytest.raises(StoreError, match=word):
+        store.write_importance(0, "pass", importance(0))
+    monkeypatch.undo()
+    assert [record["id"] for record in store.records()] == [full.id]
+    assert not list(store.folder.rglob("*.part"))
+
+
+def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file"):
+        Store.create(tmp_path / "file", identity(), {})
+    with pytest.raises(StoreError, match=r"not a folder|is a file"):
+        Store.create(tmp_path / "file" / "run", identity(), {})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StoreError, match="permission denied: choose another --output"):
+        Store.create(tmp_path / "run", identity(), {})
+
+
+def test_reading_what_is_no_store(tmp_path: Path):
+    with pytest.raises(InputError, match="no ticketops folder"):
+        Store.read(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 1')
+    with pytest.raises(StoreError, match="truncated or damaged"):
+        Store.read(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 99}')
+    with pytest.raises(StoreError, match="another version"):
+        Store.read(tmp_path)

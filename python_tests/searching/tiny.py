@@ -1,0 +1,53 @@
+"""Inputs for searches that take seconds: a random BERT and a task that it can learn."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+FILLERS = ["film", "the", "a", "plot", "and", "of", "to", "is", "in", "that", "it", "with", "this", "not", "story"]
+LAYERS, HEADS = 2, 4
+#: Keyword arguments of a search over these inputs: 4 trials of 6 steps each.
+FIELDS = {
+    "sparsities": "0.25,0.5",
+    "kinds": "winning,random@0.5",
+    "epochs": 2,
+    "batch_size": 16,
+    "learning_rate": 1e-2,
+    "max_length": 16,
+    "train_rows": 48,
+}
+
+
+def make_model(folder: Path) -> Path:
+    """Saves a BERT of 2 layers x 4 heads with random weights, and its tokenizer."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", *FILLERS]
+    BertTokenizerFast(vocab={word: index for index, word in enumerate(words)}).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.1,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def make_task(folder: Path) -> Path:
+    """Writes sentences that are labelled by whether they hold "good" or "bad"."""
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    for split, rows in (("train", 64), ("validation", 40)):
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for _ in range(rows):
+                label = draw.randrange(2)
+                words = [draw.choice(FILLERS) for _ in range(draw.randrange(2, 9))]
+                words.insert(draw.randrange(len(words)), ("bad", "good")[label])
+                file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+    return folder
