@@ -109,8 +109,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, dout, *_):
-    x, residual, bias = ctx.saved_tensors[:3]
-    dx, dresidual, *vectors = torch.ops.ticketops.residual_norm_backward(dout, *ctx.saved_tensors, ctx.dropout_p)
+    # Unpacked once: under gradient checkpointing a second look is an error.
+    saved = ctx.saved_tensors
+    x, residual, bias = saved[:3]
+    dx, dresidual, *vectors = torch.ops.ticketops.residual_norm_backward(dout, *saved, ctx.dropout_p)
     dbias, dgamma, dbeta = (vector.to(dtype) for vector, dtype in zip(vectors, ctx.vector_dtypes, strict=True))
     if not _own_dx(x, residual, ctx.dropout_p):
         dx = dresidual
