@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ticketops.models import PatchHandle, patch
+    from ticketops.models.patch import PatchHandle, patch
     from ticketops.reporting import report
     from ticketops.searching import search
     from ticketops.tickets import Importance, Ticket, prune

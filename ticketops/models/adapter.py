@@ -31,6 +31,8 @@ class LayerParts:
         output: linear layer from heads * head_dim back to the hidden size; its bias stays when heads go.
         fc1, fc2: the two linear layers of the FFN.
         activation: the module between them.
+        attention_norm, ffn_norm: the LayerNorm after each sublayer's residual.
+        dropouts: the dropout of attention weights, and of each sublayer's output.
     """
 
     query: nn.Linear
@@ -40,10 +42,34 @@ class LayerParts:
     fc1: nn.Linear
     fc2: nn.Linear
     activation: nn.Module
+    attention_norm: nn.LayerNorm
+    ffn_norm: nn.LayerNorm
+    dropouts: tuple[nn.Dropout, ...]
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linear layers by name."""
         return {name: getattr(self, name) for name in ("query", "key", "value", "output", "fc1", "fc2")}
+
+    def refusal(self) -> str | None:
+        """Says which part is not what the ops assume, or None.
+
+        The ops read these modules' parameters and never call the modules, so whatever changes a module's forward (an
+        adapter, quantization, a hook) would be passed over in silence.
+        """
+        modules: dict[str, tuple[nn.Module, type[nn.Module]]] = {n: (m, nn.Linear) for n, m in self.linears().items()}
+        modules |= {name: (getattr(self, name), nn.LayerNorm) for name in ("attention_norm", "ffn_norm")}
+        modules |= {f"dropout {index}": (module, nn.Dropout) for index, module in enumerate(self.dropouts)}
+        for name, (module, expected) in modules.items():
+            if type(module) is not expected:
+                return (
+                    f"a {type(module).__module__}.{type(module).__name__} as its {name}, not a plain "
+                    f"torch.nn.{expected.__name__}: merge adapters and undo quantization before patching"
+                )
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"forward hooks on its {name}: remove them before patching"
+            if expected is not nn.Dropout and module.bias is None:
+                return f"no bias in its {name}, which ticketops does not serve"
+        return None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import BertConfig, BertModel
@@ -67,12 +68,12 @@ class TicketBertSelfOutput(BertSelfOutput):
         """Takes contexts [.., heads * head_dim] and the residual [.., C]; returns [.., C]."""
         state = self._ticketops
         if state.kept_heads is None:
-            hidden_states = self.dense(hidden_states)
+            projected = functional.linear(hidden_states, self.dense.weight)
         elif state.kept_heads:
-            hidden_states = functional.linear(hidden_states, state.columns(self.dense), self.dense.bias)
+            projected = functional.linear(hidden_states, state.columns(self.dense))
         else:
-            hidden_states = self.dense.bias.to(input_tensor.dtype).expand_as(input_tensor)
-        return self.LayerNorm(self.dropout(hidden_states) + input_tensor)
+            projected = torch.zeros_like(input_tensor)
+        return _residual_norm(self, projected, input_tensor, self.dense.bias)
 
 
 class TicketBertLayer(BertLayer):
@@ -96,8 +97,22 @@ class TicketBertLayer(BertLayer):
             activation=self._ticketops.activation,
             importance=ticketops.ffn_importance.get(self.attention.self.layer_idx),
             per_token=ticketops.per_token,
-        ).view_as(hidden_states)
-        return self.output.LayerNorm(self.output.dropout(output) + hidden_states)
+        )
+        return _residual_norm(self.output, output, hidden_states)
+
+
+def _residual_norm(module: Any, output: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The end of a sublayer: dropout, residual and LayerNorm of a BertSelfOutput or BertOutput."""
+    norm = module.LayerNorm
+    return ops.residual_norm(
+        output.flatten(0, -2),
+        residual.flatten(0, -2),
+        norm.weight,
+        norm.bias,
+        bias=bias,
+        dropout_p=module.dropout.p if module.training else 0.0,
+        eps=norm.eps,
+    ).view_as(residual)
 
 
 def _parts(layer: Any) -> LayerParts:
@@ -110,6 +125,9 @@ def _parts(layer: Any) -> LayerParts:
         fc1=layer.intermediate.dense,
         fc2=layer.output.dense,
         activation=layer.intermediate.intermediate_act_fn,
+        attention_norm=attention.output.LayerNorm,
+        ffn_norm=layer.output.LayerNorm,
+        dropouts=(attention.self.dropout, attention.output.dropout, layer.output.dropout),
     )
 
 

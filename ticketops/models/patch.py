@@ -92,17 +92,9 @@ def _check_layer(adapter: Adapter, layer: nn.Module, index: int) -> LayerParts:
         raise UnsupportedError(f"layer {index} is a {type(layer).__name__}, no stock layer of {adapter.base.__name__}")
     parts = adapter.parts(layer)
     activation_name(parts.activation)
-    for name, linear in parts.linears().items():
-        # The ops read weights directly, so whatever changes a linear layer's forward would be passed over in silence.
-        if type(linear) is not nn.Linear:
-            raise UnsupportedError(
-                f"layer {index} has a {type(linear).__module__}.{type(linear).__name__} as its {name}, not a plain "
-                "torch.nn.Linear: merge adapters and undo quantization before patching"
-            )
-        if linear.bias is None:
-            raise UnsupportedError(f"layer {index} has no bias in its {name} layer, which ticketops does not serve")
-        if linear._forward_hooks or linear._forward_pre_hooks:
-            raise UnsupportedError(f"layer {index} has forward hooks on its {name}: remove them before patching")
+    refusal = parts.refusal()
+    if refusal:
+        raise UnsupportedError(f"layer {index} has {refusal}")
     return parts
 
 
