@@ -85,6 +85,8 @@ def run_search(config: SearchConfig, listener: Listener | None = None) -> Search
     with Store.create(config.output, setting.identity(), notes) as store:
         # Reads everything first: a damaged file is better reported now than after hours.
         finished = {trial for trial in plan if store.record(trial) is not None}
+        for trial in plan:
+            store.ticket(trial)
         scored = {seed for seed in config.seeds if None not in [store.importance(seed, way) for way in ways]}
         finished = {trial for trial in finished if trial.kind != "full" or trial.seed in scored}
         listener.planned(plan, len(finished))

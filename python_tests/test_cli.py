@@ -1,0 +1,252 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from searching.tiny import FIELDS, make_model, make_task
+from typer.testing import CliRunner, Result
+
+from ticketops.cli import app
+from ticketops.searching import SearchConfig, Store, run
+from ticketops.tickets import Ticket
+
+ROOT = Path(__file__).parents[1]
+
+
+def flags(fields: dict[str, Any]) -> list[str]:
+    return [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "120", "TERM": "dumb"})
+
+
+def refused(result: Result, code: int, *words: str) -> None:
+    """Checks that a command ended with one line on stderr that has these words, and no traceback."""
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if line != "loading model and data"]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("ticketops: error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The fields of a search that takes seconds."""
+    root: Path = tmp_path_factory.mktemp("tiny")
+    return {"model": make_model(root / "model"), "task": make_task(root / "task"), **FIELDS}
+
+
+@pytest.fixture(scope="module")
+def searched(
+    inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess]:
+    """A search as a user runs it: in a process of its own."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    done = command("search", *flags(inputs), "--save-models", "--output", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(starter(*words), env=environment(), capture_output=True, text=True)
+
+
+def starter(*words: str) -> list[str]:
+    return [sys.executable, "-c", "from ticketops.cli import main; main()", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def test_search_prints_plain_lines_the_table_and_the_report_and_nothing_else(searched: Any):
+    folder, done = searched
+    trials = [
+        rf"\[{n}/4\] {name}-seed-0: accuracy \d+\.\d \(\d+ s\)"
+        for n, name in enumerate(("full", r"winning-0\.25", r"winning-0\.5", r"random-0\.5"), 1)
+    ]
+    errors = done.stderr.splitlines()
+    assert errors[:2] == ["loading model and data", "4 trials"]
+    assert len(errors) == 6
+    for line, pattern in zip(errors[2:], trials, strict=True):
+        assert re.fullmatch(pattern, line)
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:2] == ["ticket", "sparsity"]
+    assert [line.split()[0] for line in lines[1:5]] == ["full", "winning", "winning", "random"]
+    assert lines[-1] == f"Report: {folder / 'report.md'}"
+    assert (folder / "report.md").is_file()
+    assert (folder / "results.csv").is_file()
+
+
+def test_report_writes_it_again(searched: Any):
+    folder, _ = searched
+    before = (folder / "report.md").read_text()
+    (folder / "report.md").unlink()
+    result = invoke("report", folder)
+    assert result.exit_code == 0
+    assert "winning" in result.stdout
+    assert (folder / "report.md").read_text() == before
+
+
+def test_show_prints_a_ticket(searched: Any):
+    path = searched[0] / "tickets" / "winning-0.5-seed-0.safetensors"
+    result = invoke("show", path)
+    assert result.exit_code == 0
+    assert str(Ticket.load(path)) in result.stdout
+    assert "sparsity: 0.5" in result.stdout
+    shown = json.loads(invoke("show", path, "--json").stdout)
+    assert shown["head_mask"] == Ticket.load(path).head_mask.tolist()
+    assert (shown["heads_pruned"], shown["ffns_pruned"], shown["metadata"]["kind"]) == (4, 1, "winning")
+
+
+def test_doctor_says_what_would_run_and_why():
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    for word in ("torch", "transformers", "threads", "attention", "backend", "why"):
+        assert word in result.stdout
+    facts = json.loads(invoke("doctor", "--json").stdout)
+    assert {"op", "device", "dtype", "backend", "why"} <= facts["backends"][0].keys()
+    assert facts["machine"]["threads"] >= 1
+
+
+def test_help_names_every_field_with_its_default_and_does_not_wait_for_torch():
+    result = invoke("search", "--help")
+    assert result.exit_code == 0
+    for field in SearchConfig.__dataclass_fields__.values():
+        assert f"--{field.name.replace('_', '-')}" in result.stdout
+    assert "0.1,0.3,0.5" in result.stdout
+    code = "import sys, ticketops.cli; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_yaml_equals_the_flags(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[SearchConfig] = []
+
+    def remember(config: SearchConfig, **_: Any) -> None:
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ticketops.api.search", remember)
+    path = tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump({name: str(value) for name, value in inputs.items()} | {"save-models": True}))
+    invoke("search", *flags(inputs), "--save-models")
+    invoke("search", "--config", path)
+    invoke("search", "--config", path, "--epochs", 5, "--no-save-models")
+    assert seen[0] == seen[1]
+    assert (seen[2].epochs, seen[2].save_models) == (5, False)
+    path.write_text("epoch: 3\n")
+    refused(invoke("search", "--config", path), 2, "'epoch'", "'epochs'")
+
+
+def test_without_arguments_the_demo_is_searched(monkeypatch: pytest.MonkeyPatch):
+    seen: list[SearchConfig] = []
+    monkeypatch.setattr("ticketops.api.search", lambda config, **_: seen.append(config))
+    invoke("search")
+    assert (seen[0].model, seen[0].task, seen[0].recipe) == ("demo", "demo", "demo")
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(inputs: dict[str, Any], tmp_path: Path):
+    result = invoke("search", *flags(inputs), "--seeds", 3, "--output", tmp_path / "run", "--dry-run")
+    assert result.exit_code == 0
+    assert "12 trials of 6 steps" in result.stdout
+    assert re.search(r"winning +0\.5 +4 +1 ", result.stdout)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_is_one_line_with_the_remedy(inputs: dict[str, Any], tmp_path: Path):
+    def search(**fields: Any) -> Result:
+        return invoke("search", *flags({**inputs, "output": tmp_path / "run", **fields}))
+
+    refused(search(sparsities="0.1,1.2"), 2, "1.2", "[0, 1)")
+    refused(search(kinds="lucky"), 2, "lucky", "winning, random, losing")
+    refused(search(model=tmp_path / "nowhere"), 2, "nowhere", "local folder")
+    refused(search(task="no-such-task"), 2, "no-such-task", "sst2")
+    refused(search(max_length=1000), 2, "max_length 1000")
+    refused(search(sparsities="0.01"), 2, "prunes nothing")
+    (tmp_path / "empty.jsonl").write_text("")
+    refused(search(task=tmp_path / "empty.jsonl"), 2, "empty.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"text": "good", "label": 1}\n{"text": "bad", ')
+    refused(search(task=tmp_path / "bad.jsonl"), 2, "bad.jsonl")
+    (tmp_path / "one.jsonl").write_text("".join(f'{{"text": "good {n}", "label": 1}}\n' for n in range(99)))
+    refused(search(task=tmp_path / "one.jsonl"), 2, "label")
+    assert not (tmp_path / "run").exists()
+    assert search(epochs="many").exit_code == 2
+    refused(invoke("report", tmp_path), 2, "no ticketops folder")
+    refused(invoke("show", tmp_path / "none.safetensors"), 2, "none.safetensors")
+
+
+def test_an_unusable_output_folder_is_one_line(searched: Any, inputs: dict[str, Any], tmp_path: Path):
+    folder, _ = searched
+    records = Store.read(folder).records()
+    other = invoke("search", *flags({**inputs, "epochs": 3, "output": folder}))
+    refused(other, 1, "another search", "epochs is 2 there and 3 here")
+    record = folder / "trials" / "random-0.5-seed-0.json"
+    whole = record.read_text()
+    record.write_text(whole[:40])
+    refused(invoke("search", *flags({**inputs, "output": folder})), 1, str(record), "delete it")
+    record.write_text(whole)
+    ticket = folder / "tickets" / "random-0.5-seed-0.safetensors"
+    content = ticket.read_bytes()
+    ticket.write_bytes(content[:40])
+    refused(invoke("search", *flags({**inputs, "output": folder})), 1, str(ticket), "delete it")
+    refused(invoke("show", ticket), 2, str(ticket))
+    ticket.write_bytes(content)
+    assert Store.read(folder).records() == records
+    with Store.create(folder, Store.read(folder).description["identity"], {}):
+        refused(invoke("search", *flags({**inputs, "output": folder})), 1, "another process is working in")
+    (tmp_path / "file").write_text("")
+    refused(invoke("search", *flags({**inputs, "output": tmp_path / "file"})), 1, str(tmp_path / "file"))
+
+
+def test_an_unreachable_hub_is_said_at_once(inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    refused(
+        invoke("search", *flags({**inputs, "model": "someone/bert-nowhere"})), 2, "cannot be reached", "local folder"
+    )
+
+
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_an_option(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory\nin two lines")
+
+    monkeypatch.setattr(run, "run_trial", fail)
+    words = ["search", *flags({**inputs, "output": tmp_path / "run"})]
+    result = invoke(*words)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        "ticketops: error: unexpected RuntimeError: out of memory in two lines: run again with --traceback to see where"
+    )
+    traced = invoke(*words, "--traceback")
+    assert isinstance(traced.exception, RuntimeError)
+
+
+def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_finished(inputs: dict[str, Any], tmp_path: Path):
+    folder = tmp_path / "run"
+    words = ["search", *flags({**inputs, "output": folder, "seeds": 20})]
+    process = subprocess.Popen(
+        starter(*words), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("[2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate()[1]
+    assert process.returncode == 130
+    assert rest.splitlines()[-1] == "Interrupted. Finished trials are kept: run the same command again to go on."
+    assert "Traceback" not in rest
+    assert len(Store.read(folder).records()) >= 2
