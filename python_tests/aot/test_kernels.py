@@ -1,0 +1,68 @@
+"""Kernels compiled for GPUs that are not there. `ticketops doctor --kernels` compiles every shipped configuration; here
+the ones that BERT-base meets first."""
+
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from ticketops.ops import kernel_report, triton_configs
+from ticketops.ops.triton_common import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
+
+MATRIX_UNIT = {8: "mma", 9: "wgmma", 10: "tcgen05"}
+# Blocks of fewer than 64 rows cannot feed the warp-group instructions.
+LEAST_ROWS = 64
+
+
+def bert_launches(target: tuple[int, int]) -> list[kernel_report.Launch]:
+    return [
+        *kernel_report.attention_launches(target, torch.bfloat16, 64, 128),
+        *kernel_report.attention_launches(target, torch.bfloat16, 64, 512),
+        *kernel_report.ffn_launches(target, torch.bfloat16),
+        *kernel_report.residual_launches(target, torch.bfloat16),
+    ]
+
+
+@pytest.mark.parametrize("target", kernel_report.TARGETS, ids="sm_{0[0]}{0[1]}".format)
+def test_bert_base_kernels_fit(target):
+    compiled = {}
+    for launch in bert_launches(target):
+        name = launch.kernel.__module__.split(".")[-2] + "." + launch.kernel.__name__
+        result = compiled[name, launch.case["case"]] = kernel_report.compile_launch(launch)
+        assert result.spills == 0, (name, launch.case, launch.tile, result)
+        assert result.shared <= kernel_report.SHARED_LIMIT[target[0]], (name, launch.case, launch.tile, result)
+        if name.startswith("attention") and launch.tile.rows >= LEAST_ROWS:
+            assert result.matrix_unit == MATRIX_UNIT[target[0]], (name, launch.case, result)
+    kernels = {name for name, _ in compiled}
+    assert {"attention.forward_kernel", "attention.dq_kernel", "attention.dkdv_kernel"} <= kernels
+    assert ("attention.row_backward_kernel" in kernels) == (target >= (9, 0))
+
+
+def test_heads_of_odd_width_fit_on_hopper():
+    for launch in kernel_report.attention_launches((9, 0), torch.float16, 72, 64):
+        assert kernel_report.compile_launch(launch).spills == 0, launch.case
+
+
+def test_unknown_gpus_get_the_smallest_tiles():
+    assert triton_configs.family((12, 0)) == triton_configs.family((8, 9)) == triton_configs.family((7, 5)) == 8
+    for key, tiles in triton_configs.ATTENTION.items():
+        for several in (tiles.forward[:-1], tiles.row_backward):
+            assert [tile.rows for tile in several] == sorted({tile.rows for tile in several}), key
+
+
+def test_float32_products_follow_the_switch_of_torch():
+    def precision() -> str:
+        return kernel_report.attention_launches((9, 0), torch.float32, 64, 32)[0].arguments["PRECISION"]
+
+    assert precision() == "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert precision() == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
