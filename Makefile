@@ -1,0 +1,43 @@
+# One environment, .venv, for everything. `make demo` and `make test` set it up themselves.
+PYTHON ?= python3
+# The CPU build is small and quick to install; for a GPU: make setup TORCH=torch
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: setup demo test lint bench sanitize gpu clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Full fine-tuning, scores, three winning tickets and one random control; minutes on two cores.
+demo: setup
+	$(BIN)/ticketops search --output demo-run --sparsities 0.1,0.3,0.5 --kinds winning,random@0.3 --seeds 1
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter has a test run of its own.
+test: lint
+	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q python_tests/ops/test_triton.py
+
+bench: setup
+	$(BIN)/python -m pytest bench/bench_step.py
+
+sanitize: setup
+	csrc/sanitize.sh
+
+gpu:
+	$(PYTHON) -m bench.gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ticketops/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

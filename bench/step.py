@@ -1,0 +1,331 @@
+"""One fine-tuning step (forward, backward, AdamW) of a patched model against stock transformers, on the same real batches.
+
+    python -m bench.step --data DIR --task rte --dtype fp32 --json
+
+All contenders run in one process and take turns on every batch, since a machine's speed drifts more than they differ.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from ticketops import patch, prune
+from ticketops.errors import InputError, TicketopsError
+from ticketops.ops import backends
+from ticketops.tasks import demo_model, load_task, tokenize
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all contenders share.
+
+    Attributes:
+        task: name of the task.
+        model: folder or name of the pre-trained encoder.
+        labels: outputs of the task head.
+        batches: tokenized and padded to their longest row, on the device.
+        dtype: "fp32" or "bf16" (autocast).
+    """
+
+    task: str
+    model: str
+    labels: int
+    batches: list[Batch]
+    dtype: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches lie."""
+        return self.batches[0]["input_ids"].device
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that can take a training step on a batch."""
+
+    name: str
+    model: torch.nn.Module
+    step: Callable[[Batch], None]
+
+
+def load(
+    data: Path | None,
+    task: str,
+    *,
+    dtype: str,
+    batches: int,
+    batch_size: int = 32,
+    max_length: int = 128,
+    model: str = "demo",
+) -> Setup:
+    """Reads a task's first training rows and makes batches as a Trainer would.
+
+    Args:
+        data: folder that holds the task's folder, directly or in `glue/`; None for tasks known by name.
+        task: name of the folder, or of a task that ticketops knows.
+        dtype: "fp32" or "bf16".
+        batches: how many.
+        batch_size: rows a batch.
+        max_length: tokens a row at most.
+        model: folder or hub name of the encoder; "demo" for the MiniLM weights.
+    """
+    spec: str | Path = task
+    if data is not None:
+        spec = next((folder for folder in (data / task, data / "glue" / task) if folder.is_dir()), data / task)
+    loaded = load_task(spec)
+    if len(loaded.train) < batches * batch_size:
+        raise InputError(
+            f"{task} has {len(loaded.train)} training rows: lower --batches to {len(loaded.train) // batch_size}"
+        )
+    path = str(demo_model()) if model == "demo" else model
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rows = tokenize(loaded.train.select(range(batches * batch_size)), loaded, tokenizer, max_length)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = DataLoader(rows, batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
+    return Setup(
+        task, path, loaded.num_labels, [{k: v.to(device) for k, v in batch.items()} for batch in loader], dtype
+    )
+
+
+def contender(setup: Setup, name: str) -> Contender:
+    """Makes one contender, with its own copy of the weights and its own optimizer.
+
+    Args:
+        setup: what all contenders share.
+        name: "sdpa" and "compile" are stock transformers; "full" is patched, "importance" records as well, and
+            "ticket50" trains half of all heads and FFNs.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        setup.model, num_labels=setup.labels, attn_implementation="sdpa"
+    ).to(setup.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    handle = None if name in ("sdpa", "compile") else patch(model)
+    forward = torch.compile(model) if name == "compile" else model
+    autocast = torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.dtype == "bf16")
+    recording: Callable[[], Any] = (
+        handle.record_importance if handle and name == "importance" else contextlib.nullcontext
+    )
+    if handle and name == "ticket50":
+        model.eval()
+        with handle.record_importance() as importance, autocast:
+            model(**setup.batches[0]).loss.backward()
+        handle.apply(prune(importance, 0.5))
+        model.zero_grad()
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        with recording():
+            with autocast:
+                loss = forward(**batch).loss
+            loss.backward()
+        optimizer.step()
+
+    model.train()
+    return Contender(name, model, step)
+
+
+def check_equal(setup: Setup, stock: Contender, patched: Contender) -> float:
+    """Compares logits before anything is timed: a wrong answer has no speed.
+
+    Returns:
+        The largest difference of the logits on the first batch, dropout off.
+
+    Raises:
+        TicketopsError: the models disagree by more than rounding.
+    """
+    logits = []
+    for each in (stock, patched):
+        each.model.eval()
+        with torch.no_grad(), torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.dtype == "bf16"):
+            logits.append(each.model(**setup.batches[0]).logits.float())
+        each.model.train()
+    difference = (logits[0] - logits[1]).abs().max().item()
+    bound = 0.05 if setup.dtype == "bf16" else 1e-4
+    if not difference <= bound:
+        raise TicketopsError(
+            f"patched and stock logits differ by {difference:.2g} (bound {bound}): no timing is reported"
+        )
+    return difference
+
+
+def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[Callable[[], None]]:
+    """The matrix products that a step cannot do without, on real tokens alone: forward, input and weight gradients."""
+    dtype = torch.bfloat16 if setup.dtype == "bf16" else torch.float32
+    tokens = int(batch["attention_mask"].sum())
+    for module in contender.model.base_model.encoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            x = torch.randn(tokens, module.in_features, device=setup.device, dtype=dtype)
+            gradient = torch.randn(tokens, module.out_features, device=setup.device, dtype=dtype)
+            weight = module.weight.detach().to(dtype)
+
+            def products(x=x, gradient=gradient, weight=weight) -> None:
+                torch.mm(x, weight.t())
+                torch.mm(gradient, weight)
+                torch.mm(gradient.t(), x)
+
+            yield products
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of one call, the GPU's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
+    """Lets the contenders take turns on every batch.
+
+    Args:
+        setup: the shared task and batches.
+        names: contenders.
+        rounds: how often each contender sees each batch.
+
+    Returns:
+        Medians in seconds with 20 % and 80 % quantiles, the ratios as medians of the paired ratios, and the circumstances.
+    """
+    contenders = {name: contender(setup, name) for name in names}
+    difference = check_equal(setup, contenders["sdpa"], contenders["full"])
+    # Every shape once: the compiled model compiles, allocators and thread pools warm up.
+    for each in contenders.values():
+        for batch in setup.batches:
+            each.step(batch)
+    times: dict[str, list[float]] = {name: [] for name in [*names, "matmul_floor"]}
+    for _ in range(rounds):
+        for batch in setup.batches:
+            for name, each in contenders.items():
+                times[name].append(seconds(lambda each=each, batch=batch: each.step(batch), setup.device))
+            products = matmul_floor(setup, contenders["full"], batch)
+            times["matmul_floor"].append(sum(seconds(product, setup.device) for product in products))
+
+    def ratio(slow: str, fast: str) -> float | None:
+        if slow not in contenders or fast not in contenders:
+            return None
+        return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
+    recorded = ratio("importance", "full")
+    real = sum(int(batch["attention_mask"].sum()) for batch in setup.batches)
+    return {
+        "task": setup.task,
+        "dtype": setup.dtype,
+        "full_vs_sdpa": ratio("sdpa", "full"),
+        "full_vs_compile": ratio("compile", "full"),
+        "ticket50_vs_full": ratio("full", "ticket50"),
+        "importance_overhead": None if recorded is None else recorded - 1,
+        "seconds": {
+            name: dict(zip(("q20", "median", "q80"), (round(q, 5) for q in _quantiles(values)), strict=True))
+            for name, values in times.items()
+        },
+        "logit_difference": difference,
+        "steps_timed": rounds * len(setup.batches),
+        "real_tokens": real,
+        "padded_tokens": sum(batch["attention_mask"].numel() for batch in setup.batches),
+        "command": "python -m bench.step " + " ".join(_public(sys.argv[1:])),
+        **circumstances(setup.device),
+    }
+
+
+def _quantiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return cuts[0], statistics.median(values), cuts[3]
+
+
+def _public(arguments: list[str]) -> list[str]:
+    """The command line without where this machine keeps its files."""
+    return ["DIR" if os.sep in argument else argument for argument in arguments]
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and backends, to stand beside every figure."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "backends": {op: backends.choose(op, device, torch.float32)[0] for op in backends.OPS},
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> int:
+    """Runs the comparison that the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--data", type=Path, help="folder with the task's folder in it; without it the task is known by name"
+    )
+    parser.add_argument("--task", default="demo", help="task folder or name (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: %(default)s)"
+    )
+    parser.add_argument("--model", default="demo", help="encoder, a folder or name (default: the demo's MiniLM)")
+    parser.add_argument("--batches", type=int, default=6, help="distinct batches (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="steps on each batch (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens a row at most (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; full_vs_compile is null")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    names = ["sdpa", *([] if options.no_compile else ["compile"]), "full", "importance", "ticket50"]
+    try:
+        if options.batches < 1 or options.rounds < 1:
+            raise InputError("--batches and --rounds must be at least 1")
+        setup = load(
+            options.data,
+            options.task,
+            dtype=options.dtype,
+            batches=options.batches,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            model=options.model,
+        )
+        result = measure(setup, names, options.rounds)
+    except TicketopsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    for name, quantiles in result["seconds"].items():
+        print(
+            f"{name:14s} {quantiles['median'] * 1e3:9.1f} ms  ({quantiles['q20'] * 1e3:.1f} to {quantiles['q80'] * 1e3:.1f})"
+        )
+    for name in ("full_vs_sdpa", "full_vs_compile", "ticket50_vs_full"):
+        print(f"{name:20s}" + ("not measured" if result[name] is None else f"{result[name]:.2f}x"))
+    print(f"importance_overhead {result['importance_overhead']:+.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
