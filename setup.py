@@ -2,8 +2,6 @@
 
 Environment variables:
     TICKETOPS_NATIVE: 0 installs pure Python; 1 makes a failing build an error instead of a pure-Python install.
-    TICKETOPS_CUDA: 0 leaves the CUDA kernels out; 1 makes a missing nvcc an error. Unset: built where nvcc is found.
-    TICKETOPS_SANITIZE: 1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import os
@@ -42,8 +40,6 @@ class CMakeBuild(build_ext):
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "TICKETOPS_CUDA": {"0": "OFF", "1": "ON"}.get(os.environ.get("TICKETOPS_CUDA", ""), "AUTO"),
-            "TICKETOPS_SANITIZE": "ON" if os.environ.get("TICKETOPS_SANITIZE") == "1" else "OFF",
         }
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{key}={value}" for key, value in settings.items())],

@@ -21,6 +21,9 @@ namespace {
 
 #ifdef __x86_64__
 bool choose_avx512() {
+#ifdef TICKETOPS_WIDE
+  return true;
+#endif
   const char* wanted = std::getenv("TICKETOPS_ISA");
   if (wanted && std::string(wanted) == "avx2") return false;
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -11,7 +11,7 @@
 
 namespace ticketops::TICKETOPS_ISA {
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(TICKETOPS_WIDE)
 constexpr int W = 16;
 #else
 constexpr int W = 8;

@@ -1,0 +1,36 @@
+#!/bin/sh
+# Runs the native kernels' tests, their fuzz of shapes, lengths and strides among them, on an extension built with
+# AddressSanitizer and UndefinedBehaviorSanitizer. Tensors' memory comes from malloc, so an access outside one is seen.
+# WIDE=ON tests the AVX-512 kernels, on AVX2 if need be.
+set -eu
+cd "$(dirname "$0")/.."
+python=$PWD/.venv/bin/python
+test -x "$python" || python=$(command -v python)
+PATH=$(dirname "$python"):$PATH
+build=build/sanitize
+
+"$python" -m pip install --quiet cmake ninja pybind11
+
+cmake -S . -B $build -G Ninja -DTICKETOPS_SANITIZE=ON -DTICKETOPS_WIDE="${WIDE:-OFF}" \
+  -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
+cmake --build $build
+
+# Leaks are not looked for: the interpreter keeps memory to its end.
+LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" \
+ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+"$python" - "$@" <<PYTHON
+import sys
+
+import ticketops
+
+ticketops.__path__.insert(0, "$build")
+from ticketops import _native
+
+assert "sanitize" in _native.__file__, _native.__file__
+
+import pytest
+
+names = ("attention_backends", "ffn_backends", "residual")
+tests = [f"python_tests/ops/test_{name}.py" for name in names]
+sys.exit(pytest.main([*tests, "-q", "-k", "native", "-p", "no:cacheprovider", *sys.argv[1:]]))
+PYTHON
