@@ -1,4 +1,4 @@
-"""One fine-tuning step (forward, backward, AdamW) of a patched model against stock transformers, on the same real batches.
+"""One fine-tuning step (forward, backward, AdamW) of a patched model against stock transformers, on the same batches.
 
     python -m bench.step --data DIR --task rte --dtype fp32 --json
 
@@ -203,7 +203,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
         rounds: how often each contender sees each batch.
 
     Returns:
-        Medians in seconds with 20 % and 80 % quantiles, the ratios as medians of the paired ratios, and the circumstances.
+        Medians in seconds with 20 % and 80 % quantiles, ratios as medians of the paired ratios, and the circumstances.
     """
     contenders = {name: contender(setup, name) for name in names}
     difference = check_equal(setup, contenders["sdpa"], contenders["full"])
@@ -277,9 +277,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 def main() -> int:
     """Runs the comparison that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--data", type=Path, help="folder with the task's folder in it; without it the task is known by name"
-    )
+    parser.add_argument("--data", type=Path, help="folder with the task's folder in it (default: known tasks)")
     parser.add_argument("--task", default="demo", help="task folder or name (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: %(default)s)"

@@ -33,7 +33,7 @@ def inputs(lengths, heads=3, size=4, channels=6, neurons=10, dtype=torch.float64
 
 
 def dense_attention(q, k, v, sequences, masks, scale=None, keep=None, p=0.0):
-    """One softmax over all tokens, with everything outside of the query's sequence masked; `masks` is [B, H] or [T, H]."""
+    """One softmax over all tokens, with all outside of the query's sequence masked; `masks` is [B, H] or [T, H]."""
     tokens = q.shape[0]
     owner = torch.full((tokens,), -1)
     for b, (start, end) in enumerate(sequences.spans()):
