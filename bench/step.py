@@ -316,9 +316,8 @@ def main() -> int:
         print(json.dumps(result))
         return 0
     for name, quantiles in result["seconds"].items():
-        print(
-            f"{name:14s} {quantiles['median'] * 1e3:9.1f} ms  ({quantiles['q20'] * 1e3:.1f} to {quantiles['q80'] * 1e3:.1f})"
-        )
+        low, median, high = (quantiles[key] * 1e3 for key in ("q20", "median", "q80"))
+        print(f"{name:14s} {median:9.1f} ms  ({low:.1f} to {high:.1f})")
     for name in ("full_vs_sdpa", "full_vs_compile", "ticket50_vs_full"):
         print(f"{name:20s}" + ("not measured" if result[name] is None else f"{result[name]:.2f}x"))
     print(f"importance_overhead {result['importance_overhead']:+.1%}")

@@ -62,8 +62,9 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
         except ModuleNotFoundError as missing:
             refusal = f"{missing.name} is not installed"
         if refusal is None:
-            reason = "TICKETOPS_BACKEND asks for it" if wanted == backend else f"the preferred backend on {device.type}"
-            return backend, "; ".join([reason, *refusals])
+            if wanted == backend:
+                return backend, "TICKETOPS_BACKEND asks for it"
+            return backend, "; ".join(refusals) or f"the preferred backend on {device.type}"
         refusals.append(f"{backend} is out: {refusal}")
     if wanted != "auto":
         detail = "; ".join(refusals) or f"it does not serve {device.type}"
