@@ -71,7 +71,7 @@ ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
         (*_SHORT_FORWARD[:2], Tile(64, 64, 8, 1), Tile(128, 64, 8, 2)),
         (*_WIDE_SHORT_BACKWARD, Tile(128, 128, 8, 1)),
         Tile(64, 64, 8, 2),
-        Tile(32, 64, 4, 2),
+        Tile(32, 64, 8, 2),
     ),
     # Products in float32 run on the plain cores with both operands in registers, hence the small tiles.
     (8, 4, 64): AttentionTiles(
@@ -91,7 +91,7 @@ ATTENTION |= {(10, 2, width): ATTENTION[9, 2, width] for width in (64, 128)}
 ATTENTION |= {(major, 4, width): ATTENTION[8, 4, width] for major in (9, 10) for width in (64, 128)}
 
 #: Tokens x neurons of the pointwise FFN kernels: whole 128-byte lines of 16-bit elements, 16 elements a thread.
-FFN = Tile(64, 64, 8, 1)
+FFN = Tile(32, 64, 4, 1)
 #: Columns summed by one program of the LayerNorm's second stage.
 NORM_FINISH = Tile(32, 64, 4, 1)
 

@@ -1,0 +1,137 @@
+"""python -m bench.gpu [--tiny] [--output DIR] [--only attention,ffn,step]
+
+Runs the GPU tests, compute-sanitizer where it is installed, and the benchmarks; writes <device>.json and pictures. A
+ratio is given only where the tests and the workload's own correctness gate are green. `--tiny` goes the same way on
+tiny shapes in Triton's interpreter on the CPU, and gives no ratios.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes in Triton's interpreter on the CPU")
+    parser.add_argument("--output", type=Path, help="folder for the results (default: bench/results; needed by --tiny)")
+    parser.add_argument("--only", default="attention,ffn,step", help="which benchmarks, separated by commas")
+    parser.add_argument("--skip-tests", action="store_true", help="skips tests and sanitizer, and with them all ratios")
+    options = parser.parse_args()
+    options.only = options.only.split(",")
+    unknown = set(options.only) - {"attention", "ffn", "step"}
+    if unknown:
+        parser.error(f"--only {','.join(sorted(unknown))}: choose from attention, ffn, step")
+    if options.tiny and options.output is None:
+        parser.error("--tiny needs --output: its timings say nothing of a GPU and have no place in bench/results")
+    return options
+
+
+def _run(command: list[str], root: Path) -> tuple[bool, str]:
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    return done.returncode == 0, lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def _tests(tiny: bool, root: Path) -> dict[str, Any]:
+    folder = root / "python_tests" / "ops"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "test_triton.py")]
+    command += ["-k", "of_nothing"] if tiny else [str(folder / "test_triton_gpu.py")]
+    passed, summary = _run(command, root)
+    return {"passed": passed, "summary": summary}
+
+
+def _sanitizer(tiny: bool, root: Path) -> dict[str, Any]:
+    program = shutil.which("compute-sanitizer")
+    if tiny or program is None:
+        return {"note": "not run: " + ("no GPU" if tiny else "compute-sanitizer is not on the PATH")}
+    verdicts = {}
+    for tool in ("memcheck", "racecheck"):
+        step = [sys.executable, "-m", "bench.gpu.small_step"]
+        passed, summary = _run([program, "--tool", tool, "--error-exitcode", "1", *step], root)
+        verdicts[tool] = {"passed": passed, "summary": summary}
+    return verdicts
+
+
+def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times as fast as each contender ticketops is, where its results are right."""
+    ratios = []
+    for row in rows:
+        if row["contender"] != "ticketops" or row["ms"] is None or row["gate"] != "green":
+            continue
+        place = {key: row[key] for key in ("bench", "workload", "tokens", "pass")}
+        for other in rows:
+            same = all(other[key] == value for key, value in place.items())
+            if same and other is not row and other["ms"] is not None:
+                ratios.append({**place, "against": other["contender"], "ratio": other["ms"] / row["ms"]})
+    return ratios
+
+
+def main() -> int:
+    """The command behind `make gpu`.
+
+    Returns:
+        The exit code: 0, or 1 where a test or gate is red, 2 without a GPU.
+    """
+    options = _arguments()
+    os.environ["TICKETOPS_BACKEND"] = "triton"
+    if options.tiny:
+        # Triton reads it where a kernel is decorated, hence the imports below.
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+    import torch
+
+    from bench.gpu import attention, ffn, measure, plots, step
+    from ticketops.files import write_atomically
+
+    if not options.tiny and not torch.cuda.is_available():
+        print("no CUDA GPU here: python -m bench.gpu --tiny --output DIR goes the same way on the CPU", file=sys.stderr)
+        return 2
+    setting = (
+        measure.Setting("cpu", torch.float32, tiny=True)
+        if options.tiny
+        else measure.Setting("cuda", torch.bfloat16, tiny=False)
+    )
+    record: dict[str, Any] = {"machine": measure.machine(setting)}
+    if options.skip_tests:
+        record["tests"] = {"passed": False, "summary": "not run: --skip-tests"}
+    else:
+        record["tests"] = _tests(options.tiny, measure.ROOT)
+        record["sanitizer"] = _sanitizer(options.tiny, measure.ROOT)
+    rows: list[dict[str, Any]] = []
+    for name, bench in (("attention", attention), ("ffn", ffn), ("step", step)):
+        if name in options.only:
+            print(f"measuring {name}", flush=True)
+            rows += bench.rows(setting)
+    record["rows"] = rows
+    verdicts = [verdict for verdict in record.get("sanitizer", {}).values() if isinstance(verdict, dict)]
+    sanitized = all(verdict["passed"] for verdict in verdicts)
+    if options.tiny:
+        record["ratios_withheld"] = "timings of Triton's interpreter say nothing of a GPU"
+    elif not (record["tests"]["passed"] and sanitized):
+        record["ratios_withheld"] = "the tests or the sanitizer are red, or the tests were not run"
+    else:
+        record["ratios"] = _ratios(rows)
+    folder = options.output or measure.ROOT / "bench" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    device = record["machine"]["device"]
+    stem = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    write_atomically(folder / f"{stem}.json", json.dumps(record, indent=1) + "\n")
+    for path in plots.draw(rows, device, folder, stem):
+        print(path)
+    red = [f"{row['bench']} {row['workload']}: {row['gate']}" for row in rows if row["gate"] != "green"]
+    for line in sorted(set(red)):
+        print(line, file=sys.stderr)
+    print(f"{folder / stem}.json: tests {record['tests']['summary']}")
+    failed = not (record["tests"]["passed"] or options.skip_tests)
+    return int(bool(red) or failed or not sanitized)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

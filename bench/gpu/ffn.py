@@ -1,0 +1,90 @@
+"""FFN, forward and backward with importance, against cuBLAS with unfused torch and against torch.compile."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+
+from bench.gpu.measure import Row, Setting, Work, gate, measured
+from bench.gpu.workloads import Workload
+from ticketops import ops
+
+
+def _plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return linear(gelu(linear(x, w1, b1)), w2, b2)
+
+
+def _leaves(tokens: int, setting: Setting) -> list[Tensor]:
+    channels, neurons = (16, 32) if setting.tiny else (768, 3072)
+    return [
+        setting.randn(tokens, channels),
+        setting.randn(neurons, channels, scale=channels**-0.5),
+        setting.randn(neurons),
+        setting.randn(channels, neurons, scale=neurons**-0.5),
+        setting.randn(channels),
+    ]
+
+
+def check(setting: Setting) -> str:
+    """The correctness gate, on few tokens."""
+    torch.manual_seed(0)
+    values = _leaves(8 if setting.tiny else 512, setting)
+    sequences = Workload("", (len(values[0]),)).sequences(setting.device)
+    gradient = torch.randn_like(values[0])
+
+    def run(call: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in values]
+        out = call(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, gradient.to(dtype))]
+
+    actual = run(lambda *leaves: ops.ffn(*leaves, sequences), setting.dtype)
+    return gate(actual, run(_plain, setting.dtype), run(_plain, torch.float64))
+
+
+def rows(setting: Setting) -> list[Row]:
+    """Measures 4k to 64k tokens with every contender.
+
+    Returns:
+        The rows.
+    """
+    verdict = check(setting)
+    table = []
+    for tokens in (8,) if setting.tiny else (4096, 16384, 65536):
+        length = 4 if setting.tiny else 128
+        sequences = Workload("", (length,) * (tokens // length)).sequences(setting.device)
+        sink = torch.zeros(len(sequences), device=setting.device, requires_grad=True)
+        leaves = _leaves(tokens, setting)
+        gradient = torch.randn_like(leaves[0])
+        compiled = setting.compile(_plain)
+
+        def step(
+            call: Callable[..., Tensor],
+            inputs: list[Tensor],
+            leaves: list[Tensor] = leaves,
+            gradient: Tensor = gradient,
+        ) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(call(*leaves), inputs, gradient)
+
+        contenders = {
+            "ticketops": step(lambda *x, s=sequences, i=sink: ops.ffn(*x, s, importance=i), [*leaves, sink]),
+            "ticketops without importance": step(lambda *x, s=sequences: ops.ffn(*x, s), leaves),
+            "torch": step(_plain, leaves),
+            "torch.compile": step(compiled, leaves),
+        }
+        neurons, channels = leaves[1].shape
+        need = Work(
+            6 * 2 * tokens * neurons * channels,
+            setting.dtype.itemsize * (5 * tokens * channels + 7 * tokens * neurons + 5 * neurons * channels),
+        )
+        for name, call in contenders.items():
+            row = {
+                "bench": "ffn",
+                "workload": f"{tokens} tokens",
+                "tokens": tokens,
+                "pass": "forward+backward",
+                "contender": name,
+                "gate": verdict,
+            }
+            table.append(measured(row, lambda c=call: c, need, setting))
+    return table

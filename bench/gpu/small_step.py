@@ -1,0 +1,28 @@
+"""Every kernel once on small ragged shapes: what compute-sanitizer runs."""
+
+import torch
+
+from ticketops import ops
+
+
+def main() -> None:
+    for lengths in ([17, 64, 1, 100], [300, 33]):
+        packed = ops.Sequences.from_lengths(lengths)
+        sequences = ops.Sequences(packed.starts.cuda(), packed.lengths.cuda(), packed.max_length)
+        tokens = sum(lengths)
+        x = torch.randn((tokens, 256), device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        w1 = torch.randn((512, 256), device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        b1 = torch.zeros(512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        heads = torch.zeros((len(lengths), 4), device="cuda", requires_grad=True)
+        neurons = torch.zeros((len(lengths), 512), device="cuda", requires_grad=True)
+        q = x.view(tokens, 4, 64)
+        mask = torch.tensor([1.0, 0.0, 0.5, 1.0], device="cuda")
+        context = ops.attention(q, q, q, sequences, head_mask=mask, dropout_p=0.1, importance=heads)
+        hidden = ops.residual_norm(context.flatten(1), x, b1[:256], b1[:256], bias=b1[:256], dropout_p=0.1)
+        out = ops.ffn(hidden, w1, b1, w1.t(), b1[:256], sequences, neuron_importance=neurons)
+        out.float().square().mean().backward()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

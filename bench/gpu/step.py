@@ -1,0 +1,112 @@
+"""A whole fine-tuning step of BERT-base, random weights and the length spread of real tasks, against transformers."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from bench.gpu.measure import Row, Setting, gate, measured
+from bench.gpu.workloads import QUANTILES, Workload, task_lengths
+from ticketops import patch
+
+Batch = dict[str, torch.Tensor]
+
+
+def _model(setting: Setting) -> BertForSequenceClassification:
+    sizes = (
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
+        if setting.tiny
+        else {}
+    )
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**sizes, attn_implementation="sdpa")).to(setting.device)
+
+
+def _batch(work: Workload, setting: Setting) -> Batch:
+    real = work.real(setting.device)
+    return {
+        "input_ids": torch.randint(1, 99, real.shape, device=setting.device) * real,
+        "attention_mask": real.long(),
+        "labels": torch.arange(len(real), device=setting.device) % 2,
+    }
+
+
+@contextlib.contextmanager
+def _autocast(setting: Setting) -> Iterator[None]:
+    with torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32):
+        yield
+
+
+def _step(model: torch.nn.Module, call: Callable, batch: Batch, setting: Setting) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=setting.device == "cuda")
+
+    def step() -> None:
+        with _autocast(setting):
+            loss = call(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def check(batch: Batch, setting: Setting) -> str:
+    """The correctness gate: logits without dropout, against the stock model in float64."""
+    model = _model(setting).eval()
+    with torch.no_grad(), _autocast(setting):
+        same = model(**batch).logits
+        with patch(model):
+            actual = model(**batch).logits
+    with torch.no_grad():
+        exact = model.double()(**batch).logits
+    return gate([actual], [same.to(setting.dtype)], [exact])
+
+
+def rows(setting: Setting) -> list[Row]:
+    """Measures batches of both tasks with every contender; ticketops records importance while it trains.
+
+    Returns:
+        The rows.
+    """
+    table = []
+    for task in QUANTILES:
+        for size in (2,) if setting.tiny else (32, 128):
+            work = Workload(f"{task}, batch {size}", (5, 2) if setting.tiny else task_lengths(task, size))
+            batch = _batch(work, setting)
+            verdict = check(batch, setting)
+
+            def ours(batch: Batch = batch, recording: bool = True) -> Callable[[], object]:
+                model = _model(setting).train()
+                handle = patch(model)
+                step = _step(model, model, batch, setting)
+                if not recording:
+                    return step
+
+                def recorded() -> None:
+                    with handle.record_importance("example"):
+                        step()
+
+                return recorded
+
+            def stock(batch: Batch = batch, compiled: bool = False) -> Callable[[], object]:
+                model = _model(setting).train()
+                return _step(model, setting.compile(model) if compiled else model, batch, setting)
+
+            contenders: dict[str, Callable[[], Callable[[], object]]] = {
+                "ticketops": ours,
+                "ticketops without importance": lambda ours=ours: ours(recording=False),
+                "transformers": stock,
+                "transformers, torch.compile": lambda stock=stock: stock(compiled=True),
+            }
+            for name, build in contenders.items():
+                row = {
+                    "bench": "step",
+                    "workload": work.name,
+                    "tokens": work.tokens,
+                    "pass": "step",
+                    "contender": name,
+                    "gate": verdict,
+                }
+                table.append(measured(row, build, None, setting))
+    return table

@@ -1,0 +1,83 @@
+"""Sequence lengths to measure on: fixed ones, and the spread of real tasks."""
+
+from dataclasses import dataclass
+
+import torch
+
+from bench.gpu.measure import Setting
+from ticketops.ops import Sequences
+
+#: Every twentieth part of the lengths in word pieces of two GLUE training sets (bert-base-uncased, special tokens
+#: included), which RTE's is cut to 128 of below, as in fine-tuning.
+QUANTILES = {
+    "sst2": (3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 11, 13, 14, 16, 18, 20, 23, 27, 33, 66),
+    "rte": (13, 29, 33, 37, 40, 43, 45, 47, 50, 53, 56, 59, 62, 67, 72, 85, 103, 120, 135, 157, 289),
+}
+MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sequences of some number of tokens in all."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def width(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def padded(self) -> bool:
+        return min(self.lengths) < self.width
+
+    def sequences(self, device: str) -> Sequences:
+        packed = Sequences.from_lengths(list(self.lengths))
+        return Sequences(packed.starts.to(device), packed.lengths.to(device), packed.max_length)
+
+    def real(self, device: str) -> torch.Tensor:
+        """bool [B, S], True for a real token of the padded batch."""
+        return torch.arange(self.width, device=device) < torch.tensor(self.lengths, device=device)[:, None]
+
+
+def task_lengths(task: str, batch: int, seed: int = 0) -> tuple[int, ...]:
+    """Lengths of a batch, spread as a task's are.
+
+    Args:
+        task: a key of QUANTILES.
+        batch: how many.
+        seed: of the draw.
+
+    Returns:
+        The lengths.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.tensor(QUANTILES[task], dtype=torch.float64)
+    place = torch.rand(batch, generator=generator, dtype=torch.float64) * (len(steps) - 1)
+    below = place.long()
+    lengths = steps[below] + (place - below) * (steps[below + 1] - steps[below])
+    return tuple(lengths.round().long().clamp(max=MAX_LENGTH).tolist())
+
+
+def workloads(setting: Setting) -> list[Workload]:
+    """What attention and FFN are measured on, 4k to 64k tokens.
+
+    Returns:
+        The workloads.
+    """
+    if setting.tiny:
+        return [Workload("2 x 4", (4, 4)), Workload("ragged", (5, 2))]
+    some = []
+    for tokens in (4096, 16384, 65536):
+        some += [
+            Workload(f"{tokens // length} x {length}", (length,) * (tokens // length)) for length in (64, 128, 256, 512)
+        ]
+        for task in QUANTILES:
+            mean = sum(task_lengths(task, 4096)) / 4096
+            batch = round(tokens / mean)
+            some.append(Workload(f"{task} {batch}", task_lengths(task, batch)))
+    return some
