@@ -100,8 +100,10 @@ def run_search(config: SearchConfig, listener: Listener | None = None) -> Search
             if trial not in finished:
                 listener.started(trial)
                 outcome = run_trial(setting, trial, ticket, () if ticket else ways, listener)
-                _keep(store, trial, ticket, outcome, config.save_models)
-                listener.finished(trial, outcome.record)
+                record = _keep(store, trial, ticket, outcome, config.save_models)
+                # The next trial's model should not have to share the device with this one's.
+                del outcome
+                listener.finished(trial, record)
         records = store.records()
         selection = select(records, config.seeds)
         level = selection.super_level
@@ -128,7 +130,7 @@ def draw(importance: Importance, trial: Trial, config: SearchConfig) -> Ticket:
     return Ticket(ticket.head_mask, ticket.ffn_mask, {**ticket.metadata, **note})
 
 
-def _keep(store: Store, trial: Trial, ticket: Ticket | None, outcome: Outcome, model: bool) -> None:
+def _keep(store: Store, trial: Trial, ticket: Ticket | None, outcome: Outcome, model: bool) -> Record:
     """Writes what a trial leaves; the record comes last, since it says that the rest is there."""
     for way, importance in outcome.importance.items():
         store.write_importance(trial.seed, way, importance)
@@ -143,3 +145,4 @@ def _keep(store: Store, trial: Trial, ticket: Ticket | None, outcome: Outcome, m
         if ticket is not None:
             ticket.save(folder / "ticket.safetensors")
     store.write_record(trial, outcome.record)
+    return outcome.record
