@@ -25,8 +25,9 @@ class CMakeBuild(build_ext):
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
             if os.environ.get("TICKETOPS_NATIVE") == "1":
                 raise
+            what = f"{error.cmd[0]} failed" if isinstance(error, subprocess.CalledProcessError) else error
             print(
-                f"ticketops: the native extension was not built ({error}); installing pure Python, which is slower. "
+                f"ticketops: the native extension was not built ({what}); installing pure Python, which is slower. "
                 "Install a C++17 compiler and reinstall; TICKETOPS_NATIVE=1 makes this an error.",
                 file=sys.stderr,
             )

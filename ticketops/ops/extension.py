@@ -1,6 +1,7 @@
 """The native extension, or why it is not there, and how tensors reach it: as addresses, after everything about them has
 been checked."""
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ def _load() -> tuple[Any, str]:
     if os.environ.get("TICKETOPS_NATIVE") == "0":
         return None, "TICKETOPS_NATIVE=0 turns the native extension off"
     try:
-        from ticketops import _native
+        extension: Any = importlib.import_module("ticketops._native")
     except ModuleNotFoundError:
         return None, (
             "the native extension is not built: install ticketops again with a C++ compiler at hand and without "
@@ -26,9 +27,10 @@ def _load() -> tuple[Any, str]:
         )
     except ImportError as error:
         return None, f"the native extension cannot be loaded ({error}): install ticketops again"
-    if not _native.supported():
+    if not extension.supported():
         return None, "the native extension needs a processor with AVX2 and FMA"
-    return _native, f"{_native.isa()}, {'threads of torch' if _native.threads_available() else 'one thread: no OpenMP'}"
+    threads = "torch's threads" if extension.threads_available() else "one thread, since no OpenMP runtime was found"
+    return extension, f"{extension.isa()}, {threads}"
 
 
 native, status = _load()

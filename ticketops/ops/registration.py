@@ -18,6 +18,20 @@ def _no_second_derivative(name: str) -> Callable:
     return refuse
 
 
+def _formula(backward: Callable, setup_context: Callable) -> tuple[Callable, Callable]:
+    """The autograd formula of an op whose first output is its result and whose others serve its backward pass."""
+
+    def setup(ctx, inputs, output):
+        # Zero gradients of the other outputs would be written for nothing, as much memory as these outputs take.
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    def gradients(ctx, gradient, *others):
+        return (None,) * len(ctx.needs_input_grad) if gradient is None else backward(ctx, gradient, *others)
+
+    return gradients, setup
+
+
 def define(
     schema: str,
     forward: Callable,
@@ -38,9 +52,11 @@ def define(
     _library.define(schema)
     _library.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ticketops::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"ticketops::{name}", backward or _no_second_derivative(name), setup_context=setup_context, lib=_library
-    )
+    if backward is None or setup_context is None:
+        backward = _no_second_derivative(name)
+    else:
+        backward, setup_context = _formula(backward, setup_context)
+    torch.library.register_autograd(f"ticketops::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
