@@ -159,9 +159,24 @@ def _show(
 
 
 @app.command("doctor")
-def _doctor(as_json: Json = False, traceback: Trace = False) -> None:
+def _doctor(
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Compile the Triton kernels for sm_80, sm_90 and sm_100, which takes minutes but no GPU, and print "
+            "what they use.",
+            show_default=False,
+        ),
+    ] = False,
+    as_json: Json = False,
+    traceback: Trace = False,
+) -> None:
     """Print versions, device, and which backend would run each op and why."""
     with _errors(traceback):
+        if kernels:
+            _print_kernels(as_json)
+            return
         from ticketops.ops.backends import explain
         from ticketops.searching import environment
 
@@ -173,6 +188,18 @@ def _doctor(as_json: Json = False, traceback: Trace = False) -> None:
             typer.echo(f"{name:<18} {'none' if value is None else value}")
         titles = ["op", "device", "dtype", "backend", "why"]
         _print_table([titles, *([row[title] for title in titles] for row in backends)])
+
+
+def _print_kernels(as_json: bool) -> None:
+    try:
+        from ticketops.ops.kernel_report import kernel_table
+    except ModuleNotFoundError as missing:
+        raise UnsupportedError(f"--kernels needs {missing.name}: pip install {missing.name}") from missing
+    rows = kernel_table(lambda what: typer.echo(f"compiling {what}", err=True))
+    if as_json:
+        typer.echo(json.dumps({"kernels": rows}))
+        return
+    _print_table([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
 
 
 @contextlib.contextmanager

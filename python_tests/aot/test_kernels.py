@@ -2,13 +2,16 @@
 the ones that BERT-base meets first."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from ticketops import cli
 from ticketops.ops import kernel_report, triton_configs
 from ticketops.ops.triton_common import INTERPRETED
 
@@ -66,3 +69,25 @@ def test_float32_products_follow_the_switch_of_torch():
         assert precision() == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def test_doctor_prints_the_table(monkeypatch):
+    def shipped():
+        return iter(kernel_report.residual_launches((9, 0), torch.float32, 64)[:1])
+
+    monkeypatch.setattr(kernel_report, "shipped_launches", shipped)
+    result = CliRunner().invoke(cli.app, ["doctor", "--kernels"])
+    assert result.exit_code == 0, result.output
+    assert "residual.forward" in result.stdout
+    assert "compiling residual.forward for sm_90" in result.stderr
+    (row,) = json.loads(CliRunner().invoke(cli.app, ["doctor", "--kernels", "--json"]).stdout)["kernels"]
+    assert row["spill_bytes"] == 0
+    assert 0 < row["registers"] <= 255
+
+
+def test_the_table_is_kept_as_json_and_text(tmp_path):
+    row = {"kernel": "a.b", "target": "sm_90", "registers": 1}
+    text = kernel_report.write_table([row], tmp_path).read_text()
+    assert "| a.b | sm_90 | 1 |" in text
+    (kept,) = tmp_path.glob("*.json")
+    assert json.loads(kept.read_text())["rows"] == [row]
