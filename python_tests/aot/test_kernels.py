@@ -52,6 +52,33 @@ def test_heads_of_odd_width_fit_on_hopper():
         assert kernel_report.compile_launch(launch).spills == 0, launch.case
 
 
+@pytest.mark.parametrize(
+    ("weight_gradients", "token_sums", "neuron_sums"),
+    [(True, True, False), (True, False, False), (False, True, False), (False, False, True), (False, False, False)],
+)
+def test_ffn_compiles_whatever_is_wanted_of_it(weight_gradients, token_sums, neuron_sums):
+    launches = kernel_report.ffn_launches(
+        (9, 0),
+        torch.bfloat16,
+        masks=False,
+        weight_gradients=weight_gradients,
+        token_sums=token_sums,
+        neuron_sums=neuron_sums,
+    )
+    assert len(launches) == 2 + (weight_gradients or token_sums)
+    for launch in launches:
+        assert kernel_report.compile_launch(launch).spills == 0
+
+
+def test_kernels_compile_without_dropout_masks_and_bias():
+    for launch in (
+        *kernel_report.attention_launches((9, 0), torch.bfloat16, 64, 64, options=False),
+        *kernel_report.attention_launches((9, 0), torch.bfloat16, 64, 512, options=False),
+        *kernel_report.residual_launches((9, 0), torch.bfloat16, options=False),
+    ):
+        assert kernel_report.compile_launch(launch).spills == 0
+
+
 def test_unknown_gpus_get_the_smallest_tiles():
     assert triton_configs.family((12, 0)) == triton_configs.family((8, 9)) == triton_configs.family((7, 5)) == 8
     for key, tiles in triton_configs.ATTENTION.items():

@@ -1,6 +1,7 @@
 """The Triton backends against plain PyTorch in float64: on a GPU where there is one, else in Triton's interpreter,
 which needs TRITON_INTERPRET=1 before Python starts (`make test` runs this file once more with it)."""
 
+import importlib.util
 import itertools
 from collections.abc import Callable
 
@@ -17,7 +18,13 @@ from ticketops.ops import Sequences
 from ticketops.ops.backends import BACKENDS, choose
 from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
 
-common = pytest.importorskip("ticketops.ops.triton_common")
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from ticketops.ops import triton_common as common
 
 DEVICE = torch.device("cpu" if common.INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16] + ([] if common.INTERPRETED else [torch.bfloat16])
@@ -459,6 +466,49 @@ def test_residual_norm(tokens, channels, with_bias, dropout_p, wide_residual, st
     check(actual, same, exact)
 
 
+# Rows of no sequence
+
+
+def owners(starts: list[int], lengths: list[int], tokens: int) -> list[tuple[int, int]]:
+    """What owned_rows should say, from its definition."""
+    real = sorted(start for start, length in zip(starts, lengths, strict=True) if length)
+    spans = []
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        if length:
+            following = next((other for other in real if other > start), tokens)
+            spans.append((0 if start == real[0] else start, following))
+        else:
+            spans.append((0, tokens if not real and b == 0 else 0))
+    return spans
+
+
+@triton.jit
+def owned_rows_kernel(p_starts, p_lengths, p_first, p_last, batch, tokens):
+    i_b = tl.program_id(0)
+    first, last = common.owned_rows(p_starts, p_lengths, batch, tokens, i_b)
+    tl.store(p_first + i_b, first)
+    tl.store(p_last + i_b, last)
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "tokens"),
+    [
+        ([0, 4], [4, 4], 8),
+        ([6, 1], [2, 3], 11),
+        ([5, 5, 2], [0, 4, 1], 9),
+        ([0, 0], [0, 0], 5),
+        ([3 * b for b in reversed(range(300))], [1 + b % 3 for b in range(300)], 905),
+    ],
+)
+def test_every_row_has_one_owner(starts, lengths, tokens):
+    both = torch.tensor([starts, lengths], dtype=torch.int32, device=DEVICE)
+    spans = torch.zeros_like(both)
+    owned_rows_kernel[(len(starts),)](*both, *spans, len(starts), tokens)
+    spans = [tuple(span) for span in spans.t().tolist()]
+    assert spans == owners(starts, lengths, tokens)
+    assert sorted(row for span in spans for row in range(*span)) == list(range(tokens))
+
+
 # What torch asks of an op
 
 
@@ -492,6 +542,19 @@ def test_compiles_as_one_graph(op):
     expected = call()
     torch.manual_seed(2)
     torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(), expected)
+
+
+@pytest.mark.parametrize("op", ["attention", "ffn"])
+def test_autocast(op):
+    call = calls()[op]
+    torch.manual_seed(2)
+    expected = call()
+    torch.manual_seed(2)
+    with torch.autocast(DEVICE.type, torch.float16):
+        out = call()
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+    out.sum().backward()
 
 
 @pytest.mark.parametrize("op", ["attention", "ffn", "residual_norm"])

@@ -81,16 +81,16 @@ def _recorder(launches: list[Launch], target: tuple[int, int], case: dict[str, s
 
 
 def attention_launches(
-    target: tuple[int, int], dtype: torch.dtype, head_dim: int, length: int, dropout_p: float = 0.1
+    target: tuple[int, int], dtype: torch.dtype, head_dim: int, length: int, *, options: bool = True
 ) -> list[Launch]:
-    """The launches of one attention call with a head mask, forward and backward.
+    """The launches of one attention call, forward and backward.
 
     Args:
         target: compute capability.
         dtype: of q, k and v.
         head_dim: D.
         length: tokens of the longest sequence.
-        dropout_p: dropout probability; 0 compiles without dropout.
+        options: dropout and a head mask are on.
 
     Returns:
         One launch a kernel.
@@ -99,8 +99,8 @@ def attention_launches(
     lse = torch.empty((2 * length, 12), device="meta")
     starts = torch.empty(2, dtype=torch.int32, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    head_mask = torch.empty(12, device="meta")
-    settings = (starts, starts, head_mask, seed, length, head_dim**-0.5, dropout_p)
+    head_mask = torch.empty(12, device="meta") if options else None
+    settings = (starts, starts, head_mask, seed, length, head_dim**-0.5, 0.1 if options else 0.0)
     case = {"dtype": _name(dtype), "case": f"D={head_dim} S={length}"}
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, case)):
@@ -109,13 +109,26 @@ def attention_launches(
     return launches
 
 
-def ffn_launches(target: tuple[int, int], dtype: torch.dtype, activation: str = "gelu") -> list[Launch]:
-    """The launches of one FFN call with both masks and all sums on, forward and backward.
+def ffn_launches(
+    target: tuple[int, int],
+    dtype: torch.dtype,
+    activation: str = "gelu",
+    *,
+    masks: bool = True,
+    weight_gradients: bool = True,
+    token_sums: bool = True,
+    neuron_sums: bool = True,
+) -> list[Launch]:
+    """The launches of one FFN call, forward and backward.
 
     Args:
         target: compute capability.
         dtype: of the tokens and weights.
         activation: "gelu", "gelu_tanh" or "relu".
+        masks: both masks are given.
+        weight_gradients: the weights are trained.
+        token_sums: the FFN's importance is recorded.
+        neuron_sums: the neurons' importance is recorded.
 
     Returns:
         One launch a kernel.
@@ -125,22 +138,25 @@ def ffn_launches(target: tuple[int, int], dtype: torch.dtype, activation: str = 
     w2, b2 = x.new_empty((768, 3072)), x.new_empty(768)
     pre = x.new_empty((256, 3072))
     starts = torch.empty(2, dtype=torch.int32, device="meta")
-    masks = (torch.empty((), device="meta"), torch.empty(3072, device="meta"))
-    sums = (True, True, True, False)
+    given = (torch.empty((), device="meta"), torch.empty(3072, device="meta")) if masks else (None, None)
+    wanted = (weight_gradients, token_sums, neuron_sums, False)
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, {"dtype": _name(dtype), "case": activation})):
-        ffn.forward(x, w1, b1, w2, b2, *masks, activation)
-        ffn.backward(x, x, pre, pre, x, w1, w2, starts, starts, *masks, activation, *sums)
+        ffn.forward(x, w1, b1, w2, b2, *given, activation)
+        ffn.backward(x, x, pre, pre, x, w1, w2, starts, starts, *given, activation, *wanted)
     return launches
 
 
-def residual_launches(target: tuple[int, int], dtype: torch.dtype, channels: int = 768) -> list[Launch]:
-    """The launches of one residual_norm call with bias and dropout, forward and backward.
+def residual_launches(
+    target: tuple[int, int], dtype: torch.dtype, channels: int = 768, *, options: bool = True
+) -> list[Launch]:
+    """The launches of one residual_norm call, forward and backward.
 
     Args:
         target: compute capability.
         dtype: of the tokens.
         channels: C.
+        options: bias and dropout are on.
 
     Returns:
         One launch a kernel.
@@ -148,10 +164,11 @@ def residual_launches(target: tuple[int, int], dtype: torch.dtype, channels: int
     x = torch.empty((256, channels), dtype=dtype, device="meta")
     vector, mean = torch.empty(channels, device="meta"), torch.empty(256, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
+    bias, dropout_p = (vector, 0.1) if options else (None, 0.0)
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, {"dtype": _name(dtype), "case": f"C={channels}"})):
-        residual.forward(x, x, vector, vector, vector, seed, 0.1, 1e-12)
-        residual.backward(x, x, x, vector, vector, mean, mean, seed, 0.1)
+        residual.forward(x, x, bias, vector, vector, seed, dropout_p, 1e-12)
+        residual.backward(x, x, x, bias, vector, mean, mean, seed, dropout_p)
     return launches
 
 
@@ -227,8 +244,8 @@ def write_table(rows: list[dict[str, Any]], folder: Path) -> Path:
     lines = [
         f"# Triton {triton.__version__} kernels, compiled ahead of time",
         "",
-        "Registers of a thread, bytes spilled and bytes of shared memory of every shipped configuration. Nothing here was "
-        "run or timed on a GPU.",
+        "Registers of a thread, bytes spilled and bytes of shared memory of every shipped configuration.",
+        "Nothing here was run or timed on a GPU.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "|" + " --- |" * len(rows[0]),
