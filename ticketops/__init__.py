@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ticketops.api import search
     from ticketops.models.patch import PatchHandle, patch
     from ticketops.reporting import report
-    from ticketops.searching import search
     from ticketops.tickets import Importance, Ticket, prune
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ _HOMES = {
     "patch": "ticketops.models",
     "prune": "ticketops.tickets",
     "report": "ticketops.reporting",
-    "search": "ticketops.searching",
+    "search": "ticketops.api",
 }
 
 

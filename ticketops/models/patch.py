@@ -261,6 +261,9 @@ class PatchHandle:
 
     def _call(self, packing: Packing, device: torch.device) -> Call:
         """The per-call information, with a leaf for each importance partial where a backward pass may follow."""
+        for state in self._states:
+            # Made here, outside of compiled graphs, which then find them ready.
+            state.head_indices(device)
         importance = self._importance
         if importance is None or not torch.is_grad_enabled():
             return Call(packing)
