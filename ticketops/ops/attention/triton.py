@@ -227,11 +227,12 @@ def row_backward_kernel(
         b_gt = tl.where(m_keep, b_gt * keep_scale, 0.0)
     b_dv = tl.dot(b_wt.to(b_do.dtype), b_do, input_precision=PRECISION)
     store_rows(p_dv, b_dv * head_mask, start, o_n, m_n, i_h, heads, D, BLOCK_D)
-    # [queries]
-    b_delta = tl.sum(b_pt * b_gt, 0)
-    tl.store(p_signed + i_b * heads + i_h, tl.sum(b_delta, 0))
-    tl.store(p_absolute + i_b * heads + i_h, tl.sum(tl.abs(b_delta), 0))
-    b_ht = (b_pt * (b_gt - b_delta[None, :])).to(b_q.dtype)
+    # [1, queries]; as a vector, Triton 3.6 cannot lay it out for the second sum on sm_100.
+    b_delta = tl.sum(b_pt * b_gt, 0)[None, :]
+    o_sum = i_b * heads + i_h + tl.arange(0, 1)
+    tl.store(p_signed + o_sum, tl.sum(b_delta, 1))
+    tl.store(p_absolute + o_sum, tl.sum(tl.abs(b_delta), 1))
+    b_ht = (b_pt * (b_gt - b_delta)).to(b_q.dtype)
     b_dk = tl.dot(b_ht, b_q, input_precision=PRECISION)
     store_rows(p_dk, b_dk * (head_mask * scale), start, o_n, m_n, i_h, heads, D, BLOCK_D)
     b_dq = tl.dot(tl.trans(b_ht), b_k, input_precision=PRECISION)
