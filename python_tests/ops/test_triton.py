@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
+from transformers import BertConfig, BertForSequenceClassification
 
 import ticketops.ops as ops
+from ticketops import patch
 from ticketops.errors import UnsupportedError
 from ticketops.ops import Sequences
 from ticketops.ops.backends import BACKENDS, choose
@@ -596,3 +598,27 @@ def test_refuses_by_name(dtype):
 def test_is_the_last_choice_on_the_cpu_and_the_first_on_cuda():
     assert BACKENDS["cpu"][-1] == "triton"
     assert BACKENDS["cuda"][0] == "triton"
+
+
+def test_a_whole_model_agrees_with_the_reference(monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=99)).to(DEVICE).train()
+    handle = patch(model)
+    batch = {
+        "input_ids": torch.randint(1, 99, (2, 6), device=DEVICE),
+        "attention_mask": torch.tensor([[1] * 6, [1] * 3 + [0] * 3], device=DEVICE),
+        "labels": torch.tensor([0, 1], device=DEVICE),
+    }
+    results = []
+    for name in ("triton", "reference"):
+        monkeypatch.setenv("TICKETOPS_BACKEND", name)
+        model.zero_grad()
+        # Dropout is on: the backends draw the same masks from the same seed.
+        torch.manual_seed(4)
+        with handle.record_importance("token") as importance:
+            model(**batch).loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        results.append([importance.head, importance.ffn, *gradients])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
