@@ -138,12 +138,13 @@ def ffn_launches(
     w2, b2 = x.new_empty((768, 3072)), x.new_empty(768)
     pre = x.new_empty((256, 3072))
     starts = torch.empty(2, dtype=torch.int32, device="meta")
-    given = (torch.empty((), device="meta"), torch.empty(3072, device="meta")) if masks else (None, None)
+    ffn_mask = torch.empty((), device="meta") if masks else None
+    neuron_mask = torch.empty(3072, device="meta") if masks else None
     wanted = (weight_gradients, token_sums, neuron_sums, False)
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, {"dtype": _name(dtype), "case": activation})):
-        ffn.forward(x, w1, b1, w2, b2, *given, activation)
-        ffn.backward(x, x, pre, pre, x, w1, w2, starts, starts, *given, activation, *wanted)
+        ffn.forward(x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation)
+        ffn.backward(x, x, pre, pre, x, w1, w2, starts, starts, ffn_mask, neuron_mask, activation, *wanted)
     return launches
 
 
