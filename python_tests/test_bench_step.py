@@ -1,0 +1,42 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from searching.tiny import make_model, make_task
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "bench.step", "--no-compile", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_one_json_object_with_medians_and_ratios(tmp_path):
+    model, _ = make_model(tmp_path / "model"), make_task(tmp_path / "data" / "words")
+    small = ("--batch-size", 8, "--batches", 2, "--rounds", 2, "--max-length", 16)
+    done = run("--data", tmp_path / "data", "--task", "words", "--model", model, *small, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["full_vs_compile"] is None
+    seconds = result["seconds"]
+    assert set(seconds) == {"sdpa", "full", "importance", "ticket50", "matmul_floor"}
+    assert all(0 < each["q20"] <= each["median"] <= each["q80"] for each in seconds.values())
+    for ratio in ("full_vs_sdpa", "ticket50_vs_full"):
+        assert result[ratio] > 0
+    assert result["importance_overhead"] > -1
+    assert result["steps_timed"] == 4
+    assert result["real_tokens"] < result["padded_tokens"]
+    assert str(tmp_path) not in done.stdout
+
+
+def test_too_few_rows_is_one_line(tmp_path):
+    make_task(tmp_path / "words")
+    done = run("--data", tmp_path, "--task", "words")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: words has 64 training rows: lower --batches to 2"
