@@ -238,7 +238,13 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_finished(inputs: dict[str, A
     folder = tmp_path / "run"
     words = ["search", *flags({**inputs, "output": folder, "seeds": 20})]
     process = subprocess.Popen(
-        starter(*words), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        starter(*words),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Where the tests run in a shell's background, Ctrl-C is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     for line in process.stderr:
