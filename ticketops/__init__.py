@@ -3,14 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ticketops.loading import install as _install
+
 if TYPE_CHECKING:
     from ticketops.api import search
     from ticketops.models.patch import PatchHandle, patch
+    from ticketops.models.shrink import shrink
     from ticketops.reporting import report
     from ticketops.tickets import Importance, Ticket, prune
 
 __version__ = "0.1.0"
-__all__ = ["Importance", "PatchHandle", "Ticket", "patch", "prune", "report", "search"]
+__all__ = ["Importance", "PatchHandle", "Ticket", "patch", "prune", "report", "search", "shrink"]
 
 _HOMES = {
     "Importance": "ticketops.tickets",
@@ -20,6 +23,7 @@ _HOMES = {
     "prune": "ticketops.tickets",
     "report": "ticketops.reporting",
     "search": "ticketops.api",
+    "shrink": "ticketops.models",
 }
 
 
@@ -28,3 +32,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ticketops' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+_install()

@@ -1,6 +1,6 @@
 """What ticketops must know of an architecture: where its linear layers live and which classes to swap."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,8 @@ class LayerParts:
                 )
             if module._forward_hooks or module._forward_pre_hooks:
                 return f"forward hooks on its {name}: remove them before patching"
-            if expected is not nn.Dropout and module.bias is None:
+            removed = name in ("fc1", "fc2") and self.fc1.out_features == 0
+            if expected is not nn.Dropout and module.bias is None and not removed:
                 return f"no bias in its {name}, which ticketops does not serve"
         return None
 
@@ -79,46 +80,74 @@ class Adapter:
     Attributes:
         base: the bare model's class, to which every task head gives access as `model.base_model`.
         swaps: the stock class of each module whose class is swapped, and its replacement, a subclass.
-        encoder: finds the encoder in the bare model; its parameters are "the encoder" of weight counts.
-        layers: finds the encoder's layers.
+        encoder: finds the encoder in the bare model; its parameters are "the encoder" of weight counts, and its
+            `layer` is the list of layers.
         parts: finds the prunable parts of a layer.
+        resize: tells a layer's attention how many heads its weights have.
         refusal: says what of a configuration is not served, or None.
     """
 
     base: type[nn.Module]
     swaps: dict[type[nn.Module], type[nn.Module]]
     encoder: Callable[[Any], nn.Module]
-    layers: Callable[[Any], list[nn.Module]]
     parts: Callable[[Any], LayerParts]
+    resize: Callable[[Any, int], None]
     refusal: Callable[[Any], str | None]
+
+    def layers(self, base: Any) -> list[Any]:
+        """The layers of the bare model's encoder."""
+        encoder: Any = self.encoder(base)
+        return list(encoder.layer)
 
 
 class LayerState:
     """What a swapped layer needs to know of the ticket; one object a layer, shared by the layer's swapped modules."""
 
-    def __init__(self, num_heads: int, activation: str) -> None:
-        self.num_heads = num_heads
+    def __init__(self, activation: str) -> None:
         self.activation = activation
-        self.kept_heads: tuple[int, ...] | None = None
-        self.ffn_kept = True
-        self._indices: dict[torch.device, Tensor] = {}
 
-    def keep(self, kept_heads: tuple[int, ...], ffn_kept: bool) -> None:
-        """Sets which structures are computed.
+    def hold(self, heads: list[bool], ffn: bool) -> None:
+        """Sets which structures the layer's weights have; all of them are computed.
 
         Args:
-            kept_heads: the heads to compute, ascending.
-            ffn_kept: whether to compute the FFN.
+            heads: for each head of the architecture, whether it is there.
+            ffn: whether the FFN is there.
         """
-        self.kept_heads = None if len(kept_heads) == self.num_heads else kept_heads
-        self.ffn_kept = ffn_kept
-        self._indices = {}
+        self.heads = tuple(head for head, there in enumerate(heads) if there)
+        self.has_ffn = ffn
+        self.keep(heads, ffn)
+
+    def keep(self, heads: list[bool], ffn: bool) -> None:
+        """Sets which structures are computed, out of those that are there.
+
+        Args:
+            heads: for each head of the architecture, whether to compute it.
+            ffn: whether to compute the FFN.
+        """
+        kept = tuple(place for place, head in enumerate(self.heads) if heads[head])
+        # Places among the heads that are there; None is all of them, on the path without indexing.
+        self.kept_heads = None if kept and len(kept) == self.num_heads else kept
+        self.ffn_kept = ffn and self.has_ffn
+        self._indices: dict[tuple[str, torch.device], Tensor] = {}
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads the layer's weights have."""
+        return len(self.heads)
 
     def head_indices(self, device: torch.device) -> Tensor:
-        """The kept heads as int64 indices on a device, made once a device."""
-        if device not in self._indices:
-            self._indices[device] = torch.tensor(self.kept_heads or (), dtype=torch.int64, device=device)
-        return self._indices[device]
+        """The places of the kept heads among those that are there, as int64 on a device, made once a device."""
+        return self._index("places", self.kept_heads or (), device)
+
+    def recorded(self, device: torch.device) -> Tensor:
+        """The computed heads by their numbers in the architecture, as int64 on a device, made once a device."""
+        places = range(self.num_heads) if self.kept_heads is None else self.kept_heads
+        return self._index("heads", [self.heads[place] for place in places], device)
+
+    def _index(self, what: str, values: Sequence[int], device: torch.device) -> Tensor:
+        if (what, device) not in self._indices:
+            self._indices[what, device] = torch.tensor(values, dtype=torch.int64, device=device)
+        return self._indices[what, device]
 
     def rows(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Weight and bias of a q, k or v projection restricted to the kept heads; gradients reach the kept rows

@@ -131,6 +131,12 @@ def _parts(layer: Any) -> LayerParts:
     )
 
 
+def _resize(layer: Any, heads: int) -> None:
+    attention = layer.attention.self
+    attention.num_attention_heads = heads
+    attention.all_head_size = heads * attention.attention_head_size
+
+
 def _refusal(config: BertConfig) -> str | None:
     if config.is_decoder:
         return "is_decoder=True (causal attention): ticketops serves encoders; load it with is_decoder=False"
@@ -150,7 +156,7 @@ BERT = Adapter(
         BertSelfOutput: TicketBertSelfOutput,
     },
     encoder=lambda base: base.encoder,
-    layers=lambda base: list(base.encoder.layer),
     parts=_parts,
+    resize=_resize,
     refusal=_refusal,
 )

@@ -15,6 +15,7 @@ from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState, activation_name
 from ticketops.models.bert import BERT
 from ticketops.models.freezing import freeze, unfreeze
+from ticketops.models.record import head_dim, held_ticket
 from ticketops.ops import Packing
 from ticketops.tickets import Granularity, Importance, Ticket, WeightCounts
 
@@ -31,8 +32,15 @@ _REFUSED_ARGUMENTS = {
 }
 
 
-def _find(model: nn.Module) -> tuple[Adapter, Any]:
-    """The adapter that serves a model, and the bare model inside it."""
+def find_adapter(model: nn.Module) -> tuple[Adapter, Any]:
+    """Finds the adapter that serves a model, and the bare model inside it.
+
+    Args:
+        model: a transformers model, bare or with a task head.
+
+    Raises:
+        UnsupportedError: names what is not served.
+    """
     if not isinstance(model, PreTrainedModel):
         wrapped = hasattr(model, "_orig_mod") or hasattr(model, "module")
         hint = ": patch before torch.compile and before wrapping" if wrapped else ""
@@ -57,9 +65,7 @@ def check_supported(model: nn.Module) -> None:
     Raises:
         UnsupportedError: names what is not served.
     """
-    adapter, base = _find(model)
-    for index, layer in enumerate(adapter.layers(base)):
-        _check_layer(adapter, layer, index)
+    _check_layers(*find_adapter(model))
 
 
 def weight_counts(model: nn.Module) -> WeightCounts:
@@ -74,28 +80,40 @@ def weight_counts(model: nn.Module) -> WeightCounts:
     Raises:
         UnsupportedError: a model that ticketops does not serve.
     """
-    adapter, base = _find(model)
-    parts = adapter.parts(adapter.layers(base)[0])
-    heads = base.config.num_attention_heads
-    columns = parts.output.weight.numel()
-    rows = sum(p.numel() for linear in (parts.query, parts.key, parts.value) for p in linear.parameters())
+    adapter, base = find_adapter(model)
+    layers = [adapter.parts(layer) for layer in adapter.layers(base)]
+    hidden, dim = base.config.hidden_size, head_dim(base.config)
+    width = max(parts.fc1.out_features for parts in layers)
     return WeightCounts(
-        head=(rows + columns) // heads,
-        ffn=sum(p.numel() for linear in (parts.fc1, parts.fc2) for p in linear.parameters()),
+        head=3 * (hidden + 1) * dim + dim * hidden,
+        ffn=(hidden + 1) * width + (width + 1) * hidden if width else 0,
         encoder=sum(p.numel() for p in adapter.encoder(base).parameters()),
         total=sum(p.numel() for p in model.parameters()),
     )
 
 
-def _check_layer(adapter: Adapter, layer: nn.Module, index: int) -> LayerParts:
-    if type(layer) not in adapter.swaps:
-        raise UnsupportedError(f"layer {index} is a {type(layer).__name__}, no stock layer of {adapter.base.__name__}")
-    parts = adapter.parts(layer)
-    activation_name(parts.activation)
-    refusal = parts.refusal()
-    if refusal:
-        raise UnsupportedError(f"layer {index} has {refusal}")
-    return parts
+def _check_layers(adapter: Adapter, base: Any) -> list[LayerParts]:
+    """The prunable parts of each layer, checked to be what the ops assume."""
+    found = []
+    held = held_ticket(base.config)
+    rows = zip(adapter.layers(base), held.head_mask.sum(1).tolist(), held.ffn_mask.tolist(), strict=True)
+    for index, (layer, heads, ffn) in enumerate(rows):
+        if type(layer) not in {*adapter.swaps, *adapter.swaps.values()}:
+            name = type(layer).__name__
+            raise UnsupportedError(f"layer {index} is a {name}, no stock layer of {adapter.base.__name__}")
+        parts = adapter.parts(layer)
+        activation_name(parts.activation)
+        refusal = parts.refusal()
+        if refusal:
+            raise UnsupportedError(f"layer {index} has {refusal}")
+        there, dim = parts.query.out_features, head_dim(base.config)
+        if there != heads * dim or bool(parts.fc1.out_features) != ffn:
+            raise UnsupportedError(
+                f"layer {index} has weights for {there / dim:g} heads where its configuration says {heads}, or the FFN "
+                "differs: remove structures with ticketops.shrink, which keeps the two in step"
+            )
+        found.append(parts)
+    return found
 
 
 def patch(model: PreTrainedModel, *, unpad: bool = True) -> "PatchHandle":
@@ -126,27 +144,27 @@ class PatchHandle:
     Attributes:
         model: the patched model.
         num_layers: encoder layers.
-        num_heads: attention heads a layer.
+        num_heads: attention heads a layer of the architecture; a shrunk layer has fewer, under their old numbers.
         ticket: the ticket applied, None for the whole model.
     """
 
     def __init__(self, model: PreTrainedModel, *, unpad: bool = True) -> None:
-        adapter, base = _find(model)
+        adapter, base = find_adapter(model)
         encoder = adapter.encoder(base)
         if hasattr(encoder, "_ticketops"):
             raise InputError(f"this {type(model).__name__} is patched already: use its handle, or revert() it first")
-        layers = adapter.layers(base)
-        self._parts = [_check_layer(adapter, layer, index) for index, layer in enumerate(layers)]
+        self._parts = _check_layers(adapter, base)
         self.model = model
-        self.num_layers = len(layers)
+        self.num_layers = len(self._parts)
         self.num_heads: int = base.config.num_attention_heads
         self.ticket: Ticket | None = None
         self._unpad = unpad
         self._importance: Importance | None = None
-        self._states = [LayerState(self.num_heads, activation_name(parts.activation)) for parts in self._parts]
+        self._states = [LayerState(activation_name(parts.activation)) for parts in self._parts]
+        self.hold(held_ticket(base.config))
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
         self._swap(encoder, adapter.swaps, self)
-        for layer, state in zip(layers, self._states, strict=True):
+        for layer, state in zip(adapter.layers(base), self._states, strict=True):
             for module in layer.modules():
                 self._swap(module, adapter.swaps, state)
         parameters = inspect.signature(base.forward).parameters.values()
@@ -174,6 +192,15 @@ class PatchHandle:
         if not self._swapped:
             raise InputError("this model was reverted: patch it again to go on")
 
+    def hold(self, held: Ticket) -> None:
+        """Notes which structures the model's weights have, after `shrink` has removed the others.
+
+        Args:
+            held: keeps what is there.
+        """
+        for state, heads, ffn in zip(self._states, held.head_mask.tolist(), held.ffn_mask.tolist(), strict=True):
+            state.hold(heads, ffn)
+
     def apply(self, ticket: Ticket | None) -> "PatchHandle":
         """Restricts the model to a ticket: what it prunes costs no compute, gets no gradient and no optimizer moves it.
 
@@ -194,15 +221,15 @@ class PatchHandle:
             ticket = Ticket.full(self.num_layers, self.num_heads)
         ticket.check(self.num_layers, self.num_heads)
         rows = zip(self._states, self._parts, ticket.head_mask.tolist(), ticket.ffn_mask.tolist(), strict=True)
-        for state, parts, kept, ffn_kept in rows:
-            state.keep(tuple(head for head, keep in enumerate(kept) if keep), ffn_kept)
-            pruned = [head for head, keep in enumerate(kept) if not keep]
+        for state, parts, heads, ffn in rows:
+            state.keep(heads, ffn)
+            pruned = [place for place, head in enumerate(state.heads) if not heads[head]]
             for linear in (parts.query, parts.key, parts.value):
                 for parameter in (linear.weight, linear.bias):
-                    freeze(parameter, 0, self.num_heads, pruned)
-            freeze(parts.output.weight, 1, self.num_heads, pruned)
+                    freeze(parameter, 0, state.num_heads, pruned)
+            freeze(parts.output.weight, 1, state.num_heads, pruned)
             for parameter in (*parts.fc1.parameters(), *parts.fc2.parameters()):
-                freeze(parameter, 0, 1, [] if ffn_kept else [0])
+                freeze(parameter, 0, 1, [0] if state.has_ffn and not ffn else [])
         self.ticket = None if ticket.is_full else ticket
         return self
 
@@ -271,7 +298,7 @@ class PatchHandle:
         batch = len(packing.sequences)
         idle: list[Callable[..., None]] = []
         for layer, state in enumerate(self._states):
-            kept = None if state.kept_heads is None else state.head_indices(device)
+            kept = None if state.kept_heads is None and state.num_heads == self.num_heads else state.recorded(device)
             heads = self.num_heads if kept is None else len(kept)
             add_heads = partial(_add_heads, importance, layer, kept, self.num_heads)
             add_ffn = partial(_add_ffn, importance, layer)

@@ -1,0 +1,251 @@
+"""A shrunk model against the masked one: outputs, gradients, training, importance, and from_pretrained elsewhere."""
+
+import copy
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertForSequenceClassification, BertModel
+
+import ticketops
+from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
+from models.test_apply import draw_ticket, masked
+from ticketops import Ticket
+from ticketops.errors import InputError, UnsupportedError
+from ticketops.models import weight_counts
+from ticketops.models.record import held_ticket
+
+# Uneven heads; a layer without heads; one without FFN; one without either.
+TICKETS = {
+    "uneven": Ticket(torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]]).bool(), torch.ones(3).bool()),
+    "no heads": Ticket(torch.tensor([[0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1]]).bool(), torch.ones(3).bool()),
+    "no FFN": Ticket(torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).bool(), torch.tensor([1, 0, 1]).bool()),
+    "neither": Ticket(torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]]).bool(), torch.tensor([1, 0, 0]).bool()),
+    "nothing left": Ticket(torch.zeros(3, 4).bool(), torch.zeros(3).bool()),
+    "full": Ticket.full(LAYERS, HEADS),
+}
+close = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(params=TICKETS)
+def ticket(request):
+    return TICKETS[request.param]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_shrunk_equals_masked_in_stock_code_and_patched(attention, ticket, batch):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification._from_config(tiny_config(), attn_implementation=attention).eval()
+    want = masked(copy.deepcopy(model), ticket)(**batch)
+    want.loss.backward()
+    assert ticketops.shrink(model, ticket) is model
+    got = model(**batch, output_hidden_states=True)
+    torch.testing.assert_close(got.logits, want.logits, **close)
+    got.loss.backward()
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with ticketops.patch(model):
+        got = model(**batch)
+        torch.testing.assert_close(got.logits, want.logits, **close)
+        got.loss.backward()
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        if parameter.numel():
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_attributes_and_configuration_agree(model, ticket):
+    before = weight_counts(model)
+    ticketops.shrink(model, ticket)
+    counts = weight_counts(model)
+    assert (counts.head, counts.total / before.total) == (before.head, ticket.weights_remaining(before))
+    for layer, heads, ffn in zip(model.bert.encoder.layer, ticket.head_mask, ticket.ffn_mask, strict=True):
+        attention, kept = layer.attention.self, int(heads.sum())
+        assert (attention.num_attention_heads, attention.all_head_size) == (kept, 12 * kept)
+        for linear in (attention.query, attention.key, attention.value):
+            assert (linear.out_features, linear.weight.shape, linear.bias.shape) == (
+                12 * kept,
+                (12 * kept, 48),
+                (12 * kept,),
+            )
+        assert layer.attention.output.dense.in_features == 12 * kept
+        assert layer.intermediate.dense.out_features == layer.output.dense.in_features == 64 * bool(ffn)
+    record = (
+        None
+        if ticket.is_full
+        else {
+            "heads": [row.nonzero().flatten().tolist() for row in ticket.head_mask],
+            "ffns": ticket.ffn_mask.nonzero().flatten().tolist(),
+        }
+    )
+    assert getattr(model.config, "ticketops", None) == record
+    assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
+
+
+def test_a_configuration_shared_with_another_model_is_left_alone():
+    config = tiny_config()
+    one, other = BertModel(config), BertModel(config)
+    ticketops.shrink(one, TICKETS["uneven"])
+    assert not hasattr(other.config, "ticketops")
+    ticketops.patch(other)
+
+
+def test_shrinking_twice_keeps_the_intersection(model, batch):
+    first, second = draw_ticket(1, 0.3), draw_ticket(2, 0.3)
+    want = masked(copy.deepcopy(model), first & second)(**batch).logits
+    ticketops.shrink(ticketops.shrink(model, first), second)
+    torch.testing.assert_close(model(**batch).logits, want, **close)
+
+
+def test_a_patched_model_stays_patched_with_its_ticket(model, batch):
+    applied, cut = draw_ticket(3, 0.3), draw_ticket(4, 0.3)
+    stock = copy.deepcopy(model)
+    handle = ticketops.patch(model).apply(applied)
+    ticketops.shrink(model, cut)
+    assert handle.ticket == applied
+    for ticket in (applied, None, draw_ticket(5), applied):
+        handle.apply(ticket)
+        left = cut if ticket is None else cut & ticket
+        want = masked(copy.deepcopy(stock), left)(**batch)
+        got = model(**batch)
+        torch.testing.assert_close(got.logits, want.logits, **close)
+    got.loss.backward()
+    handle.revert()
+    torch.testing.assert_close(model(**batch).logits, masked(copy.deepcopy(stock), cut)(**batch).logits, **close)
+
+
+@pytest.mark.parametrize("granularity", ["example", "token", "batch"])
+def test_importance_of_a_shrunk_model_keeps_the_architectures_shape(granularity, model, batch):
+    cut, applied = TICKETS["neither"], draw_ticket(3, 0.2)
+    other = copy.deepcopy(model)
+    ticketops.shrink(model, cut)
+    found = []
+    for each, ticket in ((model, applied), (other, applied & cut)):
+        with ticketops.patch(each).apply(ticket) as handle, handle.record_importance(granularity) as importance:
+            each(**batch).loss.backward()
+        found.append(importance)
+    torch.testing.assert_close(found[0].head, found[1].head, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0].ffn, found[1].ffn, rtol=1e-4, atol=1e-6)
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
+    "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_training_goes_on_with_the_optimizers_state(make, model, ticket):
+    """One step whole, then three with the ticket: masked and shrunk give the same weights."""
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        handle, optimizer = ticketops.patch(each), make(each.parameters())
+        for step in range(4):
+            if step == 1:
+                handle.apply(ticket) if each is twin else ticketops.shrink(each, ticket, optimizer=optimizer)
+            optimizer.zero_grad()
+            each(**tiny_batch(seed=step)).loss.backward()
+            optimizer.step()
+        handle.revert()
+    ticketops.shrink(twin, ticket)
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gradients_are_cut_along(model, batch):
+    ticket = TICKETS["uneven"]
+    model(**batch).loss.backward()
+    want = model.bert.encoder.layer[0].attention.output.dense.weight.grad.view(48, HEADS, 12)[:, [0, 2]].flatten(1)
+    ticketops.shrink(model, ticket)
+    assert torch.equal(model.bert.encoder.layer[0].attention.output.dense.weight.grad, want)
+
+
+def test_an_optimizer_that_cannot_be_cut_is_refused_and_nothing_changes(model, batch):
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(**batch).loss.backward()
+    optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedError, match="Adafactor keeps"):
+        ticketops.shrink(model, TICKETS["uneven"], optimizer=optimizer)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not hasattr(model.config, "ticketops")
+
+
+def test_a_ticket_of_another_shape_is_refused(model):
+    with pytest.raises(InputError, match="12 layers"):
+        ticketops.shrink(model, Ticket.full(12, 12))
+
+
+def test_weights_cut_by_somebody_else_are_named(model):
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.query = torch.nn.Linear(48, 24)
+    with pytest.raises(UnsupportedError, match="layer 1 has weights for 2 heads where its configuration says 4"):
+        ticketops.patch(model)
+
+
+LOADER = """
+import json, sys
+{imports}
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+assert type(model).__name__ == "BertForSequenceClassification", type(model)
+assert type(model.bert.encoder).__module__.startswith("transformers."), type(model.bert.encoder)
+batch = {{name: torch.tensor(value) for name, value in json.load(open(sys.argv[2])).items()}}
+with torch.no_grad():
+    output = model(**batch, output_hidden_states=True)
+assert len(output.hidden_states) == 4
+save_file({{"logits": output.logits}}, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("imports", ["import ticketops", "import transformers.models.bert.modeling_bert, ticketops"])
+def test_a_process_that_never_saw_the_original_loads_it(imports, model, batch, tmp_path):
+    ticket = TICKETS["neither"]
+    batch.pop("labels")
+    want = masked(copy.deepcopy(model), ticket)(**batch).logits
+    ticketops.shrink(model, ticket).save_pretrained(tmp_path / "small")
+    (tmp_path / "batch.json").write_text(json.dumps({name: value.tolist() for name, value in batch.items()}))
+    arguments = [tmp_path / "small", tmp_path / "batch.json", tmp_path / "logits.safetensors"]
+    subprocess.run([sys.executable, "-c", LOADER.format(imports=imports), *map(str, arguments)], check=True)
+    torch.testing.assert_close(load_file(arguments[2])["logits"], want, **close)
+
+
+def test_importing_ticketops_imports_neither_torch_nor_transformers():
+    code = "import ticketops, sys; sys.exit(len({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_class_of_the_same_name_is_left_alone():
+    from transformers import BertGenerationConfig, BertGenerationEncoder
+
+    config = BertGenerationConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=3, num_attention_heads=4, intermediate_size=8
+    )
+    config.ticketops = {"heads": [[0]] * 3, "ffns": []}
+    assert BertGenerationEncoder(config).encoder.layer[0].attention.self.query.out_features == 8
+
+
+def test_hostile_records_are_refused_in_one_line():
+    """2000 damaged records, and none of them is an endless loop, another exception or a ticket."""
+    draw, good, refused = random.Random(0), {"heads": [[0, 2], [], [1]], "ffns": [0, 2]}, 0
+    junk = [None, -1, 4, 10**30, 1.0, True, "0", [0, 0], [2, 1], {}, [[]], float("nan")]
+    config = tiny_config()
+    while refused < 2000:
+        record = copy.deepcopy(good)
+        row = draw.choice([record, record["heads"], record["heads"][0], record["ffns"]])
+        row[draw.choice(list(row)) if isinstance(row, dict) else draw.randrange(len(row))] = draw.choice(junk)
+        config.ticketops = record
+        with pytest.raises(InputError, match=r'^config.json\'s "ticketops" [^\n]*$'):
+            held_ticket(config)
+        refused += 1
+    config.ticketops, config.num_hidden_layers = good, 10**9
+    with pytest.raises(InputError, match="claims 1000000000 layers"):
+        held_ticket(config)

@@ -1,0 +1,82 @@
+"""The record in a model's configuration of what its weights still have: `config.ticketops`, plain JSON."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ticketops.errors import InputError
+from ticketops.tickets import Ticket
+
+KEY = "ticketops"
+# More than any encoder has; a configuration that claims more would have a loader build them all.
+MAX_LAYERS = MAX_HEADS = 1024
+
+
+def head_dim(config: Any) -> int:
+    """The size of one attention head.
+
+    Args:
+        config: of a model, shrunk or not; its `num_attention_heads` is the architecture's.
+    """
+    return int(config.hidden_size) // int(config.num_attention_heads)
+
+
+def held_ticket(config: Any) -> Ticket:
+    """Reads which heads and FFNs of the architecture a model's weights have.
+
+    Args:
+        config: of a transformers model.
+
+    Returns:
+        The ticket that keeps what is there; the full one where nothing was removed.
+
+    Raises:
+        InputError: the record is damaged, or is not one of this architecture.
+    """
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    record = getattr(config, KEY, None)
+    if not (1 <= layers <= MAX_LAYERS and 1 <= heads <= MAX_HEADS):
+        raise InputError(f"config.json claims {layers} layers x {heads} heads: ticketops serves 1 to {MAX_LAYERS}")
+    if record is None:
+        return Ticket.full(layers, heads)
+    rows, ffns = (record.get("heads"), record.get("ffns")) if isinstance(record, dict) else (None, None)
+    if (
+        not _are_numbers(ffns, layers)
+        or not isinstance(rows, list)
+        or len(rows) != layers
+        or not all(_are_numbers(row, heads) for row in rows)
+    ):
+        raise InputError(
+            f'config.json\'s "{KEY}" does not list the heads of {layers} layers x {heads} heads and the layers with an '
+            "FFN: export the model again"
+        )
+    head_mask = torch.zeros(layers, heads, dtype=torch.bool)
+    for mask, row in zip(head_mask, rows, strict=True):
+        mask[row] = True
+    ffn_mask = torch.zeros(layers, dtype=torch.bool)
+    ffn_mask[ffns] = True
+    return Ticket(head_mask, ffn_mask, {"kind": "held"})
+
+
+def write_record(config: Any, held: Ticket) -> None:
+    """Notes in a configuration which heads and FFNs the weights have; a whole model has no record.
+
+    Args:
+        config: changed in place.
+        held: keeps what is there.
+    """
+    if held.is_full:
+        vars(config).pop(KEY, None)
+    else:
+        heads = [row.nonzero().flatten().tolist() for row in held.head_mask]
+        setattr(config, KEY, {"heads": heads, "ffns": held.ffn_mask.nonzero().flatten().tolist()})
+
+
+def _are_numbers(values: Any, below: int) -> bool:
+    """Whether it is a list of ascending ints in [0, below)."""
+    return (
+        isinstance(values, list)
+        and all(type(value) is int and 0 <= value < below for value in values)
+        and all(a < b for a, b in pairwise(values))
+    )

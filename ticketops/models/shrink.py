@@ -1,0 +1,150 @@
+"""Physical removal of what a ticket prunes: rows, columns and whole sublayers go, and nothing else changes."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from ticketops.errors import UnsupportedError
+from ticketops.models.adapter import Adapter, LayerParts
+from ticketops.models.patch import ADAPTERS, check_supported, find_adapter
+from ticketops.models.record import head_dim, held_ticket, write_record
+from ticketops.tickets import Ticket
+
+
+def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | None = None) -> PreTrainedModel:
+    """Removes pruned heads and FFNs from a model's weights, in place.
+
+    What is left keeps its numbers: tickets and importances of a shrunk model have the architecture's shape. The model
+    runs in stock transformers code; it can be patched, trained, saved and shrunk further, and `save_pretrained` folders
+    of it load with `AutoModel` wherever ticketops is imported. Parameters stay the same objects, with smaller data; the
+    biases of a removed FFN are gone.
+
+    Args:
+        model: stock or patched; a ticket applied to a patched one stays applied to what is left.
+        ticket: what to keep, of the architecture's shape; what is gone already is passed over.
+        optimizer: of this model; its state (moments) and gradients are cut along.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        InputError: a ticket for another number of layers or heads.
+        UnsupportedError: a model that ticketops does not serve, or an optimizer whose state cannot be cut.
+    """
+    adapter, base = find_adapter(model)
+    check_supported(model)
+    held = held_ticket(base.config)
+    ticket.check(held.num_layers, held.num_heads)
+    left = held & ticket
+    cuts = list(_cuts(adapter, adapter.encoder(base), head_dim(base.config), held, left))
+    state = {} if optimizer is None else _states(optimizer, cuts)
+    handle = getattr(adapter.encoder(base), "_ticketops", None)
+    applied = None if handle is None else handle.ticket
+    if handle is not None:
+        handle.apply(None)
+    gone = _cut(adapter, adapter.encoder(base), cuts, left, state)
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        for parameter in [parameter for parameter in optimizer.state if id(parameter) in gone]:
+            del optimizer.state[parameter]
+    # Another model may have been made from the same configuration object.
+    old, config = base.config, copy.deepcopy(base.config)
+    write_record(config, left)
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config
+    if handle is not None:
+        handle.hold(left)
+        handle.apply(applied)
+    return model
+
+
+def narrow(encoder: nn.Module, config: Any) -> None:
+    """Gives a new encoder of full shape the shapes that its configuration records.
+
+    Args:
+        encoder: just made by its stock class, on any device.
+        config: with a record.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    adapter = next(adapter for adapter in ADAPTERS if type(encoder) in adapter.swaps)
+    # from_pretrained makes models with the meta device as default, where masks would have no values.
+    with torch.device("cpu"):
+        left = held_ticket(config)
+        full = Ticket.full(left.num_layers, left.num_heads)
+        _cut(adapter, encoder, list(_cuts(adapter, encoder, head_dim(config), full, left)), left, {})
+
+
+Cut = tuple[nn.Linear, str, int, Tensor | None]
+
+
+def _cuts(adapter: Adapter, encoder: Any, dim: int, held: Ticket, left: Ticket) -> Iterator[Cut]:
+    """What to do to which parameter: (its linear, its name there, dimension, what to keep of it; None for nothing)."""
+    rows = zip(encoder.layer, held.head_mask, left.head_mask, held.ffn_mask, left.ffn_mask, strict=True)
+    for layer, heads, left_heads, ffn, left_ffn in rows:
+        parts: LayerParts = adapter.parts(layer)
+        if not torch.equal(heads, left_heads):
+            kept = left_heads[heads].repeat_interleave(dim).nonzero().flatten()
+            for linear in (parts.query, parts.key, parts.value):
+                yield linear, "weight", 0, kept
+                yield linear, "bias", 0, kept
+            yield parts.output, "weight", 1, kept
+        if ffn and not left_ffn:
+            none = torch.empty(0, dtype=torch.int64)
+            yield parts.fc1, "weight", 0, none
+            yield parts.fc2, "weight", 1, none
+            # An empty product plus a bias would not be nothing.
+            yield parts.fc1, "bias", 0, None
+            yield parts.fc2, "bias", 0, None
+
+
+def _states(optimizer: Optimizer, cuts: list[Cut]) -> dict[int, dict[str, Any]]:
+    """The optimizer's state of each parameter that will be cut, checked before anything is touched."""
+    states = {}
+    for linear, name, _, kept in cuts:
+        parameter = getattr(linear, name)
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if kept is not None and isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+                raise UnsupportedError(
+                    f"{type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for weights of shape "
+                    f"{list(parameter.shape)}, which cannot be cut along: shrink without it and make a new optimizer"
+                )
+        states[id(parameter)] = state
+    return states
+
+
+@torch.no_grad()
+def _cut(adapter: Adapter, encoder: Any, cuts: list[Cut], left: Ticket, states: dict[int, dict[str, Any]]) -> set[int]:
+    """Cuts parameters, gradients and states; returns the ids of parameters that are gone."""
+    gone = set()
+    for linear, name, dim, kept in cuts:
+        parameter = getattr(linear, name)
+        if kept is None:
+            gone.add(id(parameter))
+            parameter.grad = None
+            linear.register_parameter(name, None)
+            continue
+        index = kept.to(parameter.device)
+        old, gradient = parameter.shape, parameter.grad
+        parameter.grad = None
+        parameter.data = parameter.data.index_select(dim, index)
+        if gradient is not None:
+            parameter.grad = gradient.index_select(dim, index)
+        state = states.get(id(parameter), {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == old:
+                state[key] = value.index_select(dim, index)
+        if name == "weight":
+            linear.out_features, linear.in_features = parameter.shape
+    for layer, heads in zip(encoder.layer, left.head_mask.sum(1).tolist(), strict=True):
+        adapter.resize(layer, heads)
+    return gone
