@@ -7,18 +7,21 @@ from ticketops.loading import install as _install
 
 if TYPE_CHECKING:
     from ticketops.api import search
+    from ticketops.models.export import export, load
     from ticketops.models.patch import PatchHandle, patch
     from ticketops.models.shrink import shrink
     from ticketops.reporting import report
     from ticketops.tickets import Importance, Ticket, prune
 
 __version__ = "0.1.0"
-__all__ = ["Importance", "PatchHandle", "Ticket", "patch", "prune", "report", "search", "shrink"]
+__all__ = ["Importance", "PatchHandle", "Ticket", "export", "load", "patch", "prune", "report", "search", "shrink"]
 
 _HOMES = {
     "Importance": "ticketops.tickets",
     "PatchHandle": "ticketops.models",
     "Ticket": "ticketops.tickets",
+    "export": "ticketops.models",
+    "load": "ticketops.models",
     "patch": "ticketops.models",
     "prune": "ticketops.tickets",
     "report": "ticketops.reporting",

@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,6 +136,42 @@ def _report(
         store = Store.read(folder)
         _print_table(level_rows(select(store.records(), store.config.seeds)))
         Console().print(f"Report: {path}", highlight=False, soft_wrap=True)
+
+
+class Format(StrEnum):
+    """The formats of an export."""
+
+    compact = "compact"
+    dense = "dense"
+    onnx = "onnx"
+
+
+@app.command("export")
+def _export(
+    source: Annotated[
+        Path, typer.Argument(help="A search's --output folder (made with --save-models), or a model's folder.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="The folder to make.")],
+    format: Annotated[
+        Format,
+        typer.Option(help="compact: true shapes; dense: zeros, for plain transformers; onnx: for onnxruntime."),
+    ] = Format.compact,
+    ticket: Annotated[
+        Path | None,
+        typer.Option(help="What to keep of a model's folder. \\[default: its ticket.safetensors]", show_default=False),
+    ] = None,
+    trial: Annotated[
+        str | None,
+        typer.Option(help="Which trial of a search. \\[default: the super ticket's best seed]", show_default=False),
+    ] = None,
+    traceback: Trace = False,
+) -> None:
+    """Write a small model that others can load; it is read back and compared before it is there."""
+    with _errors(traceback):
+        from ticketops.searching.release import release
+
+        path = release(source, output, format.value, ticket=ticket, trial=trial)
+        typer.echo(f"{path}: verified, {sum(file.stat().st_size for file in path.iterdir()):,} bytes")
 
 
 @app.command("show")

@@ -83,6 +83,25 @@ def narrow(encoder: nn.Module, config: Any) -> None:
         _cut(adapter, encoder, list(_cuts(adapter, encoder, head_dim(config), full, left)), left, {})
 
 
+def cut_indices(model: PreTrainedModel, held: Ticket, left: Ticket) -> dict[str, tuple[int, Tensor]]:
+    """Tells where in a model's parameters the structures lie that a ticket leaves.
+
+    Args:
+        model: with the structures of `held`.
+        held: what the model has.
+        left: a part of it.
+
+    Returns:
+        Parameter name -> (dimension, indices along it), for each parameter that shrinking would change; no indices for
+        one that would be gone.
+    """
+    adapter, base = find_adapter(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    none = torch.empty(0, dtype=torch.int64)
+    cuts = _cuts(adapter, adapter.encoder(base), head_dim(base.config), held, left)
+    return {names[id(getattr(linear, name))]: (dim, none if kept is None else kept) for linear, name, dim, kept in cuts}
+
+
 Cut = tuple[nn.Linear, str, int, Tensor | None]
 
 

@@ -67,7 +67,7 @@ class Setting:
                 validation_rows=config.validation_rows,
                 report_fraction=config.report_fraction,
             )
-            name, options = _find_model(config.model)
+            name, options = find_model(config.model)
             with _loading(config.model):
                 model_config = AutoConfig.from_pretrained(name, **options)
             with _loading(config.model):
@@ -175,8 +175,15 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _find_model(name: str) -> tuple[str, dict[str, Any]]:
-    """Where `from_pretrained` finds the model, and with which options."""
+def find_model(name: str) -> tuple[str, dict[str, Any]]:
+    """Tells where `from_pretrained` finds a search's model, and with which options.
+
+    Args:
+        name: "demo", a local folder, or an id of the Hugging Face hub.
+
+    Raises:
+        InputError: there is no such model.
+    """
     if name == "demo":
         return str(demo_model()), {"local_files_only": True}
     folder = Path(name).expanduser()

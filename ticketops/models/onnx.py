@@ -1,0 +1,84 @@
+"""ONNX: a shrunk model as one graph of true shapes, dynamic in batch and length."""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ticketops.errors import UnsupportedError
+
+_FILE = "model.onnx"
+
+
+class _Graph(nn.Module):
+    """The model as a function of tensors in a fixed order."""
+
+    def __init__(self, model: PreTrainedModel, inputs: list[str]) -> None:
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(**dict(zip(self.inputs, tensors, strict=True)))
+        return tuple(value for value in found.values() if isinstance(value, Tensor))
+
+
+def save_onnx(model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes model.onnx.
+
+    Args:
+        model: shrunk, stock classes, in evaluation mode.
+        batch: inputs of the model; other sizes than theirs are traced, so that running them shows the axes dynamic.
+        folder: where to write.
+
+    Raises:
+        UnsupportedError: the extra `onnx` is not installed, or the model has weights other than float32.
+    """
+    _extra("onnx")
+    if model.dtype != torch.float32:
+        raise UnsupportedError(f"weights are {model.dtype}, and ONNX is verified in float32: call model.float() first")
+    accepted = inspect.signature(model.forward).parameters
+    inputs = [name for name in batch if name in accepted]
+    with torch.no_grad():
+        outputs = [name for name, value in model(**{n: batch[n] for n in inputs}).items() if isinstance(value, Tensor)]
+    axes = {name: {dim: f"axis{dim}" for dim in range(batch[name].ndim)} for name in inputs}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Graph(model, inputs),
+            tuple(batch[name][-3:, ..., :8] for name in inputs),
+            str(folder / _FILE),
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_axes=axes,
+            opset_version=17,
+            dynamo=False,
+        )
+
+
+def run_onnx(folder: Path, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Runs model.onnx in onnxruntime on the CPU.
+
+    Args:
+        folder: with the file.
+        batch: the inputs.
+
+    Returns:
+        The outputs by name.
+    """
+    runtime = _extra("onnxruntime")
+    session = runtime.InferenceSession(str(folder / _FILE), providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_outputs()]
+    found = session.run(names, {node.name: batch[node.name].numpy() for node in session.get_inputs()})
+    return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+
+def _extra(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise UnsupportedError(f"{name} is not installed: pip install 'ticketops[onnx]'") from error

@@ -1,0 +1,80 @@
+"""From a search's folder, or a model's, to an export."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ticketops.errors import InputError, TicketopsError
+from ticketops.models import Format, export, load
+from ticketops.searching.selection import select
+from ticketops.searching.setting import find_model, quiet
+from ticketops.searching.store import Store
+from ticketops.tickets import Ticket
+
+
+def release(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    format: Format = "compact",
+    *,
+    ticket: str | os.PathLike[str] | None = None,
+    trial: str | None = None,
+) -> Path:
+    """Exports a trained ticket of a search, or a model's folder with a ticket.
+
+    Args:
+        source: the output folder of a search whose models were saved, or a folder made by `save_pretrained`.
+        output: the folder to make.
+        format: `compact`, `dense` or `onnx`.
+        ticket: of a model's folder; by default its ticket.safetensors, where there is one.
+        trial: the id of a search's trial; by default the super ticket's with the best seed.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: no such model, ticket or trial.
+        StoreError: the folder cannot be written.
+        TicketopsError: what was written does not compute what the model does.
+    """
+    folder = Path(source)
+    run: dict[str, Any] = {}
+    with quiet():
+        if (folder / "trials").is_dir():
+            if ticket is not None:
+                raise InputError("--ticket goes with a model's folder: name a trial of the search with --trial instead")
+            store = Store.read(folder)
+            record = _record(store, trial)
+            folder = folder / "models" / record["id"]
+            if not folder.is_dir():
+                raise InputError(
+                    f"{store.folder} has no model of {record['id']}: search with --save-models into a new folder"
+                )
+            names = ("task", "model", "kind", "sparsity", "seed", "metric", "score", "steps")
+            run = {**{name: record[name] for name in names}, "config": store.config.to_dict()}
+            name, options = find_model(store.config.model)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        elif trial is not None:
+            raise InputError(f"{folder} is no finished search: --trial goes with a search's --output folder")
+        else:
+            known = (folder / "tokenizer_config.json").is_file()
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if known else None
+        path = Path(ticket) if ticket is not None else folder / "ticket.safetensors"
+        keep = Ticket.load(path) if ticket is not None or path.is_file() else None
+        return export(load(folder), output, format, ticket=keep, tokenizer=tokenizer, run=run)
+
+
+def _record(store: Store, trial: str | None) -> dict[str, Any]:
+    records = store.records()
+    if trial is not None:
+        found = [record for record in records if record["id"] == trial]
+        if not found:
+            raise InputError(f"no finished trial {trial!r} in {store.folder}: use one of the ids in its results.csv")
+        return found[0]
+    level = select(records, store.config.seeds).super_level
+    if level is None:
+        raise TicketopsError(f"{store.folder} has no super ticket yet: finish the search, or name a --trial")
+    of_level = [r for r in records if (r["kind"], r["sparsity"]) == (level.kind, level.sparsity)]
+    return max(of_level, key=lambda record: record["score"])
