@@ -14,6 +14,11 @@ from typing import Any
 
 _ENCODERS = {
     "transformers.models.bert.modeling_bert": "BertEncoder",
+    "transformers.models.camembert.modeling_camembert": "CamembertEncoder",
+    "transformers.models.distilbert.modeling_distilbert": "Transformer",
+    "transformers.models.electra.modeling_electra": "ElectraEncoder",
+    "transformers.models.roberta.modeling_roberta": "RobertaEncoder",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta": "XLMRobertaEncoder",
 }
 
 

@@ -103,7 +103,8 @@ class Adapter:
 class LayerState:
     """What a swapped layer needs to know of the ticket; one object a layer, shared by the layer's swapped modules."""
 
-    def __init__(self, activation: str) -> None:
+    def __init__(self, index: int, activation: str) -> None:
+        self.index = index
         self.activation = activation
 
     def hold(self, heads: list[bool], ffn: bool) -> None:

@@ -1,18 +1,18 @@
-"""BERT: the bare model and every task head of transformers."""
+"""BERT and the encoders of its class pattern: the bare models and every task head of transformers."""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BertConfig, BertModel
-from transformers.models.bert.modeling_bert import BertEncoder, BertLayer, BertSelfAttention, BertSelfOutput
+from transformers import PretrainedConfig
+from transformers.models.bert import modeling_bert as bert
 
 from ticketops import ops
 from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
 
 
-class TicketBertEncoder(BertEncoder):
+class TicketEncoder(nn.Module):
     """Runs the layers on real tokens only: packs on entry, pads again at the exit."""
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Any:
@@ -20,97 +20,152 @@ class TicketBertEncoder(BertEncoder):
         packing = ticketops.packing
         if packing.indices is not None:
             hidden_states = packing.pack(hidden_states)[None]
-        output: Any = super().forward(hidden_states, *args, ticketops=ticketops, **kwargs)
+        output: Any = super().forward(  # type: ignore[misc]
+            hidden_states, *args, ticketops=ticketops, **kwargs
+        )
         if packing.indices is not None:
             output.last_hidden_state = packing.unpack(output.last_hidden_state[0])
         return output
 
 
-class TicketBertSelfAttention(BertSelfAttention):
+class TicketSelfAttention(nn.Module):
     """Attention through ops.attention, over the kept heads only."""
 
-    _ticketops: LayerState
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> tuple[Tensor, None]:
         """Takes [.., C] hidden states, returns the kept heads' contexts [.., heads * head_dim] and no attention
         weights."""
-        state = self._ticketops
-        if state.kept_heads is None:
-            projected = [linear(hidden_states) for linear in (self.query, self.key, self.value)]
-        elif state.kept_heads:
-            projected = [
-                functional.linear(hidden_states, *state.rows(linear)) for linear in (self.query, self.key, self.value)
-            ]
-        else:
-            return hidden_states[..., :0], None
-        query, key, value = (
-            x.reshape(-1, x.shape[-1] // self.attention_head_size, self.attention_head_size) for x in projected
-        )
-        context = ops.attention(
-            query,
-            key,
-            value,
-            ticketops.packing.sequences,
-            dropout_p=self.dropout.p if self.training else 0.0,
-            scale=self.scaling,
-            importance=ticketops.head_importance.get(self.layer_idx),
-            per_token=ticketops.per_token,
-        )
-        return context.view(*hidden_states.shape[:-1], -1), None
+        return attend(self, (self.query, self.key, self.value), hidden_states, ticketops), None
 
 
-class TicketBertSelfOutput(BertSelfOutput):
+class TicketSelfOutput(nn.Module):
     """The output projection over the kept heads' columns; its bias stays."""
 
     _ticketops: LayerState
+    dense: nn.Linear
+    LayerNorm: nn.LayerNorm
+    dropout: nn.Dropout
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Takes contexts [.., heads * head_dim] and the residual [.., C]; returns [.., C]."""
-        state = self._ticketops
-        if state.kept_heads is None:
-            projected = functional.linear(hidden_states, self.dense.weight)
-        elif state.kept_heads:
-            projected = functional.linear(hidden_states, state.columns(self.dense))
-        else:
-            projected = torch.zeros_like(input_tensor)
-        return _residual_norm(self, projected, input_tensor, self.dense.bias)
+        projected = project(self._ticketops, self.dense, hidden_states, input_tensor)
+        return residual_norm(self.LayerNorm, projected, input_tensor, self.dense.bias, self.dropout)
 
 
-class TicketBertLayer(BertLayer):
+class TicketLayer(nn.Module):
     """A layer whose FFN runs through ops.ffn, or not at all where the ticket prunes it."""
 
     _ticketops: LayerState
+    attention: Any
+    intermediate: Any
+    output: Any
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
         """Takes and returns hidden states [.., C]."""
         hidden_states, _ = self.attention(hidden_states, ticketops=ticketops)
         if not self._ticketops.ffn_kept:
             return self.output.LayerNorm(hidden_states)
-        fc1, fc2 = self.intermediate.dense, self.output.dense
-        output = ops.ffn(
-            hidden_states.flatten(0, -2),
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            ticketops.packing.sequences,
-            activation=self._ticketops.activation,
-            importance=ticketops.ffn_importance.get(self.attention.self.layer_idx),
-            per_token=ticketops.per_token,
-        )
-        return _residual_norm(self.output, output, hidden_states)
+        output = feed_forward(self._ticketops, self.intermediate.dense, self.output.dense, hidden_states, ticketops)
+        return residual_norm(self.output.LayerNorm, output, hidden_states, None, self.output.dropout)
 
 
-def _residual_norm(module: Any, output: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The end of a sublayer: dropout, residual and LayerNorm of a BertSelfOutput or BertOutput."""
-    norm = module.LayerNorm
+def attend(module: Any, linears: tuple[nn.Linear, ...], hidden_states: Tensor, call: Call) -> Tensor:
+    """Attends over the kept heads.
+
+    Args:
+        module: a stock self-attention, for its head size, scaling, dropout and state.
+        linears: its projections to q, k and v.
+        hidden_states: [.., C].
+        call: of the forward pass.
+
+    Returns:
+        The kept heads' contexts [.., heads * head_dim].
+    """
+    state: LayerState = module._ticketops
+    if state.kept_heads is None:
+        projected = [linear(hidden_states) for linear in linears]
+    elif state.kept_heads:
+        projected = [functional.linear(hidden_states, *state.rows(linear)) for linear in linears]
+    else:
+        return hidden_states[..., :0]
+    size = module.attention_head_size
+    query, key, value = (x.reshape(-1, x.shape[-1] // size, size) for x in projected)
+    context = ops.attention(
+        query,
+        key,
+        value,
+        call.packing.sequences,
+        dropout_p=module.dropout.p if module.training else 0.0,
+        scale=module.scaling,
+        importance=call.head_importance.get(state.index),
+        per_token=call.per_token,
+    )
+    return context.view(*hidden_states.shape[:-1], -1)
+
+
+def project(state: LayerState, linear: nn.Linear, contexts: Tensor, residual: Tensor) -> Tensor:
+    """Applies the output projection's columns of the kept heads, without its bias.
+
+    Args:
+        state: of the layer.
+        linear: the output projection.
+        contexts: [.., heads * head_dim] of the kept heads.
+        residual: [.., C], for the shape.
+    """
+    if state.kept_heads is None:
+        return functional.linear(contexts, linear.weight)
+    if state.kept_heads:
+        return functional.linear(contexts, state.columns(linear))
+    return torch.zeros_like(residual)
+
+
+def feed_forward(state: LayerState, fc1: nn.Linear, fc2: nn.Linear, hidden_states: Tensor, call: Call) -> Tensor:
+    """Applies the FFN.
+
+    Args:
+        state: of the layer.
+        fc1, fc2: the FFN's linear layers.
+        hidden_states: [.., C].
+        call: of the forward pass.
+
+    Returns:
+        [tokens, C], before dropout and residual.
+    """
+    return ops.ffn(
+        hidden_states.flatten(0, -2),
+        fc1.weight,
+        fc1.bias,
+        fc2.weight,
+        fc2.bias,
+        call.packing.sequences,
+        activation=state.activation,
+        importance=call.ffn_importance.get(state.index),
+        per_token=call.per_token,
+    )
+
+
+def residual_norm(
+    norm: nn.LayerNorm, output: Tensor, residual: Tensor, bias: Tensor | None, dropout: nn.Dropout | None
+) -> Tensor:
+    """Ends a sublayer: bias, dropout, residual and LayerNorm.
+
+    Args:
+        norm: the LayerNorm.
+        output: [.., C] of the sublayer.
+        residual: [.., C].
+        bias: [C] still to be added to the output, or None.
+        dropout: of the output, or None.
+    """
     return ops.residual_norm(
         output.flatten(0, -2),
         residual.flatten(0, -2),
         norm.weight,
         norm.bias,
         bias=bias,
-        dropout_p=module.dropout.p if module.training else 0.0,
+        dropout_p=dropout.p if dropout is not None and dropout.training else 0.0,
         eps=norm.eps,
     ).view_as(residual)
 
@@ -137,7 +192,7 @@ def _resize(layer: Any, heads: int) -> None:
     attention.all_head_size = heads * attention.attention_head_size
 
 
-def _refusal(config: BertConfig) -> str | None:
+def _refusal(config: PretrainedConfig) -> str | None:
     if config.is_decoder:
         return "is_decoder=True (causal attention): ticketops serves encoders; load it with is_decoder=False"
     if config.add_cross_attention:
@@ -147,16 +202,33 @@ def _refusal(config: BertConfig) -> str | None:
     return None
 
 
-BERT = Adapter(
-    base=BertModel,
-    swaps={
-        BertEncoder: TicketBertEncoder,
-        BertLayer: TicketBertLayer,
-        BertSelfAttention: TicketBertSelfAttention,
-        BertSelfOutput: TicketBertSelfOutput,
-    },
-    encoder=lambda base: base.encoder,
-    parts=_parts,
-    resize=_resize,
-    refusal=_refusal,
-)
+_MIXINS = {
+    "Encoder": TicketEncoder,
+    "Layer": TicketLayer,
+    "SelfAttention": TicketSelfAttention,
+    "SelfOutput": TicketSelfOutput,
+}
+
+
+def bert_like(modeling: Any, prefix: str) -> Adapter:
+    """Makes the adapter of an architecture whose modules are named and built as BERT's.
+
+    Args:
+        modeling: its module in transformers.
+        prefix: of its class names.
+    """
+    swaps: dict[type[nn.Module], type[nn.Module]] = {}
+    for name, mixin in _MIXINS.items():
+        stock = getattr(modeling, prefix + name)
+        swaps[stock] = type(f"Ticket{prefix}{name}", (mixin, stock), {"__doc__": mixin.__doc__})
+    return Adapter(
+        base=getattr(modeling, f"{prefix}Model"),
+        swaps=swaps,
+        encoder=lambda base: base.encoder,
+        parts=_parts,
+        resize=_resize,
+        refusal=_refusal,
+    )
+
+
+BERT = bert_like(bert, "Bert")

@@ -14,12 +14,17 @@ from transformers import PreTrainedModel
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState, activation_name
 from ticketops.models.bert import BERT
+from ticketops.models.camembert import CAMEMBERT
+from ticketops.models.distilbert import DISTILBERT
+from ticketops.models.electra import ELECTRA
 from ticketops.models.freezing import freeze, unfreeze
 from ticketops.models.record import head_dim, held_ticket
+from ticketops.models.roberta import ROBERTA
+from ticketops.models.xlm_roberta import XLM_ROBERTA
 from ticketops.ops import Packing
 from ticketops.tickets import Granularity, Importance, Ticket, WeightCounts
 
-ADAPTERS: tuple[Adapter, ...] = (BERT,)
+ADAPTERS: tuple[Adapter, ...] = (BERT, CAMEMBERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA)
 
 #: Arguments of a forward pass that stock layers honour and ticketops' layers do not, with the remedy.
 _REFUSED_ARGUMENTS = {
@@ -123,7 +128,8 @@ def patch(model: PreTrainedModel, *, unpad: bool = True) -> "PatchHandle":
     encoder's modules change, to subclasses of the stock ones.
 
     Args:
-        model: a BERT of transformers, bare or with a task head, on any device.
+        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA or DistilBERT of transformers, bare or with a task head, on
+            any device.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static, for captured graphs, and
             then every row of the attention mask must be one unbroken run.
 
@@ -160,7 +166,7 @@ class PatchHandle:
         self.ticket: Ticket | None = None
         self._unpad = unpad
         self._importance: Importance | None = None
-        self._states = [LayerState(activation_name(parts.activation)) for parts in self._parts]
+        self._states = [LayerState(index, activation_name(parts.activation)) for index, parts in enumerate(self._parts)]
         self.hold(held_ticket(base.config))
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
         self._swap(encoder, adapter.swaps, self)

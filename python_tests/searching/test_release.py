@@ -1,0 +1,58 @@
+"""`ticketops export` on a search's folder and on a model's."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import ticketops
+from searching.tiny import FIELDS, make_model, make_task
+from ticketops.cli import app
+from ticketops.searching import SearchConfig, run_search
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("release")
+    fields = FIELDS | {"sparsities": "0.5", "kinds": "winning", "save_models": True, "epochs": 1}
+    model, task = make_model(folder / "model"), make_task(folder / "task")
+    config = SearchConfig.from_dict(fields | {"model": str(model), "task": str(task), "output": str(folder / "run")})
+    run_search(config)
+    return folder / "run"
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, ["export", *map(str, words)], env={"COLUMNS": "120", "TERM": "dumb"})
+
+
+@pytest.mark.parametrize("format", ["compact", "dense"])
+def test_a_searchs_super_ticket_leaves(format, search, tmp_path):
+    result = invoke(search, "--format", format, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "verified" in result.stdout
+    note = json.loads((tmp_path / "out" / "ticketops.json").read_text())
+    assert note["run"]["kind"] == "winning"
+    assert note["run"]["config"]["sparsities"] == [0.5]
+    assert (tmp_path / "out" / "tokenizer_config.json").exists()
+    # An export is a model's folder itself; its ticket is found in it.
+    again = invoke(tmp_path / "out", "--output", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    ids = {"input_ids": torch.tensor([[2, 5, 7, 3]])}
+    models = [ticketops.load(tmp_path / name) for name in ("out", "again")]
+    torch.testing.assert_close(models[0](**ids).logits, models[1](**ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--trial", "seven"], 2, "no finished trial 'seven'"),
+        (["--ticket", "x.safetensors"], 2, "--ticket goes with a model's folder"),
+    ],
+)
+def test_bad_requests_are_one_line(words, code, message, search, tmp_path):
+    result = invoke(search, "--output", tmp_path / "out", *words)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,75 @@
+"""DistilBERT: BERT's mathematics under other names, and no dropout after attention."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.distilbert import modeling_distilbert as distilbert
+
+from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
+from ticketops.models.bert import TicketEncoder, attend, feed_forward, project, residual_norm
+
+
+class TicketTransformerBlock(distilbert.TransformerBlock):
+    """A layer over the kept heads, with its FFN or without."""
+
+    _ticketops: LayerState
+
+    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
+        """Takes and returns hidden states [.., C]."""
+        state, attention = self._ticketops, self.attention
+        contexts = attend(attention, (attention.q_lin, attention.k_lin, attention.v_lin), hidden_states, ticketops)
+        projected = project(state, attention.out_lin, contexts, hidden_states)
+        hidden_states = residual_norm(self.sa_layer_norm, projected, hidden_states, attention.out_lin.bias, None)
+        if not state.ffn_kept:
+            return self.output_layer_norm(hidden_states)
+        output = feed_forward(state, self.ffn.lin1, self.ffn.lin2, hidden_states, ticketops)
+        return residual_norm(self.output_layer_norm, output, hidden_states, None, self.ffn.dropout)
+
+
+class TicketDistilBertSelfAttention(distilbert.DistilBertSelfAttention):
+    """Holds the layer's state; its block computes it."""
+
+
+class TicketTransformer(TicketEncoder, distilbert.Transformer):
+    """Runs the layers on real tokens only."""
+
+
+def _parts(layer: Any) -> LayerParts:
+    return LayerParts(
+        query=layer.attention.q_lin,
+        key=layer.attention.k_lin,
+        value=layer.attention.v_lin,
+        output=layer.attention.out_lin,
+        fc1=layer.ffn.lin1,
+        fc2=layer.ffn.lin2,
+        activation=layer.ffn.activation,
+        attention_norm=layer.sa_layer_norm,
+        ffn_norm=layer.output_layer_norm,
+        dropouts=(layer.attention.dropout, layer.ffn.dropout),
+    )
+
+
+def _resize(layer: Any, heads: int) -> None:
+    layer.attention.n_heads = heads
+    layer.attention.dim = heads * layer.attention.attention_head_size
+
+
+def _refusal(config: Any) -> str | None:
+    if config.chunk_size_feed_forward:
+        return f"chunk_size_feed_forward={config.chunk_size_feed_forward}: set it to 0"
+    return None
+
+
+_SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    distilbert.Transformer: TicketTransformer,
+    distilbert.TransformerBlock: TicketTransformerBlock,
+    distilbert.DistilBertSelfAttention: TicketDistilBertSelfAttention,
+}
+DISTILBERT = Adapter(
+    base=distilbert.DistilBertModel,
+    swaps=_SWAPS,
+    encoder=lambda base: base.transformer,
+    parts=_parts,
+    resize=_resize,
+    refusal=_refusal,
+)
