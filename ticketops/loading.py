@@ -56,7 +56,8 @@ def _teach(module: ModuleType) -> None:
     @functools.wraps(make)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         make(self, config, *args, **kwargs)
-        if getattr(config, "ticketops", None) is not None:
+        # The second is what transformers 4.x wrote after prune_heads, and transformers 5 ignores.
+        if getattr(config, "ticketops", None) is not None or getattr(config, "pruned_heads", None):
             from ticketops.models.shrink import narrow
 
             narrow(self, config)

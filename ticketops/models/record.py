@@ -9,6 +9,8 @@ from ticketops.errors import InputError
 from ticketops.tickets import Ticket
 
 KEY = "ticketops"
+#: What transformers 4.x wrote after `prune_heads`: layer -> heads that are gone. transformers 5 does not read it.
+_OLD_KEY = "pruned_heads"
 # More than any encoder has; a configuration that claims more would have a loader build them all.
 MAX_LAYERS = MAX_HEADS = 1024
 
@@ -38,6 +40,9 @@ def held_ticket(config: Any) -> Ticket:
     record = getattr(config, KEY, None)
     if not (1 <= layers <= MAX_LAYERS and 1 <= heads <= MAX_HEADS):
         raise InputError(f"config.json claims {layers} layers x {heads} heads: ticketops serves 1 to {MAX_LAYERS}")
+    pruned = getattr(config, _OLD_KEY, None)
+    if record is None and pruned:
+        record = _migrate(pruned, layers, heads)
     if record is None:
         return Ticket.full(layers, heads)
     rows, ffns = (record.get("heads"), record.get("ffns")) if isinstance(record, dict) else (None, None)
@@ -66,11 +71,27 @@ def write_record(config: Any, held: Ticket) -> None:
         config: changed in place.
         held: keeps what is there.
     """
+    vars(config).pop(_OLD_KEY, None)
     if held.is_full:
         vars(config).pop(KEY, None)
     else:
         heads = [row.nonzero().flatten().tolist() for row in held.head_mask]
         setattr(config, KEY, {"heads": heads, "ffns": held.ffn_mask.nonzero().flatten().tolist()})
+
+
+def _migrate(pruned: Any, layers: int, heads: int) -> dict[str, Any]:
+    """The record that says what `pruned_heads` of transformers 4.x says."""
+    gone = {str(layer): pruned[layer] for layer in pruned} if isinstance(pruned, dict) else None
+    if (
+        gone is None
+        or not gone.keys() <= {str(layer) for layer in range(layers)}
+        or not all(
+            isinstance(row, list) and all(type(h) is int and 0 <= h < heads for h in row) for row in gone.values()
+        )
+    ):
+        raise InputError(f'config.json\'s "{_OLD_KEY}" does not fit {layers} layers x {heads} heads; correct it')
+    rows = [[head for head in range(heads) if head not in gone.get(str(layer), ())] for layer in range(layers)]
+    return {"heads": rows, "ffns": list(range(layers))}
 
 
 def _are_numbers(values: Any, below: int) -> bool:
