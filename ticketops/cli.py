@@ -20,6 +20,7 @@ from ticketops.searching.plan import SearchConfig, Trial
 
 if TYPE_CHECKING:
     from ticketops.searching.store import Record
+    from ticketops.tickets import Ticket
 
 app = typer.Typer(
     help="Finds super tickets: sub-networks of a pre-trained encoder that fine-tune better than all of it.",
@@ -176,7 +177,7 @@ def _export(
 
 @app.command("show")
 def _show(
-    ticket: Annotated[Path, typer.Argument(help="A ticket's .safetensors file.")],
+    ticket: Annotated[Path, typer.Argument(help="A ticket's .safetensors file, or a model's folder.")],
     as_json: Json = False,
     traceback: Trace = False,
 ) -> None:
@@ -184,15 +185,48 @@ def _show(
     with _errors(traceback):
         from ticketops.tickets import Ticket
 
-        found = Ticket.load(ticket)
+        rows: list[list[str]] = []
+        if ticket.is_dir():
+            found, rows = _model_ticket(ticket)
+        else:
+            found = Ticket.load(ticket)
         if as_json:
             masks = {"head_mask": found.head_mask.tolist(), "ffn_mask": found.ffn_mask.tolist()}
             counts = {name: getattr(found, name) for name in ("num_layers", "num_heads", "heads_pruned", "ffns_pruned")}
-            typer.echo(json.dumps({**counts, **masks, "metadata": dict(found.metadata)}))
+            typer.echo(json.dumps({**counts, **masks, "metadata": dict(found.metadata)} | _costs(rows)))
             return
         typer.echo(str(found))
         for name, value in found.metadata.items():
             typer.echo(f"{name}: {value}")
+        if rows:
+            _print_table(rows)
+
+
+def _model_ticket(folder: Path) -> tuple["Ticket", list[list[str]]]:
+    """What a model's folder still has, and a table of what that costs."""
+    from ticketops.models import costs, load
+    from ticketops.models.record import held_ticket
+    from ticketops.searching.setting import quiet
+    from ticketops.tickets import Ticket
+
+    with quiet():
+        model = load(folder)
+    whole, left = costs(model)
+    path = folder / "ticket.safetensors"
+    rows = [["cost", "whole", "here", "%"]]
+    for title, before, after in (
+        ("parameters", whole.parameters, left.parameters),
+        ("MACs a token of 128", whole.macs_per_token, left.macs_per_token),
+        ("bytes", whole.bytes, left.bytes),
+    ):
+        rows.append([title, f"{before:,}", f"{after:,}", f"{100 * after / before:.1f}"])
+    return Ticket.load(path) if path.is_file() else held_ticket(model.base_model.config), rows
+
+
+def _costs(rows: list[list[str]]) -> dict[str, Any]:
+    """The table of costs for JSON."""
+    numbers = {title: [int(text.replace(",", "")) for text in (before, after)] for title, before, after, _ in rows[1:]}
+    return {"costs": numbers} if numbers else {}
 
 
 @app.command("doctor")

@@ -1,7 +1,20 @@
 """Where ticketops meets Hugging Face: patching models and counting their weights."""
 
+from ticketops.models.cost import Cost, costs
 from ticketops.models.export import Format, expand, export, load
 from ticketops.models.patch import PatchHandle, check_supported, patch, weight_counts
 from ticketops.models.shrink import shrink
 
-__all__ = ["Format", "PatchHandle", "check_supported", "expand", "export", "load", "patch", "shrink", "weight_counts"]
+__all__ = [
+    "Cost",
+    "Format",
+    "PatchHandle",
+    "check_supported",
+    "costs",
+    "expand",
+    "export",
+    "load",
+    "patch",
+    "shrink",
+    "weight_counts",
+]
