@@ -20,9 +20,7 @@ class TicketEncoder(nn.Module):
         packing = ticketops.packing
         if packing.indices is not None:
             hidden_states = packing.pack(hidden_states)[None]
-        output: Any = super().forward(  # type: ignore[misc]
-            hidden_states, *args, ticketops=ticketops, **kwargs
-        )
+        output: Any = super().forward(hidden_states, *args, ticketops=ticketops, **kwargs)
         if packing.indices is not None:
             output.last_hidden_state = packing.unpack(output.last_hidden_state[0])
         return output

@@ -272,8 +272,9 @@ def _load(folder: Path) -> PreTrainedModel:
         raise InputError(f"config.json is larger than {_MAX_JSON_BYTES} bytes; check the path")
     content = json.loads(path.read_text(encoding="utf-8"), parse_int=_size)
     names = content.get("architectures") if isinstance(content, dict) else None
-    kind = getattr(transformers, names[0], None) if isinstance(names, list) and len(names) == 1 else None
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+    kind: Any = getattr(transformers, names[0], None) if isinstance(names, list) and len(names) == 1 else None
+    is_model: bool = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    if not is_model:
         raise InputError(f"config.json names no model class of transformers ({names!r:.60}); export it again")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, kind.config_class or type(None)):

@@ -41,6 +41,7 @@ def release(
     """
     folder = Path(source)
     run: dict[str, Any] = {}
+    tokenizer: Any = None
     with quiet():
         if (folder / "trials").is_dir():
             if ticket is not None:
@@ -58,9 +59,8 @@ def release(
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         elif trial is not None:
             raise InputError(f"{folder} is no finished search: --trial goes with a search's --output folder")
-        else:
-            known = (folder / "tokenizer_config.json").is_file()
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if known else None
+        elif (folder / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         path = Path(ticket) if ticket is not None else folder / "ticket.safetensors"
         keep = Ticket.load(path) if ticket is not None or path.is_file() else None
         return export(load(folder), output, format, ticket=keep, tokenizer=tokenizer, run=run)
