@@ -1,6 +1,7 @@
 """A patched model against stock transformers, and the traps on the way."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -325,3 +326,18 @@ def test_weights_are_counted_as_they_are(model):
     assert counts.encoder == sum(p.numel() for p in model.bert.encoder.parameters())
     assert counts.head == 3 * 12 * 48 + 3 * 12 + 48 * 12
     assert counts.ffn == sum(p.numel() for m in (layer.intermediate.dense, layer.output.dense) for p in m.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_patched_model_is_patched_and_keeps_its_ticket(model, batch, copied):
+    pruned = ticket(heads=[(0, 1)], ffns=[2])
+    with ticketops.patch(model).apply(pruned):
+        other = copied(model)
+        assert torch.equal(other(**batch).logits, model(**batch).logits)
+        rows = other.bert.encoder.layer[0].attention.self.query.weight.detach().view(HEADS, -1)
+        before = rows.clone()
+        optimizer = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.5)
+        other(**batch).loss.backward()
+        optimizer.step()
+    assert torch.equal(rows[1], before[1])
+    assert not torch.equal(rows[0], before[0])

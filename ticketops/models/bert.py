@@ -218,7 +218,9 @@ def bert_like(modeling: Any, prefix: str) -> Adapter:
     swaps: dict[type[nn.Module], type[nn.Module]] = {}
     for name, mixin in _MIXINS.items():
         stock = getattr(modeling, prefix + name)
-        swaps[stock] = type(f"Ticket{prefix}{name}", (mixin, stock), {"__doc__": mixin.__doc__})
+        swapped = type(f"Ticket{prefix}{name}", (mixin, stock), {"__doc__": mixin.__doc__, "__module__": __name__})
+        # Pickle looks a class up by its name in its module.
+        globals()[swapped.__name__] = swaps[stock] = swapped
     return Adapter(
         base=getattr(modeling, f"{prefix}Model"),
         swaps=swaps,

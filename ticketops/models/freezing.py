@@ -36,6 +36,15 @@ def unfreeze(parameter: Tensor) -> None:
         delattr(parameter, _MARK)
 
 
+def is_frozen(parameter: Tensor) -> bool:
+    """Tells whether any of a parameter is held still, in this process.
+
+    Args:
+        parameter: the weight or bias.
+    """
+    return _installed and hasattr(parameter, _MARK)
+
+
 def _slices(tensor: Tensor, dim: int, groups: int) -> Tensor:
     """A view of `tensor` with its dimension `dim` divided into [groups, size of a group]."""
     return tensor.unflatten(dim, (groups, -1))

@@ -17,7 +17,7 @@ from ticketops.models.bert import BERT
 from ticketops.models.camembert import CAMEMBERT
 from ticketops.models.distilbert import DISTILBERT
 from ticketops.models.electra import ELECTRA
-from ticketops.models.freezing import freeze, unfreeze
+from ticketops.models.freezing import freeze, is_frozen, unfreeze
 from ticketops.models.record import head_dim, held_ticket
 from ticketops.models.roberta import ROBERTA
 from ticketops.models.xlm_roberta import XLM_ROBERTA
@@ -226,18 +226,23 @@ class PatchHandle:
         if ticket is None:
             ticket = Ticket.full(self.num_layers, self.num_heads)
         ticket.check(self.num_layers, self.num_heads)
-        rows = zip(self._states, self._parts, ticket.head_mask.tolist(), ticket.ffn_mask.tolist(), strict=True)
-        for state, parts, heads, ffn in rows:
+        for state, heads, ffn in zip(self._states, ticket.head_mask.tolist(), ticket.ffn_mask.tolist(), strict=True):
             state.keep(heads, ffn)
-            pruned = [place for place, head in enumerate(state.heads) if not heads[head]]
+        self.ticket = None if ticket.is_full else ticket
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        """Marks what the applied ticket prunes, so that no optimizer moves it."""
+        for state, parts in zip(self._states, self._parts, strict=True):
+            kept = range(state.num_heads) if state.kept_heads is None else state.kept_heads
+            pruned = [place for place in range(state.num_heads) if place not in kept]
             for linear in (parts.query, parts.key, parts.value):
                 for parameter in (linear.weight, linear.bias):
                     freeze(parameter, 0, state.num_heads, pruned)
             freeze(parts.output.weight, 1, state.num_heads, pruned)
             for parameter in (*parts.fc1.parameters(), *parts.fc2.parameters()):
-                freeze(parameter, 0, 1, [0] if state.has_ffn and not ffn else [])
-        self.ticket = None if ticket.is_full else ticket
-        return self
+                freeze(parameter, 0, 1, [0] if state.has_ffn and not state.ffn_kept else [])
 
     @contextmanager
     def record_importance(
@@ -297,6 +302,10 @@ class PatchHandle:
         for state in self._states:
             # Made here, outside of compiled graphs, which then find them ready.
             state.head_indices(device)
+        parameters = (p for parts in self._parts for linear in parts.linears().values() for p in linear.parameters())
+        if self.ticket is not None and not any(map(is_frozen, parameters)):
+            # A deep copy has the ticket but loses the marks on its parameters, and so does another process.
+            self._freeze()
         importance = self._importance
         if importance is None or not torch.is_grad_enabled():
             return Call(packing)
