@@ -12,6 +12,7 @@ import yaml
 from searching.tiny import FIELDS, make_model, make_task
 from typer.testing import CliRunner, Result
 
+from ticketops import cli
 from ticketops.cli import app
 from ticketops.searching import SearchConfig, Store, run
 from ticketops.tickets import Ticket
@@ -152,6 +153,11 @@ def test_without_arguments_the_demo_is_searched(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("ticketops.api.search", lambda config, **_: seen.append(config))
     invoke("search")
     assert (seen[0].model, seen[0].task, seen[0].recipe) == ("demo", "demo", "demo")
+
+
+def test_columns_of_negative_numbers_are_aligned_as_numbers(capsys: pytest.CaptureFixture):
+    cli._print_table([["kind", "score"], ["full", "-17.5"], ["random", "2.7"]])
+    assert "random    2.7" in capsys.readouterr().out
 
 
 def test_dry_run_prints_the_plan_and_touches_nothing(inputs: dict[str, Any], tmp_path: Path):

@@ -298,7 +298,7 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=160)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for position, title in enumerate(rows[0]):
-        numeric = len(rows) > 1 and position > 0 and rows[1][position][:1].isdigit()
+        numeric = len(rows) > 1 and position > 0 and rows[1][position].lstrip("-")[:1].isdigit()
         table.add_column(title, justify="right" if numeric else "left")
     for row in rows[1:]:
         table.add_row(*row)

@@ -13,6 +13,7 @@ _REMEDIES = {
     errno.EROFS: "the file system is read-only: choose another --output folder",
     errno.EACCES: "permission denied: choose another --output folder or change its permissions",
     errno.EPERM: "not permitted: choose another --output folder or change its permissions",
+    errno.EEXIST: "a file of that name is in the way: choose another --output folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output folder",
 }
 
@@ -27,7 +28,7 @@ def store_error(path: Path, error: OSError) -> StoreError:
     Returns:
         The error to raise.
     """
-    remedy = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
+    remedy = _REMEDIES.get(error.errno or 0, f"{error.strerror or error}: choose another --output folder")
     return StoreError(f"cannot write {path}: {remedy}")
 
 

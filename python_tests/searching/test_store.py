@@ -158,7 +158,7 @@ def test_a_full_or_read_only_disk_loses_nothing(store: Store, monkeypatch: pytes
 
 def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="file"):
+    with pytest.raises(StoreError, match="is in the way: choose another --output"):
         Store.create(tmp_path / "file", identity(), {})
     with pytest.raises(StoreError, match=r"not a folder|is a file"):
         Store.create(tmp_path / "file" / "run", identity(), {})
@@ -175,7 +175,7 @@ def test_reading_what_is_no_store(tmp_path: Path):
     with pytest.raises(InputError, match="no ticketops folder"):
         Store.read(tmp_path)
     (tmp_path / "config.json").write_text('{"format": 1')
-    with pytest.raises(StoreError, match="truncated or damaged"):
+    with pytest.raises(StoreError, match="truncated or damaged: restore it, or choose another --output"):
         Store.read(tmp_path)
     (tmp_path / "config.json").write_text('{"format": 99}')
     with pytest.raises(StoreError, match="another version"):

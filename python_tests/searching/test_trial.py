@@ -1,4 +1,7 @@
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,7 +157,7 @@ def test_models_that_cannot_be_used_are_refused(setting: Setting, tmp_path: Any,
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2}')
     with pytest.raises((UnsupportedError, InputError)):
         load(str(tmp_path))
-    with pytest.raises(InputError, match="max_length 64"):
+    with pytest.raises(InputError, match=r"max_length 64 .*give at most 32"):
         load(setting.config.model, max_length=64)
 
     def unreachable(*_: Any, **__: Any) -> None:
@@ -163,6 +166,27 @@ def test_models_that_cannot_be_used_are_refused(setting: Setting, tmp_path: Any,
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     with pytest.raises(InputError, match=r"'someone/bert-nowhere' .*cannot be reached: give a local folder"):
         load("someone/bert-nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 3}, "lacks 16 pre-trained weights .*layer.2.*give a complete checkpoint"),
+        ({"vocab_size": 9}, "do not fit its own config.json"),
+        ({"tokenizer": None}, "has no vocabulary: save its tokenizer"),
+    ],
+)
+def test_models_whose_files_contradict_each_other_are_refused(
+    setting: Setting, tmp_path: Path, changes: dict[str, Any], words: str
+):
+    folder = shutil.copytree(setting.config.model, tmp_path / "model")
+    if "tokenizer" in changes:
+        (folder / "tokenizer.json").unlink()
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(InputError, match=words):
+        with_fields(setting, model=str(folder))
 
 
 def test_recipes_are_complete():

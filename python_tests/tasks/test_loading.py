@@ -180,6 +180,13 @@ def test_tokenize_refuses_lengths_that_do_not_suit(tokenizer, max_length):
         tokenize(task.train, task, tokenizer, max_length)
 
 
+def test_a_tokenizer_without_a_limit_names_none(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "model_max_length", int(1e30))
+    task = toy_task("classification", ("text",), [1, 0])
+    with pytest.raises(InputError, match=r"choose at least 3$"):
+        tokenize(task.train, task, tokenizer, 2)
+
+
 @pytest.mark.data
 def test_a_large_folder_loads_quickly(glue_folder):
     start = time.monotonic()

@@ -74,18 +74,28 @@ class Setting:
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
                 # Only what the checkpoint has is pre-trained; a pooler it lacks belongs to each trial's fresh head.
                 encoder, report = AutoModel.from_pretrained(
-                    name, config=model_config, dtype=torch.float32, output_loading_info=True, **options
+                    name,
+                    config=model_config,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    # Reported here, where the error would point to a report that nobody sees.
+                    ignore_mismatched_sizes=True,
+                    **options,
                 )
             check_supported(encoder)
+            # Where its files are missing, transformers makes up a tokenizer to which every word is unknown.
+            if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+                raise InputError(f"model {config.model!r} has no vocabulary: save its tokenizer into the same folder")
             if report["mismatched_keys"]:
                 raise InputError(
                     f"model {config.model!r} has weights that do not fit its own config.json: fix the folder"
                 )
             missing = set(report["missing_keys"])
             pretrained = {key: value for key, value in encoder.state_dict().items() if key not in missing}
-            if not any("attention" in key for key in pretrained):
+            if absent := sorted(key for key in missing if "pooler" not in key):
                 raise InputError(
-                    f"model {config.model!r} holds no pre-trained encoder weights: give another checkpoint"
+                    f"model {config.model!r} lacks {len(absent)} pre-trained weights that its config.json names "
+                    f"({', '.join(absent[:3])}, ...): give a complete checkpoint"
                 )
 
             model_config.num_labels = task.num_labels
@@ -96,7 +106,10 @@ class Setting:
                     setattr(model_config, field, dropout)
             longest = getattr(model_config, "max_position_embeddings", config.max_length)
             if config.max_length > longest:
-                raise InputError(f"max_length {config.max_length} exceeds the {longest} positions of {config.model!r}")
+                raise InputError(
+                    f"max_length {config.max_length} exceeds the {longest} positions of {config.model!r}: "
+                    f"give at most {longest}"
+                )
             rows = {"train": task.train, "validation": task.validation, "report": task.report}
             splits = {
                 split: tokenize(data, task, tokenizer, config.max_length)
@@ -143,10 +156,7 @@ class Setting:
         transformers.set_seed(seed)
         model = AutoModelForSequenceClassification.from_config(self.model_config, dtype=torch.float32)
         # Weights that only the bare model has, such as an unused pooler, stay behind.
-        left = model.base_model.load_state_dict(self.pretrained, strict=False).missing_keys
-        absent = [key for key in left if "pooler" not in key]
-        if absent:
-            raise InputError(f"model {self.config.model!r} lacks {', '.join(absent[:3])}: give a complete checkpoint")
+        model.base_model.load_state_dict(self.pretrained, strict=False)
         return model.train()
 
 

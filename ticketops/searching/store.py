@@ -210,7 +210,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> Record:
+def _read_json(path: Path, remedy: str = "delete it and run the same command again") -> Record:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -218,13 +218,14 @@ def _read_json(path: Path) -> Record:
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise StoreError(f"{path} is truncated or damaged: delete it and run the same command again") from error
+        raise StoreError(f"{path} is truncated or damaged: {remedy}") from error
     return content
 
 
 def _read_description(folder: Path) -> Record:
     path = folder / "config.json"
-    description = _read_json(path)
+    # Not to be deleted, as other files are: without it the folder's records are nobody's.
+    description = _read_json(path, "restore it, or choose another --output folder")
     identity = description.get("identity")
     if description.get("format") != FORMAT or not isinstance(identity, dict) or "config" not in identity:
         raise StoreError(f"{path} is damaged or of another version of ticketops: choose another --output folder")

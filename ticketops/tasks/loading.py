@@ -91,7 +91,9 @@ def tokenize(
     special = tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2)
     least, most = special + len(task.columns), tokenizer.model_max_length
     if not least <= max_length <= most:
-        raise InputError(f"max_length {max_length} does not suit the tokenizer and task: choose from {least} to {most}")
+        # A tokenizer without a limit says 1e30.
+        choices = f"from {least} to {most}" if most < 2**31 else f"at least {least}"
+        raise InputError(f"max_length {max_length} does not suit the tokenizer and task: choose {choices}")
     dtype = np.int64 if task.kind == "classification" else np.float32
 
     def encode(batch: Mapping[str, list]) -> dict[str, Any]:
