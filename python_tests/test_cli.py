@@ -262,3 +262,22 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_finished(inputs: dict[str, A
     assert rest.splitlines()[-1] == "Interrupted. Finished trials are kept: run the same command again to go on."
     assert "Traceback" not in rest
     assert len(Store.read(folder).records()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["search", "--epochs", "x"], "--epochs"),
+        (["search", "--epoch", "3"], "--epochs"),
+        (["find"], "No such command 'find'"),
+        (["show"], "Missing argument"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ticketops", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ticketops: error: ")
+    assert said in line

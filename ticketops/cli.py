@@ -41,7 +41,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 def main() -> None:
     """The console entry point."""
-    app(prog_name="ticketops")
+    try:
+        code = app(prog_name="ticketops", standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        # A wrong flag or value is click's exception, whose home has moved between versions of typer.
+        if not hasattr(error, "format_message"):
+            raise
+        message = " ".join(error.format_message().split())
+        if message:
+            typer.echo(f"ticketops: error: {message.rstrip('.')}; see ticketops --help", err=True)
+        else:
+            # No arguments at all: the help is the answer.
+            error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+    sys.exit(code)
 
 
 def _version(wanted: bool) -> None:

@@ -341,3 +341,17 @@ def test_a_copy_of_a_patched_model_is_patched_and_keeps_its_ticket(model, batch,
         optimizer.step()
     assert torch.equal(rows[1], before[1])
     assert not torch.equal(rows[0], before[0])
+
+
+def test_a_batch_without_a_real_token_is_zeros(model, batch):
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    with ticketops.patch(model):
+        assert model.bert(batch["input_ids"], batch["attention_mask"]).last_hidden_state.eq(0).all()
+        assert model(batch["input_ids"][:0], batch["attention_mask"][:0]).logits.shape == (0, 3)
+
+
+def test_training_goes_on_after_inference_mode(model, batch):
+    with ticketops.patch(model).apply(ticket(heads=[(0, 1)])):
+        with torch.inference_mode():
+            model(**batch)
+        model(**batch).loss.backward()

@@ -147,7 +147,9 @@ class LayerState:
 
     def _index(self, what: str, values: Sequence[int], device: torch.device) -> Tensor:
         if (what, device) not in self._indices:
-            self._indices[what, device] = torch.tensor(values, dtype=torch.int64, device=device)
+            # Made under inference_mode it could not be saved for a backward pass later on.
+            with torch.inference_mode(False):
+                self._indices[what, device] = torch.tensor(values, dtype=torch.int64, device=device)
         return self._indices[what, device]
 
     def rows(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,8 @@ def attend(module: Any, linears: tuple[nn.Linear, ...], hidden_states: Tensor, c
         importance=call.head_importance.get(state.index),
         per_token=call.per_token,
     )
-    return context.view(*hidden_states.shape[:-1], -1)
+    # Without any token, -1 would be ambiguous.
+    return context.view(*hidden_states.shape[:-1], context.shape[1] * context.shape[2])
 
 
 def project(state: LayerState, linear: nn.Linear, contexts: Tensor, residual: Tensor) -> Tensor:
