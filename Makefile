@@ -18,7 +18,8 @@ $(VENV)/.installed: $(BUILD_INPUTS)
 
 # Full fine-tuning, scores, three winning tickets and one random control; minutes on two cores.
 demo: setup
-	$(BIN)/ticketops search --output demo-run --sparsities 0.1,0.3,0.5 --kinds winning,random@0.3 --seeds 1
+	$(BIN)/ticketops search --output demo-run --sparsities 0.1,0.3,0.5 --kinds winning,random@0.3 --seeds 1 \
+		--train-rows 2000
 
 lint: setup
 	$(BIN)/ruff check .
