@@ -50,6 +50,42 @@ def keep_threshold(p: float) -> int:
     return math.ceil(p * (1 << 24))
 
 
+def row_keys(seed: Tensor | None, first_row: int, rows: int, heads: Tensor, num_heads: int) -> Tensor:
+    """What a row of attention weights takes from the seed: mix(row * num_heads + head + lo) ^ hi, see `keep_mask`.
+
+    Args:
+        seed: int64 [1] of this call, never None where p > 0.
+        first_row: the first row in the flat token matrix.
+        rows: how many rows from there.
+        heads: int64 [h], which heads.
+        num_heads: H, heads of the whole call.
+
+    Returns:
+        int32 [h, rows].
+    """
+    assert seed is not None
+    word = int(seed.item())
+    numbers = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=heads.device)
+    keys = (numbers[None, :] * num_heads + heads[:, None]).to(torch.int32).add_(_signed(word))
+    return _mix_(keys).bitwise_xor_(_signed(word >> 32))
+
+
+def kept(row_keys: Tensor, keys: int, p: float) -> Tensor:
+    """Which weights of these rows are kept: mix(row key + key * 0x9E3779B9) >> 8 >= ceil(p * 2**24).
+
+    Args:
+        row_keys: int32 [h, queries] of one sequence.
+        keys: its number of keys; key j is the j-th token of the sequence.
+        p: dropout probability.
+
+    Returns:
+        bool [h, queries, keys].
+    """
+    columns = torch.arange(keys, dtype=torch.int32, device=row_keys.device) * _signed(_GOLDEN)
+    words = _mix_(row_keys[:, :, None] + columns)
+    return (words >> 8).bitwise_and_(0xFFFFFF) >= keep_threshold(p)
+
+
 def keep_mask(
     seed: Tensor | None, first_row: int, queries: int, heads: Tensor, num_heads: int, keys: int, p: float
 ) -> Tensor:
@@ -71,15 +107,7 @@ def keep_mask(
     Returns:
         bool [h, queries, keys], True where the weight is kept.
     """
-    assert seed is not None
-    word = int(seed.item())
-    low, high = _signed(word), _signed(word >> 32)
-    rows = torch.arange(first_row, first_row + queries, dtype=torch.int64, device=heads.device)
-    row_key = (rows[None, :] * num_heads + heads[:, None]).to(torch.int32).add_(low)
-    row_key = _mix_(row_key).bitwise_xor_(high)
-    columns = torch.arange(keys, dtype=torch.int32, device=heads.device) * _signed(_GOLDEN)
-    words = _mix_(row_key[:, :, None] + columns)
-    return (words >> 8).bitwise_and_(0xFFFFFF) >= keep_threshold(p)
+    return kept(row_keys(seed, first_row, queries, heads, num_heads), keys, p)
 
 
 def keep_elements(seed: Tensor | None, rows: int, columns: int, p: float, device: torch.device) -> Tensor:

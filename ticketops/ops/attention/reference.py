@@ -4,7 +4,7 @@ against."""
 import torch
 from torch import Tensor
 
-from ticketops.ops.dropout import keep_mask
+from ticketops.ops.dropout import kept, row_keys
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -18,6 +18,11 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _active_heads(head_mask: Tensor | None, heads: int, device: torch.device) -> Tensor:
     return torch.arange(heads, device=device) if head_mask is None else head_mask.nonzero().squeeze(1)
+
+
+def _row_keys(seed: Tensor | None, dropout_p: float, tokens: int, heads: Tensor, num_heads: int) -> Tensor:
+    """The dropout keys of all rows, made once a call since a sequence's share is small; nothing without dropout."""
+    return row_keys(seed, 0, tokens, heads, num_heads) if dropout_p else heads.new_empty((len(heads), 0))
 
 
 def _by_head(x: Tensor, start: int, end: int, heads: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,6 +61,7 @@ def forward(
     heads = _active_heads(head_mask, num_heads, q.device)
     if not len(heads):
         return out, lse
+    rows = _row_keys(seed, dropout_p, tokens, heads, num_heads)
     for start, end in _spans(starts, lengths):
         qs, ks, vs = (_by_head(x, start, end, heads, dtype) for x in (q, k, v))
         # [h, n, n]
@@ -63,9 +69,7 @@ def forward(
         row_lse = weights.logsumexp(-1)
         weights.sub_(row_lse[:, :, None]).exp_()
         if dropout_p:
-            weights.mul_(keep_mask(seed, start, end - start, heads, num_heads, end - start, dropout_p)).div_(
-                1 - dropout_p
-            )
+            weights.mul_(kept(rows[:, start:end], end - start, dropout_p)).div_(1 - dropout_p)
         context = weights @ vs
         if head_mask is not None:
             context.mul_(head_mask[heads, None, None])
@@ -106,6 +110,7 @@ def backward(
     heads = _active_heads(head_mask, num_heads, q.device)
     if not len(heads):
         return dq, dk, dv, signed, absolute
+    rows = _row_keys(seed, dropout_p, q.shape[0], heads, num_heads)
     # [T, H]
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
     mask_gradient = delta
@@ -127,9 +132,9 @@ def backward(
         dscores = do @ vs.transpose(1, 2)
         dropped = weights
         if dropout_p:
-            kept = keep_mask(seed, start, n, heads, num_heads, n, dropout_p)
-            dropped = (weights * kept).div_(1 - dropout_p)
-            dscores.mul_(kept).div_(1 - dropout_p)
+            keep = kept(rows[:, start:end], n, dropout_p)
+            dropped = (weights * keep).div_(1 - dropout_p)
+            dscores.mul_(keep).div_(1 - dropout_p)
         dscores.sub_(row_delta[:, :, None]).mul_(weights).mul_(scale)
         for gradient, value in (
             (dq, dscores @ ks),
