@@ -7,6 +7,7 @@ All contenders run in one process and take turns on every batch, since a machine
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from ticketops import patch, prune
+from ticketops import Ticket, patch, prune
 from ticketops.errors import InputError, TicketopsError
 from ticketops.ops import backends
 from ticketops.tasks import demo_model, load_task, tokenize
@@ -108,8 +109,8 @@ def contender(setup: Setup, name: str) -> Contender:
 
     Args:
         setup: what all contenders share.
-        name: "sdpa" and "compile" are stock transformers; "full" is patched, "importance" records as well, and
-            "ticket50" trains half of all heads and FFNs.
+        name: "sdpa" and "compile" are stock transformers; "full" is patched, "importance" records as well, "ticket50"
+            trains half of all heads and FFNs, and "switching" half of them too, another half at every step.
     """
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -122,14 +123,19 @@ def contender(setup: Setup, name: str) -> Contender:
     recording: Callable[[], Any] = (
         handle.record_importance if handle and name == "importance" else contextlib.nullcontext
     )
-    if handle and name == "ticket50":
+    tickets: list[Ticket] = []
+    if handle and name in ("ticket50", "switching"):
         model.eval()
         with handle.record_importance() as importance, autocast:
             model(**setup.batches[0]).loss.backward()
-        handle.apply(prune(importance, 0.5))
+        tickets = _turned(prune(importance, 0.5))
+        handle.apply(tickets[0])
         model.zero_grad()
+    turns = itertools.cycle(tickets)
 
     def step(batch: Batch) -> None:
+        if handle and name == "switching":
+            handle.apply(next(turns))
         optimizer.zero_grad()
         with recording():
             with autocast:
@@ -139,6 +145,12 @@ def contender(setup: Setup, name: str) -> Contender:
 
     model.train()
     return Contender(name, model, step)
+
+
+def _turned(ticket: Ticket, number: int = 4) -> list[Ticket]:
+    """Tickets of exactly the same cost: one, and others with its heads turned within each layer and its FFNs between
+    them."""
+    return [Ticket(ticket.head_mask.roll(turn, 1), ticket.ffn_mask.roll(turn)) for turn in range(number)]
 
 
 def check_equal(setup: Setup, stock: Contender, patched: Contender) -> float:
@@ -234,7 +246,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
             return None
         return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
-    recorded = ratio("importance", "full")
+    recorded, switched = ratio("importance", "full"), ratio("switching", "ticket50")
     real = sum(int(batch["attention_mask"].sum()) for batch in setup.batches)
     return {
         "task": setup.task,
@@ -243,6 +255,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
         "full_vs_compile": ratio("compile", "full"),
         "ticket50_vs_full": ratio("full", "ticket50"),
         "importance_overhead": None if recorded is None else recorded - 1,
+        "switching_overhead": None if switched is None else switched - 1,
         "seconds": {
             name: dict(zip(("q20", "median", "q80"), (round(q, 5) for q in _quantiles(values)), strict=True))
             for name, values in times.items()
@@ -306,7 +319,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = ["sdpa", *([] if options.no_compile else ["compile"]), "full", "importance", "ticket50"]
+    names = ["sdpa", *([] if options.no_compile else ["compile"]), "full", "importance", "ticket50", "switching"]
     try:
         if options.batches < 1 or options.rounds < 1:
             raise InputError("--batches and --rounds must be at least 1")
@@ -331,7 +344,8 @@ def main() -> int:
         print(f"{name:14s} {median:9.1f} ms  ({low:.1f} to {high:.1f})")
     for name in ("full_vs_sdpa", "full_vs_compile", "ticket50_vs_full"):
         print(f"{name:20s}" + ("not measured" if result[name] is None else f"{result[name]:.2f}x"))
-    print(f"importance_overhead {result['importance_overhead']:+.1%}")
+    for name in ("importance_overhead", "switching_overhead"):
+        print(f"{name:20s}{result[name]:+.1%}")
     return 0
 
 

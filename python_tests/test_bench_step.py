@@ -25,11 +25,12 @@ def test_one_json_object_with_medians_and_ratios(tmp_path):
     result = json.loads(done.stdout)
     assert result["full_vs_compile"] is None
     seconds = result["seconds"]
-    assert set(seconds) == {"sdpa", "full", "importance", "ticket50", "matmul_floor"}
+    assert set(seconds) == {"sdpa", "full", "importance", "ticket50", "switching", "matmul_floor"}
     assert all(0 < each["q20"] <= each["median"] <= each["q80"] for each in seconds.values())
     for ratio in ("full_vs_sdpa", "ticket50_vs_full"):
         assert result[ratio] > 0
     assert result["importance_overhead"] > -1
+    assert result["switching_overhead"] > -1
     assert result["steps_timed"] == 4
     assert result["real_tokens"] < result["padded_tokens"]
     assert str(tmp_path) not in done.stdout

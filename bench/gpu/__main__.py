@@ -39,9 +39,12 @@ def _run(command: list[str], root: Path) -> tuple[bool, str]:
 
 
 def _tests(tiny: bool, root: Path) -> dict[str, Any]:
-    folder = root / "python_tests" / "ops"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "test_triton.py")]
-    command += ["-k", "of_nothing"] if tiny else [str(folder / "test_triton_gpu.py")]
+    folder = root / "python_tests"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "ops" / "test_triton.py")]
+    if tiny:
+        command += ["-k", "of_nothing"]
+    else:
+        command += [str(folder / "ops" / "test_triton_gpu.py"), str(folder / "models" / "test_switching_gpu.py")]
     passed, summary = _run(command, root)
     return {"passed": passed, "summary": summary}
 

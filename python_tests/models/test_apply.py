@@ -157,6 +157,62 @@ def test_a_ticket_can_be_changed_and_taken_off(model, stock, batch):
         torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, rtol=1e-5, atol=1e-5)
 
 
+class NewTensors(TorchDispatchMode):
+    """Notes the operations that make tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+def test_applying_a_known_ticket_makes_no_tensor(model):
+    with ticketops.patch(model) as handle:
+        for seed in (1, 2):
+            handle.apply(draw_ticket(seed))
+        handle.apply(None)
+        new = draw_ticket(3)
+        with NewTensors() as made:
+            handle.apply(new)
+        assert "clone" in made.names
+        # Tickets that are equal, not the same: what is known of one holds for the other.
+        again = [draw_ticket(1), draw_ticket(2), None]
+        with NewTensors() as made:
+            for ticket in again:
+                handle.apply(ticket)
+                assert handle.ticket is ticket
+        # A ticket's hash looks at its masks through views of them.
+        assert set(made.names) <= {"detach"}
+
+
+def test_steps_on_known_tickets_bring_nothing_to_the_device(model, batch, monkeypatch):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with ticketops.patch(model) as handle, handle.record_importance():
+
+        def step(seed):
+            handle.apply(draw_ticket(seed))
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for seed in (1, 2):
+            step(seed)
+
+        def refuse(*args, **kwargs):
+            raise AssertionError("made from numbers on the host")
+
+        monkeypatch.setattr(torch, "tensor", refuse)
+        for seed in (1, 2):
+            step(seed)
+        with pytest.raises(AssertionError, match="on the host"):
+            step(3)
+
+
 def test_a_ticket_for_another_architecture_is_refused_and_changes_nothing(model):
     with ticketops.patch(model) as handle:
         handle.apply(draw_ticket(1))

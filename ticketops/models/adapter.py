@@ -1,13 +1,14 @@
 """What ticketops must know of an architecture: where its linear layers live and which classes to swap."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ticketops.errors import UnsupportedError
+from ticketops.models.freezing import Frozen
+from ticketops.models.indices import Indices
 from ticketops.ops import Packing
 
 #: Activation modules of transformers and torch, by class name, and what the FFN op calls them.
@@ -100,8 +101,35 @@ class Adapter:
         return list(encoder.layer)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a ticket keeps of one layer; made once a ticket, so that applying it again makes no tensor.
+
+    Attributes:
+        heads: places of the computed heads among those that are there; None for all, on the path without indexing.
+        numbers: the computed heads by their numbers in the architecture; None for all of the architecture.
+        ffn: whether the FFN is computed.
+        frozen_rows: what no optimizer moves of the weights and biases of q, k and v.
+        frozen_columns: the same of the output projection's weight.
+        frozen_ffn: the same of the FFN's parameters.
+    """
+
+    heads: Indices | None
+    numbers: Indices | None
+    ffn: bool
+    frozen_rows: Frozen
+    frozen_columns: Frozen
+    frozen_ffn: Frozen
+
+
 class LayerState:
-    """What a swapped layer needs to know of the ticket; one object a layer, shared by the layer's swapped modules."""
+    """What a swapped layer needs to know of the ticket; one object a layer, shared by the layer's swapped modules.
+
+    Attributes:
+        index: of the layer.
+        activation: the FFN op's name for its activation.
+        kept: what of the layer is computed.
+    """
 
     def __init__(self, index: int, activation: str) -> None:
         self.index = index
@@ -116,52 +144,46 @@ class LayerState:
         """
         self.heads = tuple(head for head, there in enumerate(heads) if there)
         self.has_ffn = ffn
-        self.keep(heads, ffn)
+        self.kept = self.keep(heads, ffn)
 
-    def keep(self, heads: list[bool], ffn: bool) -> None:
-        """Sets which structures are computed, out of those that are there.
+    def keep(self, heads: list[bool], ffn: bool) -> Kept:
+        """Works out what to compute of the structures that are there.
 
         Args:
             heads: for each head of the architecture, whether to compute it.
             ffn: whether to compute the FFN.
+
+        Returns:
+            What `kept` is to be for that.
         """
-        kept = tuple(place for place, head in enumerate(self.heads) if heads[head])
-        # Places among the heads that are there; None is all of them, on the path without indexing.
-        self.kept_heads = None if kept and len(kept) == self.num_heads else kept
-        self.ffn_kept = ffn and self.has_ffn
-        self._indices: dict[tuple[str, torch.device], Tensor] = {}
+        places = [place for place, head in enumerate(self.heads) if heads[head]]
+        pruned = Indices(place for place, head in enumerate(self.heads) if not heads[head])
+        return Kept(
+            heads=None if places and not pruned else Indices(places),
+            numbers=None if len(places) == len(heads) else Indices(self.heads[place] for place in places),
+            ffn=ffn and self.has_ffn,
+            frozen_rows=Frozen(0, self.num_heads, pruned),
+            frozen_columns=Frozen(1, self.num_heads, pruned),
+            frozen_ffn=Frozen(0, 1, Indices([0] if self.has_ffn and not ffn else [])),
+        )
 
     @property
     def num_heads(self) -> int:
         """How many heads the layer's weights have."""
         return len(self.heads)
 
-    def head_indices(self, device: torch.device) -> Tensor:
-        """The places of the kept heads among those that are there, as int64 on a device, made once a device."""
-        return self._index("places", self.kept_heads or (), device)
-
-    def recorded(self, device: torch.device) -> Tensor:
-        """The computed heads by their numbers in the architecture, as int64 on a device, made once a device."""
-        places = range(self.num_heads) if self.kept_heads is None else self.kept_heads
-        return self._index("heads", [self.heads[place] for place in places], device)
-
-    def _index(self, what: str, values: Sequence[int], device: torch.device) -> Tensor:
-        if (what, device) not in self._indices:
-            # Made under inference_mode it could not be saved for a backward pass later on.
-            with torch.inference_mode(False):
-                self._indices[what, device] = torch.tensor(values, dtype=torch.int64, device=device)
-        return self._indices[what, device]
-
     def rows(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Weight and bias of a q, k or v projection restricted to the kept heads; gradients reach the kept rows
         only."""
-        heads = self.head_indices(linear.weight.device)
+        assert self.kept.heads is not None
+        heads = self.kept.heads.on(linear.weight.device)
         weight = linear.weight.view(self.num_heads, -1, linear.in_features).index_select(0, heads).flatten(0, 1)
         return weight, linear.bias.view(self.num_heads, -1).index_select(0, heads).flatten()
 
     def columns(self, linear: nn.Linear) -> Tensor:
         """Weight of the output projection restricted to the kept heads' columns."""
-        heads = self.head_indices(linear.weight.device)
+        assert self.kept.heads is not None
+        heads = self.kept.heads.on(linear.weight.device)
         return linear.weight.view(linear.out_features, self.num_heads, -1).index_select(1, heads).flatten(1)
 
 

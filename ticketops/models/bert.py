@@ -64,7 +64,7 @@ class TicketLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
         """Takes and returns hidden states [.., C]."""
         hidden_states, _ = self.attention(hidden_states, ticketops=ticketops)
-        if not self._ticketops.ffn_kept:
+        if not self._ticketops.kept.ffn:
             return self.output.LayerNorm(hidden_states)
         output = feed_forward(self._ticketops, self.intermediate.dense, self.output.dense, hidden_states, ticketops)
         return residual_norm(self.output.LayerNorm, output, hidden_states, None, self.output.dropout)
@@ -83,9 +83,10 @@ def attend(module: Any, linears: tuple[nn.Linear, ...], hidden_states: Tensor, c
         The kept heads' contexts [.., heads * head_dim].
     """
     state: LayerState = module._ticketops
-    if state.kept_heads is None:
+    heads = state.kept.heads
+    if heads is None:
         projected = [linear(hidden_states) for linear in linears]
-    elif state.kept_heads:
+    elif heads:
         projected = [functional.linear(hidden_states, *state.rows(linear)) for linear in linears]
     else:
         return hidden_states[..., :0]
@@ -114,9 +115,10 @@ def project(state: LayerState, linear: nn.Linear, contexts: Tensor, residual: Te
         contexts: [.., heads * head_dim] of the kept heads.
         residual: [.., C], for the shape.
     """
-    if state.kept_heads is None:
+    heads = state.kept.heads
+    if heads is None:
         return functional.linear(contexts, linear.weight)
-    if state.kept_heads:
+    if heads:
         return functional.linear(contexts, state.columns(linear))
     return torch.zeros_like(residual)
 

@@ -20,7 +20,7 @@ class TicketTransformerBlock(distilbert.TransformerBlock):
         contexts = attend(attention, (attention.q_lin, attention.k_lin, attention.v_lin), hidden_states, ticketops)
         projected = project(state, attention.out_lin, contexts, hidden_states)
         hidden_states = residual_norm(self.sa_layer_norm, projected, hidden_states, attention.out_lin.bias, None)
-        if not state.ffn_kept:
+        if not state.kept.ffn:
             return self.output_layer_norm(hidden_states)
         output = feed_forward(state, self.ffn.lin1, self.ffn.lin2, hidden_states, ticketops)
         return residual_norm(self.output_layer_norm, output, hidden_states, None, self.ffn.dropout)

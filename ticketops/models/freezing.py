@@ -1,29 +1,49 @@
 """Keeps pruned weights still: no optimizer of torch.optim moves them, whatever its momentum or weight decay."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ticketops.models.indices import Indices
+
 _MARK = "_ticketops_frozen"
 _SAVED = "_ticketops_saved"
 
 
-def freeze(parameter: Tensor, dim: int, groups: int, frozen: list[int]) -> None:
+@dataclass(frozen=True)
+class Frozen:
+    """Slices of a parameter that no optimizer may move.
+
+    Attributes:
+        dim: the dimension that is divided into groups.
+        groups: equal slices along `dim` (heads).
+        places: which of them are frozen.
+    """
+
+    dim: int
+    groups: int
+    places: Indices
+
+    def slices(self, tensor: Tensor) -> Tensor:
+        """A view of a tensor with its dimension `dim` divided into [groups, size of a group]."""
+        return tensor.unflatten(self.dim, (self.groups, -1))
+
+
+def freeze(parameter: Tensor, frozen: Frozen) -> None:
     """Marks slices of a parameter as frozen, in place of what was marked before.
 
     Args:
         parameter: the weight or bias.
-        dim: the dimension that is divided into groups.
-        groups: equal slices along `dim` (heads).
-        frozen: which of them are frozen; none lifts the mark.
+        frozen: which slices; none lifts the mark.
     """
-    if not frozen:
-        unfreeze(parameter)
-    else:
+    if frozen.places:
         _install_hooks()
-        setattr(parameter, _MARK, (dim, groups, torch.tensor(frozen), len(frozen) == groups))
+        setattr(parameter, _MARK, frozen)
+    else:
+        unfreeze(parameter)
 
 
 def unfreeze(parameter: Tensor) -> None:
@@ -45,27 +65,21 @@ def is_frozen(parameter: Tensor) -> bool:
     return _installed and hasattr(parameter, _MARK)
 
 
-def _slices(tensor: Tensor, dim: int, groups: int) -> Tensor:
-    """A view of `tensor` with its dimension `dim` divided into [groups, size of a group]."""
-    return tensor.unflatten(dim, (groups, -1))
-
-
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Hides wholly frozen parameters from the optimizer and copies the frozen slices of the others, with their
     state."""
     saved = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            mark = getattr(parameter, _MARK, None)
-            if mark is None or parameter.grad is None:
+            frozen: Frozen | None = getattr(parameter, _MARK, None)
+            if frozen is None or parameter.grad is None:
                 continue
-            dim, groups, frozen, whole = mark
-            if whole:
+            if len(frozen.places) == frozen.groups:
                 parameter.grad = None
                 continue
-            frozen = frozen.to(parameter.device)
+            index = frozen.places.on(parameter.device)
             saved += [
-                (tensor, dim, groups, frozen, _slices(tensor.detach(), dim, groups).index_select(dim, frozen))
+                (tensor, frozen, index, frozen.slices(tensor.detach()).index_select(frozen.dim, index))
                 for tensor in (parameter, *optimizer.state.get(parameter, {}).values())
                 if isinstance(tensor, Tensor) and tensor.shape == parameter.shape
             ]
@@ -74,8 +88,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for tensor, dim, groups, frozen, copy in getattr(optimizer, _SAVED, ()):
-        _slices(tensor, dim, groups).index_copy_(dim, frozen, copy)
+    for tensor, frozen, index, copy in getattr(optimizer, _SAVED, ()):
+        frozen.slices(tensor).index_copy_(frozen.dim, index, copy)
     setattr(optimizer, _SAVED, [])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ticketops.errors import InputError, UnsupportedError
-from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState, activation_name
+from ticketops.models.adapter import Adapter, Call, Kept, LayerParts, LayerState, activation_name
 from ticketops.models.bert import BERT
 from ticketops.models.camembert import CAMEMBERT
 from ticketops.models.distilbert import DISTILBERT
@@ -167,6 +167,8 @@ class PatchHandle:
         self._unpad = unpad
         self._importance: Importance | None = None
         self._states = [LayerState(index, activation_name(parts.activation)) for index, parts in enumerate(self._parts)]
+        # Of each ticket that was applied, whether it is full and what it keeps of each layer.
+        self._known: dict[Ticket | None, tuple[bool, list[Kept]]] = {}
         self.hold(held_ticket(base.config))
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
         self._swap(encoder, adapter.swaps, self)
@@ -206,12 +208,14 @@ class PatchHandle:
         """
         for state, heads, ffn in zip(self._states, held.head_mask.tolist(), held.ffn_mask.tolist(), strict=True):
             state.hold(heads, ffn)
+        self._known.clear()
 
     def apply(self, ticket: Ticket | None) -> "PatchHandle":
         """Restricts the model to a ticket: what it prunes costs no compute, gets no gradient and no optimizer moves it.
 
         Holds for every optimizer of torch.optim, with momentum and weight decay too; weights stay in place at full
-        shape.
+        shape. Applying a ticket once more is cheap enough for every training step: it copies nothing, makes no tensor
+        and does not wait for the device.
 
         Args:
             ticket: which heads and FFNs to keep; None for the whole model.
@@ -223,26 +227,34 @@ class PatchHandle:
             InputError: a ticket for another number of layers or heads, or a reverted model.
         """
         self._check_live()
+        known = self._known.get(ticket)
+        if known is None:
+            known = self._known[ticket] = self._keep(ticket)
+        full, layers = known
+        for state, kept in zip(self._states, layers, strict=True):
+            state.kept = kept
+        self.ticket = None if full else ticket
+        self._freeze()
+        return self
+
+    def _keep(self, ticket: Ticket | None) -> tuple[bool, list[Kept]]:
+        """Whether a ticket is full, and what it keeps of each layer."""
         if ticket is None:
             ticket = Ticket.full(self.num_layers, self.num_heads)
         ticket.check(self.num_layers, self.num_heads)
-        for state, heads, ffn in zip(self._states, ticket.head_mask.tolist(), ticket.ffn_mask.tolist(), strict=True):
-            state.keep(heads, ffn)
-        self.ticket = None if ticket.is_full else ticket
-        self._freeze()
-        return self
+        rows = zip(self._states, ticket.head_mask.tolist(), ticket.ffn_mask.tolist(), strict=True)
+        return ticket.is_full, [state.keep(heads, ffn) for state, heads, ffn in rows]
 
     def _freeze(self) -> None:
         """Marks what the applied ticket prunes, so that no optimizer moves it."""
         for state, parts in zip(self._states, self._parts, strict=True):
-            kept = range(state.num_heads) if state.kept_heads is None else state.kept_heads
-            pruned = [place for place in range(state.num_heads) if place not in kept]
+            kept = state.kept
             for linear in (parts.query, parts.key, parts.value):
-                for parameter in (linear.weight, linear.bias):
-                    freeze(parameter, 0, state.num_heads, pruned)
-            freeze(parts.output.weight, 1, state.num_heads, pruned)
+                freeze(linear.weight, kept.frozen_rows)
+                freeze(linear.bias, kept.frozen_rows)
+            freeze(parts.output.weight, kept.frozen_columns)
             for parameter in (*parts.fc1.parameters(), *parts.fc2.parameters()):
-                freeze(parameter, 0, 1, [0] if state.has_ffn and not state.ffn_kept else [])
+                freeze(parameter, kept.frozen_ffn)
 
     @contextmanager
     def record_importance(
@@ -300,8 +312,9 @@ class PatchHandle:
     def _call(self, packing: Packing, device: torch.device) -> Call:
         """The per-call information, with a leaf for each importance partial where a backward pass may follow."""
         for state in self._states:
-            # Made here, outside of compiled graphs, which then find them ready.
-            state.head_indices(device)
+            if state.kept.heads is not None:
+                # Made here, outside of compiled graphs, which then find them ready.
+                state.kept.heads.on(device)
         parameters = (p for parts in self._parts for linear in parts.linears().values() for p in linear.parameters())
         if self.ticket is not None and not any(map(is_frozen, parameters)):
             # A deep copy has the ticket but loses the marks on its parameters, and so does another process.
@@ -313,7 +326,7 @@ class PatchHandle:
         batch = len(packing.sequences)
         idle: list[Callable[..., None]] = []
         for layer, state in enumerate(self._states):
-            kept = None if state.kept_heads is None and state.num_heads == self.num_heads else state.recorded(device)
+            kept = None if state.kept.numbers is None else state.kept.numbers.on(device)
             heads = self.num_heads if kept is None else len(kept)
             add_heads = partial(_add_heads, importance, layer, kept, self.num_heads)
             add_ffn = partial(_add_ffn, importance, layer)
@@ -321,7 +334,7 @@ class PatchHandle:
                 call.head_importance[layer] = _leaf((batch, heads), device, add_heads)
             else:
                 idle.append(partial(add_heads, torch.zeros(batch, 0, device=device)))
-            if state.ffn_kept:
+            if state.kept.ffn:
                 call.ffn_importance[layer] = _leaf((batch,), device, add_ffn)
             else:
                 idle.append(partial(add_ffn, torch.zeros(batch, device=device)))
