@@ -1,4 +1,4 @@
-"""python -m bench.gpu [--tiny] [--output DIR] [--only attention,ffn,step]
+"""python -m bench.gpu [--tiny] [--output DIR] [--only attention,ffn,projection,step]
 
 Runs the GPU tests, compute-sanitizer where it is installed, and the benchmarks; writes <device>.json and pictures. A
 ratio is given only where the tests and the workload's own correctness gate are green. `--tiny` goes the same way on
@@ -6,6 +6,7 @@ tiny shapes in Triton's interpreter on the CPU, and gives no ratios.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -15,18 +16,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+BENCHES = ("attention", "ffn", "projection", "step")
+
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--tiny", action="store_true", help="tiny shapes in Triton's interpreter on the CPU")
     parser.add_argument("--output", type=Path, help="folder for the results (default: bench/results; needed by --tiny)")
-    parser.add_argument("--only", default="attention,ffn,step", help="which benchmarks, separated by commas")
+    parser.add_argument("--only", default=",".join(BENCHES), help="which benchmarks, separated by commas")
     parser.add_argument("--skip-tests", action="store_true", help="skips tests and sanitizer, and with them all ratios")
     options = parser.parse_args()
     options.only = options.only.split(",")
-    unknown = set(options.only) - {"attention", "ffn", "step"}
+    unknown = set(options.only) - set(BENCHES)
     if unknown:
-        parser.error(f"--only {','.join(sorted(unknown))}: choose from attention, ffn, step")
+        parser.error(f"--only {','.join(sorted(unknown))}: choose from {', '.join(BENCHES)}")
     if options.tiny and options.output is None:
         parser.error("--tiny needs --output: its timings say nothing of a GPU and have no place in bench/results")
     return options
@@ -90,7 +93,7 @@ def main() -> int:
         os.environ.pop("TRITON_INTERPRET", None)
     import torch
 
-    from bench.gpu import attention, ffn, measure, plots, step
+    from bench.gpu import measure, plots
     from ticketops.files import write_atomically
 
     if not options.tiny and not torch.cuda.is_available():
@@ -108,10 +111,10 @@ def main() -> int:
         record["tests"] = _tests(options.tiny, measure.ROOT)
         record["sanitizer"] = _sanitizer(options.tiny, measure.ROOT)
     rows: list[dict[str, Any]] = []
-    for name, bench in (("attention", attention), ("ffn", ffn), ("step", step)):
+    for name in BENCHES:
         if name in options.only:
             print(f"measuring {name}", flush=True)
-            rows += bench.rows(setting)
+            rows += importlib.import_module(f"bench.gpu.{name}").rows(setting)
     record["rows"] = rows
     verdicts = [verdict for verdict in record.get("sanitizer", {}).values() if isinstance(verdict, dict)]
     sanitized = all(verdict["passed"] for verdict in verdicts)

@@ -32,6 +32,7 @@ def bert_launches(target: tuple[int, int]) -> list[kernel_report.Launch]:
         *kernel_report.attention_launches(target, torch.bfloat16, 64, 128),
         *kernel_report.attention_launches(target, torch.bfloat16, 64, 512),
         *kernel_report.ffn_launches(target, torch.bfloat16),
+        *kernel_report.projection_launches(target, torch.bfloat16),
         *kernel_report.residual_launches(target, torch.bfloat16),
     ]
 
@@ -44,7 +45,7 @@ def test_bert_base_kernels_fit(target):
         result = compiled[name, launch.case["case"]] = kernel_report.compile_launch(launch)
         assert result.spills == 0 or not SPILL_FREE, (name, launch.case, launch.tile, result)
         assert result.shared <= kernel_report.SHARED_LIMIT[target[0]], (name, launch.case, launch.tile, result)
-        if name.startswith("attention") and launch.tile.rows >= LEAST_ROWS:
+        if name.startswith(("attention", "projection")) and launch.tile.rows >= LEAST_ROWS:
             assert result.matrix_unit == MATRIX_UNIT[target[0]], (name, launch.case, result)
     kernels = {name for name, _ in compiled}
     assert {"attention.forward_kernel", "attention.dq_kernel", "attention.dkdv_kernel"} <= kernels
@@ -81,6 +82,14 @@ def test_kernels_compile_without_dropout_masks_and_bias():
         *kernel_report.residual_launches((9, 0), torch.bfloat16, options=False),
     ):
         assert kernel_report.compile_launch(launch).spills == 0 or not SPILL_FREE
+
+
+def test_projections_compile_with_weights_in_float32():
+    """As under autocast."""
+    for launch in kernel_report.projection_launches((9, 0), torch.bfloat16, weight_dtype=torch.float32):
+        result = kernel_report.compile_launch(launch)
+        assert result.spills == 0 or not SPILL_FREE
+        assert (result.matrix_unit == "wgmma") == (launch.kernel.__name__ != "finish_kernel")
 
 
 def test_unknown_gpus_get_the_smallest_tiles():

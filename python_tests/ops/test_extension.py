@@ -37,13 +37,20 @@ def built():
 @pytest.mark.usefixtures("built")
 def test_native_is_preferred_and_leaves_other_dtypes_to_the_reference(monkeypatch):
     monkeypatch.delenv("TICKETOPS_BACKEND", raising=False)
-    for op in backends.OPS:
+    for op in ("attention", "ffn", "residual"):
         for dtype in (torch.float32, torch.bfloat16):
             assert backends.choose(op, CPU, dtype)[0] == "native"
         for dtype in (torch.float64, torch.float16):
             name, why = backends.choose(op, CPU, dtype)
             assert name == "reference"
             assert f"native is out: it has no kernels for {str(dtype).removeprefix('torch.')}" in why
+
+
+@pytest.mark.parametrize("wanted", ["auto", "native", "reference"])
+def test_an_op_without_native_kernels_is_left_to_the_reference(monkeypatch, wanted):
+    monkeypatch.setenv("TICKETOPS_BACKEND", wanted)
+    for dtype in (torch.float32, torch.float16):
+        assert backends.choose("projection", CPU, dtype)[0] == "reference"
 
 
 def test_a_missing_extension_is_explained(monkeypatch):

@@ -14,9 +14,9 @@ from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
 import ticketops.ops as ops
-from ticketops import patch
+from ticketops import Ticket, patch
 from ticketops.errors import UnsupportedError
-from ticketops.ops import Sequences
+from ticketops.ops import Sequences, projection, triton_configs
 from ticketops.ops.backends import BACKENDS, choose
 from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
 
@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from ticketops.ops import triton_common as common
+from ticketops.ops.projection import triton as projection_kernels
 
 DEVICE = torch.device("cpu" if common.INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16] + ([] if common.INTERPRETED else [torch.bfloat16])
@@ -411,6 +412,159 @@ def test_ffn_of_no_tokens():
     assert not w2.grad.any()
 
 
+# Projections
+
+
+@pytest.fixture
+def indexed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the indexed kernels run every projection, whatever the dispatch rule prefers."""
+    monkeypatch.setattr(projection, "_most_indexed_tokens", lambda device, dtype: 1 << 30)
+
+
+def plain_projections(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], kept: Tensor, gradients: list[Tensor]
+) -> dict[str, Tensor]:
+    """q, k, v and the output projection of y by masking: the kept rows and columns picked from whole products."""
+    *qkv, output = weights
+    names = ["q", "k", "v"]
+    ys = [functional.linear(x, w, b)[:, kept] for w, b in zip(qkv, biases, strict=True)]
+    leaves = [x, *qkv, *biases]
+    found = torch.autograd.grad(ys, leaves, gradients[:3])
+    result = dict(zip(names, ys, strict=True)) | dict(
+        zip(["dx", *(f"dw{n}" for n in names), *(f"db{n}" for n in names)], found, strict=True)
+    )
+    y = leaf(gradients[0], x.dtype)
+    out = functional.linear(y, output[:, kept])
+    dy, doutput = torch.autograd.grad(out, (y, output), gradients[3])
+    return result | {"out": out, "dy": dy, "doutput": doutput}
+
+
+def indexed_projections(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], groups: Tensor, heads: int, gradients: list[Tensor]
+) -> dict[str, Tensor]:
+    """The same through the ops."""
+    *qkv, output = weights
+    names = ["q", "k", "v"]
+    ys = ops.project_rows(x, qkv, biases, groups, heads)
+    found = torch.autograd.grad(ys, [x, *qkv, *biases], gradients[:3])
+    result = dict(zip(names, ys, strict=True)) | dict(
+        zip(["dx", *(f"dw{n}" for n in names), *(f"db{n}" for n in names)], found, strict=True)
+    )
+    y = leaf(gradients[0], x.dtype)
+    out = ops.project_columns(y, output, groups, heads)
+    dy, doutput = torch.autograd.grad(out, (y, output), gradients[3])
+    return result | {"out": out, "dy": dy, "doutput": doutput}
+
+
+@pytest.mark.usefixtures("indexed")
+@pytest.mark.parametrize("dtype", DTYPES)
+@drawn
+@given(
+    tokens=st.sampled_from([1, 2, 31, 63, 64, 65, 127, 128, 129] + ([] if common.INTERPRETED else [2047, 4099])),
+    channels=st.sampled_from([16, 40, 65] + ([] if common.INTERPRETED else [130, 768])),
+    kept=st.lists(st.booleans(), min_size=1, max_size=3).filter(any),
+    head_dim=st.sampled_from([16, 24, 32, 40, 64, 72, 128]),
+    wide_weights=st.booleans(),
+    strided=st.booleans(),
+)
+@example(tokens=129, channels=65, kept=[True, False, True], head_dim=24, wide_weights=True, strided=True)
+@example(tokens=1, channels=16, kept=[True], head_dim=16, wide_weights=False, strided=False)
+def test_projections(tokens, channels, kept, head_dim, wide_weights, strided, dtype):
+    torch.manual_seed(tokens + channels)
+    heads, weight_dtype = len(kept), torch.float32 if wide_weights else dtype
+    groups = torch.tensor(kept, device=DEVICE).nonzero().flatten()
+    rows = torch.tensor(kept, device=DEVICE).repeat_interleave(head_dim).nonzero().flatten()
+
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn((columns, rows), device=DEVICE).t() if strided else torch.randn((rows, columns), device=DEVICE)
+        return x * scale
+
+    size = heads * head_dim
+    x = matrix(tokens, channels).to(dtype)
+    weights = [matrix(size, channels, channels**-0.5) for _ in range(3)] + [matrix(channels, size, size**-0.5)]
+    biases = [torch.randn(size, device=DEVICE) for _ in range(3)]
+    gradients = [matrix(tokens, width).to(dtype) for width in (*[len(rows)] * 3, channels)]
+    parameters = [[value.to(dtype).to(weight_dtype) for value in values] for values in (weights, biases)]
+
+    def plain(dtype: torch.dtype) -> dict[str, Tensor]:
+        cast = [[leaf(value, dtype) for value in values] for values in parameters]
+        return plain_projections(leaf(x, dtype), *cast, rows, [g.to(dtype) for g in gradients])
+
+    leaves = [[leaf(value, weight_dtype) for value in values] for values in parameters]
+    actual = indexed_projections(leaf(x, dtype), *leaves, groups, heads, gradients)
+    assert all(actual[f"d{name}"].dtype == weight_dtype for name in ("wq", "bk", "output"))
+    check(actual, plain(dtype), plain(torch.float64))
+    gone = torch.tensor(kept, device=DEVICE).logical_not().repeat_interleave(head_dim)
+    for name in "qkv":
+        assert not actual[f"dw{name}"][gone].any()
+        assert not actual[f"db{name}"][gone].any()
+    assert not actual["doutput"][:, gone].any()
+
+
+@pytest.mark.usefixtures("indexed")
+@pytest.mark.parametrize(("tokens", "kept"), [(0, 1), (3, 0), (0, 0)])
+def test_projections_of_nothing(tokens, kept):
+    x = torch.ones((tokens, 16), device=DEVICE, requires_grad=True)
+    w = torch.ones((32, 16), device=DEVICE, requires_grad=True)
+    groups = torch.arange(kept, device=DEVICE)
+    q, k, v = ops.project_rows(x, [w, w, w], [w[:, 0]] * 3, groups, 2)
+    assert q.shape == (tokens, 16 * kept)
+    out = ops.project_columns(q + k + v, w.t(), groups, 2)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not w.grad.any()
+    assert not x.grad.any()
+
+
+@pytest.mark.usefixtures("indexed")
+def test_projections_of_which_a_part_is_used():
+    torch.manual_seed(0)
+    x, w = torch.randn((5, 16), device=DEVICE), torch.randn((32, 16), device=DEVICE)
+    groups = torch.tensor([1], device=DEVICE)
+    for used in range(3):
+        # Weights that are not trained get no gradient, and the input still does.
+        leaf_x = leaf(x, torch.float32)
+        ops.project_rows(leaf_x, [w, w, w], [w[:, 0]] * 3, groups, 2)[used].sum().backward()
+        torch.testing.assert_close(leaf_x.grad, w[16:].sum(0).expand(5, -1))
+
+
+@pytest.mark.usefixtures("indexed")
+def test_gradients_of_many_tokens_are_summed_in_parts(monkeypatch):
+    monkeypatch.setattr(projection_kernels, "TOKENS_PER_PART", 32)
+    # Whole numbers, whose sums are exact in any order.
+    torch.manual_seed(0)
+    tokens = 101
+    x = torch.randint(-3, 4, (tokens, 16), device=DEVICE).float()
+    weights = [torch.zeros((32, 16), device=DEVICE, requires_grad=True) for _ in range(3)]
+    biases = [torch.zeros(32, device=DEVICE, requires_grad=True) for _ in range(3)]
+    ys = ops.project_rows(x, weights, biases, torch.tensor([1], device=DEVICE), 2)
+    gradients = [torch.randint(-3, 4, y.shape, device=DEVICE).float() for y in ys]
+    torch.autograd.backward(ys, gradients)
+    for weight, bias, gradient in zip(weights, biases, gradients, strict=True):
+        assert torch.equal(weight.grad[16:], gradient.t() @ x)
+        assert torch.equal(bias.grad[16:], gradient.sum(0))
+        assert not weight.grad[:16].any()
+
+
+def test_the_rule_prefers_kernels_for_few_tokens(monkeypatch):
+    monkeypatch.setattr(triton_configs, "MOST_INDEXED_TOKENS", {(8, 4): 6, (8, 2): 9})
+    monkeypatch.setattr(common, "capability", lambda device: (8, 0))
+
+    def chosen(tokens: int, dtype: torch.dtype = torch.float32, width: int = 16) -> bool:
+        return projection._indexed(torch.zeros((1, tokens, 16), dtype=dtype, device=DEVICE), width)
+
+    assert chosen(6)
+    assert not chosen(7)
+    assert chosen(9, torch.float16)
+    with torch.autocast(DEVICE.type, torch.float16):
+        assert chosen(9)
+    # Narrow groups are left to compaction, and so is everything where Triton is not asked for.
+    assert not chosen(6, width=8)
+    monkeypatch.setenv("TICKETOPS_BACKEND", "reference")
+    assert not chosen(6)
+
+
 # Residual norm
 
 
@@ -534,10 +688,19 @@ def calls() -> dict[str, Callable[[], Tensor]]:
     def residual_norm() -> Tensor:
         return ops.residual_norm(x, x, b1[:16], b1[:16], bias=b1[:16], dropout_p=0.1)
 
-    return {"attention": attention, "ffn": ffn, "residual_norm": residual_norm}
+    heads = torch.tensor([1], device=DEVICE)
+    w = torch.randn((32, 16), device=DEVICE, requires_grad=True)
+    b = torch.randn(32, device=DEVICE, requires_grad=True)
+
+    def projections() -> Tensor:
+        q, k, v = ops.project_rows(x, [w, w, w], [b, b, b], heads, 2)
+        return ops.project_columns(q + k + v, w.t(), heads, 2)
+
+    return {"attention": attention, "ffn": ffn, "projections": projections, "residual_norm": residual_norm}
 
 
-@pytest.mark.parametrize("op", ["attention", "ffn", "residual_norm"])
+@pytest.mark.usefixtures("indexed")
+@pytest.mark.parametrize("op", ["attention", "ffn", "projections", "residual_norm"])
 def test_compiles_as_one_graph(op):
     call = calls()[op]
     torch.manual_seed(2)
@@ -546,7 +709,8 @@ def test_compiles_as_one_graph(op):
     torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(), expected)
 
 
-@pytest.mark.parametrize("op", ["attention", "ffn"])
+@pytest.mark.usefixtures("indexed")
+@pytest.mark.parametrize("op", ["attention", "ffn", "projections"])
 def test_autocast(op):
     call = calls()[op]
     torch.manual_seed(2)
@@ -559,7 +723,8 @@ def test_autocast(op):
     out.sum().backward()
 
 
-@pytest.mark.parametrize("op", ["attention", "ffn", "residual_norm"])
+@pytest.mark.usefixtures("indexed")
+@pytest.mark.parametrize("op", ["attention", "ffn", "projections", "residual_norm"])
 def test_repeats_bit_for_bit(op):
     results = []
     for _ in range(2):
@@ -586,6 +751,10 @@ def test_opcheck():
         torch.ops.ticketops.ffn,
         (x, w1, b1, w1.t().contiguous(), b1[:16], *spans, None, None, None, None, "gelu", False),
     )
+    w, heads = torch.randn((32, 16), device=DEVICE, requires_grad=True), torch.tensor([1], device=DEVICE)
+    b = w.detach()[:, 0].contiguous().requires_grad_()
+    torch.library.opcheck(torch.ops.ticketops.project_rows, (x, w, w, w, b, b, b, heads, 2))
+    torch.library.opcheck(torch.ops.ticketops.project_columns, (x, w.detach().t().contiguous(), heads, 2))
     torch.library.opcheck(torch.ops.ticketops.residual_norm, (x, x, None, b1[:16], b1[:16], seed, 0.1, 1e-5))
 
 
@@ -600,11 +769,13 @@ def test_is_the_last_choice_on_the_cpu_and_the_first_on_cuda():
     assert BACKENDS["cuda"][0] == "triton"
 
 
-def test_a_whole_model_agrees_with_the_reference(monkeypatch):
+@pytest.mark.usefixtures("indexed")
+@pytest.mark.parametrize("heads", [[True, True], [False, True]])
+def test_a_whole_model_agrees_with_the_reference(monkeypatch, heads):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=99)).to(DEVICE).train()
-    handle = patch(model)
+    handle = patch(model).apply(Ticket(torch.tensor([heads]), torch.tensor([True])))
     batch = {
         "input_ids": torch.randint(1, 99, (2, 6), device=DEVICE),
         "attention_mask": torch.tensor([[1] * 6, [1] * 3 + [0] * 3], device=DEVICE),

@@ -100,3 +100,27 @@ def test_replays_in_a_cuda_graph_with_fresh_dropout():
         results.append(out.clone())
     assert not torch.equal(*results)
     assert all(result.isfinite().all() for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_indexed_projections_repeat_bit_for_bit_and_never_wait(dtype, monkeypatch):
+    monkeypatch.setattr(ops.projection, "_most_indexed_tokens", lambda device, dtype: 1 << 30)
+    torch.manual_seed(0)
+    x = torch.randn((5000, 768), device="cuda", dtype=dtype, requires_grad=True)
+    weights = [torch.randn((768, 768), device="cuda", requires_grad=True) for _ in range(4)]
+    biases = [torch.randn(768, device="cuda", requires_grad=True) for _ in range(3)]
+    heads = torch.tensor([0, 3, 4, 11], device="cuda")
+
+    def step() -> list[torch.Tensor]:
+        q, k, v = ops.project_rows(x, weights[:3], biases, heads, 12)
+        out = ops.project_columns(q + k + v, weights[3], heads, 12)
+        return [out, *torch.autograd.grad(out, (x, *weights, *biases), torch.ones_like(out))]
+
+    first = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)

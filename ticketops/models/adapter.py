@@ -172,20 +172,6 @@ class LayerState:
         """How many heads the layer's weights have."""
         return len(self.heads)
 
-    def rows(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a q, k or v projection restricted to the kept heads; gradients reach the kept rows
-        only."""
-        assert self.kept.heads is not None
-        heads = self.kept.heads.on(linear.weight.device)
-        weight = linear.weight.view(self.num_heads, -1, linear.in_features).index_select(0, heads).flatten(0, 1)
-        return weight, linear.bias.view(self.num_heads, -1).index_select(0, heads).flatten()
-
-    def columns(self, linear: nn.Linear) -> Tensor:
-        """Weight of the output projection restricted to the kept heads' columns."""
-        assert self.kept.heads is not None
-        heads = self.kept.heads.on(linear.weight.device)
-        return linear.weight.view(linear.out_features, self.num_heads, -1).index_select(1, heads).flatten(1)
-
 
 @dataclass(frozen=True)
 class Call:

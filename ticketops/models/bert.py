@@ -1,5 +1,6 @@
 """BERT and the encoders of its class pattern: the bare models and every task head of transformers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,10 +85,12 @@ def attend(module: Any, linears: tuple[nn.Linear, ...], hidden_states: Tensor, c
     """
     state: LayerState = module._ticketops
     heads = state.kept.heads
+    projected: Sequence[Tensor]
     if heads is None:
         projected = [linear(hidden_states) for linear in linears]
     elif heads:
-        projected = [functional.linear(hidden_states, *state.rows(linear)) for linear in linears]
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        projected = ops.project_rows(hidden_states, weights, biases, heads.on(hidden_states.device), state.num_heads)
     else:
         return hidden_states[..., :0]
     size = module.attention_head_size
@@ -119,7 +122,7 @@ def project(state: LayerState, linear: nn.Linear, contexts: Tensor, residual: Te
     if heads is None:
         return functional.linear(contexts, linear.weight)
     if heads:
-        return functional.linear(contexts, state.columns(linear))
+        return ops.project_columns(contexts, linear.weight, heads.on(contexts.device), state.num_heads)
     return torch.zeros_like(residual)
 
 

@@ -1,9 +1,10 @@
 """Masked attention and masked FFN as autograd ops whose backward passes leave the pruning importance |dL/d mask|
-behind, and the dropout, residual and LayerNorm after either."""
+behind, the projections of selected heads, and the dropout, residual and LayerNorm after either."""
 
 from ticketops.ops.attention import attention
 from ticketops.ops.ffn import ffn
 from ticketops.ops.packing import Packing, Sequences
+from ticketops.ops.projection import project_columns, project_rows
 from ticketops.ops.residual import residual_norm
 
-__all__ = ["Packing", "Sequences", "attention", "ffn", "residual_norm"]
+__all__ = ["Packing", "Sequences", "attention", "ffn", "project_columns", "project_rows", "residual_norm"]

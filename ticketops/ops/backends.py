@@ -9,7 +9,7 @@ import torch
 
 from ticketops.errors import UnsupportedError
 
-OPS = ("attention", "ffn", "residual")
+OPS = ("attention", "ffn", "projection", "residual")
 #: The backends of each device, the preferred one first. A backend of an op is the module ticketops.ops.<op>.<backend>
 #: with `forward`, `backward` and `refusal(device, dtype)`, which says why it cannot serve a call or None; `reference`
 #: serves every device and dtype.
@@ -60,13 +60,16 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
         try:
             refusal = _module(op, backend).refusal(device, dtype)
         except ModuleNotFoundError as missing:
+            if missing.name == f"{__package__}.{op}.{backend}":
+                # Not every op has kernels of every backend; plain PyTorch serves beside those that have.
+                continue
             refusal = f"{missing.name} is not installed"
         if refusal is None:
             if wanted == backend:
                 return backend, "TICKETOPS_BACKEND asks for it"
             return backend, "; ".join(refusals) or f"the preferred backend on {device.type}"
         refusals.append(f"{backend} is out: {refusal}")
-    if wanted != "auto":
+    if wanted != "auto" and (refusals or wanted not in BACKENDS.get(device.type, ())):
         detail = "; ".join(refusals) or f"it does not serve {device.type}"
         raise UnsupportedError(
             f"TICKETOPS_BACKEND={wanted} cannot run {op} on {device.type} in {dtype}: {detail}; unset it"

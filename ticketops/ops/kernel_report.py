@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from ticketops.files import write_atomically
 from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
+from ticketops.ops.projection import triton as projection
 from ticketops.ops.residual import triton as residual
 from ticketops.ops.triton_common import FP_FUSION, INTERPRETED, recorded_launches
 from ticketops.ops.triton_configs import Tile
@@ -148,6 +149,41 @@ def ffn_launches(
     return launches
 
 
+def projection_launches(
+    target: tuple[int, int], dtype: torch.dtype, head_dim: int = 64, *, weight_dtype: torch.dtype | None = None
+) -> list[Launch]:
+    """The launches of the indexed projections to q, k and v and of their contexts, forward and backward.
+
+    Args:
+        target: compute capability.
+        dtype: of the tokens.
+        head_dim: D.
+        weight_dtype: of the weights; None for that of the tokens.
+
+    Returns:
+        One launch a kernel and projection.
+    """
+    x = torch.empty((256, 768), dtype=dtype, device="meta")
+    weights = [torch.empty((12 * head_dim, 768), dtype=weight_dtype or dtype, device="meta") for _ in range(3)]
+    biases = [weight[:, 0].contiguous() for weight in weights]
+    y = x.new_empty((256, 6 * head_dim))
+    heads = torch.empty(6, dtype=torch.int64, device="meta")
+    kind = f"D={head_dim}" + (f" {_name(weight_dtype)} weights" if weight_dtype else "")
+    case = {"dtype": _name(dtype), "case": f"{kind} qkv"}
+    launches: list[Launch] = []
+    with recorded_launches(target, _recorder(launches, target, case)):
+        projection.into(x, weights, biases, heads, 12)
+        projection.out_of([y] * 3, weights, heads, 12)
+        projection.gradients([y] * 3, x, weights, biases, heads, 12)
+    # The output projection's weight, as rows that are selected.
+    columns = weights[0].new_empty((768, 12 * head_dim)).t()
+    with recorded_launches(target, _recorder(launches, target, {**case, "case": f"{kind} output"})):
+        projection.out_of([y], [columns], heads, 12)
+        projection.into(x, [columns], None, heads, 12)
+        projection.gradients([y], x, [columns], None, heads, 12)
+    return launches
+
+
 def residual_launches(
     target: tuple[int, int], dtype: torch.dtype, channels: int = 768, *, options: bool = True
 ) -> list[Launch]:
@@ -191,8 +227,11 @@ def shipped_launches() -> Iterator[Launch]:
                             yield launch
             for activation in ("gelu", "gelu_tanh", "relu") if dtype == torch.bfloat16 else ("gelu",):
                 yield from ffn_launches(target, dtype, activation)
+            for head_dim in (32, 64, 128) if dtype == torch.bfloat16 else (64,):
+                yield from projection_launches(target, dtype, head_dim)
             for channels in (384, 768, 1024):
                 yield from residual_launches(target, dtype, channels)
+        yield from projection_launches(target, torch.bfloat16, weight_dtype=torch.float32)
 
 
 def kernel_table(progress: Callable[[str], None] | None = None) -> list[dict[str, Any]]:

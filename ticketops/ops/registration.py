@@ -19,15 +19,17 @@ def _no_second_derivative(name: str) -> Callable:
 
 
 def _formula(backward: Callable, setup_context: Callable) -> tuple[Callable, Callable]:
-    """The autograd formula of an op whose first output is its result and whose others serve its backward pass."""
+    """The autograd formula of an op, which is asked only where some output has a gradient; others are None."""
 
     def setup(ctx, inputs, output):
-        # Zero gradients of the other outputs would be written for nothing, as much memory as these outputs take.
+        # Zero gradients of outputs that only serve the backward pass would be written for nothing.
         ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
 
-    def gradients(ctx, gradient, *others):
-        return (None,) * len(ctx.needs_input_grad) if gradient is None else backward(ctx, gradient, *others)
+    def gradients(ctx, *gradients):
+        if all(gradient is None for gradient in gradients):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *gradients)
 
     return gradients, setup
 

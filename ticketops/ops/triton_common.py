@@ -65,6 +65,19 @@ def capability(device: torch.device) -> tuple[int, int]:
     return _device_capability(device) if recording is None else recording[0]
 
 
+def product_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: float32 in float32, unless torch.backends.cuda.matmul.fp32_precision is "tf32".
+
+    Args:
+        dtype: of the factors.
+
+    Returns:
+        The dot's input_precision.
+    """
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
 @contextmanager
 def recorded_launches(target: tuple[int, int], recorder: _Recorder) -> Iterator[None]:
     """Hands every launch to a function instead of the GPU, so that kernels can be compiled for a GPU that is not there.

@@ -20,12 +20,14 @@ class Tile:
         columns: columns of a block: keys in the attention kernels, neurons or channels in the others.
         warps: warps of a program.
         stages: depth of software pipelining.
+        depth: of a product's inner dimension taken at a time, where neither rows nor columns are it.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,24 @@ ATTENTION |= {(major, 4, width): ATTENTION[8, 4, width] for major in (9, 10) for
 
 #: Tokens x neurons of the pointwise FFN kernels: whole 128-byte lines of 16-bit elements, 16 elements a thread.
 FFN = Tile(32, 64, 4, 1)
+#: Blocks of the indexed projections' products, by family and bytes of an element.
+PROJECTION: dict[tuple[int, int], Tile] = {
+    (8, 2): Tile(128, 128, 8, 3, 32),
+    (9, 2): Tile(128, 128, 8, 3, 64),
+    (10, 2): Tile(128, 128, 8, 3, 64),
+    (8, 4): Tile(64, 64, 8, 2, 16),
+    **{(major, 4): Tile(64, 64, 8, 2, 32) for major in (9, 10)},
+}
+#: Rows x channels of one group in the gradient's second stage.
+PROJECTION_FINISH = Tile(32, 64, 8, 1)
+#: Up to how many tokens the indexed projections are chosen over compaction, by family and bytes of an element. Not
+#: measured on any GPU: an estimate from about 25 launches saved a layer against a product at four fifths of cuBLAS's
+#: speed, which are even somewhere between 10k and 40k tokens of BERT-base with half of its heads. In float32 a Triton
+#: product runs far behind cuBLAS. `make gpu` measures both ways at 4k to 64k tokens.
+MOST_INDEXED_TOKENS: dict[tuple[int, int], int] = {
+    **{(major, 2): 16384 for major in (8, 9, 10)},
+    **{(major, 4): 0 for major in (8, 9, 10)},
+}
 #: Columns summed by one program of the LayerNorm's second stage.
 NORM_FINISH = Tile(32, 64, 4, 1)
 
@@ -159,6 +179,32 @@ def attention_backward(
     tiles = _attention(capability, dtype, head_dim)
     whole = next((tile for tile in tiles.row_backward if tile.rows >= max_length), None)
     return (tiles.dq, tiles.dkdv) if whole is None else (whole,)
+
+
+def projection(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
+    """The tile of the indexed projections and of their weight gradient.
+
+    Args:
+        capability: compute capability.
+        dtype: of the tokens.
+
+    Returns:
+        The tile.
+    """
+    return PROJECTION[family(capability), dtype.itemsize]
+
+
+def most_indexed_tokens(capability: tuple[int, int], dtype: torch.dtype) -> int:
+    """Up to how many tokens the indexed projections are chosen over compaction.
+
+    Args:
+        capability: compute capability.
+        dtype: of the tokens.
+
+    Returns:
+        The number.
+    """
+    return MOST_INDEXED_TOKENS[family(capability), dtype.itemsize]
 
 
 def norm_forward(channels: int) -> Tile:

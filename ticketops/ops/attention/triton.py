@@ -22,7 +22,15 @@ from torch import Tensor
 from ticketops.errors import UnsupportedError
 from ticketops.ops import triton_configs
 from ticketops.ops.dropout import keep_threshold
-from ticketops.ops.triton_common import capability, dropout_keeps, dropout_rows, launch, refusal, zero_gaps
+from ticketops.ops.triton_common import (
+    capability,
+    dropout_keeps,
+    dropout_rows,
+    launch,
+    product_precision,
+    refusal,
+    zero_gaps,
+)
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -453,7 +461,6 @@ def _shared_arguments(
             f"the Triton attention kernels serve head dimensions up to {MAX_HEAD_DIM}, got {head_dim}: set "
             "TICKETOPS_BACKEND=reference"
         )
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     arguments: dict[str, Any] = {
         "p_lse": lse,
         "p_starts": starts.contiguous(),
@@ -468,7 +475,7 @@ def _shared_arguments(
         "keep_scale": 1.0 / (1.0 - dropout_p),
         "D": head_dim,
         "BLOCK_D": triton_configs.power_of_two(head_dim),
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": product_precision(q.dtype),
     }
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         arguments |= _operand(name, tensor)

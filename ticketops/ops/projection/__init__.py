@@ -1,0 +1,243 @@
+"""Projections over selected heads: q, k and v of some heads only, and the output projection of their contexts.
+
+    rows:     out[t] = x[t] W[r]^T + b[r]        columns:   out[t] = x[t] W[:, r]^T
+
+r are the rows, or columns, of the selected groups (heads), each of the same width. Only these have a part in anything:
+the gradients of all others are 0.
+
+There are two ways. Compaction copies the selected rows out of the weights and multiplies densely. It costs a copy of
+the weights, and of their gradients on the way back, in a dozen launches whose time does not depend on the number of
+tokens, and then multiplies at cuBLAS's speed. The indexed kernels read and write the weights where they lie, in one
+launch forward for q, k and v together and three backward, at the speed of a Triton product. So few tokens favour the
+kernels and many favour compaction; `_most_indexed_tokens` is the rule. Either serves tickets that change at every step;
+a ticket that stays for good is best removed from the weights (`shrink`), which needs neither.
+"""
+
+import importlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError
+from ticketops.ops import backends
+from ticketops.ops.projection import reference
+from ticketops.ops.registration import autocast, define, same_dtype
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: Narrower groups would be read in pieces below the 32 bytes that a GPU's memory moves at once.
+LEAST_INDEXED_WIDTH = 16
+
+
+@torch.compiler.assume_constant_result
+def _most_indexed_tokens(device: torch.device, dtype: torch.dtype) -> int:
+    """The dispatch rule: up to this number of tokens the indexed kernels run, above it compaction.
+
+    On a CPU compaction always wins: a launch costs nothing there, and the copies are about 1 % of a training step of
+    MiniLM on 32 rows of RTE (0.9 %) or SST-2 (1.4 %). On a GPU the table of Triton configurations has the number, by
+    family and dtype.
+    """
+    if backends.choose("projection", device, dtype)[0] != "triton":
+        return 0
+    from ticketops.ops import triton_common, triton_configs
+
+    return triton_configs.most_indexed_tokens(triton_common.capability(device), dtype)
+
+
+def _indexed(x: Tensor, width: int) -> bool:
+    """Whether the indexed kernels run a projection."""
+    (cast,) = autocast(x.detach())
+    return width >= LEAST_INDEXED_WIDTH and math.prod(x.shape[:-1]) <= _most_indexed_tokens(x.device, cast.dtype)
+
+
+def _check(name: str, x: Tensor, channels: int, structures: int, groups: Tensor, count: int) -> None:
+    if x.shape[-1] != channels or groups.ndim != 1 or groups.dtype != torch.int64 or structures % count:
+        raise InputError(
+            f"{name} needs x [.., {channels}], int64 groups [K] and {structures} structures in equal groups, got x "
+            f"{list(x.shape)}, {groups.dtype} groups {list(groups.shape)} and {count} groups"
+        )
+
+
+def project_rows(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    groups: Tensor,
+    count: int,
+) -> tuple[Tensor, ...]:
+    """The projections to q, k and v of the selected heads.
+
+    Args:
+        x: [.., C] tokens; float64, float32, bfloat16 or float16.
+        weights: of q, k and v, each [count * D, C]; x's dtype, or float32 under autocast.
+        biases: of q, k and v, each [count * D].
+        groups: int64 [K] on x's device, the selected heads in ascending order, each once.
+        count: heads that the weights have.
+
+    Returns:
+        q, k and v, each [.., K * D] in x's dtype (autocast's dtype under autocast).
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together.
+        UnsupportedError: a dtype that no backend serves.
+    """
+    rows, channels = weights[0].shape
+    _check("project_rows", x, channels, rows, groups, count)
+    if not _indexed(x, rows // count):
+        return reference.rows(x, weights, biases, groups, count)
+    shape = x.shape[:-1]
+    (x,) = autocast(x.flatten(0, -2))
+    _same_dtypes("project_rows", x, (*weights, *biases))
+    qkv = torch.ops.ticketops.project_rows(x, *weights, *biases, groups, count)
+    return tuple(y.view(*shape, y.shape[1]) for y in qkv)
+
+
+def project_columns(x: Tensor, weight: Tensor, groups: Tensor, count: int) -> Tensor:
+    """The output projection of the selected heads' contexts, without a bias.
+
+    Args:
+        x: [.., K * D] contexts.
+        weight: [C, count * D]; x's dtype, or float32 under autocast.
+        groups: int64 [K] on x's device, the selected heads in ascending order, each once.
+        count: heads that the weight has.
+
+    Returns:
+        [.., C] in x's dtype (autocast's dtype under autocast).
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together.
+        UnsupportedError: a dtype that no backend serves.
+    """
+    channels, columns = weight.shape
+    _check("project_columns", x, len(groups) * (columns // count), columns, groups, count)
+    if not _indexed(x, columns // count):
+        return reference.columns(x, weight, groups, count)
+    shape = x.shape[:-1]
+    (x,) = autocast(x.flatten(0, -2))
+    _same_dtypes("project_columns", x, (weight,))
+    return torch.ops.ticketops.project_columns(x, weight, groups, count).view(*shape, channels)
+
+
+def _same_dtypes(name: str, x: Tensor, weights: Sequence[Tensor]) -> None:
+    same_dtype(name, DTYPES, x=x)
+    same_dtype(name, DTYPES, **{f"weight {i}": weight for i, weight in enumerate(weights)})
+    weight = weights[0]
+    if weight.dtype not in (x.dtype, torch.float32) or weight.device != x.device:
+        raise InputError(
+            f"{name} needs weights of x's dtype or float32 on x's device, got {weight.dtype} on {weight.device} for x: "
+            f"{x.dtype} on {x.device}"
+        )
+
+
+def _kernels():
+    # Triton need not be installed where the indexed kernels cannot run.
+    return importlib.import_module("ticketops.ops.projection.triton")
+
+
+def _rows(x, wq, wk, wv, bq, bk, bv, groups, count):
+    weights, biases = ([w.contiguous() for w in some] for some in ((wq, wk, wv), (bq, bk, bv)))
+    return tuple(_kernels().into(x, weights, biases, groups, count))
+
+
+def _fake_rows(x, wq, wk, wv, bq, bk, bv, groups, count):
+    width = wq.shape[0] // count
+    return tuple(x.new_empty((x.shape[0], groups.shape[0] * width)) for _ in range(3))
+
+
+def _rows_backward(dq, dk, dv, x, wq, wk, wv, groups, count, weight_gradients):
+    gradients, weights = (dq, dk, dv), [w.contiguous() for w in (wq, wk, wv)]
+    dx = _kernels().out_of(gradients, weights, groups, count)
+    shape = weights[0].shape if weight_gradients else (0,)
+    dweights = [torch.empty(shape, dtype=w.dtype, device=x.device) for w in weights]
+    dbiases = [torch.empty(shape[:1], dtype=w.dtype, device=x.device) for w in weights]
+    if weight_gradients:
+        _kernels().gradients(gradients, x, dweights, dbiases, groups, count)
+    return dx, *dweights, *dbiases
+
+
+def _fake_rows_backward(dq, dk, dv, x, wq, wk, wv, groups, count, weight_gradients):
+    shape = wq.shape if weight_gradients else (0,)
+    weights = (wq, wk, wv)
+    return (
+        x.new_empty(x.shape),
+        *(w.new_empty(shape) for w in weights),
+        *(w.new_empty(shape[:1]) for w in weights),
+    )
+
+
+def _setup_rows(ctx, inputs, output):
+    x, wq, wk, wv, *_, groups, ctx.count = inputs
+    ctx.save_for_backward(x, wq, wk, wv, groups)
+
+
+def _rows_gradients(ctx, *gradients):
+    x, *weights, groups = ctx.saved_tensors
+    width = weights[0].shape[0] // ctx.count
+    # One of q, k and v may have no part in what is differentiated.
+    gradients = [x.new_zeros((x.shape[0], groups.shape[0] * width)) if g is None else g for g in gradients]
+    trained = any(ctx.needs_input_grad[1:7])
+    dx, *parameters = torch.ops.ticketops.project_rows_backward(*gradients, x, *weights, groups, ctx.count, trained)
+    return dx, *(parameters if trained else [None] * 6), None, None
+
+
+def _columns(x, weight, groups, count):
+    return _kernels().out_of([x], [weight.contiguous().t()], groups, count)
+
+
+def _fake_columns(x, weight, groups, count):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _columns_backward(dout, x, weight, groups, count, weight_gradients):
+    weight = weight.contiguous()
+    (dx,) = _kernels().into(dout, [weight.t()], None, groups, count)
+    dweight = torch.empty(weight.shape if weight_gradients else (0,), dtype=weight.dtype, device=x.device)
+    if weight_gradients:
+        _kernels().gradients([x], dout, [dweight.t()], None, groups, count)
+    return dx, dweight
+
+
+def _fake_columns_backward(dout, x, weight, groups, count, weight_gradients):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if weight_gradients else (0,))
+
+
+def _setup_columns(ctx, inputs, output):
+    x, weight, groups, ctx.count = inputs
+    ctx.save_for_backward(x, weight, groups)
+
+
+def _columns_gradients(ctx, dout):
+    trained = ctx.needs_input_grad[1]
+    dx, dweight = torch.ops.ticketops.project_columns_backward(dout, *ctx.saved_tensors, ctx.count, trained)
+    return dx, dweight if trained else None, None, None
+
+
+_WEIGHTS = "Tensor wq, Tensor wk, Tensor wv"
+define(
+    f"project_rows(Tensor x, {_WEIGHTS}, Tensor bq, Tensor bk, Tensor bv, Tensor groups, int count) "
+    "-> (Tensor, Tensor, Tensor)",
+    _rows,
+    _fake_rows,
+    _rows_gradients,
+    _setup_rows,
+)
+define(
+    f"project_rows_backward(Tensor dq, Tensor dk, Tensor dv, Tensor x, {_WEIGHTS}, Tensor groups, int count, "
+    "bool weight_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _rows_backward,
+    _fake_rows_backward,
+)
+define(
+    "project_columns(Tensor x, Tensor weight, Tensor groups, int count) -> Tensor",
+    _columns,
+    _fake_columns,
+    _columns_gradients,
+    _setup_columns,
+)
+define(
+    "project_columns_backward(Tensor dout, Tensor x, Tensor weight, Tensor groups, int count, "
+    "bool weight_gradients) -> (Tensor, Tensor)",
+    _columns_backward,
+    _fake_columns_backward,
+)
