@@ -1,17 +1,27 @@
 """What a search does, before anything is loaded: its configuration and the list of its trials. Imports no torch."""
 
-import dataclasses
-import difflib
 import json
-import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from ticketops.errors import InputError
+from ticketops.searching.config import (
+    DATA,
+    PLAN,
+    SCORING,
+    TRAINING,
+    WHAT,
+    Config,
+    check_choice,
+    list_of,
+    option,
+    read_seeds,
+    read_sparsities,
+    real,
+    text,
+    whole,
+)
 
 TicketKind = Literal["winning", "random", "losing"]
 TICKET_KINDS: tuple[str, ...] = get_args(TicketKind)
@@ -61,20 +71,8 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def _option(default: Any, help: str, group: str, flag_type: type = str, shown: str | None = None) -> Any:
-    """A field with its default, help text (with unit), group in `--help`, type of its flag, and default as shown."""
-    if shown is None:
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    return dataclasses.field(
-        default=default, metadata={"help": help, "group": group, "flag_type": flag_type, "shown": shown}
-    )
-
-
-_WHAT, _PLAN, _TRAINING, _SCORING, _DATA = "What", "Which tickets", "Training", "Importance", "Data"
-
-
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig:
+class SearchConfig(Config):
     """Everything a search depends on; each field is a flag of `ticketops search` and a key of its YAML file.
 
     The fields' meaning, unit and default are in their `metadata["help"]`, which `ticketops search --help` prints.
@@ -85,64 +83,65 @@ class SearchConfig:
         InputError: a value is out of range, of the wrong type, or unknown.
     """
 
-    model: str = _option(
-        "demo", "Pre-trained encoder: a folder, a Hugging Face name, or 'demo' (MiniLM, 6 layers x 12 heads).", _WHAT
+    verb = "search"
+    decisive = ("task",)
+
+    model: str = option(
+        "demo", "Pre-trained encoder: a folder, a Hugging Face name, or 'demo' (MiniLM, 6 layers x 12 heads).", WHAT
     )
-    task: str = _option(
-        "demo", "A GLUE task by name, a data file or folder (jsonl, csv, parquet), or 'demo' (movie sentiment).", _WHAT
+    task: str = option(
+        "demo", "A GLUE task by name, a data file or folder (jsonl, csv, parquet), or 'demo' (movie sentiment).", WHAT
     )
-    output: str = _option(
-        "ticketops-run", "Folder for records, tickets and the report; the same command resumes there.", _WHAT
+    output: str = option(
+        "ticketops-run", "Folder for records, tickets and the report; the same command resumes there.", WHAT
     )
-    sparsities: tuple[float, ...] | Literal["paper"] = _option(
+    sparsities: tuple[float, ...] | Literal["paper"] = option(
         (0.1, 0.3, 0.5),
         "Fractions of heads and of FFNs to prune, in (0, 1), comma-separated; 'paper': its eight BERT-base levels.",
-        _PLAN,
+        PLAN,
     )
-    kinds: tuple[str, ...] = _option(
+    kinds: tuple[str, ...] = option(
         ("winning", "random"),
         "Of winning, random, losing, comma-separated; 'random@0.3' is that kind at that sparsity only.",
-        _PLAN,
+        PLAN,
     )
-    seeds: tuple[int, ...] = _option(
-        (0,), "Number of seeds, or the seeds themselves, comma-separated ('7,').", _PLAN, shown="1"
+    seeds: tuple[int, ...] = option(
+        (0,), "Number of seeds, or the seeds themselves, comma-separated ('7,').", PLAN, shown="1"
     )
-    min_heads: int = _option(1, "Heads that every layer keeps at least.", _PLAN, int)
-    recipe: str = _option(
+    min_heads: int = option(1, "Heads that every layer keeps at least.", PLAN, int)
+    recipe: str = option(
         None,
         "default (AdamW), paper (its Adamax) or demo (1 epoch of 3000 rows).",
-        _TRAINING,
+        TRAINING,
         shown="demo for task demo, else default",
     )
-    epochs: int = _option(None, "Passes over the training split.", _TRAINING, int, shown="recipe")
-    batch_size: int = _option(None, "Examples a step.", _TRAINING, int, shown="recipe")
-    learning_rate: float = _option(None, "Peak step size.", _TRAINING, float, shown="recipe")
-    dtype: Literal["fp32", "bf16"] = _option(
-        "fp32", "fp32, or bf16 for bfloat16 autocast over fp32 weights.", _TRAINING
+    epochs: int = option(None, "Passes over the training split.", TRAINING, int, shown="recipe")
+    batch_size: int = option(None, "Examples a step.", TRAINING, int, shown="recipe")
+    learning_rate: float = option(None, "Peak step size.", TRAINING, float, shown="recipe")
+    dtype: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 for bfloat16 autocast over fp32 weights.", TRAINING)
+    save_models: bool = option(
+        False, "Keep each trial's trained model in models/ (the size of the checkpoint each).", TRAINING, bool
     )
-    save_models: bool = _option(
-        False, "Keep each trial's trained model in models/ (the size of the checkpoint each).", _TRAINING, bool
-    )
-    importance: Literal["pass", "on_the_fly", "both"] = _option(
+    importance: Literal["pass", "on_the_fly", "both"] = option(
         "pass",
         "Scores heads and FFNs in a clean pass after training, on_the_fly in its last epoch, or both (pass ranks).",
-        _SCORING,
+        SCORING,
     )
-    granularity: Literal["example", "token", "batch"] = _option(
-        "example", "Absolute importance per example (the paper's formula), token (its code) or batch.", _SCORING
+    granularity: Literal["example", "token", "batch"] = option(
+        "example", "Absolute importance per example (the paper's formula), token (its code) or batch.", SCORING
     )
-    text_columns: tuple[str, ...] | None = _option(
-        None, "Local data: the one or two text columns, comma-separated.", _DATA, shown="found by name"
+    text_columns: tuple[str, ...] | None = option(
+        None, "Local data: the one or two text columns, comma-separated.", DATA, shown="found by name"
     )
-    label_column: str | None = _option(None, "Local data: the label column.", _DATA, shown="label or labels")
-    task_kind: Literal["classification", "regression"] | None = _option(
-        None, "Local data: classification or regression.", _DATA, shown="as the labels look"
+    label_column: str | None = option(None, "Local data: the label column.", DATA, shown="label or labels")
+    task_kind: Literal["classification", "regression"] | None = option(
+        None, "Local data: classification or regression.", DATA, shown="as the labels look"
     )
-    max_length: int = _option(128, "Longest input in tokens; longer ones are cut.", _DATA, int)
-    train_rows: int | None = _option(None, "Training rows used.", _DATA, int, shown="recipe, else all")
-    validation_rows: int | None = _option(None, "Validation rows used.", _DATA, int, shown="all")
-    report_fraction: float = _option(
-        0.0, "Share of the validation rows, in [0, 1), held out from selection and used to report.", _DATA, float
+    max_length: int = option(128, "Longest input in tokens; longer ones are cut.", DATA, int)
+    train_rows: int | None = option(None, "Training rows used.", DATA, int, shown="recipe, else all")
+    validation_rows: int | None = option(None, "Validation rows used.", DATA, int, shown="all")
+    report_fraction: float = option(
+        0.0, "Share of the validation rows, in [0, 1), held out from selection and used to report.", DATA, float
     )
 
     def __post_init__(self) -> None:
@@ -150,9 +149,9 @@ class SearchConfig:
             object.__setattr__(self, name, value)
 
         for name in ("model", "task", "output"):
-            put(name, _text(name, getattr(self, name)))
+            put(name, text(name, getattr(self, name)))
         put("recipe", self.recipe if self.recipe is not None else ("demo" if self.task == "demo" else "default"))
-        _choice("recipe", self.recipe, tuple(RECIPES))
+        check_choice("recipe", self.recipe, tuple(RECIPES))
         recipe = RECIPES[self.recipe]
         epochs = recipe.long_epochs if self.task.lower() in recipe.long_tasks else recipe.epochs
         for name, value in (
@@ -165,97 +164,32 @@ class SearchConfig:
                 put(name, value)
 
         if self.sparsities != "paper":
-            put("sparsities", _sparsities("sparsities", self.sparsities))
-        put("kinds", tuple(dict.fromkeys(_kind(entry) for entry in _entries("kinds", self.kinds))))
-        put("seeds", _seeds(self.seeds))
+            put("sparsities", read_sparsities("sparsities", self.sparsities))
+        put("kinds", tuple(dict.fromkeys(_kind(entry) for entry in list_of("kinds", self.kinds))))
+        put("seeds", read_seeds(self.seeds))
         if self.text_columns is not None:
-            put("text_columns", tuple(str(column) for column in _entries("text_columns", self.text_columns)))
+            put("text_columns", tuple(str(column) for column in list_of("text_columns", self.text_columns)))
         if self.task_kind is not None:
-            _choice("task_kind", self.task_kind, ("classification", "regression"))
+            check_choice("task_kind", self.task_kind, ("classification", "regression"))
         for name in ("epochs", "batch_size", "max_length"):
-            put(name, _whole(name, getattr(self, name), 1))
-        put("min_heads", _whole("min_heads", self.min_heads, 0))
+            put(name, whole(name, getattr(self, name), 1))
+        put("min_heads", whole("min_heads", self.min_heads, 0))
         for name in ("train_rows", "validation_rows"):
             if getattr(self, name) is not None:
-                put(name, _whole(name, getattr(self, name), 1))
-        rate = _real("learning_rate", self.learning_rate)
+                put(name, whole(name, getattr(self, name), 1))
+        rate = real("learning_rate", self.learning_rate)
         if not 0 < rate < 1:
             raise InputError(f"learning_rate {rate:g} is not between 0 and 1: 5e-5 suits most encoders")
         put("learning_rate", rate)
-        fraction = _real("report_fraction", self.report_fraction)
+        fraction = real("report_fraction", self.report_fraction)
         if not 0 <= fraction < 1:
             raise InputError(f"report_fraction {fraction:g} is outside [0, 1): give the share to hold out, such as 0.5")
         put("report_fraction", fraction)
-        _choice("dtype", self.dtype, ("fp32", "bf16"))
-        _choice("importance", self.importance, ("pass", "on_the_fly", "both"))
-        _choice("granularity", self.granularity, ("example", "token", "batch"))
+        check_choice("dtype", self.dtype, ("fp32", "bf16"))
+        check_choice("importance", self.importance, ("pass", "on_the_fly", "both"))
+        check_choice("granularity", self.granularity, ("example", "token", "batch"))
         if not isinstance(self.save_models, bool):
             raise InputError(f"save_models {self.save_models!r} is neither true nor false")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> "SearchConfig":
-        """Builds a configuration from plain values, as a YAML or JSON file holds them.
-
-        Args:
-            values: field names (dashes allowed) and values; absent fields take their defaults.
-            source: where the values come from, for the error message.
-
-        Raises:
-            InputError: a key is unknown (the message names the nearest one) or a value is bad.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        fields = {str(key).replace("-", "_"): value for key, value in values.items()}
-        for key in fields:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-                raise InputError(f"{source} has an unknown key {key!r}: did you mean {near!r}?")
-        return cls(**fields)
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: Any) -> "SearchConfig":
-        """Reads a configuration file whose keys are the flags of `ticketops search`.
-
-        Args:
-            path: the YAML (or JSON) file.
-            overrides: fields that win over the file's.
-
-        Raises:
-            InputError: the file cannot be read, is not a mapping, or has an unknown key or a bad value.
-        """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read the configuration file {path}: {getattr(error, 'strerror', error)}"
-            ) from error
-        except yaml.YAMLError as error:
-            problem = " ".join(str(error).split())
-            raise InputError(
-                f"the configuration file {path} is not YAML ({problem}): write 'flag: value' lines"
-            ) from error
-        if not isinstance(values, Mapping | None):
-            raise InputError(f"the configuration file {path} holds no mapping: write 'flag: value' lines")
-        return cls.from_dict({**(values or {}), **overrides}, source=f"the configuration file {path}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON and YAML hold and `from_dict` reads back to an equal configuration."""
-        values = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    def command(self) -> str:
-        """The `ticketops search` command that makes this search, with the flags that differ from the defaults."""
-        fallback = SearchConfig(task=self.task, recipe=self.recipe).to_dict()
-        fallback |= {"task": "demo", "recipe": "demo" if self.task == "demo" else "default"}
-        words = ["ticketops", "search"]
-        for name, value in self.to_dict().items():
-            if value != fallback[name]:
-                flag = f"--{name.replace('_', '-')}"
-                if name == "seeds":
-                    value = len(value) if value == list(range(len(value))) else ",".join(map(str, value)) + ","
-                elif isinstance(value, list):
-                    value = ",".join(map(str, value))
-                words += [flag] if value is True else [flag, str(value)]
-        return shlex.join(words)
 
 
 @dataclass(frozen=True)
@@ -340,72 +274,12 @@ def json_identity(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def _entries(name: str, value: Any) -> list[Any]:
-    entries = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-    if not isinstance(entries, Iterable):
-        entries = [entries]
-    entries = [entry for entry in entries if entry != ""]
-    if not entries:
-        raise InputError(f"{name} is empty: give at least one value")
-    return entries
-
-
-def _sparsities(name: str, value: Any) -> tuple[float, ...]:
-    levels = set()
-    for entry in _entries(name, value):
-        level = _real(name, entry)
-        if not 0 <= level < 1:
-            raise InputError(f"sparsity {level:g} is outside [0, 1): give the fraction to prune, such as 0.3")
-        levels.add(level)
-    return tuple(sorted(levels))
-
-
 def _kind(entry: Any) -> str:
     kind, at, level = str(entry).partition("@")
-    _choice("kinds", kind, TICKET_KINDS)
+    check_choice("kinds", kind, TICKET_KINDS)
     if not at:
         return kind
-    sparsity = _sparsities("kinds", level)[0] if level else 0.0
+    sparsity = read_sparsities("kinds", level)[0] if level else 0.0
     if not sparsity:
         raise InputError(f"kinds entry {entry!r} needs a sparsity in (0, 1) after '@', such as {kind}@0.3")
     return f"{kind}@{sparsity:g}"
-
-
-def _seeds(value: Any) -> tuple[int, ...]:
-    entries = _entries("seeds", value)
-    # A bare number counts the seeds; anything with a comma, and any list, names them.
-    if "," not in value if isinstance(value, str) else not isinstance(value, Iterable):
-        return tuple(range(_whole("seeds", entries[0], 1)))
-    return tuple(dict.fromkeys(_whole("seeds", entry, 0) for entry in entries))
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str | Path) or not str(value).strip():
-        raise InputError(f"{name} {value!r} is not a name or a path")
-    return str(value)
-
-
-def _number(convert: Callable[[Any], Any], noun: str, name: str, value: Any) -> Any:
-    try:
-        number = convert(value)
-        if isinstance(value, bool) or (not isinstance(value, str) and number != value):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{name} {value!r} is not a {noun}") from error
-    return number
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    number: int = _number(int, "whole number", name, value)
-    if not least <= number < 2**32:
-        raise InputError(f"{name} {number} is out of range: give a whole number from {least} on")
-    return number
-
-
-def _real(name: str, value: Any) -> float:
-    return float(_number(float, "number", name, value))
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")

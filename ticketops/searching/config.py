@@ -1,0 +1,242 @@
+"""What the configurations of all runs have in common: fields that are flags and YAML keys, read and checked."""
+
+import dataclasses
+import difflib
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import yaml
+
+from ticketops.errors import InputError
+
+#: The groups of flags in a command's help.
+WHAT, PLAN, TRAINING, SCORING, DATA = "What", "Which tickets", "Training", "Importance", "Data"
+
+
+def option(default: Any, help: str, group: str, flag_type: type = str, shown: str | None = None) -> Any:
+    """Makes a configuration's field.
+
+    Args:
+        default: its value where nothing is given.
+        help: what it means, with its unit.
+        group: of its flag in `--help`.
+        flag_type: of its flag's value.
+        shown: its default as the help shows it.
+
+    Returns:
+        A dataclass field.
+    """
+    if shown is None:
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return dataclasses.field(
+        default=default, metadata={"help": help, "group": group, "flag_type": flag_type, "shown": shown}
+    )
+
+
+class Config:
+    """What every run's configuration can do: be read from plain values, be written as such, and name its command.
+
+    Deriving classes are frozen dataclasses whose fields are made by `option`, with a `recipe` among them.
+    """
+
+    #: The command of `ticketops` that makes the run.
+    verb: ClassVar[str]
+    #: Fields that defaults of other fields depend on.
+    decisive: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> Self:
+        """Builds a configuration from plain values, as a YAML or JSON file holds them.
+
+        Args:
+            values: field names (dashes allowed) and values; absent fields take their defaults.
+            source: where the values come from, for the error message.
+
+        Raises:
+            InputError: a key is unknown (the message names the nearest one) or a value is bad.
+        """
+        names = [field.name for field in _fields(cls)]
+        fields = {str(key).replace("-", "_"): value for key, value in values.items()}
+        for key in fields:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+                raise InputError(f"{source} has an unknown key {key!r}: did you mean {near!r}?")
+        return cls(**fields)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
+        """Reads a configuration file whose keys are the flags of the command.
+
+        Args:
+            path: the YAML (or JSON) file.
+            overrides: fields that win over the file's.
+
+        Raises:
+            InputError: the file cannot be read, is not a mapping, or has an unknown key or a bad value.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"cannot read the configuration file {path}: {getattr(error, 'strerror', error)}"
+            ) from error
+        except yaml.YAMLError as error:
+            problem = " ".join(str(error).split())
+            raise InputError(
+                f"the configuration file {path} is not YAML ({problem}): write 'flag: value' lines"
+            ) from error
+        if not isinstance(values, Mapping | None):
+            raise InputError(f"the configuration file {path} holds no mapping: write 'flag: value' lines")
+        return cls.from_dict({**(values or {}), **overrides}, source=f"the configuration file {path}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON and YAML hold and `from_dict` reads back to an equal configuration."""
+        values = {field.name: getattr(self, field.name) for field in _fields(type(self))}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def command(self) -> str:
+        """The `ticketops` command that makes this run, with the flags that differ from the defaults."""
+        kind: Any = type(self)
+        given = {name: getattr(self, name) for name in self.decisive}
+        fallback = kind(**given, recipe=getattr(self, "recipe")).to_dict()  # noqa: B009
+        fallback |= {field.name: field.default for field in _fields(kind) if field.name in given}
+        fallback["recipe"] = kind(**given).recipe
+        words = ["ticketops", self.verb]
+        for name, value in self.to_dict().items():
+            if value != fallback[name]:
+                flag = f"--{name.replace('_', '-')}"
+                if name == "seeds":
+                    value = len(value) if value == list(range(len(value))) else ",".join(map(str, value)) + ","
+                elif isinstance(value, list):
+                    value = ",".join(map(str, value))
+                words += [f"--no-{flag[2:]}" if value is False else flag, *([] if isinstance(value, bool) else [value])]
+        return shlex.join(map(str, words))
+
+
+def _fields(kind: Any) -> "tuple[dataclasses.Field[Any], ...]":
+    return dataclasses.fields(kind)
+
+
+def list_of(name: str, value: Any) -> list[Any]:
+    """Reads one or more values: a list, comma-separated text, or a single value.
+
+    Args:
+        name: of the field, for the error message.
+        value: as given.
+
+    Raises:
+        InputError: there is none.
+    """
+    entries = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(entries, Iterable):
+        entries = [entries]
+    entries = [entry for entry in entries if entry != ""]
+    if not entries:
+        raise InputError(f"{name} is empty: give at least one value")
+    return entries
+
+
+def read_sparsities(name: str, value: Any) -> tuple[float, ...]:
+    """Reads fractions to prune, in ascending order.
+
+    Args:
+        name: of the field, for the error message.
+        value: as given.
+
+    Raises:
+        InputError: one is no number in [0, 1).
+    """
+    levels = set()
+    for entry in list_of(name, value):
+        level = real(name, entry)
+        if not 0 <= level < 1:
+            raise InputError(f"sparsity {level:g} is outside [0, 1): give the fraction to prune, such as 0.3")
+        levels.add(level)
+    return tuple(sorted(levels))
+
+
+def read_seeds(value: Any) -> tuple[int, ...]:
+    """Reads seeds: a bare number counts them; anything with a comma, and any list, names them.
+
+    Args:
+        value: as given.
+
+    Raises:
+        InputError: one is no whole number from 0 on.
+    """
+    entries = list_of("seeds", value)
+    if "," not in value if isinstance(value, str) else not isinstance(value, Iterable):
+        return tuple(range(whole("seeds", entries[0], 1)))
+    return tuple(dict.fromkeys(whole("seeds", entry, 0) for entry in entries))
+
+
+def text(name: str, value: Any) -> str:
+    """Reads a name or path.
+
+    Args:
+        name: of the field, for the error message.
+        value: as given.
+
+    Raises:
+        InputError: it is empty or no text.
+    """
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise InputError(f"{name} {value!r} is not a name or a path")
+    return str(value)
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """Reads a whole number.
+
+    Args:
+        name: of the field, for the error message.
+        value: as given.
+        least: the smallest allowed.
+
+    Raises:
+        InputError: it is none, or out of range.
+    """
+    number: int = _number(int, "whole number", name, value)
+    if not least <= number < 2**32:
+        raise InputError(f"{name} {number} is out of range: give a whole number from {least} on")
+    return number
+
+
+def real(name: str, value: Any) -> float:
+    """Reads a number.
+
+    Args:
+        name: of the field, for the error message.
+        value: as given.
+
+    Raises:
+        InputError: it is none.
+    """
+    return float(_number(float, "number", name, value))
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Makes sure that a value is one of a few.
+
+    Args:
+        name: of the field, for the error message.
+        value: as given.
+        choices: what is allowed.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if value not in choices:
+        raise InputError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")
+
+
+def _number(convert: Callable[[Any], Any], noun: str, name: str, value: Any) -> Any:
+    try:
+        number = convert(value)
+        if isinstance(value, bool) or (not isinstance(value, str) and number != value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{name} {value!r} is not a {noun}") from error
+    return number
