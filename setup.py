@@ -1,12 +1,20 @@
-"""Builds the native extension with CMake; everything else about the package stands in pyproject.toml.
+"""Builds the native extensions with CMake; everything else about the package stands in pyproject.toml.
+
+There are two, each with a CMake project of its own, so that whatever is wrong with one leaves the other alone:
+ticketops._native, kernels in C++ for the CPU, and ticketops._cuda, kernels in CUDA C++ for the GPU.
 
 Environment variables:
-    TICKETOPS_NATIVE: 0 installs pure Python; 1 makes a failing build an error instead of a pure-Python install.
+    TICKETOPS_NATIVE: 0 installs pure Python; 1 makes a failing build of _native an error instead of an install without.
+    TICKETOPS_CUDA: 0 leaves _cuda out; 1 makes it an error if _cuda is not built. Otherwise it is built where nvcc is
+        found: $CUDACXX, $CUDA_HOME, $CUDA_PATH, the PATH, /usr/local/cuda, conda's environment, NVIDIA's wheels.
 """
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -15,43 +23,87 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+class MissingError(Exception):
+    """Something that a build needs is not there."""
+
+
+def nvcc() -> Path:
+    """The CUDA compiler."""
+    if named := os.environ.get("CUDACXX"):
+        found = shutil.which(named)
+        if found is None:
+            raise MissingError(f"CUDACXX={named} is no program")
+        return Path(found)
+
+    def toolkits() -> Iterator[Path]:
+        yield from (Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name))
+        if found := shutil.which("nvcc"):
+            yield Path(found).parents[1]
+        yield Path("/usr/local/cuda")
+        yield Path(sys.prefix)
+        yield from sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"), reverse=True)
+
+    for toolkit in toolkits():
+        if os.access(toolkit / "bin" / "nvcc", os.X_OK):
+            return toolkit / "bin" / "nvcc"
+    raise MissingError("nvcc was not found: install the CUDA toolkit and set CUDA_HOME to its folder")
+
+
 class CMakeBuild(build_ext):
     """Runs CMake where setuptools would run the compiler."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Builds the extension; without CMake or a compiler the package is installed pure-Python, and says so."""
+        """Builds an extension; where that fails the package is installed without it, unless it was demanded."""
+        name = ext.name.rpartition(".")[2]
+        switch = {"_native": "TICKETOPS_NATIVE", "_cuda": "TICKETOPS_CUDA"}[name]
+        demanded = os.environ.get(switch) == "1"
         try:
-            self._build(Path(self.get_ext_fullpath(ext.name)).resolve())
-        except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            if os.environ.get("TICKETOPS_NATIVE") == "1":
-                raise
-            what = f"{error.cmd[0]} failed" if isinstance(error, subprocess.CalledProcessError) else error
+            self._build(name, Path(self.get_ext_fullpath(ext.name)).resolve())
+        except (MissingError, OSError, ImportError, subprocess.CalledProcessError) as error:
+            what = f"{error.cmd[0]} failed" if isinstance(error, subprocess.CalledProcessError) else str(error)
+            if demanded:
+                raise SystemExit(f"ticketops: {switch}=1, but ticketops.{name} cannot be built: {what}") from error
+            loss = {
+                "_native": "the CPU runs pure Python, which is slower; for the kernels install a C++17 compiler",
+                "_cuda": "GPUs run on Triton and torch alone; for the kernels install the CUDA toolkit",
+            }[name]
             print(
-                f"ticketops: the native extension was not built ({what}); installing pure Python, which is slower. "
-                "Install a C++17 compiler and reinstall; TICKETOPS_NATIVE=1 makes this an error.",
+                f"ticketops: ticketops.{name} was not built ({what}): {loss} and install ticketops again; "
+                f"{switch}=1 makes this an error.",
                 file=sys.stderr,
             )
 
-    def _build(self, target: Path) -> None:
+    def _build(self, name: str, target: Path) -> None:
         import pybind11
 
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        source = {"_native": ROOT, "_cuda": ROOT / "csrc" / "cuda"}[name]
+        build = Path(self.build_temp).resolve() / name
         settings = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
-        subprocess.run(
-            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{key}={value}" for key, value in settings.items())],
-            check=True,
-        )
-        subprocess.run(["cmake", "--build", build], check=True)
+        environment = dict(os.environ)
+        if name == "_cuda":
+            settings["CMAKE_CUDA_COMPILER"] = compiler = nvcc()
+            # NVIDIA's wheels keep the runtime in lib, but their nvcc looks for it in lib64.
+            libraries = str(compiler.parents[1] / "lib")
+            environment["LIBRARY_PATH"] = ":".join(filter(None, [environment.get("LIBRARY_PATH"), libraries]))
+        # What an earlier build found, perhaps with another compiler or Python, must not be taken for granted.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        build.mkdir(parents=True, exist_ok=True)
+        definitions = [f"-D{key}={value}" for key, value in settings.items()]
+        for command in (["-S", source, "-B", build, "-G", "Ninja", *definitions], ["--build", build]):
+            subprocess.run(["cmake", *command], check=True, env=environment)
 
 
-native = os.environ.get("TICKETOPS_NATIVE") != "0"
+names = []
+if os.environ.get("TICKETOPS_NATIVE") != "0":
+    names = ["_native"] if os.environ.get("TICKETOPS_CUDA") == "0" else ["_native", "_cuda"]
+elif os.environ.get("TICKETOPS_CUDA") == "1":
+    raise SystemExit("ticketops: TICKETOPS_NATIVE=0 asks for pure Python and TICKETOPS_CUDA=1 for CUDA: set one of them")
 setup(
     # Optional: setuptools then also puts up with there being no file to copy.
-    ext_modules=[Extension("ticketops._native", sources=[], optional=True)] if native else [],
+    ext_modules=[Extension(f"ticketops.{name}", sources=[], optional=True) for name in names],
     cmdclass={"build_ext": CMakeBuild},
 )
