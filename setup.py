@@ -101,7 +101,7 @@ names = []
 if os.environ.get("TICKETOPS_NATIVE") != "0":
     names = ["_native"] if os.environ.get("TICKETOPS_CUDA") == "0" else ["_native", "_cuda"]
 elif os.environ.get("TICKETOPS_CUDA") == "1":
-    raise SystemExit("ticketops: TICKETOPS_NATIVE=0 asks for pure Python and TICKETOPS_CUDA=1 for CUDA: set one of them")
+    raise SystemExit("ticketops: TICKETOPS_NATIVE=0 asks for pure Python, TICKETOPS_CUDA=1 for CUDA: set one of them")
 setup(
     # Optional: setuptools then also puts up with there being no file to copy.
     ext_modules=[Extension(f"ticketops.{name}", sources=[], optional=True) for name in names],
