@@ -109,17 +109,25 @@ class Kept:
         heads: places of the computed heads among those that are there; None for all, on the path without indexing.
         numbers: the computed heads by their numbers in the architecture; None for all of the architecture.
         ffn: whether the FFN is computed.
+        neurons: places of the FFN's computed neurons among those that are there; None for all.
+        neuron_numbers: the computed neurons by their numbers in the architecture; None for all of the architecture.
         frozen_rows: what no optimizer moves of the weights and biases of q, k and v.
         frozen_columns: the same of the output projection's weight.
-        frozen_ffn: the same of the FFN's parameters.
+        frozen_fc1: the same of the FFN's first linear layer.
+        frozen_fc2: the same of the weight of its second.
+        frozen_bias: the same of the second's bias.
     """
 
     heads: Indices | None
     numbers: Indices | None
     ffn: bool
+    neurons: Indices | None
+    neuron_numbers: Indices | None
     frozen_rows: Frozen
     frozen_columns: Frozen
-    frozen_ffn: Frozen
+    frozen_fc1: Frozen
+    frozen_fc2: Frozen
+    frozen_bias: Frozen
 
 
 class LayerState:
@@ -135,36 +143,46 @@ class LayerState:
         self.index = index
         self.activation = activation
 
-    def hold(self, heads: list[bool], ffn: bool) -> None:
+    def hold(self, heads: list[bool], neurons: list[bool]) -> None:
         """Sets which structures the layer's weights have; all of them are computed.
 
         Args:
             heads: for each head of the architecture, whether it is there.
-            ffn: whether the FFN is there.
+            neurons: for each neuron of the architecture's FFN, whether it is there; all False where the FFN is not.
         """
         self.heads = tuple(head for head, there in enumerate(heads) if there)
-        self.has_ffn = ffn
-        self.kept = self.keep(heads, ffn)
+        self.neurons = tuple(neuron for neuron, there in enumerate(neurons) if there)
+        self.kept = self.keep(heads, neurons)
 
-    def keep(self, heads: list[bool], ffn: bool) -> Kept:
+    def keep(self, heads: list[bool], neurons: list[bool]) -> Kept:
         """Works out what to compute of the structures that are there.
 
         Args:
             heads: for each head of the architecture, whether to compute it.
-            ffn: whether to compute the FFN.
+            neurons: for each neuron of the architecture's FFN, whether to compute it.
 
         Returns:
             What `kept` is to be for that.
         """
         places = [place for place, head in enumerate(self.heads) if heads[head]]
         pruned = Indices(place for place, head in enumerate(self.heads) if not heads[head])
+        ffn_places = [place for place, neuron in enumerate(self.neurons) if neurons[neuron]]
+        if ffn_places:
+            groups, idle = len(self.neurons), Indices(p for p, neuron in enumerate(self.neurons) if not neurons[neuron])
+        else:
+            # The FFN goes as a whole, with the bias of its output, if it is there.
+            groups, idle = 1, Indices([0] if self.neurons else [])
         return Kept(
             heads=None if places and not pruned else Indices(places),
             numbers=None if len(places) == len(heads) else Indices(self.heads[place] for place in places),
-            ffn=ffn and self.has_ffn,
+            ffn=bool(ffn_places),
+            neurons=Indices(ffn_places) if ffn_places and idle else None,
+            neuron_numbers=None if all(neurons) else Indices(self.neurons[place] for place in ffn_places),
             frozen_rows=Frozen(0, self.num_heads, pruned),
             frozen_columns=Frozen(1, self.num_heads, pruned),
-            frozen_ffn=Frozen(0, 1, Indices([0] if self.has_ffn and not ffn else [])),
+            frozen_fc1=Frozen(0, groups, idle),
+            frozen_fc2=Frozen(1, groups, idle),
+            frozen_bias=Frozen(0, 1, Indices([] if ffn_places else idle.values)),
         )
 
     @property
@@ -182,12 +200,14 @@ class Call:
         head_importance: per layer, the leaf whose gradient becomes the head importance partials; empty when not
             recording.
         ffn_importance: the same for the FFN.
+        neuron_importance: the same for its computed neurons; empty also when these are not recorded.
         per_token: the granularity is "token".
     """
 
     packing: Packing
     head_importance: dict[int, Tensor] = field(default_factory=dict)
     ffn_importance: dict[int, Tensor] = field(default_factory=dict)
+    neuron_importance: dict[int, Tensor] = field(default_factory=dict)
     per_token: bool = False
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from ticketops.models.patch import find_adapter
-from ticketops.models.record import head_dim, held_ticket
+from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,19 @@ def costs(model: PreTrainedModel, length: int = 128) -> tuple[Cost, Cost]:
     """
     _, base = find_adapter(model)
     held, hidden, dim = held_ticket(base.config), base.config.hidden_size, head_dim(base.config)
-    width = getattr(base.config, "intermediate_size", None) or base.config.hidden_dim
+    width = num_neurons(base.config)
     # A head's share of q, k, v and o, and its scores and contexts with every token.
-    head, ffn = 4 * hidden * dim + 2 * dim * length, 2 * hidden * width
-    heads, ffns = int(held.head_mask.sum()), int(held.ffn_mask.sum())
+    head, neuron = 4 * hidden * dim + 2 * dim * length, 2 * hidden
+    heads, neurons = int(held.head_mask.sum()), int(kept_neurons(held, width).sum())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    removed = held.heads_pruned * (3 * (hidden + 1) * dim + dim * hidden) + held.ffns_pruned * (ffn + width + hidden)
+    removed = held.heads_pruned * (3 * (hidden + 1) * dim + dim * hidden) + held.ffns_pruned * hidden
+    removed += (held.num_layers * width - neurons) * (neuron + 1)
     size = next(model.parameters()).element_size()
     return (
         Cost(
             parameters + removed,
-            held.num_layers * (held.num_heads * head + ffn),
+            held.num_layers * (held.num_heads * head + width * neuron),
             (parameters + removed) * size,
         ),
-        Cost(parameters, heads * head + ffns * ffn, parameters * size),
+        Cost(parameters, heads * head + neurons * neuron, parameters * size),
     )

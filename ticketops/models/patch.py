@@ -18,7 +18,8 @@ from ticketops.models.camembert import CAMEMBERT
 from ticketops.models.distilbert import DISTILBERT
 from ticketops.models.electra import ELECTRA
 from ticketops.models.freezing import freeze, is_frozen, unfreeze
-from ticketops.models.record import head_dim, held_ticket
+from ticketops.models.indices import Indices
+from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
 from ticketops.models.roberta import ROBERTA
 from ticketops.models.xlm_roberta import XLM_ROBERTA
 from ticketops.ops import Packing
@@ -86,14 +87,14 @@ def weight_counts(model: nn.Module) -> WeightCounts:
         UnsupportedError: a model that ticketops does not serve.
     """
     adapter, base = find_adapter(model)
-    layers = [adapter.parts(layer) for layer in adapter.layers(base)]
     hidden, dim = base.config.hidden_size, head_dim(base.config)
-    width = max(parts.fc1.out_features for parts in layers)
+    width = num_neurons(base.config)
     return WeightCounts(
         head=3 * (hidden + 1) * dim + dim * hidden,
-        ffn=(hidden + 1) * width + (width + 1) * hidden if width else 0,
+        ffn=(hidden + 1) * width + (width + 1) * hidden,
         encoder=sum(p.numel() for p in adapter.encoder(base).parameters()),
         total=sum(p.numel() for p in model.parameters()),
+        neuron=2 * hidden + 1,
     )
 
 
@@ -101,8 +102,9 @@ def _check_layers(adapter: Adapter, base: Any) -> list[LayerParts]:
     """The prunable parts of each layer, checked to be what the ops assume."""
     found = []
     held = held_ticket(base.config)
-    rows = zip(adapter.layers(base), held.head_mask.sum(1).tolist(), held.ffn_mask.tolist(), strict=True)
-    for index, (layer, heads, ffn) in enumerate(rows):
+    widths = kept_neurons(held, num_neurons(base.config)).sum(1).tolist()
+    rows = zip(adapter.layers(base), held.head_mask.sum(1).tolist(), widths, strict=True)
+    for index, (layer, heads, width) in enumerate(rows):
         if type(layer) not in {*adapter.swaps, *adapter.swaps.values()}:
             name = type(layer).__name__
             raise UnsupportedError(f"layer {index} is a {name}, no stock layer of {adapter.base.__name__}")
@@ -112,10 +114,11 @@ def _check_layers(adapter: Adapter, base: Any) -> list[LayerParts]:
         if refusal:
             raise UnsupportedError(f"layer {index} has {refusal}")
         there, dim = parts.query.out_features, head_dim(base.config)
-        if there != heads * dim or bool(parts.fc1.out_features) != ffn:
+        if (there, parts.fc1.out_features) != (heads * dim, width):
             raise UnsupportedError(
-                f"layer {index} has weights for {there / dim:g} heads where its configuration says {heads}, or the FFN "
-                "differs: remove structures with ticketops.shrink, which keeps the two in step"
+                f"layer {index} has weights for {there / dim:g} heads where its configuration says {heads}, or for "
+                f"{parts.fc1.out_features} neurons where it says {width}: remove structures with ticketops.shrink, "
+                "which keeps the two in step"
             )
         found.append(parts)
     return found
@@ -151,6 +154,7 @@ class PatchHandle:
         model: the patched model.
         num_layers: encoder layers.
         num_heads: attention heads a layer of the architecture; a shrunk layer has fewer, under their old numbers.
+        num_neurons: the same of the neurons of an FFN.
         ticket: the ticket applied, None for the whole model.
     """
 
@@ -163,6 +167,7 @@ class PatchHandle:
         self.model = model
         self.num_layers = len(self._parts)
         self.num_heads: int = base.config.num_attention_heads
+        self.num_neurons = num_neurons(base.config)
         self.ticket: Ticket | None = None
         self._unpad = unpad
         self._importance: Importance | None = None
@@ -206,8 +211,9 @@ class PatchHandle:
         Args:
             held: keeps what is there.
         """
-        for state, heads, ffn in zip(self._states, held.head_mask.tolist(), held.ffn_mask.tolist(), strict=True):
-            state.hold(heads, ffn)
+        neurons = kept_neurons(held, self.num_neurons).tolist()
+        for state, *there in zip(self._states, held.head_mask.tolist(), neurons, strict=True):
+            state.hold(*there)
         self._known.clear()
 
     def apply(self, ticket: Ticket | None) -> "PatchHandle":
@@ -218,13 +224,13 @@ class PatchHandle:
         and does not wait for the device.
 
         Args:
-            ticket: which heads and FFNs to keep; None for the whole model.
+            ticket: which heads, FFNs and neurons to keep; None for the whole model.
 
         Returns:
             The handle itself.
 
         Raises:
-            InputError: a ticket for another number of layers or heads, or a reverted model.
+            InputError: a ticket for another number of layers, heads or neurons, or a reverted model.
         """
         self._check_live()
         known = self._known.get(ticket)
@@ -241,9 +247,10 @@ class PatchHandle:
         """Whether a ticket is full, and what it keeps of each layer."""
         if ticket is None:
             ticket = Ticket.full(self.num_layers, self.num_heads)
-        ticket.check(self.num_layers, self.num_heads)
-        rows = zip(self._states, ticket.head_mask.tolist(), ticket.ffn_mask.tolist(), strict=True)
-        return ticket.is_full, [state.keep(heads, ffn) for state, heads, ffn in rows]
+        ticket.check(self.num_layers, self.num_heads, self.num_neurons)
+        neurons = kept_neurons(ticket, self.num_neurons).tolist()
+        rows = zip(self._states, ticket.head_mask.tolist(), neurons, strict=True)
+        return ticket.is_full, [state.keep(*keep) for state, *keep in rows]
 
     def _freeze(self) -> None:
         """Marks what the applied ticket prunes, so that no optimizer moves it."""
@@ -253,12 +260,19 @@ class PatchHandle:
                 freeze(linear.weight, kept.frozen_rows)
                 freeze(linear.bias, kept.frozen_rows)
             freeze(parts.output.weight, kept.frozen_columns)
-            for parameter in (*parts.fc1.parameters(), *parts.fc2.parameters()):
-                freeze(parameter, kept.frozen_ffn)
+            for parameter in parts.fc1.parameters():
+                freeze(parameter, kept.frozen_fc1)
+            freeze(parts.fc2.weight, kept.frozen_fc2)
+            if parts.fc2.bias is not None:
+                freeze(parts.fc2.bias, kept.frozen_bias)
 
     @contextmanager
     def record_importance(
-        self, granularity: Granularity = "example", sequences_per_example: int | None = None
+        self,
+        granularity: Granularity = "example",
+        sequences_per_example: int | None = None,
+        *,
+        neurons: bool = False,
     ) -> Iterator[Importance]:
         """Collects |dL/d mask| of every head and FFN from each backward pass inside the `with` block, at no extra pass.
 
@@ -269,6 +283,7 @@ class PatchHandle:
         Args:
             granularity: where the absolute value is taken: "example" (paper's formula), "token" (its code) or "batch".
             sequences_per_example: rows of the batch that make one example; needed for multiple choice, else 1.
+            neurons: record every neuron of the FFNs too, for `prune(neurons=True)`.
 
         Yields:
             The Importance, which fills up; a structure that the applied ticket prunes is not computed and scores 0.
@@ -286,7 +301,11 @@ class PatchHandle:
                 )
             sequences_per_example = 1
         self._importance = Importance(
-            self.num_layers, self.num_heads, granularity, sequences_per_example=sequences_per_example
+            self.num_layers,
+            self.num_heads,
+            granularity,
+            sequences_per_example=sequences_per_example,
+            neurons=self.num_neurons if neurons else None,
         )
         try:
             yield self._importance
@@ -312,9 +331,10 @@ class PatchHandle:
     def _call(self, packing: Packing, device: torch.device) -> Call:
         """The per-call information, with a leaf for each importance partial where a backward pass may follow."""
         for state in self._states:
-            if state.kept.heads is not None:
-                # Made here, outside of compiled graphs, which then find them ready.
-                state.kept.heads.on(device)
+            for places in (state.kept.heads, state.kept.neurons):
+                if places is not None:
+                    # Made here, outside of compiled graphs, which then find them ready.
+                    places.on(device)
         parameters = (p for parts in self._parts for linear in parts.linears().values() for p in linear.parameters())
         if self.ticket is not None and not any(map(is_frozen, parameters)):
             # A deep copy has the ticket but loses the marks on its parameters, and so does another process.
@@ -326,15 +346,29 @@ class PatchHandle:
         batch = len(packing.sequences)
         idle: list[Callable[..., None]] = []
         for layer, state in enumerate(self._states):
-            kept = None if state.kept.numbers is None else state.kept.numbers.on(device)
-            heads = self.num_heads if kept is None else len(kept)
-            add_heads = partial(_add_heads, importance, layer, kept, self.num_heads)
+            kept = state.kept
+
+            def record(
+                sinks: dict[int, Tensor],
+                add: Callable[..., None],
+                numbers: Indices | None,
+                total: int,
+                layer: int = layer,
+            ) -> None:
+                """Has one kind of structure of the layer recorded, where any of it is computed."""
+                index = None if numbers is None else numbers.on(device)
+                computed = total if index is None else len(index)
+                add = partial(_add_some, partial(add, layer), index, total)
+                if computed:
+                    sinks[layer] = _leaf((batch, computed), device, add)
+                else:
+                    idle.append(partial(add, torch.zeros(batch, 0, device=device)))
+
+            record(call.head_importance, importance.add_head, kept.numbers, self.num_heads)
+            if importance.num_neurons is not None:
+                record(call.neuron_importance, importance.add_neuron, kept.neuron_numbers, self.num_neurons)
             add_ffn = partial(_add_ffn, importance, layer)
-            if heads:
-                call.head_importance[layer] = _leaf((batch, heads), device, add_heads)
-            else:
-                idle.append(partial(add_heads, torch.zeros(batch, 0, device=device)))
-            if state.kept.ffn:
+            if kept.ffn:
                 call.ffn_importance[layer] = _leaf((batch,), device, add_ffn)
             else:
                 idle.append(partial(add_ffn, torch.zeros(batch, device=device)))
@@ -362,10 +396,10 @@ def _leaf(shape: tuple[int, ...], device: torch.device, add: Callable[[Tensor], 
     return leaf
 
 
-def _add_heads(importance: Importance, layer: int, kept: Tensor | None, num_heads: int, partials: Tensor) -> None:
+def _add_some(add: Callable[..., None], kept: Tensor | None, total: int, partials: Tensor) -> None:
     if kept is not None:
-        partials = partials.new_zeros(len(partials), num_heads).index_copy_(1, kept, partials)
-    importance.add_head(layer, signed=partials, absolute=partials)
+        partials = partials.new_zeros(len(partials), total).index_copy_(1, kept, partials)
+    add(signed=partials, absolute=partials)
 
 
 def _add_ffn(importance: Importance, layer: int, partials: Tensor) -> None:

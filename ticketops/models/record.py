@@ -1,9 +1,11 @@
 """The record in a model's configuration of what its weights still have: `config.ticketops`, plain JSON."""
 
+import re
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ticketops.errors import InputError
 from ticketops.tickets import Ticket
@@ -24,8 +26,31 @@ def head_dim(config: Any) -> int:
     return int(config.hidden_size) // int(config.num_attention_heads)
 
 
+def num_neurons(config: Any) -> int:
+    """The width of the architecture's FFNs.
+
+    Args:
+        config: of a model, shrunk or not.
+    """
+    return int(getattr(config, "intermediate_size", None) or config.hidden_dim)
+
+
+def kept_neurons(ticket: Ticket, neurons: int) -> Tensor:
+    """Spells out which neurons a ticket keeps.
+
+    Args:
+        ticket: with a mask of neurons or without.
+        neurons: of an FFN of the architecture.
+
+    Returns:
+        Bool [layers, neurons], none of them kept where the FFN is pruned.
+    """
+    found = ticket.neuron_mask
+    return ticket.ffn_mask[:, None].expand(-1, neurons) if found is None else found
+
+
 def held_ticket(config: Any) -> Ticket:
-    """Reads which heads and FFNs of the architecture a model's weights have.
+    """Reads which heads, FFNs and neurons of the architecture a model's weights have.
 
     Args:
         config: of a transformers model.
@@ -46,6 +71,7 @@ def held_ticket(config: Any) -> Ticket:
     if record is None:
         return Ticket.full(layers, heads)
     rows, ffns = (record.get("heads"), record.get("ffns")) if isinstance(record, dict) else (None, None)
+    neurons = _neurons(record.get("neurons"), layers, config) if isinstance(record, dict) else None
     if (
         not _are_numbers(ffns, layers)
         or not isinstance(rows, list)
@@ -61,11 +87,11 @@ def held_ticket(config: Any) -> Ticket:
         mask[row] = True
     ffn_mask = torch.zeros(layers, dtype=torch.bool)
     ffn_mask[ffns] = True
-    return Ticket(head_mask, ffn_mask, {"kind": "held"})
+    return Ticket(head_mask, ffn_mask, {"kind": "held"}, neurons)
 
 
 def write_record(config: Any, held: Ticket) -> None:
-    """Notes in a configuration which heads and FFNs the weights have; a whole model has no record.
+    """Notes in a configuration which heads, FFNs and neurons the weights have; a whole model has no record.
 
     Args:
         config: changed in place.
@@ -76,7 +102,36 @@ def write_record(config: Any, held: Ticket) -> None:
         vars(config).pop(KEY, None)
     else:
         heads = [row.nonzero().flatten().tolist() for row in held.head_mask]
-        setattr(config, KEY, {"heads": heads, "ffns": held.ffn_mask.nonzero().flatten().tolist()})
+        record = {"heads": heads, "ffns": held.ffn_mask.nonzero().flatten().tolist()}
+        if held.neuron_mask is not None:
+            record["neurons"] = [_to_hex(row) for row in held.neuron_mask]
+        setattr(config, KEY, record)
+
+
+def _neurons(rows: Any, layers: int, config: Any) -> Tensor | None:
+    """The mask that a record's neurons describe, one number a layer in base 16 whose highest bit is neuron 0."""
+    if rows is None:
+        return None
+    width = num_neurons(config)
+    digits = -(-width // 4)
+    if (
+        not isinstance(rows, list)
+        or len(rows) != layers
+        or not all(isinstance(row, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", row, re.ASCII) for row in rows)
+        or any(int(row, 16) & (2 ** (4 * digits - width) - 1) for row in rows)
+    ):
+        raise InputError(
+            f'config.json\'s "{KEY}" does not give the neurons of {layers} layers as {digits} digits each: export the '
+            "model again"
+        )
+    bits = [f"{int(row, 16):0{4 * digits}b}"[:width] for row in rows]
+    return torch.tensor([[bit == "1" for bit in row] for row in bits])
+
+
+def _to_hex(row: Tensor) -> str:
+    digits = -(-len(row) // 4)
+    bits = "".join("1" if kept else "0" for kept in row.tolist()).ljust(4 * digits, "0")
+    return f"{int(bits, 2):0{digits}x}"
 
 
 def _migrate(pruned: Any, layers: int, heads: int) -> dict[str, Any]:

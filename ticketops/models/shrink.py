@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from ticketops.errors import UnsupportedError
 from ticketops.models.adapter import Adapter, LayerParts
 from ticketops.models.patch import ADAPTERS, check_supported, find_adapter
-from ticketops.models.record import head_dim, held_ticket, write_record
+from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons, write_record
 from ticketops.tickets import Ticket
 
 
 def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | None = None) -> PreTrainedModel:
-    """Removes pruned heads and FFNs from a model's weights, in place.
+    """Removes pruned heads, FFNs and neurons from a model's weights, in place.
 
     What is left keeps its numbers: tickets and importances of a shrunk model have the architecture's shape. The model
     runs in stock transformers code; it can be patched, trained, saved and shrunk further, and `save_pretrained` folders
@@ -33,15 +33,15 @@ def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | Non
         The model itself.
 
     Raises:
-        InputError: a ticket for another number of layers or heads.
+        InputError: a ticket for another number of layers, heads or neurons.
         UnsupportedError: a model that ticketops does not serve, or an optimizer whose state cannot be cut.
     """
     adapter, base = find_adapter(model)
     check_supported(model)
     held = held_ticket(base.config)
-    ticket.check(held.num_layers, held.num_heads)
+    ticket.check(held.num_layers, held.num_heads, num_neurons(base.config))
     left = held & ticket
-    cuts = list(_cuts(adapter, adapter.encoder(base), head_dim(base.config), held, left))
+    cuts = list(_cuts(adapter, adapter.encoder(base), base.config, held, left))
     state = {} if optimizer is None else _states(optimizer, cuts)
     handle = getattr(adapter.encoder(base), "_ticketops", None)
     applied = None if handle is None else handle.ticket
@@ -80,7 +80,7 @@ def narrow(encoder: nn.Module, config: Any) -> None:
     with torch.device("cpu"):
         left = held_ticket(config)
         full = Ticket.full(left.num_layers, left.num_heads)
-        _cut(adapter, encoder, list(_cuts(adapter, encoder, head_dim(config), full, left)), left, {})
+        _cut(adapter, encoder, list(_cuts(adapter, encoder, config, full, left)), left, {})
 
 
 def cut_indices(model: PreTrainedModel, held: Ticket, left: Ticket) -> dict[str, tuple[int, Tensor]]:
@@ -98,17 +98,18 @@ def cut_indices(model: PreTrainedModel, held: Ticket, left: Ticket) -> dict[str,
     adapter, base = find_adapter(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     none = torch.empty(0, dtype=torch.int64)
-    cuts = _cuts(adapter, adapter.encoder(base), head_dim(base.config), held, left)
+    cuts = _cuts(adapter, adapter.encoder(base), base.config, held, left)
     return {names[id(getattr(linear, name))]: (dim, none if kept is None else kept) for linear, name, dim, kept in cuts}
 
 
 Cut = tuple[nn.Linear, str, int, Tensor | None]
 
 
-def _cuts(adapter: Adapter, encoder: Any, dim: int, held: Ticket, left: Ticket) -> Iterator[Cut]:
+def _cuts(adapter: Adapter, encoder: Any, config: Any, held: Ticket, left: Ticket) -> Iterator[Cut]:
     """What to do to which parameter: (its linear, its name there, dimension, what to keep of it; None for nothing)."""
-    rows = zip(encoder.layer, held.head_mask, left.head_mask, held.ffn_mask, left.ffn_mask, strict=True)
-    for layer, heads, left_heads, ffn, left_ffn in rows:
+    dim, neurons = head_dim(config), num_neurons(config)
+    masks = (held.head_mask, left.head_mask, kept_neurons(held, neurons), kept_neurons(left, neurons))
+    for layer, heads, left_heads, there, left_there in zip(encoder.layer, *masks, strict=True):
         parts: LayerParts = adapter.parts(layer)
         if not torch.equal(heads, left_heads):
             kept = left_heads[heads].repeat_interleave(dim).nonzero().flatten()
@@ -116,13 +117,14 @@ def _cuts(adapter: Adapter, encoder: Any, dim: int, held: Ticket, left: Ticket) 
                 yield linear, "weight", 0, kept
                 yield linear, "bias", 0, kept
             yield parts.output, "weight", 1, kept
-        if ffn and not left_ffn:
-            none = torch.empty(0, dtype=torch.int64)
-            yield parts.fc1, "weight", 0, none
-            yield parts.fc2, "weight", 1, none
-            # An empty product plus a bias would not be nothing.
-            yield parts.fc1, "bias", 0, None
-            yield parts.fc2, "bias", 0, None
+        if not torch.equal(there, left_there):
+            kept = left_there[there].nonzero().flatten()
+            yield parts.fc1, "weight", 0, kept
+            yield parts.fc2, "weight", 1, kept
+            # An empty product plus a bias would not be nothing: both go with the FFN.
+            yield parts.fc1, "bias", 0, kept if len(kept) else None
+            if not len(kept):
+                yield parts.fc2, "bias", 0, None
 
 
 def _states(optimizer: Optimizer, cuts: list[Cut]) -> dict[int, dict[str, Any]]:

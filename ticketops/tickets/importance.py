@@ -15,7 +15,7 @@ Granularity = Literal["example", "token", "batch"]
 
 
 class Importance:
-    """Running averages of |dL/d mask| for every head and every FFN, at a named granularity.
+    """Running averages of |dL/d mask| for every head and every FFN, and every neuron if asked, at a named granularity.
 
     The absolute value is taken per example (the paper's formula), per token (the authors' code) or per batch. L is a
     mean over the batch, so the terms of a batch of B examples are multiplied by B where they are taken one by one.
@@ -27,6 +27,7 @@ class Importance:
         sequences_per_example: consecutive rows of a batch that make up one example, as the choices of a
             multiple-choice model do.
         metadata: JSON values to save with the scores.
+        neurons: of each FFN, whose importance is recorded too; None for none.
 
     Raises:
         InputError: an argument is out of range.
@@ -41,19 +42,24 @@ class Importance:
         granularity: Granularity = "example",
         sequences_per_example: int = 1,
         metadata: Mapping[str, Any] | None = None,
+        neurons: int | None = None,
     ) -> None:
         if granularity not in get_args(Granularity):
             raise InputError(f"granularity {granularity!r} is unknown; use one of {', '.join(get_args(Granularity))}")
-        for name, value in (("layers", layers), ("heads", heads), ("sequences_per_example", sequences_per_example)):
+        numbers = {"layers": layers, "heads": heads, "sequences_per_example": sequences_per_example}
+        for name, value in (numbers if neurons is None else {**numbers, "neurons": neurons}).items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; it must be an integer of at least 1")
         self.num_layers = layers
         self.num_heads = heads
+        self.num_neurons = neurons
         self.granularity = granularity
         self.sequences_per_example = sequences_per_example
         self.metadata: dict[str, Any] = dict(metadata or {})
         self._heads = _Sums("head", torch.zeros(layers, heads, dtype=torch.float64), [0] * layers)
         self._ffns = _Sums("FFN", torch.zeros(layers, dtype=torch.float64), [0] * layers)
+        # Of no neurons where none are recorded.
+        self._neurons = _Sums("neuron", torch.zeros(layers, neurons or 0, dtype=torch.float64), [0] * layers)
 
     def add_head(self, layer: int, signed: Tensor | None, absolute: Tensor | None) -> None:
         """Adds the heads of one layer and one batch, without waiting for the GPU.
@@ -82,6 +88,19 @@ class Importance:
         """
         self._add(self._ffns, layer, signed, absolute)
 
+    def add_neuron(self, layer: int, signed: Tensor | None, absolute: Tensor | None) -> None:
+        """Adds the neurons of one layer's FFN and one batch, without waiting for the GPU.
+
+        Args:
+            layer: the layer, from 0.
+            signed: floating [B, neurons], as in `add_head`.
+            absolute: floating [B, neurons], as in `add_head`.
+
+        Raises:
+            InputError: the tensor that the granularity needs is missing or has another shape.
+        """
+        self._add(self._neurons, layer, signed, absolute)
+
     @property
     def head(self) -> Tensor:
         """The heads' averages so far, float64 [layers, heads] on the CPU; InputError where a layer has none."""
@@ -92,6 +111,13 @@ class Importance:
         """The FFNs' averages so far, float64 [layers] on the CPU; InputError where a layer has none."""
         return self._ffns.average()
 
+    @property
+    def neuron(self) -> Tensor:
+        """The neurons' averages so far, float64 [layers, neurons] on the CPU; InputError where a layer has none."""
+        if self.num_neurons is None:
+            raise InputError("no neuron importance was recorded; record with record_importance(neurons=True)")
+        return self._neurons.average()
+
     def normalized_head(self) -> Tensor:
         """Makes head scores comparable across layers: each layer divided by its l2 norm.
 
@@ -101,9 +127,18 @@ class Importance:
         Raises:
             InputError: a layer has no scores.
         """
-        head = self.head
-        norm = torch.linalg.vector_norm(head, dim=1, keepdim=True)
-        return head / torch.where(norm == 0, 1.0, norm)
+        return _normalized(self.head)
+
+    def normalized_neuron(self) -> Tensor:
+        """Makes neuron scores comparable across layers, as `normalized_head` does with those of heads.
+
+        Returns:
+            float64 [layers, neurons] on the CPU; a layer of zeros stays zeros.
+
+        Raises:
+            InputError: no neurons were recorded, or a layer has no scores.
+        """
+        return _normalized(self.neuron)
 
     def merge(self, other: "Importance") -> "Importance":
         """Adds what another importance has recorded, as if all of it had been recorded here.
@@ -119,7 +154,7 @@ class Importance:
         """
         if self._meaning != other._meaning:
             raise InputError(f"cannot merge importance of {other._meaning} into {self._meaning}; record both alike")
-        for mine, theirs in ((self._heads, other._heads), (self._ffns, other._ffns)):
+        for mine, theirs in zip(self._sums, other._sums, strict=True):
             for layer, (total, count) in enumerate(zip(theirs.totals, theirs.counts, strict=True)):
                 if count:
                     mine.add(layer, total, count, scale=1)
@@ -167,6 +202,11 @@ class Importance:
             "head_counts": torch.tensor(self._heads.counts),
             "ffn_counts": torch.tensor(self._ffns.counts),
         }
+        if self.num_neurons is not None:
+            tensors |= {
+                "neuron_sums": self._neurons.stacked(),
+                "neuron_counts": torch.tensor(self._neurons.counts),
+            }
         names = ("granularity", "sequences_per_example", "metadata")
         storage.save(path, "importance", tensors, {name: getattr(self, name) for name in names})
 
@@ -184,23 +224,26 @@ class Importance:
             InputError: the file is missing, damaged, too large, not an importance, or of an unknown version.
         """
         layout = {"head_sums": ("F64", 2), "ffn_sums": ("F64", 1), "head_counts": ("I64", 1), "ffn_counts": ("I64", 1)}
-        return storage.load(path, "importance", layout, cls._from_file)
+        optional = {"neuron_sums": ("F64", 2), "neuron_counts": ("I64", 1)}
+        return storage.load(path, "importance", layout, cls._from_file, optional)
 
     @classmethod
     def _from_file(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> "Importance":
-        importance = cls(*tensors["head_sums"].shape, **fields)
-        layers = (importance.num_layers,)
-        counts = tensors["head_counts"], tensors["ffn_counts"]
-        if any(part.shape != layers for part in (tensors["ffn_sums"], *counts)) or any((c < 0).any() for c in counts):
-            raise InputError("its tensors do not fit each other; save it again")
-        importance._heads = _Sums("head", tensors["head_sums"], counts[0].tolist())
-        importance._ffns = _Sums("FFN", tensors["ffn_sums"], counts[1].tolist())
+        neurons = tensors["neuron_sums"].shape[1] if "neuron_sums" in tensors else None
+        importance = cls(*tensors["head_sums"].shape, **fields, neurons=neurons)  # type: ignore[misc]
+        for sums, name in zip(importance._sums, ("head", "ffn", "neuron"), strict=True):
+            if f"{name}_sums" not in tensors:
+                continue
+            totals, counts = tensors[f"{name}_sums"], tensors[f"{name}_counts"]
+            if len(totals) != importance.num_layers or len(counts) != len(totals) or (counts < 0).any():
+                raise InputError("its tensors do not fit each other; save it again")
+            sums.totals, sums.counts = list(totals.unbind()), counts.tolist()
         return importance
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Importance):
             return NotImplemented
-        return self._meaning == other._meaning and self._heads == other._heads and self._ffns == other._ffns
+        return self._meaning == other._meaning and self._sums == other._sums
 
     # Mutable, so not hashable.
     __hash__ = None  # type: ignore[assignment]
@@ -211,7 +254,12 @@ class Importance:
     @property
     def _meaning(self) -> str:
         rows = f", {self.sequences_per_example} sequences an example" if self.sequences_per_example > 1 else ""
-        return f"{self.num_layers} layers x {self.num_heads} heads per {self.granularity}{rows}"
+        neurons = f" and {self.num_neurons} neurons" if self.num_neurons is not None else ""
+        return f"{self.num_layers} layers x {self.num_heads} heads{neurons} per {self.granularity}{rows}"
+
+    @property
+    def _sums(self) -> "tuple[_Sums, _Sums, _Sums]":
+        return self._heads, self._ffns, self._neurons
 
     def _add(self, sums: "_Sums", layer: int, signed: Tensor | None, absolute: Tensor | None) -> None:
         name, partial = ("absolute", absolute) if self.granularity == "token" else ("signed", signed)
@@ -233,6 +281,12 @@ class Importance:
         count = 1 if self.granularity == "batch" else rows // group
         # The 1-norm is the sum of absolute values in one kernel; the loss is a mean over the batch, hence the scale.
         sums.add(layer, torch.linalg.vector_norm(terms, ord=1, dim=0, dtype=torch.float64), count, scale=count)
+
+
+def _normalized(scores: Tensor) -> Tensor:
+    """Each layer's scores divided by their l2 norm."""
+    norm = torch.linalg.vector_norm(scores, dim=1, keepdim=True)
+    return scores / torch.where(norm == 0, 1.0, norm)
 
 
 class _Sums:

@@ -14,16 +14,17 @@ from ticketops.tickets.ticket import Ticket
 Kind = Literal["winning", "losing", "random"]
 
 
-def level_counts(sparsity: float, layers: int, heads: int) -> tuple[int, int]:
+def level_counts(sparsity: float, layers: int, heads: int, neurons: int | None = None) -> tuple[int, int]:
     """Tells how many structures a sparsity prunes: that share of all heads and of all FFNs, rounded down.
 
     Args:
         sparsity: the share to prune, in [0, 1).
         layers: number of encoder layers.
         heads: number of heads in each.
+        neurons: of each FFN, where single neurons are to be pruned instead of whole FFNs.
 
     Returns:
-        Numbers of heads and of FFNs to prune.
+        Numbers of heads and of FFNs (with `neurons`: of neurons) to prune.
 
     Raises:
         InputError: the sparsity is outside [0, 1).
@@ -35,7 +36,7 @@ def level_counts(sparsity: float, layers: int, heads: int) -> tuple[int, int]:
         # 0.29 * 100 is 28.999999999999996, and 29 is meant.
         return math.floor(round(float(sparsity) * structures, 6))
 
-    return floor(layers * heads), floor(layers)
+    return floor(layers * heads), floor(layers * (neurons or 1))
 
 
 def prune(
@@ -46,6 +47,7 @@ def prune(
     kind: Kind = "winning",
     min_heads: int = 1,
     seed: int = 0,
+    neurons: bool = False,
 ) -> Ticket:
     """Cuts a ticket: the least important structures go (winning), the most important (losing), or any (random).
 
@@ -59,13 +61,17 @@ def prune(
     no pruned head while 2 (n + m floor(n / (H - m))) <= N, and at most the excess over N after that. For 12 x 12 heads
     and m = 1 that is up to n = 66. Pruned FFNs are disjoint up to half of them.
 
+    With `neurons`, single neurons of the FFNs are pruned in place of whole FFNs, along one ranking of all neurons by
+    layer-normalised score. An FFN has no floor: it goes with its last neuron.
+
     Args:
         importance: the scores; `random` reads its shape only.
         sparsity: the share of heads and of FFNs to prune, in [0, 1), see `level_counts`; give this or `counts`.
-        counts: numbers of heads and of FFNs to prune; give this or `sparsity`.
+        counts: numbers of heads and of FFNs (with `neurons`: of neurons) to prune; give this or `sparsity`.
         kind: `winning`, `losing` or `random`.
         min_heads: heads that every layer keeps at least; FFNs have no floor.
         seed: of the random permutation, in [0, 2**32).
+        neurons: prune single neurons in place of whole FFNs; needs an importance recorded with `neurons`.
 
     Returns:
         The ticket; its metadata tells how it was cut.
@@ -73,11 +79,14 @@ def prune(
     Raises:
         InputError: an argument is out of range, more is to be pruned than can be, or scores are missing or not finite.
 
-    Source: arXiv 2105.12002, section 3.
+    Source: arXiv 2105.12002, section 3; neurons go beyond the paper.
     """
     layers, heads = importance.num_layers, importance.num_heads
+    if neurons and importance.num_neurons is None:
+        raise InputError("this importance has no neurons; record with record_importance(neurons=True)")
+    width = importance.num_neurons if neurons else None
     if sparsity is not None and counts is None:
-        counts = level_counts(sparsity, layers, heads)
+        counts = level_counts(sparsity, layers, heads, width)
     elif sparsity is not None or counts is None:
         raise InputError("prune takes a sparsity or counts; give exactly one of them")
     if kind not in get_args(Kind):
@@ -85,12 +94,14 @@ def prune(
     if min_heads not in range(heads + 1):
         raise InputError(f"min_heads {min_heads} is impossible with {heads} heads a layer; use 0 to {heads}")
     num_heads, num_ffns = counts
-    for what, count, most in (("heads", num_heads, layers * (heads - min_heads)), ("FFNs", num_ffns, layers)):
+    what_ffns = "FFNs" if width is None else "neurons"
+    ranges = (("heads", num_heads, layers * (heads - min_heads)), (what_ffns, num_ffns, layers * (width or 1)))
+    for what, count, most in ranges:
         if count not in range(most + 1):
             floor = f" while each of {layers} layers keeps {min_heads}" if what == "heads" else ""
             raise InputError(f"cannot prune {count} {what}{floor}; the maximum is {most}")
-    head_order, ffn_order = _orders(importance, kind, seed)
-    ffn_mask = torch.ones(layers, dtype=torch.bool)
+    head_order, ffn_order = _orders(importance, kind, seed, width)
+    ffn_mask = torch.ones(layers * (width or 1), dtype=torch.bool)
     ffn_mask[ffn_order[:num_ffns]] = False
     metadata: dict[str, Any] = {
         "kind": kind,
@@ -101,20 +112,28 @@ def prune(
     }
     if kind == "random":
         metadata["seed"] = seed
-    return Ticket(_head_mask(head_order, num_heads, layers, heads, min_heads), ffn_mask, metadata)
+    head_mask = _head_mask(head_order, num_heads, layers, heads, min_heads)
+    if width is None:
+        return Ticket(head_mask, ffn_mask, metadata)
+    whole = torch.ones(layers, dtype=torch.bool)
+    return Ticket(head_mask, whole, {**metadata, "neurons": True}, ffn_mask.view(layers, width))
 
 
-def _orders(importance: Importance, kind: Kind, seed: int) -> tuple[Tensor, Tensor]:
-    """Gives all heads (as layer * heads + head) and all FFNs in the order in which they go."""
+def _orders(importance: Importance, kind: Kind, seed: int, width: int | None) -> tuple[Tensor, Tensor]:
+    """Gives all heads (as layer * heads + head) and all FFNs, or all neurons, in the order in which they go."""
     layers, heads = importance.num_layers, importance.num_heads
     if kind == "random":
         if not 0 <= seed < 2**32:
             raise InputError(f"seed {seed} is outside [0, 2**32); use a smaller one")
         # The one generator whose stream numpy has frozen for good: a seed names the same ticket in every version.
         generator = np.random.RandomState(seed)
-        return torch.from_numpy(generator.permutation(layers * heads)), torch.from_numpy(generator.permutation(layers))
-    scores = importance.normalized_head().flatten(), importance.ffn
-    for name, score in zip(("head", "FFN"), scores, strict=True):
+        heads_first = torch.from_numpy(generator.permutation(layers * heads))
+        return heads_first, torch.from_numpy(generator.permutation(layers * (width or 1)))
+    scores = (
+        importance.normalized_head().flatten(),
+        importance.ffn if width is None else importance.normalized_neuron().flatten(),
+    )
+    for name, score in zip(("head", "FFN" if width is None else "neuron"), scores, strict=True):
         if not score.isfinite().all():
             bad = int((~score.isfinite()).sum())
             raise InputError(f"{bad} of {score.numel()} {name} scores are NaN or infinite; record again in float32")

@@ -69,6 +69,7 @@ def load(
     kind: str,
     layout: Mapping[str, tuple[str, int]],
     build: Callable[[dict[str, Tensor], dict[str, Any]], T],
+    optional: Mapping[str, tuple[str, int]] | None = None,
 ) -> T:
     """Reads a file that `save` wrote and builds the object from it; whatever is wrong with it is one error.
 
@@ -77,6 +78,7 @@ def load(
         kind: what the file must hold.
         layout: the safetensors dtype and the number of dimensions of each tensor, by name.
         build: makes the object from the tensors and the fields.
+        optional: as `layout`, of the tensors that a file may lack, all of them together.
 
     Returns:
         What `build` returned.
@@ -85,7 +87,7 @@ def load(
         InputError: the file is missing, not such a file, damaged, too large, or of another version.
     """
     try:
-        return build(*_read(Path(path), kind, layout))
+        return build(*_read(Path(path), kind, layout, optional or {}))
     except (InputError, OSError) as error:
         raise InputError(f"cannot load the {kind} {path}: {error}") from error
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -94,7 +96,9 @@ def load(
         raise InputError(message) from error
 
 
-def _read(path: Path, kind: str, layout: Mapping[str, tuple[str, int]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(
+    path: Path, kind: str, layout: Mapping[str, tuple[str, int]], optional: Mapping[str, tuple[str, int]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.exists():
         raise InputError("no such file; check the path")
     if not path.is_file():
@@ -109,9 +113,9 @@ def _read(path: Path, kind: str, layout: Mapping[str, tuple[str, int]]) -> tuple
             raise InputError(f"format version {version!r:.40}, this ticketops reads {VERSION}; use one that reads it")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         found = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
-        if found != dict(layout):
+        if found not in (dict(layout), {**layout, **optional}):
             raise InputError(f"its tensors are not {dict(layout)} in dtype and dimensions; save it again")
-        tensors = {name: file.get_tensor(name) for name in layout}
+        tensors = {name: file.get_tensor(name) for name in found}
     if description.pop("sha256", None) != _seal(description, tensors):
         raise InputError("its checksum does not match its content, so it was changed or damaged; save it again")
     # A bool tensor with any other byte is undefined behaviour in every kernel that reads it.

@@ -1,4 +1,4 @@
-"""Ticket: which heads and which FFN sublayers of an encoder are kept."""
+"""Ticket: which heads, which FFN sublayers and which of their neurons an encoder keeps."""
 
 import json
 import os
@@ -17,29 +17,51 @@ from ticketops.tickets.weights import WeightCounts
 class Ticket:
     """The structures of an encoder that are kept; immutable, and equal to another ticket that keeps the same ones.
 
+    An FFN of which no neuron is kept is pruned as a whole, its output bias included.
+
     Args:
         head_mask: bool [layers, heads], True where the head is kept; copied.
         ffn_mask: bool [layers], True where the FFN is kept; copied.
         metadata: where the ticket comes from, as JSON values; copied, and no part of equality.
+        neuron_mask: bool [layers, neurons], True where a neuron between the two linear layers of a kept FFN is kept;
+            copied. None keeps all of them.
 
     Raises:
         InputError: a mask is not a bool tensor, the shapes do not fit each other, or the metadata is not JSON.
     """
 
-    __slots__ = ("_ffn_mask", "_head_mask", "_metadata")
+    __slots__ = ("_ffn_mask", "_head_mask", "_metadata", "_neuron_mask")
 
-    def __init__(self, head_mask: Tensor, ffn_mask: Tensor, metadata: Mapping[str, Any] | None = None) -> None:
-        for name, mask in (("head_mask", head_mask), ("ffn_mask", ffn_mask)):
+    def __init__(
+        self,
+        head_mask: Tensor,
+        ffn_mask: Tensor,
+        metadata: Mapping[str, Any] | None = None,
+        neuron_mask: Tensor | None = None,
+    ) -> None:
+        for name, mask in (("head_mask", head_mask), ("ffn_mask", ffn_mask), ("neuron_mask", neuron_mask)):
+            if name == "neuron_mask" and mask is None:
+                continue
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise InputError(f"{name} is {kind}, not a torch.bool tensor; convert it, True for kept")
         if head_mask.ndim != 2 or head_mask.numel() == 0 or ffn_mask.shape != head_mask.shape[:1]:
             shapes = f"head_mask {list(head_mask.shape)} and ffn_mask {list(ffn_mask.shape)}"
             raise InputError(f"{shapes} do not describe an encoder; they must be [layers, heads] and [layers]")
+        if neuron_mask is not None and (neuron_mask.ndim != 2 or len(neuron_mask) != len(head_mask)):
+            raise InputError(
+                f"neuron_mask {list(neuron_mask.shape)} is not of {len(head_mask)} layers; it must be [layers, neurons]"
+            )
         if metadata is not None and not isinstance(metadata, Mapping):
             raise InputError(f"metadata is {type(metadata).__name__}, not a mapping; give a dict of JSON values")
         self._head_mask = head_mask.detach().cpu().clone(memory_format=torch.contiguous_format)
         self._ffn_mask = ffn_mask.detach().cpu().clone(memory_format=torch.contiguous_format)
+        self._neuron_mask: Tensor | None = None
+        if neuron_mask is not None:
+            # One form for each ticket: what goes with its FFN is False, and a mask that prunes no neuron is None.
+            neurons = neuron_mask.detach().cpu() & self._ffn_mask[:, None]
+            self._ffn_mask &= neurons.any(1)
+            self._neuron_mask = None if neurons[self._ffn_mask].all() else neurons.contiguous()
         # Kept as text, so that no caller holds a part of it that could change.
         self._metadata = storage.to_json(dict(metadata or {}))
 
@@ -72,6 +94,12 @@ class Ticket:
         return self._ffn_mask.clone()
 
     @property
+    def neuron_mask(self) -> Tensor | None:
+        """Bool [layers, neurons] on the CPU, True where the neuron is kept, none in a pruned FFN; a copy. None where
+        every kept FFN keeps all of its neurons."""
+        return None if self._neuron_mask is None else self._neuron_mask.clone()
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         """Where the ticket comes from, as JSON values; a read-only copy."""
         return MappingProxyType(json.loads(self._metadata))
@@ -97,16 +125,22 @@ class Ticket:
         return int((~self._ffn_mask).sum())
 
     @property
+    def neurons_pruned(self) -> int:
+        """Number of neurons pruned in the FFNs that are kept."""
+        return 0 if self._neuron_mask is None else int((~self._neuron_mask[self._ffn_mask]).sum())
+
+    @property
     def is_full(self) -> bool:
         """Whether nothing is pruned."""
-        return self.heads_pruned == 0 and self.ffns_pruned == 0
+        return self._neuron_mask is None and self.heads_pruned == 0 and self.ffns_pruned == 0
 
-    def check(self, layers: int, heads: int) -> None:
+    def check(self, layers: int, heads: int, neurons: int | None = None) -> None:
         """Makes sure that the ticket is for an encoder of this shape.
 
         Args:
             layers: number of the encoder's layers.
             heads: number of heads in each.
+            neurons: of each FFN; None where it does not matter.
 
         Raises:
             InputError: the ticket is for another shape.
@@ -115,6 +149,12 @@ class Ticket:
             raise InputError(
                 f"a ticket for {self.num_layers} layers x {self.num_heads} heads does not fit {layers} layers x "
                 f"{heads} heads; use a ticket made for this architecture"
+            )
+        mine = self._neuron_mask
+        if mine is not None and neurons is not None and mine.shape[1] != neurons:
+            raise InputError(
+                f"a ticket for FFNs of {mine.shape[1]} neurons does not fit FFNs of {neurons}; use a "
+                "ticket made for this architecture"
             )
 
     def union(self, other: "Ticket") -> "Ticket":
@@ -129,8 +169,13 @@ class Ticket:
         Raises:
             InputError: the shapes differ.
         """
-        other.check(self.num_layers, self.num_heads)
-        return Ticket(self._head_mask | other._head_mask, self._ffn_mask | other._ffn_mask, {"kind": "union"})
+        neurons = self._neurons(other)
+        return Ticket(
+            self._head_mask | other._head_mask,
+            self._ffn_mask | other._ffn_mask,
+            {"kind": "union"},
+            neurons and neurons[0] | neurons[1],
+        )
 
     def intersection(self, other: "Ticket") -> "Ticket":
         """Keeps what both tickets keep.
@@ -144,8 +189,13 @@ class Ticket:
         Raises:
             InputError: the shapes differ.
         """
-        other.check(self.num_layers, self.num_heads)
-        return Ticket(self._head_mask & other._head_mask, self._ffn_mask & other._ffn_mask, {"kind": "intersection"})
+        neurons = self._neurons(other)
+        return Ticket(
+            self._head_mask & other._head_mask,
+            self._ffn_mask & other._ffn_mask,
+            {"kind": "intersection"},
+            neurons and neurons[0] & neurons[1],
+        )
 
     def jaccard(self, other: "Ticket") -> float:
         """Measures how alike two tickets are: structures that both keep over structures that either keeps.
@@ -154,7 +204,8 @@ class Ticket:
             other: a ticket of the same shape.
 
         Returns:
-            A number in [0, 1], heads and FFNs counted alike; 1 where neither keeps anything.
+            A number in [0, 1], heads and FFNs counted alike, a part of an FFN as that part of one; 1 where neither
+            keeps anything.
 
         Raises:
             InputError: the shapes differ.
@@ -177,6 +228,7 @@ class Ticket:
         """
         whole = counts.total if embeddings else counts.encoder
         removed = self.heads_pruned * counts.head + self.ffns_pruned * counts.ffn
+        removed += self.neurons_pruned * counts.neuron
         if removed > whole:
             raise InputError(f"the ticket prunes {removed} of {whole} weights; use the counts of the model it is for")
         return (whole - removed) / whole
@@ -191,6 +243,8 @@ class Ticket:
             StoreError: the file cannot be written.
         """
         masks = {"head_mask": self._head_mask, "ffn_mask": self._ffn_mask}
+        if self._neuron_mask is not None:
+            masks["neuron_mask"] = self._neuron_mask
         storage.save(path, "ticket", masks, {"metadata": dict(self.metadata)})
 
     @classmethod
@@ -208,12 +262,30 @@ class Ticket:
         """
         layout = {"head_mask": ("BOOL", 2), "ffn_mask": ("BOOL", 1)}
         return storage.load(
-            path, "ticket", layout, lambda masks, fields: cls(masks["head_mask"], masks["ffn_mask"], fields["metadata"])
+            path,
+            "ticket",
+            layout,
+            lambda masks, fields: cls(**masks, metadata=fields["metadata"]),
+            optional={"neuron_mask": ("BOOL", 2)},
         )
 
     @property
-    def _kept(self) -> int:
-        return int(self._head_mask.sum() + self._ffn_mask.sum())
+    def _kept(self) -> float:
+        ffns = self._ffn_mask if self._neuron_mask is None else self._neuron_mask.float().mean(1)
+        return float(self._head_mask.sum() + ffns.sum())
+
+    def _neurons(self, other: "Ticket") -> tuple[Tensor, Tensor] | None:
+        """The neurons that each of two tickets keeps, where one of them prunes any; checks that they fit."""
+        width = next((t._neuron_mask.shape[1] for t in (self, other) if t._neuron_mask is not None), None)
+        other.check(self.num_layers, self.num_heads, width)
+        if width is None:
+            return None
+
+        def spread(ticket: Ticket) -> Tensor:
+            found = ticket._neuron_mask
+            return ticket._ffn_mask[:, None].expand(-1, width) if found is None else found
+
+        return spread(self), spread(other)
 
     def __or__(self, other: "Ticket") -> "Ticket":
         return self.union(other)
@@ -224,24 +296,38 @@ class Ticket:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Ticket):
             return NotImplemented
-        return torch.equal(self._head_mask, other._head_mask) and torch.equal(self._ffn_mask, other._ffn_mask)
+        pairs = zip(self._masks, other._masks, strict=True)
+        return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
     def __hash__(self) -> int:
-        return hash((self._head_mask.shape, self._head_mask.numpy().tobytes(), self._ffn_mask.numpy().tobytes()))
+        masks = (None if mask is None else mask.numpy().tobytes() for mask in self._masks)
+        return hash((self._head_mask.shape, *masks))
+
+    @property
+    def _masks(self) -> tuple[Tensor | None, ...]:
+        return self._head_mask, self._ffn_mask, self._neuron_mask
 
     def __repr__(self) -> str:
         pruned = f"{self.heads_pruned} heads and {self.ffns_pruned} FFNs pruned"
+        if self._neuron_mask is not None:
+            pruned = f"{self.heads_pruned} heads, {self.ffns_pruned} FFNs and {self.neurons_pruned} neurons pruned"
         return f"<Ticket: {self.num_layers} layers x {self.num_heads} heads, {pruned}>"
 
     def __str__(self) -> str:
         width = max(len("heads"), 2 * self.num_heads - 1)
-        rows = [f"layer  {'heads':<{width}}  FFN"]
+        neurons = [""] * self.num_layers
+        pruned = f"{self.ffns_pruned} of {self.num_layers} FFNs pruned"
+        if self._neuron_mask is not None:
+            each = self._neuron_mask.shape[1]
+            neurons = [f"  {kept}/{each}" for kept in self._neuron_mask.sum(1).tolist()]
+            left = int(self._ffn_mask.sum()) * each
+            pruned += f", and {self.neurons_pruned} of the {left} neurons of the others"
+        rows = [f"layer  {'heads':<{width}}  FFN{'  neurons' * (self._neuron_mask is not None)}"]
         for layer, (heads, ffn) in enumerate(zip(self._head_mask.tolist(), self._ffn_mask.tolist(), strict=True)):
             blocks = " ".join("■" if kept else "·" for kept in heads)
-            rows.append(f"{layer:>5}  {blocks:<{width}}  {' ■' if ffn else ' ·'}")
+            rows.append(
+                f"{layer:>5}  {blocks:<{width}}  {' ■' if ffn else ' ·'}{neurons[layer] and ' '}{neurons[layer]}"
+            )
         heads_total = self.num_layers * self.num_heads
-        rows.append(
-            f"■ kept, · pruned: {self.heads_pruned} of {heads_total} heads and "
-            f"{self.ffns_pruned} of {self.num_layers} FFNs pruned"
-        )
+        rows.append(f"■ kept, · pruned: {self.heads_pruned} of {heads_total} heads and {pruned}")
         return "\n".join(rows)

@@ -14,6 +14,8 @@ class WeightCounts:
         ffn: weights removed with one FFN: both linears with their biases.
         encoder: all weights of the encoder layers.
         total: all weights of the model, embeddings and task head included.
+        neuron: weights removed with one neuron of an FFN: its row of the first linear layer with its bias, its column
+            of the second.
 
     Raises:
         InputError: a number is negative, or a part is larger than the whole.
@@ -23,7 +25,8 @@ class WeightCounts:
     ffn: int
     encoder: int
     total: int
+    neuron: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.head, self.ffn) < 0 or not 0 < self.encoder <= self.total:
-            raise InputError(f"{self} is not a model: head and ffn must be >= 0 and 0 < encoder <= total")
+        if min(self.head, self.ffn, self.neuron) < 0 or not 0 < self.encoder <= self.total:
+            raise InputError(f"{self} is not a model: head, ffn and neuron must be >= 0 and 0 < encoder <= total")
