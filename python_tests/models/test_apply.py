@@ -14,18 +14,24 @@ import ticketops
 from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
 from ticketops import Ticket
 from ticketops.errors import InputError
+from ticketops.models.record import kept_neurons
+
+FULL = torch.ones(LAYERS, HEADS).bool(), torch.ones(LAYERS).bool()
 
 
-def draw_ticket(seed, share=0.5):
+def draw_ticket(seed, share=0.5, neurons=False):
     generator = torch.Generator().manual_seed(seed)
-    return Ticket(
-        torch.rand(LAYERS, HEADS, generator=generator) > share, torch.rand(LAYERS, generator=generator) > share
-    )
+    masks = [torch.rand(*shape, generator=generator) > share for shape in ((LAYERS, HEADS), (LAYERS,), (LAYERS, 64))]
+    return Ticket(*masks[:2], neuron_mask=masks[2] if neurons else None)
 
 
 def masked(stock, ticket):
     """The stock model with the ticket's masks multiplied in, by hooks."""
-    for layer, heads, ffn in zip(stock.bert.encoder.layer, ticket.head_mask, ticket.ffn_mask, strict=True):
+    masks = (ticket.head_mask, ticket.ffn_mask, kept_neurons(ticket, 64))
+    for layer, heads, ffn, neurons in zip(stock.bert.encoder.layer, *masks, strict=True):
+
+        def scale_neurons(module, args, neurons=neurons):
+            return (args[0] * neurons,)
 
         def scale_heads(module, args, output, heads=heads):
             return (output[0].unflatten(-1, (HEADS, -1)) * heads[:, None]).flatten(2), output[1]
@@ -34,16 +40,17 @@ def masked(stock, ticket):
             return output * ffn
 
         layer.attention.self.register_forward_hook(scale_heads)
+        layer.output.dense.register_forward_pre_hook(scale_neurons)
         layer.output.dropout.register_forward_hook(scale_ffn)
     return stock
 
 
 @settings(max_examples=12)
-@given(st.integers(0, 10_000), st.sampled_from([0.2, 0.5, 0.9, 1.1]), st.booleans())
-def test_applying_a_ticket_equals_multiplying_by_its_masks(seed, share, unpad):
+@given(st.integers(0, 10_000), st.sampled_from([0.2, 0.5, 0.9, 1.1]), st.booleans(), st.booleans())
+def test_applying_a_ticket_equals_multiplying_by_its_masks(seed, share, unpad, neurons):
     torch.manual_seed(0)
     model = BertForSequenceClassification(tiny_config()).eval()
-    ticket = draw_ticket(seed, share)
+    ticket = draw_ticket(seed, share, neurons)
     stock = masked(copy.deepcopy(model), ticket)
     batch = tiny_batch()
     with ticketops.patch(model, unpad=unpad).apply(ticket):
@@ -58,15 +65,17 @@ def test_applying_a_ticket_equals_multiplying_by_its_masks(seed, share, unpad):
 
 def pruned_parts(model, ticket):
     """Every pruned slice of every parameter, as views."""
-    for layer, heads, ffn in zip(model.bert.encoder.layer, ticket.head_mask, ticket.ffn_mask, strict=True):
+    masks = (ticket.head_mask, ticket.ffn_mask, kept_neurons(ticket, 64))
+    for layer, heads, ffn, neurons in zip(model.bert.encoder.layer, *masks, strict=True):
         attention, gone = layer.attention.self, ~heads
         for linear in (attention.query, attention.key, attention.value):
             yield linear.weight.detach().view(HEADS, -1)[gone]
             yield linear.bias.detach().view(HEADS, -1)[gone]
         yield layer.attention.output.dense.weight.detach().view(48, HEADS, -1)[:, gone]
+        yield from (parameter.detach()[~neurons] for parameter in layer.intermediate.dense.parameters())
+        yield layer.output.dense.weight.detach()[:, ~neurons]
         if not ffn:
-            for linear in (layer.intermediate.dense, layer.output.dense):
-                yield from (parameter.detach() for parameter in linear.parameters())
+            yield layer.output.dense.bias.detach()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +89,11 @@ def pruned_parts(model, ticket):
 )
 @pytest.mark.parametrize("order", ["ticket first", "optimizer first", "with history"])
 def test_no_optimizer_moves_what_is_pruned(model, batch, make, order):
-    ticket = Ticket(torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool(), torch.tensor([True, False, True]))
+    ticket = Ticket(
+        torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool(),
+        torch.tensor([True, False, True]),
+        neuron_mask=torch.arange(64).expand(LAYERS, -1) % 3 != torch.tensor([[0], [1], [9]]),
+    )
     handle = ticketops.patch(model)
     if order == "ticket first":
         handle.apply(ticket)
@@ -115,13 +128,15 @@ class Work(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.heads, self.ffns = [], 0
+        self.heads, self.neurons, self.ffns = [], [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name.startswith("attention"):
             self.heads.append(args[0].shape[1])
         self.ffns += name.startswith("ffn")
+        if name == "ffn":
+            self.neurons.append(len(args[1]))
         return func(*args, **(kwargs or {}))
 
 
@@ -143,6 +158,13 @@ def test_pruned_structures_cost_no_compute(model, batch):
             # The counter sees the projections; attention and FFN are ops of their own, counted above.
             flops[kept] = counter.get_total_flops()
     assert flops[4] - flops[2] == flops[2] - flops[0] == LAYERS * 2 * per_head
+
+
+def test_pruned_neurons_cost_no_compute(model, batch):
+    ticket = Ticket(*FULL, neuron_mask=torch.arange(64) < torch.tensor([[64], [10], [0]]))
+    with ticketops.patch(model).apply(ticket), Work() as work:
+        model(**batch).loss.backward()
+    assert work.neurons == [64, 10]
 
 
 def test_a_ticket_can_be_changed_and_taken_off(model, stock, batch):
@@ -218,6 +240,8 @@ def test_a_ticket_for_another_architecture_is_refused_and_changes_nothing(model)
         handle.apply(draw_ticket(1))
         with pytest.raises(InputError, match="12"):
             handle.apply(Ticket.full(12, 12))
+        with pytest.raises(InputError, match="FFNs of 32 neurons does not fit FFNs of 64"):
+            handle.apply(Ticket(*FULL, neuron_mask=torch.arange(32).expand(LAYERS, -1) > 3))
         assert handle.ticket == draw_ticket(1)
 
 

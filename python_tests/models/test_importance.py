@@ -187,3 +187,34 @@ def test_pruned_structures_score_zero_and_the_others_are_scored(model, batch):
         model(**batch).loss.backward()
     assert torch.equal(importance.head > 0, head_mask)
     assert torch.equal(importance.ffn > 0, ticket.ffn_mask)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_neuron_importance_equals_its_definition(model, stock, granularity):
+    """Against a mask a token and neuron, multiplied in by hand."""
+    batch = tiny_batch(seed=1)
+    with ticketops.patch(model) as handle, handle.record_importance(granularity, neurons=True) as importance:
+        model(**batch).loss.backward()
+    masks = [torch.ones(*batch["input_ids"].shape, 64, requires_grad=True) for _ in range(LAYERS)]
+    for layer, mask in zip(stock.bert.encoder.layer, masks, strict=True):
+        layer.output.dense.register_forward_pre_hook(lambda module, args, mask=mask: (args[0] * mask,))
+    stock(**batch).loss.backward()
+    for layer, mask in enumerate(masks):
+        terms = mask.grad.double() * batch["attention_mask"][:, :, None]
+        want = {
+            "example": terms.sum(1).abs().sum(0),
+            "token": terms.abs().sum((0, 1)),
+            "batch": terms.sum((0, 1)).abs(),
+        }[granularity]
+        # The loss is a mean over the batch, so an example's own gradient is as many times larger as there are examples:
+        # that and the mean over the examples cancel.
+        torch.testing.assert_close(importance.neuron[layer], want, rtol=1e-4, atol=1e-5 * want.max().item())
+
+
+def test_neurons_are_recorded_only_when_asked(model, batch):
+    with ticketops.patch(model) as handle, handle.record_importance() as importance:
+        model(**batch).loss.backward()
+    with pytest.raises(InputError, match="no neuron importance was recorded"):
+        _ = importance.neuron
+    with pytest.raises(InputError, match="has no neurons"):
+        ticketops.prune(importance, 0.5, neurons=True)

@@ -17,7 +17,7 @@ from models.test_apply import draw_ticket, masked
 from ticketops import Ticket
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models import weight_counts
-from ticketops.models.record import held_ticket
+from ticketops.models.record import held_ticket, kept_neurons
 
 # Uneven heads; a layer without heads; one without FFN; one without either.
 TICKETS = {
@@ -25,6 +25,11 @@ TICKETS = {
     "no heads": Ticket(torch.tensor([[0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1]]).bool(), torch.ones(3).bool()),
     "no FFN": Ticket(torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).bool(), torch.tensor([1, 0, 1]).bool()),
     "neither": Ticket(torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]]).bool(), torch.tensor([1, 0, 0]).bool()),
+    "neurons": Ticket(
+        torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]]).bool(),
+        torch.tensor([1, 1, 0]).bool(),
+        neuron_mask=torch.stack([torch.arange(64) % 3 == 0, torch.arange(64) > 0, torch.arange(64) > 9]),
+    ),
     "nothing left": Ticket(torch.zeros(3, 4).bool(), torch.zeros(3).bool()),
     "full": Ticket.full(LAYERS, HEADS),
 }
@@ -62,7 +67,8 @@ def test_weights_attributes_and_configuration_agree(model, ticket):
     ticketops.shrink(model, ticket)
     counts = weight_counts(model)
     assert (counts.head, counts.total / before.total) == (before.head, ticket.weights_remaining(before))
-    for layer, heads, ffn in zip(model.bert.encoder.layer, ticket.head_mask, ticket.ffn_mask, strict=True):
+    neurons = kept_neurons(ticket, 64)
+    for layer, heads, width in zip(model.bert.encoder.layer, ticket.head_mask, neurons.sum(1).tolist(), strict=True):
         attention, kept = layer.attention.self, int(heads.sum())
         assert (attention.num_attention_heads, attention.all_head_size) == (kept, 12 * kept)
         for linear in (attention.query, attention.key, attention.value):
@@ -72,7 +78,8 @@ def test_weights_attributes_and_configuration_agree(model, ticket):
                 (12 * kept,),
             )
         assert layer.attention.output.dense.in_features == 12 * kept
-        assert layer.intermediate.dense.out_features == layer.output.dense.in_features == 64 * bool(ffn)
+        assert layer.intermediate.dense.out_features == layer.output.dense.in_features == width
+        assert layer.intermediate.dense.weight.shape == layer.output.dense.weight.t().shape == (width, 48)
     record = (
         None
         if ticket.is_full
@@ -81,7 +88,10 @@ def test_weights_attributes_and_configuration_agree(model, ticket):
             "ffns": ticket.ffn_mask.nonzero().flatten().tolist(),
         }
     )
+    if ticket.neuron_mask is not None:
+        record["neurons"] = ["9249249249249249", "7fffffffffffffff", "0" * 16]
     assert getattr(model.config, "ticketops", None) == record
+    assert held_ticket(model.config) == ticket
     assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
 
 
@@ -93,15 +103,16 @@ def test_a_configuration_shared_with_another_model_is_left_alone():
     ticketops.patch(other)
 
 
-def test_shrinking_twice_keeps_the_intersection(model, batch):
-    first, second = draw_ticket(1, 0.3), draw_ticket(2, 0.3)
+@pytest.mark.parametrize("neurons", [(False, False), (False, True), (True, False), (True, True)])
+def test_shrinking_twice_keeps_the_intersection(neurons, model, batch):
+    first, second = draw_ticket(1, 0.3, neurons[0]), draw_ticket(2, 0.3, neurons[1])
     want = masked(copy.deepcopy(model), first & second)(**batch).logits
     ticketops.shrink(ticketops.shrink(model, first), second)
     torch.testing.assert_close(model(**batch).logits, want, **close)
 
 
 def test_a_patched_model_stays_patched_with_its_ticket(model, batch):
-    applied, cut = draw_ticket(3, 0.3), draw_ticket(4, 0.3)
+    applied, cut = draw_ticket(3, 0.3, neurons=True), draw_ticket(4, 0.3, neurons=True)
     stock = copy.deepcopy(model)
     handle = ticketops.patch(model).apply(applied)
     ticketops.shrink(model, cut)
@@ -119,16 +130,21 @@ def test_a_patched_model_stays_patched_with_its_ticket(model, batch):
 
 @pytest.mark.parametrize("granularity", ["example", "token", "batch"])
 def test_importance_of_a_shrunk_model_keeps_the_architectures_shape(granularity, model, batch):
-    cut, applied = TICKETS["neither"], draw_ticket(3, 0.2)
+    cut, applied = TICKETS["neurons"], draw_ticket(3, 0.2, neurons=True)
     other = copy.deepcopy(model)
     ticketops.shrink(model, cut)
     found = []
     for each, ticket in ((model, applied), (other, applied & cut)):
-        with ticketops.patch(each).apply(ticket) as handle, handle.record_importance(granularity) as importance:
+        with (
+            ticketops.patch(each).apply(ticket) as handle,
+            handle.record_importance(granularity, neurons=True) as importance,
+        ):
             each(**batch).loss.backward()
         found.append(importance)
     torch.testing.assert_close(found[0].head, found[1].head, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0].ffn, found[1].ffn, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0].neuron, found[1].neuron, rtol=1e-4, atol=1e-6)
+    assert torch.equal(found[0].neuron > 0, kept_neurons(applied & cut, 64))
 
 
 OPTIMIZERS = {
@@ -234,14 +250,33 @@ def test_a_class_of_the_same_name_is_left_alone():
 
 
 def test_hostile_records_are_refused_in_one_line():
-    """2000 damaged records, and none of them is an endless loop, another exception or a ticket."""
+    """4000 damaged records, and none of them is an endless loop, another exception or a ticket."""
     draw, good, refused = random.Random(0), {"heads": [[0, 2], [], [1]], "ffns": [0, 2]}, 0
-    junk = [None, -1, 4, 10**30, 1.0, True, "0", [0, 0], [2, 1], {}, [[]], float("nan")]
+    good["neurons"] = ["9249249249249249", "0" * 16, "7fffffffffffffff"]
+    junk = [
+        None,
+        -1,
+        4,
+        10**30,
+        1.0,
+        True,
+        "0",
+        [0, 0],
+        [2, 1],
+        {},
+        [[]],
+        float("nan"),
+        "G" * 16,
+        "٣" * 16,
+        "f" * 10**6,
+    ]
     config = tiny_config()
-    while refused < 2000:
+    while refused < 4000:
         record = copy.deepcopy(good)
-        row = draw.choice([record, record["heads"], record["heads"][0], record["ffns"]])
+        row = draw.choice([record, record["heads"], record["heads"][0], record["ffns"], record["neurons"]])
         row[draw.choice(list(row)) if isinstance(row, dict) else draw.randrange(len(row))] = draw.choice(junk)
+        if record.get("neurons") is None:
+            continue
         config.ticketops = record
         with pytest.raises(InputError, match=r'^config.json\'s "ticketops" [^\n]*$'):
             held_ticket(config)

@@ -223,3 +223,33 @@ def test_the_papers_levels_and_weights() -> None:
         assert ticket.heads_pruned == level_counts(sparsity, 12, 12)[0]
         remaining[sparsity] = round(100 * ticket.weights_remaining(PAPER_WEIGHTS), 1)
     assert remaining == {0.1: 93.2, 0.2: 86.4, 0.3: 79.4, 0.4: 72.5, 0.5: 65.5, 0.6: 58.7, 0.7: 51.9, 0.8: 44.9}
+
+
+@given(importances(), KINDS, SEEDS, st.data())
+def test_neurons_are_pruned_in_place_of_ffns(importance: Importance, kind: Any, seed: int, data: st.DataObject) -> None:
+    if importance.num_neurons is None:
+        with pytest.raises(InputError, match="has no neurons"):
+            prune(importance, 0.5, neurons=True)
+        return
+    most = importance.num_layers * importance.num_neurons
+    count = data.draw(st.integers(0, most))
+    ticket, denser = (
+        prune(importance, counts=(0, n), kind=kind, seed=seed, neurons=True) for n in (count, max(count - 1, 0))
+    )
+    assert ticket.neurons_pruned + ticket.ffns_pruned * importance.num_neurons == count
+    assert ticket & denser == ticket
+    if count and kind != "random":
+        kept = torch.zeros(importance.num_layers, importance.num_neurons, dtype=torch.bool)
+        kept |= ticket.ffn_mask[:, None] if ticket.neuron_mask is None else ticket.neuron_mask
+        scores = importance.normalized_neuron() * (1 if kind == "winning" else -1)
+        assert not kept.any() or scores[~kept].max() <= scores[kept].min()
+    with pytest.raises(InputError, match=f"neurons; the maximum is {most}$"):
+        prune(importance, counts=(0, most + 1), neurons=True)
+
+
+def test_neuron_counts_are_shares_of_all_neurons() -> None:
+    assert level_counts(0.29, 10, 10, 100) == (29, 290)
+    assert level_counts(0.3, 12, 12, 3072) == (43, 11059)
+    random = prune(Importance(2, 2, neurons=100), 0.5, kind="random", neurons=True)
+    assert random.neurons_pruned + 100 * random.ffns_pruned == 100
+    assert random.metadata["neurons"] is True

@@ -22,6 +22,9 @@ Saved = Ticket | Importance
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+NEURON_TENSORS = {"neuron_sums": torch.zeros(2, 3).double(), "neuron_counts": torch.tensor([1, 2])}
+
+
 def small_ticket() -> Ticket:
     head_mask = torch.tensor([[True, False], [True, True]])
     return Ticket(head_mask, torch.tensor([False, True]), {"kind": "winning", "sparsity": 0.25})
@@ -163,6 +166,8 @@ def test_a_file_rewritten_without_a_change_still_loads(tmp_path: Path) -> None:
         ({"fields": {}}, "not a ticket"),
         ({"fields": None}, "not a ticket"),
         ({"tensors": {"extra": torch.zeros(1)}}, "tensors"),
+        ({"tensors": {"neuron_mask": torch.zeros(2, 4)}}, "tensors"),
+        ({"tensors": {"neuron_mask": torch.ones(3, 4, dtype=torch.bool)}}, r"neuron_mask \[3, 4\]"),
         ({"tensors": {"ffn_mask": None}}, "tensors"),
         ({"tensors": {"ffn_mask": torch.ones(2)}}, "tensors"),
         ({"tensors": {"ffn_mask": torch.ones(2, 1, dtype=torch.bool)}}, "tensors"),
@@ -193,6 +198,9 @@ def test_a_forged_ticket_is_refused(tmp_path: Path, changes: dict[str, Any], mes
         ({"tensors": {"head_counts": torch.tensor([1, 2, 3])}}, "do not fit each other"),
         ({"tensors": {"head_counts": torch.tensor([1, -2])}}, "do not fit each other"),
         ({"tensors": {"head_sums": torch.zeros(2, 2)}}, "tensors"),
+        ({"tensors": {"neuron_counts": torch.tensor([1, 2])}}, "tensors"),
+        ({"tensors": NEURON_TENSORS | {"neuron_counts": torch.tensor([1, -2])}}, "do not fit each other"),
+        ({"tensors": NEURON_TENSORS | {"neuron_sums": torch.zeros(2, 0).double()}}, "neurons is 0"),
         ({"tensors": {"head_sums": torch.zeros(2, 0, dtype=torch.float64)}}, "heads is 0"),
     ],
 )

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -9,7 +10,12 @@ from hypothesis import strategies as st
 from ticketops.errors import InputError
 from ticketops.tickets import Ticket, WeightCounts
 
-from .strategies import same_shape_tickets, tickets
+from .strategies import NEURONS, same_shape_tickets, tickets
+
+
+def kept_neurons(ticket: Ticket) -> torch.Tensor:
+    """Bool [layers, NEURONS], spelled out where the ticket prunes none."""
+    return ticket.ffn_mask[:, None].expand(-1, NEURONS) if ticket.neuron_mask is None else ticket.neuron_mask
 
 
 def ticket(head_rows: list[str], ffn_row: str) -> Ticket:
@@ -104,12 +110,14 @@ def test_set_algebra(abc: list[Ticket]) -> None:
 def test_jaccard_is_the_share_of_common_structures(ab: list[Ticket]) -> None:
     a, b = ab
 
-    def kept(ticket: Ticket) -> set[tuple[int, int]]:
-        heads = {(layer, head) for layer, head in ticket.head_mask.nonzero().tolist()}
-        return heads | {(layer, -1) for (layer,) in ticket.ffn_mask.nonzero().tolist()}
+    def kept(ticket: Ticket) -> Counter[tuple[int, int]]:
+        """Structure -> how much of it is kept, in neurons; a head counts as much as a whole FFN."""
+        heads = dict.fromkeys(map(tuple, ticket.head_mask.nonzero().tolist()), NEURONS)
+        neurons = kept_neurons(ticket).nonzero().tolist()
+        return Counter({**heads, **{(layer, -1 - neuron): 1 for layer, neuron in neurons}})
 
-    either = kept(a) | kept(b)
-    assert a.jaccard(b) == (len(kept(a) & kept(b)) / len(either) if either else 1.0)
+    either = (kept(a) | kept(b)).total()
+    assert a.jaccard(b) == pytest.approx((kept(a) & kept(b)).total() / either if either else 1.0)
     assert 0 <= a.jaccard(b) == b.jaccard(a) <= 1
     assert (a.jaccard(b) == 1) == (a == b)
 
@@ -117,10 +125,10 @@ def test_jaccard_is_the_share_of_common_structures(ab: list[Ticket]) -> None:
 @given(same_shape_tickets(2))
 def test_equality_and_hash_are_of_the_masks_alone(ab: list[Ticket]) -> None:
     a, b = ab
-    renamed = Ticket(a.head_mask, a.ffn_mask, {"name": "x"})
+    renamed = Ticket(a.head_mask, a.ffn_mask, {"name": "x"}, a.neuron_mask)
     assert renamed == a
     assert hash(renamed) == hash(a)
-    same = torch.equal(a.head_mask, b.head_mask) and torch.equal(a.ffn_mask, b.ffn_mask)
+    same = torch.equal(a.head_mask, b.head_mask) and torch.equal(kept_neurons(a), kept_neurons(b))
     assert (a == b) == same == (len({a, b}) == 1)
 
 
@@ -138,12 +146,13 @@ def test_copies_and_pickles_are_equal(made: Ticket) -> None:
 
 @given(tickets(), st.integers(1, 4), st.integers(1, 4), st.integers(0, 50), st.integers(0, 50))
 def test_weights_remaining_counts_weights(made: Ticket, head: int, ffn: int, norms: int, embeddings: int) -> None:
-    # The model as one list of weights, each of them kept or not.
+    # The model as one list of weights, each of them kept or not; an FFN's are its neurons' and those of its bias.
     head_weights = made.head_mask.flatten().repeat_interleave(head)
-    ffn_weights = made.ffn_mask.repeat_interleave(ffn)
-    encoder = torch.cat([head_weights, ffn_weights, torch.ones(norms, dtype=torch.bool)])
+    neuron_weights = kept_neurons(made).flatten().repeat_interleave(2)
+    bias_weights = made.ffn_mask.repeat_interleave(ffn)
+    encoder = torch.cat([head_weights, neuron_weights, bias_weights, torch.ones(norms, dtype=torch.bool)])
     model = torch.cat([encoder, torch.ones(embeddings, dtype=torch.bool)])
-    counts = WeightCounts(head, ffn, encoder.numel(), model.numel())
+    counts = WeightCounts(head, ffn + 2 * NEURONS, encoder.numel(), model.numel(), neuron=2)
     assert made.weights_remaining(counts) == pytest.approx(model.double().mean().item(), abs=1e-15)
     assert made.weights_remaining(counts, embeddings=False) == pytest.approx(encoder.double().mean().item(), abs=1e-15)
 
@@ -169,7 +178,35 @@ def test_print_out() -> None:
 @given(tickets())
 def test_print_out_shows_every_structure(made: Ticket) -> None:
     *rows, counts = str(made).splitlines()[1:]
-    cells = [[cell == "■" for cell in row.split()[1:]] for row in rows]
+    cells = [[cell == "■" for cell in row.split()[1 : made.num_heads + 2]] for row in rows]
     expected = torch.cat([made.head_mask, made.ffn_mask[:, None]], dim=1)
     assert cells == expected.tolist()
     assert f"{made.heads_pruned} of" in counts
+    if made.neuron_mask is not None:
+        assert [row.split()[-1] for row in rows] == [f"{kept}/{NEURONS}" for kept in made.neuron_mask.sum(1).tolist()]
+
+
+def test_neurons_have_one_form() -> None:
+    heads, ffns = torch.ones(2, 1, dtype=torch.bool), torch.tensor([True, False])
+    neurons = torch.tensor([[True, True, False], [True, True, True]])
+    made = Ticket(heads, ffns, None, neurons)
+    neurons[0] = False
+    made.neuron_mask.zero_()  # type: ignore[union-attr]
+    assert made.neuron_mask.tolist() == [[True, True, False], [False] * 3]  # type: ignore[union-attr]
+    assert (made.neurons_pruned, made.ffns_pruned, made.is_full) == (1, 1, False)
+    assert Ticket(heads, ffns, None, torch.ones(2, 3, dtype=torch.bool)) == Ticket(heads, ffns)
+    # The last neuron takes the FFN along.
+    assert Ticket(heads, ffns, None, neurons) == Ticket(heads, ~ffns & ffns)
+    assert str(made).splitlines() == [
+        "layer  heads  FFN  neurons",
+        "    0  ■       ■   2/3",
+        "    1  ■       ·   0/3",
+        "■ kept, · pruned: 0 of 2 heads and 1 of 2 FFNs pruned, and 1 of the 3 neurons of the others",
+    ]
+    assert repr(made) == "<Ticket: 2 layers x 1 heads, 0 heads, 1 FFNs and 1 neurons pruned>"
+    made.check(2, 1, 3)
+    with pytest.raises(InputError, match="FFNs of 3 neurons does not fit FFNs of 4"):
+        made.check(2, 1, 4)
+    for bad in (torch.ones(3, 3, dtype=torch.bool), torch.ones(2, dtype=torch.bool), torch.ones(2, 3)):
+        with pytest.raises(InputError, match="neuron_mask"):
+            Ticket(heads, ffns, None, bad)

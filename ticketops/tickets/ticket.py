@@ -271,7 +271,7 @@ class Ticket:
 
     @property
     def _kept(self) -> float:
-        ffns = self._ffn_mask if self._neuron_mask is None else self._neuron_mask.float().mean(1)
+        ffns = self._ffn_mask if self._neuron_mask is None else self._neuron_mask.double().mean(1)
         return float(self._head_mask.sum() + ffns.sum())
 
     def _neurons(self, other: "Ticket") -> tuple[Tensor, Tensor] | None:
