@@ -9,16 +9,30 @@ if TYPE_CHECKING:
     from ticketops.api import search
     from ticketops.models.export import export, load
     from ticketops.models.patch import PatchHandle, patch
+    from ticketops.models.shared import SharedModel
     from ticketops.models.shrink import shrink
     from ticketops.reporting import report
     from ticketops.tickets import Importance, Ticket, prune
 
 __version__ = "0.1.0"
-__all__ = ["Importance", "PatchHandle", "Ticket", "export", "load", "patch", "prune", "report", "search", "shrink"]
+__all__ = [
+    "Importance",
+    "PatchHandle",
+    "SharedModel",
+    "Ticket",
+    "export",
+    "load",
+    "patch",
+    "prune",
+    "report",
+    "search",
+    "shrink",
+]
 
 _HOMES = {
     "Importance": "ticketops.tickets",
     "PatchHandle": "ticketops.models",
+    "SharedModel": "ticketops.models",
     "Ticket": "ticketops.tickets",
     "export": "ticketops.models",
     "load": "ticketops.models",

@@ -1,8 +1,11 @@
 """Files that are either wholly there or not there at all."""
 
+import contextlib
 import errno
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ticketops.errors import StoreError
@@ -62,3 +65,35 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Makes a folder that is there when all went well, and not at all when not.
+
+    Args:
+        folder: must not exist, or be empty.
+
+    Yields:
+        A folder beside it, to be filled, that takes its name in the end.
+
+    Raises:
+        StoreError: the folder is not empty, or cannot be written.
+    """
+    temporary = None
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StoreError(f"{folder} is there already: choose another --output folder, or remove it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+        yield temporary
+        # mkdtemp makes private folders.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise store_error(folder, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -101,3 +101,17 @@ def test_dropout_is_where_stock_has_it(encoder):
     parts = adapter.parts(adapter.layers(base)[0])
     inside = [module for module in adapter.layers(base)[0].modules() if isinstance(module, torch.nn.Dropout)]
     assert {id(module) for module in parts.dropouts} == {id(module) for module in inside}
+
+
+def test_an_encoder_is_shared_saved_and_loaded(encoder, inputs, tmp_path):
+    del inputs["labels"]
+    config = copy.deepcopy(encoder.config)
+    config.num_labels = 1
+    other = type(encoder)(config)
+    shared = ticketops.SharedModel({"a": encoder, "b": other}, {"b": TICKETS["neither"]}).eval()
+    again = ticketops.SharedModel.load(shared.save(tmp_path / "shared"))
+    with torch.no_grad():
+        for task, labels in (("a", 3), ("b", 1)):
+            got = again(task, **inputs).logits
+            assert got.shape[1] == labels
+            assert torch.equal(got, shared(task, **inputs).logits)

@@ -3,12 +3,14 @@
 from ticketops.models.cost import Cost, costs
 from ticketops.models.export import Format, expand, export, load
 from ticketops.models.patch import PatchHandle, check_supported, patch, weight_counts
+from ticketops.models.shared import SharedModel
 from ticketops.models.shrink import shrink
 
 __all__ = [
     "Cost",
     "Format",
     "PatchHandle",
+    "SharedModel",
     "check_supported",
     "costs",
     "expand",

@@ -1,14 +1,11 @@
 """Three ways out of ticketops: compact and dense transformers folders, and ONNX; each verified before it is there."""
 
-import contextlib
 import copy
 import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,8 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ticketops.errors import InputError, StoreError, TicketopsError
-from ticketops.files import store_error
+from ticketops.errors import InputError, TicketopsError
+from ticketops.files import new_folder
 from ticketops.models.patch import PatchHandle, check_supported, find_adapter
 from ticketops.models.record import held_ticket, write_record
 from ticketops.models.shrink import cut_indices, shrink
@@ -80,7 +77,7 @@ def export(
     if format not in get_args(Format):
         raise InputError(f"format {format!r} is unknown; use one of {', '.join(get_args(Format))}")
     small, left, batch, want = _small(model, ticket, tokenizer)
-    with _new_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
         if format == "onnx":
             from ticketops.models.onnx import run_onnx, save_onnx
 
@@ -240,28 +237,6 @@ def _compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor], mask: Tensor
             )
         largest = max(largest, difference)
     return largest
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name when all went well, and is gone when not."""
-    temporary = None
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise StoreError(f"{folder} is there already: choose another --output folder, or remove it")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-        yield temporary
-        # mkdtemp makes private folders.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise store_error(folder, error) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _load(folder: Path) -> PreTrainedModel:

@@ -77,12 +77,15 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if len(frozen.places) == frozen.groups:
                 parameter.grad = None
                 continue
-            index = frozen.places.on(parameter.device)
+            index, state = frozen.places.on(parameter.device), optimizer.state.get(parameter, {})
             saved += [
                 (tensor, frozen, index, frozen.slices(tensor.detach()).index_select(frozen.dim, index))
-                for tensor in (parameter, *optimizer.state.get(parameter, {}).values())
+                for tensor in (parameter, *state.values())
                 if isinstance(tensor, Tensor) and tensor.shape == parameter.shape
             ]
+            if not state:
+                # Momentum that this step makes must not begin with the decay of weights at rest: it decays zeros.
+                frozen.slices(parameter.detach()).index_fill_(frozen.dim, index, 0)
     setattr(optimizer, _SAVED, saved)
 
 

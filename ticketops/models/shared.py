@@ -1,0 +1,287 @@
+"""SharedModel: one encoder, and for each task a head and a ticket; switching tasks copies nothing."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ticketops.errors import InputError, TicketopsError
+from ticketops.files import new_folder
+from ticketops.models.export import load
+from ticketops.models.freezing import Frozen, freeze, unfreeze
+from ticketops.models.indices import Indices
+from ticketops.models.patch import PatchHandle
+from ticketops.tickets import Ticket
+
+_NOTE, _HEAD, _TICKET = "shared.json", "head.safetensors", "ticket.safetensors"
+_FORMAT, _VERSION = "ticketops.shared", 1
+_MAX_JSON_BYTES = 2**20
+_WHOLE = Frozen(0, 1, Indices([0]))
+
+
+class SharedModel(nn.Module):
+    """Several tasks on one encoder: a batch of a task runs, and trains, that task's ticket and head alone.
+
+    The forward pass applies the task's ticket, which is a look-up; the optimizer step that follows its backward pass
+    moves what the ticket keeps, and of the other prunable structures nothing: no gradient, momentum or weight decay
+    reaches them, nor their moment estimates. So a structure that two tasks keep gets the updates of both. The other
+    tasks' heads rest too; embeddings, LayerNorms and a pooler belong to every task. Each optimizer step must be of one
+    task; with gradients that start at None or zero, clipping then measures that task's gradient alone.
+
+    Args:
+        models: task -> transformers model of one architecture with the task's head. The first one's encoder, which is
+            patched, becomes that of all, in place.
+        tickets: task -> what to keep for it; None, or a task that is left out, keeps everything.
+
+    Attributes:
+        handle: of the patched encoder.
+        tickets: task -> its ticket.
+
+    Raises:
+        InputError: no task, a ticket without a task or of another shape, a model of another architecture.
+        UnsupportedError: a model that ticketops does not serve.
+
+    Source: arXiv 2105.12002, section 4.
+    """
+
+    # The loss is the mean over the batch's rows; the Trainer is not to normalise it anew.
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self, models: Mapping[str, PreTrainedModel], tickets: Mapping[str, Ticket | None] | None = None
+    ) -> None:
+        super().__init__()
+        if not models:
+            raise InputError("a shared model needs a task: give a model for each task by its name")
+        first, *others = models.values()
+        base: Any = first.base_model
+        prefix = first.base_model_prefix
+        shape = _shape(base)
+        for task, model in models.items():
+            if type(model.base_model) is not type(base) or _shape(model.base_model) != shape:
+                raise InputError(
+                    f"the model of task {task} has another encoder ({_described(model.base_model)}) than the first one "
+                    f"({_described(base)}): give models of one architecture"
+                )
+        given = dict(tickets or {})
+        if unknown := [task for task in given if task not in models]:
+            raise InputError(f"a ticket for {unknown[0]!r}, and no such task: the tasks are {', '.join(models)}")
+        # Before anything is touched.
+        full = Ticket.full(base.config.num_hidden_layers, base.config.num_attention_heads)
+        self.tickets = {task: given.get(task) or full for task in models}
+        for task, ticket in self.tickets.items():
+            _check(task, ticket, full)
+        self.handle = PatchHandle(first)
+        for model in others:
+            setattr(model, prefix, base)
+        self._places = {task: place for place, task in enumerate(models)}
+        self._models = nn.ModuleList(models.values())
+        self._heads = {task: _head_parameters(model) for task, model in models.items()}
+        self._selected: str | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return list(self._places)
+
+    def select(self, task: str) -> PreTrainedModel:
+        """Applies a task's ticket to the encoder.
+
+        Args:
+            task: its name.
+
+        Returns:
+            The task's model: the shared encoder and its own head, until another task is selected.
+
+        Raises:
+            InputError: there is no such task.
+        """
+        if task not in self._places:
+            raise InputError(f"no task {task!r} in this shared model: the tasks are {', '.join(self._places)}")
+        self.handle.apply(self.tickets[task])
+        if task != self._selected:
+            for other, parameters in self._heads.items():
+                for parameter in parameters:
+                    # Gradients of zero, as zero_grad(set_to_none=False) leaves them, would let momentum move it.
+                    unfreeze(parameter) if other == task else freeze(parameter, _WHOLE)
+            self._selected = task
+        model: Any = self._models[self._places[task]]
+        return model
+
+    def forward(self, task: str, **inputs: Any) -> Any:
+        """Runs one task on its ticket.
+
+        Args:
+            task: its name.
+            inputs: of its model, all rows of this task.
+
+        Returns:
+            What its model returns.
+        """
+        return self.select(task)(**inputs)
+
+    def single(self, task: str) -> PreTrainedModel:
+        """Makes a model of one task that shares nothing with this one.
+
+        Args:
+            task: its name.
+
+        Returns:
+            A stock model on the CPU in evaluation mode, whole: `ticketops.export` and `ticketops.shrink` cut it to
+            `tickets[task]`.
+
+        Raises:
+            InputError: there is no such task.
+        """
+        model = self.select(task)
+        twin = type(model)._from_config(model.config, dtype=model.dtype)
+        twin.load_state_dict(model.state_dict())
+        return twin.eval()
+
+    def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+        """Writes the first task's model whole, of the others their heads, and every ticket; all of it or nothing.
+
+        Args:
+            folder: to be made; must not exist, or be empty.
+            tokenizer: saved along with the first task's model.
+
+        Returns:
+            The folder.
+
+        Raises:
+            StoreError: the folder is not empty, or cannot be written.
+        """
+        with new_folder(Path(folder)) as temporary:
+            for place, task in enumerate(self.tasks):
+                model, own = self.select(task), temporary / f"task-{place}"
+                if place == 0:
+                    model.save_pretrained(own)
+                    if tokenizer is not None:
+                        tokenizer.save_pretrained(own)
+                else:
+                    model.config.architectures = [type(model).__name__]
+                    model.config.save_pretrained(own)
+                    save_file({key: value.contiguous() for key, value in _head(model).items()}, own / _HEAD)
+                self.tickets[task].save(own / _TICKET)
+            note = {"format": _FORMAT, "version": _VERSION, "tasks": self.tasks}
+            (temporary / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Reads what `save` wrote; safetensors and JSON only, nothing is executed.
+
+        Args:
+            folder: the folder.
+
+        Returns:
+            The shared model with all its tickets, on the CPU, in evaluation mode.
+
+        Raises:
+            InputError: a file is missing, damaged, or does not fit the others.
+        """
+        folder = Path(folder)
+        try:
+            return cls._load(folder)
+        except TicketopsError as error:
+            raise type(error)(f"cannot load the shared model {folder}: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join((str(error) or type(error).__name__).split())[:300]
+            raise InputError(
+                f"cannot load the shared model {folder}: it is damaged ({reason}); save it again"
+            ) from error
+
+    @classmethod
+    def _load(cls, folder: Path) -> Self:
+        path = folder / _NOTE
+        if not path.is_file() or path.stat().st_size > _MAX_JSON_BYTES:
+            raise InputError(f"no {_NOTE} of a shared model; give a folder made by SharedModel.save")
+        note = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(note, dict) or (note.get("format"), note.get("version")) != (_FORMAT, _VERSION):
+            raise InputError(f"{_NOTE} is of another format; save it again with this version")
+        tasks = note["tasks"]
+        if not isinstance(tasks, list) or len({str(task) for task in tasks}) != len(tasks) or not tasks:
+            raise InputError(f"{_NOTE} does not list tasks; save it again")
+        first = load(folder / "task-0")
+        models, tickets = {}, {}
+        for place, task in enumerate(map(str, tasks)):
+            own = folder / f"task-{place}"
+            models[task] = _with_head(first.base_model, own) if place else first
+            tickets[task] = Ticket.load(own / _TICKET)
+        return cls(models, tickets).eval()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.revert()
+
+    def revert(self) -> None:
+        """Gives the encoder its stock classes back and lifts every restriction; the encoder stays shared."""
+        self.handle.revert()
+        for parameters in self._heads.values():
+            for parameter in parameters:
+                unfreeze(parameter)
+
+
+def _shape(base: Any) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in base.state_dict().items()}
+
+
+def _described(base: Any) -> str:
+    config = base.config
+    return (
+        f"{type(base).__name__}, {config.num_hidden_layers} layers x {config.num_attention_heads} heads of hidden size "
+        f"{config.hidden_size}"
+    )
+
+
+def _check(task: str, ticket: Ticket, full: Ticket) -> None:
+    try:
+        ticket.check(full.num_layers, full.num_heads)
+    except InputError as error:
+        raise InputError(f"task {task}: {error}") from error
+
+
+def _head(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What of a model's state is not the encoder's."""
+    inside = f"{model.base_model_prefix}."
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(inside)}
+
+
+def _head_parameters(model: PreTrainedModel) -> list[Tensor]:
+    inside = f"{model.base_model_prefix}."
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith(inside)]
+
+
+def _with_head(base: Any, folder: Path) -> PreTrainedModel:
+    """A task's model around an encoder, checked against the head's file before anything of it is made."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    name = next(iter(config.architectures or []), None)
+    kind: Any = getattr(transformers, str(name), None)
+    is_model: bool = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    if not is_model or not isinstance(config, kind.config_class or type(None)):
+        raise InputError(f"{folder.name}/config.json names no model class of its kind ({name!r:.60}); save it again")
+    with torch.device("meta"), no_init_weights():
+        skeleton = kind(config)
+    if type(skeleton.base_model) is not type(base) or _shape(skeleton.base_model) != _shape(base):
+        raise InputError(f"{folder.name} is not of this encoder; save it again")
+    head = load_file(folder / _HEAD)
+    wanted = {key: value.shape for key, value in _head(skeleton).items()}
+    if {key: value.shape for key, value in head.items()} != wanted:
+        raise InputError(f"the weights of {folder.name} are not what its configuration makes; save it again")
+    setattr(skeleton, skeleton.base_model_prefix, base)
+    skeleton.load_state_dict(head, strict=False, assign=True)
+    return skeleton.eval()
