@@ -193,55 +193,62 @@ def _export(
 @app.command("show")
 def _show(
     ticket: Annotated[Path, typer.Argument(help="A ticket's .safetensors file, or a model's folder.")],
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency",
+            help="Time the model, whole and as it is, by batch and length; takes seconds to minutes.",
+            show_default=False,
+        ),
+    ] = False,
     as_json: Json = False,
     traceback: Trace = False,
 ) -> None:
-    """Print a ticket: what it keeps, how much that is, where it comes from."""
+    """Print a ticket: what it keeps, where it comes from; of a model's folder also what that costs."""
     with _errors(traceback):
         from ticketops.tickets import Ticket
 
-        rows: list[list[str]] = []
+        costs: dict[str, Any] = {}
         if ticket.is_dir():
-            found, rows = _model_ticket(ticket)
+            found, costs = _model_ticket(ticket, latency)
+        elif latency:
+            raise InputError(f"--latency times a model, and {ticket} is a ticket: give a model's folder")
         else:
             found = Ticket.load(ticket)
         if as_json:
-            masks = {"head_mask": found.head_mask.tolist(), "ffn_mask": found.ffn_mask.tolist()}
-            counts = {name: getattr(found, name) for name in ("num_layers", "num_heads", "heads_pruned", "ffns_pruned")}
-            typer.echo(json.dumps({**counts, **masks, "metadata": dict(found.metadata)} | _costs(rows)))
+            names = ("num_layers", "num_heads", "heads_pruned", "ffns_pruned", "neurons_pruned")
+            masks = {"head_mask": found.head_mask, "ffn_mask": found.ffn_mask, "neuron_mask": found.neuron_mask}
+            shown = {name: getattr(found, name) for name in names}
+            shown |= {name: None if mask is None else mask.tolist() for name, mask in masks.items()}
+            typer.echo(json.dumps({**shown, "metadata": dict(found.metadata), **costs}))
             return
         typer.echo(str(found))
         for name, value in found.metadata.items():
             typer.echo(f"{name}: {value}")
-        if rows:
-            _print_table(rows)
+        if costs:
+            from ticketops.reporting.tables import cost_rows
+
+            _print_table(cost_rows(costs["costs"], costs.get("latencies", ())))
 
 
-def _model_ticket(folder: Path) -> tuple["Ticket", list[list[str]]]:
-    """What a model's folder still has, and a table of what that costs."""
-    from ticketops.models import costs, load
+def _model_ticket(folder: Path, timed: bool) -> tuple["Ticket", dict[str, Any]]:
+    """What a model's folder still has, and what that costs."""
+    from ticketops.models import costs, expand, latencies, load, patch
     from ticketops.models.record import held_ticket
     from ticketops.searching.setting import quiet
     from ticketops.tickets import Ticket
 
     with quiet():
         model = load(folder)
-    whole, left = costs(model)
+        whole, left = costs(model)
+        found: dict[str, Any] = {"costs": {"whole": dataclasses.asdict(whole), "left": dataclasses.asdict(left)}}
+        if timed:
+            full = expand(model)
+            patch(full)
+            patch(model)
+            found["latencies"] = latencies(full, model)
     path = folder / "ticket.safetensors"
-    rows = [["cost", "whole", "here", "%"]]
-    for title, before, after in (
-        ("parameters", whole.parameters, left.parameters),
-        ("MACs a token of 128", whole.macs_per_token, left.macs_per_token),
-        ("bytes", whole.bytes, left.bytes),
-    ):
-        rows.append([title, f"{before:,}", f"{after:,}", f"{100 * after / before:.1f}"])
-    return Ticket.load(path) if path.is_file() else held_ticket(model.base_model.config), rows
-
-
-def _costs(rows: list[list[str]]) -> dict[str, Any]:
-    """The table of costs for JSON."""
-    numbers = {title: [int(text.replace(",", "")) for text in (before, after)] for title, before, after, _ in rows[1:]}
-    return {"costs": numbers} if numbers else {}
+    return Ticket.load(path) if path.is_file() else held_ticket(model.base_model.config), found
 
 
 @app.command("doctor")
@@ -325,13 +332,15 @@ def _print_plan(settings: SearchConfig) -> None:
     from ticketops.searching import Setting, make_plan
 
     setting = Setting.load(settings)
-    plan = make_plan(settings, setting.num_layers, setting.num_heads)
+    plan = make_plan(settings, setting.num_layers, setting.num_heads, setting.num_neurons)
     counts = weight_counts(setting.fresh_model(0))
-    rows = [["ticket", "sparsity", "heads pruned", "FFNs pruned", "weights left (%)", "encoder's left (%)", "seeds"]]
+    unit = "neurons pruned" if settings.prune_neurons else "FFNs pruned"
+    rows = [["ticket", "sparsity", "heads pruned", unit, "weights left (%)", "encoder's left (%)", "seeds"]]
     for trial in plan[: len(plan) // len(settings.seeds)]:
         removed = trial.heads_pruned * counts.head + trial.ffns_pruned * counts.ffn
+        removed += trial.neurons_pruned * counts.neuron
         left = [f"{100 * (1 - removed / whole):.1f}" for whole in (counts.total, counts.encoder)]
-        pruned = [str(trial.heads_pruned), str(trial.ffns_pruned)]
+        pruned = [str(trial.heads_pruned), str(trial.neurons_pruned if settings.prune_neurons else trial.ffns_pruned)]
         rows.append([trial.kind, f"{trial.sparsity:g}", *pruned, *left, str(len(settings.seeds))])
     _print_table(rows)
     typer.echo(setting.task.describe())

@@ -1,9 +1,10 @@
 """Costs against counting, and their table."""
 
+import copy
 import json
+from dataclasses import asdict
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import ticketops
@@ -26,12 +27,28 @@ def test_costs_are_what_counting_gives(name, model):
     assert costs(model)[0] == before
 
 
+def test_a_tickets_costs_are_those_of_what_it_leaves(model):
+    want = costs(ticketops.shrink(copy.deepcopy(model), TICKETS["neurons"]))
+    assert costs(model, ticket=TICKETS["neurons"]) == want
+    ticketops.shrink(model, TICKETS["uneven"])
+    want = costs(ticketops.shrink(copy.deepcopy(model), TICKETS["neurons"]))
+    assert costs(model, ticket=TICKETS["neurons"]) == want
+
+
 def test_show_prints_a_models_costs(model, tmp_path):
-    folder = ticketops.export(model, tmp_path / "out", ticket=TICKETS["neither"])
+    ticket = TICKETS["neurons"]
+    folder = ticketops.export(model, tmp_path / "out", ticket=ticket)
     whole, left = costs(ticketops.load(folder))
-    text = CliRunner().invoke(app, ["show", str(folder)]).stdout
+    text = CliRunner().invoke(app, ["show", str(folder), "--latency"]).stdout
     assert f"{whole.parameters:,}" in text
     assert f"{left.macs_per_token:,}" in text
-    found = json.loads(CliRunner().invoke(app, ["show", str(folder), "--json"]).stdout)
-    assert found["costs"]["bytes"] == [whole.bytes, left.bytes]
-    assert torch.equal(torch.tensor(found["head_mask"]), TICKETS["neither"].head_mask)
+    assert "ms for a batch of 32 x 32 tokens" in text
+    found = json.loads(CliRunner().invoke(app, ["show", str(folder), "--latency", "--json"]).stdout)
+    assert found["costs"] == {"whole": asdict(whole), "left": asdict(left)}
+    # 40 positions: 128 tokens do not fit.
+    assert [(row["batch"], row["length"]) for row in found["latencies"]] == [(1, 32), (8, 32), (32, 32)]
+    assert all(row["whole_ms"] > 0 and row["left_ms"] > 0 for row in found["latencies"])
+    for name in ("head_mask", "ffn_mask", "neuron_mask"):
+        assert found[name] == getattr(ticket, name).tolist()
+    refused = CliRunner().invoke(app, ["show", str(folder / "ticket.safetensors"), "--latency"])
+    assert (refused.exit_code, "give a model's folder" in refused.output) == (2, True)

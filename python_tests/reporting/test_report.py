@@ -53,6 +53,10 @@ def make_store(folder: Path, gain: float = 0.02, leave_out: tuple[str, ...] = ()
                 "weights_remaining_encoder": ticket.weights_remaining(COUNTS, embeddings=False),
                 "split": "validation", "metric": "accuracy", "score": score,
                 "report_score": score - 0.05 if held_out else None, "scores": split_scores, "majority": 0.5,
+                "costs": {
+                    "whole": {"parameters": 1000, "macs_per_token": 800, "bytes": 4000},
+                    "left": {"parameters": 970, "macs_per_token": 600, "bytes": 3880},
+                },
                 "train_loss": 0.3, "steps": 10, "timing": {"train_seconds": 1.5, "evaluate_seconds": 0.5},
             }  # fmt: skip
             if trial.kind == "full" and config.importance == "both":
@@ -149,3 +153,16 @@ def test_damage_and_strange_folders_are_errors(tmp_path: Path):
         report(store.folder)
     with pytest.raises(InputError, match="no ticketops folder"):
         report(tmp_path)
+
+
+def test_report_says_what_the_super_ticket_costs(tmp_path: Path):
+    store = make_store(tmp_path / "run")
+    text = report(store.folder).read_text()
+    assert "| parameters | 1,000 | 970 | 97.0 % |" in text
+    assert "| MACs a token of 128 | 800 | 600 | 75.0 % |" in text
+    assert "Medians of" not in text
+    rows = [{"batch": 32, "length": 128, "whole_ms": 30.0, "left_ms": 20.0}]
+    store.write_latencies({"machine": {"processor": "some chip", "device_capability": None}, "rows": rows})
+    text = report(store.folder).read_text()
+    assert "| ms for a batch of 32 x 128 tokens | 30.0 | 20.0 | 1.50x as fast |" in text
+    assert "on processor some chip." in text

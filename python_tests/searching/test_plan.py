@@ -137,3 +137,14 @@ def test_impossible_and_empty_levels_are_refused_before_training():
         make_plan(SearchConfig(sparsities="0.9", min_heads=2), 6, 12)
     with pytest.raises(InputError, match="prunes nothing"):
         make_plan(SearchConfig(sparsities="0.01"), 6, 12)
+
+
+def test_neurons_in_place_of_ffns() -> None:
+    config = SearchConfig(sparsities="0.3,0.5", kinds="winning", prune_neurons=True)
+    plan = make_plan(config, 6, 12, 100)
+    assert [(t.heads_pruned, t.ffns_pruned, t.neurons_pruned) for t in plan] == [(0, 0, 0), (21, 0, 180), (36, 0, 300)]
+    assert "--prune-neurons" in config.command().split()
+    with pytest.raises(InputError, match="prune whole FFNs"):
+        SearchConfig(sparsities="paper", prune_neurons=True)
+    with pytest.raises(InputError, match="neither true nor false"):
+        SearchConfig(prune_neurons="yes")

@@ -9,7 +9,10 @@ import pytest
 
 from ticketops.errors import StoreError
 from ticketops.files import write_atomically
+from ticketops.models import load
+from ticketops.reporting import report
 from ticketops.searching import Listener, SearchConfig, SearchResult, Store, run_search
+from ticketops.searching.release import release
 
 from .test_trial import reproducible
 from .tiny import FIELDS
@@ -119,3 +122,21 @@ def test_a_search_killed_at_several_points_gives_the_records_of_an_undisturbed_o
     for path in sorted([*folders[1].glob("tickets/*"), *folders[1].glob("importance/*")]):
         assert (folders[0] / path.relative_to(folders[1])).read_bytes() == path.read_bytes()
     assert not list(folders[0].rglob("*.part"))
+
+
+def test_a_search_for_neurons(inputs: dict[str, str], tmp_path: Path):
+    fields = {**inputs, **FIELDS, "kinds": "winning", "output": str(tmp_path / "run"), "importance": "both"}
+    found = run_search(SearchConfig(**fields, prune_neurons=True, save_models=True))
+    ticket, level = found.super_ticket, found.super_level
+    assert ticket is not None
+    assert level is not None
+    assert ticket.neurons_pruned + 64 * ticket.ffns_pruned == int(128 * level.sparsity)
+    assert level.neurons_pruned == ticket.neurons_pruned
+    assert found.records[-1]["weights_remaining"] < 1
+    text = report(found.folder).read_text()
+    assert f"and {level.neurons_pruned:,} neurons pruned" in text
+    assert "| ms for a batch of 32 x 32 tokens |" in text
+    folder = release(found.folder, tmp_path / "small")
+    left = load(folder)
+    record = next(r for r in found.records if r["kind"] == "winning" and r["sparsity"] == level.sparsity)
+    assert sum(parameter.numel() for parameter in left.parameters()) == record["costs"]["left"]["parameters"]

@@ -1,6 +1,6 @@
 """Where ticketops meets Hugging Face: patching models and counting their weights."""
 
-from ticketops.models.cost import Cost, costs
+from ticketops.models.cost import Cost, costs, latencies
 from ticketops.models.export import Format, expand, export, load
 from ticketops.models.patch import PatchHandle, check_supported, patch, weight_counts
 from ticketops.models.shared import SharedModel
@@ -15,6 +15,7 @@ __all__ = [
     "costs",
     "expand",
     "export",
+    "latencies",
     "load",
     "patch",
     "shrink",

@@ -1,11 +1,17 @@
-"""What a model costs: parameters, multiply-accumulates, bytes; of the whole model and of what a ticket left."""
+"""What a model costs: parameters, multiply-accumulates, bytes, time; of the whole model and of what a ticket left."""
 
+import statistics
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ticketops.models.patch import find_adapter
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
+from ticketops.tickets import Ticket
 
 
 @dataclass(frozen=True)
@@ -23,17 +29,19 @@ class Cost:
     bytes: int
 
 
-def costs(model: PreTrainedModel, length: int = 128) -> tuple[Cost, Cost]:
+def costs(model: PreTrainedModel, length: int = 128, ticket: Ticket | None = None) -> tuple[Cost, Cost]:
     """Counts what a model costs, and what its architecture does with nothing removed.
 
     Args:
-        model: stock, patched or shrunk; what is only masked counts as there.
+        model: stock, patched or shrunk.
         length: tokens of a sequence, all of which attend to each other.
+        ticket: counts what it would leave; by default what is only masked counts as there.
 
     Returns:
         The whole architecture's cost, and the model's.
 
     Raises:
+        InputError: a ticket of another shape.
         UnsupportedError: a model that ticketops does not serve.
     """
     _, base = find_adapter(model)
@@ -41,16 +49,74 @@ def costs(model: PreTrainedModel, length: int = 128) -> tuple[Cost, Cost]:
     width = num_neurons(base.config)
     # A head's share of q, k, v and o, and its scores and contexts with every token.
     head, neuron = 4 * hidden * dim + 2 * dim * length, 2 * hidden
-    heads, neurons = int(held.head_mask.sum()), int(kept_neurons(held, width).sum())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    removed = held.heads_pruned * (3 * (hidden + 1) * dim + dim * hidden) + held.ffns_pruned * hidden
-    removed += (held.num_layers * width - neurons) * (neuron + 1)
     size = next(model.parameters()).element_size()
-    return (
-        Cost(
-            parameters + removed,
-            held.num_layers * (held.num_heads * head + width * neuron),
-            (parameters + removed) * size,
-        ),
-        Cost(parameters, heads * head + neurons * neuron, parameters * size),
-    )
+    present = sum(parameter.numel() for parameter in model.parameters())
+
+    def weights(of: Ticket) -> int:
+        """Of the layers' parts that a ticket keeps."""
+        heads, neurons = int(of.head_mask.sum()), int(kept_neurons(of, width).sum())
+        return heads * (4 * hidden + 3) * dim + neurons * (2 * hidden + 1) + int(of.ffn_mask.sum()) * hidden
+
+    def cost(of: Ticket) -> Cost:
+        parameters = present + weights(of) - weights(held)
+        heads, neurons = int(of.head_mask.sum()), int(kept_neurons(of, width).sum())
+        return Cost(parameters, heads * head + neurons * neuron, parameters * size)
+
+    if ticket is not None:
+        ticket.check(held.num_layers, held.num_heads, width)
+    return cost(Ticket.full(held.num_layers, held.num_heads)), cost(held if ticket is None else held & ticket)
+
+
+def latencies(
+    whole: PreTrainedModel,
+    left: PreTrainedModel,
+    batches: Iterable[int] = (1, 8, 32),
+    lengths: Iterable[int] = (32, 128),
+    turns: int = 5,
+) -> list[dict[str, float]]:
+    """Measures how long two models take for a batch without padding, in turns, since a machine's speed drifts.
+
+    Args:
+        whole, left: the same task head on the same device, in evaluation mode, patched or stock.
+        batches: sequences a batch.
+        lengths: tokens a sequence; those beyond the models' positions are left out.
+        turns: of each model at most; after 5 seconds no more are begun.
+
+    Returns:
+        One row a batch and length: `batch`, `length`, and the medians `whole_ms` and `left_ms` in milliseconds.
+    """
+    config, device = whole.config, whole.device
+    longest = getattr(config, "max_position_embeddings", None)
+    rows = []
+    for length in lengths:
+        # Encoders whose padding is not token 0 count positions from behind it.
+        if longest is not None and length > longest - (config.pad_token_id + 1 if config.pad_token_id else 0):
+            continue
+        for batch in batches:
+            ids = torch.randint(min(5, config.vocab_size - 1), config.vocab_size, (batch, length), device=device)
+            times: dict[str, list[float]] = {"whole_ms": [], "left_ms": []}
+            end = time.perf_counter() + 5
+            for turn in range(turns + 1):
+                for name, model in (("whole_ms", whole), ("left_ms", left)):
+                    taken = _milliseconds(model, ids)
+                    # The first turn warms up.
+                    if turn:
+                        times[name].append(taken)
+                if turn and time.perf_counter() > end:
+                    break
+            medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
+            rows.append({"batch": batch, "length": length, **medians})
+    return rows
+
+
+@torch.inference_mode()
+def _milliseconds(model: PreTrainedModel, ids: Tensor) -> float:
+    def wait() -> None:
+        if ids.is_cuda:
+            torch.cuda.synchronize(ids.device)
+
+    wait()
+    start = time.perf_counter()
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    wait()
+    return 1e3 * (time.perf_counter() - start)

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from ticketops.errors import InputError, TicketopsError
 from ticketops.files import new_folder
 from ticketops.models.patch import PatchHandle, check_supported, find_adapter
-from ticketops.models.record import held_ticket, write_record
+from ticketops.models.record import held_ticket, num_neurons, write_record
 from ticketops.models.shrink import cut_indices, shrink
 from ticketops.tickets import Ticket
 
@@ -167,9 +167,8 @@ def _small(
     held = held_ticket(base.config)
     applied = handle.ticket if handle is not None else None
     ticket = ticket or applied or held
-    ticket.check(held.num_layers, held.num_heads)
-    left = held & ticket
-    left = Ticket(left.head_mask, left.ffn_mask, ticket.metadata)
+    ticket.check(held.num_layers, held.num_heads, num_neurons(base.config))
+    left = (held & ticket).described(ticket.metadata)
     batch, training = _batch(model, tokenizer), model.training
     own = handle or PatchHandle(model)
     try:

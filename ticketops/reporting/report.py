@@ -48,6 +48,7 @@ def report(folder: str | Path) -> Path:
         text += [f"Without learning anything, one constant answer scores {majority} on `validation`.", ""]
         text += _importance(store, records, selection, tickets)
         text += _ticket(store, selection, tickets)
+        text += _costs(store, records, selection)
     text += _reproduction(store, records)
     path = store.folder / "report.md"
     write_atomically(path, "\n".join(text) + "\n")
@@ -75,9 +76,12 @@ def headline(selection: Selection, metric: str, split: str) -> str:
         if gain.mean < 0
         else "The super ticket equals the full model"
     )
+    ffns = f"{best.ffns_pruned} FFNs"
+    if best.neurons_pruned:
+        ffns += f" and {best.neurons_pruned:,} neurons"
     seeds = f"over {gain.count} seeds" if gain.count > 1 else "with one seed, so without a spread"
     return (
-        f"{verdict}: sparsity {best.sparsity:g} ({best.heads_pruned} heads and {best.ffns_pruned} FFNs pruned, "
+        f"{verdict}: sparsity {best.sparsity:g} ({best.heads_pruned} heads and {ffns} pruned, "
         f"{100 * best.weights_remaining:.1f} % of the weights left) reaches {metric} {tables.points(ours)} against "
         f"{tables.points(theirs)}, a gain of {tables.points(gain, sign=True)} points {seeds}."
     )
@@ -160,6 +164,23 @@ def _ticket(store: Store, selection: Selection, tickets: dict[int, Ticket]) -> l
         overlaps = [a.jaccard(b) for a, b in itertools.combinations(tickets.values(), 2)]
         text += [
             f"The tickets of two seeds share {100 * Spread.of(overlaps).mean:.0f} % of what either keeps (mean).",
+            "",
+        ]
+    return text
+
+
+def _costs(store: Store, records: list[Record], selection: Selection) -> list[str]:
+    level = selection.super_level
+    record = next((r for r in records if level and (r["kind"], r["sparsity"]) == (level.kind, level.sparsity)), {})
+    if "costs" not in record:
+        return []
+    found = store.latencies() or {"rows": []}
+    text = ["## What the super ticket costs", ""]
+    text += [tables.markdown(tables.cost_rows(record["costs"], found["rows"])), ""]
+    if found["rows"]:
+        text += [
+            "Medians of a few turns of both models in one process, patched, float32, in evaluation mode, on "
+            f"{_listed(found['machine'])}.",
             "",
         ]
     return text

@@ -15,6 +15,7 @@ COLUMNS = (
     "seed",
     "heads_pruned",
     "ffns_pruned",
+    "neurons_pruned",
     "weights_remaining",
     "weights_remaining_encoder",
     "split",
@@ -45,7 +46,7 @@ def results_csv(records: Iterable[Mapping[str, Any]]) -> str:
     writer.writerow([*COLUMNS, *(f"{split}_{name}" for split, name in details), "train_seconds"])
     for record in records:
         scores = [record["scores"].get(split, {}).get(name) for split, name in details]
-        writer.writerow([*(record[column] for column in COLUMNS), *scores, record["timing"]["train_seconds"]])
+        writer.writerow([*(record.get(column) for column in COLUMNS), *scores, record["timing"]["train_seconds"]])
     return text.getvalue()
 
 
@@ -67,13 +68,15 @@ def level_rows(selection: Selection) -> list[list[str]]:
         Cells as text; the super ticket's row is marked with a star.
     """
     held_out = any(level.report_scores for level in selection.levels)
-    header = ["ticket", "sparsity", "heads pruned", "FFNs pruned", "weights left (%)", "encoder's left (%)", "seeds"]
+    neurons = any(level.neurons_pruned for level in selection.levels)
+    pruned = ["heads pruned", "FFNs pruned", *(["neurons pruned"] if neurons else [])]
+    header = ["ticket", "sparsity", *pruned, "weights left (%)", "encoder's left (%)", "seeds"]
     rows = [[*header, *(["selects", "reports"] if held_out else ["score"])]]
     for level in selection.levels:
         star = " ★" if level is selection.super_level else ""
         scores = [points(level.spread), *([points(level.report_spread)] if held_out else [])]
         weights = [f"{100 * share:.1f}" for share in (level.weights_remaining, level.weights_remaining_encoder)]
-        counts = [str(level.heads_pruned), str(level.ffns_pruned)]
+        counts = [str(level.heads_pruned), str(level.ffns_pruned), *([str(level.neurons_pruned)] if neurons else [])]
         rows.append([level.kind + star, f"{level.sparsity:g}", *counts, *weights, str(len(level.scores)), *scores])
     return rows
 
@@ -83,3 +86,27 @@ def markdown(rows: list[list[str]]) -> str:
     head, *body = rows
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cost_rows(costs: Mapping[str, Mapping[str, int]], latencies: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """What a model costs before and after pruning, header first.
+
+    Args:
+        costs: "whole" and "left": the fields of `ticketops.models.Cost`, of the whole model and of what is left.
+        latencies: as `ticketops.models.latencies` gives them; may be empty.
+
+    Returns:
+        Cells as text, with the share that is left; for latencies how many times as fast.
+    """
+    whole, left = costs["whole"], costs["left"]
+    titles = {"parameters": "parameters", "macs_per_token": "MACs a token of 128", "bytes": "bytes"}
+    rows = [["cost", "whole", "left", ""]]
+    rows += [
+        [title, f"{whole[key]:,}", f"{left[key]:,}", f"{100 * left[key] / whole[key]:.1f} %"]
+        for key, title in titles.items()
+    ]
+    for row in latencies:
+        before, after = row["whole_ms"], row["left_ms"]
+        title = f"ms for a batch of {row['batch']} x {row['length']} tokens"
+        rows.append([title, f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f}x as fast"])
+    return rows

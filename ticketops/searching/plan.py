@@ -109,6 +109,9 @@ class SearchConfig(Config):
         (0,), "Number of seeds, or the seeds themselves, comma-separated ('7,').", PLAN, shown="1"
     )
     min_heads: int = option(1, "Heads that every layer keeps at least.", PLAN, int)
+    prune_neurons: bool = option(
+        False, "Prune that fraction of the FFNs' single neurons in place of whole FFNs.", PLAN, bool
+    )
     recipe: str = option(
         None,
         "default (AdamW), paper (its Adamax) or demo (1 epoch of 3000 rows).",
@@ -188,8 +191,11 @@ class SearchConfig(Config):
         check_choice("dtype", self.dtype, ("fp32", "bf16"))
         check_choice("importance", self.importance, ("pass", "on_the_fly", "both"))
         check_choice("granularity", self.granularity, ("example", "token", "batch"))
-        if not isinstance(self.save_models, bool):
-            raise InputError(f"save_models {self.save_models!r} is neither true nor false")
+        for name in ("save_models", "prune_neurons"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} {getattr(self, name)!r} is neither true nor false")
+        if self.prune_neurons and self.sparsities == "paper":
+            raise InputError("the paper's levels prune whole FFNs: give fractions with prune_neurons, such as 0.1,0.3")
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,7 @@ class Trial:
         seed: of the task head, the data order, dropout, and a random ticket's draw.
         heads_pruned: heads that its ticket removes.
         ffns_pruned: FFN sublayers that its ticket removes.
+        neurons_pruned: single neurons of FFNs that it removes in their place, among them all of some FFN perhaps.
     """
 
     kind: str
@@ -209,6 +216,7 @@ class Trial:
     seed: int
     heads_pruned: int
     ffns_pruned: int
+    neurons_pruned: int = 0
 
     @property
     def id(self) -> str:
@@ -217,13 +225,14 @@ class Trial:
         return f"{self.kind}{level}-seed-{self.seed}"
 
 
-def make_plan(config: SearchConfig, layers: int, heads: int) -> list[Trial]:
+def make_plan(config: SearchConfig, layers: int, heads: int, neurons: int | None = None) -> list[Trial]:
     """Lists the trials of a search in the order in which they run: seed by seed, the full model first.
 
     Args:
         config: the search.
         layers: encoder layers of the model.
         heads: attention heads a layer.
+        neurons: of each FFN; needed where these are pruned.
 
     Raises:
         InputError: a level prunes nothing, more than `min_heads` allows, or is no level of the paper's.
@@ -239,10 +248,10 @@ def make_plan(config: SearchConfig, layers: int, heads: int) -> list[Trial]:
             )
         levels = dict(PAPER_LEVELS)
 
-    def counts(sparsity: float) -> tuple[int, int]:
+    def counts(sparsity: float) -> tuple[int, ...]:
         if config.sparsities == "paper" and sparsity not in levels:
             raise InputError(f"sparsity {sparsity:g} is none of the paper's levels {', '.join(map(str, levels))}")
-        found = levels.get(sparsity) or level_counts(sparsity, layers, heads)
+        found = levels.get(sparsity) or level_counts(sparsity, layers, heads, neurons if config.prune_neurons else None)
         most = layers * max(heads - config.min_heads, 0)
         if not any(found):
             raise InputError(
@@ -254,7 +263,7 @@ def make_plan(config: SearchConfig, layers: int, heads: int) -> list[Trial]:
                 f"sparsity {sparsity:g} prunes {found[0]} heads, and min_heads {config.min_heads} leaves at most "
                 f"{most} of {layers * heads} to prune: lower one of them"
             )
-        return found
+        return (found[0], 0, found[1]) if config.prune_neurons else found
 
     trials = []
     for seed in config.seeds:

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ticketops.files import store_error
+from ticketops.models import latencies, patch, shrink
 from ticketops.searching import environment
 from ticketops.searching.plan import SearchConfig, Trial, make_plan
 from ticketops.searching.selection import Level, Selection, Spread, select
@@ -75,7 +78,7 @@ def run_search(config: SearchConfig, listener: Listener | None = None) -> Search
     """
     listener = listener or Listener()
     setting = Setting.load(config)
-    plan = make_plan(config, setting.num_layers, setting.num_heads)
+    plan = make_plan(config, setting.num_layers, setting.num_heads, setting.num_neurons)
     ways = WAYS[config.importance]
     notes = {
         "versions": environment.versions(),
@@ -108,7 +111,20 @@ def run_search(config: SearchConfig, listener: Listener | None = None) -> Search
         selection = select(records, config.seeds)
         level = selection.super_level
         tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
-        return SearchResult(store.folder, config, records, selection, tickets)
+        result = SearchResult(store.folder, config, records, selection, tickets)
+        if result.super_ticket is not None and store.latencies() is None:
+            store.write_latencies(_time(setting, result.super_ticket))
+        return result
+
+
+def _time(setting: Setting, ticket: Ticket) -> Record:
+    """Times the full model and what the ticket leaves of it; what the weights are does not matter."""
+    models = [setting.fresh_model(0).eval() for _ in range(2)]
+    shrink(models[1], ticket)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for model in models:
+        patch(model.to(device))
+    return {"machine": environment.machine(), "rows": latencies(models[0], models[1])}
 
 
 def draw(importance: Importance, trial: Trial, config: SearchConfig) -> Ticket:
@@ -121,13 +137,14 @@ def draw(importance: Importance, trial: Trial, config: SearchConfig) -> Ticket:
     """
     ticket = prune(
         importance,
-        counts=(trial.heads_pruned, trial.ffns_pruned),
+        counts=(trial.heads_pruned, trial.neurons_pruned if config.prune_neurons else trial.ffns_pruned),
         kind=trial.kind,  # type: ignore[arg-type]
         min_heads=config.min_heads,
         seed=trial.seed,
+        neurons=config.prune_neurons,
     )
     note = {"sparsity": trial.sparsity, "model": config.model, "task": config.task, "trial_seed": trial.seed}
-    return Ticket(ticket.head_mask, ticket.ffn_mask, {**ticket.metadata, **note})
+    return ticket.described({**ticket.metadata, **note})
 
 
 def _keep(store: Store, trial: Trial, ticket: Ticket | None, outcome: Outcome, model: bool) -> Record:

@@ -11,7 +11,9 @@ from ticketops.models import PatchHandle
 from ticketops.tickets import Granularity, Importance
 
 
-def score_pass(handle: PatchHandle, batches: Iterable[Any], granularity: Granularity, autocast: bool) -> Importance:
+def score_pass(
+    handle: PatchHandle, batches: Iterable[Any], granularity: Granularity, autocast: bool, neurons: bool = False
+) -> Importance:
     """Scores heads and FFNs in one pass over the training rows: dropout off, no weight gradient computed.
 
     Args:
@@ -19,6 +21,7 @@ def score_pass(handle: PatchHandle, batches: Iterable[Any], granularity: Granula
         batches: of the training split, with labels, as the model's keyword arguments; moved to its device.
         granularity: "example", "token" or "batch".
         autocast: whether to run under bfloat16 autocast.
+        neurons: whether to score single neurons too.
 
     Returns:
         The average importance over the rows.
@@ -32,7 +35,7 @@ def score_pass(handle: PatchHandle, batches: Iterable[Any], granularity: Granula
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        with handle.record_importance(granularity) as importance:
+        with handle.record_importance(granularity, neurons=neurons) as importance:
             for batch in batches:
                 batch = {key: value.to(model.device) for key, value in batch.items()}
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
@@ -50,18 +53,22 @@ class LastEpochScorer(TrainerCallback):
     Args:
         handle: the patched model that trains.
         granularity: "example", "token" or "batch".
+        neurons: whether to score single neurons too.
     """
 
-    def __init__(self, handle: PatchHandle, granularity: Granularity):
+    def __init__(self, handle: PatchHandle, granularity: Granularity, neurons: bool = False):
         self.importance: Importance | None = None
         self._handle = handle
         self._granularity = granularity
+        self._neurons = neurons
         self._open = contextlib.ExitStack()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts to record when the last epoch begins."""
         if state.global_step >= state.max_steps - state.max_steps // int(args.num_train_epochs):
-            self.importance = self._open.enter_context(self._handle.record_importance(self._granularity))
+            self.importance = self._open.enter_context(
+                self._handle.record_importance(self._granularity, neurons=self._neurons)
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops recording."""

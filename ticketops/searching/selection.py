@@ -40,6 +40,7 @@ class Level:
         ffns_pruned: FFN sublayers removed.
         weights_remaining: fraction of all weights that are left.
         weights_remaining_encoder: fraction of the encoder layers' weights that are left.
+        neurons_pruned: neurons removed from the FFNs that are left.
         scores: seed -> metric on the split that selects.
         report_scores: seed -> metric on the split that reports; empty where none was held out.
     """
@@ -50,6 +51,7 @@ class Level:
     ffns_pruned: int
     weights_remaining: float
     weights_remaining_encoder: float
+    neurons_pruned: int = 0
     scores: dict[int, float] = field(default_factory=dict)
     report_scores: dict[int, float] = field(default_factory=dict)
 
@@ -112,7 +114,8 @@ def select(records: Iterable[Mapping[str, Any]], seeds: Iterable[int]) -> Select
     for record in records:
         key = (record["kind"], record["sparsity"])
         names = ("kind", "sparsity", "heads_pruned", "ffns_pruned", "weights_remaining", "weights_remaining_encoder")
-        level = levels.setdefault(key, Level(**{name: record[name] for name in names}))
+        found = {name: record[name] for name in names} | {"neurons_pruned": record.get("neurons_pruned", 0)}
+        level = levels.setdefault(key, Level(**found))
         level.scores[record["seed"]] = record["score"]
         if record["report_score"] is not None:
             level.report_scores[record["seed"]] = record["report_score"]

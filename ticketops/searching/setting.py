@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from ticketops.errors import InputError
 from ticketops.models import check_supported
+from ticketops.models.record import num_neurons
 from ticketops.searching.plan import RECIPES, SearchConfig
 from ticketops.tasks import Task, demo_model, load_task, tokenize
 
@@ -128,6 +129,11 @@ class Setting:
         """Attention heads a layer."""
         return int(self.model_config.num_attention_heads)
 
+    @property
+    def num_neurons(self) -> int:
+        """Neurons of an FFN."""
+        return num_neurons(self.model_config)
+
     def identity(self) -> dict[str, Any]:
         """What the results depend on: the configuration, the rows and the pre-trained weights."""
         # Where the results go, and whether models are kept with them, changes no result.
@@ -142,6 +148,7 @@ class Setting:
             "model_fingerprint": digest.hexdigest(),
             "layers": self.num_layers,
             "heads": self.num_heads,
+            "neurons": self.num_neurons,
         }
 
     def fresh_model(self, seed: int) -> PreTrainedModel:

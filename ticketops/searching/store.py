@@ -23,7 +23,8 @@ class Store:
     """The folder in which a search keeps what it has finished.
 
     `config.json` says which search it is, `trials/` has one record a trial, `importance/` and `tickets/` what was
-    scored and drawn. Use `Store.create` to search (it holds the folder's lock until closed) and `Store.read` to report.
+    scored and drawn, `latency.json` what was timed in the end. Use `Store.create` to search (it holds the folder's lock
+    until closed) and `Store.read` to report.
     """
 
     def __init__(self, folder: Path, description: Record, lock: FileLock | None = None):
@@ -111,7 +112,7 @@ class Store:
     def plan(self) -> list[Trial]:
         """All trials of the search, finished or not."""
         identity = self.description["identity"]
-        return make_plan(self.config, identity["layers"], identity["heads"])
+        return make_plan(self.config, identity["layers"], identity["heads"], identity.get("neurons"))
 
     def record_path(self, trial: Trial) -> Path:
         """The file of a trial's record."""
@@ -162,6 +163,19 @@ class Store:
     def write_importance(self, seed: int, way: str, importance: Importance) -> None:
         """Writes the importance of a seed's full model."""
         _save(importance, self.importance_path(seed, way))
+
+    def latencies(self) -> Record | None:
+        """What the full model and the super ticket took on the machine of the search, or None before its end.
+
+        Raises:
+            StoreError: the file is truncated or damaged.
+        """
+        path = self.folder / "latency.json"
+        return _read_json(path) if path.exists() else None
+
+    def write_latencies(self, latencies: Mapping[str, Any]) -> None:
+        """Writes what the full model and the super ticket took."""
+        write_atomically(self.folder / "latency.json", json.dumps(latencies, indent=2) + "\n")
 
     def ticket(self, trial: Trial) -> Ticket | None:
         """A trial's ticket, or None where it was not drawn yet."""

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ticketops.errors import TicketopsError
-from ticketops.models import patch, weight_counts
+from ticketops.models import costs, patch, weight_counts
 from ticketops.searching import environment
 from ticketops.searching.plan import RECIPES, Trial
 from ticketops.searching.scoring import LastEpochScorer, score_pass
@@ -90,8 +90,9 @@ def run_trial(
     with quiet(), contextlib.ExitStack() as stack:
         model = setting.fresh_model(trial.seed)
         handle = stack.enter_context(patch(model)).apply(ticket)
-        counts = weight_counts(model)
-        scorer = LastEpochScorer(handle, config.granularity) if "on_the_fly" in ways else None
+        counts, kept = weight_counts(model), ticket or Ticket.full(setting.num_layers, setting.num_heads)
+        whole, left = costs(model, ticket=kept)
+        scorer = LastEpochScorer(handle, config.granularity, config.prune_neurons) if "on_the_fly" in ways else None
         collator = DataCollatorWithPadding(setting.tokenizer)
         trainer = Trainer(
             model=model,
@@ -119,9 +120,10 @@ def run_trial(
         if "pass" in ways:
             batches = DataLoader(setting.splits["train"], config.batch_size, collate_fn=collator)
             with _timed(timing, "score_seconds"):
-                importance["pass"] = score_pass(handle, batches, config.granularity, config.dtype == "bf16")
+                importance["pass"] = score_pass(
+                    handle, batches, config.granularity, config.dtype == "bf16", config.prune_neurons
+                )
 
-    kept = ticket or Ticket.full(setting.num_layers, setting.num_heads)
     metric = setting.task.metric
     scores = {
         split: setting.task.compute(logits, np.asarray(setting.splits[split]["labels"]))
@@ -136,9 +138,11 @@ def run_trial(
         "seed": trial.seed,
         "heads_pruned": kept.heads_pruned,
         "ffns_pruned": kept.ffns_pruned,
+        "neurons_pruned": kept.neurons_pruned,
         "weights_remaining": kept.weights_remaining(counts),
         "weights_remaining_encoder": kept.weights_remaining(counts, embeddings=False),
         "weights": counts.total,
+        "costs": {"whole": asdict(whole), "left": asdict(left)},
         "split": "validation",
         "metric": metric,
         "score": scores["validation"][metric],

@@ -134,6 +134,20 @@ class Ticket:
         """Whether nothing is pruned."""
         return self._neuron_mask is None and self.heads_pruned == 0 and self.ffns_pruned == 0
 
+    def described(self, metadata: Mapping[str, Any]) -> "Ticket":
+        """Makes an equal ticket with other metadata.
+
+        Args:
+            metadata: JSON values, in place of this ticket's.
+
+        Returns:
+            The ticket.
+
+        Raises:
+            InputError: the metadata is not JSON.
+        """
+        return Ticket(self._head_mask, self._ffn_mask, metadata, self._neuron_mask)
+
     def check(self, layers: int, heads: int, neurons: int | None = None) -> None:
         """Makes sure that the ticket is for an encoder of this shape.
 
