@@ -1,7 +1,7 @@
 """Lets transformers' own `from_pretrained` make shrunk models, without importing transformers.
 
 transformers' register_patch_mapping would replace classes by name in every one of its modules, so `BertEncoder` of
-bert_generation too, and repoint the output recorders; here one method of exactly six classes learns about the record.
+bert_generation too, and repoint the output recorders; here one method of exactly these classes learns about the record.
 """
 
 import functools
@@ -15,8 +15,10 @@ from typing import Any
 _ENCODERS = {
     "transformers.models.bert.modeling_bert": "BertEncoder",
     "transformers.models.camembert.modeling_camembert": "CamembertEncoder",
+    "transformers.models.data2vec.modeling_data2vec_text": "Data2VecTextEncoder",
     "transformers.models.distilbert.modeling_distilbert": "Transformer",
     "transformers.models.electra.modeling_electra": "ElectraEncoder",
+    "transformers.models.ernie.modeling_ernie": "ErnieEncoder",
     "transformers.models.roberta.modeling_roberta": "RobertaEncoder",
     "transformers.models.xlm_roberta.modeling_xlm_roberta": "XLMRobertaEncoder",
 }

@@ -1,44 +1,94 @@
-"""Every encoder that an adapter serves: stock equality, tickets, importance, shrinking, exports."""
+"""Every encoder that an adapter serves: stock equality of every task head, tickets, importance, exports, refusals."""
 
 import copy
+import sys
 
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import ticketops
 from models.conftest import HEADS, LAYERS
 from models.test_shrink import TICKETS, close
+from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.patch import ADAPTERS, find_adapter
 from ticketops.tickets import Ticket
 
-NAMES = ["Roberta", "XLMRoberta", "Electra", "Camembert", "DistilBert"]
+NAMES = [adapter.base.__name__.removesuffix("Model") for adapter in ADAPTERS]
+#: Every task head of every encoder that the installed transformers has, and the bare models.
+MODELS = [
+    name
+    for adapter, encoder in zip(ADAPTERS, NAMES, strict=True)
+    for name in sys.modules[adapter.base.__module__].__all__
+    if name == f"{encoder}Model" or (name.startswith(f"{encoder}For") or name == f"{encoder}LMHeadModel")
+]
+PADDING = {"right": [17, 3, 9, 1], "left": [17, 3, 9, 1], "none": [17, 17, 17, 17]}
+
+
+def make(name, **changes):
+    """A tiny model by its class name, dropout off, weights large enough that every head and FFN matters."""
+    encoder = max((each for each in NAMES if name.startswith(each)), key=len)
+    sizes = {"vocab_size": 100, "num_labels": 3, "initializer_range": 0.2, "max_position_embeddings": 40}
+    if encoder == "DistilBert":
+        sizes |= {"dim": 48, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": 64}
+        sizes |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    else:
+        sizes |= {"hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64}
+        sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 2}
+        sizes |= {"embedding_size": 24} if encoder == "Electra" else {}
+        sizes |= {"use_task_id": True} if encoder == "Ernie" else {}
+    if name.endswith("ForQuestionAnswering"):
+        sizes["num_labels"] = 2
+    torch.manual_seed(0)
+    return getattr(transformers, name)(getattr(transformers, f"{encoder}Config")(**(sizes | changes))).eval()
+
+
+def draw(model, padding="right"):
+    """Four rows of token ids, padded with the model's own padding id: RoBERTa counts positions by it."""
+    lengths, generator = torch.tensor(PADDING[padding]), torch.Generator().manual_seed(0)
+    mask = (torch.arange(17) < lengths[:, None]).long()
+    if padding == "left":
+        mask = mask.flip(1)
+    ids = torch.randint(5, 100, mask.shape, generator=generator).where(mask.bool(), model.config.pad_token_id)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        batch = {name: value.view(2, 2, -1) for name, value in batch.items()}
+    return batch
+
+
+def real(outputs, batch):
+    """The output tensors by name, at real tokens where they have one value a token."""
+    mask = batch["attention_mask"].bool()
+    found = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    return {name: value[mask] if value.shape[: mask.ndim] == mask.shape else value for name, value in found.items()}
+
+
+def compare(model, stock, batch):
+    """Asserts that outputs and all gradients are equal to float32 rounding, on the scale of the largest gradient."""
+    both = []
+    for each in (model, stock):
+        each.zero_grad()
+        both.append(real(each(**batch), batch))
+        sum(value.double().square().mean() for value in both[-1].values()).backward()
+    got, want = both
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
+    scale = max(parameter.grad.abs().max().item() for parameter in stock.parameters() if parameter.grad is not None)
+    for (name, parameter), other in zip(model.named_parameters(), stock.parameters(), strict=True):
+        gradient, wanted = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, other))
+        assert (gradient - wanted).abs().max() <= 1e-5 * scale, name
 
 
 @pytest.fixture(params=NAMES)
 def encoder(request):
-    sizes = {"vocab_size": 100, "num_labels": 3, "initializer_range": 0.2, "max_position_embeddings": 40}
-    if request.param == "DistilBert":
-        sizes |= {"dim": 48, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": 64}
-        sizes |= {"dropout": 0.0, "attention_dropout": 0.0}
-    else:
-        sizes |= {"hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64}
-        sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 2}
-        sizes |= {"embedding_size": 24} if request.param == "Electra" else {}
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{request.param}Config")(**sizes)
-    return getattr(transformers, f"{request.param}ForSequenceClassification")(config).eval()
+    return make(f"{request.param}ForSequenceClassification")
 
 
 @pytest.fixture
-def inputs(encoder, batch):
-    # Ids above every special one: RoBERTa counts positions by them.
-    batch["input_ids"] = (
-        batch["input_ids"].clamp(min=5).where(batch["attention_mask"].bool(), encoder.config.pad_token_id)
-    )
-    if encoder.config.model_type == "distilbert":
-        batch.pop("token_type_ids")
-    return batch
+def inputs(encoder):
+    return draw(encoder) | {"labels": torch.tensor([0, 2, 1, 2])}
 
 
 def masked(stock, ticket):
@@ -51,8 +101,60 @@ def masked(stock, ticket):
     return stock
 
 
-def test_every_adapter_is_tested():
-    assert {adapter.base.__name__ for adapter in ADAPTERS} == {f"{name}Model" for name in ["Bert", *NAMES]}
+@pytest.mark.parametrize("name", MODELS)
+def test_every_task_head_equals_stock(name):
+    model = make(name)
+    stock = copy.deepcopy(model)
+    with ticketops.patch(model):
+        compare(model, stock, draw(model))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_count_as_stock_counts_them(name):
+    # Left padding, ids or embeddings: RoBERTa's positions start behind its padding id, BERT's at the row's start.
+    model = make(f"{name}ForTokenClassification")
+    stock, batch = copy.deepcopy(model), draw(model, "left")
+    embedded = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"]).detach()}
+    with ticketops.patch(model):
+        compare(model, stock, batch)
+        compare(model, stock, embedded | {"attention_mask": batch["attention_mask"]})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BertForPreTraining", "ErnieForNextSentencePrediction", "RobertaForMultipleChoice", "XLMRobertaForCausalLM"],
+)
+def test_padding_where_the_task_head_reads_is_refused(name):
+    model = make(name)
+    batch = draw(model, "left")
+    with ticketops.patch(model):
+        if name.endswith("CausalLM"):
+            model(**batch)
+            return
+        with pytest.raises(InputError, match=r"row 1 of the attention mask begins with padding, which \w+ would read"):
+            model(**batch)
+        # A row without any token has no first one.
+        model(
+            batch["input_ids"],
+            batch["attention_mask"] * torch.tensor([1, 0, 0, 0]).view(*batch["input_ids"].shape[:-1], 1),
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("ElectraForPreTraining", {"embedding_size": 48}),
+        ("DistilBertModel", {"sinusoidal_pos_embds": True}),
+        ("DistilBertModel", {"activation": "relu"}),
+        ("XLMRobertaModel", {"hidden_act": "gelu_new"}),
+        ("RobertaModel", {"pad_token_id": 0}),
+    ],
+)
+def test_other_configurations_equal_stock(name, changes):
+    model = make(name, **changes)
+    stock = copy.deepcopy(model)
+    with ticketops.patch(model):
+        compare(model, stock, draw(model))
 
 
 @pytest.mark.parametrize("name", ["full", "neither"])
@@ -63,6 +165,9 @@ def test_patched_equals_stock_under_tickets(name, encoder, inputs):
     outputs = [each(**inputs, output_hidden_states=True) for each in (encoder, want)]
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits, **close)
     assert len(outputs[0].hidden_states) == len(outputs[1].hidden_states) == LAYERS + 1
+    for got, wanted in zip(*(output.hidden_states for output in outputs), strict=True):
+        keep = inputs["attention_mask"].bool()
+        torch.testing.assert_close(got[keep], wanted[keep], **close)
     for output in outputs:
         output.loss.backward()
     for (key, a), b in zip(encoder.named_parameters(), want.parameters(), strict=True):
@@ -73,17 +178,50 @@ def test_patched_equals_stock_under_tickets(name, encoder, inputs):
     assert [type(module) for module in encoder.modules()] == classes
 
 
-def test_importance_equals_the_weight_gradient_identity(encoder, inputs):
-    with ticketops.patch(encoder) as handle, handle.record_importance("batch") as importance:
+def test_importance_equals_its_definition(encoder, inputs):
+    with ticketops.patch(encoder) as handle, handle.record_importance() as importance:
         encoder(**inputs).loss.backward()
+    head, ffn = torch.zeros(LAYERS, HEADS), torch.zeros(LAYERS)
     adapter, base = find_adapter(encoder)
-    for index, layer in enumerate(adapter.layers(base)):
-        parts = adapter.parts(layer)
-        weight = parts.output.weight
-        products = (weight * weight.grad).detach().double().unflatten(1, (HEADS, -1)).sum((0, 2))
-        torch.testing.assert_close(importance.head[index], products.abs(), rtol=1e-4, atol=1e-6)
-        product = sum((p * p.grad).detach().double().sum() for p in (parts.fc2.weight, parts.fc2.bias))
-        torch.testing.assert_close(importance.ffn[index], product.abs(), rtol=1e-4, atol=1e-6)
+    for row in range(4):
+        masks = [(torch.ones(HEADS, requires_grad=True), torch.ones((), requires_grad=True)) for _ in range(LAYERS)]
+        hooks = []
+        for layer, (heads, whole) in zip(adapter.layers(base), masks, strict=True):
+            parts = adapter.parts(layer)
+            scale = lambda module, args, heads=heads: (args[0] * heads.repeat_interleave(12),)  # noqa: E731
+            hooks.append(parts.output.register_forward_pre_hook(scale))
+            hooks.append(parts.fc2.register_forward_hook(lambda module, args, output, whole=whole: output * whole))
+        encoder(**{name: value[row : row + 1] for name, value in inputs.items()}).loss.backward()
+        for hook in hooks:
+            hook.remove()
+        head += torch.stack([heads.grad.abs() for heads, _ in masks]) / 4
+        ffn += torch.stack([whole.grad.abs() for _, whole in masks]) / 4
+    torch.testing.assert_close(importance.head.float(), head, rtol=1e-4, atol=1e-5 * head.max().item())
+    torch.testing.assert_close(importance.ffn.float(), ffn, rtol=1e-4, atol=1e-5 * ffn.max().item())
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [*((name, "checkpointed") for name in NAMES), ("DistilBert", "compiled"), ("Electra", "compiled")],
+)
+def test_checkpointing_and_compiling_give_the_same(name, way):
+    model = make(f"{name}ForSequenceClassification").train()
+    batch = draw(model) | {"labels": torch.tensor([0, 2, 1, 2])}
+    results = []
+    with ticketops.patch(model) as handle:
+        for changed in (False, True):
+            run = model
+            if changed and way == "checkpointed":
+                model.gradient_checkpointing_enable()
+            elif changed:
+                run = torch.compile(model, backend="aot_eager")
+            model.zero_grad()
+            with handle.record_importance() as importance:
+                run(**batch).loss.backward()
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            results.append([importance.head, importance.ffn, *gradients])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("format", ["compact", "dense"])
@@ -99,19 +237,10 @@ def test_exports_equal_masked(format, encoder, inputs, tmp_path):
 def test_dropout_is_where_stock_has_it(encoder):
     adapter, base = find_adapter(encoder)
     parts = adapter.parts(adapter.layers(base)[0])
-    inside = [module for module in adapter.layers(base)[0].modules() if isinstance(module, torch.nn.Dropout)]
+    inside = [module for module in adapter.layers(base)[0].modules() if isinstance(module, nn.Dropout)]
     assert {id(module) for module in parts.dropouts} == {id(module) for module in inside}
 
 
-def test_an_encoder_is_shared_saved_and_loaded(encoder, inputs, tmp_path):
-    del inputs["labels"]
-    config = copy.deepcopy(encoder.config)
-    config.num_labels = 1
-    other = type(encoder)(config)
-    shared = ticketops.SharedModel({"a": encoder, "b": other}, {"b": TICKETS["neither"]}).eval()
-    again = ticketops.SharedModel.load(shared.save(tmp_path / "shared"))
-    with torch.no_grad():
-        for task, labels in (("a", 3), ("b", 1)):
-            got = again(task, **inputs).logits
-            assert got.shape[1] == labels
-            assert torch.equal(got, shared(task, **inputs).logits)
+def test_attention_weights_are_refused(encoder, inputs):
+    with ticketops.patch(encoder), pytest.raises(UnsupportedError, match="output_attentions"):
+        encoder(**inputs, output_attentions=True)

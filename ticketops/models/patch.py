@@ -15,8 +15,10 @@ from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.adapter import Adapter, Call, Kept, LayerParts, LayerState, activation_name
 from ticketops.models.bert import BERT
 from ticketops.models.camembert import CAMEMBERT
+from ticketops.models.data2vec_text import DATA2VEC_TEXT
 from ticketops.models.distilbert import DISTILBERT
 from ticketops.models.electra import ELECTRA
+from ticketops.models.ernie import ERNIE
 from ticketops.models.freezing import freeze, is_frozen, unfreeze
 from ticketops.models.indices import Indices
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
@@ -25,17 +27,36 @@ from ticketops.models.xlm_roberta import XLM_ROBERTA
 from ticketops.ops import Packing
 from ticketops.tickets import Granularity, Importance, Ticket, WeightCounts
 
-ADAPTERS: tuple[Adapter, ...] = (BERT, CAMEMBERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA)
+ADAPTERS: tuple[Adapter, ...] = (
+    BERT,
+    CAMEMBERT,
+    DATA2VEC_TEXT,
+    DISTILBERT,
+    ELECTRA,
+    ERNIE,
+    ROBERTA,
+    XLM_ROBERTA,
+)
 
 #: Arguments of a forward pass that stock layers honour and ticketops' layers do not, with the remedy.
 _REFUSED_ARGUMENTS = {
     "output_attentions": "attention weights are never formed: call handle.revert() first",
     "encoder_hidden_states": "cross attention is not served",
+    "cache": "caches belong to decoders",
     "past_key_values": "caches belong to decoders",
     "use_cache": "caches belong to decoders",
     "cu_seq_lens_q": "pass a padded batch with its attention_mask, it is packed inside",
     "is_causal": "causal attention is not served",
 }
+
+#: Task heads that read the first position of each row.
+_FIRST_TOKEN_HEADS = (
+    "ForSequenceClassification",
+    "ForMultipleChoice",
+    "ForNextSentencePrediction",
+    "BertForPreTraining",
+    "ErnieForPreTraining",
+)
 
 
 def find_adapter(model: nn.Module) -> tuple[Adapter, Any]:
@@ -131,7 +152,7 @@ def patch(model: PreTrainedModel, *, unpad: bool = True) -> "PatchHandle":
     encoder's modules change, to subclasses of the stock ones.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA or DistilBERT of transformers, bare or with a task head, on
+        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text or DistilBERT of transformers, bare or with a task head, on
             any device.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static, for captured graphs, and
             then every row of the attention mask must be one unbroken run.
@@ -186,6 +207,9 @@ class PatchHandle:
             base.register_forward_pre_hook(partial(_before_forward, self, names), with_kwargs=True),
             base.register_forward_hook(_after_forward, with_kwargs=True),
         ]
+        if type(model).__name__.endswith(_FIRST_TOKEN_HEADS):
+            place = list(inspect.signature(model.forward).parameters).index("attention_mask")
+            self._hooks.append(model.register_forward_pre_hook(partial(_check_first_tokens, place), with_kwargs=True))
 
     def _swap(self, module: nn.Module, swaps: dict[type[nn.Module], type[nn.Module]], state: object) -> None:
         if type(module) in swaps:
@@ -437,6 +461,21 @@ def _before_forward(
     kwargs["attention_mask"] = None
     kwargs["ticketops"] = handle._call(packing, tokens.device)
     return (), kwargs
+
+
+@torch.compiler.disable
+def _check_first_tokens(place: int, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses padding where the task head reads: stock models leave there what a padding token attends to."""
+    mask = args[place] if len(args) > place else kwargs.get("attention_mask")
+    if mask is None or mask[..., 0].all():
+        return
+    rows = mask.flatten(0, -2).bool()
+    left = rows.any(1) & ~rows[:, 0]
+    if left.any():
+        raise InputError(
+            f"row {int(left.nonzero()[0])} of the attention mask begins with padding, which {type(model).__name__} "
+            "would read as its first token: pad on the right (tokenizer.padding_side = 'right')"
+        )
 
 
 def _after_forward(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
