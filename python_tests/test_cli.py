@@ -118,6 +118,38 @@ def test_doctor_says_what_would_run_and_why():
     assert facts["machine"]["threads"] >= 1
 
 
+def test_doctor_says_how_a_model_is_served(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    result = invoke("doctor", "--model", str(tmp_path))
+    assert result.exit_code == 0
+    for word in ("BertForMaskedLM", "head size", "gelu", "attention", "backend", "why"):
+        assert word in result.stdout
+    facts = json.loads(invoke("doctor", "--model", str(tmp_path), "--json").stdout)
+    assert (facts["supported"], facts["layers"], facts["heads"], facts["neurons"]) == (True, 12, 12, 3072)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"model_type": "modernbert"}', "gated FFN"),
+        ("{", "not a valid JSON file"),
+        ('{"model_type": "new", "auto_map": {"AutoConfig": "code.Config"}}', "custom code"),
+        (None, "no config.json"),
+    ],
+)
+def test_doctor_says_in_one_line_why_a_model_is_not_served(content: str | None, words: str, tmp_path: Path):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    result = invoke("doctor", "--model", str(tmp_path))
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    if "modernbert" in (content or ""):
+        result = invoke("doctor", "--model", str(tmp_path), "--json")
+        assert result.exit_code == 2
+        assert json.loads(result.stdout)["supported"] is False
+
+
 def test_help_names_every_field_with_its_default_and_does_not_wait_for_torch():
     result = invoke("search", "--help")
     assert result.exit_code == 0

@@ -262,11 +262,22 @@ def _doctor(
             show_default=False,
         ),
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Say whether and how this model is served: a folder, a name on the Hugging Face hub, or demo; only "
+            "its configuration is loaded.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     traceback: Trace = False,
 ) -> None:
-    """Print versions, device, and which backend would run each op and why."""
+    """Print versions, device, and which backend would run each op and why; or the same for one model."""
     with _errors(traceback):
+        if model is not None:
+            _print_support(model, as_json)
+            return
         if kernels:
             _print_kernels(as_json)
             return
@@ -279,8 +290,34 @@ def _doctor(
             return
         for name, value in {**versions, **machine}.items():
             typer.echo(f"{name:<18} {'none' if value is None else value}")
-        titles = ["op", "device", "dtype", "backend", "why"]
-        _print_table([titles, *([row[title] for title in titles] for row in backends)])
+        _print_backends(backends)
+
+
+def _print_backends(rows: list[dict[str, str]]) -> None:
+    titles = ["op", "device", "dtype", "backend", "why"]
+    _print_table([titles, *([row[title] for title in titles] for row in rows)])
+
+
+def _print_support(model: str, as_json: bool) -> None:
+    """Prints how a model would be served; UnsupportedError says why it would not."""
+    from ticketops.models import describe
+    from ticketops.searching.setting import load_config, quiet
+
+    try:
+        with quiet():
+            facts = describe(load_config(model))
+    except UnsupportedError as error:
+        if not as_json:
+            raise
+        typer.echo(json.dumps({"model": model, "supported": False, "why": str(error)}))
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps({"model": model, "supported": True} | facts))
+        return
+    rows = facts.pop("backends")
+    for name, value in ({"model": model, "supported": "yes"} | facts).items():
+        typer.echo(f"{name.replace('_', ' '):<18} {value}")
+    _print_backends(rows)
 
 
 def _print_kernels(as_json: bool) -> None:

@@ -5,6 +5,7 @@ from ticketops.models.export import Format, expand, export, load
 from ticketops.models.patch import PatchHandle, check_supported, patch, weight_counts
 from ticketops.models.shared import SharedModel
 from ticketops.models.shrink import shrink
+from ticketops.models.support import describe
 
 __all__ = [
     "Cost",
@@ -13,6 +14,7 @@ __all__ = [
     "SharedModel",
     "check_supported",
     "costs",
+    "describe",
     "expand",
     "export",
     "latencies",

@@ -22,6 +22,7 @@ from ticketops.models.ernie import ERNIE
 from ticketops.models.freezing import freeze, is_frozen, unfreeze
 from ticketops.models.indices import Indices
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
+from ticketops.models.refusals import why_not
 from ticketops.models.roberta import ROBERTA
 from ticketops.models.xlm_roberta import XLM_ROBERTA
 from ticketops.ops import Packing
@@ -80,7 +81,9 @@ def find_adapter(model: nn.Module) -> tuple[Adapter, Any]:
                 raise UnsupportedError(f"{type(model).__name__} with {refusal}")
             return adapter, base
     served = ", ".join(adapter.base.__name__ for adapter in ADAPTERS)
-    raise UnsupportedError(f"{type(model).__name__} is not supported: ticketops serves {served} and its task heads")
+    raise UnsupportedError(
+        f"{type(model).__name__} is not supported: {why_not(model)}; ticketops serves {served} and their task heads"
+    )
 
 
 def check_supported(model: nn.Module) -> None:
@@ -152,8 +155,8 @@ def patch(model: PreTrainedModel, *, unpad: bool = True) -> "PatchHandle":
     encoder's modules change, to subclasses of the stock ones.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text or DistilBERT of transformers, bare or with a task head, on
-            any device.
+        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text or DistilBERT of transformers, bare or
+            with a task head, on any device.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static, for captured graphs, and
             then every row of the attention mask must be one unbroken run.
 

@@ -68,9 +68,8 @@ class Setting:
                 validation_rows=config.validation_rows,
                 report_fraction=config.report_fraction,
             )
+            model_config = load_config(config.model)
             name, options = find_model(config.model)
-            with _loading(config.model):
-                model_config = AutoConfig.from_pretrained(name, **options)
             with _loading(config.model):
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
                 # Only what the checkpoint has is pre-trained; a pooler it lacks belongs to each trial's fresh head.
@@ -222,6 +221,21 @@ def find_model(name: str) -> tuple[str, dict[str, Any]]:
             f"model {name!r} is no folder here, and the Hugging Face hub cannot be reached: {remedy}"
         ) from error
     return name, {}
+
+
+def load_config(name: str) -> transformers.PretrainedConfig:
+    """Reads a model's configuration, and nothing of its weights; code that comes with a model is never run.
+
+    Args:
+        name: "demo", a local folder, or an id of the Hugging Face hub.
+
+    Raises:
+        InputError: there is no such model, or its configuration is damaged.
+    """
+    place, options = find_model(name)
+    with _loading(name):
+        found: transformers.PretrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+    return found
 
 
 @contextlib.contextmanager

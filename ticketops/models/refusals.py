@@ -1,0 +1,107 @@
+"""Why an architecture is not served: what its modules do that the ops or the adapters do not."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+
+_ROTARY = "rotary position embeddings (no adapter turns queries and keys before ops.attention)"
+_WINDOW = "attention within a window (ops.attention has no window)"
+_PRE_NORM = "LayerNorm before each sublayer, which no adapter for text serves yet"
+#: What cannot be seen in the modules, by model type.
+_KNOWN = {
+    "albert": "one layer's weights serve all layers, so a ticket has nothing of a single layer to prune",
+    "big_bird": "block-sparse attention (ops.attention attends to every token of a row)",
+    "canine": "attention over characters in local blocks, then over fewer positions",
+    "fnet": "a Fourier transform in place of attention",
+    "funnel": "sequences that become shorter from block to block, with relative positions in the scores",
+    "longformer": _WINDOW,
+    "megatron-bert": _PRE_NORM,
+    "mobilebert": "bottleneck layers with several FFNs each",
+    "mra": "approximate attention",
+    "nystromformer": "approximate attention",
+    "perceiver": "cross attention between inputs and latents",
+    "reformer": "attention by hashing",
+    "roformer": _ROTARY,
+    "roberta-prelayernorm": _PRE_NORM,
+    "squeezebert": "grouped convolutions in place of linear layers",
+    "xlm-roberta-xl": _PRE_NORM,
+    "xlnet": "two attention streams with relative position terms in their scores",
+    "xmod": "an adapter a language inside each layer",
+    "yoso": "approximate attention",
+}
+_FUSED = ("Wqkv", "qkv", "qkv_proj", "query_key_value", "c_attn", "in_proj")
+_GATES = ("gate_proj", "wi_0", "w12", "gated_layers", "up_gate_proj")
+
+
+def why_not(model: PreTrainedModel) -> str:
+    """Says what of an architecture without an adapter is not served, and what to do.
+
+    Args:
+        model: of any architecture, on any device, "meta" too.
+
+    Returns:
+        The rest of a sentence that began with "X is not supported: ".
+    """
+    config = model.config
+    if config.is_encoder_decoder:
+        return "it is an encoder with a decoder, joined by cross attention; ticketops serves encoders alone"
+    kind = config.model_type
+    causal = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if causal and kind not in _KNOWN:
+        return "it is a decoder, whose attention is causal; ticketops serves encoders"
+    found = list(dict.fromkeys(_signs(model)))
+    if found:
+        return f"it has {'; '.join(found)}"
+    return (
+        "no adapter knows where its layers are; where they are built as BERT's, CONTRIBUTING.md adds one in a few lines"
+    )
+
+
+def _signs(model: PreTrainedModel) -> Iterator[str]:
+    config: Any = model.config
+    if config.model_type in _KNOWN:
+        yield _KNOWN[config.model_type]
+    modules = dict(model.base_model.named_modules())
+    kinds = {type(module).__name__ for module in modules.values()}
+    if not any("Attention" in kind for kind in kinds) and config.model_type not in _KNOWN:
+        yield "no attention layers"
+    leaves = {name.rpartition(".")[2] for name in modules}
+    if any("Rotary" in kind for kind in kinds):
+        yield _ROTARY
+    if any("Disentangled" in kind or "Relative" in kind for kind in kinds) or any(
+        "relative" in name for name in leaves
+    ):
+        yield "relative position terms in the attention scores (ops.attention adds nothing to <q, k>)"
+    if _value(config, "sliding_window") or _value(config, "local_attention"):
+        yield _WINDOW
+    if _value(config, "num_key_value_heads") not in (None, _value(config, "num_attention_heads")):
+        yield "keys and values shared by several heads (a pruned head takes its own q, k, v and o)"
+    if leaves.intersection(_FUSED):
+        yield "queries, keys and values in one linear layer (heads are pruned from three)"
+    # ModernBERT's first linear layer is its gate too, under a name of its own.
+    if leaves.intersection(_GATES) or "Wi" in leaves or any("GLU" in kind or "Gated" in kind for kind in kinds):
+        yield "a gated FFN (ops.ffn has no gate)"
+    linears = [module for name, module in modules.items() if isinstance(module, nn.Linear) and _in_layer(name)]
+    if any(linear.bias is None for linear in linears):
+        yield "linear layers without biases (the projections and ops.ffn take biases)"
+    if any("RMSNorm" in kind for kind in kinds):
+        yield "RMSNorm (the residual op ends in LayerNorm)"
+    if any(isinstance(module, nn.Conv1d) and _in_layer(name) for name, module in modules.items()):
+        yield "convolutions inside its layers"
+
+
+def _value(config: Any, name: str) -> Any:
+    """An attribute of a configuration, or None where it has none for the whole model."""
+    # One whose layers differ raises an error of its own, which is no AttributeError.
+    with contextlib.suppress(Exception):
+        return getattr(config, name)
+    return None
+
+
+def _in_layer(name: str) -> bool:
+    """Whether a module lies in one of a list of layers."""
+    return any(part.isdigit() for part in name.split("."))
