@@ -23,7 +23,8 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
     Returns:
         JSON values: `architecture`, `model_type`, `adapter` (the bare model's class that it is for), `layers`, `heads`,
         `neurons` (the FFNs' width), `hidden_size`, `head_size`, `activation`, `dtype`, `heads_left`, `ffns_left`,
-        `neurons_left`, and `backends`: for each op, device at hand and dtype that the model would meet, the backend and why.
+        `neurons_left`, and `backends`: for each op, device at hand and dtype that the model would meet, the backend
+        and why.
 
     Raises:
         UnsupportedError: names why ticketops does not serve it.
