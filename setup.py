@@ -57,6 +57,9 @@ class CMakeBuild(build_ext):
         name = ext.name.rpartition(".")[2]
         switch = {"_native": "TICKETOPS_NATIVE", "_cuda": "TICKETOPS_CUDA"}[name]
         demanded = os.environ.get(switch) == "1"
+        if self.editable_mode or self.inplace:
+            # Should the build fail, an older one must not stand in for it.
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         try:
             self._build(name, Path(self.get_ext_fullpath(ext.name)).resolve())
         except (MissingError, OSError, ImportError, subprocess.CalledProcessError) as error:

@@ -1,7 +1,15 @@
+import importlib.util
 import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 # Examples are derived from the test alone, so that a failure on one machine is a failure on every machine.
@@ -29,3 +37,58 @@ def minilm() -> Path:
         return demo_model()
     except InputError as error:
         pytest.skip(f"the MiniLM weights cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels() -> Any:
+    """The CUDA kernels, compiled for the CPU: csrc/cuda/emulation.h."""
+    if prebuilt := os.environ.get("TICKETOPS_TEST_EMULATED"):
+        return _load_kernels(Path(prebuilt))
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("the CUDA kernels' emulation needs a C++ compiler")
+    root = Path(__file__).resolve().parents[1]
+    build = root / "build" / f"emulated-{sysconfig.get_config_var('SOABI')}"
+    pybind11 = pytest.importorskip("pybind11")
+    # The tools that were installed beside this Python go before the system's.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = {
+        "TICKETOPS_EMULATE": "ON",
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    definitions = [f"-D{key}={value}" for key, value in options.items()]
+    for command in (["-S", root / "csrc" / "cuda", "-B", build, "-G", "Ninja", *definitions], ["--build", build]):
+        done = subprocess.run(["cmake", *command], env=os.environ | {"PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return _load_kernels(build)
+
+
+def _load_kernels(folder: Path) -> Any:
+    (path,) = folder.glob("_cuda*.so")
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def cuda_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Where the ops of the CUDA extension run on its kernels: a GPU, and the CPU with the kernels' emulation."""
+    from ticketops.ops import backends, cuda_extension
+
+    monkeypatch.delenv("TICKETOPS_BACKEND", raising=False)
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        device = torch.device("cuda", torch.cuda.current_device())
+        if refusal := cuda_extension.refusal(device):
+            pytest.skip(refusal)
+        yield device
+        return
+    monkeypatch.setattr(cuda_extension, "kernels", request.getfixturevalue("emulated_kernels"))
+    monkeypatch.setitem(backends._MODULES, ("native", "cpu"), "cuda")
+    backends._module.cache_clear()
+    yield torch.device("cpu")
+    backends._module.cache_clear()

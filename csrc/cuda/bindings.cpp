@@ -47,6 +47,7 @@ void importance(int32_t heads, const Layers& head_partials, const Layers& ffn_pa
   cuda::Importance args{};
   args.layers = static_cast<int32_t>(head_partials.size());
   args.heads = heads;
+  args.ffns = static_cast<int32_t>(ffn_partials.size());
   args.group = group;
   args.whole = whole;
   args.rank = head_order != 0;
@@ -77,9 +78,9 @@ PYBIND11_MODULE(_cuda, m) {
 #else
   m.attr("device") = "cuda";
 #endif
+  m.attr("built_for") = TICKETOPS_BUILT_FOR;
   m.attr("max_layers") = cuda::max_layers;
   m.attr("max_structures") = cuda::max_structures;
-  m.attr("copy_fields") = cuda::copy_fields;
   m.attr("block_vectors") = cuda::block_vectors;
   m.def("problem", cuda::problem, "Why the current device cannot run the kernels, or None.");
   const py::call_guard<py::gil_scoped_release> release;

@@ -47,7 +47,7 @@ __device__ double term(const Partials& partials, int columns, int column, int gr
 // One block: there are a few hundred structures, and ranking them needs all of them.
 __global__ void __launch_bounds__(threads) importance_kernel(const Importance args) {
   const int heads = args.heads, structures = args.layers * heads;
-  for (int i = threadIdx.x; i < structures + args.layers; i += threads) {
+  for (int i = threadIdx.x; i < structures + args.ffns; i += threads) {
     const bool head = i < structures;
     const Partials& partials = head ? args.head_partials[i / heads] : args.ffn_partials[i - structures];
     double* total = head ? args.head_totals + i : args.ffn_totals + (i - structures);
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(threads) importance_kernel(const Importance ar
   for (int i = threadIdx.x; i < structures; i += threads) args.head_scores[i] /= norms[i / heads];
   __syncthreads();
   rank(args.head_scores, structures, args.head_order);
-  rank(args.ffn_scores, args.layers, args.ffn_order);
+  rank(args.ffn_scores, args.ffns, args.ffn_order);
 }
 
 }  // namespace

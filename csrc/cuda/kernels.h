@@ -31,7 +31,7 @@ struct Partials {
 
 // See importance.cu.
 struct Importance {
-  int32_t layers, heads;
+  int32_t layers, heads, ffns;
   int32_t group;
   bool whole;
   bool rank;
@@ -64,7 +64,7 @@ struct Copy {
   // Blocks of the copies before this one in the table.
   int64_t first_block;
 };
-constexpr int copy_fields = sizeof(Copy) / 8;
+static_assert(sizeof(Copy) == 12 * 8, "a row of the table is 12 numbers");
 // Vectors that one block copies.
 constexpr int block_vectors = 1024;
 

@@ -87,7 +87,8 @@ def test_the_guard_can_make_winning_and_losing_meet() -> None:
     # of twelve ranks with six heads, and the losing order reaches the same one from above.
     ranks = torch.tensor([[1, 2, 3, 4], [5, 7, 9, 11], [6, 8, 10, 12]], dtype=torch.float64)
     scores = of_scores(ranks, torch.ones(3))
-    scores.normalized_head = lambda: ranks  # type: ignore[method-assign]
+    order = ranks.flatten().argsort()
+    scores.rank = lambda neurons: ((ranks.flatten(), order), (torch.ones(3), torch.arange(3)))  # type: ignore[method-assign]
     winning, losing = (prune(scores, counts=(6, 0), kind=kind) for kind in ("winning", "losing"))
     assert (~winning.head_mask & ~losing.head_mask).nonzero().tolist() == [[1, 1]]
     winning, losing = (prune(scores, counts=(6, 0), kind=kind, min_heads=0) for kind in ("winning", "losing"))

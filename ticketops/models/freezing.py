@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ticketops.models.indices import Indices
+from ticketops.ops.copies import Slices, gather, scatter
 
 _MARK = "_ticketops_frozen"
 _SAVED = "_ticketops_saved"
@@ -27,9 +27,9 @@ class Frozen:
     groups: int
     places: Indices
 
-    def slices(self, tensor: Tensor) -> Tensor:
-        """A view of a tensor with its dimension `dim` divided into [groups, size of a group]."""
-        return tensor.unflatten(self.dim, (self.groups, -1))
+    def slices(self, tensor: Tensor) -> Slices:
+        """The frozen slices of the parameter, or of a tensor of its shape."""
+        return Slices(tensor, self.dim, self.groups, self.places.on(tensor.device))
 
 
 def freeze(parameter: Tensor, frozen: Frozen) -> None:
@@ -68,7 +68,7 @@ def is_frozen(parameter: Tensor) -> bool:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Hides wholly frozen parameters from the optimizer and copies the frozen slices of the others, with their
     state."""
-    saved = []
+    slices, fresh = [], []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             frozen: Frozen | None = getattr(parameter, _MARK, None)
@@ -77,23 +77,22 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if len(frozen.places) == frozen.groups:
                 parameter.grad = None
                 continue
-            index, state = frozen.places.on(parameter.device), optimizer.state.get(parameter, {})
-            saved += [
-                (tensor, frozen, index, frozen.slices(tensor.detach()).index_select(frozen.dim, index))
+            state = optimizer.state.get(parameter, {})
+            slices += [
+                frozen.slices(tensor)
                 for tensor in (parameter, *state.values())
                 if isinstance(tensor, Tensor) and tensor.shape == parameter.shape
             ]
             if not state:
-                # Momentum that this step makes must not begin with the decay of weights at rest: it decays zeros.
-                frozen.slices(parameter.detach()).index_fill_(frozen.dim, index, 0)
-    setattr(optimizer, _SAVED, saved)
+                fresh.append(frozen.slices(parameter))
+    setattr(optimizer, _SAVED, (slices, gather(slices)))
+    # Momentum that this step makes must not begin with the decay of weights at rest: it decays zeros.
+    scatter(fresh, [each.tensor.new_zeros(each.shape) for each in fresh])
 
 
-@torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for tensor, frozen, index, copy in getattr(optimizer, _SAVED, ()):
-        frozen.slices(tensor).index_copy_(frozen.dim, index, copy)
-    setattr(optimizer, _SAVED, [])
+    scatter(*getattr(optimizer, _SAVED, ((), ())))
+    setattr(optimizer, _SAVED, ((), ()))
 
 
 _installed = False

@@ -391,7 +391,8 @@ class PatchHandle:
                 else:
                     idle.append(partial(add, torch.zeros(batch, 0, device=device)))
 
-            record(call.head_importance, importance.add_head, kept.numbers, self.num_heads)
+            add_head = partial(importance.add_head, defer=True)
+            record(call.head_importance, add_head, kept.numbers, self.num_heads)
             if importance.num_neurons is not None:
                 record(call.neuron_importance, importance.add_neuron, kept.neuron_numbers, self.num_neurons)
             add_ffn = partial(_add_ffn, importance, layer)
@@ -430,7 +431,7 @@ def _add_some(add: Callable[..., None], kept: Tensor | None, total: int, partial
 
 
 def _add_ffn(importance: Importance, layer: int, partials: Tensor) -> None:
-    importance.add_ffn(layer, signed=partials, absolute=partials)
+    importance.add_ffn(layer, signed=partials, absolute=partials, defer=True)
 
 
 # Packing asks for the number of real tokens, which a compiler cannot know: it runs outside of compiled graphs.

@@ -1,7 +1,8 @@
 """Physical removal of what a ticket prunes: rows, columns and whole sublayers go, and nothing else changes."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ticketops.errors import UnsupportedError
 from ticketops.models.adapter import Adapter, LayerParts
 from ticketops.models.patch import ADAPTERS, check_supported, find_adapter
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons, write_record
+from ticketops.ops.copies import Slices, gather
 from ticketops.tickets import Ticket
 
 
@@ -147,25 +149,37 @@ def _states(optimizer: Optimizer, cuts: list[Cut]) -> dict[int, dict[str, Any]]:
 def _cut(adapter: Adapter, encoder: Any, cuts: list[Cut], left: Ticket, states: dict[int, dict[str, Any]]) -> set[int]:
     """Cuts parameters, gradients and states; returns the ids of parameters that are gone."""
     gone = set()
+    # What to copy out of which tensor, and where to put it: all copies of a model are made together.
+    slices: list[Slices] = []
+    places: list[Callable[[Tensor], object]] = []
+    indices: dict[tuple[int, torch.device], Tensor] = {}
+
+    def keep(tensor: Tensor, dim: int, kept: Tensor, put: Callable[[Tensor], object]) -> None:
+        key = id(kept), tensor.device
+        if key not in indices:
+            indices[key] = kept.to(tensor.device)
+        slices.append(Slices(tensor, dim, tensor.shape[dim], indices[key]))
+        places.append(put)
+
     for linear, name, dim, kept in cuts:
         parameter = getattr(linear, name)
+        gradient, parameter.grad = parameter.grad, None
         if kept is None:
             gone.add(id(parameter))
-            parameter.grad = None
             linear.register_parameter(name, None)
             continue
-        index = kept.to(parameter.device)
-        old, gradient = parameter.shape, parameter.grad
-        parameter.grad = None
-        parameter.data = parameter.data.index_select(dim, index)
+        keep(parameter.data, dim, kept, partial(setattr, parameter, "data"))
         if gradient is not None:
-            parameter.grad = gradient.index_select(dim, index)
+            keep(gradient, dim, kept, partial(setattr, parameter, "grad"))
         state = states.get(id(parameter), {})
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == old:
-                state[key] = value.index_select(dim, index)
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                keep(value, dim, kept, partial(state.__setitem__, key))
+    for put, copy_ in zip(places, gather(slices), strict=True):
+        put(copy_)
+    for linear, name, _, _ in cuts:
         if name == "weight":
-            linear.out_features, linear.in_features = parameter.shape
+            linear.out_features, linear.in_features = linear.weight.shape
     for layer, heads in zip(encoder.layer, left.head_mask.sum(1).tolist(), strict=True):
         adapter.resize(layer, heads)
     return gone

@@ -9,15 +9,19 @@ import torch
 
 from ticketops.errors import UnsupportedError
 
-OPS = ("attention", "ffn", "projection", "residual")
+OPS = ("attention", "ffn", "projection", "residual", "rows", "importance", "copies")
+#: Those of them that do the same for every dtype.
+ANY_DTYPE = ("rows", "importance", "copies")
 #: The backends of each device, the preferred one first. A backend of an op is the module ticketops.ops.<op>.<backend>
-#: with `forward`, `backward` and `refusal(device, dtype)`, which says why it cannot serve a call or None; `reference`
-#: serves every device and dtype.
+#: with the op's functions (mostly `forward` and `backward`) and `refusal(device, dtype)`, which says why it cannot
+#: serve a call or None; `reference` serves every device and dtype.
 BACKENDS: dict[str, tuple[str, ...]] = {
     # On the CPU Triton only interprets, and is never chosen by itself.
     "cpu": ("native", "reference", "triton"),
-    "cuda": ("triton", "reference"),
+    "cuda": ("triton", "native", "reference"),
 }
+#: The native extension's kernels for GPUs stand in modules of their own.
+_MODULES = {("native", "cuda"): "cuda"}
 
 
 def requested() -> str:
@@ -58,9 +62,9 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
         if wanted not in ("auto", backend):
             continue
         try:
-            refusal = _module(op, backend).refusal(device, dtype)
+            refusal = _module(op, backend, device.type).refusal(device, dtype)
         except ModuleNotFoundError as missing:
-            if missing.name == f"{__package__}.{op}.{backend}":
+            if missing.name is not None and missing.name.startswith(f"{__package__}.{op}."):
                 # Not every op has kernels of every backend; plain PyTorch serves beside those that have.
                 continue
             refusal = f"{missing.name} is not installed"
@@ -78,8 +82,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
 
 
 @cache
-def _module(op: str, backend: str) -> ModuleType:
-    return importlib.import_module(f"ticketops.ops.{op}.{backend}")
+def _module(op: str, backend: str, device: str = "cpu") -> ModuleType:
+    return importlib.import_module(f"ticketops.ops.{op}.{_MODULES.get((backend, device), backend)}")
 
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -93,7 +97,7 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleT
     Returns:
         The module.
     """
-    return _module(op, choose(op, device, dtype)[0])
+    return _module(op, choose(op, device, dtype)[0], device.type)
 
 
 def explain() -> list[dict[str, str]]:
@@ -106,13 +110,14 @@ def explain() -> list[dict[str, str]]:
     rows = []
     for device in devices:
         for op in OPS:
-            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            for dtype in dtypes[:1] if op in ANY_DTYPE else dtypes:
                 backend, why = choose(op, torch.device(device), dtype)
                 rows.append(
                     {
                         "op": op,
                         "device": device,
-                        "dtype": str(dtype).removeprefix("torch."),
+                        "dtype": "any" if op in ANY_DTYPE else str(dtype).removeprefix("torch."),
                         "backend": backend,
                         "why": why,
                     }

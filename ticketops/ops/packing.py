@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
+from ticketops.ops.rows import move_rows, number_tokens
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,16 @@ class Packing:
     """The way from a padded batch [B, S, C] to its real tokens [T, C] and back.
 
     Attributes:
-        indices: int64 [T], the rows of the flattened batch that are real tokens, in order; None where every row stays
-            in place.
+        indices: int64 [T], the rows of the flattened batch that are real tokens, in order; -1 packs a row of zeros;
+            None where every row stays in place.
+        numbers: int64 [B * S], the packed row of each row of the flattened batch, -1 for padding; None likewise.
         sequences: where each sequence lies among the rows that `pack` returns.
         batch: B, rows of the padded batch.
         width: S, tokens a row including padding.
     """
 
     indices: Tensor | None
+    numbers: Tensor | None
     sequences: Sequences
     batch: int
     width: int
@@ -101,13 +104,15 @@ class Packing:
         if mask is None:
             lengths = torch.full((batch,), width, dtype=torch.int32, device=device)
             starts = torch.arange(batch, dtype=torch.int32, device=device) * width
-            return cls(None, Sequences(starts, lengths, width), batch, width)
+            return cls(None, None, Sequences(starts, lengths, width), batch, width)
+        if unpad:
+            starts, lengths, indices, numbers = number_tokens(mask.to(device))
+            # The one wait for the device: the number of tokens is a size, and sizes live on the host.
+            counts = lengths.tolist()
+            sequences = Sequences(starts, lengths, max(counts, default=0))
+            return cls(indices[: sum(counts)], numbers, sequences, batch, width)
         real = mask.to(device=device, dtype=torch.bool)
         lengths = real.sum(1, dtype=torch.int32)
-        if unpad:
-            indices = real.flatten().nonzero().squeeze(1)
-            starts = torch.cumsum(lengths, 0, dtype=torch.int32) - lengths
-            return cls(indices, Sequences(starts, lengths, int(lengths.max()) if batch else 0), batch, width)
         first = real.int().argmax(1).int()
         columns = torch.arange(width, device=device)
         unbroken = (columns >= first[:, None]) & (columns < (first + lengths)[:, None])
@@ -118,7 +123,7 @@ class Packing:
                 "patch(model, unpad=True) packs it"
             )
         starts = torch.arange(batch, dtype=torch.int32, device=device) * width + first
-        return cls(None, Sequences(starts, lengths, width), batch, width)
+        return cls(None, None, Sequences(starts, lengths, width), batch, width)
 
     def pack(self, padded: Tensor) -> Tensor:
         """Takes the real tokens out of a padded batch.
@@ -130,7 +135,9 @@ class Packing:
             [T, C], or [B * S, C] where every row stays in place.
         """
         rows = padded.reshape(self.batch * self.width, padded.shape[-1])
-        return rows if self.indices is None else rows.index_select(0, self.indices)
+        if self.indices is None or self.numbers is None:
+            return rows
+        return move_rows(rows, self.indices, self.numbers)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Puts packed tokens back to where they came from; padding becomes zeros.
@@ -141,8 +148,6 @@ class Packing:
         Returns:
             [B, S, C].
         """
-        channels = packed.shape[-1]
-        if self.indices is not None:
-            rows = packed.new_zeros(self.batch * self.width, channels)
-            packed = rows.index_copy(0, self.indices, packed)
-        return packed.view(self.batch, self.width, channels)
+        if self.indices is not None and self.numbers is not None:
+            packed = move_rows(packed, self.numbers, self.indices)
+        return packed.view(self.batch, self.width, packed.shape[-1])

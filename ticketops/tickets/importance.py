@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
+from ticketops.ops import importance as ops
+from ticketops.ops.importance.reference import normalized
 from ticketops.tickets import storage
 
 Granularity = Literal["example", "token", "batch"]
@@ -61,7 +63,7 @@ class Importance:
         # Of no neurons where none are recorded.
         self._neurons = _Sums("neuron", torch.zeros(layers, neurons or 0, dtype=torch.float64), [0] * layers)
 
-    def add_head(self, layer: int, signed: Tensor | None, absolute: Tensor | None) -> None:
+    def add_head(self, layer: int, signed: Tensor | None, absolute: Tensor | None, *, defer: bool = False) -> None:
         """Adds the heads of one layer and one batch, without waiting for the GPU.
 
         Args:
@@ -69,24 +71,27 @@ class Importance:
             signed: floating [B, heads]: per sequence, the sum over its tokens of <dL/dOut, Out>; read at granularity
                 `example` and `batch`.
             absolute: floating [B, heads]: the same sum of absolute values; read at granularity `token`.
+            defer: the tensors do not change any more, so they may be read later: on a GPU those of all layers together,
+                in one launch.
 
         Raises:
             InputError: the tensor that the granularity needs is missing or has another shape.
         """
-        self._add(self._heads, layer, signed, absolute)
+        self._add(self._heads, layer, signed, absolute, defer)
 
-    def add_ffn(self, layer: int, signed: Tensor | None, absolute: Tensor | None) -> None:
+    def add_ffn(self, layer: int, signed: Tensor | None, absolute: Tensor | None, *, defer: bool = False) -> None:
         """Adds the FFN of one layer and one batch, without waiting for the GPU.
 
         Args:
             layer: the layer, from 0.
             signed: floating [B], as in `add_head`.
             absolute: floating [B], as in `add_head`.
+            defer: as in `add_head`.
 
         Raises:
             InputError: the tensor that the granularity needs is missing or has another shape.
         """
-        self._add(self._ffns, layer, signed, absolute)
+        self._add(self._ffns, layer, signed, absolute, defer)
 
     def add_neuron(self, layer: int, signed: Tensor | None, absolute: Tensor | None) -> None:
         """Adds the neurons of one layer's FFN and one batch, without waiting for the GPU.
@@ -99,24 +104,24 @@ class Importance:
         Raises:
             InputError: the tensor that the granularity needs is missing or has another shape.
         """
-        self._add(self._neurons, layer, signed, absolute)
+        self._add(self._neurons, layer, signed, absolute, defer=False)
 
     @property
     def head(self) -> Tensor:
         """The heads' averages so far, float64 [layers, heads] on the CPU; InputError where a layer has none."""
-        return self._heads.average()
+        return self._average(self._heads)
 
     @property
     def ffn(self) -> Tensor:
         """The FFNs' averages so far, float64 [layers] on the CPU; InputError where a layer has none."""
-        return self._ffns.average()
+        return self._average(self._ffns)
 
     @property
     def neuron(self) -> Tensor:
         """The neurons' averages so far, float64 [layers, neurons] on the CPU; InputError where a layer has none."""
         if self.num_neurons is None:
             raise InputError("no neuron importance was recorded; record with record_importance(neurons=True)")
-        return self._neurons.average()
+        return self._average(self._neurons)
 
     def normalized_head(self) -> Tensor:
         """Makes head scores comparable across layers: each layer divided by its l2 norm.
@@ -127,7 +132,7 @@ class Importance:
         Raises:
             InputError: a layer has no scores.
         """
-        return _normalized(self.head)
+        return normalized(self.head)
 
     def normalized_neuron(self) -> Tensor:
         """Makes neuron scores comparable across layers, as `normalized_head` does with those of heads.
@@ -138,7 +143,34 @@ class Importance:
         Raises:
             InputError: no neurons were recorded, or a layer has no scores.
         """
-        return _normalized(self.neuron)
+        return normalized(self.neuron)
+
+    def rank(self, neurons: bool = False) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Puts all heads into one order by layer-normalised score, and all FFNs, or all neurons, into another.
+
+        On a GPU that is one launch that does not wait, and the results stay there.
+
+        Args:
+            neurons: rank neurons, by layer-normalised score, in place of FFNs, by score.
+
+        Returns:
+            (scores, order) of the heads and of the others: float64 and int64 vectors, a head being layer * heads + head
+            and a neuron likewise. The order ascends; equal scores rank by layer, then head.
+
+        Raises:
+            InputError: a layer has no scores.
+
+        Source: arXiv 2105.12002, section 3.
+        """
+        others = self._neurons if neurons else self._ffns
+        for sums in (self._heads, others):
+            sums.check_recorded()
+        ranking = ops.rank(_op_sums(self._heads, self._ffns), self._take())
+        heads = ranking.head_scores.flatten(), ranking.head_order
+        if not neurons:
+            return heads, (ranking.ffn_scores, ranking.ffn_order)
+        ranking = ops.rank(_op_sums(others))
+        return heads, (ranking.head_scores.flatten(), ranking.head_order)
 
     def merge(self, other: "Importance") -> "Importance":
         """Adds what another importance has recorded, as if all of it had been recorded here.
@@ -155,9 +187,8 @@ class Importance:
         if self._meaning != other._meaning:
             raise InputError(f"cannot merge importance of {other._meaning} into {self._meaning}; record both alike")
         for mine, theirs in zip(self._sums, other._sums, strict=True):
-            for layer, (total, count) in enumerate(zip(theirs.totals, theirs.counts, strict=True)):
-                if count:
-                    mine.add(layer, total, count, scale=1)
+            mine.totals.add_(theirs.totals.to(mine.totals.device))
+            mine.counts = [a + b for a, b in zip(mine.counts, theirs.counts, strict=True)]
         return self
 
     def rank_correlation(self, other: "Importance") -> dict[str, float]:
@@ -196,17 +227,11 @@ class Importance:
             InputError: the metadata is not JSON.
             StoreError: the file cannot be written.
         """
-        tensors = {
-            "head_sums": self._heads.stacked(),
-            "ffn_sums": self._ffns.stacked(),
-            "head_counts": torch.tensor(self._heads.counts),
-            "ffn_counts": torch.tensor(self._ffns.counts),
-        }
-        if self.num_neurons is not None:
-            tensors |= {
-                "neuron_sums": self._neurons.stacked(),
-                "neuron_counts": torch.tensor(self._neurons.counts),
-            }
+        kinds = dict(zip(("head", "ffn", "neuron"), self._sums, strict=True))
+        if self.num_neurons is None:
+            del kinds["neuron"]
+        tensors = {f"{kind}_sums": sums.totals.cpu() for kind, sums in kinds.items()}
+        tensors |= {f"{kind}_counts": torch.tensor(sums.counts) for kind, sums in kinds.items()}
         names = ("granularity", "sequences_per_example", "metadata")
         storage.save(path, "importance", tensors, {name: getattr(self, name) for name in names})
 
@@ -237,7 +262,7 @@ class Importance:
             totals, counts = tensors[f"{name}_sums"], tensors[f"{name}_counts"]
             if len(totals) != importance.num_layers or len(counts) != len(totals) or (counts < 0).any():
                 raise InputError("its tensors do not fit each other; save it again")
-            sums.totals, sums.counts = list(totals.unbind()), counts.tolist()
+            sums.totals, sums.counts = totals, counts.tolist()
         return importance
 
     def __eq__(self, other: object) -> bool:
@@ -259,9 +284,29 @@ class Importance:
 
     @property
     def _sums(self) -> "tuple[_Sums, _Sums, _Sums]":
+        """All that was recorded so far."""
+        self._settle()
         return self._heads, self._ffns, self._neurons
 
-    def _add(self, sums: "_Sums", layer: int, signed: Tensor | None, absolute: Tensor | None) -> None:
+    def _settle(self) -> None:
+        """Adds what waits to the heads' and FFNs' sums."""
+        if (waiting := self._take()) is not None:
+            ops.accumulate(_op_sums(self._heads, self._ffns), waiting)
+
+    def _take(self) -> ops.Partials | None:
+        """What waits to be added to the heads' and FFNs' sums, and waits no more."""
+        if not self._heads.waiting and not self._ffns.waiting:
+            return None
+        return self._partials(self._heads.take(), self._ffns.take())
+
+    def _partials(self, heads: list[Tensor | None], ffns: list[Tensor | None]) -> ops.Partials:
+        return ops.Partials(heads, ffns, self.sequences_per_example, self.granularity == "batch")
+
+    def _average(self, sums: "_Sums") -> Tensor:
+        self._settle()
+        return sums.average()
+
+    def _add(self, sums: "_Sums", layer: int, signed: Tensor | None, absolute: Tensor | None, defer: bool) -> None:
         name, partial = ("absolute", absolute) if self.granularity == "token" else ("signed", signed)
         if partial is None:
             raise InputError(f"{name} is None, but granularity {self.granularity!r} is computed from it; pass it")
@@ -273,50 +318,61 @@ class Importance:
         rows, group = partial.shape[0], self.sequences_per_example
         if rows == 0 or rows % group:
             raise InputError(f"a batch of {rows} sequences is not whole examples of {group}; pass whole examples")
-        terms = partial.detach()
-        if group > 1:
-            terms = terms.unflatten(0, (-1, group)).sum(1, dtype=torch.float64)
-        if self.granularity == "batch":
-            terms = terms.sum(0, keepdim=True, dtype=torch.float64)
-        count = 1 if self.granularity == "batch" else rows // group
-        # The 1-norm is the sum of absolute values in one kernel; the loss is a mean over the batch, hence the scale.
-        sums.add(layer, torch.linalg.vector_norm(terms, ord=1, dim=0, dtype=torch.float64), count, scale=count)
+        if layer in sums.waiting:
+            # Another batch begins before this one had all layers.
+            self._settle()
+        related = (sums,) if sums is self._neurons else (self._heads, self._ffns)
+        for each in related:
+            each.move(partial.device)
+        sums.waiting[layer] = partial.detach().to(sums.totals.device)
+        sums.counts[layer] += 1 if self.granularity == "batch" else rows // group
+        if sums is self._neurons:
+            ops.accumulate(_op_sums(sums), self._partials(sums.take(), []))
+        elif not defer or all(len(each.waiting) == self.num_layers for each in related):
+            self._settle()
 
 
-def _normalized(scores: Tensor) -> Tensor:
-    """Each layer's scores divided by their l2 norm."""
-    norm = torch.linalg.vector_norm(scores, dim=1, keepdim=True)
-    return scores / torch.where(norm == 0, 1.0, norm)
+def _op_sums(heads: "_Sums", ffns: "_Sums | None" = None) -> ops.Sums:
+    """For the op: sums of heads and FFNs, or of neurons in the heads' place."""
+    if ffns is None:
+        return ops.Sums(heads.totals, heads.totals.new_empty(0), heads.counts, [])
+    return ops.Sums(heads.totals, ffns.totals, heads.counts, ffns.counts)
 
 
 class _Sums:
-    """Sums and counts of one kind of structure, one row a layer, each row where its layer's gradients are."""
+    """Sums and counts of one kind of structure, where the gradients are; and partials that wait to be added."""
 
     def __init__(self, name: str, totals: Tensor, counts: list[int]) -> None:
         self.name = name
-        self.totals = list(totals.unbind())
+        self.totals = totals
         self.counts = counts
+        self.waiting: dict[int, Tensor] = {}
 
-    def add(self, layer: int, term: Tensor, count: int, scale: int) -> None:
-        total = self.totals[layer]
-        if total.device != term.device:
-            # Not waiting is safe towards a GPU only: the host could read a copy from it too early.
-            total = self.totals[layer] = total.to(term.device, non_blocking=term.is_cuda)
-        total.add_(term, alpha=scale)
-        self.counts[layer] += count
+    def move(self, device: torch.device) -> None:
+        """Goes to a GPU with the first partial that comes from one, and stays there."""
+        if self.totals.device.type == "cpu" and device.type != "cpu":
+            self.totals = self.totals.to(device, non_blocking=True)
 
-    def stacked(self) -> Tensor:
-        return torch.stack([total.cpu() for total in self.totals])
+    def take(self) -> list[Tensor | None]:
+        """What waits of each layer, and waits no more."""
+        waiting, self.waiting = self.waiting, {}
+        return [waiting.get(layer) for layer in range(len(self.counts))]
 
-    def average(self) -> Tensor:
+    def check_recorded(self) -> None:
         if missing := [layer for layer, count in enumerate(self.counts) if count == 0]:
             where = "any layer" if len(missing) == len(self.counts) else f"layers {missing}"
             raise InputError(f"no {self.name} importance was recorded for {where}; record the whole model's backward")
-        totals = self.stacked()
+
+    def average(self) -> Tensor:
+        self.check_recorded()
         counts = torch.tensor(self.counts, dtype=torch.float64)
-        return totals / counts.view(-1, *[1] * (totals.ndim - 1))
+        return self.totals.cpu() / counts.view(-1, *[1] * (self.totals.ndim - 1))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Sums) and self.counts == other.counts and torch.equal(self.stacked(), other.stacked())
+        return (
+            isinstance(other, _Sums)
+            and self.counts == other.counts
+            and torch.equal(self.totals.cpu(), other.totals.cpu())
+        )
 
     __hash__ = None  # type: ignore[assignment]

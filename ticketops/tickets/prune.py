@@ -129,15 +129,12 @@ def _orders(importance: Importance, kind: Kind, seed: int, width: int | None) ->
         generator = np.random.RandomState(seed)
         heads_first = torch.from_numpy(generator.permutation(layers * heads))
         return heads_first, torch.from_numpy(generator.permutation(layers * (width or 1)))
-    scores = (
-        importance.normalized_head().flatten(),
-        importance.ffn if width is None else importance.normalized_neuron().flatten(),
-    )
-    for name, score in zip(("head", "FFN" if width is None else "neuron"), scores, strict=True):
-        if not score.isfinite().all():
-            bad = int((~score.isfinite()).sum())
-            raise InputError(f"{bad} of {score.numel()} {name} scores are NaN or infinite; record again in float32")
-    ascending = [torch.argsort(score, stable=True) for score in scores]
+    ranked = [(scores.cpu(), order.cpu()) for scores, order in importance.rank(neurons=width is not None)]
+    for name, (scores, _) in zip(("head", "FFN" if width is None else "neuron"), ranked, strict=True):
+        if not scores.isfinite().all():
+            bad = int((~scores.isfinite()).sum())
+            raise InputError(f"{bad} of {scores.numel()} {name} scores are NaN or infinite; record again in float32")
+    ascending = [order for _, order in ranked]
     # The same ranking from its other end, ties included, so that losing does not take what winning takes.
     head_order, ffn_order = ascending if kind == "winning" else [order.flip(0) for order in ascending]
     return head_order, ffn_order

@@ -1,0 +1,107 @@
+"""Slices of many tensors gathered or scattered together: on a GPU in one launch, however many tensors there are."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError
+from ticketops.ops.backends import implementation
+
+__all__ = ["Slices", "gather", "scatter"]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Some of the equal slices into which a dimension of a tensor divides, such as the rows of some heads.
+
+    Attributes:
+        tensor: the whole, any dtype.
+        dim: the dimension, from 0.
+        groups: how many slices it divides into.
+        index: int64 [n] on the tensor's device, which of them, none twice; its values are not checked.
+    """
+
+    tensor: Tensor
+    dim: int
+    groups: int
+    index: Tensor
+
+    @property
+    def shape(self) -> list[int]:
+        """Of the slices side by side: the tensor's, with n / groups of the dimension."""
+        shape = list(self.tensor.shape)
+        shape[self.dim] = shape[self.dim] // self.groups * len(self.index)
+        return shape
+
+    def check(self) -> None:
+        """Raises InputError where the parts do not fit together."""
+        size = self.tensor.shape[self.dim] if 0 <= self.dim < self.tensor.ndim else -1
+        if size < 0 or self.groups < 1 or size % self.groups:
+            raise InputError(
+                f"dimension {self.dim} of a tensor {list(self.tensor.shape)} does not divide into {self.groups} slices"
+            )
+        index = self.index
+        if index.ndim != 1 or index.dtype != torch.int64 or index.device != self.tensor.device:
+            raise InputError(
+                f"slices need their index as int64 [n] on {self.tensor.device}, got {index.dtype} {list(index.shape)} "
+                f"on {index.device}"
+            )
+
+
+def gather(slices: Sequence[Slices]) -> list[Tensor]:
+    """Copies slices out of tensors.
+
+    Args:
+        slices: what to copy, of any dtypes and devices.
+
+    Returns:
+        For each its slices side by side, contiguous, of the shape `Slices.shape`.
+
+    Raises:
+        InputError: a tensor, dimension, number of slices and index that do not fit together.
+    """
+    for each in slices:
+        each.check()
+    copies: dict[int, Tensor] = {}
+    for places in _by_device(slices):
+        part = [slices[place] for place in places]
+        copies.update(zip(places, _implementation(part).gather(part), strict=True))
+    return [copies[place] for place in range(len(slices))]
+
+
+def scatter(slices: Sequence[Slices], values: Sequence[Tensor]) -> None:
+    """Copies values into slices of tensors, in place.
+
+    Args:
+        slices: where to, no place twice.
+        values: for each what `gather` returns, on its tensor's device.
+
+    Raises:
+        InputError: parts that do not fit together.
+    """
+    for each, value in zip(slices, values, strict=True):
+        each.check()
+        tensor = each.tensor
+        if (list(value.shape), value.dtype, value.device) != (each.shape, tensor.dtype, tensor.device):
+            raise InputError(
+                f"slices of shape {each.shape} of {tensor.dtype} on {tensor.device} cannot take {list(value.shape)} of "
+                f"{value.dtype} on {value.device}"
+            )
+    for places in _by_device(slices):
+        part = [slices[place] for place in places]
+        _implementation(part).scatter(part, [values[place] for place in places])
+
+
+def _by_device(slices: Sequence[Slices]) -> Iterable[list[int]]:
+    """Places of the slices of each device."""
+    places: dict[torch.device, list[int]] = {}
+    for place, each in enumerate(slices):
+        places.setdefault(each.tensor.device, []).append(place)
+    return places.values()
+
+
+def _implementation(slices: list[Slices]) -> Any:
+    return implementation("copies", slices[0].tensor.device, slices[0].tensor.dtype)

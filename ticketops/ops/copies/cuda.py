@@ -1,0 +1,98 @@
+"""Gathering and scattering slices on the GPU, one launch for a whole table of copies: csrc/cuda/copies.cu."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ticketops.ops import cuda_extension as cuda
+from ticketops.ops.copies import Slices, reference
+
+#: The kernel's divisions are of 32 bits.
+_MOST_VECTORS = 2**31
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Says why this kernel cannot serve a device, or None; it moves bytes of any dtype."""
+    return cuda.refusal(device)
+
+
+def gather(slices: list[Slices]) -> list[Tensor]:
+    """See ticketops.ops.copies.gather."""
+    copies = [torch.empty(each.shape, dtype=each.tensor.dtype, device=each.tensor.device) for each in slices]
+    _run(slices, copies, scatter=False)
+    return copies
+
+
+@torch.no_grad()
+def scatter(slices: list[Slices], values: list[Tensor]) -> None:
+    """See ticketops.ops.copies.scatter."""
+    _run(slices, [value.contiguous() for value in values], scatter=True)
+    for each in slices:
+        # Autograd must hear of what was written behind its back.
+        torch.autograd.graph.increment_version(each.tensor)
+
+
+def _run(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
+    table: list[list[int]] = []
+    blocks = 0
+    # Tensors whose addresses are in the table live until the kernel is queued.
+    alive: list[Tensor] = []
+    for each, part in zip(slices, parts, strict=True):
+        if not part.numel():
+            continue
+        row = _row(each, part, scatter)
+        if row is None:
+            # Not one block of memory, or larger than any layer's weights.
+            if scatter:
+                reference.scatter([each], [part])
+            else:
+                part.copy_(reference.gather([each])[0])
+            continue
+        index = each.index.contiguous()
+        alive.append(index)
+        table.append([*row[:2], index.data_ptr(), *row[2:], blocks])
+        blocks += -(-row[4] // cuda.kernels.block_vectors)
+    if not table:
+        return
+    device = slices[0].tensor.device
+    on_host = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
+    on_device = cuda.checked("the table", on_host.to(device, non_blocking=True), torch.int64, len(table), _FIELDS)
+    cuda.run(cuda.kernels.copy_table, device, on_device.data_ptr(), len(table), blocks)
+
+
+#: Of struct Copy in csrc/cuda/kernels.h.
+_FIELDS = 12
+
+
+def _row(slices: Slices, part: Tensor, scatter: bool) -> list[int] | None:
+    """A row of the table without its index and first block; None where the kernel cannot serve."""
+    tensor, dim = slices.tensor, slices.dim
+    if not tensor.is_contiguous() or tensor.layout != torch.strided:
+        return None
+    slice_bytes = math.prod(tensor.shape[dim:]) // slices.groups * tensor.element_size()
+    whole_bytes, part_bytes = slices.groups * slice_bytes, len(slices.index) * slice_bytes
+    rows = math.prod(tensor.shape[:dim])
+    ends = [(part.data_ptr(), part_bytes), (tensor.data_ptr(), whole_bytes)]
+    if not scatter:
+        ends.reverse()
+    (source, source_row), (target, target_row) = ends
+    width = math.gcd(16, source, target, slice_bytes)
+    width = 4 if width == 8 else width
+    vectors = rows * part_bytes // width
+    if vectors >= _MOST_VECTORS:
+        return None
+    slice_vectors = slice_bytes // width
+    row_vectors = len(slices.index) * slice_vectors
+    return [
+        source,
+        target,
+        int(scatter),
+        width,
+        vectors,
+        row_vectors,
+        slice_vectors,
+        source_row,
+        target_row,
+        slice_bytes,
+    ]

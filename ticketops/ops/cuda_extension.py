@@ -1,0 +1,107 @@
+"""The CUDA part of the native extension, or why it is not there, and how tensors reach it: as addresses, after
+everything about them has been checked."""
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import InputError, TicketopsError
+
+
+def _load() -> tuple[Any, str]:
+    for variable in ("TICKETOPS_NATIVE", "TICKETOPS_CUDA"):
+        if os.environ.get(variable) == "0":
+            return None, f"{variable}=0 turns the CUDA kernels off"
+    try:
+        extension: Any = importlib.import_module("ticketops._cuda")
+    except ModuleNotFoundError:
+        return None, (
+            "the CUDA kernels are not built: install ticketops again with nvcc at hand and without TICKETOPS_CUDA=0"
+        )
+    except ImportError as error:
+        return None, f"the CUDA kernels cannot be loaded ({error}): install ticketops again"
+    if not hasattr(extension, "built_for"):
+        return None, "the CUDA kernels were built from other sources: install ticketops again"
+    return extension, f"built for {extension.built_for}"
+
+
+#: The module, whose attribute `device` is the type of device that it runs on: "cuda", but "cpu" where tests emulate it.
+kernels, status = _load()
+
+
+@cache
+def _problem(extension: Any, index: int | None) -> str | None:
+    if index is None:
+        return extension.problem()
+    with torch.cuda.device(index):
+        return extension.problem()
+
+
+def refusal(device: torch.device) -> str | None:
+    """Says why the CUDA kernels cannot serve a device.
+
+    Args:
+        device: where the tensors lie.
+
+    Returns:
+        The reason, or None.
+    """
+    if kernels is None:
+        return status
+    if device.type != kernels.device:
+        return f"its kernels do not run on {device.type}"
+    index = (torch.cuda.current_device() if device.index is None else device.index) if device.type == "cuda" else None
+    problem = _problem(kernels, index)
+    return problem and f"its kernels cannot run on this GPU ({problem})"
+
+
+def checked(name: str, x: Tensor, dtypes: torch.dtype | tuple[torch.dtype, ...], *shape: int) -> Tensor:
+    """Makes sure that a tensor is what a kernel will take it for.
+
+    Args:
+        name: what to call it in a message.
+        x: the tensor.
+        dtypes: what it may have.
+        shape: what it must have.
+
+    Returns:
+        The tensor, its last dimension contiguous (a copy if it was not).
+
+    Raises:
+        InputError: it is something else.
+    """
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    if x.device.type != kernels.device or x.dtype not in dtypes or x.shape != shape or x.layout != torch.strided:
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InputError(
+            f"the CUDA kernel needs {name} as {kinds} {list(shape)} on {kernels.device}, got {x.dtype} "
+            f"{list(x.shape)} on {x.device}"
+        )
+    # A dimension of one element may have any stride, which then means nothing.
+    return x if x.ndim and (x.stride(-1) == 1 or x.shape[-1] <= 1) else x.contiguous()
+
+
+def run(kernel: Callable[..., None], device: torch.device, *arguments: Any) -> None:
+    """Queues a kernel on torch's current stream of a device.
+
+    Args:
+        kernel: a function of the extension.
+        device: the device of all its tensors.
+        arguments: all but the last, which is the stream.
+
+    Raises:
+        TicketopsError: the launch failed.
+    """
+    try:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                kernel(*arguments, torch.cuda.current_stream(device).cuda_stream)
+        else:
+            kernel(*arguments, 0)
+    except RuntimeError as error:
+        raise TicketopsError(f"the CUDA kernel {kernel.__name__} failed on {device}: {error}") from error
