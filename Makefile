@@ -4,9 +4,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# What is tested beside the newest transformers, which .venv has: the oldest that pyproject.toml allows.
+OLDEST := .venv-oldest
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test lint bench sanitize gpu clean
+.PHONY: setup demo test test-oldest lint bench sanitize gpu clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +33,18 @@ test: lint
 	$(BIN)/python -m pytest -q
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q python_tests/ops/test_triton.py
 
+# A second environment that has its own transformers and sees .venv for everything else.
+$(OLDEST)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(OLDEST)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(OLDEST)/bin/python -m pip install --quiet \
+		"transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).*"
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -q python_tests/models
+
 bench: setup
 	$(BIN)/python -m pytest bench/bench_step.py
 
@@ -41,4 +55,4 @@ gpu:
 	$(PYTHON) -m bench.gpu
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info ticketops/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info ticketops/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

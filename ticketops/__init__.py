@@ -7,7 +7,8 @@ from ticketops.loading import install as _install
 
 if TYPE_CHECKING:
     from ticketops.api import search
-    from ticketops.models.export import export, load
+    from ticketops.models.checkpoint import load
+    from ticketops.models.export import export
     from ticketops.models.patch import PatchHandle, patch
     from ticketops.models.shared import SharedModel
     from ticketops.models.shrink import shrink

@@ -180,13 +180,17 @@ def _export(
         str | None,
         typer.Option(help="Which trial of a search. \\[default: the super ticket's best seed]", show_default=False),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="Upload the folder to this repository of the Hugging Face hub, too.", show_default=False),
+    ] = None,
     traceback: Trace = False,
 ) -> None:
     """Write a small model that others can load; it is read back and compared before it is there."""
     with _errors(traceback):
         from ticketops.searching.release import release
 
-        path = release(source, output, format.value, ticket=ticket, trial=trial)
+        path = release(source, output, format.value, ticket=ticket, trial=trial, push_to_hub=push_to_hub)
         typer.echo(f"{path}: verified, {sum(file.stat().st_size for file in path.iterdir()):,} bytes")
 
 

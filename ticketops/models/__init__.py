@@ -1,7 +1,8 @@
 """Where ticketops meets Hugging Face: patching models and counting their weights."""
 
+from ticketops.models.checkpoint import load
 from ticketops.models.cost import Cost, costs, latencies
-from ticketops.models.export import Format, expand, export, load
+from ticketops.models.export import Format, expand, export
 from ticketops.models.patch import PatchHandle, check_supported, patch, weight_counts
 from ticketops.models.shared import SharedModel
 from ticketops.models.shrink import shrink

@@ -1,23 +1,22 @@
 """Three ways out of ticketops: compact and dense transformers folders, and ONNX; each verified before it is there."""
 
 import copy
-import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import huggingface_hub
 import torch
-import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
-from ticketops.errors import InputError, TicketopsError
+from ticketops.errors import InputError, StoreError, TicketopsError
 from ticketops.files import new_folder
+from ticketops.models.checkpoint import NOTE, load, sha256
+from ticketops.models.cost import costs
 from ticketops.models.patch import PatchHandle, check_supported, find_adapter
 from ticketops.models.record import held_ticket, num_neurons, write_record
 from ticketops.models.shrink import cut_indices, shrink
@@ -34,11 +33,6 @@ SENTENCES = (
     "should be repaired, replaced or simply left to the herons.",
     "I would not recommend it to anybody, least of all to those who loved the book.",
 )
-_MAX_JSON_BYTES = 2**20
-# No size of any encoder comes near; a configuration with more would have a loader allocate it.
-_MAX_SIZE = 10**7
-_NOTE = "ticketops.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def export(
@@ -49,6 +43,7 @@ def export(
     ticket: Ticket | None = None,
     tokenizer: Any = None,
     run: Mapping[str, Any] | None = None,
+    push_to_hub: str | None = None,
 ) -> Path:
     """Writes the model that a ticket leaves, and reads it back to see that it computes the same, before it is there.
 
@@ -63,6 +58,8 @@ def export(
         ticket: what to keep; by default what is applied to a patched model.
         tokenizer: saved along and used on the verification's sentences; without it token ids are drawn.
         run: where the model comes from, as JSON values, for `ticketops.json` and the card.
+        push_to_hub: a repository of the Hugging Face hub, `name/of-it`, to which the whole verified folder goes too;
+            `push_to_hub` of a loaded model sends its weights and configuration alone.
 
     Returns:
         The folder.
@@ -71,7 +68,8 @@ def export(
         InputError: a ticket of another shape, an unknown format.
         UnsupportedError: a model that ticketops does not serve.
         StoreError: the folder is not empty, or cannot be written.
-        TicketopsError: what was written does not compute what the model does; nothing is left behind.
+        TicketopsError: what was written does not compute what the model does; nothing is left behind. Or the hub did
+            not take it; the folder is there.
     """
     folder = Path(folder)
     if format not in get_args(Format):
@@ -84,49 +82,19 @@ def export(
             save_onnx(small, batch, temporary)
             got, tolerance = run_onnx(temporary, batch), 1e-4
         else:
-            written = small if format == "compact" else expand(small)
-            written.save_pretrained(temporary)
-            del written
+            _save(small if format == "compact" else expand(small), temporary, folder)
             got, tolerance = _outputs(load(temporary), batch), _tolerance(model.dtype)
         difference = _compare(want, got, batch["attention_mask"], tolerance)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         left.save(temporary / "ticket.safetensors")
-        sums = {path.name: _sha256(path) for path in sorted(temporary.glob("model*"))}
+        sums = {path.name: sha256(path) for path in sorted(temporary.glob("model*"))}
         note = {"format": format, "largest_difference": difference, "run": dict(run or {}), "sha256": sums}
-        (temporary / _NOTE).write_text(json.dumps(note, indent=2, sort_keys=True) + "\n")
-        whole = sum(p.numel() for p in expand(small).parameters())
-        weights = (sum(p.numel() for p in small.parameters()), whole)
-        (temporary / "README.md").write_text(_card(small, left, format, weights, difference, run or {}))
+        (temporary / NOTE).write_text(json.dumps(note, indent=2, sort_keys=True) + "\n")
+        (temporary / "README.md").write_text(_card(small, left, format, difference, run or {}))
+    if push_to_hub is not None:
+        _push(folder, push_to_hub)
     return folder
-
-
-def load(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Reads a model that `export` (compact or dense) or `save_pretrained` wrote; safetensors and JSON only.
-
-    A checkpoint of transformers 4.x with `pruned_heads` loads too, and is written anew by `export`.
-
-    Every size and name is checked against the files' headers before anything is allocated, and nothing is executed.
-
-    Args:
-        folder: with config.json and model.safetensors or its shards.
-
-    Returns:
-        The model with the task head that it was saved with, on the CPU, in evaluation mode.
-
-    Raises:
-        InputError: a file is missing, damaged, or does not fit the others.
-        UnsupportedError: a model that ticketops does not serve.
-    """
-    folder = Path(folder)
-    try:
-        return _load(folder)
-    except TicketopsError as error:
-        raise type(error)(f"cannot load the model {folder}: {error}") from error
-    # A damaged checkpoint surfaces as any of a dozen exception types of four libraries.
-    except Exception as error:
-        reason = " ".join((str(error) or type(error).__name__).split())[:300]
-        raise InputError(f"cannot load the model {folder}: it is damaged ({reason}); export it again") from error
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:
@@ -155,6 +123,13 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
             if name in small:
                 value.index_copy_(dim, index, small[name].to(value.device))
     return twin.eval()
+
+
+def _save(model: PreTrainedModel, temporary: Path, folder: Path) -> None:
+    try:
+        model.save_pretrained(temporary)
+    except SafetensorError as error:
+        raise StoreError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
 
 
 def _small(
@@ -238,93 +213,25 @@ def _compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor], mask: Tensor
     return largest
 
 
-def _load(folder: Path) -> PreTrainedModel:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError("no config.json; give a folder made by ticketops export or save_pretrained")
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise InputError(f"config.json is larger than {_MAX_JSON_BYTES} bytes; check the path")
-    content = json.loads(path.read_text(encoding="utf-8"), parse_int=_size)
-    names = content.get("architectures") if isinstance(content, dict) else None
-    kind: Any = getattr(transformers, names[0], None) if isinstance(names, list) and len(names) == 1 else None
-    is_model: bool = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-    if not is_model:
-        raise InputError(f"config.json names no model class of transformers ({names!r:.60}); export it again")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if not isinstance(config, kind.config_class or type(None)):
-        raise InputError(f"config.json is a {type(config).__name__}, which is none of {kind.__name__}")
-    held_ticket(config)
-    with torch.device("meta"), no_init_weights():
-        skeleton = kind(config)
-    find_adapter(skeleton)
-    _check_weights(folder, skeleton)
-    model, report = kind.from_pretrained(
-        folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if report[problem]:
-            raise InputError(f"{problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[0]}; export it again")
-    check_supported(model)
-    return model.eval()
+def _push(folder: Path, repository: str) -> None:
+    hub = huggingface_hub.HfApi()
+    files = [huggingface_hub.CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+    try:
+        # One commit, as transformers' own push_to_hub makes it; that one would put a blank card in place of ours.
+        name = hub.create_repo(repository, exist_ok=True).repo_id
+        hub.create_commit(name, files, commit_message="Upload a pruned model")
+    # Of the network, of permissions, of the name: half a dozen types of two libraries.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TicketopsError(
+            f"{folder} is verified and there, but the hub did not take it as {repository!r} ({reason}): log in with "
+            "`hf auth login` and upload it with `hf upload`"
+        ) from error
 
 
-def _size(digits: str) -> int:
-    if len(digits) > 10 or abs(int(digits)) > _MAX_SIZE:
-        raise InputError(f"config.json has the size {digits:.20}, larger than any model's; check the path")
-    return int(digits)
-
-
-def _check_weights(folder: Path, skeleton: PreTrainedModel) -> None:
-    """Compares the files' headers with the shapes that the configuration makes, before anything is allocated."""
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file() and not (folder / files[0]).exists():
-        if index.stat().st_size > 64 * _MAX_JSON_BYTES:
-            raise InputError(f"{index.name} is too large; check the path")
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if bad := [name for name in files if not _SHARD.fullmatch(name)]:
-            raise InputError(f"{index.name} names the file {bad[0]!r:.60}, no shard in this folder; export it again")
-    shapes = {name: list(value.shape) for name, value in skeleton.state_dict().items()}
-    found = set()
-    for name in files:
-        if not (folder / name).is_file():
-            raise InputError(f"no {name}; only safetensors weights are read")
-        with safe_open(folder / name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                # A buffer that transformers below 4.31 saved and no later one reads.
-                if key.endswith("embeddings.position_ids"):
-                    continue
-                part = file.get_slice(key)
-                if shapes.get(key) != part.get_shape() or part.get_dtype() not in ("F32", "F16", "BF16"):
-                    raise InputError(
-                        f"{key!r:.100} is {part.get_dtype()} {part.get_shape()} in {name}, which its configuration "
-                        "does not make; export it again"
-                    )
-                found.add(key)
-    tied = {key for key in shapes if key in (getattr(skeleton, "all_tied_weights_keys", None) or {})}
-    if missing := sorted(set(shapes) - found - tied):
-        raise InputError(f"the weights lack {missing[0]!r}; export it again")
-    if (folder / _NOTE).is_file():
-        sums = json.loads((folder / _NOTE).read_text(encoding="utf-8"))["sha256"]
-        if changed := [name for name in files if sums.get(name) != _sha256(folder / name)]:
-            raise InputError(f"{changed[0]} was changed after its export; export it again, or remove {_NOTE}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _card(
-    model: PreTrainedModel,
-    ticket: Ticket,
-    format: str,
-    weights: tuple[int, int],
-    difference: float,
-    run: Mapping[str, Any],
-) -> str:
+def _card(model: PreTrainedModel, ticket: Ticket, format: str, difference: float, run: Mapping[str, Any]) -> str:
     """The model card: what it is, what was pruned, how it was verified, how to use it."""
-    name, (small, whole) = type(model).__name__, weights
+    name, (whole, small) = type(model).__name__, costs(model)
     need = {
         "compact": "import ticketops  # lets transformers load layers of uneven width\n",
         "dense": "",
@@ -337,11 +244,20 @@ def _card(
     )
     rows = "\n".join(f"| {key} | {value} |" for key, value in run.items() if isinstance(value, str | int | float))
     came = f"\n## Where it comes from\n\n| | |\n| --- | --- |\n{rows}\n" if rows else ""
+    if isinstance(run.get("command"), str):
+        came += f"\nMade by\n\n```sh\n{run['command']}\n```\n"
     shapes = {
         "compact": "Pruned structures are gone from the weights.",
         "dense": "Pruned structures are zeros at full shape: the same outputs as the small model's, at the full cost.",
         "onnx": "Pruned structures are gone; batch and length are dynamic.",
     }[format]
+    neurons = f", and {ticket.neurons_pruned:,} neurons of the other FFNs" if ticket.neurons_pruned else ""
+    titles = {"parameters": "parameters", "macs_per_token": "multiply-accumulates a token of 128", "bytes": "bytes"}
+    table = "\n".join(
+        f"| {title} | {getattr(whole, key):,} | {getattr(small, key):,} | "
+        f"{100 * getattr(small, key) / getattr(whole, key):.1f} % |"
+        for key, title in titles.items()
+    )
     return f"""---
 library_name: {"onnx" if format == "onnx" else "transformers"}
 tags: [ticketops, super-ticket, pruned]
@@ -350,8 +266,11 @@ tags: [ticketops, super-ticket, pruned]
 # {name}, pruned
 
 {ticket.heads_pruned} of {ticket.num_layers * ticket.num_heads} attention heads and {ticket.ffns_pruned} of \
-{ticket.num_layers} FFNs were pruned: {small:,} of {whole:,} parameters are left ({100 * small / whole:.1f} %).
-{shapes}
+{ticket.num_layers} FFNs were pruned{neurons}. {shapes}
+
+| | whole model | left | |
+| --- | ---: | ---: | ---: |
+{table}
 
 ```
 {ticket}

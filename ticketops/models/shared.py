@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
 from ticketops.files import new_folder
-from ticketops.models.export import load
+from ticketops.models.checkpoint import load
 from ticketops.models.freezing import Frozen, freeze, unfreeze
 from ticketops.models.indices import Indices
 from ticketops.models.patch import PatchHandle

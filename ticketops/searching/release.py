@@ -21,6 +21,7 @@ def release(
     *,
     ticket: str | os.PathLike[str] | None = None,
     trial: str | None = None,
+    push_to_hub: str | None = None,
 ) -> Path:
     """Exports a trained ticket of a search, or a model's folder with a ticket.
 
@@ -30,6 +31,7 @@ def release(
         format: `compact`, `dense` or `onnx`.
         ticket: of a model's folder; by default its ticket.safetensors, where there is one.
         trial: the id of a search's trial; by default the super ticket's with the best seed.
+        push_to_hub: a repository of the Hugging Face hub to which the folder goes too.
 
     Returns:
         The folder.
@@ -54,7 +56,8 @@ def release(
                     f"{store.folder} has no model of {record['id']}: search with --save-models into a new folder"
                 )
             names = ("task", "model", "kind", "sparsity", "seed", "metric", "score", "steps")
-            run = {**{name: record[name] for name in names}, "config": store.config.to_dict()}
+            run = {name: record[name] for name in names}
+            run |= {"config": store.config.to_dict(), "command": store.config.command()}
             name, options = find_model(store.config.model)
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         elif trial is not None:
@@ -63,7 +66,8 @@ def release(
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         path = Path(ticket) if ticket is not None else folder / "ticket.safetensors"
         keep = Ticket.load(path) if ticket is not None or path.is_file() else None
-        return export(load(folder), output, format, ticket=keep, tokenizer=tokenizer, run=run)
+        options = {"ticket": keep, "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
+        return export(load(folder), output, format, **options)
 
 
 def _record(store: Store, trial: str | None) -> dict[str, Any]:

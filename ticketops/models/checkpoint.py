@@ -1,0 +1,195 @@
+"""Reading a model's folder that may be damaged or hostile: safetensors and JSON only, checked before it is built."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ticketops.errors import InputError, TicketopsError
+from ticketops.models.patch import check_supported, find_adapter
+from ticketops.models.record import held_ticket
+
+#: The file of an export that says how it was made and what its weights' checksums are.
+NOTE = "ticketops.json"
+_MAX_JSON_BYTES = 2**20
+# An index names each tensor, so it grows with the model.
+_MAX_INDEX_BYTES = 2**26
+# No size of any encoder comes near; a configuration with more would have a loader allocate it.
+_MAX_SIZE = 10**7
+_MAX_LABELS = 10**5
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+#: What has from_pretrained run code, or read files, that are not the folder's own weights.
+_REFUSED_KEYS = ("auto_map", "quantization_config", "transformers_weights")
+_REFUSED_FILE = "adapter_config.json"
+
+
+def load(folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """Reads a model that `export` (compact or dense) or `save_pretrained` wrote; safetensors and JSON only.
+
+    A checkpoint of transformers 4.x with `pruned_heads` loads too, and is written anew by `export`.
+
+    Every size and name is checked against the files' headers before anything is allocated, and nothing is executed.
+
+    Args:
+        folder: with config.json and model.safetensors or its shards.
+
+    Returns:
+        The model with the task head that it was saved with, on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: a file is missing, damaged, or does not fit the others.
+        UnsupportedError: a model that ticketops does not serve.
+    """
+    folder = Path(folder)
+    try:
+        return _load(folder)
+    except TicketopsError as error:
+        raise type(error)(f"cannot load the model {folder}: {error}") from error
+    # A damaged checkpoint surfaces as any of a dozen exception types of four libraries.
+    except Exception as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        raise InputError(f"cannot load the model {folder}: it is damaged ({reason}); export it again") from error
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    content = _read_json(folder / "config.json")
+    names = content.get("architectures")
+    kind: Any = getattr(transformers, names[0], None) if isinstance(names, list) and len(names) == 1 else None
+    is_model: bool = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    if not is_model:
+        raise InputError(f"config.json names no model class of transformers ({names!r:.60}); export it again")
+    if bad := [key for key in _REFUSED_KEYS if content.get(key) is not None]:
+        raise InputError(f'config.json has "{bad[0]}", which would read more than this folder\'s weights; remove it')
+    labels = content.get("num_labels")
+    if isinstance(labels, int) and labels > _MAX_LABELS:
+        raise InputError(f"config.json has {labels} labels, each of which is given a name; correct it")
+    if (folder / _REFUSED_FILE).exists():
+        raise InputError(f"{_REFUSED_FILE} names another model to load; merge the adapter and save the whole model")
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if kind.config_class is None or not isinstance(config, kind.config_class):
+        raise InputError(f"config.json is a {type(config).__name__}, which is none of {kind.__name__}")
+    # Another name of an attention would be that of a kernel to download.
+    config._attn_implementation = None
+    held_ticket(config)
+    files = _weight_files(folder)
+    # Each layer has two LayerNorms at least: a bound on what building the model can cost, known before it is built.
+    least = 4 * config.num_hidden_layers * config.hidden_size * torch.bfloat16.itemsize
+    if least > (there := sum(path.stat().st_size for path in files)):
+        raise InputError(
+            f"{there} bytes of weights are too few for the {config.num_hidden_layers} layers of size "
+            f"{config.hidden_size} in config.json; export it again"
+        )
+    with torch.device("meta"), no_init_weights():
+        skeleton = kind(config)
+    find_adapter(skeleton)
+    _check_weights(files, skeleton)
+    if (folder / NOTE).is_file():
+        sums = _read_json(folder / NOTE)["sha256"]
+        if changed := [path.name for path in files if sums.get(path.name) != sha256(path)]:
+            raise InputError(f"{changed[0]} was changed after its export; export it again, or remove {NOTE}")
+    model, report = kind.from_pretrained(
+        folder,
+        config=config,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report[problem]:
+            raise InputError(f"{problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[0]}; export it again")
+    check_supported(model)
+    return model.eval()
+
+
+def _read_json(path: Path, most: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Reads a JSON object more strictly than json does: no endless numbers, no NaN, no key twice."""
+    if not path.is_file():
+        raise InputError(f"no {path.name}; give a folder made by ticketops export or save_pretrained")
+    if path.stat().st_size > most:
+        raise InputError(f"{path.name} is larger than {most} bytes; check the path")
+
+    def size(digits: str) -> int:
+        if len(digits) > 10 or abs(int(digits)) > _MAX_SIZE:
+            raise InputError(f"{path.name} has the size {digits:.20}, larger than any model's; check the path")
+        return int(digits)
+
+    def number(text: str) -> float:
+        if not math.isfinite(float(text)):
+            refuse(text)
+        return float(text)
+
+    def refuse(text: str) -> NoReturn:
+        raise InputError(f"{path.name} has the number {text:.20}, which is not finite; correct it")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in found if names.count(name) > 1)
+            raise InputError(f"{path.name} has the key {twice!r:.60} twice; correct it")
+        return found
+
+    # The sizes in an index are of files, in bytes, and those in a note are of a run.
+    whole = size if path.name == "config.json" else int
+    content = json.loads(
+        path.read_text(encoding="utf-8"),
+        parse_int=whole,
+        parse_float=number,
+        parse_constant=refuse,
+        object_pairs_hook=once,
+    )
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name} is a {type(content).__name__}, not an object; export it again")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that from_pretrained will read, each one in the folder itself."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single.name]
+    if index.is_file() and not single.exists():
+        shards = _read_json(index, _MAX_INDEX_BYTES)["weight_map"].values()
+        if bad := [name for name in shards if not isinstance(name, str) or not _SHARD.fullmatch(name)]:
+            raise InputError(f"{index.name} names the file {bad[0]!r:.60}, no shard in this folder; export it again")
+        files = sorted(set(shards))
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise InputError(f"no {missing[0]}; only safetensors weights are read")
+    return [folder / name for name in files]
+
+
+def _check_weights(files: list[Path], skeleton: PreTrainedModel) -> None:
+    """Compares the files' headers with the shapes that the configuration makes, before anything is allocated."""
+    shapes = {name: list(value.shape) for name, value in skeleton.state_dict().items()}
+    found = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                # A buffer that transformers below 4.31 saved and no later one reads.
+                if key.endswith("embeddings.position_ids"):
+                    continue
+                part = file.get_slice(key)
+                if shapes.get(key) != part.get_shape() or part.get_dtype() not in ("F32", "F16", "BF16"):
+                    raise InputError(
+                        f"{key!r:.100} is {part.get_dtype()} {part.get_shape()} in {path.name}, which its "
+                        "configuration does not make; export it again"
+                    )
+                found.add(key)
+    tied = {key for key in shapes if key in (getattr(skeleton, "all_tied_weights_keys", None) or {})}
+    if missing := sorted(set(shapes) - found - tied):
+        raise InputError(f"the weights lack {missing[0]!r}; export it again")
