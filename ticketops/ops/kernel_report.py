@@ -21,7 +21,7 @@ from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
 from ticketops.ops.projection import triton as projection
 from ticketops.ops.residual import triton as residual
-from ticketops.ops.triton_common import FP_FUSION, INTERPRETED, recorded_launches
+from ticketops.ops.triton_common import INTERPRETED, compile_options, recorded_launches
 from ticketops.ops.triton_configs import Tile
 
 TARGETS = ((8, 0), (9, 0), (10, 0))
@@ -326,9 +326,10 @@ def compile_launch(launch: Launch) -> Compiled:
             attributes[i,] = [["tt.divisibility", 16]]
     major, minor = launch.target
     target = GPUTarget("cuda", 10 * major + minor, 32)
-    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": FP_FUSION}
     compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes), target=target, options=options
+        ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes),
+        target=target,
+        options=compile_options(launch.tile),
     )
     ptx = compiled.asm["ptx"]
     registers, local = _resources(compiled.asm["cubin"])

@@ -93,6 +93,19 @@ def recorded_launches(target: tuple[int, int], recorder: _Recorder) -> Iterator[
         _recorder.reset(token)
 
 
+def compile_options(tile: Tile) -> dict[str, Any]:
+    """What Triton's compiler is told besides the kernel's own constants.
+
+    Args:
+        tile: gives warps, stages and the limit of registers.
+
+    Returns:
+        The options by Triton's names.
+    """
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": FP_FUSION}
+    return options if tile.registers is None else options | {"maxnreg": tile.registers}
+
+
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     """Launches a kernel over a flat grid on the device of its tensors, without waiting for it.
 
@@ -106,13 +119,12 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     if recording is not None:
         recording[1](kernel, tile, arguments)
         return
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": FP_FUSION}
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[(programs,)](**arguments, **options)
+        kernel[(programs,)](**arguments, **compile_options(tile))
         return
     with torch.cuda.device(device):
-        kernel[(programs,)](**arguments, **options)
+        kernel[(programs,)](**arguments, **compile_options(tile))
 
 
 @triton.jit
@@ -175,12 +187,17 @@ def zero_rows(p_x, first, last, width, i_part, parts):
 
 
 @triton.jit
-def zero_gaps(p_x, p_starts, p_lengths, batch, tokens, i_b, width, i_part, parts):
-    """Writes zeros to the rows of no sequence that sequence i_b owns."""
+def owned_gaps(p_starts, p_lengths, batch, tokens, i_b):
+    """The rows of no sequence that sequence i_b owns, as two runs: [first, second) and [third, last)."""
     first, last = owned_rows(p_starts, p_lengths, batch, tokens, i_b)
-    start = tl.load(p_starts + i_b)
     length = tl.load(p_lengths + i_b)
     # An empty sequence that owns rows has all of them to clear.
-    start = tl.where(length > 0, start, last)
-    zero_rows(p_x, first, start, width, i_part, parts)
-    zero_rows(p_x, start + length, last, width, i_part, parts)
+    start = tl.where(length > 0, tl.load(p_starts + i_b), last)
+    return first, start, start + length, last
+
+
+@triton.jit
+def zero_gaps(p_x, first, second, third, last, width, i_part, parts):
+    """Writes zeros to the rows that `owned_gaps` gave."""
+    zero_rows(p_x, first, second, width, i_part, parts)
+    zero_rows(p_x, third, last, width, i_part, parts)

@@ -21,6 +21,8 @@ class Tile:
         warps: warps of a program.
         stages: depth of software pipelining.
         depth: of a product's inner dimension taken at a time, where neither rows nor columns are it.
+        registers: limit of a thread's registers that the compiler keeps to without spilling, so that more programs
+            share a multiprocessor; None leaves it free.
     """
 
     rows: int
@@ -28,6 +30,7 @@ class Tile:
     warps: int
     stages: int
     depth: int = 0
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,56 +38,62 @@ class AttentionTiles:
     """The attention kernels' tiles for one GPU family, dtype size and range of head dimensions.
 
     Attributes:
-        forward: ascending in rows; the first that holds the longest sequence, else the last.
+        forward: by the longest sequence served, ascending.
         row_backward: ascending; the first that holds the longest sequence, else dq and dkdv tile it.
         dq: for the kernel that walks over keys.
         dkdv: for the kernel that walks over queries.
     """
 
-    forward: tuple[Tile, ...]
+    forward: dict[int, Tile]
     row_backward: tuple[Tile, ...]
     dq: Tile
     dkdv: Tile
 
 
-_SHORT_FORWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 2, 1), Tile(64, 64, 4, 1))
-_SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 2, 1), Tile(64, 64, 4, 1))
-_WIDE_SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(64, 64, 8, 1))
+#: Of `AttentionTiles.forward`: the entry for sequences longer than all others.
+LONGER = 2**31
 
-#: By family (see `family`), bytes of an element and the largest head dimension served.
+_SHORT_FORWARD = {16: Tile(16, 16, 1, 1), 32: Tile(32, 32, 2, 1)}
+_WIDE_FORWARD = {**_SHORT_FORWARD, 64: Tile(64, 64, 4, 1), LONGER: Tile(128, 64, 8, 2)}
+_SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 2, 1))
+_WIDE_SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(64, 64, 4, 1))
+
+#: By family (see `family`), bytes of an element and the largest head dimension served. Attention of BERT's lengths
+#: waits for memory, so several programs share a multiprocessor wherever registers allow it; and a block of 64 rows leaves
+#: less of a ragged batch's work to rows that are not there.
 ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
     # A whole 128 x 128 backward spills on sm_80, whose products keep both accumulators in registers.
     (8, 2, 64): AttentionTiles(
-        (*_SHORT_FORWARD, Tile(128, 64, 8, 2)), _SHORT_BACKWARD, Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)
+        {**_SHORT_FORWARD, LONGER: Tile(64, 64, 4, 2)},
+        (*_SHORT_BACKWARD, Tile(64, 64, 4, 1)),
+        Tile(64, 32, 4, 2),
+        Tile(32, 64, 4, 2),
     ),
-    (8, 2, 128): AttentionTiles(
-        (*_SHORT_FORWARD[:2], Tile(64, 64, 8, 1), Tile(128, 64, 8, 2)),
-        _WIDE_SHORT_BACKWARD,
-        Tile(64, 64, 8, 2),
-        Tile(64, 64, 8, 2),
-    ),
+    (8, 2, 128): AttentionTiles(_WIDE_FORWARD, _WIDE_SHORT_BACKWARD, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (9, 2, 64): AttentionTiles(
-        (*_SHORT_FORWARD, Tile(128, 128, 8, 1), Tile(128, 64, 8, 2)),
-        (*_SHORT_BACKWARD, Tile(128, 128, 8, 1)),
-        Tile(128, 64, 8, 2),
-        Tile(64, 128, 8, 2),
+        {
+            **_SHORT_FORWARD,
+            64: Tile(64, 64, 4, 1, registers=128),
+            128: Tile(64, 64, 4, 2, registers=128),
+            LONGER: Tile(128, 64, 8, 2, registers=128),
+        },
+        (*_SHORT_BACKWARD, Tile(64, 64, 4, 1), Tile(128, 128, 8, 1)),
+        Tile(64, 64, 4, 2),
+        Tile(64, 64, 4, 2),
     ),
     (9, 2, 128): AttentionTiles(
-        (*_SHORT_FORWARD[:2], Tile(64, 64, 8, 1), Tile(128, 64, 8, 2)),
-        (*_WIDE_SHORT_BACKWARD, Tile(128, 128, 8, 1)),
-        Tile(64, 64, 8, 2),
-        Tile(32, 64, 8, 2),
+        _WIDE_FORWARD, (*_WIDE_SHORT_BACKWARD, Tile(128, 128, 8, 1)), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)
     ),
     # Products in float32 run on the plain cores with both operands in registers, hence the small tiles.
     (8, 4, 64): AttentionTiles(
-        (Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)),
+        {16: Tile(16, 16, 4, 1), LONGER: Tile(32, 32, 4, 1)},
         (Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)),
         Tile(32, 32, 8, 1),
         Tile(32, 32, 8, 1),
     ),
     (8, 4, 128): AttentionTiles(
-        (Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
-        (Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
+        {16: Tile(16, 16, 8, 1), LONGER: Tile(16, 32, 8, 1)},
+        (Tile(16, 16, 8, 1),),
         Tile(16, 16, 8, 1),
         Tile(32, 32, 8, 1),
     ),
@@ -159,7 +168,7 @@ def attention_forward(capability: tuple[int, int], dtype: torch.dtype, head_dim:
         The tile.
     """
     tiles = _attention(capability, dtype, head_dim).forward
-    return next((tile for tile in tiles if tile.rows >= max_length), tiles[-1])
+    return next(tile for longest, tile in tiles.items() if longest >= max_length)
 
 
 def attention_backward(

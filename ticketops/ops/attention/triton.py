@@ -27,6 +27,7 @@ from ticketops.ops.triton_common import (
     dropout_keeps,
     dropout_rows,
     launch,
+    owned_gaps,
     product_precision,
     refusal,
     zero_gaps,
@@ -96,8 +97,9 @@ def forward_kernel(
     i_m = tl.program_id(0) // (heads + 1) % blocks
     i_b = tl.program_id(0) // (heads + 1) // blocks
     if i_h == heads:
-        zero_gaps(p_out, p_starts, p_lengths, batch, tokens, i_b, heads * D, i_m, blocks)
-        zero_gaps(p_lse, p_starts, p_lengths, batch, tokens, i_b, heads, i_m, blocks)
+        first, second, third, last = owned_gaps(p_starts, p_lengths, batch, tokens, i_b)
+        zero_gaps(p_out, first, second, third, last, heads * D, i_m, blocks)
+        zero_gaps(p_lse, first, second, third, last, heads, i_m, blocks)
         return
     length = tl.load(p_lengths + i_b)
     if i_m * BLOCK_M >= length:
@@ -149,8 +151,7 @@ def forward_kernel(
 #     g = dOut V^T * R,     delta = rowsum(P * g) = rowsum(dOut * O),     h = P * (g - delta),
 #     dV = m W^T dOut,      dQ = m scale h K,      dK = m scale h^T Q,    dL/dm = sum(delta).
 #
-# m stays outside all products, hence delta is the importance of the unmasked head whatever m is. Score blocks are
-# computed transposed, [keys, queries], where W^T and h^T are left operands: those never leave the registers.
+# m stays outside all products, hence delta is the importance of the unmasked head whatever m is.
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "scale", "threshold", "keep_scale"])
@@ -193,14 +194,19 @@ def row_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     """All gradients of one head of one sequence of at most BLOCK tokens; delta comes from P and g, not from the stored
-    output."""
+    output.
+
+    All loads stand before the first product, so that the program waits for memory once. Scores are [queries, keys],
+    whose row sum, delta, stays within a warp; [keys, queries] would spare W a way through shared memory and cost some
+    20 barriers for the sum."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     i_h = tl.program_id(0) % (heads + 1)
     i_b = tl.program_id(0) // (heads + 1)
     if i_h == heads:
-        zero_gaps(p_dq, p_starts, p_lengths, batch, tokens, i_b, heads * D, 0, 1)
-        zero_gaps(p_dk, p_starts, p_lengths, batch, tokens, i_b, heads * D, 0, 1)
-        zero_gaps(p_dv, p_starts, p_lengths, batch, tokens, i_b, heads * D, 0, 1)
+        first, second, third, last = owned_gaps(p_starts, p_lengths, batch, tokens, i_b)
+        zero_gaps(p_dq, first, second, third, last, heads * D, 0, 1)
+        zero_gaps(p_dk, first, second, third, last, heads * D, 0, 1)
+        zero_gaps(p_dv, first, second, third, last, heads * D, 0, 1)
         return
     length = tl.load(p_lengths + i_b)
     start = tl.load(p_starts + i_b).to(tl.int64)
@@ -221,30 +227,28 @@ def row_backward_kernel(
     # [BLOCK, BLOCK_D]
     b_q = load_rows(p_q, start, o_n, m_n, i_h, stride_qt, stride_qh, stride_qd, D, BLOCK_D)
     b_k = load_rows(p_k, start, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
-    b_lse = tl.load(p_lse + (start * heads + i_h) + o_n * heads, mask=m_n, other=float("inf"))
-    # [keys, queries]
-    b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E)
-    b_pt = tl.where(m_n[:, None], tl.exp2(b_st - (b_lse * LOG2_E)[None, :]), 0.0)
     b_do = load_rows(p_dout, start, o_n, m_n, i_h, stride_dt, stride_dh, stride_dd, D, BLOCK_D)
     b_v = load_rows(p_v, start, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
-    b_gt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-    b_wt = b_pt
+    b_lse = tl.load(p_lse + (start * heads + i_h) + o_n * heads, mask=m_n, other=float("inf"))
+    # [queries, keys]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+    b_p = tl.where(m_n[None, :], tl.exp2(b_s - (b_lse * LOG2_E)[:, None]), 0.0)
+    b_g = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_w = b_p
     if p_seed is not None:
-        m_keep = dropout_keeps(dropout_rows(p_seed, start, o_n, i_h, heads)[None, :], o_n[:, None], threshold)
-        b_wt = tl.where(m_keep, b_pt * keep_scale, 0.0)
-        b_gt = tl.where(m_keep, b_gt * keep_scale, 0.0)
-    b_dv = tl.dot(b_wt.to(b_do.dtype), b_do, input_precision=PRECISION)
+        m_keep = dropout_keeps(dropout_rows(p_seed, start, o_n, i_h, heads)[:, None], o_n[None, :], threshold)
+        b_w = tl.where(m_keep, b_p * keep_scale, 0.0)
+        b_g = tl.where(m_keep, b_g * keep_scale, 0.0)
+    b_delta = tl.sum(b_p * b_g, 1)
+    tl.store(p_signed + i_b * heads + i_h, tl.sum(b_delta, 0))
+    tl.store(p_absolute + i_b * heads + i_h, tl.sum(tl.abs(b_delta), 0))
+    b_dv = tl.dot(tl.trans(b_w.to(b_do.dtype)), b_do, input_precision=PRECISION)
     store_rows(p_dv, b_dv * head_mask, start, o_n, m_n, i_h, heads, D, BLOCK_D)
-    # [1, queries]; as a vector, Triton 3.6 cannot lay it out for the second sum on sm_100.
-    b_delta = tl.sum(b_pt * b_gt, 0)[None, :]
-    o_sum = i_b * heads + i_h + tl.arange(0, 1)
-    tl.store(p_signed + o_sum, tl.sum(b_delta, 1))
-    tl.store(p_absolute + o_sum, tl.sum(tl.abs(b_delta), 1))
-    b_ht = (b_pt * (b_gt - b_delta)).to(b_q.dtype)
-    b_dk = tl.dot(b_ht, b_q, input_precision=PRECISION)
-    store_rows(p_dk, b_dk * (head_mask * scale), start, o_n, m_n, i_h, heads, D, BLOCK_D)
-    b_dq = tl.dot(tl.trans(b_ht), b_k, input_precision=PRECISION)
+    b_h = (b_p * (b_g - b_delta[:, None])).to(b_q.dtype)
+    b_dq = tl.dot(b_h, b_k, input_precision=PRECISION)
     store_rows(p_dq, b_dq * (head_mask * scale), start, o_n, m_n, i_h, heads, D, BLOCK_D)
+    b_dk = tl.dot(tl.trans(b_h), b_q, input_precision=PRECISION)
+    store_rows(p_dk, b_dk * (head_mask * scale), start, o_n, m_n, i_h, heads, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale"])
@@ -292,7 +296,8 @@ def dq_kernel(
     i_m = tl.program_id(0) // (heads + 1) % blocks
     i_b = tl.program_id(0) // (heads + 1) // blocks
     if i_h == heads:
-        zero_gaps(p_dq, p_starts, p_lengths, batch, tokens, i_b, heads * D, i_m, blocks)
+        first, second, third, last = owned_gaps(p_starts, p_lengths, batch, tokens, i_b)
+        zero_gaps(p_dq, first, second, third, last, heads * D, i_m, blocks)
         return
     length = tl.load(p_lengths + i_b)
     if i_m * BLOCK_M >= length:
@@ -375,15 +380,17 @@ def dkdv_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of one block of keys. Its loop reads delta of the whole sequence, so the program of the first block
-    also writes the importance sums."""
+    """dK and dV of one block of keys, from scores that are computed transposed, [keys, queries], where W^T and h^T are
+    left operands: those never leave the registers. Its loop reads delta of the whole sequence, so the program of the
+    first block also writes the importance sums."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     i_h = tl.program_id(0) % (heads + 1)
     i_n = tl.program_id(0) // (heads + 1) % blocks
     i_b = tl.program_id(0) // (heads + 1) // blocks
     if i_h == heads:
-        zero_gaps(p_dk, p_starts, p_lengths, batch, tokens, i_b, heads * D, i_n, blocks)
-        zero_gaps(p_dv, p_starts, p_lengths, batch, tokens, i_b, heads * D, i_n, blocks)
+        first, second, third, last = owned_gaps(p_starts, p_lengths, batch, tokens, i_b)
+        zero_gaps(p_dk, first, second, third, last, heads * D, i_n, blocks)
+        zero_gaps(p_dv, first, second, third, last, heads * D, i_n, blocks)
         return
     # The first block also runs for an empty sequence, whose sums are 0.
     length = tl.load(p_lengths + i_b)
