@@ -50,6 +50,42 @@ def test_a_mask_with_holes_is_refused_in_place():
         Packing.from_mask(mask, 2, 3, mask.device, unpad=False)
 
 
+@given(
+    st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=5), st.sampled_from([1, 3, 8, 64])
+)
+def test_a_bucket_adds_rows_that_come_back_nowhere(rows, bucket):
+    mask = torch.tensor(rows)
+    exact, packing = (Packing.from_mask(mask, *mask.shape, mask.device, bucket=b) for b in (None, bucket))
+    padded = torch.randn(*mask.shape, 3, requires_grad=True)
+    packed = packing.pack(padded)
+    total = int(mask.sum())
+    assert total <= len(packed) < total + bucket
+    assert len(packed) % bucket == 0 or len(packed) == mask.numel()
+    assert packed.isfinite().all()
+    assert torch.equal(packed[:total], exact.pack(padded))
+    assert packing.sequences.spans() == exact.sequences.spans()
+    longest = packing.sequences.max_length
+    assert exact.sequences.max_length <= longest <= 7
+    assert longest in (1, 2, 4, 7)
+    whole = packing.unpack(packed)
+    assert torch.equal(whole, padded * mask[:, :, None])
+    gradient = torch.randn_like(whole)
+    assert torch.equal(torch.autograd.grad(whole, padded, gradient)[0], gradient * mask[:, :, None])
+
+
+def test_what_waits_on_no_host_can_be_traced():
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]])
+
+    def starts(mask):
+        return Packing.from_mask(mask, 2, 4, mask.device, unpad=False).sequences.starts
+
+    compiled = torch.compile(starts, backend="aot_eager", fullgraph=True)
+    assert compiled(mask).tolist() == [0, 6]
+    # As on a GPU, where the host does not look at the mask.
+    with pytest.raises(RuntimeError, match="the attention mask has holes, which unpad=False cannot serve"):
+        compiled(torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1]]))
+
+
 def test_sequences_from_lengths():
     assert Sequences.from_lengths([3, 0, 2]).spans() == [(0, 3), (3, 3), (3, 5)]
     assert Sequences.from_lengths([3, 0, 2], width=4).spans() == [(0, 3), (4, 4), (8, 10)]

@@ -148,7 +148,7 @@ def _check_layers(adapter: Adapter, base: Any) -> list[LayerParts]:
     return found
 
 
-def patch(model: PreTrainedModel, *, unpad: bool = True) -> "PatchHandle":
+def patch(model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = None) -> "PatchHandle":
     """Makes a transformers model run on ticketops' ops, in place.
 
     Parameter names, state_dict, optimizer references and isinstance checks stay as they are; only the classes of the
@@ -157,8 +157,13 @@ def patch(model: PreTrainedModel, *, unpad: bool = True) -> "PatchHandle":
     Args:
         model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text or DistilBERT of transformers, bare or
             with a task head, on any device.
-        unpad: compute real tokens only, packed inside the encoder; False keeps shapes static, for captured graphs, and
-            then every row of the attention mask must be one unbroken run.
+        unpad: compute real tokens only, packed inside the encoder; False keeps shapes static and never waits for the
+            device, for graphs that capture the whole model, and then every row of the attention mask must be one
+            unbroken run.
+        bucket: round the number of packed tokens up to a multiple of this, with rows that belong to no sequence, and
+            the longest length to a power of two. Batches padded to one width then come in a few shapes, and what
+            `torch.compile(model, mode="reduce-overhead")` captures for one of them serves the others. A few percent of
+            a batch's tokens is a good size. None packs to the exact number.
 
     Returns:
         The handle that records importance, applies tickets and reverts; usable as a context manager that reverts at its
@@ -166,9 +171,9 @@ def patch(model: PreTrainedModel, *, unpad: bool = True) -> "PatchHandle":
 
     Raises:
         UnsupportedError: a model, configuration or layer that is not served; the message names it.
-        InputError: the model is patched already.
+        InputError: the model is patched already, or a bucket that is none.
     """
-    return PatchHandle(model, unpad=unpad)
+    return PatchHandle(model, unpad=unpad, bucket=bucket)
 
 
 class PatchHandle:
@@ -182,7 +187,12 @@ class PatchHandle:
         ticket: the ticket applied, None for the whole model.
     """
 
-    def __init__(self, model: PreTrainedModel, *, unpad: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = None) -> None:
+        if bucket is not None and (not unpad or type(bucket) is not int or bucket < 1):
+            raise InputError(
+                f"bucket={bucket!r} with unpad={unpad} is not served: a bucket is a number of tokens of at least 1, "
+                "and only packed tokens are counted"
+            )
         adapter, base = find_adapter(model)
         encoder = adapter.encoder(base)
         if hasattr(encoder, "_ticketops"):
@@ -193,7 +203,7 @@ class PatchHandle:
         self.num_heads: int = base.config.num_attention_heads
         self.num_neurons = num_neurons(base.config)
         self.ticket: Ticket | None = None
-        self._unpad = unpad
+        self._unpad, self._bucket = unpad, bucket
         self._importance: Importance | None = None
         self._states = [LayerState(index, activation_name(parts.activation)) for index, parts in enumerate(self._parts)]
         # Of each ticket that was applied, whether it is full and what it keeps of each layer.
@@ -206,8 +216,9 @@ class PatchHandle:
                 self._swap(module, adapter.swaps, state)
         parameters = inspect.signature(base.forward).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        before = _before_packed_forward if unpad else _before_forward
         self._hooks = [
-            base.register_forward_pre_hook(partial(_before_forward, self, names), with_kwargs=True),
+            base.register_forward_pre_hook(partial(before, self, names), with_kwargs=True),
             base.register_forward_hook(_after_forward, with_kwargs=True),
         ]
         if type(model).__name__.endswith(_FIRST_TOKEN_HEADS):
@@ -369,6 +380,10 @@ class PatchHandle:
         importance = self._importance
         if importance is None or not torch.is_grad_enabled():
             return Call(packing)
+        return self._recording(importance, packing, device)
+
+    @torch.compiler.disable
+    def _recording(self, importance: Importance, packing: Packing, device: torch.device) -> Call:
         call = Call(packing, per_token=importance.granularity == "token")
         batch = len(packing.sequences)
         idle: list[Callable[..., None]] = []
@@ -413,7 +428,8 @@ class PatchHandle:
 
 def _leaf(shape: tuple[int, ...], device: torch.device, add: Callable[[Tensor], None]) -> Tensor:
     """A tensor whose gradient, the importance partials, goes to `add` as soon as a backward pass has formed it."""
-    leaf = torch.zeros(shape, device=device, requires_grad=True)
+    # Nobody reads its values, so nothing is launched to write them.
+    leaf = torch.empty(shape, device=device, requires_grad=True)
 
     def take(leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
@@ -434,8 +450,6 @@ def _add_ffn(importance: Importance, layer: int, partials: Tensor) -> None:
     importance.add_ffn(layer, signed=partials, absolute=partials, defer=True)
 
 
-# Packing asks for the number of real tokens, which a compiler cannot know: it runs outside of compiled graphs.
-@torch.compiler.disable
 def _before_forward(
     handle: PatchHandle, names: list[str], base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]]:
@@ -460,7 +474,7 @@ def _before_forward(
             f"token, got {list(mask.shape)}: masks of single query-key pairs are not served"
         )
     batch, width = tokens.shape[:2]
-    packing = Packing.from_mask(mask, batch, width, tokens.device, handle._unpad)
+    packing = Packing.from_mask(mask, batch, width, tokens.device, handle._unpad, handle._bucket)
     # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one.
     kwargs["attention_mask"] = None
     kwargs["ticketops"] = handle._call(packing, tokens.device)
@@ -480,6 +494,14 @@ def _check_first_tokens(place: int, model: PreTrainedModel, args: tuple[Any, ...
             f"row {int(left.nonzero()[0])} of the attention mask begins with padding, which {type(model).__name__} "
             "would read as its first token: pad on the right (tokenizer.padding_side = 'right')"
         )
+
+
+# Packing asks for the number of real tokens, which a compiler cannot know: it runs outside of compiled graphs.
+@torch.compiler.disable
+def _before_packed_forward(
+    handle: PatchHandle, names: list[str], base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
+    return _before_forward(handle, names, base, args, kwargs)
 
 
 def _after_forward(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

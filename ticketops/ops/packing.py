@@ -66,8 +66,8 @@ class Packing:
     """The way from a padded batch [B, S, C] to its real tokens [T, C] and back.
 
     Attributes:
-        indices: int64 [T], the rows of the flattened batch that are real tokens, in order; -1 packs a row of zeros;
-            None where every row stays in place.
+        indices: int64 [T], the rows of the flattened batch that are real tokens, in order; -1 packs a row of zeros, to
+            fill a bucket; None where every row stays in place.
         numbers: int64 [B * S], the packed row of each row of the flattened batch, -1 for padding; None likewise.
         sequences: where each sequence lies among the rows that `pack` returns.
         batch: B, rows of the padded batch.
@@ -82,10 +82,18 @@ class Packing:
 
     @classmethod
     def from_mask(
-        cls, mask: Tensor | None, batch: int, width: int, device: torch.device, unpad: bool = True
+        cls,
+        mask: Tensor | None,
+        batch: int,
+        width: int,
+        device: torch.device,
+        unpad: bool = True,
+        bucket: int | None = None,
     ) -> "Packing":
         """Builds the packing that an attention mask asks for; any 0/1 mask can be packed, padding on the left or inside
         too.
+
+        Packing waits for the mask's device once, to learn how many tokens are real; `unpad=False` never does.
 
         Args:
             mask: [B, S], nonzero for a real token, any dtype; None when all are real.
@@ -94,12 +102,15 @@ class Packing:
             device: where the tokens lie.
             unpad: False leaves the tokens where they are, which needs the real tokens of every row to be one unbroken
                 run.
+            bucket: rounds the rows up to a multiple of this (or all of the batch), and the longest length to a power of
+                two, so that batches of about one size have the same shapes; None packs real tokens only.
 
         Returns:
             The packing.
 
         Raises:
-            InputError: `unpad=False` and some row's real tokens are not one unbroken run.
+            InputError: `unpad=False` and some row's real tokens are not one unbroken run, in a mask on the CPU; one on
+                a GPU, where the host does not see it, stops the program with an assertion there.
         """
         if mask is None:
             lengths = torch.full((batch,), width, dtype=torch.int32, device=device)
@@ -109,20 +120,20 @@ class Packing:
             starts, lengths, indices, numbers = number_tokens(mask.to(device))
             # The one wait for the device: the number of tokens is a size, and sizes live on the host.
             counts = lengths.tolist()
-            sequences = Sequences(starts, lengths, max(counts, default=0))
-            return cls(indices[: sum(counts)], numbers, sequences, batch, width)
-        real = mask.to(device=device, dtype=torch.bool)
+            rows, longest = sum(counts), max(counts, default=0)
+            if bucket is not None:
+                # All of the batch is a size that comes up again, too.
+                rows = min(-(-rows // bucket) * bucket, batch * width)
+                longest = min(width, 1 << max(0, longest - 1).bit_length())
+            return cls(indices[:rows], numbers, Sequences(starts, lengths, longest), batch, width)
+        real = mask.to(torch.bool)
         lengths = real.sum(1, dtype=torch.int32)
         first = real.int().argmax(1).int()
-        columns = torch.arange(width, device=device)
+        columns = torch.arange(width, device=mask.device)
         unbroken = (columns >= first[:, None]) & (columns < (first + lengths)[:, None])
-        if not torch.equal(unbroken, real):
-            row = int((unbroken != real).any(1).nonzero()[0])
-            raise InputError(
-                f"row {row} of the attention mask has holes, which unpad=False cannot serve: "
-                "patch(model, unpad=True) packs it"
-            )
-        starts = torch.arange(batch, dtype=torch.int32, device=device) * width + first
+        _check_unbroken(unbroken == real)
+        starts = torch.arange(batch, dtype=torch.int32, device=mask.device) * width + first
+        starts, lengths = (x.to(device, non_blocking=True) for x in (starts, lengths))
         return cls(None, None, Sequences(starts, lengths, width), batch, width)
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -151,3 +162,23 @@ class Packing:
         if self.indices is not None and self.numbers is not None:
             packed = move_rows(packed, self.numbers, self.indices)
         return packed.view(self.batch, self.width, packed.shape[-1])
+
+
+def _check_unbroken(fine: Tensor) -> None:
+    """Refuses an attention mask with holes.
+
+    Args:
+        fine: bool [B, S], False where a hole is.
+    """
+    if fine.is_cpu and not torch.compiler.is_compiling():
+        holes = (~fine).any(1).nonzero()
+        if len(holes):
+            raise InputError(
+                f"row {int(holes[0])} of the attention mask has holes, which unpad=False cannot serve: "
+                "patch(model, unpad=True) packs it"
+            )
+    else:
+        torch._assert_async(
+            fine.all(),
+            "the attention mask has holes, which unpad=False cannot serve: patch(model, unpad=True) packs it",
+        )

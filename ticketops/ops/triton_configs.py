@@ -6,7 +6,7 @@ mask on, and is the largest of those tried that spills no register (bench/result
 memory of all; python_tests/aot holds them to it). No entry has been timed on a GPU yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,12 +54,11 @@ class AttentionTiles:
 LONGER = 2**31
 
 _SHORT_FORWARD = {16: Tile(16, 16, 1, 1), 32: Tile(32, 32, 2, 1)}
-_WIDE_FORWARD = {**_SHORT_FORWARD, 64: Tile(64, 64, 4, 1), LONGER: Tile(128, 64, 8, 2)}
 _SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 2, 1))
 _WIDE_SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(64, 64, 4, 1))
 
 #: By family (see `family`), bytes of an element and the largest head dimension served. Attention of BERT's lengths
-#: waits for memory, so several programs share a multiprocessor wherever registers allow it; and a block of 64 rows leaves
+#: waits for memory, so several programs share a multiprocessor where registers allow it; and a block of 64 rows leaves
 #: less of a ragged batch's work to rows that are not there.
 ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
     # A whole 128 x 128 backward spills on sm_80, whose products keep both accumulators in registers.
@@ -69,7 +68,9 @@ ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
         Tile(64, 32, 4, 2),
         Tile(32, 64, 4, 2),
     ),
-    (8, 2, 128): AttentionTiles(_WIDE_FORWARD, _WIDE_SHORT_BACKWARD, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (8, 2, 128): AttentionTiles(
+        {**_SHORT_FORWARD, LONGER: Tile(64, 64, 8, 2)}, _WIDE_SHORT_BACKWARD, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+    ),
     (9, 2, 64): AttentionTiles(
         {
             **_SHORT_FORWARD,
@@ -82,23 +83,33 @@ ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
         Tile(64, 64, 4, 2),
     ),
     (9, 2, 128): AttentionTiles(
-        _WIDE_FORWARD, (*_WIDE_SHORT_BACKWARD, Tile(128, 128, 8, 1)), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)
+        {**_SHORT_FORWARD, 64: Tile(64, 64, 4, 1), LONGER: Tile(128, 64, 8, 2)},
+        (*_WIDE_SHORT_BACKWARD, Tile(128, 128, 8, 1)),
+        Tile(64, 64, 8, 2),
+        Tile(32, 64, 8, 2),
     ),
     # Products in float32 run on the plain cores with both operands in registers, hence the small tiles.
     (8, 4, 64): AttentionTiles(
-        {16: Tile(16, 16, 4, 1), LONGER: Tile(32, 32, 4, 1)},
+        {16: Tile(16, 16, 2, 1), LONGER: Tile(32, 32, 4, 1)},
         (Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)),
         Tile(32, 32, 8, 1),
         Tile(32, 32, 8, 1),
     ),
     (8, 4, 128): AttentionTiles(
-        {16: Tile(16, 16, 8, 1), LONGER: Tile(16, 32, 8, 1)},
+        {LONGER: Tile(16, 16, 4, 1)},
         (Tile(16, 16, 8, 1),),
         Tile(16, 16, 8, 1),
         Tile(32, 32, 8, 1),
     ),
 }
-ATTENTION |= {(10, 2, width): ATTENTION[9, 2, width] for width in (64, 128)}
+# Blackwell's accumulators lie in a memory of their own and leave the registers free.
+ATTENTION |= {
+    (10, 2, 64): replace(
+        ATTENTION[9, 2, 64],
+        forward={**_SHORT_FORWARD, 128: Tile(64, 64, 4, 2), LONGER: Tile(128, 64, 8, 2, registers=128)},
+    ),
+    (10, 2, 128): ATTENTION[9, 2, 128],
+}
 ATTENTION |= {(major, 4, width): ATTENTION[8, 4, width] for major in (9, 10) for width in (64, 128)}
 
 #: Tokens x neurons of the pointwise FFN kernels: whole 128-byte lines of 16-bit elements, 16 elements a thread.
@@ -108,8 +119,7 @@ PROJECTION: dict[tuple[int, int], Tile] = {
     (8, 2): Tile(128, 128, 8, 3, 32),
     (9, 2): Tile(128, 128, 8, 3, 64),
     (10, 2): Tile(128, 128, 8, 3, 64),
-    (8, 4): Tile(64, 64, 8, 2, 16),
-    **{(major, 4): Tile(64, 64, 8, 2, 32) for major in (9, 10)},
+    **{(major, 4): Tile(64, 64, 8, 2, 16) for major in (8, 9, 10)},
 }
 #: Rows x channels of one group in the gradient's second stage.
 PROJECTION_FINISH = Tile(32, 64, 8, 1)

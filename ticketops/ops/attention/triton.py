@@ -239,12 +239,14 @@ def row_backward_kernel(
         m_keep = dropout_keeps(dropout_rows(p_seed, start, o_n, i_h, heads)[:, None], o_n[None, :], threshold)
         b_w = tl.where(m_keep, b_p * keep_scale, 0.0)
         b_g = tl.where(m_keep, b_g * keep_scale, 0.0)
-    b_delta = tl.sum(b_p * b_g, 1)
-    tl.store(p_signed + i_b * heads + i_h, tl.sum(b_delta, 0))
-    tl.store(p_absolute + i_b * heads + i_h, tl.sum(tl.abs(b_delta), 0))
+    # [queries, 1]; as a vector, Triton 3.6 cannot lay it out for the second sum on sm_100.
+    b_delta = tl.sum(b_p * b_g, 1)[:, None]
+    o_sum = i_b * heads + i_h + tl.arange(0, 1)
+    tl.store(p_signed + o_sum, tl.sum(b_delta, 0))
+    tl.store(p_absolute + o_sum, tl.sum(tl.abs(b_delta), 0))
     b_dv = tl.dot(tl.trans(b_w.to(b_do.dtype)), b_do, input_precision=PRECISION)
     store_rows(p_dv, b_dv * head_mask, start, o_n, m_n, i_h, heads, D, BLOCK_D)
-    b_h = (b_p * (b_g - b_delta[:, None])).to(b_q.dtype)
+    b_h = (b_p * (b_g - b_delta)).to(b_q.dtype)
     b_dq = tl.dot(b_h, b_k, input_precision=PRECISION)
     store_rows(p_dq, b_dq * (head_mask * scale), start, o_n, m_n, i_h, heads, D, BLOCK_D)
     b_dk = tl.dot(tl.trans(b_h), b_q, input_precision=PRECISION)

@@ -1,0 +1,109 @@
+"""Patched models under torch.compile: one graph where shapes are static, few graphs where they come in buckets."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
+
+import ticketops
+from models.conftest import tiny_batch, tiny_config
+from ticketops.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def step(model, batch):
+    """A training step's loss and gradients."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same(got, want):
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def compiled_step(model, batch, compiled):
+    model.zero_grad()
+    loss = compiled(**batch).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+def test_a_model_with_static_shapes_is_one_graph(architecture, batch):
+    torch.manual_seed(0)
+    if architecture == "bert":
+        model = BertForSequenceClassification(tiny_config()).eval()
+    else:
+        config = DistilBertConfig(vocab_size=100, dim=48, n_layers=2, n_heads=4, hidden_dim=64, num_labels=3)
+        model = DistilBertForSequenceClassification(config).eval()
+        batch.pop("token_type_ids")
+    want = step(model, batch)
+    with ticketops.patch(model, unpad=False):
+        # An error where the host would have to know a value, or where the graph breaks.
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_same(compiled_step(model, batch, compiled), want)
+
+
+def test_a_ticket_is_one_graph_too(model, batch):
+    masks = torch.ones(3, 4, dtype=torch.bool), torch.tensor([True, False, True])
+    masks[0][1, 2:] = False
+    with ticketops.patch(model, unpad=False) as handle:
+        handle.apply(ticketops.Ticket(*masks))
+        want = step(model, batch)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_same(compiled_step(model, batch, compiled), want)
+
+
+def test_importance_is_recorded_beside_a_static_graph(model, batch):
+    with ticketops.patch(model, unpad=False) as handle:
+        with handle.record_importance() as eager:
+            want = step(model, batch)
+        compiled = torch.compile(model, backend="aot_eager")
+        with handle.record_importance() as recorded:
+            assert_same(compiled_step(model, batch, compiled), want)
+    torch.testing.assert_close(recorded.head, eager.head)
+    torch.testing.assert_close(recorded.ffn, eager.ffn)
+
+
+def test_a_bucket_changes_no_result(model, stock, batch):
+    want = step(stock, batch)
+    with ticketops.patch(copy.deepcopy(model)) as handle, handle.record_importance("token") as exact:
+        step(handle.model, batch)
+    with ticketops.patch(model, bucket=32) as handle, handle.record_importance("token") as importance:
+        assert_same(step(model, batch), want)
+        hidden = model(**batch, output_hidden_states=True).hidden_states
+    padding = batch["attention_mask"] == 0
+    assert not any(state[padding].any() for state in hidden[1:])
+    torch.testing.assert_close(importance.head, exact.head)
+    torch.testing.assert_close(importance.ffn, exact.ffn)
+
+
+def test_what_is_compiled_for_one_batch_of_a_bucket_serves_the_others(model, stock):
+    counter = CompileCounterWithBackend("aot_eager")
+    graphs = []
+    # Else the stock model's first call sets it, and the second is compiled anew.
+    model.config.problem_type = "single_label_classification"
+    with ticketops.patch(model, bucket=64):
+        compiled = torch.compile(model, backend=counter, dynamic=False)
+        # 34 to 41 tokens in all.
+        for longest in (10, 12, 16, 9):
+            batch = tiny_batch()
+            batch["attention_mask"][0, longest:] = 0
+            assert_same(compiled_step(model, batch, compiled), step(stock, batch))
+            graphs.append(counter.frame_count)
+    assert graphs == [graphs[0]] * 4
+
+
+@pytest.mark.parametrize("arguments", [{"bucket": 0}, {"bucket": 1.5}, {"bucket": 8, "unpad": False}])
+def test_what_is_no_bucket_is_refused(model, arguments):
+    with pytest.raises(InputError, match="a bucket is a number of tokens of at least 1"):
+        ticketops.patch(model, **arguments)
