@@ -429,7 +429,7 @@ class PatchHandle:
 def _leaf(shape: tuple[int, ...], device: torch.device, add: Callable[[Tensor], None]) -> Tensor:
     """A tensor whose gradient, the importance partials, goes to `add` as soon as a backward pass has formed it."""
     # Nobody reads its values, so nothing is launched to write them.
-    leaf = torch.empty(shape, device=device, requires_grad=True)
+    leaf = torch.empty(shape, device=device).requires_grad_()
 
     def take(leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None

@@ -90,7 +90,7 @@ ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
     ),
     # Products in float32 run on the plain cores with both operands in registers, hence the small tiles.
     (8, 4, 64): AttentionTiles(
-        {16: Tile(16, 16, 2, 1), LONGER: Tile(32, 32, 4, 1)},
+        {LONGER: Tile(32, 32, 4, 1)},
         (Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)),
         Tile(32, 32, 8, 1),
         Tile(32, 32, 8, 1),
