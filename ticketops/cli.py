@@ -262,7 +262,7 @@ def _doctor(
         typer.Option(
             "--kernels",
             help="Compile the Triton kernels for sm_80, sm_90 and sm_100, which takes minutes but no GPU, and print "
-            "what they use.",
+            "what they use, and what the CUDA kernels use that are built.",
             show_default=False,
         ),
     ] = False,
@@ -285,14 +285,18 @@ def _doctor(
         if kernels:
             _print_kernels(as_json)
             return
+        from ticketops.ops import cuda_extension, extension
         from ticketops.ops.backends import explain
         from ticketops.searching import environment
 
         versions, machine, backends = environment.versions(), environment.machine(), explain()
+        kernels_built = {"native_kernels": extension.status, "cuda_kernels": cuda_extension.status}
         if as_json:
-            typer.echo(json.dumps({"versions": versions, "machine": machine, "backends": backends}))
+            typer.echo(
+                json.dumps({"versions": versions, "machine": machine, "built": kernels_built, "backends": backends})
+            )
             return
-        for name, value in {**versions, **machine}.items():
+        for name, value in {**versions, **machine, **kernels_built}.items():
             typer.echo(f"{name:<18} {'none' if value is None else value}")
         _print_backends(backends)
 
@@ -325,15 +329,24 @@ def _print_support(model: str, as_json: bool) -> None:
 
 
 def _print_kernels(as_json: bool) -> None:
+    from ticketops.ops.cuda_report import cuda_table
+
     try:
         from ticketops.ops.kernel_report import kernel_table
     except ModuleNotFoundError as missing:
         raise UnsupportedError(f"--kernels needs {missing.name}: pip install {missing.name}") from missing
+    try:
+        built, why = cuda_table(), None
+    except UnsupportedError as missing:
+        built, why = [], str(missing)
     rows = kernel_table(lambda what: typer.echo(f"compiling {what}", err=True))
     if as_json:
-        typer.echo(json.dumps({"kernels": rows}))
+        typer.echo(json.dumps({"kernels": rows, "cuda_kernels": built, "cuda_kernels_missing": why}))
         return
-    _print_table([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
+    for table in filter(None, (rows, built)):
+        _print_table([list(table[0]), *([str(value) for value in row.values()] for row in table)])
+    if why is not None:
+        typer.echo(f"no CUDA kernels: {why}")
 
 
 @contextlib.contextmanager

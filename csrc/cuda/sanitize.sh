@@ -1,0 +1,24 @@
+#!/bin/sh
+# Runs the CUDA kernels' tests on their emulation, built with AddressSanitizer and UndefinedBehaviorSanitizer, and with
+# ThreadSanitizer: there each thread of a block is a thread, so a missing barrier is a data race.
+set -eu
+cd "$(dirname "$0")/../.."
+python=$PWD/.venv/bin/python
+test -x "$python" || python=$(command -v python)
+PATH=$(dirname "$python"):$PATH
+
+run() {
+  build=build/emulated-$1
+  cmake -S csrc/cuda -B "$build" -G Ninja -DTICKETOPS_EMULATE=ON -DTICKETOPS_SANITIZE="$2" \
+    -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >/dev/null
+  cmake --build "$build"
+  # Leaks are not looked for: the interpreter keeps memory to its end. Nor are races of libraries that are not built so.
+  TICKETOPS_TEST_EMULATED="$build" OMP_NUM_THREADS=1 \
+  LD_PRELOAD="$(c++ -print-file-name="lib$3.so") $(c++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
+  "$python" -m pytest -q -p no:cacheprovider python_tests/ops/test_cuda.py -k emulated
+}
+
+run address address,undefined asan
+run thread thread tsan
