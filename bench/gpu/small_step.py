@@ -3,6 +3,7 @@
 import torch
 
 from ticketops import ops
+from ticketops.ops import copies, importance
 
 
 def main() -> None:
@@ -25,7 +26,29 @@ def main() -> None:
         hidden = ops.residual_norm(context.flatten(1), x, b1[:256], b1[:256], bias=b1[:256], dropout_p=0.1)
         out = ops.ffn(hidden, w1, b1, w1.t(), b1[:256], sequences, neuron_importance=neurons)
         out.float().square().mean().backward()
+        around_the_layers(lengths, x.detach())
     torch.cuda.synchronize()
+
+
+def around_the_layers(lengths: list[int], tokens: torch.Tensor) -> None:
+    """Packing, the ranking of importance, and slices of weights: the CUDA extension's kernels, where it is built."""
+    width = max(lengths) + 3
+    mask = torch.arange(width, device="cuda") < torch.tensor(lengths, device="cuda")[:, None]
+    packing = ops.Packing.from_mask(mask, *mask.shape, mask.device)
+    padded = packing.unpack(tokens).requires_grad_()
+    packing.pack(padded).float().square().sum().backward()
+    partials = importance.Partials(
+        [torch.randn((len(lengths), 4), device="cuda") for _ in range(3)],
+        [torch.randn(len(lengths), device="cuda") for _ in range(3)],
+    )
+    totals = torch.zeros((3, 4), device="cuda", dtype=torch.float64)
+    importance.rank(importance.Sums(totals, totals[:, 0].contiguous(), [1] * 3, [1] * 3), partials)
+    kept = torch.tensor([0, 2, 3], device="cuda")
+    slices = [
+        copies.Slices(torch.randn(8, 33, device="cuda"), 0, 4, kept),
+        copies.Slices(tokens[:, :8].t(), 0, 4, kept),
+    ]
+    copies.scatter(slices, copies.gather(slices))
 
 
 if __name__ == "__main__":

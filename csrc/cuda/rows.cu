@@ -50,16 +50,16 @@ __global__ void __launch_bounds__(128)
   __shared__ int64_t parts[128];
   __shared__ int32_t warps[4];
   const int64_t batch = gridDim.x, row = blockIdx.x;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  parts[threadIdx.x] = 0;
-  for (int64_t b = threadIdx.x; b < row; b += 128) parts[threadIdx.x] += lengths[b];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  parts[thread] = 0;
+  for (int64_t b = thread; b < row; b += 128) parts[thread] += lengths[b];
   for (int half = 64; half > 0; half /= 2) {
     __syncthreads();
-    if (threadIdx.x < half) parts[threadIdx.x] += parts[threadIdx.x + half];
+    if (thread < half) parts[thread] += parts[thread + half];
   }
   __syncthreads();
   int64_t next = parts[0];
-  if (threadIdx.x == 0) starts[row] = static_cast<int32_t>(next);
+  if (thread == 0) starts[row] = static_cast<int32_t>(next);
 
   for (int64_t first = 0; first < width; first += 128) {
     const int64_t column = first + threadIdx.x, place = row * width + column;

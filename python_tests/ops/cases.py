@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ticketops.ops import Sequences, backends
+from ticketops.ops import Sequences, backends, cuda_extension
 
 #: Empty, single, prime and long sequences, in no order.
 RAGGED = [3, 0, 1, 61, 16, 17, 0, 128, 37, 513]
@@ -101,3 +101,18 @@ def assert_as_good(
     largest = (exact if terms is None else terms).abs().max().item()
     floor = 4 * torch.finfo(got.dtype).eps * largest
     assert error <= factor * bound + floor, f"{what}: error {error:.3g}, plain PyTorch {bound:.3g}, floor {floor:.3g}"
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[str]]:
+    """Collects the names of the kernels that are launched."""
+    names: list[str] = []
+    run = cuda_extension.run
+
+    def counted(kernel, *args):
+        names.append(kernel.__name__)
+        run(kernel, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_extension, "run", counted)
+        yield names

@@ -1,8 +1,6 @@
 """The CUDA kernels against plain PyTorch, bit for bit: on a GPU, and everywhere on their emulation."""
 
-import contextlib
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +15,8 @@ from ticketops.ops.copies import reference as copies_reference
 from ticketops.ops.importance import reference as importance_reference
 from ticketops.ops.rows import move_rows, number_tokens
 from ticketops.ops.rows import reference as rows_reference
+
+from .cases import launches
 
 # The fixture only chooses the device, and may serve all examples of a test.
 several = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -36,21 +36,6 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> None:
             return x
 
         monkeypatch.setattr(torch, name, created)
-
-
-@contextlib.contextmanager
-def launches() -> Iterator[list[str]]:
-    """Collects the names of the kernels that are launched."""
-    names: list[str] = []
-    run = cuda_extension.run
-
-    def counted(kernel, *args):
-        names.append(kernel.__name__)
-        run(kernel, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_extension, "run", counted)
-        yield names
 
 
 def same(one: Tensor, other: Tensor) -> bool:
