@@ -50,6 +50,7 @@ bench: setup
 
 sanitize: setup
 	csrc/sanitize.sh
+	csrc/cuda/sanitize.sh
 
 gpu:
 	$(PYTHON) -m bench.gpu

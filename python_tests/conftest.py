@@ -48,9 +48,8 @@ def emulated_kernels() -> Any:
         pytest.skip("the CUDA kernels' emulation needs a C++ compiler")
     root = Path(__file__).resolve().parents[1]
     build = root / "build" / f"emulated-{sysconfig.get_config_var('SOABI')}"
-    pybind11 = pytest.importorskip("pybind11")
-    # The tools that were installed beside this Python go before the system's.
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    cmake, ninja, pybind11 = (pytest.importorskip(name) for name in ("cmake", "ninja", "pybind11"))
+    path = f"{cmake.CMAKE_BIN_DIR}:{ninja.BIN_DIR}:{os.environ['PATH']}"
     options = {
         "TICKETOPS_EMULATE": "ON",
         "Python_EXECUTABLE": sys.executable,

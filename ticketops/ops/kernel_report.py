@@ -268,21 +268,25 @@ def kernel_table(progress: Callable[[str], None] | None = None) -> list[dict[str
     return rows
 
 
-def write_table(rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Keeps a kernel table as kernels-<triton version>.json and .md.
+def write_table(
+    rows: list[dict[str, Any]], folder: Path, compiler: str = "Triton", version: str = triton.__version__
+) -> Path:
+    """Keeps a kernel table as kernels-<compiler>-<version>.json and .md; Triton's goes without the compiler.
 
     Args:
-        rows: what `kernel_table` returned.
+        rows: what `kernel_table` or `cuda_table` returned.
         folder: where to.
+        compiler: of the kernels: "Triton" or "nvcc".
+        version: of the compiler.
 
     Returns:
         The path of the .md file.
     """
-    stem = f"kernels-{triton.__version__}"
-    record = {"triton": triton.__version__, "torch": torch.__version__, "measured_on_gpu": False, "rows": rows}
+    stem = f"kernels-{version}" if compiler == "Triton" else f"kernels-{compiler}-{version}"
+    record = {compiler.lower(): version, "torch": torch.__version__, "measured_on_gpu": False, "rows": rows}
     write_atomically(folder / f"{stem}.json", json.dumps(record, indent=1) + "\n")
     lines = [
-        f"# Triton {triton.__version__} kernels, compiled ahead of time",
+        f"# {compiler} {version} kernels, compiled ahead of time",
         "",
         "Registers of a thread, bytes spilled and bytes of shared memory of every shipped configuration.",
         "Nothing here was run or timed on a GPU.",
