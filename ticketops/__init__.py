@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ticketops.models.checkpoint import load
     from ticketops.models.export import export
     from ticketops.models.patch import PatchHandle, patch
+    from ticketops.models.rewind import rewind
     from ticketops.models.shared import SharedModel
     from ticketops.models.shrink import shrink
     from ticketops.reporting import report
@@ -26,6 +27,7 @@ __all__ = [
     "patch",
     "prune",
     "report",
+    "rewind",
     "search",
     "shrink",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "patch": "ticketops.models",
     "prune": "ticketops.tickets",
     "report": "ticketops.reporting",
+    "rewind": "ticketops.models",
     "search": "ticketops.api",
     "shrink": "ticketops.models",
 }

@@ -4,6 +4,7 @@ from ticketops.models.checkpoint import load
 from ticketops.models.cost import Cost, costs, latencies
 from ticketops.models.export import Format, expand, export
 from ticketops.models.patch import PatchHandle, check_supported, patch, weight_counts
+from ticketops.models.rewind import rewind
 from ticketops.models.shared import SharedModel
 from ticketops.models.shrink import shrink
 from ticketops.models.support import describe
@@ -21,6 +22,7 @@ __all__ = [
     "latencies",
     "load",
     "patch",
+    "rewind",
     "shrink",
     "weight_counts",
 ]

@@ -89,8 +89,8 @@ def cut_indices(model: PreTrainedModel, held: Ticket, left: Ticket) -> dict[str,
     """Tells where in a model's parameters the structures lie that a ticket leaves.
 
     Args:
-        model: with the structures of `held`.
-        held: what the model has.
+        model: with the structures of `held`, or of `left`.
+        held: what the model has, or had.
         left: a part of it.
 
     Returns:
@@ -98,10 +98,10 @@ def cut_indices(model: PreTrainedModel, held: Ticket, left: Ticket) -> dict[str,
         one that would be gone.
     """
     adapter, base = find_adapter(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(module): name for name, module in model.named_modules()}
     none = torch.empty(0, dtype=torch.int64)
     cuts = _cuts(adapter, adapter.encoder(base), base.config, held, left)
-    return {names[id(getattr(linear, name))]: (dim, none if kept is None else kept) for linear, name, dim, kept in cuts}
+    return {f"{names[id(linear)]}.{name}": (dim, none if kept is None else kept) for linear, name, dim, kept in cuts}
 
 
 Cut = tuple[nn.Linear, str, int, Tensor | None]

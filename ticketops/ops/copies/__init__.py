@@ -51,25 +51,29 @@ class Slices:
             )
 
 
-def gather(slices: Sequence[Slices]) -> list[Tensor]:
+def gather(slices: Sequence[Slices], out: Sequence[Tensor] | None = None) -> list[Tensor]:
     """Copies slices out of tensors.
 
     Args:
         slices: what to copy, of any dtypes and devices.
+        out: for each where to, of the shape `Slices.shape` and its tensor's dtype and device; None for new tensors.
 
     Returns:
-        For each its slices side by side, contiguous, of the shape `Slices.shape`.
+        For each its slices side by side; new ones are contiguous.
 
     Raises:
-        InputError: a tensor, dimension, number of slices and index that do not fit together.
+        InputError: parts that do not fit together.
     """
     for each in slices:
         each.check()
-    copies: dict[int, Tensor] = {}
+    if out is None:
+        out = [torch.empty(each.shape, dtype=each.tensor.dtype, device=each.tensor.device) for each in slices]
+    else:
+        _check_values(slices, out)
     for places in _by_device(slices):
         part = [slices[place] for place in places]
-        copies.update(zip(places, _implementation(part).gather(part), strict=True))
-    return [copies[place] for place in range(len(slices))]
+        _implementation(part).gather(part, [out[place] for place in places])
+    return list(out)
 
 
 def scatter(slices: Sequence[Slices], values: Sequence[Tensor]) -> None:
@@ -82,17 +86,22 @@ def scatter(slices: Sequence[Slices], values: Sequence[Tensor]) -> None:
     Raises:
         InputError: parts that do not fit together.
     """
-    for each, value in zip(slices, values, strict=True):
+    for each in slices:
         each.check()
-        tensor = each.tensor
-        if (list(value.shape), value.dtype, value.device) != (each.shape, tensor.dtype, tensor.device):
-            raise InputError(
-                f"slices of shape {each.shape} of {tensor.dtype} on {tensor.device} cannot take {list(value.shape)} of "
-                f"{value.dtype} on {value.device}"
-            )
+    _check_values(slices, values)
     for places in _by_device(slices):
         part = [slices[place] for place in places]
         _implementation(part).scatter(part, [values[place] for place in places])
+
+
+def _check_values(slices: Sequence[Slices], values: Sequence[Tensor]) -> None:
+    for each, value in zip(slices, values, strict=True):
+        tensor = each.tensor
+        if (list(value.shape), value.dtype, value.device) != (each.shape, tensor.dtype, tensor.device):
+            raise InputError(
+                f"slices of shape {each.shape} of {tensor.dtype} on {tensor.device} do not go with "
+                f"{list(value.shape)} of {value.dtype} on {value.device}"
+            )
 
 
 def _by_device(slices: Sequence[Slices]) -> Iterable[list[int]]:

@@ -10,6 +10,7 @@ from ticketops.ops.copies import Slices, reference
 
 #: The kernel's divisions are of 32 bits.
 _MOST_VECTORS = 2**31
+_DENSE = torch.contiguous_format
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -17,11 +18,17 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return cuda.refusal(device)
 
 
-def gather(slices: list[Slices]) -> list[Tensor]:
+@torch.no_grad()
+def gather(slices: list[Slices], out: list[Tensor]) -> None:
     """See ticketops.ops.copies.gather."""
-    copies = [torch.empty(each.shape, dtype=each.tensor.dtype, device=each.tensor.device) for each in slices]
+    copies = [copy if copy.is_contiguous() else torch.empty_like(copy, memory_format=_DENSE) for copy in out]
     _run(slices, copies, scatter=False)
-    return copies
+    for given, copy in zip(out, copies, strict=True):
+        if copy is not given:
+            given.copy_(copy)
+        else:
+            # Autograd must hear of what was written behind its back.
+            torch.autograd.graph.increment_version(given)
 
 
 @torch.no_grad()
@@ -29,7 +36,6 @@ def scatter(slices: list[Slices], values: list[Tensor]) -> None:
     """See ticketops.ops.copies.scatter."""
     _run(slices, [value.contiguous() for value in values], scatter=True)
     for each in slices:
-        # Autograd must hear of what was written behind its back.
         torch.autograd.graph.increment_version(each.tensor)
 
 
@@ -47,7 +53,7 @@ def _run(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
             if scatter:
                 reference.scatter([each], [part])
             else:
-                part.copy_(reference.gather([each])[0])
+                reference.gather([each], [part])
             continue
         index = each.index.contiguous()
         alive.append(index)

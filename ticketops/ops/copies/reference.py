@@ -10,9 +10,11 @@ def refusal(device: torch.device, dtype: torch.dtype) -> None:
     """Never refuses: plain PyTorch runs everywhere."""
 
 
-def gather(slices: list[Slices]) -> list[Tensor]:
+@torch.no_grad()
+def gather(slices: list[Slices], out: list[Tensor]) -> None:
     """See ticketops.ops.copies.gather."""
-    return [_divided(each.tensor.detach(), each).index_select(each.dim, each.index).view(each.shape) for each in slices]
+    for each, copy in zip(slices, out, strict=True):
+        copy.copy_(_divided(each.tensor, each).index_select(each.dim, each.index).view(each.shape))
 
 
 @torch.no_grad()

@@ -1,0 +1,80 @@
+"""Rewinding: a model gets its earlier weights back, such as the pre-trained ones, and keeps its ticket."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ticketops.errors import InputError
+from ticketops.models.patch import find_adapter
+from ticketops.models.record import held_ticket
+from ticketops.models.shrink import cut_indices
+from ticketops.ops.copies import Slices, gather
+from ticketops.tickets import Ticket
+
+
+def rewind(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Puts earlier weights back into a model, in place; on a GPU all of them in one launch.
+
+    A ticket applied to a patched model stays applied, and a shrunk model takes of the whole model's weights the rows
+    and columns that it still has. Parameters stay the same objects, so an optimizer goes on with them; its state is
+    its own affair.
+
+    Args:
+        model: stock, patched or shrunk.
+        weights: tensors of the whole model's shapes by their names in the model's or the bare model's state_dict, of
+            any floating dtype, best on the model's device; what is not named, such as a task head, is left alone.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        InputError: a name that the model does not know, or a tensor of another shape.
+        UnsupportedError: a model that ticketops does not serve.
+
+    Source: arXiv 2105.12002, section 3: a ticket starts again from the pre-trained weights.
+    """
+    _, base = find_adapter(model)
+    held = held_ticket(base.config)
+    places = cut_indices(model, Ticket.full(held.num_layers, held.num_heads), held)
+    state = model.state_dict(keep_vars=True)
+    prefix = f"{model.base_model_prefix}."
+    slices: list[Slices] = []
+    targets: list[Tensor] = []
+    indices: dict[tuple[int, torch.device], Tensor] = {}
+    for given, value in weights.items():
+        name = given if given in state or given in places else prefix + given
+        target = state.get(name)
+        dim, kept = places.get(name, (0, None))
+        if target is None and kept is not None:
+            # It went with its FFN.
+            continue
+        shape = None if target is None else list(target.shape)
+        if target is None or list(value.shape) != _whole(shape, dim, value, kept):
+            known = "no such weights" if target is None else f"{shape} of it"
+            raise InputError(
+                f"cannot rewind {given!r} to {list(value.shape)}: this {type(model).__name__} has {known}; pass the "
+                "state_dict of the whole model"
+            )
+        value = value.detach().to(target.device, target.dtype)
+        if kept is None and not value.ndim:
+            value, target = value[None], target[None]
+        # What is not cut is one slice, the whole.
+        groups = 1 if kept is None else value.shape[dim]
+        key = id(kept), target.device
+        if key not in indices:
+            indices[key] = (torch.zeros(1, dtype=torch.int64) if kept is None else kept).to(target.device)
+        slices.append(Slices(value, dim, groups, indices[key]))
+        targets.append(target)
+    with torch.no_grad():
+        gather(slices, targets)
+    return model
+
+
+def _whole(shape: list[int] | None, dim: int, value: Tensor, kept: Tensor | None) -> list[int] | None:
+    """The whole tensor's shape, of which the model has `shape`."""
+    if shape is None or kept is None:
+        return shape
+    fits = dim < value.ndim and (not len(kept) or value.shape[dim] > int(kept.max()))
+    return [*shape[:dim], value.shape[dim] if fits else -1, *shape[dim + 1 :]]
