@@ -23,11 +23,11 @@ def test_tiny_run_goes_all_the_way_and_claims_nothing(tmp_path):
     assert record["machine"]["device"] == "Triton interpreter on the CPU"
     assert record["tests"]["passed"]
     assert "ratios" not in record
-    assert {row["bench"] for row in record["rows"]} == {"attention", "ffn", "projection", "step"}
+    assert {row["bench"] for row in record["rows"]} == {"attention", "ffn", "projection", "step", "shrunk"}
     for row in record["rows"]:
         assert row["gate"] == "green"
         assert row["ms"] > 0, row
-    assert len(list(tmp_path.glob("*.png"))) == 5
+    assert len(list(tmp_path.glob("*.png"))) == 7
 
 
 def test_tiny_results_stay_out_of_the_repository():

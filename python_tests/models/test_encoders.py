@@ -13,6 +13,7 @@ from models.conftest import HEADS, LAYERS
 from models.test_shrink import TICKETS, close
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.patch import ADAPTERS, find_adapter
+from ticketops.models.record import kept_neurons
 from ticketops.tickets import Ticket
 
 NAMES = [adapter.base.__name__.removesuffix("Model") for adapter in ADAPTERS]
@@ -94,8 +95,10 @@ def inputs(encoder):
 def masked(stock, ticket):
     """The stock model with the ticket's masks multiplied in, at the linear layers that every encoder has."""
     adapter, base = find_adapter(stock)
-    for layer, heads, ffn in zip(adapter.layers(base), ticket.head_mask, ticket.ffn_mask, strict=True):
+    masks = (ticket.head_mask, ticket.ffn_mask, kept_neurons(ticket, 64))
+    for layer, heads, ffn, neurons in zip(adapter.layers(base), *masks, strict=True):
         parts, mask = adapter.parts(layer), heads.repeat_interleave(12)
+        parts.fc2.register_forward_pre_hook(lambda module, args, neurons=neurons: (args[0] * neurons,))
         parts.output.register_forward_pre_hook(lambda module, args, mask=mask: (args[0] * mask,))
         parts.fc2.register_forward_hook(lambda module, args, output, ffn=ffn: output * ffn)
     return stock
@@ -157,7 +160,7 @@ def test_other_configurations_equal_stock(name, changes):
         compare(model, stock, draw(model))
 
 
-@pytest.mark.parametrize("name", ["full", "neither"])
+@pytest.mark.parametrize("name", ["full", "neither", "neurons"])
 def test_patched_equals_stock_under_tickets(name, encoder, inputs):
     want = masked(copy.deepcopy(encoder), TICKETS[name])
     classes = [type(module) for module in encoder.modules()]

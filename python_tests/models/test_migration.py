@@ -9,17 +9,23 @@ from transformers import AutoModelForSequenceClassification
 
 import ticketops
 from models.test_apply import masked
+from models.test_encoders import NAMES, draw, make
+from models.test_encoders import masked as masked_encoder
 from models.test_shrink import close
 from ticketops import Ticket
 from ticketops.errors import InputError
+from ticketops.models.record import held_ticket
 
 HEADS_ONLY = Ticket(torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1]]).bool(), torch.ones(3).bool())
 
 
 @pytest.fixture
 def old(model, tmp_path):
+    return as_old(model, tmp_path / "old")
+
+
+def as_old(model, folder):
     """A folder as 4.x wrote it: true shapes, and what is gone instead of what is there."""
-    folder = tmp_path / "old"
     ticketops.shrink(copy.deepcopy(model), HEADS_ONLY).save_pretrained(folder)
     content = json.loads((folder / "config.json").read_text())
     del content["ticketops"]
@@ -38,6 +44,32 @@ def test_it_loads_and_leaves_as_a_ticket(old, model, batch, tmp_path):
     assert "pruned_heads" not in content
     assert Ticket.load(new / "ticket.safetensors") == HEADS_ONLY
     torch.testing.assert_close(ticketops.load(new)(**batch).logits, want, **close)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_encoder_loads_everywhere(name, tmp_path):
+    model = make(f"{name}ForSequenceClassification")
+    batch = draw(model)
+    want = masked_encoder(copy.deepcopy(model), HEADS_ONLY)(**batch).logits
+    folder = as_old(model, tmp_path / "old")
+    for each in (ticketops.load(folder), AutoModelForSequenceClassification.from_pretrained(folder)):
+        assert held_ticket(each.config) == HEADS_ONLY
+        torch.testing.assert_close(each(**batch).logits, want, **close)
+        with ticketops.patch(each):
+            torch.testing.assert_close(each(**batch).logits, want, **close)
+
+
+def test_weights_that_do_not_fit_their_record_are_refused(old):
+    content = json.loads((old / "config.json").read_text())
+    # Layer 0 has two heads' weights, and would be said to have three.
+    (old / "config.json").write_text(json.dumps(content | {"pruned_heads": {"0": [1], "2": [2, 1, 0]}}))
+    with pytest.raises(InputError, match="which its configuration does not make"):
+        ticketops.load(old)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForSequenceClassification.from_pretrained(old)
+    # Other heads of the same number fit the weights: which ones they are, only the record knows.
+    (old / "config.json").write_text(json.dumps(content | {"pruned_heads": {"0": [0, 3], "2": [2, 1, 0]}}))
+    assert held_ticket(ticketops.load(old).config).head_mask[0].tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("junk", [{"3": [0]}, {"0": [4]}, {"0": 1}, {"x": []}, [1], {"0": [True]}, "all"])

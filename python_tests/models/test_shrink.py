@@ -173,6 +173,39 @@ def test_training_goes_on_with_the_optimizers_state(make, model, ticket):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_the_optimizers_state_is_cut_exactly(make, model, batch):
+    """The state of what is left is bit for bit what it was; that of what is gone is gone."""
+    ticket, optimizer = TICKETS["neurons"], make(model.parameters())
+    model(**batch).loss.backward()
+    optimizer.step()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    old = {name: copy.deepcopy(optimizer.state[parameter]) for name, parameter in model.named_parameters()}
+    ticketops.shrink(model, ticket, optimizer=optimizer)
+    neurons, layer = kept_neurons(ticket, 64), "bert.encoder.layer.{}.".format
+    rows = {f"{layer(0)}intermediate.dense.{name}": neurons[0] for name in ("weight", "bias")}
+    rows |= {
+        f"{layer(2)}attention.self.{name}.weight": ticket.head_mask[2].repeat_interleave(12)
+        for name in ["query", "key"]
+    }
+    columns = {f"{layer(0)}output.dense.weight": neurons[0]}
+    columns[f"{layer(2)}attention.output.dense.weight"] = ticket.head_mask[2].repeat_interleave(12)
+    left = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
+    assert left.keys() == {name for name, _ in model.named_parameters()}
+    assert set(old) - set(left) == {f"{layer(2)}intermediate.dense.bias", f"{layer(2)}output.dense.bias"}
+    for name, state in left.items():
+        for key, value in state.items():
+            want = old[name][key]
+            if isinstance(value, torch.Tensor) and want.ndim and name in rows:
+                want = want[rows[name]]
+            elif isinstance(value, torch.Tensor) and want.ndim and name in columns:
+                want = want[:, columns[name]]
+            elif isinstance(value, torch.Tensor) and value.shape != want.shape:
+                assert name.startswith((layer(1), layer(2))), name
+                continue
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(want)), (name, key)
+
+
 def test_gradients_are_cut_along(model, batch):
     ticket = TICKETS["uneven"]
     model(**batch).loss.backward()

@@ -1,0 +1,62 @@
+"""What is left of BERT-base when 25, 50 and 75 % of its heads and FFNs are gone, against all of it: inference and
+training at the sizes of `bench.shrunk`, memory and bytes."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from bench import shrunk
+from bench.gpu.measure import Row, Setting, measured
+from ticketops import patch, shrink
+
+
+def rows(setting: Setting) -> list[Row]:
+    """Measures what each ticket leaves ("ticketops") against the whole model, patched and in stock transformers.
+
+    Returns:
+        The rows, with the most memory that a call allocated on a GPU, and the bytes of the weights.
+    """
+    torch.manual_seed(0)
+    sizes = (
+        {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
+        if setting.tiny
+        else {}
+    )
+    whole = BertForSequenceClassification(BertConfig(**sizes, attn_implementation="sdpa")).to(setting.device)
+    patched = copy.deepcopy(whole)
+    patch(patched)
+    cells = [(2, 5)] if setting.tiny else [(batch, length) for batch in (1, 8, 32, 128) for length in (32, 128, 512)]
+    table = []
+    for share in shrunk.SHARES:
+        small = shrink(copy.deepcopy(whole), shrunk.random_ticket(whole, share))
+        patch(small)
+        verdict = shrunk.check(whole, {shrunk.title(share): small})
+        contenders = {"ticketops": small, "whole model, ticketops": patched, "whole model, transformers": whole}
+        for batch, length in cells:
+            for kind in shrunk.PASSES:
+                for name, model in contenders.items():
+                    row = {
+                        "bench": "shrunk",
+                        "workload": f"{shrunk.title(share)}, {batch} x {length}",
+                        "tokens": batch * length,
+                        "pass": kind,
+                        "contender": name,
+                        "gate": verdict,
+                        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+                    }
+                    inputs = shrunk.make_batch(model, batch, length)
+                    if setting.device == "cuda":
+                        torch.cuda.reset_peak_memory_stats()
+
+                    def build(
+                        model: torch.nn.Module = model, inputs: dict[str, torch.Tensor] = inputs, kind: str = kind
+                    ) -> Callable[[], object]:
+                        return shrunk.runner(model, inputs, kind)
+
+                    row = measured(row, build, None, setting)
+                    if setting.device == "cuda":
+                        row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+                    table.append(row)
+    return table

@@ -1,0 +1,328 @@
+"""What the 25 %, 50 % and 75 % tickets of a model save against all of it: time, memory and bytes on disk.
+
+    python -m bench.shrunk --model demo --batches 1,8,32,128 --lengths 32,128,512 --output bench/results
+
+All contenders run in one process and take turns on every batch, since a machine's speed drifts more than they differ.
+Batches have no padding. A ticket is removed from the weights (`ticketops.shrink`), then the model is patched. What
+loses is in the table like what wins. A file that is there is extended, so that the measurement can be cut into parts.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import multiprocessing
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from bench.step import circumstances
+from ticketops import Importance, Ticket, patch, prune, shrink
+from ticketops.errors import TicketopsError
+from ticketops.files import write_atomically
+from ticketops.tasks import demo_model
+
+SHARES = (0.25, 0.5, 0.75)
+WHOLE, STOCK = "whole", "whole, transformers"
+PASSES = ("inference", "training")
+#: Sizes whose memory is measured too.
+MEMORY_CELL = (32, 128)
+Row = dict[str, Any]
+
+
+def make(name: str, device: str) -> PreTrainedModel:
+    """A model of an architecture with random weights, on which no time here depends.
+
+    Args:
+        name: "demo" for MiniLM's sizes, "bert-base" for BERT's, or a folder.
+        device: where to put it.
+    """
+    torch.manual_seed(0)
+    if name == "bert-base":
+        config: Any = transformers.BertConfig()
+    else:
+        config = AutoConfig.from_pretrained(demo_model() if name == "demo" else name)
+    return AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa").to(device)
+
+
+def random_ticket(model: PreTrainedModel, share: float) -> Ticket:
+    """A ticket that prunes a share of all heads and of all FFNs, drawn at random: uneven, as found ones are."""
+    config = model.config
+    return prune(Importance(config.num_hidden_layers, config.num_attention_heads), share, kind="random")
+
+
+def contenders(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The whole model in stock transformers and patched, and what each ticket leaves of it, patched."""
+    found = {STOCK: model, WHOLE: copy.deepcopy(model)}
+    found |= {title(share): shrink(copy.deepcopy(model), random_ticket(model, share)) for share in SHARES}
+    for name, each in found.items():
+        if name != STOCK:
+            patch(each)
+    return found
+
+
+def title(share: float) -> str:
+    """The name of the contender that lacks a share of heads and FFNs."""
+    return f"{share:.0%} pruned"
+
+
+def check(model: PreTrainedModel, models: dict[str, PreTrainedModel]) -> str:
+    """The correctness gate: each contender against the whole model with the ticket's masks applied.
+
+    Returns:
+        "green", or what is wrong.
+    """
+    batch = make_batch(model, 4, 16)
+    batch["attention_mask"][1:, 9:] = 0
+    twin = copy.deepcopy(model).eval()
+    handle = patch(twin)
+    for name, each in models.items():
+        share = next((share for share in SHARES if title(share) == name), None)
+        handle.apply(None if share is None else random_ticket(model, share))
+        with torch.no_grad():
+            want, got = twin(**batch).logits, each.eval()(**batch).logits
+        error = (want - got).abs().max().item()
+        if not error <= 1e-4 * max(1.0, want.abs().max().item()):
+            return f"red: {name} differs by {error:.1e}"
+    return "green"
+
+
+def make_batch(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Token ids without padding, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch) % 2}
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def runner(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str) -> Callable[[], object]:
+    """One call of a model: "inference", or a whole step of "training" (forward, backward, AdamW, dropout on)."""
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+    if kind == "inference":
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+
+        def infer() -> object:
+            with torch.inference_mode(), autocast:
+                return model.eval()(**inputs)
+
+        return infer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def train() -> None:
+        with autocast:
+            loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
+def measure(models: dict[str, PreTrainedModel], batch: int, length: int, kind: str, seconds: float) -> list[Row]:
+    """Lets the contenders take turns on one batch.
+
+    Args:
+        models: by name.
+        batch, length: sizes of the batch.
+        kind: of PASSES.
+        seconds: no turn is begun after that many, beyond the third.
+
+    Returns:
+        One row a contender: milliseconds with 20 % and 80 % quantiles, and how many times as fast as the whole model it
+        is, as the median of the turns' ratios.
+    """
+    inputs = make_batch(next(iter(models.values())), batch, length)
+    calls = {name: runner(model, inputs, kind) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + seconds
+    while len(times[WHOLE]) < 3 or (time.perf_counter() < end and len(times[WHOLE]) < 200):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    rows = []
+    for name, taken in times.items():
+        low, *_, high = statistics.quantiles(taken, n=5, method="inclusive")
+        ratio = statistics.median(whole / own for whole, own in zip(times[WHOLE], taken, strict=True))
+        rows.append(
+            {
+                "pass": kind, "batch": batch, "length": length, "contender": name, "turns": len(taken),
+                "ms": statistics.median(taken), "ms_q20": low, "ms_q80": high, "times_as_fast": ratio,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _peaks(name: str, contender: str) -> dict[str, float]:
+    """Most memory in MiB that one call of each kind needs beyond what is there, in a process that runs nothing else."""
+    model = contenders(make(name, "cpu"))[contender]
+    batch, length = MEMORY_CELL
+    inputs = make_batch(model, batch, min(length, model.config.max_position_embeddings))
+    found = {}
+    for kind in PASSES:
+        call = runner(model, inputs, kind)
+        gc.collect()
+        # Linux forgets the highest value so far, that of making the models.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        call()
+        found[f"{kind}_mib"] = round((_resident("VmHWM") - before) / 1024, 1)
+    return found
+
+
+def _resident(name: str) -> int:
+    """A line of the process's memory accounts, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def sizes(name: str, models: dict[str, PreTrainedModel]) -> list[Row]:
+    """Parameters, bytes of the saved weights, and peak memory of each contender."""
+    rows = []
+    spawn = multiprocessing.get_context("spawn")
+    for contender, model in models.items():
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            stored = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        row: Row = {"contender": contender, "bytes": stored, "parameters": sum(p.numel() for p in model.parameters())}
+        with spawn.Pool(1) as pool:
+            rows.append(row | pool.apply(_peaks, (name, contender)))
+    return rows
+
+
+def markdown(record: Row) -> str:
+    """The record as tables: a row a batch, a column a contender."""
+    machine, names = record["machine"], [STOCK, WHOLE, *map(title, SHARES)]
+    head = f"# Shrunk models: {record['model']} on {machine['device']}, {machine['threads']} threads"
+    text = [head, "", f"`{record['command']}`, {record['gate']} gate, torch {machine['torch']}", ""]
+    for kind in PASSES:
+        text += [f"## {kind.capitalize()}, milliseconds a batch (times as fast as whole, patched)", ""]
+        text += ["| batch x length | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+        cells = {(row["batch"], row["length"]) for row in record["rows"] if row["pass"] == kind}
+        for batch, length in sorted(cells, key=lambda cell: (cell[1], cell[0])):
+            found = {
+                row["contender"]: row
+                for row in record["rows"]
+                if (row["pass"], row["batch"], row["length"]) == (kind, batch, length)
+            }
+            values = [f"{found[name]['ms']:.1f} ({found[name]['times_as_fast']:.2f}x)" for name in names]
+            text.append(f"| {batch} x {length} | " + " | ".join(values) + " |")
+        text.append("")
+    if record.get("sizes"):
+        batch, length = MEMORY_CELL
+        text += [f"## Sizes; peak memory beyond the model for a batch of {batch} x {length}", ""]
+        text += ["| | parameters | bytes of weights | inference MiB | training MiB |", "| --- |" + " ---: |" * 4]
+        text += [
+            f"| {row['contender']} | {row['parameters']:,} | {row['bytes']:,} | {row['inference_mib']:.0f} | "
+            f"{row['training_mib']:.0f} |"
+            for row in record["sizes"]
+        ]
+        text.append("")
+    losing = [row for row in record["rows"] if row["times_as_fast"] < 1 and row["contender"] not in (WHOLE, STOCK)]
+    text += [f"Tickets slower than the whole model: {len(losing)} of {len(record['rows'])} rows."]
+    text += [f"* {row['contender']}, {row['pass']}, {row['batch']} x {row['length']}" for row in losing]
+    return "\n".join(text) + "\n"
+
+
+def draw(record: Row, path: Path) -> None:
+    """Plots how many times as fast each ticket is, over the tokens of a batch, with a line at 1."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, len(PASSES), sharey=True)
+    for axes, kind in zip(panels, PASSES, strict=True):
+        for name in (STOCK, *map(title, SHARES)):
+            for length, marker in zip(sorted({row["length"] for row in record["rows"]}), "osD^v", strict=False):
+                chosen = [
+                    row
+                    for row in record["rows"]
+                    if (row["pass"], row["contender"], row["length"]) == (kind, name, length)
+                ]
+                chosen.sort(key=lambda row: row["batch"])
+                colour = f"C{(STOCK, *map(title, SHARES)).index(name)}"
+                label = f"{name}, {length} tokens"
+                values = [row["times_as_fast"] for row in chosen]
+                axes.plot([row["batch"] for row in chosen], values, marker=marker, color=colour, label=label)
+        axes.axhline(1.0, color="black", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("batch")
+        axes.set_title(kind)
+    panels[0].set_ylabel("times as fast as the whole model, patched")
+    panels[-1].legend(fontsize="xx-small", ncols=2)
+    figure.suptitle(f"{record['model']} on {record['machine']['device']}", fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> int:
+    """Measures, and writes shrunk-<model>-<device>.json, .md and .png.
+
+    Returns:
+        The exit code: 0, or 1 where the gate is red.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bench.shrunk", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--model", default="demo", help="demo (MiniLM), bert-base, or a folder; weights are random")
+    parser.add_argument("--batches", type=_numbers, default=[1, 8, 32, 128])
+    parser.add_argument("--lengths", type=_numbers, default=[32, 128, 512])
+    parser.add_argument("--passes", default=",".join(PASSES), help="inference, training or both")
+    parser.add_argument("--seconds", type=float, default=6, help="for each batch, beyond three turns")
+    parser.add_argument("--most-tokens", type=int, default=2**16, help="leaves out larger batches")
+    parser.add_argument("--no-sizes", action="store_true", help="leaves out file size and peak memory")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    whole = make(options.model, "cpu")
+    models = contenders(whole)
+    machine = circumstances(torch.device("cpu"))
+    name = re.sub(r"[^a-z0-9]+", "-", f"{Path(options.model).name} {machine['device']}".lower()).strip("-")
+    path = options.output / f"shrunk-{name}.json"
+    record: Row = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    record |= {
+        "model": Path(options.model).name,
+        "machine": machine,
+        "command": f"python -m bench.shrunk --model {Path(options.model).name}",
+        "gate": check(whole, models),
+    }
+    if record["gate"] != "green":
+        print(record["gate"], file=sys.stderr)
+        return 1
+    for kind in options.passes.split(","):
+        for length in options.lengths:
+            for batch in options.batches:
+                if batch * length > options.most_tokens:
+                    continue
+                print(f"{kind} {batch} x {length}", file=sys.stderr)
+                record["rows"] = [
+                    row for row in record["rows"] if (row["pass"], row["batch"], row["length"]) != (kind, batch, length)
+                ] + measure(models, batch, length, kind, options.seconds)
+    if not options.no_sizes:
+        record["sizes"] = sizes(options.model, models)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    write_atomically(path.with_suffix(".md"), markdown(record))
+    draw(record, path.with_suffix(".png"))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except TicketopsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
