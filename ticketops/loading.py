@@ -1,7 +1,9 @@
 """Lets transformers' own `from_pretrained` make shrunk models, without importing transformers.
 
-transformers' register_patch_mapping would replace classes by name in every one of its modules, so `BertEncoder` of
-bert_generation too, and repoint the output recorders; here one method of exactly these classes learns about the record.
+Here one method of a few classes learns about the record in a configuration. transformers' register_patch_mapping, the
+other way, is not used: it holds for every model that is made afterwards, takes names for regular expressions (so
+"BertEncoder" would stand for MobileBertEncoder and for bert_generation's BertEncoder too), gives models other classes
+than the stock ones, and its per-layer sizes would have to repeat what the record says.
 """
 
 import functools
