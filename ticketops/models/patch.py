@@ -26,6 +26,7 @@ from ticketops.models.refusals import why_not
 from ticketops.models.roberta import ROBERTA
 from ticketops.models.xlm_roberta import XLM_ROBERTA
 from ticketops.ops import Packing
+from ticketops.ops.packing import check_rows
 from ticketops.tickets import Granularity, Importance, Ticket, WeightCounts
 
 ADAPTERS: tuple[Adapter, ...] = (
@@ -223,7 +224,9 @@ class PatchHandle:
         ]
         if type(model).__name__.endswith(_FIRST_TOKEN_HEADS):
             place = list(inspect.signature(model.forward).parameters).index("attention_mask")
-            self._hooks.append(model.register_forward_pre_hook(partial(_check_first_tokens, place), with_kwargs=True))
+            self._hooks.append(
+                model.register_forward_pre_hook(partial(_check_first_tokens, self, place), with_kwargs=True)
+            )
 
     def _swap(self, module: nn.Module, swaps: dict[type[nn.Module], type[nn.Module]], state: object) -> None:
         if type(module) in swaps:
@@ -481,19 +484,20 @@ def _before_forward(
     return (), kwargs
 
 
-@torch.compiler.disable
-def _check_first_tokens(place: int, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_first_tokens(
+    handle: PatchHandle, place: int, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Refuses padding where the task head reads: stock models leave there what a padding token attends to."""
     mask = args[place] if len(args) > place else kwargs.get("attention_mask")
-    if mask is None or mask[..., 0].all():
+    if mask is None:
         return
     rows = mask.flatten(0, -2).bool()
-    left = rows.any(1) & ~rows[:, 0]
-    if left.any():
-        raise InputError(
-            f"row {int(left.nonzero()[0])} of the attention mask begins with padding, which {type(model).__name__} "
-            "would read as its first token: pad on the right (tokenizer.padding_side = 'right')"
-        )
+    problem = (
+        f"begins with padding, which {type(model).__name__} would read as its first token: pad on the right "
+        "(tokenizer.padding_side = 'right')"
+    )
+    # Packing waits for the device anyway.
+    check_rows(rows[:, 0] | ~rows.any(1), problem, wait=handle._unpad)
 
 
 # Packing asks for the number of real tokens, which a compiler cannot know: it runs outside of compiled graphs.

@@ -131,7 +131,8 @@ class Packing:
         first = real.int().argmax(1).int()
         columns = torch.arange(width, device=mask.device)
         unbroken = (columns >= first[:, None]) & (columns < (first + lengths)[:, None])
-        _check_unbroken(unbroken == real)
+        problem = "has holes, which unpad=False cannot serve: patch(model, unpad=True) packs it"
+        check_rows((unbroken == real).all(1), problem, wait=False)
         starts = torch.arange(batch, dtype=torch.int32, device=mask.device) * width + first
         starts, lengths = (x.to(device, non_blocking=True) for x in (starts, lengths))
         return cls(None, None, Sequences(starts, lengths, width), batch, width)
@@ -164,21 +165,20 @@ class Packing:
         return packed.view(self.batch, self.width, packed.shape[-1])
 
 
-def _check_unbroken(fine: Tensor) -> None:
-    """Refuses an attention mask with holes.
+def check_rows(fine: Tensor, problem: str, wait: bool) -> None:
+    """Refuses an attention mask with a row that cannot be served.
 
     Args:
-        fine: bool [B, S], False where a hole is.
+        fine: bool [B], False where a row is not.
+        problem: what such a row of the mask does, and the remedy.
+        wait: the host may wait for a GPU to learn which row it is; else the GPU stops the program with an assertion.
+
+    Raises:
+        InputError: some row is not fine, and the host knows.
     """
-    if fine.is_cpu and not torch.compiler.is_compiling():
-        holes = (~fine).any(1).nonzero()
-        if len(holes):
-            raise InputError(
-                f"row {int(holes[0])} of the attention mask has holes, which unpad=False cannot serve: "
-                "patch(model, unpad=True) packs it"
-            )
+    if (wait or fine.is_cpu) and not torch.compiler.is_compiling():
+        bad = (~fine).nonzero()
+        if len(bad):
+            raise InputError(f"row {int(bad[0])} of the attention mask {problem}")
     else:
-        torch._assert_async(
-            fine.all(),
-            "the attention mask has holes, which unpad=False cannot serve: patch(model, unpad=True) packs it",
-        )
+        torch._assert_async(fine.all(), f"a row of the attention mask {problem}")
