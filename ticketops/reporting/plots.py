@@ -100,7 +100,7 @@ def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket],
     _colour_bar(first, image, "normalised score")
     for axes in second:
         kept_heads = np.mean([ticket.head_mask.numpy() for ticket in tickets], axis=0)
-        kept_ffns = np.mean([ticket.ffn_mask.numpy() for ticket in tickets], axis=0)
+        kept_ffns = np.mean([ticket.ffn_shares.numpy() for ticket in tickets], axis=0)
         image = _structures(axes, kept_heads, kept_ffns, _KEPT, 1.0)
         axes.set_title(f"Kept by {name}", fontsize=10)
         if len(tickets) > 1:

@@ -100,6 +100,11 @@ class Ticket:
         return None if self._neuron_mask is None else self._neuron_mask.clone()
 
     @property
+    def ffn_shares(self) -> Tensor:
+        """Float64 [layers] on the CPU: the share of each FFN's neurons that is kept, 0 for a pruned FFN."""
+        return self._ffn_mask.double() if self._neuron_mask is None else self._neuron_mask.double().mean(1)
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         """Where the ticket comes from, as JSON values; a read-only copy."""
         return MappingProxyType(json.loads(self._metadata))
@@ -285,8 +290,7 @@ class Ticket:
 
     @property
     def _kept(self) -> float:
-        ffns = self._ffn_mask if self._neuron_mask is None else self._neuron_mask.double().mean(1)
-        return float(self._head_mask.sum() + ffns.sum())
+        return float(self._head_mask.sum() + self.ffn_shares.sum())
 
     def _neurons(self, other: "Ticket") -> tuple[Tensor, Tensor] | None:
         """The neurons that each of two tickets keeps, where one of them prunes any; checks that they fit."""
