@@ -2,8 +2,10 @@
 // another. So the sanitizers see what the kernels do: addresses, races between barriers, undefined arithmetic.
 #pragma once
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -53,6 +55,7 @@ class Barrier {
 };
 
 inline Barrier* block_barrier;
+inline std::deque<Barrier>* warp_barriers;
 
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, void*, Arguments... arguments) {
@@ -60,7 +63,10 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, 
   gridDim = dim3(static_cast<unsigned>(blocks));
   const unsigned members = threads.x * threads.y;
   Barrier barrier(members);
+  std::deque<Barrier> warps;
+  for (unsigned first = 0; first < members; first += 32) warps.emplace_back(std::min(32u, members - first));
   block_barrier = &barrier;
+  warp_barriers = &warps;
   std::vector<std::thread> team;
   for (unsigned member = 0; member < members; ++member)
     team.emplace_back([=, &barrier] {
@@ -79,16 +85,17 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, 
 
 inline void __syncthreads() { ticketops::cuda::block_barrier->wait(); }
 
-// For whole blocks only, which the kernels keep to.
+// For whole warps only, which the kernels keep to; like the GPU's it holds back one warp and not the block.
 inline unsigned __ballot_sync(unsigned, bool vote) {
   static bool votes[1024];
   const unsigned member = threadIdx.y * blockDim.x + threadIdx.x, first = member / 32 * 32;
+  ticketops::cuda::Barrier& warp = (*ticketops::cuda::warp_barriers)[member / 32];
   votes[member] = vote;
-  __syncthreads();
+  warp.wait();
   unsigned word = 0;
   for (unsigned lane = 0; lane < 32 && first + lane < blockDim.x * blockDim.y; ++lane)
     word |= static_cast<unsigned>(votes[first + lane]) << lane;
-  __syncthreads();
+  warp.wait();
   return word;
 }
 

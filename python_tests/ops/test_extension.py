@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 
-from ticketops.ops import backends, extension
+from ticketops.ops import backends, cuda_extension, extension
 
 CPU = torch.device("cpu")
 
@@ -67,6 +67,42 @@ def test_a_missing_extension_is_explained(monkeypatch):
     assert "cannot be loaded (undefined symbol: x)" in missing(ImportError("undefined symbol: x"))
     monkeypatch.setenv("TICKETOPS_NATIVE", "0")
     assert "TICKETOPS_NATIVE=0" in missing(AssertionError("must not be loaded"))
+
+
+@pytest.mark.parametrize("switch", ["TICKETOPS_NATIVE", "TICKETOPS_CUDA"])
+def test_missing_cuda_kernels_are_explained(monkeypatch, switch):
+    for name in ("TICKETOPS_NATIVE", "TICKETOPS_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+
+    def why(found):
+        def load(name):
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        monkeypatch.setattr(importlib, "import_module", load)
+        kernels, why = cuda_extension._load()
+        assert kernels is None
+        monkeypatch.setattr(cuda_extension, "kernels", None)
+        monkeypatch.setattr(cuda_extension, "status", why)
+        assert cuda_extension.refusal(torch.device("cuda")) == why
+        return why
+
+    assert "with nvcc at hand" in why(ModuleNotFoundError("No module named 'ticketops._cuda'"))
+    assert "cannot be loaded (undefined symbol: x)" in why(ImportError("undefined symbol: x"))
+    assert "built from other sources" in why(object())
+    monkeypatch.setenv(switch, "0")
+    assert f"{switch}=0" in why(AssertionError("must not be loaded"))
+
+
+def test_cuda_kernels_refuse_a_device_that_is_not_there():
+    if cuda_extension.kernels is None:
+        pytest.skip(cuda_extension.status)
+    assert "do not run on cpu" in cuda_extension.refusal(CPU)
+    if not torch.cuda.is_available():
+        assert "no GPU" in cuda_extension.refusal(torch.device("cuda"))
+        # What the driver says, or its absence.
+        assert cuda_extension.kernels.problem()
 
 
 def test_turned_off_the_reference_runs():

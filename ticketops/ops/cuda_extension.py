@@ -36,6 +36,7 @@ kernels, status = _load()
 
 @cache
 def _problem(extension: Any, index: int | None) -> str | None:
+    # Emulated, it runs on no numbered device.
     if index is None:
         return extension.problem()
     with torch.cuda.device(index):
@@ -55,7 +56,11 @@ def refusal(device: torch.device) -> str | None:
         return status
     if device.type != kernels.device:
         return f"its kernels do not run on {device.type}"
-    index = (torch.cuda.current_device() if device.index is None else device.index) if device.type == "cuda" else None
+    index = device.index
+    if device.type == "cuda" and index is None:
+        if not torch.cuda.is_available():
+            return "there is no GPU that torch can use"
+        index = torch.cuda.current_device()
     problem = _problem(kernels, index)
     return problem and f"its kernels cannot run on this GPU ({problem})"
 
