@@ -18,10 +18,12 @@ _ENCODERS = {
     "transformers.models.bert.modeling_bert": "BertEncoder",
     "transformers.models.camembert.modeling_camembert": "CamembertEncoder",
     "transformers.models.data2vec.modeling_data2vec_text": "Data2VecTextEncoder",
+    "transformers.models.deit.modeling_deit": "DeiTModel",
     "transformers.models.distilbert.modeling_distilbert": "Transformer",
     "transformers.models.electra.modeling_electra": "ElectraEncoder",
     "transformers.models.ernie.modeling_ernie": "ErnieEncoder",
     "transformers.models.roberta.modeling_roberta": "RobertaEncoder",
+    "transformers.models.vit.modeling_vit": "ViTModel",
     "transformers.models.xlm_roberta.modeling_xlm_roberta": "XLMRobertaEncoder",
 }
 

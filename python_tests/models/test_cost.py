@@ -18,12 +18,12 @@ from ticketops.models.record import kept_neurons
 def test_costs_are_what_counting_gives(name, model):
     whole = sum(parameter.numel() for parameter in model.parameters())
     head, ffn = 4 * 48 * 12 + 2 * 12 * 17, 2 * 48 * 64
-    assert costs(model, 17) == (Cost(whole, 3 * (4 * head + ffn), 4 * whole),) * 2
+    assert costs(model, 17) == (Cost(whole, 3 * (4 * head + ffn), 4 * whole, 17),) * 2
     before = costs(model)[0]
     ticketops.shrink(model, TICKETS[name])
     left = sum(parameter.numel() for parameter in model.parameters())
     macs = int(TICKETS[name].head_mask.sum()) * head + int(kept_neurons(TICKETS[name], 64).sum()) * 2 * 48
-    assert costs(model, 17)[1] == Cost(left, macs, 4 * left)
+    assert costs(model, 17)[1] == Cost(left, macs, 4 * left, 17)
     assert costs(model)[0] == before
 
 

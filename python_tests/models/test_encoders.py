@@ -6,17 +6,25 @@ import sys
 import pytest
 import torch
 import transformers
+from sklearn.datasets import load_digits
 from torch import nn
 
 import ticketops
 from models.conftest import HEADS, LAYERS
 from models.test_shrink import TICKETS, close
 from ticketops.errors import InputError, UnsupportedError
+from ticketops.models.inputs import positions
 from ticketops.models.patch import ADAPTERS, find_adapter
 from ticketops.models.record import kept_neurons
+from ticketops.searching.release import release
 from ticketops.tickets import Ticket
 
 NAMES = [adapter.base.__name__.removesuffix("Model") for adapter in ADAPTERS]
+TEXT = [name for name, adapter in zip(NAMES, ADAPTERS, strict=True) if adapter.inputs.ragged]
+#: The task head that tickets, importance and exports are tested with.
+CLASSIFIERS = [
+    f"{name}ForSequenceClassification" if name in TEXT else f"{name}ForImageClassification" for name in NAMES
+]
 #: Every task head of every encoder that the installed transformers has, and the bare models.
 MODELS = [
     name
@@ -37,6 +45,7 @@ def make(name, **changes):
     else:
         sizes |= {"hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64}
         sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 2}
+        sizes |= {"image_size": 32, "patch_size": 8, "encoder_stride": 8} if encoder not in TEXT else {}
         sizes |= {"embedding_size": 24} if encoder == "Electra" else {}
         sizes |= {"use_task_id": True} if encoder == "Ernie" else {}
     if name.endswith("ForQuestionAnswering"):
@@ -46,8 +55,10 @@ def make(name, **changes):
 
 
 def draw(model, padding="right"):
-    """Four rows of token ids, padded with the model's own padding id: RoBERTa counts positions by it."""
+    """Four rows of token ids, padded with the model's own padding id, by which RoBERTa counts; or four images."""
     lengths, generator = torch.tensor(PADDING[padding]), torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(4, 3, 32, 32, generator=generator)}
     mask = (torch.arange(17) < lengths[:, None]).long()
     if padding == "left":
         mask = mask.flip(1)
@@ -60,8 +71,10 @@ def draw(model, padding="right"):
 
 def real(outputs, batch):
     """The output tensors by name, at real tokens where they have one value a token."""
-    mask = batch["attention_mask"].bool()
     found = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    if "attention_mask" not in batch:
+        return found
+    mask = batch["attention_mask"].bool()
     return {name: value[mask] if value.shape[: mask.ndim] == mask.shape else value for name, value in found.items()}
 
 
@@ -82,9 +95,9 @@ def compare(model, stock, batch):
         assert (gradient - wanted).abs().max() <= 1e-5 * scale, name
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=CLASSIFIERS)
 def encoder(request):
-    return make(f"{request.param}ForSequenceClassification")
+    return make(request.param)
 
 
 @pytest.fixture
@@ -112,7 +125,7 @@ def test_every_task_head_equals_stock(name):
         compare(model, stock, draw(model))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEXT)
 def test_positions_count_as_stock_counts_them(name):
     # Left padding, ids or embeddings: RoBERTa's positions start behind its padding id, BERT's at the row's start.
     model = make(f"{name}ForTokenClassification")
@@ -151,6 +164,8 @@ def test_padding_where_the_task_head_reads_is_refused(name):
         ("DistilBertModel", {"activation": "relu"}),
         ("XLMRobertaModel", {"hidden_act": "gelu_new"}),
         ("RobertaModel", {"pad_token_id": 0}),
+        ("ViTModel", {"image_size": [32, 32], "patch_size": [16, 4]}),
+        ("ViTModel", {"head_dim": 8}),
     ],
 )
 def test_other_configurations_equal_stock(name, changes):
@@ -169,7 +184,7 @@ def test_patched_equals_stock_under_tickets(name, encoder, inputs):
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits, **close)
     assert len(outputs[0].hidden_states) == len(outputs[1].hidden_states) == LAYERS + 1
     for got, wanted in zip(*(output.hidden_states for output in outputs), strict=True):
-        keep = inputs["attention_mask"].bool()
+        keep = inputs.get("attention_mask", torch.ones(wanted.shape[:2])).bool()
         torch.testing.assert_close(got[keep], wanted[keep], **close)
     for output in outputs:
         output.loss.backward()
@@ -205,10 +220,15 @@ def test_importance_equals_its_definition(encoder, inputs):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [*((name, "checkpointed") for name in NAMES), ("DistilBert", "compiled"), ("Electra", "compiled")],
+    [
+        *((name, "checkpointed") for name in CLASSIFIERS),
+        ("DistilBertForSequenceClassification", "compiled"),
+        ("ElectraForSequenceClassification", "compiled"),
+        ("ViTForImageClassification", "compiled"),
+    ],
 )
 def test_checkpointing_and_compiling_give_the_same(name, way):
-    model = make(f"{name}ForSequenceClassification").train()
+    model = make(name).train()
     batch = draw(model) | {"labels": torch.tensor([0, 2, 1, 2])}
     results = []
     with ticketops.patch(model) as handle:
@@ -231,7 +251,8 @@ def test_checkpointing_and_compiling_give_the_same(name, way):
 def test_exports_equal_masked(format, encoder, inputs, tmp_path):
     want = masked(copy.deepcopy(encoder), TICKETS["neither"])(**inputs).logits
     folder = ticketops.export(encoder, tmp_path / "out", format, ticket=TICKETS["neither"])
-    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    auto = "AutoModelForImageClassification" if "pixel_values" in inputs else "AutoModelForSequenceClassification"
+    loaded = getattr(transformers, auto).from_pretrained(folder)
     torch.testing.assert_close(loaded(**inputs).logits, want, **close)
     with ticketops.patch(loaded).apply(Ticket.full(LAYERS, HEADS)):
         torch.testing.assert_close(loaded(**inputs).logits, want, **close)
@@ -247,3 +268,71 @@ def test_dropout_is_where_stock_has_it(encoder):
 def test_attention_weights_are_refused(encoder, inputs):
     with ticketops.patch(encoder), pytest.raises(UnsupportedError, match="output_attentions"):
         encoder(**inputs, output_attentions=True)
+
+
+@pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "ViTForImageClassification"])
+def test_onnx_equals_masked(name, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from ticketops.models.onnx import run_onnx
+
+    model = make(name)
+    batch, stock = draw(model), masked(copy.deepcopy(model), TICKETS["neither"])
+    if "input_ids" in batch:
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    folder = ticketops.export(model, tmp_path / "out", "onnx", ticket=TICKETS["neither"])
+    for rows in (4, 1):
+        some = {key: value[:rows] for key, value in batch.items()}
+        torch.testing.assert_close(run_onnx(folder, some)["logits"], stock(**some).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("processed", [True, False])
+def test_an_export_of_images_is_verified_on_photographs(processed, tmp_path):
+    model = make("ViTForImageClassification")
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}) if processed else None
+    folder = ticketops.export(model, tmp_path / "out", ticket=TICKETS["uneven"], tokenizer=processor)
+    assert (folder / "preprocessor_config.json").is_file() == processed
+    assert "compared with the model that it was made from on photographs" in (folder / "README.md").read_text()
+    again = release(folder, tmp_path / "again", "dense")
+    assert (again / "preprocessor_config.json").is_file() == processed
+
+
+def test_images_of_another_size_and_masks():
+    model = make("ViTForImageClassification")
+    stock, pixels = copy.deepcopy(model), torch.randn(2, 3, 48, 32)
+    with ticketops.patch(model):
+        got, want = (run(pixel_values=pixels, interpolate_pos_encoding=True).logits for run in (model, stock))
+        torch.testing.assert_close(got, want, **close)
+        with pytest.raises(UnsupportedError, match="attention_mask: give whole images"):
+            model(pixel_values=pixels, interpolate_pos_encoding=True, attention_mask=torch.ones(2, 25))
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_the_longest_row_is_known(name):
+    model = make(f"{name}Model")
+    longest = positions(model)
+    assert model(torch.full((1, longest), 7)).last_hidden_state.shape[1] == longest
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 7))
+
+
+def test_real_digits_are_learned_scored_pruned_and_exported(tmp_path):
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
+    pixels, labels = nn.functional.interpolate(pixels, scale_factor=2, mode="bilinear"), torch.from_numpy(digits.target)
+    model = make("ViTForImageClassification", image_size=16, patch_size=4, num_channels=1, num_labels=10)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    with ticketops.patch(model) as handle:
+        for step in range(60):
+            rows = slice(64 * (step % 25), 64 * (step % 25) + 64)
+            optimizer.zero_grad()
+            model(pixels[rows], labels=labels[rows]).loss.backward()
+            optimizer.step()
+        with handle.record_importance() as importance:
+            model(pixels[:64], labels=labels[:64]).loss.backward()
+        ticket = ticketops.prune(importance, sparsity=0.35)
+        assert (model(pixels[1600:]).logits.argmax(1) == labels[1600:]).float().mean() > 0.6
+        want = handle.apply(ticket).model(pixels[1600:]).logits
+        folder = ticketops.export(model, tmp_path / "out", ticket=ticket)
+    assert (ticket.heads_pruned, ticket.ffns_pruned) == (4, 1)
+    torch.testing.assert_close(ticketops.load(folder)(pixels[1600:]).logits, want, **close)

@@ -1,4 +1,4 @@
-"""Every task head of every encoder, on real text: masked == shrunk == saved and loaded == dense == ONNX, elsewhere.
+"""Every task head of every encoder, on real text or images: masked == shrunk == loaded == dense == ONNX, elsewhere.
 
 Elsewhere is a process that never saw the original: one that imports ticketops for the compact folders, one that does
 not for the dense ones, one without torch for ONNX.
@@ -18,7 +18,8 @@ from transformers import BertTokenizerFast
 import ticketops
 from models.test_encoders import MODELS, make, masked
 from models.test_shrink import close
-from ticketops.models.export import SENTENCES
+from ticketops.models.inputs import SENTENCES
+from ticketops.models.patch import find_adapter
 from ticketops.tickets import Ticket
 
 # A layer without heads and with some neurons, one with nothing left, an uneven one without its FFN.
@@ -27,7 +28,11 @@ TICKET = Ticket(
     torch.tensor([1, 0, 0]).bool(),
     neuron_mask=torch.arange(64).expand(3, -1) % 3 > 0,
 )
-ONNX = [name for name in MODELS if name.startswith("BertFor") or name.endswith("ForSequenceClassification")]
+ONNX = [
+    name
+    for name in MODELS
+    if name.startswith("BertFor") or name.endswith(("SequenceClassification", "ImageClassification"))
+]
 
 TRANSFORMERS = """
 import json, sys
@@ -39,14 +44,15 @@ found = {{}}
 for case in json.load(open(sys.argv[1])):
     batch = {{name: torch.tensor(value) for name, value in case["batch"].items()}}
     names = [case["name"]]
-    if case["name"].endswith("ForSequenceClassification"):
-        names.append("AutoModelForSequenceClassification")
+    names += ["AutoModel" + head for head in ("ForSequenceClassification", "ForImageClassification")
+              if case["name"].endswith(head)]
     for name in names:
         model = getattr(transformers, name).from_pretrained(case["folder"])
         assert type(model).__name__ == case["name"] and not model.training
         with torch.no_grad():
             outputs = model(**batch)
-        found |= {{f"{{case['name']}} {{key}}": value.clone() for key, value in outputs.items()
+        found |= {{f"{{case['name']}} {{key}}": value.clone(memory_format=torch.contiguous_format)
+                  for key, value in outputs.items()
                   if isinstance(value, torch.Tensor)}}
 assert ("ticketops" in sys.modules) == bool({imports!r})
 save_file(found, sys.argv[2])
@@ -59,7 +65,8 @@ from safetensors.numpy import save_file
 found = {}
 for case in json.load(open(sys.argv[1])):
     session = onnxruntime.InferenceSession(case["folder"] + "/model.onnx", providers=["CPUExecutionProvider"])
-    inputs = {node.name: numpy.array(case["batch"][node.name]) for node in session.get_inputs()}
+    types = {"tensor(float)": numpy.float32, "tensor(int64)": numpy.int64}
+    inputs = {node.name: numpy.array(case["batch"][node.name], types[node.type]) for node in session.get_inputs()}
     names = [node.name for node in session.get_outputs()]
     found |= {f"{case['name']} {key}": value for key, value in zip(names, session.run(names, inputs))}
 assert not {"torch", "transformers", "ticketops"} & set(sys.modules)
@@ -79,6 +86,8 @@ def tokenizer_of(model):
 def at_tokens(outputs, mask):
     """What stands at padding means nothing."""
     found = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    if mask is None:
+        return found
     return {name: value[mask] if value.shape[: mask.ndim] == mask.shape else value for name, value in found.items()}
 
 
@@ -96,15 +105,18 @@ def test_exports_compute_elsewhere_what_masks_compute_here(format, names, script
     cases, wanted = [], {}
     for name in names:
         model = make(name)
-        tokenizer = tokenizer_of(model)
-        batch = dict(tokenizer(list(SENTENCES), padding=True, truncation=True, max_length=24, return_tensors="pt"))
-        assert (batch["input_ids"] != tokenizer.unk_token_id).all()
+        if model.main_input_name == "pixel_values":
+            tokenizer, batch = None, find_adapter(model)[0].inputs.sample(model, None)
+        else:
+            tokenizer = tokenizer_of(model)
+            batch = dict(tokenizer(list(SENTENCES), padding=True, truncation=True, max_length=24, return_tensors="pt"))
+            assert (batch["input_ids"] != tokenizer.unk_token_id).all()
         if model.config.model_type == "distilbert":
             del batch["token_type_ids"]
         if name.endswith("ForMultipleChoice"):
             batch = {key: value[None] for key, value in batch.items()}
         folder = ticketops.export(model, tmp_path / name, format, ticket=TICKET, tokenizer=tokenizer)
-        mask = batch["attention_mask"].bool()
+        mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
         with torch.no_grad():
             wanted[name] = mask, at_tokens(masked(copy.deepcopy(model), TICKET)(**batch), mask)
             shrunk = at_tokens(ticketops.shrink(model, TICKET)(**batch), mask)

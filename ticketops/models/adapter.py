@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from ticketops.errors import UnsupportedError
 from ticketops.models.freezing import Frozen
 from ticketops.models.indices import Indices
+from ticketops.models.inputs import TEXT, Inputs
 from ticketops.ops import Packing
+from ticketops.ops.backends import OPS
 
 #: Activation modules of transformers and torch, by class name, and what the FFN op calls them.
 ACTIVATIONS = {
@@ -32,8 +34,8 @@ class LayerParts:
         output: linear layer from heads * head_dim back to the hidden size; its bias stays when heads go.
         fc1, fc2: the two linear layers of the FFN.
         activation: the module between them.
-        attention_norm, ffn_norm: the LayerNorm after each sublayer's residual.
-        dropouts: the dropout of attention weights, and of each sublayer's output.
+        attention_norm, ffn_norm: the LayerNorm of each sublayer.
+        dropouts: the dropout modules inside the layer.
     """
 
     query: nn.Linear
@@ -81,11 +83,13 @@ class Adapter:
     Attributes:
         base: the bare model's class, to which every task head gives access as `model.base_model`.
         swaps: the stock class of each module whose class is swapped, and its replacement, a subclass.
-        encoder: finds the encoder in the bare model; its parameters are "the encoder" of weight counts, and its
-            `layer` is the list of layers.
+        encoder: finds the module in the bare model that has the list of layers.
         parts: finds the prunable parts of a layer.
         resize: tells a layer's attention how many heads its weights have.
         refusal: says what of a configuration is not served, or None.
+        stack: the name of the list of layers in the encoder; their parameters are "the encoder" of weight counts.
+        inputs: what the model reads.
+        ops: which ops its layers run on.
     """
 
     base: type[nn.Module]
@@ -94,11 +98,13 @@ class Adapter:
     parts: Callable[[Any], LayerParts]
     resize: Callable[[Any, int], None]
     refusal: Callable[[Any], str | None]
+    stack: str = "layer"
+    inputs: Inputs = TEXT
+    ops: tuple[str, ...] = OPS
 
     def layers(self, base: Any) -> list[Any]:
         """The layers of the bare model's encoder."""
-        encoder: Any = self.encoder(base)
-        return list(encoder.layer)
+        return list(getattr(self.encoder(base), self.stack))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class TicketEncoder(nn.Module):
 class TicketSelfAttention(nn.Module):
     """Attention through ops.attention, over the kept heads only."""
 
+    _ticketops: LayerState
+    scaling: float
+    dropout: nn.Dropout
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear
@@ -37,7 +40,8 @@ class TicketSelfAttention(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> tuple[Tensor, None]:
         """Takes [.., C] hidden states, returns the kept heads' contexts [.., heads * head_dim] and no attention
         weights."""
-        return attend(self, (self.query, self.key, self.value), hidden_states, ticketops), None
+        linears, dropout_p = (self.query, self.key, self.value), self.dropout.p if self.training else 0.0
+        return attend(self._ticketops, linears, hidden_states, ticketops, self.scaling, dropout_p), None
 
 
 class TicketSelfOutput(nn.Module):
@@ -71,19 +75,27 @@ class TicketLayer(nn.Module):
         return residual_norm(self.output.LayerNorm, output, hidden_states, None, self.output.dropout)
 
 
-def attend(module: Any, linears: tuple[nn.Linear, ...], hidden_states: Tensor, call: Call) -> Tensor:
+def attend(
+    state: LayerState,
+    linears: tuple[nn.Linear, ...],
+    hidden_states: Tensor,
+    call: Call,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
     """Attends over the kept heads.
 
     Args:
-        module: a stock self-attention, for its head size, scaling, dropout and state.
-        linears: its projections to q, k and v.
+        state: of the layer.
+        linears: the projections to q, k and v.
         hidden_states: [.., C].
         call: of the forward pass.
+        scale: multiplies the scores.
+        dropout_p: of attention weights, 0 in evaluation.
 
     Returns:
         The kept heads' contexts [.., heads * head_dim].
     """
-    state: LayerState = module._ticketops
     heads = state.kept.heads
     projected: Sequence[Tensor]
     if heads is None:
@@ -93,15 +105,15 @@ def attend(module: Any, linears: tuple[nn.Linear, ...], hidden_states: Tensor, c
         projected = ops.project_rows(hidden_states, weights, biases, heads.on(hidden_states.device), state.num_heads)
     else:
         return hidden_states[..., :0]
-    size = module.attention_head_size
+    size = linears[0].out_features // state.num_heads
     query, key, value = (x.reshape(-1, x.shape[-1] // size, size) for x in projected)
     context = ops.attention(
         query,
         key,
         value,
         call.packing.sequences,
-        dropout_p=module.dropout.p if module.training else 0.0,
-        scale=module.scaling,
+        dropout_p=dropout_p,
+        scale=scale,
         importance=call.head_importance.get(state.index),
         per_token=call.per_token,
     )

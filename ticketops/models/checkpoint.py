@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
@@ -176,20 +177,26 @@ def _weight_files(folder: Path) -> list[Path]:
 def _check_weights(files: list[Path], skeleton: PreTrainedModel) -> None:
     """Compares the files' headers with the shapes that the configuration makes, before anything is allocated."""
     shapes = {name: list(value.shape) for name, value in skeleton.state_dict().items()}
-    found = set()
+    # transformers keeps the names of old checkpoints on disk where it has renamed modules since.
+    renamings = get_model_conversion_mapping(skeleton)
+    found: dict[str, str] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 # A buffer that transformers below 4.31 saved and no later one reads.
                 if key.endswith("embeddings.position_ids"):
                     continue
-                part = file.get_slice(key)
-                if shapes.get(key) != part.get_shape() or part.get_dtype() not in ("F32", "F16", "BF16"):
+                part, name = file.get_slice(key), key
+                for renaming in renamings:
+                    name = renaming.rename_source_key(name)[0]
+                if name in found:
+                    raise InputError(f"{key!r:.100} and {found[name]!r:.100} are one parameter twice; export it again")
+                if shapes.get(name) != part.get_shape() or part.get_dtype() not in ("F32", "F16", "BF16"):
                     raise InputError(
                         f"{key!r:.100} is {part.get_dtype()} {part.get_shape()} in {path.name}, which its "
                         "configuration does not make; export it again"
                     )
-                found.add(key)
+                found[name] = key
     tied = {key for key in shapes if key in (getattr(skeleton, "all_tied_weights_keys", None) or {})}
-    if missing := sorted(set(shapes) - found - tied):
+    if missing := sorted(set(shapes) - found.keys() - tied):
         raise InputError(f"the weights lack {missing[0]!r}; export it again")

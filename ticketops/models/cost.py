@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ticketops.models.inputs import Inputs
 from ticketops.models.patch import find_adapter
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
 from ticketops.tickets import Ticket
@@ -22,19 +23,21 @@ class Cost:
         parameters: of the whole model, shared ones once.
         macs_per_token: multiply-accumulates of the encoder's layers for one token among `length`.
         bytes: of the parameters.
+        length: tokens of a sequence, all of which attend to each other.
     """
 
     parameters: int
     macs_per_token: int
     bytes: int
+    length: int = 128
 
 
-def costs(model: PreTrainedModel, length: int = 128, ticket: Ticket | None = None) -> tuple[Cost, Cost]:
+def costs(model: PreTrainedModel, length: int | None = None, ticket: Ticket | None = None) -> tuple[Cost, Cost]:
     """Counts what a model costs, and what its architecture does with nothing removed.
 
     Args:
         model: stock, patched or shrunk.
-        length: tokens of a sequence, all of which attend to each other.
+        length: tokens of a sequence, all of which attend to each other; by default 128 of text, or an image's.
         ticket: counts what it would leave; by default what is only masked counts as there.
 
     Returns:
@@ -44,7 +47,8 @@ def costs(model: PreTrainedModel, length: int = 128, ticket: Ticket | None = Non
         InputError: a ticket of another shape.
         UnsupportedError: a model that ticketops does not serve.
     """
-    _, base = find_adapter(model)
+    adapter, base = find_adapter(model)
+    length = adapter.inputs.length(base.config) if length is None else length
     held, hidden, dim = held_ticket(base.config), base.config.hidden_size, head_dim(base.config)
     width = num_neurons(base.config)
     # A head's share of q, k, v and o, and its scores and contexts with every token.
@@ -60,7 +64,7 @@ def costs(model: PreTrainedModel, length: int = 128, ticket: Ticket | None = Non
     def cost(of: Ticket) -> Cost:
         parameters = present + weights(of) - weights(held)
         heads, neurons = int(of.head_mask.sum()), int(kept_neurons(of, width).sum())
-        return Cost(parameters, heads * head + neurons * neuron, parameters * size)
+        return Cost(parameters, heads * head + neurons * neuron, parameters * size, length)
 
     if ticket is not None:
         ticket.check(held.num_layers, held.num_heads, width)
@@ -79,26 +83,22 @@ def latencies(
     Args:
         whole, left: the same task head on the same device, in evaluation mode, patched or stock.
         batches: sequences a batch.
-        lengths: tokens a sequence; those beyond the models' positions are left out.
+        lengths: tokens a sequence; those beyond the models' positions are left out, and images have only theirs.
         turns: of each model at most; after 5 seconds no more are begun.
 
     Returns:
         One row a batch and length: `batch`, `length`, and the medians `whole_ms` and `left_ms` in milliseconds.
     """
-    config, device = whole.config, whole.device
-    longest = getattr(config, "max_position_embeddings", None)
+    inputs: Inputs = find_adapter(whole)[0].inputs
     rows = []
-    for length in lengths:
-        # Encoders whose padding is not token 0 count positions from behind it.
-        if longest is not None and length > longest - (config.pad_token_id + 1 if config.pad_token_id else 0):
-            continue
+    for length in inputs.lengths(whole.base_model, lengths):
         for batch in batches:
-            ids = torch.randint(min(5, config.vocab_size - 1), config.vocab_size, (batch, length), device=device)
+            arguments = inputs.draw(whole.config, batch, length, whole.device)
             times: dict[str, list[float]] = {"whole_ms": [], "left_ms": []}
             end = time.perf_counter() + 5
             for turn in range(turns + 1):
                 for name, model in (("whole_ms", whole), ("left_ms", left)):
-                    taken = _milliseconds(model, ids)
+                    taken = _milliseconds(model, arguments)
                     # The first turn warms up.
                     if turn:
                         times[name].append(taken)
@@ -110,13 +110,13 @@ def latencies(
 
 
 @torch.inference_mode()
-def _milliseconds(model: PreTrainedModel, ids: Tensor) -> float:
+def _milliseconds(model: PreTrainedModel, arguments: dict[str, Tensor]) -> float:
     def wait() -> None:
-        if ids.is_cuda:
-            torch.cuda.synchronize(ids.device)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
 
     wait()
     start = time.perf_counter()
-    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    model(**arguments)
     wait()
     return 1e3 * (time.perf_counter() - start)

@@ -17,17 +17,15 @@ class TicketTransformerBlock(distilbert.TransformerBlock):
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
         """Takes and returns hidden states [.., C]."""
         state, attention = self._ticketops, self.attention
-        contexts = attend(attention, (attention.q_lin, attention.k_lin, attention.v_lin), hidden_states, ticketops)
+        linears = (attention.q_lin, attention.k_lin, attention.v_lin)
+        dropout_p = attention.dropout.p if self.training else 0.0
+        contexts = attend(state, linears, hidden_states, ticketops, attention.scaling, dropout_p)
         projected = project(state, attention.out_lin, contexts, hidden_states)
         hidden_states = residual_norm(self.sa_layer_norm, projected, hidden_states, attention.out_lin.bias, None)
         if not state.kept.ffn:
             return self.output_layer_norm(hidden_states)
         output = feed_forward(state, self.ffn.lin1, self.ffn.lin2, hidden_states, ticketops)
         return residual_norm(self.output_layer_norm, output, hidden_states, None, self.ffn.dropout)
-
-
-class TicketDistilBertSelfAttention(distilbert.DistilBertSelfAttention):
-    """Holds the layer's state; its block computes it."""
 
 
 class TicketTransformer(TicketEncoder, distilbert.Transformer):
@@ -63,7 +61,6 @@ def _refusal(config: Any) -> str | None:
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     distilbert.Transformer: TicketTransformer,
     distilbert.TransformerBlock: TicketTransformerBlock,
-    distilbert.DistilBertSelfAttention: TicketDistilBertSelfAttention,
 }
 DISTILBERT = Adapter(
     base=distilbert.DistilBertModel,

@@ -24,16 +24,6 @@ from ticketops.tickets import Ticket
 
 Format = Literal["compact", "dense", "onnx"]
 
-#: What every export is verified on where the caller has no text of its own.
-SENTENCES = (
-    "It was the best of times, it was the worst of times.",
-    "A slow, tender film that trusts its actors and never once raises its voice.",
-    "Dull.",
-    "The council will meet on Tuesday at half past four to decide whether the bridge, closed since the flood of 1997, "
-    "should be repaired, replaced or simply left to the herons.",
-    "I would not recommend it to anybody, least of all to those who loved the book.",
-)
-
 
 def export(
     model: PreTrainedModel,
@@ -56,7 +46,8 @@ def export(
         folder: to be made; must not exist, or be empty.
         format: `compact`, `dense` or `onnx`.
         ticket: what to keep; by default what is applied to a patched model.
-        tokenizer: saved along and used on the verification's sentences; without it token ids are drawn.
+        tokenizer: saved along and used on the verification's sentences; without it token ids are drawn. An image
+            processor for models that read images.
         run: where the model comes from, as JSON values, for `ticketops.json` and the card.
         push_to_hub: a repository of the Hugging Face hub, `name/of-it`, to which the whole verified folder goes too;
             `push_to_hub` of a loaded model sends its weights and configuration alone.
@@ -84,7 +75,7 @@ def export(
         else:
             _save(small if format == "compact" else expand(small), temporary, folder)
             got, tolerance = _outputs(load(temporary), batch), _tolerance(model.dtype)
-        difference = _compare(want, got, batch["attention_mask"], tolerance)
+        difference = _compare(want, got, batch.get("attention_mask"), tolerance)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         left.save(temporary / "ticket.safetensors")
@@ -144,7 +135,7 @@ def _small(
     ticket = ticket or applied or held
     ticket.check(held.num_layers, held.num_heads, num_neurons(base.config))
     left = (held & ticket).described(ticket.metadata)
-    batch, training = _batch(model, tokenizer), model.training
+    batch, training = adapter.inputs.sample(model, tokenizer), model.training
     own = handle or PatchHandle(model)
     try:
         own.apply(left)
@@ -159,29 +150,6 @@ def _small(
     return shrink(small.eval(), left), left, batch, want
 
 
-def _batch(model: PreTrainedModel, tokenizer: Any) -> dict[str, Tensor]:
-    """Sentences as token ids with padding, or drawn ids of the sentences' lengths."""
-    config = model.config
-    # RoBERTa's positions start behind the padding id.
-    longest = min(128, config.max_position_embeddings - (config.pad_token_id or 0) - 1)
-    if tokenizer is not None:
-        options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
-        batch = dict(tokenizer(list(SENTENCES), **options))
-    else:
-        lengths = torch.tensor([min(longest, 2 + len(sentence.split())) for sentence in SENTENCES])
-        width = int(lengths.max())
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(
-            min(5, config.vocab_size - 1), config.vocab_size, (len(lengths), width), generator=generator
-        )
-        batch = {"input_ids": ids, "attention_mask": (torch.arange(width) < lengths[:, None]).long()}
-        if getattr(config, "type_vocab_size", 0) > 1:
-            batch["token_type_ids"] = torch.zeros_like(ids)
-    if type(model).__name__.endswith("ForMultipleChoice"):
-        batch = {name: value[None] for name, value in batch.items()}
-    return {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "token_type_ids")}
-
-
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = model(**{name: value.to(model.device) for name, value in batch.items()})
@@ -192,7 +160,7 @@ def _tolerance(dtype: torch.dtype) -> float:
     return max(1e-5, 16 * torch.finfo(dtype).eps) if dtype != torch.float32 else 1e-5
 
 
-def _compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor], mask: Tensor, tolerance: float) -> float:
+def _compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor], mask: Tensor | None, tolerance: float) -> float:
     """The largest difference, relative to the largest output where that is above 1; more than `tolerance` is an
     error."""
     largest = 0.0
@@ -200,7 +168,7 @@ def _compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor], mask: Tensor
         found = got.get(name)
         if found is None or found.shape != expected.shape:
             raise TicketopsError(f"the export was not written: {name} is missing when it is read back; report this")
-        if expected.shape[: mask.ndim] == mask.shape:
+        if mask is not None and expected.shape[: mask.ndim] == mask.shape:
             # What stands at padding means nothing, and the ops do not compute it.
             found, expected = found[mask.bool()], expected[mask.bool()]
         difference = float((found - expected).abs().max() / max(1.0, float(expected.abs().max())))
@@ -231,6 +199,7 @@ def _push(folder: Path, repository: str) -> None:
 
 def _card(model: PreTrainedModel, ticket: Ticket, format: str, difference: float, run: Mapping[str, Any]) -> str:
     """The model card: what it is, what was pruned, how it was verified, how to use it."""
+    inputs = find_adapter(model)[0].inputs
     name, (whole, small) = type(model).__name__, costs(model)
     need = {
         "compact": "import ticketops  # lets transformers load layers of uneven width\n",
@@ -249,10 +218,14 @@ def _card(model: PreTrainedModel, ticket: Ticket, format: str, difference: float
     shapes = {
         "compact": "Pruned structures are gone from the weights.",
         "dense": "Pruned structures are zeros at full shape: the same outputs as the small model's, at the full cost.",
-        "onnx": "Pruned structures are gone; batch and length are dynamic.",
+        "onnx": f"Pruned structures are gone; {'batch and length are' if inputs.ragged else 'the batch is'} dynamic.",
     }[format]
     neurons = f", and {ticket.neurons_pruned:,} neurons of the other FFNs" if ticket.neurons_pruned else ""
-    titles = {"parameters": "parameters", "macs_per_token": "multiply-accumulates a token of 128", "bytes": "bytes"}
+    titles = {
+        "parameters": "parameters",
+        "macs_per_token": f"multiply-accumulates a token of {whole.length}",
+        "bytes": "bytes",
+    }
     table = "\n".join(
         f"| {title} | {getattr(whole, key):,} | {getattr(small, key):,} | "
         f"{100 * getattr(small, key) / getattr(whole, key):.1f} % |"
@@ -284,6 +257,6 @@ tags: [ticketops, super-ticket, pruned]
 {came}
 ## Verification
 
-Read back and compared with the model that it was made from on {len(SENTENCES)} sentences: outputs differ by at most \
+Read back and compared with the model that it was made from on {inputs.noun}: outputs differ by at most \
 {difference:.1e}, relative to the largest output where that is above 1.
 """

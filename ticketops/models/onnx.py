@@ -1,4 +1,4 @@
-"""ONNX: a shrunk model as one graph of true shapes, dynamic in batch and length."""
+"""ONNX: a shrunk model as one graph of true shapes, dynamic in batch and, where it reads text, in length."""
 
 import inspect
 import warnings
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ticketops.errors import UnsupportedError
+from ticketops.models.patch import find_adapter
 
 _FILE = "model.onnx"
 
@@ -45,12 +46,13 @@ def save_onnx(model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path)
     inputs = [name for name in batch if name in accepted]
     with torch.no_grad():
         outputs = [name for name, value in model(**{n: batch[n] for n in inputs}).items() if isinstance(value, Tensor)]
-    axes = {name: {dim: f"axis{dim}" for dim in range(batch[name].ndim)} for name in inputs}
+    ragged = find_adapter(model)[0].inputs.ragged
+    axes = {name: {dim: f"axis{dim}" for dim in range(batch[name].ndim if ragged else 1)} for name in inputs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _Graph(model, inputs),
-            tuple(batch[name][-3:, ..., :8] for name in inputs),
+            tuple(batch[name][-3:, ..., :8] if ragged else batch[name][-3:] for name in inputs),
             str(folder / _FILE),
             input_names=inputs,
             output_names=outputs,

@@ -16,6 +16,7 @@ from ticketops.models.adapter import Adapter, Call, Kept, LayerParts, LayerState
 from ticketops.models.bert import BERT
 from ticketops.models.camembert import CAMEMBERT
 from ticketops.models.data2vec_text import DATA2VEC_TEXT
+from ticketops.models.deit import DEIT
 from ticketops.models.distilbert import DISTILBERT
 from ticketops.models.electra import ELECTRA
 from ticketops.models.ernie import ERNIE
@@ -24,6 +25,7 @@ from ticketops.models.indices import Indices
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
 from ticketops.models.refusals import why_not
 from ticketops.models.roberta import ROBERTA
+from ticketops.models.vit import VIT
 from ticketops.models.xlm_roberta import XLM_ROBERTA
 from ticketops.ops import Packing
 from ticketops.ops.packing import check_rows
@@ -33,10 +35,12 @@ ADAPTERS: tuple[Adapter, ...] = (
     BERT,
     CAMEMBERT,
     DATA2VEC_TEXT,
+    DEIT,
     DISTILBERT,
     ELECTRA,
     ERNIE,
     ROBERTA,
+    VIT,
     XLM_ROBERTA,
 )
 
@@ -117,7 +121,7 @@ def weight_counts(model: nn.Module) -> WeightCounts:
     return WeightCounts(
         head=3 * (hidden + 1) * dim + dim * hidden,
         ffn=(hidden + 1) * width + (width + 1) * hidden,
-        encoder=sum(p.numel() for p in adapter.encoder(base).parameters()),
+        encoder=sum(p.numel() for layer in adapter.layers(base) for p in layer.parameters()),
         total=sum(p.numel() for p in model.parameters()),
         neuron=2 * hidden + 1,
     )
@@ -156,8 +160,8 @@ def patch(model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = No
     encoder's modules change, to subclasses of the stock ones.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text or DistilBERT of transformers, bare or
-            with a task head, on any device.
+        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, ViT or DeiT of
+            transformers, bare or with a task head, on any device.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static and never waits for the
             device, for graphs that capture the whole model, and then every row of the attention mask must be one
             unbroken run.
@@ -205,6 +209,7 @@ class PatchHandle:
         self.num_neurons = num_neurons(base.config)
         self.ticket: Ticket | None = None
         self._unpad, self._bucket = unpad, bucket
+        self._inputs = adapter.inputs
         self._importance: Importance | None = None
         self._states = [LayerState(index, activation_name(parts.activation)) for index, parts in enumerate(self._parts)]
         # Of each ticket that was applied, whether it is full and what it keeps of each layer.
@@ -214,7 +219,8 @@ class PatchHandle:
         self._swap(encoder, adapter.swaps, self)
         for layer, state in zip(adapter.layers(base), self._states, strict=True):
             for module in layer.modules():
-                self._swap(module, adapter.swaps, state)
+                if type(module) in adapter.swaps:
+                    self._swap(module, adapter.swaps, state)
         parameters = inspect.signature(base.forward).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
         before = _before_packed_forward if unpad else _before_forward
@@ -229,10 +235,10 @@ class PatchHandle:
             )
 
     def _swap(self, module: nn.Module, swaps: dict[type[nn.Module], type[nn.Module]], state: object) -> None:
-        if type(module) in swaps:
-            self._swapped.append((module, type(module)))
-            module.__class__ = swaps[type(module)]
-            module.__dict__["_ticketops"] = state
+        stock = type(module)
+        self._swapped.append((module, stock))
+        module.__class__ = swaps.get(stock, stock)
+        module.__dict__["_ticketops"] = state
 
     def __enter__(self) -> "PatchHandle":
         return self
@@ -466,21 +472,23 @@ def _before_forward(
         value = kwargs.get(name)
         if value is not None and value is not False:
             raise UnsupportedError(f"a patched {type(base).__name__} does not serve {name}: {remedy}")
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    if tokens is None:
+    shape = handle._inputs.shape(base.config, kwargs)
+    if shape is None:
         # The stock model has the right words for a missing input.
         return (), kwargs
+    batch, width, device = shape
     mask = kwargs.get("attention_mask")
-    if mask is not None and mask.shape != tokens.shape[:2]:
+    if mask is not None and not handle._inputs.ragged:
+        raise UnsupportedError(f"a patched {type(base).__name__} does not serve attention_mask: give whole images")
+    if mask is not None and mask.shape != (batch, width):
         raise UnsupportedError(
-            f"a patched {type(base).__name__} needs an attention_mask of shape {list(tokens.shape[:2])}, one value a "
-            f"token, got {list(mask.shape)}: masks of single query-key pairs are not served"
+            f"a patched {type(base).__name__} needs an attention_mask of shape {[batch, width]}, one value a token, "
+            f"got {list(mask.shape)}: masks of single query-key pairs are not served"
         )
-    batch, width = tokens.shape[:2]
-    packing = Packing.from_mask(mask, batch, width, tokens.device, handle._unpad, handle._bucket)
+    packing = Packing.from_mask(mask, batch, width, device, handle._unpad, handle._bucket)
     # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one.
     kwargs["attention_mask"] = None
-    kwargs["ticketops"] = handle._call(packing, tokens.device)
+    kwargs["ticketops"] = handle._call(packing, device)
     return (), kwargs
 
 

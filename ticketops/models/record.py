@@ -23,7 +23,7 @@ def head_dim(config: Any) -> int:
     Args:
         config: of a model, shrunk or not; its `num_attention_heads` is the architecture's.
     """
-    return int(config.hidden_size) // int(config.num_attention_heads)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def num_neurons(config: Any) -> int:

@@ -77,7 +77,7 @@ def narrow(encoder: nn.Module, config: Any) -> None:
     Raises:
         InputError: the record is damaged.
     """
-    adapter = next(adapter for adapter in ADAPTERS if type(encoder) in adapter.swaps)
+    adapter = next(adapter for adapter in ADAPTERS if isinstance(encoder, (adapter.base, *adapter.swaps)))
     # from_pretrained makes models with the meta device as default, where masks would have no values.
     with torch.device("cpu"):
         left = held_ticket(config)
@@ -111,7 +111,7 @@ def _cuts(adapter: Adapter, encoder: Any, config: Any, held: Ticket, left: Ticke
     """What to do to which parameter: (its linear, its name there, dimension, what to keep of it; None for nothing)."""
     dim, neurons = head_dim(config), num_neurons(config)
     masks = (held.head_mask, left.head_mask, kept_neurons(held, neurons), kept_neurons(left, neurons))
-    for layer, heads, left_heads, there, left_there in zip(encoder.layer, *masks, strict=True):
+    for layer, heads, left_heads, there, left_there in zip(getattr(encoder, adapter.stack), *masks, strict=True):
         parts: LayerParts = adapter.parts(layer)
         if not torch.equal(heads, left_heads):
             kept = left_heads[heads].repeat_interleave(dim).nonzero().flatten()
@@ -180,6 +180,6 @@ def _cut(adapter: Adapter, encoder: Any, cuts: list[Cut], left: Ticket, states: 
     for linear, name, _, _ in cuts:
         if name == "weight":
             linear.out_features, linear.in_features = linear.weight.shape
-    for layer, heads in zip(encoder.layer, left.head_mask.sum(1).tolist(), strict=True):
+    for layer, heads in zip(getattr(encoder, adapter.stack), left.head_mask.sum(1).tolist(), strict=True):
         adapter.resize(layer, heads)
     return gone

@@ -99,7 +99,8 @@ def cost_rows(costs: Mapping[str, Mapping[str, int]], latencies: Iterable[Mappin
         Cells as text, with the share that is left; for latencies how many times as fast.
     """
     whole, left = costs["whole"], costs["left"]
-    titles = {"parameters": "parameters", "macs_per_token": "MACs a token of 128", "bytes": "bytes"}
+    macs = f"MACs a token of {whole.get('length', 128)}"
+    titles = {"parameters": "parameters", "macs_per_token": macs, "bytes": "bytes"}
     rows = [["cost", "whole", "left", ""]]
     rows += [
         [title, f"{whole[key]:,}", f"{left[key]:,}", f"{100 * left[key] / whole[key]:.1f} %"]

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from ticketops.errors import InputError, TicketopsError
 from ticketops.models import Format, export, load
@@ -64,6 +64,8 @@ def release(
             raise InputError(f"{folder} is no finished search: --trial goes with a search's --output folder")
         elif (folder / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        elif (folder / "preprocessor_config.json").is_file():
+            tokenizer = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         path = Path(ticket) if ticket is not None else folder / "ticket.safetensors"
         keep = Ticket.load(path) if ticket is not None or path.is_file() else None
         options = {"ticket": keep, "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from ticketops.errors import InputError
 from ticketops.models import check_supported
+from ticketops.models.inputs import positions
 from ticketops.models.record import num_neurons
 from ticketops.searching.plan import RECIPES, SearchConfig
 from ticketops.tasks import Task, demo_model, load_task, tokenize
@@ -69,6 +70,11 @@ class Setting:
                 report_fraction=config.report_fraction,
             )
             model_config = load_config(config.model)
+            if getattr(model_config, "vocab_size", None) is None:
+                raise InputError(
+                    f"model {config.model!r} reads no text, and tasks of a search are text: use ticketops.patch, prune "
+                    "and shrink in Python"
+                )
             name, options = find_model(config.model)
             with _loading(config.model):
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -104,7 +110,7 @@ class Setting:
             for field in _DROPOUTS if dropout is not None else ():
                 if hasattr(model_config, field):
                     setattr(model_config, field, dropout)
-            longest = getattr(model_config, "max_position_embeddings", config.max_length)
+            longest = positions(encoder)
             if config.max_length > longest:
                 raise InputError(
                     f"max_length {config.max_length} exceeds the {longest} positions of {config.model!r}: "
