@@ -125,7 +125,7 @@ class Images:
         if processor is not None:
             return {"pixel_values": processor(images=photographs, return_tensors="pt")["pixel_values"]}
         options: dict[str, Any] = {"size": _pair(config.image_size), "mode": "bilinear", "antialias": True}
-        pixels = [torch.from_numpy(part).permute(2, 0, 1)[None] / 127.5 - 1 for part in photographs]
+        pixels = [torch.tensor(part).permute(2, 0, 1)[None] / 127.5 - 1 for part in photographs]
         rows = torch.cat([nn.functional.interpolate(each, **options) for each in pixels])
         if config.num_channels != 3:
             rows = rows.mean(1, keepdim=True).expand(-1, config.num_channels, -1, -1).contiguous()

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from ticketops.errors import InputError, TicketopsError
+from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models import Format, export, load
 from ticketops.searching.selection import select
 from ticketops.searching.setting import find_model, quiet
@@ -38,6 +38,7 @@ def release(
 
     Raises:
         InputError: no such model, ticket or trial.
+        UnsupportedError: a model that ticketops does not serve, or its image processor lacks a library.
         StoreError: the folder cannot be written.
         TicketopsError: what was written does not compute what the model does.
     """
@@ -65,7 +66,12 @@ def release(
         elif (folder / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         elif (folder / "preprocessor_config.json").is_file():
-            tokenizer = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            try:
+                tokenizer = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            except ImportError as error:
+                raise UnsupportedError(
+                    f"{folder} has an image processor, for which this transformers needs torchvision: pip install it"
+                ) from error
         path = Path(ticket) if ticket is not None else folder / "ticket.safetensors"
         keep = Ticket.load(path) if ticket is not None or path.is_file() else None
         options = {"ticket": keep, "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
