@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from bench.step import circumstances
+from bench.step import circumstances, public
 from ticketops import Importance, Ticket, patch, prune, shrink
 from ticketops.errors import TicketopsError
 from ticketops.files import write_atomically
@@ -208,12 +208,18 @@ def sizes(name: str, models: dict[str, PreTrainedModel]) -> list[Row]:
     return rows
 
 
+def _measured(record: Row) -> list[str]:
+    """The passes that have rows."""
+    return [kind for kind in PASSES if any(row["pass"] == kind for row in record["rows"])]
+
+
 def markdown(record: Row) -> str:
     """The record as tables: a row a batch, a column a contender."""
     machine, names = record["machine"], [STOCK, WHOLE, *map(title, SHARES)]
     head = f"# Shrunk models: {record['model']} on {machine['device']}, {machine['threads']} threads"
-    text = [head, "", f"`{record['command']}`, {record['gate']} gate, torch {machine['torch']}", ""]
-    for kind in PASSES:
+    text = [head, "", *(f"* `{command}`" for command in record["commands"]), ""]
+    text += [f"Gate {record['gate']}; torch {machine['torch']}, transformers {machine['transformers']}, float32.", ""]
+    for kind in _measured(record):
         text += [f"## {kind.capitalize()}, milliseconds a batch (times as fast as whole, patched)", ""]
         text += ["| batch x length | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
         cells = {(row["batch"], row["length"]) for row in record["rows"] if row["pass"] == kind}
@@ -240,8 +246,16 @@ def markdown(record: Row) -> str:
         ]
         text.append("")
     losing = [row for row in record["rows"] if row["times_as_fast"] < 1 and row["contender"] not in (WHOLE, STOCK)]
-    text += [f"Tickets slower than the whole model: {len(losing)} of {len(record['rows'])} rows."]
+    text += [f"Tickets slower than the whole model: {len(losing)} of {len(record['rows'])} rows.", ""]
     text += [f"* {row['contender']}, {row['pass']}, {row['batch']} x {row['length']}" for row in losing]
+    disturbed = sorted(
+        {
+            f"{row['pass']}, {row['batch']} x {row['length']}"
+            for row in record["rows"]
+            if row["ms_q80"] > 1.5 * row["ms_q20"]
+        }
+    )
+    text += ["", "Disturbed, the 80 % quantile above 1.5 times the 20 % one: " + ("; ".join(disturbed) or "none") + "."]
     return "\n".join(text) + "\n"
 
 
@@ -250,8 +264,9 @@ def draw(record: Row, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, len(PASSES), sharey=True)
-    for axes, kind in zip(panels, PASSES, strict=True):
+    kinds = _measured(record)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
         for name in (STOCK, *map(title, SHARES)):
             for length, marker in zip(sorted({row["length"] for row in record["rows"]}), "osD^v", strict=False):
                 chosen = [
@@ -306,7 +321,7 @@ def main() -> int:
     record |= {
         "model": Path(options.model).name,
         "machine": machine,
-        "command": f"python -m bench.shrunk --model {Path(options.model).name}",
+        "commands": [*record.get("commands", []), " ".join(["python -m bench.shrunk", *public(sys.argv[1:])])],
         "gate": check(whole, models),
     }
     if record["gate"] != "green":
@@ -321,6 +336,8 @@ def main() -> int:
                 record["rows"] = [
                     row for row in record["rows"] if (row["pass"], row["batch"], row["length"]) != (kind, batch, length)
                 ] + measure(models, batch, length, kind, options.seconds, options.least_turns)
+                # A measurement that is cut short has all that it finished.
+                write_atomically(path, json.dumps(record, indent=1) + "\n")
     if not options.no_sizes:
         record["sizes"] = sizes(options.model, models)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -265,7 +265,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
         "steps_timed": rounds * len(setup.batches),
         "real_tokens": real,
         "padded_tokens": sum(batch["attention_mask"].numel() for batch in setup.batches),
-        "command": "python -m bench.step " + " ".join(_public(sys.argv[1:])),
+        "command": "python -m bench.step " + " ".join(public(sys.argv[1:])),
         **circumstances(setup.device),
     }
 
@@ -277,7 +277,7 @@ def _quantiles(values: list[float]) -> tuple[float, float, float]:
     return cuts[0], statistics.median(values), cuts[3]
 
 
-def _public(arguments: list[str]) -> list[str]:
+def public(arguments: list[str]) -> list[str]:
     """The command line without where this machine keeps its files."""
     return ["DIR" if os.sep in argument else argument for argument in arguments]
 
