@@ -88,6 +88,9 @@ def cuda_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return
     monkeypatch.setattr(cuda_extension, "kernels", request.getfixturevalue("emulated_kernels"))
     monkeypatch.setitem(backends._MODULES, ("native", "cpu"), "cuda")
-    backends._module.cache_clear()
+    caches = backends._module, backends._has_kernels
+    for cached in caches:
+        cached.cache_clear()
     yield torch.device("cpu")
-    backends._module.cache_clear()
+    for cached in caches:
+        cached.cache_clear()

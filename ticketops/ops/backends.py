@@ -1,6 +1,7 @@
 """Which implementation of an op runs, and why. TICKETOPS_BACKEND=reference|native|triton overrides the choice."""
 
 import importlib
+import importlib.util
 import os
 from functools import cache
 from types import ModuleType
@@ -61,12 +62,12 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
     for backend in BACKENDS.get(device.type, ("reference",)):
         if wanted not in ("auto", backend):
             continue
+        if not _has_kernels(op, backend, device.type):
+            # Not every op has kernels of every backend; plain PyTorch serves beside those that have.
+            continue
         try:
             refusal = _module(op, backend, device.type).refusal(device, dtype)
         except ModuleNotFoundError as missing:
-            if missing.name is not None and missing.name.startswith(f"{__package__}.{op}."):
-                # Not every op has kernels of every backend; plain PyTorch serves beside those that have.
-                continue
             refusal = f"{missing.name} is not installed"
         if refusal is None:
             if wanted == backend:
@@ -81,9 +82,18 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
     return "reference", "; ".join([f"the plain-PyTorch reference serves {device.type}", *refusals])
 
 
+def _name(op: str, backend: str, device: str) -> str:
+    return f"ticketops.ops.{op}.{_MODULES.get((backend, device), backend)}"
+
+
+@cache
+def _has_kernels(op: str, backend: str, device: str) -> bool:
+    return importlib.util.find_spec(_name(op, backend, device)) is not None
+
+
 @cache
 def _module(op: str, backend: str, device: str = "cpu") -> ModuleType:
-    return importlib.import_module(f"ticketops.ops.{op}.{_MODULES.get((backend, device), backend)}")
+    return importlib.import_module(_name(op, backend, device))
 
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
