@@ -387,6 +387,75 @@ def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_
     check(actual, same, exact)
 
 
+@pytest.mark.usefixtures("indexed")
+@pytest.mark.parametrize("dtype", DTYPES)
+@drawn
+@given(
+    tokens=st.sampled_from([1, 31, 65, 129]),
+    kept=st.lists(st.booleans(), min_size=1, max_size=4).filter(any),
+    width=st.sampled_from([16, 24, 64]),
+    ffn_mask=st.none() | st.sampled_from(MASK_VALUES),
+    neuron_mask=st.booleans(),
+    per_token=st.booleans(),
+)
+@example(tokens=129, kept=[True, False, True], width=24, ffn_mask=0.5, neuron_mask=True, per_token=True)
+@example(tokens=31, kept=[False, True], width=16, ffn_mask=0.0, neuron_mask=False, per_token=False)
+def test_ffn_of_selected_blocks(tokens, kept, width, ffn_mask, neuron_mask, per_token, dtype):
+    """Selected blocks are the masked FFN's in which all other neurons have the mask 0."""
+    torch.manual_seed(tokens + width)
+    channels, neurons = 24, len(kept) * width
+    sequences = _to_device(Sequences.from_lengths([tokens - tokens // 3, tokens // 3]))
+    shapes = ((tokens, channels), (neurons, channels), (neurons,), (channels, neurons), (channels,))
+    scales = (1.0, channels**-0.5, 0.5, neurons**-0.5, 0.5)
+    inputs = [
+        (torch.randn(shape, device=DEVICE) * scale).to(dtype) for shape, scale in zip(shapes, scales, strict=True)
+    ]
+    gradient = torch.randn((tokens, channels), device=DEVICE).to(dtype)
+    m = None if ffn_mask is None else torch.tensor(ffn_mask, device=DEVICE)
+    blocks = torch.tensor(kept, device=DEVICE).nonzero().flatten()
+    places = torch.tensor(kept, device=DEVICE).repeat_interleave(width).nonzero().flatten()
+    values = torch.tensor(MASK_VALUES, device=DEVICE)
+    some = values[torch.arange(len(places), device=DEVICE) % len(values)] if neuron_mask else torch.ones_like(places)
+    whole = torch.zeros(neurons, device=DEVICE).index_copy(0, places, some.float())
+
+    def plain(dtype: torch.dtype) -> dict[str, Tensor]:
+        cast = [None if mask is None else mask.to(dtype) for mask in (m, whole)]
+        result = plain_ffn(*(leaf(x, dtype) for x in inputs), sequences, "gelu", *cast, gradient.to(dtype))
+        return result | {
+            name: value[..., places] for name, value in result.items() if name.startswith(("neuron", "dneuron"))
+        }
+
+    exact, same = plain(torch.float64), plain(dtype)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    neuron_leaf = leaf(some, torch.float32) if neuron_mask else None
+    if per_token and neuron_leaf is not None:
+        neuron_leaf.requires_grad_(False)
+    importance = torch.zeros(2, device=DEVICE, requires_grad=True)
+    neuron_importance = torch.zeros((2, len(places)), device=DEVICE, requires_grad=True)
+    out = ops.ffn(
+        *leaves,
+        sequences,
+        ffn_mask=m,
+        neuron_mask=neuron_leaf,
+        importance=importance,
+        neuron_importance=neuron_importance,
+        per_token=per_token,
+        blocks=blocks,
+        count=len(kept),
+    )
+    out.backward(gradient)
+    kind = "absolute" if per_token else "signed"
+    actual = {"out": out, **{f"d{name}": x.grad for name, x in zip(("x", "w1", "b1", "w2", "b2"), leaves, strict=True)}}
+    actual |= {kind: importance.grad, f"neuron_{kind}": neuron_importance.grad}
+    if neuron_leaf is not None and not per_token:
+        actual["dneuron_mask"] = neuron_leaf.grad
+    check(actual, same, exact)
+    gone = torch.ones(neurons, dtype=torch.bool, device=DEVICE).index_fill(0, places, False)
+    assert not leaves[1].grad[gone].any()
+    assert not leaves[2].grad[gone].any()
+    assert not leaves[3].grad[:, gone].any()
+
+
 def test_ffn_without_weight_gradients():
     torch.manual_seed(0)
     x = torch.randn((5, 16), device=DEVICE, requires_grad=True)
@@ -552,7 +621,7 @@ def test_the_rule_prefers_kernels_for_few_tokens(monkeypatch):
     monkeypatch.setattr(common, "capability", lambda device: (8, 0))
 
     def chosen(tokens: int, dtype: torch.dtype = torch.float32, width: int = 16) -> bool:
-        return projection._indexed(torch.zeros((1, tokens, 16), dtype=dtype, device=DEVICE), width)
+        return projection.indexed(torch.zeros((1, tokens, 16), dtype=dtype, device=DEVICE), width)
 
     assert chosen(6)
     assert not chosen(7)

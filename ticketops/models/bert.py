@@ -150,23 +150,20 @@ def feed_forward(state: LayerState, fc1: nn.Linear, fc2: nn.Linear, hidden_state
     Returns:
         [tokens, C], before dropout and residual.
     """
-    w1: Tensor = fc1.weight
-    b1: Tensor = fc1.bias
-    w2: Tensor = fc2.weight
-    if state.kept.neurons is not None:
-        neurons = state.kept.neurons.on(hidden_states.device)
-        w1, b1, w2 = w1.index_select(0, neurons), b1.index_select(0, neurons), w2.index_select(1, neurons)
+    neurons = state.kept.neurons
     return ops.ffn(
         hidden_states.flatten(0, -2),
-        w1,
-        b1,
-        w2,
+        fc1.weight,
+        fc1.bias,
+        fc2.weight,
         fc2.bias,
         call.packing.sequences,
         activation=state.activation,
         importance=call.ffn_importance.get(state.index),
         neuron_importance=call.neuron_importance.get(state.index),
         per_token=call.per_token,
+        blocks=None if neurons is None else neurons.on(hidden_states.device),
+        count=len(state.neurons),
     )
 
 

@@ -5,6 +5,10 @@
 An FFN whose mask is 0 and a neuron whose mask is 0 are not computed: their output and all their gradients, the masks'
 too, are 0. With Y the output and H the activations before the masks, the gradients are dL/dffn_mask = sum <dOut, Y> and
 dL/dneuron_mask = sum (ffn_mask dOut W2) * H.
+
+Neurons can also be selected by blocks, through an index whose length the host knows; the others then cost nothing on
+any backend. As with selected heads (ops.projection, whose rule decides here too), the weights are compacted first, or
+read and written where they lie by indexed kernels.
 """
 
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops.backends import implementation
 from ticketops.ops.packing import Sequences
+from ticketops.ops.projection import indexed
 from ticketops.ops.registration import autocast, define, same_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +38,8 @@ def ffn(
     importance: Tensor | None = None,
     neuron_importance: Tensor | None = None,
     per_token: bool = False,
+    blocks: Tensor | None = None,
+    count: int = 1,
 ) -> Tensor:
     """Two linear layers with an activation between them, a mask value for the whole and one a neuron.
 
@@ -51,6 +58,10 @@ def ffn(
             importance partials: for every sequence sum_t <dOut, Y>, or sum_t |<dOut, Y>| with `per_token`.
         neuron_importance: [B, N], the same for each neuron.
         per_token: takes the absolute value of each token's term before summing.
+        blocks: int64 [K] on x's device, the selected blocks of N / count neurons in ascending order, each once; None
+            for all. All others have no part in anything, and `neuron_mask` and `neuron_importance` are of the selected
+            neurons only, K * N / count in place of N.
+        count: blocks that the weights have.
 
     Returns:
         [T, C] in x's dtype (autocast's dtype under autocast).
@@ -62,6 +73,17 @@ def ffn(
     Source:
         Liang et al. 2021, section 3; neuron masks go beyond the paper.
     """
+    if blocks is None:
+        count = 1
+    else:
+        if blocks.ndim != 1 or blocks.dtype != torch.int64 or w1.shape[0] % count:
+            raise InputError(
+                f"ffn needs int64 blocks [K] and {w1.shape[0]} neurons in equal blocks, got {blocks.dtype} blocks "
+                f"{list(blocks.shape)} and {count} blocks"
+            )
+        if not indexed(x, w1.shape[0] // count):
+            w1, b1, w2 = _compacted(w1, b1, w2, blocks, count)
+            blocks, count = None, 1
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     same_dtype("ffn", DTYPES, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     if activation not in ACTIVATIONS:
@@ -79,6 +101,8 @@ def ffn(
             name: tuple(tensor.shape) for name, tensor in (("x", x), ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2))
         }
         raise InputError(f"ffn needs x [T, C], w1 [N, C], b1 [N], w2 [C, N], b2 [C], got {shapes}")
+    if blocks is not None:
+        neurons = len(blocks) * (neurons // count)
     for name, tensor, shape in (
         ("ffn_mask", ffn_mask, ()),
         ("neuron_mask", neuron_mask, (neurons,)),
@@ -102,21 +126,66 @@ def ffn(
         neuron_importance,
         activation,
         per_token,
+        blocks,
+        count,
     )
     return out
 
 
+def _compacted(w1: Tensor, b1: Tensor, w2: Tensor, blocks: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of the selected neurons' weights; autograd scatters the gradients back."""
+    w1 = w1.view(count, -1, w1.shape[1]).index_select(0, blocks).flatten(0, 1)
+    b1 = b1.view(count, -1).index_select(0, blocks).flatten()
+    return w1, b1, w2.view(len(w2), count, -1).index_select(1, blocks).flatten(1)
+
+
+def _selected(blocks, count):
+    """What a backend is told of selected blocks: nothing where all are computed, since only Triton's knows of them."""
+    return {} if blocks is None else {"blocks": blocks, "count": count}
+
+
 def _forward(
-    x, w1, b1, w2, b2, starts, lengths, ffn_mask, neuron_mask, importance, neuron_importance, activation, per_token
+    x,
+    w1,
+    b1,
+    w2,
+    b2,
+    starts,
+    lengths,
+    ffn_mask,
+    neuron_mask,
+    importance,
+    neuron_importance,
+    activation,
+    per_token,
+    blocks=None,
+    count=1,
 ):
     with torch.autocast(x.device.type, enabled=False):
-        return implementation("ffn", x.device, x.dtype).forward(x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation)
+        return implementation("ffn", x.device, x.dtype).forward(
+            x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation, **_selected(blocks, count)
+        )
 
 
 def _fake_forward(
-    x, w1, b1, w2, b2, starts, lengths, ffn_mask, neuron_mask, importance, neuron_importance, activation, per_token
+    x,
+    w1,
+    b1,
+    w2,
+    b2,
+    starts,
+    lengths,
+    ffn_mask,
+    neuron_mask,
+    importance,
+    neuron_importance,
+    activation,
+    per_token,
+    blocks=None,
+    count=1,
 ):
-    neurons = x.new_empty((x.shape[0], w1.shape[0]))
+    selected = w1.shape[0] if blocks is None else blocks.shape[0] * (w1.shape[0] // count)
+    neurons = x.new_empty((x.shape[0], selected))
     return x.new_empty(x.shape), neurons, torch.empty_like(neurons)
 
 
@@ -137,6 +206,8 @@ def _backward(
     token_sums,
     neuron_sums,
     neuron_absolute,
+    blocks=None,
+    count=1,
 ):
     with torch.autocast(x.device.type, enabled=False):
         return implementation("ffn", x.device, x.dtype).backward(
@@ -156,6 +227,7 @@ def _backward(
             token_sums,
             neuron_sums,
             neuron_absolute,
+            **_selected(blocks, count),
         )
 
 
@@ -176,6 +248,8 @@ def _fake_backward(
     token_sums,
     neuron_sums,
     neuron_absolute,
+    blocks=None,
+    count=1,
 ):
     neurons, channels = w1.shape
     batch = lengths.shape[0]
@@ -195,7 +269,7 @@ def _fake_backward(
         weight(channels),
         sums(token_sums, batch),
         sums(token_sums, batch),
-        sums(neuron_sums, batch, neurons),
+        sums(neuron_sums, batch, pre.shape[1]),
     )
 
 
@@ -214,18 +288,22 @@ def _setup_context(ctx, inputs, output):
         neuron_importance,
         ctx.activation,
         ctx.per_token,
+        blocks,
+        ctx.count,
     ) = inputs
     out, pre, hidden = output
     ctx.recording = importance is not None
     ctx.neuron_recording = neuron_importance is not None
     # The output is kept only where a mask gradient will be formed from it.
     keep_out = ctx.recording or ffn_mask is not None
-    ctx.save_for_backward(out if keep_out else None, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask)
+    ctx.save_for_backward(
+        out if keep_out else None, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, blocks
+    )
     ctx.importance_dtypes = [None if sink is None else sink.dtype for sink in (importance, neuron_importance)]
 
 
 def _gradients(ctx, dout, *_):
-    out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask = ctx.saved_tensors
+    out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, blocks = ctx.saved_tensors
     needs = ctx.needs_input_grad
     mask_wanted, neuron_mask_wanted = needs[7], needs[8]
     if neuron_mask_wanted and ctx.neuron_recording and ctx.per_token:
@@ -249,6 +327,8 @@ def _gradients(ctx, dout, *_):
         ctx.recording or mask_wanted,
         ctx.neuron_recording or neuron_mask_wanted,
         ctx.per_token and ctx.neuron_recording,
+        blocks,
+        ctx.count,
     )
     weights = (dw1, db1, dw2, db2) if any(needs[1:5]) else (None, None, None, None)
     dmask = signed.sum() if mask_wanted else None
@@ -256,13 +336,13 @@ def _gradients(ctx, dout, *_):
     dtype, neuron_dtype = ctx.importance_dtypes
     partial = (absolute if ctx.per_token else signed).to(dtype) if ctx.recording else None
     neuron_partial = by_neuron.to(neuron_dtype) if ctx.neuron_recording else None
-    return dx, *weights, None, None, dmask, dneuron_mask, partial, neuron_partial, None, None
+    return dx, *weights, None, None, dmask, dneuron_mask, partial, neuron_partial, None, None, None, None
 
 
 define(
     "ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor starts, Tensor lengths, Tensor? ffn_mask, "
-    "Tensor? neuron_mask, Tensor? importance, Tensor? neuron_importance, str activation, bool per_token) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? neuron_mask, Tensor? importance, Tensor? neuron_importance, str activation, bool per_token, "
+    "Tensor? blocks=None, int count=1) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     _gradients,
@@ -271,7 +351,8 @@ define(
 define(
     "ffn_backward(Tensor dout, Tensor? out, Tensor pre, Tensor hidden, Tensor x, Tensor w1, Tensor w2, Tensor starts, "
     "Tensor lengths, Tensor? ffn_mask, Tensor? neuron_mask, str activation, bool weight_gradients, bool token_sums, "
-    "bool neuron_sums, bool neuron_absolute) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool neuron_sums, bool neuron_absolute, Tensor? blocks=None, int count=1) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

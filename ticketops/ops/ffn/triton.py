@@ -6,8 +6,9 @@ epilogue (torch.addmm); the pointwise kernels do everything else. No GPU has mea
 
 Both masks are folded into the activations: with m the FFN mask and n the neuron mask, hidden = m n act(pre) gives
 out = hidden W2^T + m b2 and dW2 = dOut^T hidden, so that nothing of the output's size is multiplied by m. The masks lie
-on the device and reading them would wait for the GPU, hence products are computed at a mask of 0 too, on zeros; for a
-fixed ticket the model drops pruned structures before it calls the op.
+on the device and reading them would wait for the GPU, hence products are computed at a mask of 0 too, on zeros, while
+the pointwise kernels load nothing there. Which blocks of neurons a ticket keeps the host knows: these come as an index,
+products are those of ops.projection's kernels, and nothing else is touched.
 """
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ticketops.ops import triton_configs
+from ticketops.ops.projection import triton as projection
 from ticketops.ops.triton_common import launch, owned_rows, refusal
 
 __all__ = ["backward", "forward", "refusal"]
@@ -48,6 +50,13 @@ def load_masks(p_ffn_mask, p_neuron_mask, o_n, m_n):
     return ffn_mask, b_neuron_mask
 
 
+@triton.jit
+def rows_to_load(b_scale, rows):
+    """`rows`, or 0 where the masks of all of a block's neurons are 0. A limit of rows leaves loads along the neurons as
+    wide as they are."""
+    return tl.where(tl.max(tl.where(b_scale != 0.0, 1, 0), 1) > 0, rows, 0)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     p_pre,
@@ -71,7 +80,8 @@ def forward_kernel(
     ffn_mask, b_neuron_mask = load_masks(p_ffn_mask, p_neuron_mask, o_n, m_n)
     b_scale = (ffn_mask * b_neuron_mask)[None, :]
     # [ROWS, COLUMNS]
-    b_pre = tl.load(p_pre + i_row * neurons + o_x, mask=m_x, other=0.0).to(tl.float32)
+    m_load = (i_row + o_r < rows_to_load(b_scale, tokens))[:, None] & m_n[None, :]
+    b_pre = tl.load(p_pre + i_row * neurons + o_x, mask=m_load, other=0.0).to(tl.float32)
     b_act, _ = activate(b_pre, ACTIVATION)
     b_hidden = tl.where(b_scale == 0.0, 0.0, b_act * b_scale)
     tl.store(p_hidden + i_row * neurons + o_x, b_hidden.to(p_hidden.dtype.element_ty), mask=m_x)
@@ -173,10 +183,11 @@ def backward_kernel(
     for i_row in range(first, last, ROWS):
         o_x = o_r[:, None] * neurons + o_n[None, :]
         m_x = (i_row + o_r < last)[:, None] & m_n[None, :]
+        m_load = (i_row + o_r < rows_to_load(b_scale, last))[:, None] & m_n[None, :]
         i_x = i_row * neurons
         # [ROWS, COLUMNS]
-        b_g = tl.load(p_gradient + i_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_act, b_slope = activate(tl.load(p_pre + i_x + o_x, mask=m_x, other=0.0).to(tl.float32), ACTIVATION)
+        b_g = tl.load(p_gradient + i_x + o_x, mask=m_load, other=0.0).to(tl.float32)
+        b_act, b_slope = activate(tl.load(p_pre + i_x + o_x, mask=m_load, other=0.0).to(tl.float32), ACTIVATION)
         b_da = tl.where(b_scale == 0.0, 0.0, b_g * b_slope * b_scale)
         tl.store(p_gradient + i_x + o_x, b_da.to(p_gradient.dtype.element_ty), mask=m_x)
         b_db1 += tl.sum(b_da, 0)
@@ -262,14 +273,20 @@ def forward(
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
+    blocks: Tensor | None = None,
+    count: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ticketops.ops.ffn; two products and one launch.
+    """See ticketops.ops.ffn; two products and one launch. With `blocks`, N is the number of selected neurons.
 
     Returns:
         out [T, C], the input of the activation [T, N] and its output times both masks [T, N].
     """
-    tokens, neurons = x.shape[0], w1.shape[0]
-    pre = torch.addmm(b1, x, w1.t())
+    if blocks is None:
+        pre = torch.addmm(b1, x, w1.t())
+    else:
+        w1, b1, w2 = w1.contiguous(), b1.contiguous(), w2.contiguous()
+        (pre,) = projection.into(x, [w1], [b1], blocks, count)
+    tokens, neurons = pre.shape
     hidden = torch.empty_like(pre)
     tile = triton_configs.FFN
     launch(
@@ -287,7 +304,9 @@ def forward(
         COLUMNS=tile.columns,
     )
     bias = b2 if ffn_mask is None else (b2 * ffn_mask).to(b2.dtype)
-    return torch.addmm(bias, hidden, w2.t()), pre, hidden
+    if blocks is None:
+        return torch.addmm(bias, hidden, w2.t()), pre, hidden
+    return projection.out_of([hidden], [w2.t()], blocks, count, bias.contiguous()), pre, hidden
 
 
 def backward(
@@ -307,9 +326,11 @@ def backward(
     token_sums: bool,
     neuron_sums: bool,
     neuron_absolute: bool,
+    blocks: Tensor | None = None,
+    count: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients and importance partials of `forward`; four products (two without weight gradients) and two launches
-    (one where no sum is wanted).
+    (one where no sum is wanted). With `blocks`, N is the number of selected neurons, but for dw1, db1 and dw2.
 
     Returns:
         dx; dw1, db1, dw2, db2 (empty unless `weight_gradients`); the signed and absolute sums of <dOut, Y> over each
@@ -317,7 +338,7 @@ def backward(
         absolute value with `neuron_absolute` (empty unless `neuron_sums`).
     """
     tokens, channels = x.shape
-    neurons, batch = w1.shape[0], len(lengths)
+    neurons, batch = pre.shape[1], len(lengths)
 
     def sums(wanted: bool, *shape: int) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=torch.float32, device=x.device)
@@ -326,17 +347,21 @@ def backward(
         return torch.empty(shape if weight_gradients else (0,), dtype=x.dtype, device=x.device)
 
     tile = triton_configs.FFN
-    blocks = triton.cdiv(tokens, tile.rows)
+    row_blocks = triton.cdiv(tokens, tile.rows)
     column_blocks = triton.cdiv(neurons, tile.columns)
     by_sequence = neuron_sums and batch > 0
-    parts = batch if by_sequence else blocks
-    output_parts = blocks if weight_gradients or token_sums else 0
+    parts = batch if by_sequence else row_blocks
+    output_parts = row_blocks if weight_gradients or token_sums else 0
     db1, db2 = weight(neurons), weight(channels)
     parts1, parts2 = sums(weight_gradients, parts, neurons), sums(weight_gradients, output_parts, channels)
     terms, signed, absolute = sums(token_sums, tokens), sums(token_sums, batch), sums(token_sums, batch)
     by_neuron = sums(neuron_sums, batch, neurons)
 
-    gradient = torch.mm(dout, w2)
+    if blocks is None:
+        gradient = torch.mm(dout, w2)
+    else:
+        w1, w2 = w1.contiguous(), w2.contiguous()
+        (gradient,) = projection.into(dout, [w2.t()], None, blocks, count)
     spans = {"p_starts": starts.contiguous(), "p_lengths": lengths.contiguous(), "p_ffn_mask": ffn_mask}
     sizes = {"batch": batch, "neurons": neurons, "channels": channels, "output_parts": output_parts}
     launch(
@@ -380,7 +405,12 @@ def backward(
             ROWS=tile.rows,
             COLUMNS=tile.columns,
         )
-    dx = torch.mm(gradient, w1)
+    dx = torch.mm(gradient, w1) if blocks is None else projection.out_of([gradient], [w1], blocks, count)
     if not weight_gradients:
         return dx, weight(0), db1, weight(0), db2, signed, absolute, by_neuron
-    return dx, torch.mm(gradient.t(), x), db1, torch.mm(dout.t(), hidden), db2, signed, absolute, by_neuron
+    if blocks is None:
+        return dx, torch.mm(gradient.t(), x), db1, torch.mm(dout.t(), hidden), db2, signed, absolute, by_neuron
+    dw1, dw2, db1 = torch.empty_like(w1), torch.empty_like(w2), weight(len(w1))
+    projection.gradients([gradient], x, [dw1], [db1], blocks, count)
+    projection.gradients([hidden], dout, [dw2.t()], None, blocks, count)
+    return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron

@@ -45,8 +45,13 @@ def _most_indexed_tokens(device: torch.device, dtype: torch.dtype) -> int:
     return triton_configs.most_indexed_tokens(triton_common.capability(device), dtype)
 
 
-def _indexed(x: Tensor, width: int) -> bool:
-    """Whether the indexed kernels run a projection."""
+def indexed(x: Tensor, width: int) -> bool:
+    """Whether the indexed kernels run products with selected rows or columns of weights, here and in `ops.ffn`.
+
+    Args:
+        x: [.., C] tokens, before autocast.
+        width: structures in a selected group.
+    """
     (cast,) = autocast(x.detach())
     return width >= LEAST_INDEXED_WIDTH and math.prod(x.shape[:-1]) <= _most_indexed_tokens(x.device, cast.dtype)
 
@@ -84,7 +89,7 @@ def project_rows(
     """
     rows, channels = weights[0].shape
     _check("project_rows", x, channels, rows, groups, count)
-    if not _indexed(x, rows // count):
+    if not indexed(x, rows // count):
         return reference.rows(x, weights, biases, groups, count)
     shape = x.shape[:-1]
     (x,) = autocast(x.flatten(0, -2))
@@ -111,7 +116,7 @@ def project_columns(x: Tensor, weight: Tensor, groups: Tensor, count: int) -> Te
     """
     channels, columns = weight.shape
     _check("project_columns", x, len(groups) * (columns // count), columns, groups, count)
-    if not _indexed(x, columns // count):
+    if not indexed(x, columns // count):
         return reference.columns(x, weight, groups, count)
     shape = x.shape[:-1]
     (x,) = autocast(x.flatten(0, -2))

@@ -140,6 +140,7 @@ def out_of_kernel(
     p_v0,
     p_v1,
     p_v2,
+    p_b,
     p_x,
     p_groups,
     stride_vr,
@@ -153,7 +154,7 @@ def out_of_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x = sum y S over the weights, on a block of tokens and channels."""
+    """x = sum y S over the weights + b, on a block of tokens and channels."""
     blocks = tl.cdiv(channels, COLUMNS)
     i_row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
     o_r = tl.arange(0, ROWS)
@@ -174,6 +175,8 @@ def out_of_kernel(
             b_x, p_y2, p_v2, p_groups, i_row, o_r, m_r, o_c, m_c, stride_vr, stride_vc, selected, WIDTH, DEPTH,
             PRECISION,
         )  # fmt: skip
+    if p_b is not None:
+        b_x += tl.load(p_b + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     p_block = p_x + i_row * channels + o_r[:, None] * channels + o_c[None, :]
     tl.store(p_block, b_x.to(p_x.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
 
@@ -355,14 +358,17 @@ def into(x: Tensor, vs: Sequence[Tensor], biases: Sequence[Tensor] | None, group
     return ys
 
 
-def out_of(ys: Sequence[Tensor], vs: Sequence[Tensor], groups: Tensor, count: int) -> Tensor:
-    """x = sum y S over one weight or three; one launch.
+def out_of(
+    ys: Sequence[Tensor], vs: Sequence[Tensor], groups: Tensor, count: int, bias: Tensor | None = None
+) -> Tensor:
+    """x = sum y S over one weight or three + b; one launch.
 
     Args:
         ys: each [T, K * width].
         vs: each [count * width, C].
         groups: int64 [K].
         count: groups there are.
+        bias: [C]; None for none.
 
     Returns:
         [T, C] in y's dtype.
@@ -379,6 +385,7 @@ def out_of(ys: Sequence[Tensor], vs: Sequence[Tensor], groups: Tensor, count: in
         **shared,
         **_named("y", ys),
         **_named("v", vs),
+        p_b=bias,
         p_x=x,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
