@@ -52,8 +52,13 @@ sanitize: setup
 	csrc/sanitize.sh
 	csrc/cuda/sanitize.sh
 
+# Builds, tests and measures on the machine's own Python where that has torch and Triton, without the network; else in
+# .venv. Where there is no GPU it goes the same way on tiny shapes, in Triton's interpreter. GPU_FLAGS: see bench/gpu.
 gpu:
-	$(PYTHON) -m bench.gpu
+	@if $(PYTHON) -c "import torch, triton, transformers" 2>/dev/null; then python=$(PYTHON); \
+		$$python setup.py --quiet build_ext --inplace || exit 1; \
+	else $(MAKE) setup && python=$(BIN)/python || exit 1; fi; \
+	$$python -m bench.gpu $(GPU_FLAGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info ticketops/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

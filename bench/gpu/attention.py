@@ -1,4 +1,4 @@
-"""Attention, forward and backward with importance, against torch's sdpa, FlexAttention and flash-attn."""
+"""Attention, forward and backward with importance, against torch's sdpa and varlen, FlexAttention and flash-attn."""
 
 from collections.abc import Callable
 
@@ -78,6 +78,15 @@ def flash(work: Workload, setting: Setting, heads: int, head_dim: int, kind: str
     return _step(lambda: flash_attn_varlen_func(q, k, v, ends, ends, work.width, work.width), (q, k, v), kind)
 
 
+def varlen(work: Workload, setting: Setting, heads: int, head_dim: int, kind: str) -> Callable[[], object]:
+    """torch's own attention over packed sequences."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (setting.randn(work.tokens, heads, head_dim) for _ in range(3))
+    ends = torch.tensor((0, *work.lengths), device=setting.device).cumsum(0, dtype=torch.int32)
+    return _step(lambda: varlen_attn(q, k, v, ends, ends, work.width, work.width), (q, k, v), kind)
+
+
 def check(work: Workload, setting: Setting, heads: int, head_dim: int) -> str:
     """The correctness gate of a workload, on its first sequences."""
     some = Workload(work.name, work.lengths[:GATED])
@@ -119,6 +128,7 @@ def rows(setting: Setting) -> list[Row]:
             "sdpa efficient": lambda *a: sdpa(*a, backend=SDPBackend.EFFICIENT_ATTENTION),
             "sdpa cudnn": lambda *a: sdpa(*a, backend=SDPBackend.CUDNN_ATTENTION),
             "flex": flex,
+            "torch varlen": varlen,
             "flash-attn": flash,
         }
     table = []

@@ -66,9 +66,15 @@ def rows(setting: Setting) -> list[Row]:
         ) -> Callable[[], object]:
             return lambda: torch.autograd.grad(call(*leaves), inputs, gradient)
 
+        width = 16 if setting.tiny else 64
+        count = leaves[1].shape[0] // width
+        half = torch.arange(0, count, 2, device=setting.device)
         contenders = {
             "ticketops": step(lambda *x, s=sequences, i=sink: ops.ffn(*x, s, importance=i), [*leaves, sink]),
             "ticketops without importance": step(lambda *x, s=sequences: ops.ffn(*x, s), leaves),
+            "ticketops, half the neurons": step(
+                lambda *x, s=sequences, h=half, n=count: ops.ffn(*x, s, blocks=h, count=n), leaves
+            ),
             "torch": step(_plain, leaves),
             "torch.compile": step(compiled, leaves),
         }

@@ -43,9 +43,11 @@ class Setting:
     def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, device=self.device) * scale).to(self.dtype).requires_grad_()
 
-    def compile(self, function: Callable) -> Callable:
-        # The interpreter's run only shows that the way through is clear; Inductor would take minutes.
-        return torch.compile(function, backend="eager" if self.tiny else "inductor")
+    def compile(self, function: Callable, mode: str | None = None) -> Callable:
+        if self.tiny:
+            # The interpreter's run only shows that the way through is clear; Inductor would take minutes.
+            return torch.compile(function, backend="eager")
+        return torch.compile(function, mode=mode)
 
 
 @dataclass(frozen=True)

@@ -15,25 +15,21 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_tiny_run_goes_all_the_way_and_claims_nothing(tmp_path):
-    done = run("--tiny", "--output", str(tmp_path))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures in earnest where there is a GPU")
+def test_without_a_gpu_it_goes_all_the_way_on_tiny_shapes_and_claims_nothing(tmp_path):
+    done = run("--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert "no CUDA GPU here" in done.stderr
     (results,) = tmp_path.glob("*.json")
     record = json.loads(results.read_text())
     assert record["machine"]["device"] == "Triton interpreter on the CPU"
     assert record["tests"]["passed"]
-    assert "ratios" not in record
+    assert not {"ratios", "targets"} & set(record)
     assert {row["bench"] for row in record["rows"]} == {"attention", "ffn", "projection", "step", "shrunk"}
     for row in record["rows"]:
         assert row["gate"] == "green"
         assert row["ms"] > 0, row
     assert len(list(tmp_path.glob("*.png"))) == 7
-
-
-def test_tiny_results_stay_out_of_the_repository():
-    done = run("--tiny")
-    assert done.returncode == 2
-    assert "--tiny needs --output" in done.stderr
 
 
 def test_ratios_only_where_the_gate_is_green(monkeypatch):
@@ -46,6 +42,27 @@ def test_ratios_only_where_the_gate_is_green(monkeypatch):
     assert [ratio["ratio"] for ratio in _ratios([ours, *others])] == [1.5]
     assert not _ratios([{**ours, "gate": "red: wrong"}, *others])
     assert not _ratios([{**ours, "ms": None}, *others])
+
+
+def test_targets_are_held_against_the_fastest_rival(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.gpu.__main__ import TARGETS, _verdicts
+
+    place = {"bench": "attention", "workload": "lengths of rte, batch 3", "tokens": 1, "pass": "forward+backward"}
+
+    def row(contender, ms, gate="green"):
+        return {**place, "contender": contender, "ms": ms, "gate": gate}
+
+    rows = [row("ticketops", 2.0), row("flex", 4.0), row("sdpa math", 2.5), row("sdpa flash", None)]
+    verdicts = {verdict["target"]: verdict for verdict in _verdicts(rows)}
+    assert len(verdicts) == len(TARGETS)
+    padded = verdicts["attention, real lengths: the best on padded"]
+    assert padded["ratios"] == {"lengths of rte, batch 3, 1 tokens": 1.25}
+    assert padded["reached"] is False
+    # Nothing measured, nothing claimed.
+    assert verdicts["FFN: torch.compile"]["reached"] is None
+    red = [row(contender, 1.0, "red: wrong") for contender in ("ticketops", "flex")]
+    assert all(verdict["reached"] is None for verdict in _verdicts(red))
 
 
 def test_gate_turns_red(monkeypatch):
