@@ -71,6 +71,24 @@ def test_ffn_compiles_whatever_is_wanted_of_it(weight_gradients, token_sums, neu
         assert kernel_report.compile_launch(launch).spills == 0
 
 
+def test_ffn_of_selected_blocks_multiplies_through_the_index():
+    launches = kernel_report.ffn_launches((9, 0), torch.bfloat16, blocks=True)
+    # Two products forward and two backward, and two weight gradients of two stages.
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "into_kernel",
+        "forward_kernel",
+        "out_of_kernel",
+        "into_kernel",
+        "backward_kernel",
+        "finish_kernel",
+        "out_of_kernel",
+        *["gradient_kernel", "finish_kernel"] * 2,
+    ]
+    result = kernel_report.compile_launch(launches[2])
+    assert result.spills == 0
+    assert result.matrix_unit == "wgmma"
+
+
 def test_kernels_compile_without_dropout_masks_and_bias():
     for launch in (
         *kernel_report.attention_launches((9, 0), torch.bfloat16, 64, 64, options=False),
@@ -120,6 +138,7 @@ def test_doctor_prints_the_table(monkeypatch):
     (row,) = json.loads(CliRunner().invoke(cli.app, ["doctor", "--kernels", "--json"]).stdout)["kernels"]
     assert row["spill_bytes"] == 0
     assert 0 < row["registers"] <= 255
+    assert 0 < row["per_multiprocessor"] <= 32
 
 
 def test_the_table_is_kept_as_json_and_text(tmp_path):

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ticketops.files import write_atomically
+from ticketops.ops import triton_configs
 from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
 from ticketops.ops.projection import triton as projection
@@ -28,6 +29,9 @@ TARGETS = ((8, 0), (9, 0), (10, 0))
 #: Shared memory that one program may use, in bytes, by major capability. The smaller consumer GPUs of a generation have
 #: less (99 KiB for 8.6, 8.9 and 12.0).
 SHARED_LIMIT = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
+#: Of a multiprocessor of all of these: registers, warps and programs that it holds, and bytes of shared memory that each
+#: program takes beyond its own.
+_REGISTERS, _WARPS, _PROGRAMS, _SHARED_RESERVED = 65536, 64, 32, 1024
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -119,6 +123,7 @@ def ffn_launches(
     weight_gradients: bool = True,
     token_sums: bool = True,
     neuron_sums: bool = True,
+    blocks: bool = False,
 ) -> list[Launch]:
     """The launches of one FFN call, forward and backward.
 
@@ -130,6 +135,7 @@ def ffn_launches(
         weight_gradients: the weights are trained.
         token_sums: the FFN's importance is recorded.
         neuron_sums: the neurons' importance is recorded.
+        blocks: half of the neurons is selected, in blocks of 64.
 
     Returns:
         One launch a kernel.
@@ -137,14 +143,16 @@ def ffn_launches(
     x = torch.empty((256, 768), dtype=dtype, device="meta")
     w1, b1 = x.new_empty((3072, 768)), x.new_empty(3072)
     w2, b2 = x.new_empty((768, 3072)), x.new_empty(768)
-    pre = x.new_empty((256, 3072))
+    pre = x.new_empty((256, 1536 if blocks else 3072))
     starts = torch.empty(2, dtype=torch.int32, device="meta")
     ffn_mask = torch.empty((), device="meta") if masks else None
-    neuron_mask = torch.empty(3072, device="meta") if masks else None
-    wanted = (weight_gradients, token_sums, neuron_sums, False)
+    neuron_mask = torch.empty(pre.shape[1], device="meta") if masks else None
+    selected = (torch.empty(24, dtype=torch.int64, device="meta"), 48) if blocks else ()
+    wanted = (weight_gradients, token_sums, neuron_sums, False, *selected)
+    case = {"dtype": _name(dtype), "case": f"{activation}, blocks" if blocks else activation}
     launches: list[Launch] = []
-    with recorded_launches(target, _recorder(launches, target, {"dtype": _name(dtype), "case": activation})):
-        ffn.forward(x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation)
+    with recorded_launches(target, _recorder(launches, target, case)):
+        ffn.forward(x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation, *selected)
         ffn.backward(x, x, pre, pre, x, w1, w2, starts, starts, ffn_mask, neuron_mask, activation, *wanted)
     return launches
 
@@ -232,6 +240,10 @@ def shipped_launches() -> Iterator[Launch]:
             for channels in (384, 768, 1024):
                 yield from residual_launches(target, dtype, channels)
         yield from projection_launches(target, torch.bfloat16, weight_dtype=torch.float32)
+        for launch in ffn_launches(target, torch.bfloat16, blocks=True):
+            # The pointwise kernels are those of all neurons.
+            if launch.tile == triton_configs.projection(target, torch.bfloat16):
+                yield launch
 
 
 def kernel_table(progress: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
@@ -242,7 +254,7 @@ def kernel_table(progress: Callable[[str], None] | None = None) -> list[dict[str
 
     Returns:
         One row a kernel, target and configuration: kernel, target, dtype, case, tile, warps, stages, registers,
-        spill_bytes, shared_bytes, matrix_unit.
+        spill_bytes, shared_bytes, per_multiprocessor (programs that fit one together), matrix_unit.
     """
     rows = []
     for launch in shipped_launches():
@@ -262,10 +274,23 @@ def kernel_table(progress: Callable[[str], None] | None = None) -> list[dict[str
                 "registers": compiled.registers,
                 "spill_bytes": compiled.spills,
                 "shared_bytes": compiled.shared,
+                "per_multiprocessor": _per_multiprocessor(compiled, launch),
                 "matrix_unit": compiled.matrix_unit,
             }
         )
     return rows
+
+
+def _per_multiprocessor(compiled: Compiled, launch: Launch) -> int:
+    """Programs that one multiprocessor holds at a time. Registers come in steps of 8 a thread."""
+    warps = launch.tile.warps
+    shared = SHARED_LIMIT[launch.target[0]] + _SHARED_RESERVED
+    return min(
+        _REGISTERS // (-(-compiled.registers // 8) * 8 * 32 * warps),
+        _WARPS // warps,
+        _PROGRAMS,
+        shared // (compiled.shared + _SHARED_RESERVED),
+    )
 
 
 def write_table(
