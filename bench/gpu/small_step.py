@@ -25,6 +25,8 @@ def main() -> None:
         context = ops.attention(q, q, q, sequences, head_mask=mask, dropout_p=0.1, importance=heads)
         hidden = ops.residual_norm(context.flatten(1), x, b1[:256], b1[:256], bias=b1[:256], dropout_p=0.1)
         out = ops.ffn(hidden, w1, b1, w1.t(), b1[:256], sequences, neuron_importance=neurons)
+        few = torch.tensor([0, 3], device="cuda")
+        out = out + ops.ffn(hidden, w1, b1, w1.t(), b1[:256], sequences, blocks=few, count=8)
         out.float().square().mean().backward()
         around_the_layers(lengths, x.detach())
     torch.cuda.synchronize()

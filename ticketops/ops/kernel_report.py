@@ -29,8 +29,8 @@ TARGETS = ((8, 0), (9, 0), (10, 0))
 #: Shared memory that one program may use, in bytes, by major capability. The smaller consumer GPUs of a generation have
 #: less (99 KiB for 8.6, 8.9 and 12.0).
 SHARED_LIMIT = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
-#: Of a multiprocessor of all of these: registers, warps and programs that it holds, and bytes of shared memory that each
-#: program takes beyond its own.
+#: Of a multiprocessor of all of these: registers, warps and programs that it holds, and bytes of shared memory that
+#: each program takes beyond its own.
 _REGISTERS, _WARPS, _PROGRAMS, _SHARED_RESERVED = 65536, 64, 32, 1024
 _POINTERS = {
     torch.float32: "*fp32",

@@ -1,9 +1,9 @@
 """The tile of every Triton kernel, by GPU family, dtype, head dimension and length: one table, looked up and never
 searched at run time.
 
-What supports the entries: each was compiled ahead of time by Triton 3.6 and 3.9 for sm_80, sm_90 and sm_100 with dropout
-and a mask on, and none spills a register (bench/results/kernels-*.md has registers, shared memory and the programs that a
-multiprocessor holds; python_tests/aot holds them to it). No entry has been timed on a GPU yet.
+What supports the entries: each was compiled ahead of time by Triton 3.6 and 3.9 for sm_80, sm_90 and sm_100 with
+dropout and a mask on, and none spills a register (bench/results/kernels-*.md has registers, shared memory and how many
+programs a multiprocessor holds; python_tests/aot holds them to it). No entry has been timed on a GPU yet.
 """
 
 from dataclasses import dataclass, replace
