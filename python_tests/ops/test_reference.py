@@ -279,3 +279,20 @@ def test_an_unknown_backend_is_named(monkeypatch):
     sequences, (q, k, v), _ = inputs([4, 3])
     with pytest.raises(UnsupportedError, match="TICKETOPS_BACKEND=cuda11"):
         ops.attention(q, k, v, sequences)
+
+
+def test_selected_blocks_of_neurons_are_those_whose_masks_are_not_0():
+    sequences, _, parameters = inputs([4, 3], neurons=12)
+    blocks, mask = torch.tensor([0, 2]), torch.tensor([1.0, 0.0, 1.0]).double().repeat_interleave(4)
+    got = ops.ffn(*parameters, sequences, blocks=blocks, count=3)
+    want = ops.ffn(*parameters, sequences, neuron_mask=mask)
+    torch.testing.assert_close(got, want)
+    for ours, theirs in zip(
+        torch.autograd.grad(got.square().sum(), parameters),
+        torch.autograd.grad(want.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    for bad, count in ((blocks.int(), 3), (blocks[None], 3), (blocks, 5)):
+        with pytest.raises(InputError, match=r"ffn needs int64 blocks \[K\] and 12 neurons in equal blocks"):
+            ops.ffn(*parameters, sequences, blocks=bad, count=count)

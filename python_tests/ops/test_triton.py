@@ -220,6 +220,8 @@ def check_attention(
 @example(lengths=[33, 0, 17], layout="scattered", mask=[0.0, 0.5], head_dim=32, dropout_p=0.3, strided=True)
 @example(lengths=[67], layout="padded", mask=[0.0, -1.5], head_dim=24, dropout_p=0.1, strided=False)
 @example(lengths=[0, 0], layout="scattered", mask=None, head_dim=16, dropout_p=0.1, strided=False)
+@example(lengths=[63, 64], layout="packed", mask=[0.5], head_dim=16, dropout_p=0.1, strided=False)
+@example(lengths=[65], layout="packed", mask=[1.0], head_dim=16, dropout_p=0.1, strided=False)
 def test_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided):
     check_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided)
 
@@ -303,6 +305,7 @@ def plain_ffn(
     recording=st.sampled_from(["nothing", "ffn", "neurons", "both"]),
     per_token=st.booleans(),
     sizes=st.sampled_from([(16, 40), (24, 65), (65, 96)]),
+    strided=st.booleans(),
 )
 @example(
     lengths=[33, 0, 17],
@@ -313,6 +316,7 @@ def plain_ffn(
     recording="both",
     per_token=False,
     sizes=(24, 65),
+    strided=True,
 )
 @example(
     lengths=[70],
@@ -323,6 +327,7 @@ def plain_ffn(
     recording="ffn",
     per_token=True,
     sizes=(16, 40),
+    strided=False,
 )
 @example(
     lengths=[3, 2],
@@ -333,8 +338,9 @@ def plain_ffn(
     recording="neurons",
     per_token=True,
     sizes=(16, 40),
+    strided=False,
 )
-def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_token, sizes, dtype):
+def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_token, sizes, strided, dtype):
     sequences, tokens = draw_sequences(lengths, layout)
     channels, neurons = sizes
     torch.manual_seed(neurons)
@@ -343,6 +349,8 @@ def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_
     inputs = [
         (torch.randn(shape, device=DEVICE) * scale).to(dtype) for shape, scale in zip(shapes, scales, strict=True)
     ]
+    if strided:
+        inputs = [x.t().contiguous().t() if x.ndim == 2 else x for x in inputs]
     gradient = torch.randn((channels, tokens), device=DEVICE).to(dtype).t()
     m = None if ffn_mask is None else torch.tensor(ffn_mask, device=DEVICE)
     values = torch.tensor(MASK_VALUES, device=DEVICE)
@@ -691,6 +699,15 @@ def test_residual_norm(tokens, channels, with_bias, dropout_p, wide_residual, st
     check(actual, same, exact)
 
 
+def test_residual_norm_of_no_tokens():
+    x = torch.zeros((0, 16), device=DEVICE, requires_grad=True)
+    gamma = torch.ones(16, device=DEVICE, requires_grad=True)
+    out = ops.residual_norm(x, x, gamma, gamma, bias=gamma, dropout_p=0.1)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 16)
+    assert not gamma.grad.any()
+
+
 # Rows of no sequence
 
 
@@ -765,11 +782,20 @@ def calls() -> dict[str, Callable[[], Tensor]]:
         q, k, v = ops.project_rows(x, [w, w, w], [b, b, b], heads, 2)
         return ops.project_columns(q + k + v, w.t(), heads, 2)
 
-    return {"attention": attention, "ffn": ffn, "projections": projections, "residual_norm": residual_norm}
+    def blocks() -> Tensor:
+        return ops.ffn(x, w, b, w.t(), b1[:16], sequences, importance=importance[0], blocks=heads, count=2)
+
+    return {
+        "attention": attention,
+        "blocks": blocks,
+        "ffn": ffn,
+        "projections": projections,
+        "residual_norm": residual_norm,
+    }
 
 
 @pytest.mark.usefixtures("indexed")
-@pytest.mark.parametrize("op", ["attention", "ffn", "projections", "residual_norm"])
+@pytest.mark.parametrize("op", ["attention", "blocks", "ffn", "projections", "residual_norm"])
 def test_compiles_as_one_graph(op):
     call = calls()[op]
     torch.manual_seed(2)
@@ -779,7 +805,7 @@ def test_compiles_as_one_graph(op):
 
 
 @pytest.mark.usefixtures("indexed")
-@pytest.mark.parametrize("op", ["attention", "ffn", "projections"])
+@pytest.mark.parametrize("op", ["attention", "blocks", "ffn", "projections"])
 def test_autocast(op):
     call = calls()[op]
     torch.manual_seed(2)
@@ -793,7 +819,7 @@ def test_autocast(op):
 
 
 @pytest.mark.usefixtures("indexed")
-@pytest.mark.parametrize("op", ["attention", "ffn", "projections", "residual_norm"])
+@pytest.mark.parametrize("op", ["attention", "blocks", "ffn", "projections", "residual_norm"])
 def test_repeats_bit_for_bit(op):
     results = []
     for _ in range(2):
@@ -823,6 +849,9 @@ def test_opcheck():
     w, heads = torch.randn((32, 16), device=DEVICE, requires_grad=True), torch.tensor([1], device=DEVICE)
     b = w.detach()[:, 0].contiguous().requires_grad_()
     torch.library.opcheck(torch.ops.ticketops.project_rows, (x, w, w, w, b, b, b, heads, 2))
+    torch.library.opcheck(
+        torch.ops.ticketops.ffn, (x, w, b, w.detach().t(), b1[:16], *spans, *[None] * 4, "relu", False, heads, 2)
+    )
     torch.library.opcheck(torch.ops.ticketops.project_columns, (x, w.detach().t().contiguous(), heads, 2))
     torch.library.opcheck(torch.ops.ticketops.residual_norm, (x, x, None, b1[:16], b1[:16], seed, 0.1, 1e-5))
 
