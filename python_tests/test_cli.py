@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from searching.tiny import FIELDS, make_model, make_task
+from searching.tiny import FIELDS, make_model, make_pairs, make_task
 from typer.testing import CliRunner, Result
 
 from ticketops import cli
 from ticketops.cli import app
-from ticketops.searching import SearchConfig, Store, run
+from ticketops.searching import SearchConfig, ShareConfig, Store, TransferConfig, run
 from ticketops.tickets import Ticket
 
 ROOT = Path(__file__).parents[1]
@@ -313,3 +313,70 @@ def test_a_wrong_command_line_is_one_line(words, said, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ticketops: error: ")
     assert said in line
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Fields that share and transfer have in common, for seconds."""
+    root: Path = tmp_path_factory.mktemp("tiny")
+    make_task(root / "good")
+    make_pairs(root / "score")
+    fields = {name: value for name, value in FIELDS.items() if name != "kinds"}
+    return {**fields, "model": make_model(root / "model"), "sparsities": "0.5", "epochs": 1, "train_rows": 32}
+
+
+def test_share_prints_its_table_is_reported_again_and_a_task_is_exported(tiny: dict[str, Any], tmp_path: Path):
+    folder = tmp_path / "run"
+    data = tiny["model"].parent
+    fields = {**tiny, "tasks": f"{data / 'good'},{data / 'score'}", "arms": "tickets,plain", "output": folder}
+    result = invoke("share", *flags(fields), "--save-models")
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    assert lines[1] == "6 trials"
+    assert re.fullmatch(r"\[1/6\] good full-seed-0: accuracy \d+\.\d \(\d+ s\)", lines[2])
+    assert re.fullmatch(r"\[6/6\] plain-seed-0: task average -?\d+\.\d \(\d+ s\)", lines[7])
+    for word in ("shared, each task its ticket", "one model a task, full", "Ticket sharing averages", "report.md"):
+        assert word in result.stdout
+    before = (folder / "report.md").read_text()
+    again = invoke("report", folder)
+    assert again.exit_code == 0
+    assert (folder / "report.md").read_text() == before
+    assert invoke("export", folder, "--task", "score", "--output", tmp_path / "small").exit_code == 0
+    assert invoke("show", tmp_path / "small").exit_code == 0
+    refused(invoke("export", folder, "--output", tmp_path / "none"), 2, "name one of its tasks", "--task good")
+    refused(invoke("share", *flags({**fields, "mixing": "uniform"})), 1, "another share", "mixing is")
+    refused(
+        invoke("search", *flags({**tiny, "task": data / "good", "output": folder})), 1, "results of ticketops share"
+    )
+
+
+def test_bad_input_to_share_and_transfer_is_one_line_before_any_training(tiny: dict[str, Any], tmp_path: Path):
+    data = tiny["model"].parent
+    good, score = data / "good", data / "score"
+
+    def share(**fields: Any) -> Result:
+        return invoke("share", *flags({**tiny, "tasks": f"{good},{score}", "output": tmp_path / "run", **fields}))
+
+    def transfer(**fields: Any) -> Result:
+        fields = {"source": good, "target": good, "output": tmp_path / "run", **fields}
+        return invoke("transfer", *flags({**tiny, **fields}))
+
+    refused(share(tasks=good), 2, "alone: use ticketops search")
+    refused(share(mixing="random"), 2, "mixing 'random' is unknown", "annealed")
+    refused(share(tasks=f"{good},{good}"), 2, "both called good", "rename")
+    refused(share(tasks=f"{good},no-such-task"), 2, "no-such-task")
+    Ticket.full(12, 12).save(tmp_path / "wide.safetensors")
+    refused(share(tickets=f"good={tmp_path / 'wide.safetensors'}"), 2, "12 layers x 12 heads", "2 layers x 4 heads")
+    refused(transfer(target=score), 2, "--head fresh")
+    refused(transfer(fractions="0.001"), 2, "0.1 % of the 32 training rows", "--fractions from")
+    refused(transfer(fractions="2"), 2, "outside (0, 1]")
+    refused(invoke("transfer", "--target", good), 2, "source None")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("verb", "kind"), [("share", ShareConfig), ("transfer", TransferConfig)])
+def test_help_of_share_and_transfer_names_every_field(verb: str, kind: Any):
+    result = invoke(verb, "--help")
+    assert result.exit_code == 0
+    for field in kind.__dataclass_fields__.values():
+        assert f"--{field.name.replace('_', '-')}" in result.stdout

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ticketops.loading import install as _install
 
 if TYPE_CHECKING:
-    from ticketops.api import search
+    from ticketops.api import search, share, transfer
     from ticketops.models.checkpoint import load
     from ticketops.models.export import export
     from ticketops.models.patch import PatchHandle, patch
@@ -29,7 +29,9 @@ __all__ = [
     "report",
     "rewind",
     "search",
+    "share",
     "shrink",
+    "transfer",
 ]
 
 _HOMES = {
@@ -44,7 +46,9 @@ _HOMES = {
     "report": "ticketops.reporting",
     "rewind": "ticketops.models",
     "search": "ticketops.api",
+    "share": "ticketops.api",
     "shrink": "ticketops.models",
+    "transfer": "ticketops.api",
 }
 
 

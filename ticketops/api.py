@@ -1,11 +1,16 @@
-"""The verb of the public face that takes more than one floor: search, then report."""
+"""The verbs of the public face that take more than one floor: search, share or transfer, then report."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from ticketops.reporting import report
+from ticketops.searching.config import Config
 from ticketops.searching.plan import SearchConfig
 from ticketops.searching.run import SearchResult, run_search
+from ticketops.searching.sharing import ShareResult, run_share
+from ticketops.searching.sharing_plan import ShareConfig
+from ticketops.searching.transfer import TransferResult, run_transfer
+from ticketops.searching.transfer_plan import TransferConfig
 from ticketops.searching.trial import Listener
 
 
@@ -27,9 +32,62 @@ def search(config: SearchConfig | None = None, *, listener: Listener | None = No
 
     Source: arXiv 2105.12002.
     """
-    if config is None:
-        config = SearchConfig.from_dict(fields, source="search()")
-    elif fields:
-        config = SearchConfig.from_dict({**config.to_dict(), **fields}, source="search()")
-    result = run_search(config, listener)
+    result = run_search(_configured(SearchConfig, config, fields), listener)
     return dataclasses.replace(result, report_path=report(result.folder))
+
+
+def share(config: ShareConfig | None = None, *, listener: Listener | None = None, **fields: Any) -> ShareResult:
+    """Trains several tasks on one encoder, each on its own ticket, against multi-task training without tickets.
+
+    Args:
+        config: the run; or else its fields:
+        listener: hears about trials and steps.
+        fields: of `ShareConfig`, the flags of `ticketops share`: tasks, model, output, tickets, arms, mixing, ...
+
+    Returns:
+        Records, the tasks' tickets, and the report's path.
+
+    Raises:
+        InputError: a field, the model, a task or a ticket is bad.
+        StoreError: the output folder cannot be used; finished trials stay.
+        TicketopsError: training diverged.
+
+    Source: arXiv 2105.12002, section 4.
+    """
+    result = run_share(_configured(ShareConfig, config, fields), listener)
+    return dataclasses.replace(result, report_path=report(result.folder))
+
+
+def transfer(
+    config: TransferConfig | None = None, *, listener: Listener | None = None, **fields: Any
+) -> TransferResult:
+    """Adapts a fine-tuned source model to shares of a target task's rows, super ticket against full model.
+
+    Args:
+        config: the run; or else its fields:
+        listener: hears about trials and steps.
+        fields: of `TransferConfig`, the flags of `ticketops transfer`: source, target, fractions, head, seeds, ...
+
+    Returns:
+        Records, the level of the source's super ticket, and the report's path.
+
+    Raises:
+        InputError: a field, the model, a task, its labels or a share is bad.
+        StoreError: the output folder cannot be used; finished trials stay.
+        TicketopsError: training diverged.
+
+    Source: arXiv 2105.12002, section 5.
+    """
+    result = run_transfer(_configured(TransferConfig, config, fields), listener)
+    return dataclasses.replace(result, report_path=report(result.folder))
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def _configured(kind: type[AnyConfig], config: AnyConfig | None, fields: dict[str, Any]) -> AnyConfig:
+    """The configuration itself, or one with these fields."""
+    if config is not None and not fields:
+        return config
+    values = config.to_dict() if config is not None else {}
+    return kind.from_dict({**values, **fields}, source=f"{kind.verb}()")

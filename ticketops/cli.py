@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
-from ticketops.searching.plan import SearchConfig, Trial
+from ticketops.searching.config import Config
+from ticketops.searching.plan import SearchConfig
+from ticketops.searching.sharing_plan import ShareConfig
+from ticketops.searching.transfer_plan import TransferConfig
 
 if TYPE_CHECKING:
-    from ticketops.searching.store import Record
+    from ticketops.searching.store import Named, Record
     from ticketops.tickets import Ticket
 
 app = typer.Typer(
@@ -76,41 +79,11 @@ def _options(
     pass
 
 
-def _search(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", help="A YAML file whose keys are these flags; flags win over it.", rich_help_panel="What"
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and stop.", show_default=False, rich_help_panel="What")
-    ] = False,
-    traceback: Trace = False,
-    **flags: Any,
-) -> None:
-    """Fine-tune, score, prune, rewind, retrain, select, report; the same command resumes what was interrupted.
-
-    Without arguments it searches the demo: MiniLM on movie-review sentences, in minutes on a processor.
-    """
-    with _errors(traceback, "Finished trials are kept: run the same command again to go on."):
-        given = {name: value for name, value in flags.items() if value is not None}
-        settings = SearchConfig.from_yaml(config, **given) if config else SearchConfig.from_dict(given)
-        if dry_run:
-            _print_plan(settings)
-            return
-        with _progress() as listener:
-            from ticketops.api import search
-
-            result = search(settings, listener=listener)
-        from ticketops.reporting.report import headline
-        from ticketops.reporting.tables import level_rows
-
-        _print_table(level_rows(result.selection))
-        split = "report" if settings.report_fraction else "validation"
-        console = Console()
-        console.print(headline(result.selection, result.records[0]["metric"], split), highlight=False)
-        console.print(f"Report: {result.report_path}", highlight=False, soft_wrap=True)
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="A YAML file whose keys are these flags; flags win over it.", rich_help_panel="What"),
+]
+_KEPT = "Finished trials are kept: run the same command again to go on."
 
 
 def _flag(field: "dataclasses.Field[Any]") -> inspect.Parameter:
@@ -128,29 +101,113 @@ def _flag(field: "dataclasses.Field[Any]") -> inspect.Parameter:
     )
 
 
-# The configuration's fields become the flags, so that flags, YAML keys and SearchConfig cannot drift apart.
-_own = [p for p in inspect.signature(_search).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-_own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in _own]
-_flags = [_flag(field) for field in dataclasses.fields(SearchConfig)]
-_search.__signature__ = inspect.Signature([*_flags, *_own])  # type: ignore[attr-defined]
-_search.__annotations__ = {p.name: p.annotation for p in [*_flags, *_own]}
-app.command("search")(_search)
+def _configured(kind: type[Config]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function: the configuration's fields become its flags, so that flags, YAML keys and the
+    configuration cannot drift apart."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        flags = [_flag(field) for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        function.__signature__ = inspect.Signature([*flags, *own])  # type: ignore[attr-defined]
+        function.__annotations__ = {p.name: p.annotation for p in [*flags, *own]}
+        app.command(kind.verb)(function)
+        return function
+
+    return register
+
+
+def _settings(kind: type[Any], config: Path | None, flags: dict[str, Any]) -> Any:
+    given = {name: value for name, value in flags.items() if value is not None}
+    return kind.from_yaml(config, **given) if config else kind.from_dict(given)
+
+
+@_configured(SearchConfig)
+def _search(
+    config: ConfigFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop.", show_default=False, rich_help_panel="What")
+    ] = False,
+    traceback: Trace = False,
+    **flags: Any,
+) -> None:
+    """Fine-tune, score, prune, rewind, retrain, select, report; the same command resumes what was interrupted.
+
+    Without arguments it searches the demo: MiniLM on movie-review sentences, in minutes on a processor.
+    """
+    with _errors(traceback, _KEPT):
+        settings = _settings(SearchConfig, config, flags)
+        if dry_run:
+            _print_plan(settings)
+            return
+        with _progress() as listener:
+            from ticketops.api import search
+
+            result = search(settings, listener=listener)
+        from ticketops.reporting.report import headline
+
+        split = "report" if settings.report_fraction else "validation"
+        _print_result(result, headline(result.selection, result.records[0]["metric"], split))
+
+
+@_configured(ShareConfig)
+def _share(config: ConfigFile = None, traceback: Trace = False, **flags: Any) -> None:
+    """Train several tasks on one encoder, each on its own ticket, and compare; the same command resumes.
+
+    A batch of a task runs, and trains, that task's ticket alone. What it is compared with comes from the same command.
+    """
+    with _errors(traceback, _KEPT):
+        settings = _settings(ShareConfig, config, flags)
+        with _progress() as listener:
+            from ticketops.api import share
+
+            result = share(settings, listener=listener)
+        from ticketops.reporting.sharing import headline, scores
+        from ticketops.searching import Store
+
+        _print_result(result, headline(scores(Store.read(result.folder))))
+
+
+@_configured(TransferConfig)
+def _transfer(config: ConfigFile = None, traceback: Trace = False, **flags: Any) -> None:
+    """Adapt a fine-tuned source model to shares of a target task, super ticket against full model; resumes.
+
+    The same shares of the source task's own rows show what tickets are worth where data is scarce.
+    """
+    with _errors(traceback, _KEPT):
+        settings = _settings(TransferConfig, config, flags)
+        with _progress() as listener:
+            from ticketops.api import transfer
+
+            result = transfer(settings, listener=listener)
+        _print_result(result)
+
+
+def _print_result(result: Any, finding: str = "") -> None:
+    from ticketops.reporting import overview
+
+    _print_table(overview(result.folder))
+    console = Console()
+    if finding:
+        console.print(finding, highlight=False)
+    console.print(f"Report: {result.report_path}", highlight=False, soft_wrap=True)
 
 
 @app.command("report")
 def _report(
-    folder: Annotated[Path, typer.Argument(help="The --output folder of a search, finished or not.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The --output folder of a search, share or transfer, finished or not.")
+    ],
     traceback: Trace = False,
 ) -> None:
-    """Write the report of a search again: report.md, results.csv and the figures."""
+    """Write the report of a search, share or transfer again: report.md, results.csv and the figures."""
     with _errors(traceback):
-        from ticketops.reporting import report
-        from ticketops.reporting.tables import level_rows
-        from ticketops.searching import Store, select
+        from ticketops.reporting import overview, report
 
         path = report(folder)
-        store = Store.read(folder)
-        _print_table(level_rows(select(store.records(), store.config.seeds)))
+        _print_table(overview(folder))
         Console().print(f"Report: {path}", highlight=False, soft_wrap=True)
 
 
@@ -165,7 +222,7 @@ class Format(StrEnum):
 @app.command("export")
 def _export(
     source: Annotated[
-        Path, typer.Argument(help="A search's --output folder (made with --save-models), or a model's folder.")
+        Path, typer.Argument(help="A run's --output folder (made with --save-models), or a model's folder.")
     ],
     output: Annotated[Path, typer.Option("--output", help="The folder to make.")],
     format: Annotated[
@@ -178,7 +235,13 @@ def _export(
     ] = None,
     trial: Annotated[
         str | None,
-        typer.Option(help="Which trial of a search. \\[default: the super ticket's best seed]", show_default=False),
+        typer.Option(
+            help="Which trial of a run. \\[default: the super ticket's, or tickets', with the best score]",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Which task of a share, or of a shared model's folder.", show_default=False)
     ] = None,
     push_to_hub: Annotated[
         str | None,
@@ -190,7 +253,7 @@ def _export(
     with _errors(traceback):
         from ticketops.searching.release import release
 
-        path = release(source, output, format.value, ticket=ticket, trial=trial, push_to_hub=push_to_hub)
+        path = release(source, output, format.value, ticket=ticket, trial=trial, task=task, push_to_hub=push_to_hub)
         typer.echo(f"{path}: verified, {sum(file.stat().st_size for file in path.iterdir()):,} bytes")
 
 
@@ -410,18 +473,18 @@ class _Lines:
         self.console = console
         self.total = self.done = 0
 
-    def planned(self, trials: Sequence[Trial], finished: int) -> None:
+    def planned(self, trials: "Sequence[Named]", finished: int) -> None:
         self.total, self.done = len(trials), finished
         kept = f", {finished} finished before" if finished else ""
         self.say(f"{len(trials)} trials{kept}")
 
-    def started(self, trial: Trial) -> None:
+    def started(self, trial: "Named") -> None:
         pass
 
     def stepped(self, step: int, steps: int) -> None:
         pass
 
-    def finished(self, trial: Trial, record: "Record") -> None:
+    def finished(self, trial: "Named", record: "Record") -> None:
         self.done += 1
         score, seconds = f"{record['metric']} {100 * record['score']:.1f}", sum(record["timing"].values())
         self.say(f"[{self.done}/{self.total}] {trial.id}: {score} ({seconds:.0f} s)")
@@ -439,17 +502,17 @@ class _Bars(_Lines):
         self.trials = progress.add_task("loading model and data", total=None)
         self.steps = progress.add_task("", total=None, visible=False)
 
-    def planned(self, trials: Sequence[Trial], finished: int) -> None:
+    def planned(self, trials: "Sequence[Named]", finished: int) -> None:
         super().planned(trials, finished)
         self.progress.update(self.trials, description="trials", total=len(trials), completed=finished)
 
-    def started(self, trial: Trial) -> None:
+    def started(self, trial: "Named") -> None:
         self.progress.reset(self.steps, description=trial.id, total=None, visible=True)
 
     def stepped(self, step: int, steps: int) -> None:
         self.progress.update(self.steps, completed=step, total=steps)
 
-    def finished(self, trial: Trial, record: "Record") -> None:
+    def finished(self, trial: "Named", record: "Record") -> None:
         super().finished(trial, record)
         self.progress.update(self.trials, completed=self.done)
 

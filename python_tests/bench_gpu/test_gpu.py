@@ -25,7 +25,7 @@ def test_without_a_gpu_it_goes_all_the_way_on_tiny_shapes_and_claims_nothing(tmp
     assert record["machine"]["device"] == "Triton interpreter on the CPU"
     assert record["tests"]["passed"]
     assert not {"ratios", "targets"} & set(record)
-    assert {row["bench"] for row in record["rows"]} == {"attention", "ffn", "projection", "step", "shrunk"}
+    assert {row["bench"] for row in record["rows"]} == {"attention", "ffn", "projection", "step", "sharing", "shrunk"}
     for row in record["rows"]:
         assert row["gate"] == "green"
         assert row["ms"] > 0, row

@@ -1,6 +1,7 @@
-"""Runs a search in children that kill themselves, until it is done; then once more, undisturbed, in another folder.
+"""Makes a run in children that kill themselves, until it is done; then once more, undisturbed, in another folder.
 
-Arguments: a JSON object of the search's fields, the folder for the interrupted search, the folder for the other one.
+Arguments: search, share or transfer; a JSON object of its fields, the interrupted run's folder, the other's, and how
+many lives the first may take.
 """
 
 import itertools
@@ -9,14 +10,20 @@ import os
 import signal
 import sys
 
-from ticketops.searching import Listener, SearchConfig, run_search
+from ticketops import searching
+from ticketops.searching import Listener
 
 # Events before the kill: one life after the other, in training steps as well as just before and after a file is there.
+RUNS = {
+    "search": lambda: (searching.SearchConfig, searching.run_search),
+    "share": lambda: (searching.ShareConfig, searching.run_share),
+    "transfer": lambda: (searching.TransferConfig, searching.run_transfer),
+}
 LIVES = [1, 2, 4, 9, 8, 9, 10, 11, 3, 12, 13, 14, 15]
 
 
-def live(fields: dict, output: str, events: int | None) -> bool:
-    """Forks a child that searches and kills itself at an event; tells whether it finished before."""
+def live(kind: str, fields: dict, output: str, events: int | None) -> bool:
+    """Forks a child that works and kills itself at an event; tells whether it finished before."""
     child = os.fork()
     if child == 0:
         counter = itertools.count(1)
@@ -38,7 +45,8 @@ def live(fields: dict, output: str, events: int | None) -> bool:
             stepped = event
 
         os.replace = counted(os.replace)
-        run_search(SearchConfig(**fields, output=output), Steps())
+        config, run = RUNS[kind]()
+        run(config(**fields, output=output), Steps())
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if status not in (0, signal.SIGKILL):
@@ -47,11 +55,11 @@ def live(fields: dict, output: str, events: int | None) -> bool:
 
 
 if __name__ == "__main__":
-    fields, interrupted, undisturbed = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+    kind, fields, interrupted, undisturbed = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], sys.argv[4]
     kills = 0
-    for events in [*LIVES, None]:
-        if live(fields, interrupted, events):
+    for events in [*LIVES[: int(sys.argv[5])], None]:
+        if live(kind, fields, interrupted, events):
             break
         kills += 1
-    live(fields, undisturbed, None)
+    live(kind, fields, undisturbed, None)
     print(kills)

@@ -104,11 +104,16 @@ def test_a_search_killed_at_several_points_gives_the_records_of_an_undisturbed_o
         for split in ("train", "validation"):
             rows = (request.getfixturevalue("glue_folder") / "sst2" / f"{split}.jsonl").read_text().splitlines()[:300]
             write_atomically(tmp_path / "sst2" / f"{split}.jsonl", "\n".join(rows))
+    interrupt("search", fields, tmp_path, 4)
+
+
+def interrupt(kind: str, fields: dict[str, Any], tmp_path: Path, trials: int, lives: int = 13) -> None:
+    """Checks that a run killed at several points leaves what an undisturbed one does."""
     folders = [tmp_path / "interrupted", tmp_path / "undisturbed"]
     script = Path(__file__).with_name("interrupted.py")
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, str(script), json.dumps(fields), *map(str, folders)],
+        [sys.executable, str(script), kind, json.dumps(fields), *map(str, folders), str(lives)],
         # Children are forked, and OpenMP's threads do not survive that.
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
         capture_output=True,
@@ -117,9 +122,9 @@ def test_a_search_killed_at_several_points_gives_the_records_of_an_undisturbed_o
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 5
     interrupted, undisturbed = (Store.read(folder) for folder in folders)
-    assert len(undisturbed.records()) == len(undisturbed.plan) == 4
+    assert len(undisturbed.records()) == len(undisturbed.plan) == trials
     assert list(map(reproducible, interrupted.records())) == list(map(reproducible, undisturbed.records()))
-    for path in sorted([*folders[1].glob("tickets/*"), *folders[1].glob("importance/*")]):
+    for path in sorted([*folders[1].rglob("tickets/*"), *folders[1].rglob("importance/*")]):
         assert (folders[0] / path.relative_to(folders[1])).read_bytes() == path.read_bytes()
     assert not list(folders[0].rglob("*.part"))
 

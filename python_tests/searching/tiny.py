@@ -51,3 +51,16 @@ def make_task(folder: Path) -> Path:
                 words.insert(draw.randrange(len(words)), ("bad", "good")[label])
                 file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
     return folder
+
+
+def make_pairs(folder: Path) -> Path:
+    """Writes pairs of texts that are scored by how often the first says "good": a regression, of fewer rows."""
+    folder.mkdir(parents=True)
+    draw = random.Random(1)
+    for split, rows in (("train", 40), ("validation", 30)):
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for _ in range(rows):
+                words = [draw.choice(["good", "film"]) for _ in range(4)]
+                pair = {"sentence1": " ".join(words), "sentence2": "the plot is"}
+                file.write(json.dumps({**pair, "label": words.count("good") / 2}) + "\n")
+    return folder

@@ -1,5 +1,5 @@
-"""Floor 4: tables, plots and the report, read from a search's folder and nothing else."""
+"""Floor 4: tables, plots and the report, read from a run's folder and nothing else."""
 
-from ticketops.reporting.report import report
+from ticketops.reporting.report import overview, report
 
-__all__ = ["report"]
+__all__ = ["overview", "report"]

@@ -20,8 +20,8 @@ _STYLES: Mapping[str, tuple[str, str]] = {
     "random": ("#E69F00", "s"),
     "losing": ("#CC79A7", "v"),
 }
-_FULL, _SUPER = "#404040", "#009E73"
-_KEPT = LinearSegmentedColormap.from_list("kept", ["#ECECEC", "#0072B2"])
+FULL, SUPER = "#404040", "#009E73"
+KEPT = LinearSegmentedColormap.from_list("kept", ["#ECECEC", "#0072B2"])
 
 
 def phase_transition(selection: Selection, metric: str, split: str, file: IO[bytes]) -> None:
@@ -37,14 +37,14 @@ def phase_transition(selection: Selection, metric: str, split: str, file: IO[byt
     def spread(level: Level) -> Spread:
         return level.report_spread if split == "report" else level.spread
 
-    figure = _figure(7.0, 4.3)
+    figure = new_figure(7.0, 4.3)
     axes = figure.subplots()
     if selection.full is not None:
         whole = spread(selection.full)
-        axes.axhline(100 * whole.mean, color=_FULL, linestyle="--", linewidth=1.2, label="full model", zorder=1)
+        axes.axhline(100 * whole.mean, color=FULL, linestyle="--", linewidth=1.2, label="full model", zorder=1)
         if whole.std:
             edges = (100 * (whole.mean - whole.std), 100 * (whole.mean + whole.std))
-            axes.axhspan(*edges, color=_FULL, alpha=0.10, linewidth=0, zorder=0)
+            axes.axhspan(*edges, color=FULL, alpha=0.10, linewidth=0, zorder=0)
     for kind, (colour, marker) in _STYLES.items():
         levels = [level for level in selection.levels if level.kind == kind]
         if levels:
@@ -65,7 +65,7 @@ def phase_transition(selection: Selection, metric: str, split: str, file: IO[byt
     best = selection.super_level
     if best is not None:
         point = (100 * best.weights_remaining, 100 * spread(best).mean)
-        axes.plot(*point, "o", markersize=14, fillstyle="none", color=_SUPER, markeredgewidth=2, label="super ticket")
+        axes.plot(*point, "o", markersize=14, fillstyle="none", color=SUPER, markeredgewidth=2, label="super ticket")
     seeds = max((len(level.scores) for level in selection.levels), default=0)
     axes.set_xlabel("weights remaining, embeddings included (%)")
     axes.set_ylabel(f"{metric} on {split} (x 100)")
@@ -93,7 +93,7 @@ def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket],
     layers, width = heads.shape
     panels = 2 if tickets else 1
     cell = min(0.32, 7.0 / max(layers, width))
-    figure = _figure(panels * (cell * (width + 2) + 1.9), cell * layers + 1.7)
+    figure = new_figure(panels * (cell * (width + 2) + 1.9), cell * layers + 1.7)
     first, *second = figure.subplots(1, panels, squeeze=False)[0]
     image = _structures(first, heads, ffns, "viridis", None)
     first.set_title("Importance", fontsize=10)
@@ -101,7 +101,7 @@ def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket],
     for axes in second:
         kept_heads = np.mean([ticket.head_mask.numpy() for ticket in tickets], axis=0)
         kept_ffns = np.mean([ticket.ffn_shares.numpy() for ticket in tickets], axis=0)
-        image = _structures(axes, kept_heads, kept_ffns, _KEPT, 1.0)
+        image = _structures(axes, kept_heads, kept_ffns, KEPT, 1.0)
         axes.set_title(f"Kept by {name}", fontsize=10)
         if len(tickets) > 1:
             _colour_bar(axes, image, f"share of {len(tickets)} seeds")
@@ -110,7 +110,13 @@ def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket],
     figure.savefig(file, format="png", dpi=150)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Makes a figure that needs no display.
+
+    Args:
+        width: in inches.
+        height: in inches.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

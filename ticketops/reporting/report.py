@@ -1,33 +1,52 @@
 """The report of a search: read from its folder, written beside its records."""
 
-import io
 import itertools
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ticketops.files import write_atomically
-from ticketops.reporting import plots, tables
+from ticketops.reporting import plots, sharing, tables, transfer
+from ticketops.reporting.parts import figure, listed, missing, reproduction
 from ticketops.searching.selection import Selection, Spread, select
 from ticketops.searching.store import Record, Store
-from ticketops.tickets import Importance, Ticket
+from ticketops.tickets import Importance, Ticket, chance_jaccard
 
 
 def report(folder: str | Path) -> Path:
-    """Writes `report.md`, `results.csv` and the figures of a search, finished or not.
+    """Writes `report.md`, `results.csv` and the figures of a search, a share or a transfer, finished or not.
 
     Args:
-        folder: the output folder of a search.
+        folder: its output folder.
 
     Returns:
         The path of `report.md`.
 
     Raises:
-        InputError: there is no search in the folder.
+        InputError: there is no such run in the folder.
         StoreError: one of its files is damaged, or the folder cannot be written.
     """
     store = Store.read(folder)
+    text = {"search": _search, "share": sharing.lines, "transfer": transfer.lines}[store.kind](store)
+    path = store.folder / "report.md"
+    write_atomically(path, "\n".join(text) + "\n")
+    return path
+
+
+def overview(folder: str | Path) -> list[list[str]]:
+    """The table of a run's report, for a terminal.
+
+    Args:
+        folder: its output folder.
+
+    Returns:
+        Rows of cells, header first.
+    """
+    store = Store.read(folder)
+    if store.kind == "search":
+        return tables.level_rows(select(store.records(), store.config.seeds))
+    return {"share": sharing.overview, "transfer": transfer.overview}[store.kind](store)
+
+
+def _search(store: Store) -> list[str]:
     records = store.records()
     config = store.config
     selection = select(records, config.seeds)
@@ -35,12 +54,12 @@ def report(folder: str | Path) -> Path:
     tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
     write_atomically(store.folder / "results.csv", tables.results_csv(records))
     text = [f"# Super tickets of {config.model} on {config.task}", ""]
-    text += _missing(store, records)
+    text += missing(store, records)
     if records:
         split = "report" if config.report_fraction else "validation"
         metric = records[0]["metric"]
         text += [*_summary(selection, metric, split), "", *_splits(store, split), ""]
-        _figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric, split)
+        figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric, split)
         text += [f"![{metric} against weights remaining](phase_transition.png)", ""]
         text += [tables.markdown(tables.level_rows(selection)), ""]
         majority = f"{100 * records[0]['majority']:.1f}"
@@ -49,10 +68,7 @@ def report(folder: str | Path) -> Path:
         text += _importance(store, records, selection, tickets)
         text += _ticket(store, selection, tickets)
         text += _costs(store, records, selection)
-    text += _reproduction(store, records)
-    path = store.folder / "report.md"
-    write_atomically(path, "\n".join(text) + "\n")
-    return path
+    return [*text, *reproduction(store, records)]
 
 
 def headline(selection: Selection, metric: str, split: str) -> str:
@@ -87,18 +103,6 @@ def headline(selection: Selection, metric: str, split: str) -> str:
     )
 
 
-def _missing(store: Store, records: list[Record]) -> list[str]:
-    done = {record["id"] for record in records}
-    absent = [trial.id for trial in store.plan if trial.id not in done]
-    if not absent:
-        return []
-    names = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
-    return [
-        f"> **Unfinished:** {len(absent)} of {len(store.plan)} trials are missing ({names}). Resume: see below.",
-        "",
-    ]
-
-
 def _summary(selection: Selection, metric: str, split: str) -> list[str]:
     text = [headline(selection, metric, split)]
     gains = selection.report_gains if split == "report" else selection.gains
@@ -128,7 +132,7 @@ def _importance(store: Store, records: list[Record], selection: Selection, ticke
         return []
     level = selection.super_level
     title = f"the super ticket (sparsity {level.sparsity:g})" if level else ""
-    _figure(store.folder / "importance.png", plots.importance_map, scored, list(tickets.values()), title)
+    figure(store.folder / "importance.png", plots.importance_map, scored, list(tickets.values()), title)
     how = {"pass": "in a clean pass after training", "on_the_fly": "during the last epoch of training"}[way]
     text = [
         "## Importance",
@@ -161,9 +165,12 @@ def _ticket(store: Store, selection: Selection, tickets: dict[int, Ticket]) -> l
     text = ["## The super ticket", "", f"Of the best seed, {seed}: `{path.relative_to(store.folder)}`", ""]
     text += ["```text", str(tickets[seed]), "```", ""]
     if len(tickets) > 1:
-        overlaps = [a.jaccard(b) for a, b in itertools.combinations(tickets.values(), 2)]
+        pairs = list(itertools.combinations(tickets.values(), 2))
+        overlap = Spread.of(one.jaccard(other) for one, other in pairs).mean
+        chance = Spread.of(chance_jaccard(one, other)[0] for one, other in pairs).mean
         text += [
-            f"The tickets of two seeds share {100 * Spread.of(overlaps).mean:.0f} % of what either keeps (mean).",
+            f"The tickets of two seeds share {100 * overlap:.0f} % of what either keeps (mean); random ones of their "
+            f"size would share {100 * chance:.0f} %.",
             "",
         ]
     return text
@@ -180,40 +187,7 @@ def _costs(store: Store, records: list[Record], selection: Selection) -> list[st
     if found["rows"]:
         text += [
             "Medians of a few turns of both models in one process, patched, float32, in evaluation mode, on "
-            f"{_listed(found['machine'])}.",
+            f"{listed(found['machine'])}.",
             "",
         ]
     return text
-
-
-def _reproduction(store: Store, records: list[Record]) -> list[str]:
-    notes = store.description["notes"]
-    seconds = sum(sum(record["timing"].values()) for record in records)
-    settings = {**store.config.to_dict(), "output": str(store.folder)}
-    return [
-        "## How to reproduce",
-        "",
-        "```sh",
-        store.config.command(),
-        "```",
-        "",
-        "```yaml",
-        yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100).rstrip(),
-        "```",
-        "",
-        f"- versions: {_listed(notes['versions'])}",
-        f"- machine: {_listed(notes['machine'])}",
-        f"- time: {seconds:,.0f} s in {len(records)} trials",
-        f"- data: sha256 {store.description['identity']['task_fingerprint']}",
-        f"- pre-trained weights: sha256 {store.description['identity']['model_fingerprint']}",
-    ]
-
-
-def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
-
-
-def _figure(path: Path, draw: Any, *arguments: Any) -> None:
-    image = io.BytesIO()
-    draw(*arguments, image)
-    write_atomically(path, image.getvalue())

@@ -15,6 +15,13 @@ _HOMES = {
     "Setting": "setting",
     "Store": "store",
     "Listener": "trial",
+    "ShareConfig": "sharing_plan",
+    "ShareResult": "sharing",
+    "ShareTrial": "sharing_plan",
+    "TransferConfig": "transfer_plan",
+    "TransferResult": "transfer",
+    "run_share": "sharing",
+    "run_transfer": "transfer",
     "run_trial": "trial",
 }
 

@@ -278,6 +278,16 @@ def make_plan(config: SearchConfig, layers: int, heads: int, neurons: int | None
     return trials
 
 
+def search_plan(config: SearchConfig, identity: Mapping[str, Any]) -> list[Trial]:
+    """Lists the trials of a search as `make_plan` does.
+
+    Args:
+        config: the search.
+        identity: with the model's numbers of layers, heads and neurons.
+    """
+    return make_plan(config, identity["layers"], identity["heads"], identity.get("neurons"))
+
+
 def json_identity(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as JSON gives them back, so that a fresh configuration compares with a stored one."""
     return json.loads(json.dumps(values))

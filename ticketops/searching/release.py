@@ -1,4 +1,4 @@
-"""From a search's folder, or a model's, to an export."""
+"""From a run's folder, or a model's, to an export."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
-from ticketops.models import Format, export, load
+from ticketops.models import Format, SharedModel, export, load
 from ticketops.searching.selection import select
 from ticketops.searching.setting import find_model, quiet
 from ticketops.searching.store import Store
@@ -21,16 +21,19 @@ def release(
     *,
     ticket: str | os.PathLike[str] | None = None,
     trial: str | None = None,
+    task: str | None = None,
     push_to_hub: str | None = None,
 ) -> Path:
-    """Exports a trained ticket of a search, or a model's folder with a ticket.
+    """Exports a trained ticket of a run, one task of a shared model, or a model's folder with a ticket.
 
     Args:
-        source: the output folder of a search whose models were saved, or a folder made by `save_pretrained`.
+        source: the output folder of a run whose models were saved, a shared model's folder, or one made by
+            `save_pretrained`.
         output: the folder to make.
         format: `compact`, `dense` or `onnx`.
         ticket: of a model's folder; by default its ticket.safetensors, where there is one.
-        trial: the id of a search's trial; by default the super ticket's with the best seed.
+        trial: the id of a run's trial; by default the super ticket's, or a share's tickets', with the best seed.
+        task: of a share or shared model, which task leaves it.
         push_to_hub: a repository of the Hugging Face hub to which the folder goes too.
 
     Returns:
@@ -48,21 +51,21 @@ def release(
     with quiet():
         if (folder / "trials").is_dir():
             if ticket is not None:
-                raise InputError("--ticket goes with a model's folder: name a trial of the search with --trial instead")
+                raise InputError("--ticket goes with a model's folder: name a trial of the run with --trial instead")
             store = Store.read(folder)
             record = _record(store, trial)
             folder = folder / "models" / record["id"]
             if not folder.is_dir():
                 raise InputError(
-                    f"{store.folder} has no model of {record['id']}: search with --save-models into a new folder"
+                    f"{store.folder} has no model of {record['id']}: run it with --save-models into a new folder"
                 )
             names = ("task", "model", "kind", "sparsity", "seed", "metric", "score", "steps")
-            run = {name: record[name] for name in names}
+            run = {name: record[name] for name in names if name in record}
             run |= {"config": store.config.to_dict(), "command": store.config.command()}
             name, options = find_model(store.config.model)
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         elif trial is not None:
-            raise InputError(f"{folder} is no finished search: --trial goes with a search's --output folder")
+            raise InputError(f"{folder} is no finished run: --trial goes with a run's --output folder")
         elif (folder / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         elif (folder / "preprocessor_config.json").is_file():
@@ -72,6 +75,17 @@ def release(
                 raise UnsupportedError(
                     f"{folder} has an image processor, for which this transformers needs torchvision: pip install it"
                 ) from error
+        if (folder / "shared.json").is_file():
+            shared = SharedModel.load(folder)
+            if task is None or ticket is not None:
+                raise InputError(f"{folder} is a shared model: name one of its tasks, --task {shared.tasks[0]}")
+            if tokenizer is None and (folder / "task-0" / "tokenizer_config.json").is_file():
+                tokenizer = AutoTokenizer.from_pretrained(folder / "task-0", local_files_only=True)
+            single, run = shared.single(task), {**run, "task": task}
+            options = {"ticket": shared.tickets[task], "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
+            return export(single, output, format, **options)
+        if task is not None:
+            raise InputError(f"{folder} is no shared model: --task goes with one, or with a share's --output folder")
         path = Path(ticket) if ticket is not None else folder / "ticket.safetensors"
         keep = Ticket.load(path) if ticket is not None or path.is_file() else None
         options = {"ticket": keep, "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
@@ -85,6 +99,15 @@ def _record(store: Store, trial: str | None) -> dict[str, Any]:
         if not found:
             raise InputError(f"no finished trial {trial!r} in {store.folder}: use one of the ids in its results.csv")
         return found[0]
+    if store.kind == "transfer":
+        raise InputError(
+            f"{store.folder} is a transfer: name one of its trials with --trial, such as {store.plan[0].id}"
+        )
+    if store.kind == "share":
+        own = [record for record in records if record["kind"] == "tickets"]
+        if not own:
+            raise TicketopsError(f"{store.folder} has no trial with tickets yet: finish it, or name a --trial")
+        return max(own, key=lambda record: record["score"])
     level = select(records, store.config.seeds).super_level
     if level is None:
         raise TicketopsError(f"{store.folder} has no super ticket yet: finish the search, or name a --trial")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from ticketops.files import store_error
 from ticketops.models import latencies, patch, shrink
@@ -13,7 +14,7 @@ from ticketops.searching import environment
 from ticketops.searching.plan import SearchConfig, Trial, make_plan
 from ticketops.searching.selection import Level, Selection, Spread, select
 from ticketops.searching.setting import Setting, quiet
-from ticketops.searching.store import Record, Store
+from ticketops.searching.store import Named, Record, Store
 from ticketops.searching.trial import Listener, Outcome, run_trial
 from ticketops.tickets import Importance, Ticket, prune
 
@@ -76,8 +77,18 @@ def run_search(config: SearchConfig, listener: Listener | None = None) -> Search
         StoreError: the output folder cannot be used; finished trials stay.
         TicketopsError: training diverged.
     """
-    listener = listener or Listener()
-    setting = Setting.load(config)
+    return search_in(Setting.load(config), listener)
+
+
+def search_in(setting: Setting, listener: Listener | None = None, timed: bool = True) -> SearchResult:
+    """Does what `run_search` does, with inputs that are loaded already.
+
+    Args:
+        setting: model, task and configuration.
+        listener: hears about trials and steps.
+        timed: whether to time the super ticket in the end.
+    """
+    config, listener = setting.config, listener or Listener()
     plan = make_plan(config, setting.num_layers, setting.num_heads, setting.num_neurons)
     ways = WAYS[config.importance]
     notes = {
@@ -112,7 +123,7 @@ def run_search(config: SearchConfig, listener: Listener | None = None) -> Search
         level = selection.super_level
         tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
         result = SearchResult(store.folder, config, records, selection, tickets)
-        if result.super_ticket is not None and store.latencies() is None:
+        if timed and result.super_ticket is not None and store.latencies() is None:
             store.write_latencies(_time(setting, result.super_ticket))
         return result
 
@@ -125,6 +136,68 @@ def _time(setting: Setting, ticket: Ticket) -> Record:
     for model in models:
         patch(model.to(device))
     return {"machine": environment.machine(), "rows": latencies(models[0], models[1])}
+
+
+def stages(setting: Setting, name: str) -> tuple[list["Stage"], int]:
+    """The trials of a search inside a larger run, and how many of them are finished.
+
+    Args:
+        setting: of the search.
+        name: what the larger run calls it.
+    """
+    plan = make_plan(setting.config, setting.num_layers, setting.num_heads, setting.num_neurons)
+    begun = (Path(setting.config.output) / "config.json").is_file()
+    finished = len(Store.read(setting.config.output, "search").records()) if begun else 0
+    return [Stage(name, trial) for trial in plan], finished
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A trial of a search inside a larger run.
+
+    Attributes:
+        name: of the search.
+        trial: of it.
+    """
+
+    name: str
+    trial: Trial
+
+    @property
+    def id(self) -> str:
+        """Its name in the larger run."""
+        return f"{self.name} {self.trial.id}"
+
+    @property
+    def seed(self) -> int:
+        """The trial's."""
+        return self.trial.seed
+
+
+class Inner(Listener):
+    """Passes on what a search inside a larger run does, which has announced its trials itself.
+
+    Args:
+        outer: the larger run's listener.
+        name: of the search.
+    """
+
+    def __init__(self, outer: Listener, name: str):
+        self._outer, self._name = outer, name
+
+    def started(self, trial: Named) -> None:
+        """A trial starts to train."""
+        assert isinstance(trial, Trial)
+        self._outer.started(Stage(self._name, trial))
+
+    def stepped(self, step: int, steps: int) -> None:
+        """The current trial has done this many of its optimizer steps."""
+        self._outer.stepped(step, steps)
+
+    def finished(self, trial: Named, record: Record) -> None:
+        """A trial's record is written."""
+        assert isinstance(trial, Trial)
+        self._outer.finished(Stage(self._name, trial), record)
 
 
 def draw(importance: Importance, trial: Trial, config: SearchConfig) -> Ticket:
@@ -152,14 +225,29 @@ def _keep(store: Store, trial: Trial, ticket: Ticket | None, outcome: Outcome, m
     for way, importance in outcome.importance.items():
         store.write_importance(trial.seed, way, importance)
     if model:
-        folder = store.model_path(trial)
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-            with quiet():
-                outcome.model.save_pretrained(folder)
-        except OSError as error:
-            raise store_error(folder, error) from error
-        if ticket is not None:
-            ticket.save(folder / "ticket.safetensors")
+        keep_model(store, trial, outcome.model, ticket)
     store.write_record(trial, outcome.record)
     return outcome.record
+
+
+def keep_model(store: Store, trial: Named, model: PreTrainedModel, ticket: Ticket | None) -> None:
+    """Writes a trial's trained model, in place of what an interrupted run has left.
+
+    Args:
+        store: of the run.
+        trial: names the folder.
+        model: stock classes.
+        ticket: saved along.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    folder = store.model_path(trial)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        with quiet():
+            model.save_pretrained(folder)
+    except OSError as error:
+        raise store_error(folder, error) from error
+    if ticket is not None:
+        ticket.save(folder / "ticket.safetensors")

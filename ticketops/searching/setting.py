@@ -1,11 +1,12 @@
 """What all trials of a search share: the task's rows as tokens, and the pre-trained weights they all start from."""
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Setting:
         model_config: the model's, with the task's labels and the recipe's dropout.
         pretrained: the encoder's weights as the checkpoint has them, float32, on the CPU.
         splits: split name -> tokenised rows: "train", "validation" and, where held out, "report".
+        head: weights of the task head to start from; empty for one drawn from each trial's seed.
     """
 
     config: SearchConfig
@@ -47,13 +49,16 @@ class Setting:
     model_config: transformers.PretrainedConfig
     pretrained: dict[str, Tensor]
     splits: dict[str, datasets.Dataset]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, config: SearchConfig) -> "Setting":
+    def load(cls, config: SearchConfig, at_most: bool = False) -> "Setting":
         """Loads and checks everything that a search needs, before anything is trained.
 
         Args:
             config: the search.
+            at_most: its `train_rows` and `validation_rows` are upper bounds; what there is then stands in the setting's
+                own `config`.
 
         Raises:
             InputError: the model or the task cannot be loaded, or they do not fit each other.
@@ -68,7 +73,10 @@ class Setting:
                 train_rows=config.train_rows,
                 validation_rows=config.validation_rows,
                 report_fraction=config.report_fraction,
+                at_most=at_most,
             )
+            if at_most:
+                config = _with_rows(config, task)
             model_config = load_config(config.model)
             if getattr(model_config, "vocab_size", None) is None:
                 raise InputError(
@@ -169,7 +177,16 @@ class Setting:
         model = AutoModelForSequenceClassification.from_config(self.model_config, dtype=torch.float32)
         # Weights that only the bare model has, such as an unused pooler, stay behind.
         model.base_model.load_state_dict(self.pretrained, strict=False)
+        model.load_state_dict(self.head, strict=False)
         return model.train()
+
+
+def _with_rows(config: SearchConfig, task: Task) -> SearchConfig:
+    found: dict[str, Any] = {
+        "train_rows": len(task.train),
+        "validation_rows": len(task.validation) + len(task.report or ()),
+    }
+    return dataclasses.replace(config, **{name: n for name, n in found.items() if getattr(config, name) is not None})
 
 
 @contextlib.contextmanager

@@ -3,24 +3,46 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
 from ticketops.errors import InputError, StoreError
 from ticketops.files import store_error, write_atomically
-from ticketops.searching.plan import SearchConfig, Trial, json_identity, make_plan
+from ticketops.searching.config import Config
+from ticketops.searching.plan import SearchConfig, json_identity, search_plan
+from ticketops.searching.sharing_plan import ShareConfig, share_plan
+from ticketops.searching.transfer_plan import TransferConfig, transfer_plan
 from ticketops.tickets import Importance, Ticket
 
 FORMAT = 1
 Record = dict[str, Any]
 
+#: Kind of run, as `identity["kind"]` names it -> its configuration, and what lists its trials from both.
+KINDS: Mapping[str, tuple[type[Config], Callable[[Any, Mapping[str, Any]], Sequence[Any]]]] = {
+    "search": (SearchConfig, search_plan),
+    "share": (ShareConfig, lambda config, identity: share_plan(config)),
+    "transfer": (TransferConfig, transfer_plan),
+}
+
+
+class Named(Protocol):
+    """A trial of any kind: what its files are called, and its seed."""
+
+    @property
+    def id(self) -> str:
+        """A name that is unique in its run and can be a file's name."""
+
+    @property
+    def seed(self) -> int:
+        """Of its randomness."""
+
 
 class Store:
-    """The folder in which a search keeps what it has finished.
+    """The folder in which a search, or another run of trials, keeps what it has finished.
 
     `config.json` says which search it is, `trials/` has one record a trial, `importance/` and `tickets/` what was
     scored and drawn, `latency.json` what was timed in the end. Use `Store.create` to search (it holds the folder's lock
@@ -78,17 +100,24 @@ class Store:
         return store
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Store":
-        """Opens a search's folder to look at it; nothing is locked or written.
+    def read(cls, folder: str | Path, kind: str | None = None) -> "Store":
+        """Opens a run's folder to look at it; nothing is locked or written.
+
+        Args:
+            folder: its output folder.
+            kind: what the run must be, a key of `KINDS`; None for any.
 
         Raises:
-            InputError: there is no search in the folder.
+            InputError: there is no such run in the folder.
             StoreError: its `config.json` is corrupt.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is no ticketops folder (no config.json): give the --output folder of a search")
-        return cls(folder, _read_description(folder))
+        store = cls(folder, _read_description(folder))
+        if kind is not None and store.kind != kind:
+            raise InputError(f"{folder} holds the results of ticketops {store.kind}, and a {kind} is needed here")
+        return store
 
     def close(self) -> None:
         """Gives the folder free for another process."""
@@ -104,21 +133,27 @@ class Store:
         self.close()
 
     @property
-    def config(self) -> SearchConfig:
-        """The configuration of the search, with `output` as this folder."""
-        return SearchConfig.from_dict({**self.description["identity"]["config"], "output": str(self.folder)})
+    def kind(self) -> str:
+        """What the run is: a key of `KINDS`."""
+        return _kind(self.description["identity"])
 
     @property
-    def plan(self) -> list[Trial]:
-        """All trials of the search, finished or not."""
-        identity = self.description["identity"]
-        return make_plan(self.config, identity["layers"], identity["heads"], identity.get("neurons"))
+    def config(self) -> Any:
+        """The configuration of the run, of its kind's class, with `output` as this folder."""
+        values = {**self.description["identity"]["config"], "output": str(self.folder)}
+        return KINDS[self.kind][0].from_dict(values)
 
-    def record_path(self, trial: Trial) -> Path:
+    @property
+    def plan(self) -> list[Any]:
+        """All trials of the run, finished or not."""
+        identity = self.description["identity"]
+        return list(KINDS[self.kind][1](self.config, identity))
+
+    def record_path(self, trial: Named) -> Path:
         """The file of a trial's record."""
         return self.folder / "trials" / f"{trial.id}.json"
 
-    def ticket_path(self, trial: Trial) -> Path:
+    def ticket_path(self, trial: Named) -> Path:
         """The file of a trial's ticket."""
         return self.folder / "tickets" / f"{trial.id}.safetensors"
 
@@ -126,11 +161,11 @@ class Store:
         """The file of the importance of a seed's full model, scored in this way ("pass" or "on_the_fly")."""
         return self.folder / "importance" / f"seed-{seed}-{way}.safetensors"
 
-    def model_path(self, trial: Trial) -> Path:
+    def model_path(self, trial: Named) -> Path:
         """The folder of a trial's trained model."""
         return self.folder / "models" / trial.id
 
-    def record(self, trial: Trial) -> Record | None:
+    def record(self, trial: Named) -> Record | None:
         """A trial's record, or None while it is unfinished.
 
         Raises:
@@ -150,7 +185,7 @@ class Store:
         """The records of all finished trials, in the plan's order."""
         return [record for trial in self.plan if (record := self.record(trial)) is not None]
 
-    def write_record(self, trial: Trial, record: Record) -> None:
+    def write_record(self, trial: Named, record: Record) -> None:
         """Writes a trial's record, which marks the trial as finished."""
         record = {**record, "checksum": _checksum(record)}
         write_atomically(self.record_path(trial), json.dumps(record, indent=2) + "\n")
@@ -177,7 +212,7 @@ class Store:
         """Writes what the full model and the super ticket took."""
         write_atomically(self.folder / "latency.json", json.dumps(latencies, indent=2) + "\n")
 
-    def ticket(self, trial: Trial) -> Ticket | None:
+    def ticket(self, trial: Named) -> Ticket | None:
         """A trial's ticket, or None where it was not drawn yet."""
         path = self.ticket_path(trial)
         return _load(Ticket, path) if path.exists() else None
@@ -188,7 +223,7 @@ class Store:
         found = {trial.seed: self.ticket(trial) for trial in trials if self.record_path(trial).exists()}
         return {seed: ticket for seed, ticket in found.items() if ticket is not None}
 
-    def keep_ticket(self, trial: Trial, ticket: Ticket) -> None:
+    def keep_ticket(self, trial: Named, ticket: Ticket) -> None:
         """Writes a trial's ticket, or checks it against the one that is there.
 
         Raises:
@@ -241,12 +276,23 @@ def _read_description(folder: Path) -> Record:
     # Not to be deleted, as other files are: without it the folder's records are nobody's.
     description = _read_json(path, "restore it, or choose another --output folder")
     identity = description.get("identity")
-    if description.get("format") != FORMAT or not isinstance(identity, dict) or "config" not in identity:
+    known = isinstance(identity, dict) and "config" in identity and _kind(identity) in KINDS
+    if description.get("format") != FORMAT or not known:
         raise StoreError(f"{path} is damaged or of another version of ticketops: choose another --output folder")
     return description
 
 
+def _kind(identity: Mapping[str, Any]) -> str:
+    return str(identity.get("kind", "search"))
+
+
 def _refuse_another_search(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if _kind(stored) != _kind(wanted):
+        raise StoreError(
+            f"{folder} holds the results of ticketops {_kind(stored)}: choose another --output folder for those of "
+            f"ticketops {_kind(wanted)}"
+        )
+
     def flatten(identity: Mapping[str, Any]) -> dict[str, Any]:
         return {**identity["config"], **{name: value for name, value in identity.items() if name != "config"}}
 
@@ -255,5 +301,5 @@ def _refuse_another_search(folder: Path, stored: Mapping[str, Any], wanted: Mapp
     if differing:
         fields = "; ".join(f"{name} is {old.get(name)!r} there and {new.get(name)!r} here" for name in differing)
         raise StoreError(
-            f"{folder} holds another search ({fields}): choose another --output folder, or the same values"
+            f"{folder} holds another {_kind(stored)} ({fields}): choose another --output folder, or the same values"
         )

@@ -5,7 +5,7 @@ import hashlib
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,23 +28,23 @@ from ticketops.searching import environment
 from ticketops.searching.plan import RECIPES, Trial
 from ticketops.searching.scoring import LastEpochScorer, score_pass
 from ticketops.searching.setting import Setting, quiet
-from ticketops.searching.store import Record
-from ticketops.tickets import Importance, Ticket
+from ticketops.searching.store import Named, Record
+from ticketops.tickets import Importance, Ticket, WeightCounts
 
 
 class Listener:
-    """Hears how a search goes; this one does nothing, and a terminal's progress bars derive from it."""
+    """Hears how a run goes; this one does nothing, and a terminal's progress bars derive from it."""
 
-    def planned(self, trials: Sequence[Trial], finished: int) -> None:
-        """The search starts, with this many of its trials finished by an earlier run."""
+    def planned(self, trials: Sequence[Named], finished: int) -> None:
+        """The run starts, with this many of its trials finished by an earlier run."""
 
-    def started(self, trial: Trial) -> None:
+    def started(self, trial: Named) -> None:
         """A trial starts to train."""
 
     def stepped(self, step: int, steps: int) -> None:
         """The current trial has done this many of its optimizer steps."""
 
-    def finished(self, trial: Trial, record: Record) -> None:
+    def finished(self, trial: Named, record: Record) -> None:
         """A trial's record is written."""
 
 
@@ -85,50 +85,34 @@ def run_trial(
     Raises:
         TicketopsError: training diverged.
     """
-    config, recipe = setting.config, RECIPES[setting.config.recipe]
-    timing: dict[str, float] = {}
+    config, timing = setting.config, Timing()
     with quiet(), contextlib.ExitStack() as stack:
         model = setting.fresh_model(trial.seed)
         handle = stack.enter_context(patch(model)).apply(ticket)
         counts, kept = weight_counts(model), ticket or Ticket.full(setting.num_layers, setting.num_heads)
         whole, left = costs(model, ticket=kept)
         scorer = LastEpochScorer(handle, config.granularity, config.prune_neurons) if "on_the_fly" in ways else None
-        collator = DataCollatorWithPadding(setting.tokenizer)
         trainer = Trainer(
             model=model,
-            args=_arguments(setting, trial.seed),
-            data_collator=collator,
             train_dataset=setting.splits["train"],
-            callbacks=[_Steps(listener or Listener()), *([scorer] if scorer else [])],
-            optimizer_cls_and_kwargs=(
-                {"adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax}[recipe.optimizer],
-                {"lr": config.learning_rate, "betas": recipe.betas, "eps": recipe.eps},
-            ),
+            callbacks=[Steps(listener or Listener()), *([scorer] if scorer else [])],
+            **trainer_options(setting, trial.seed),
         )
         trainer.remove_callback(PrinterCallback)
         set_seed(trial.seed)
-        with _timed(timing, "train_seconds"):
+        with timing.of("train_seconds"):
             loss = trainer.train().training_loss
-        with _timed(timing, "evaluate_seconds"):
-            predictions = {split: _predict(trainer, setting, split) for split in setting.splits if split != "train"}
-        if not math.isfinite(loss) or not all(np.isfinite(logits).all() for logits in predictions.values()):
-            raise TicketopsError(
-                f"training diverged in trial {trial.id} (loss {loss:g}): lower --learning-rate, now "
-                f"{config.learning_rate:g}"
-            )
+        with timing.of("evaluate_seconds"):
+            predictions = predict(trainer, setting)
+        check_converged(trial.id, config, loss, predictions)
         importance = {"on_the_fly": scorer.importance} if scorer and scorer.importance is not None else {}
         if "pass" in ways:
-            batches = DataLoader(setting.splits["train"], config.batch_size, collate_fn=collator)
-            with _timed(timing, "score_seconds"):
+            batches = DataLoader(setting.splits["train"], config.batch_size, collate_fn=trainer.data_collator)
+            with timing.of("score_seconds"):
                 importance["pass"] = score_pass(
                     handle, batches, config.granularity, config.dtype == "bf16", config.prune_neurons
                 )
 
-    metric = setting.task.metric
-    scores = {
-        split: setting.task.compute(logits, np.asarray(setting.splits[split]["labels"]))
-        for split, logits in predictions.items()
-    }
     record = {
         "id": trial.id,
         "task": setting.task.name,
@@ -136,25 +120,14 @@ def run_trial(
         "kind": trial.kind,
         "sparsity": trial.sparsity,
         "seed": trial.seed,
-        "heads_pruned": kept.heads_pruned,
-        "ffns_pruned": kept.ffns_pruned,
-        "neurons_pruned": kept.neurons_pruned,
-        "weights_remaining": kept.weights_remaining(counts),
-        "weights_remaining_encoder": kept.weights_remaining(counts, embeddings=False),
+        **remaining(kept, counts),
         "weights": counts.total,
         "costs": {"whole": asdict(whole), "left": asdict(left)},
-        "split": "validation",
-        "metric": metric,
-        "score": scores["validation"][metric],
-        "report_score": scores["report"][metric] if "report" in scores else None,
-        "scores": scores,
-        "majority": setting.task.majority(),
-        # Tells two runs of a trial apart where their scores happen to be equal.
-        "predictions_sha256": hashlib.sha256(b"".join(map(np.ndarray.tobytes, predictions.values()))).hexdigest(),
+        **scored(setting, predictions),
         "train_loss": loss,
         "steps": trainer.state.global_step,
         "timing": timing,
-        "environment": {"versions": environment.versions(), "machine": environment.machine()},
+        "environment": circumstances(),
     }
     if len(importance) == 2:
         correlation = importance["pass"].rank_correlation(importance["on_the_fly"])
@@ -164,52 +137,155 @@ def run_trial(
     return Outcome(record, model, importance)
 
 
-def _arguments(setting: Setting, seed: int) -> TrainingArguments:
+def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, Any]:
+    """How a trial's Trainer trains: the recipe's optimizer and schedule, and nothing saved or printed.
+
+    Args:
+        setting: model, task and recipe.
+        seed: of the data order.
+        changes: of the training arguments.
+
+    Returns:
+        Keyword arguments of the Trainer.
+    """
     config, recipe = setting.config, RECIPES[setting.config.recipe]
-    arguments = TrainingArguments(
+    options: dict[str, Any] = {
         # Nothing is saved, but the Trainer makes this folder.
-        output_dir=tempfile.gettempdir(),
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=max(config.batch_size, 64),
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=recipe.warmup,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.clip,
-        bf16=config.dtype == "bf16",
+        "output_dir": tempfile.gettempdir(),
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        # Asked for at every step, it would wait for the GPU; a loss that is NaN is to be seen, too.
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "num_train_epochs": config.epochs,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": max(config.batch_size, 64),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": recipe.warmup,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.clip,
+        "bf16": config.dtype == "bf16",
         # Without this the Trainer refuses bfloat16 where there is no accelerator.
-        use_cpu=not torch.accelerator.is_available(),
-        seed=seed,
-        data_seed=seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+        "use_cpu": not torch.accelerator.is_available(),
+        "seed": seed,
+        "data_seed": seed,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    arguments = TrainingArguments(**{**options, **changes})
     # The Trainer would wrap the model in DataParallel on several GPUs, whose replicas lose the patch.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
-    return arguments
+    optimizer = {"adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax}[recipe.optimizer]
+    return {
+        "args": arguments,
+        "data_collator": DataCollatorWithPadding(setting.tokenizer),
+        "optimizer_cls_and_kwargs": (
+            optimizer,
+            {"lr": config.learning_rate, "betas": recipe.betas, "eps": recipe.eps},
+        ),
+    }
 
 
-def _predict(trainer: Trainer, setting: Setting, split: str) -> np.ndarray:
-    """The model's logits on a split, [rows, labels]."""
-    predictions = trainer.predict(setting.splits[split]).predictions
-    return predictions[0] if isinstance(predictions, tuple) else predictions
+def predict(trainer: Trainer, setting: Setting) -> dict[str, np.ndarray]:
+    """A model's logits on every split that scores it.
+
+    Args:
+        trainer: of the model.
+        setting: of its task.
+
+    Returns:
+        "validation" and, where held out, "report" -> logits [rows, labels].
+    """
+    logits = {}
+    for split, rows in setting.splits.items():
+        if split != "train":
+            predictions = trainer.predict(rows).predictions
+            logits[split] = predictions[0] if isinstance(predictions, tuple) else predictions
+    return logits
 
 
-@contextlib.contextmanager
-def _timed(timing: dict[str, float], name: str) -> Any:
-    start = time.perf_counter()
-    yield
-    timing[name] = round(time.perf_counter() - start, 3)
+def check_converged(name: str, config: Any, loss: float, predictions: Mapping[str, np.ndarray]) -> None:
+    """Makes sure that a training ended in numbers.
+
+    Args:
+        name: of the trial.
+        config: with its learning rate.
+        loss: mean of its training.
+        predictions: its logits.
+
+    Raises:
+        TicketopsError: it did not.
+    """
+    if not math.isfinite(loss) or not all(np.isfinite(logits).all() for logits in predictions.values()):
+        raise TicketopsError(
+            f"training diverged in trial {name} (loss {loss:g}): lower --learning-rate, now {config.learning_rate:g}"
+        )
 
 
-class _Steps(TrainerCallback):
+def scored(setting: Setting, predictions: Mapping[str, np.ndarray]) -> Record:
+    """What a record says of a model's predictions.
+
+    Args:
+        setting: of the task.
+        predictions: split -> logits.
+    """
+    task, metric = setting.task, setting.task.metric
+    scores = {
+        split: task.compute(logits, np.asarray(setting.splits[split]["labels"]))
+        for split, logits in predictions.items()
+    }
+    return {
+        "split": "validation",
+        "metric": metric,
+        "score": scores["validation"][metric],
+        "report_score": scores["report"][metric] if "report" in scores else None,
+        "scores": scores,
+        "majority": task.majority(),
+        # Tells two runs of a trial apart where their scores happen to be equal.
+        "predictions_sha256": hashlib.sha256(b"".join(map(np.ndarray.tobytes, predictions.values()))).hexdigest(),
+    }
+
+
+def remaining(kept: Ticket, counts: WeightCounts) -> Record:
+    """What a record says of a ticket's size.
+
+    Args:
+        kept: the ticket.
+        counts: of the model's weights.
+    """
+    return {
+        "heads_pruned": kept.heads_pruned,
+        "ffns_pruned": kept.ffns_pruned,
+        "neurons_pruned": kept.neurons_pruned,
+        "weights_remaining": kept.weights_remaining(counts),
+        "weights_remaining_encoder": kept.weights_remaining(counts, embeddings=False),
+    }
+
+
+def circumstances() -> Record:
+    """What a record says of versions and machine."""
+    return {"versions": environment.versions(), "machine": environment.machine()}
+
+
+class Timing(dict[str, float]):
+    """Seconds by what took them."""
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Adds the time of the `with` block to a name's."""
+        start = time.perf_counter()
+        yield
+        self[name] = round(self.get(name, 0.0) + time.perf_counter() - start, 3)
+
+
+class Steps(TrainerCallback):
+    """Tells a listener about a Trainer's steps."""
+
     def __init__(self, listener: Listener):
         self._listener = listener
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Passes the number of the step on."""
         self._listener.stepped(state.global_step, state.max_steps)

@@ -29,6 +29,7 @@ def load_task(
     validation_rows: int | None = None,
     report_fraction: float = 0.0,
     seed: int = 0,
+    at_most: bool = False,
 ) -> Task:
     """Loads a task: `demo`, a GLUE task by name from the hub, or a local file or folder.
 
@@ -41,6 +42,7 @@ def load_task(
         validation_rows: likewise for the validation rows, before any report rows are cut from them.
         report_fraction: share of the validation rows in [0, 1) that is set apart only to report.
         seed: chooses all of these rows.
+        at_most: the numbers of rows are upper bounds: a task that has fewer uses all of them.
 
     Returns:
         The task with the rows that will be used.
@@ -52,6 +54,9 @@ def load_task(
         raise InputError(f"report_fraction {report_fraction} is outside [0, 1): give the share of validation rows")
     with _no_progress_bars():
         task = _whole_task(spec, {"text_columns": text_columns, "label_column": label_column, "kind": kind}, seed)
+        if at_most:
+            train_rows = train_rows and min(train_rows, len(task.train))
+            validation_rows = validation_rows and min(validation_rows, len(task.validation))
         train = _limit(task.train, train_rows, "train_rows", "training", seed)
         validation = _limit(task.validation, validation_rows, "validation_rows", "validation", seed)
         report = None

@@ -1,6 +1,7 @@
 """Tickets: importance scores, the tickets cut from them, and what they keep. Knows no model."""
 
 from ticketops.tickets.importance import Granularity, Importance
+from ticketops.tickets.overlap import chance_jaccard
 from ticketops.tickets.paper import PAPER_LEVELS, PAPER_WEIGHTS
 from ticketops.tickets.prune import Kind, level_counts, prune
 from ticketops.tickets.ticket import Ticket
@@ -14,6 +15,7 @@ __all__ = [
     "Kind",
     "Ticket",
     "WeightCounts",
+    "chance_jaccard",
     "level_counts",
     "prune",
 ]

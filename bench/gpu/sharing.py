@@ -1,0 +1,41 @@
+"""Steps of four tasks on one BERT-base: every task its own ticket, against one ticket for all of them."""
+
+from collections.abc import Callable
+
+import torch
+
+from bench import sharing
+from bench.gpu import step
+from bench.gpu.measure import Row, Setting, measured
+from bench.gpu.workloads import QUANTILES, Workload, task_lengths
+
+TASKS = 4
+
+
+def rows(setting: Setting) -> list[Row]:
+    """Measures four steps, one a task; "ticketops" switches tickets, the other contender does not.
+
+    Returns:
+        The rows.
+    """
+    table = []
+    for task in QUANTILES:
+        size = 2 if setting.tiny else 32
+        work = Workload(f"{task}, batch {size}, {TASKS} tasks", (5, 2) if setting.tiny else task_lengths(task, size))
+        batch = step._batch(work, setting)
+        verdict = step.check(batch, setting)
+        for contender, name in (("ticketops", "switching"), ("ticketops, one ticket for all tasks", "fixed")):
+
+            def build(batch: dict[str, torch.Tensor] = batch, name: str = name) -> Callable[[], object]:
+                models = {str(place): step._model(setting) for place in range(TASKS)}
+                run = sharing.contender(models, name, setting.dtype)
+
+                def steps() -> None:
+                    for place in models:
+                        run(place, batch)
+
+                return steps
+
+            row = {"bench": "sharing", "workload": work.name, "tokens": work.tokens, "pass": "step"}
+            table.append(measured({**row, "contender": contender, "gate": verdict}, build, None, setting))
+    return table

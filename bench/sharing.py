@@ -1,0 +1,162 @@
+"""Training steps of several tasks on one encoder: every task its own ticket, against one ticket for all of them.
+
+    python -m bench.sharing --data DIR --tasks sst2,mrpc,rte,stsb --json
+
+Both take turns on every batch in one process; their tickets keep equally many heads and FFNs of every layer's kind, so
+what differs is the switching alone: look-ups, what the optimizer must leave still, and which weights are in the caches.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from bench import step
+from ticketops import SharedModel, Ticket
+from ticketops.errors import InputError, TicketopsError
+
+Step = Callable[[str, step.Batch], None]
+#: The contenders: every step another ticket, or the same one.
+CONTENDERS = ("switching", "fixed")
+
+
+def turned(layers: int, heads: int, number: int) -> list[Ticket]:
+    """Tickets of exactly the same cost: half of each layer's heads and every other FFN, turned from one to the next.
+
+    Args:
+        layers: of the encoder; an even number.
+        heads: a layer.
+        number: how many.
+    """
+    kept, ffns = torch.arange(heads).expand(layers, heads) < heads // 2, torch.arange(layers) % 2 == 0
+    return [Ticket(kept.roll(turn, 1), ffns.roll(turn)) for turn in range(number)]
+
+
+def contender(models: dict[str, PreTrainedModel], name: str, dtype: torch.dtype) -> Step:
+    """Makes a step function of one contender, with its own optimizer.
+
+    Args:
+        models: task -> model, this contender's own; the first one's encoder becomes that of all.
+        name: one of `CONTENDERS`.
+        dtype: of autocast; float32 for none.
+    """
+    config: Any = next(iter(models.values())).config
+    tickets = turned(config.num_hidden_layers, config.num_attention_heads, len(models))
+    chosen = tickets if name == "switching" else tickets[:1] * len(models)
+    shared = SharedModel(models, dict(zip(models, chosen, strict=True))).train()
+    device = next(shared.parameters()).device.type
+    optimizer = torch.optim.AdamW(shared.parameters(), lr=1e-5, fused=True)
+
+    def run(task: str, batch: step.Batch) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = shared(task, **batch).loss
+        loss.backward()
+        clip_grad_norm_(shared.parameters(), 1.0)
+        optimizer.step()
+
+    return run
+
+
+def measure(setups: dict[str, step.Setup], rounds: int) -> dict[str, Any]:
+    """Lets both contenders take turns on every batch, task by task.
+
+    Args:
+        setups: task -> its batches.
+        rounds: how often each contender sees each batch.
+
+    Returns:
+        The overhead of switching as the median of the paired ratios less one, with quartiles, and the circumstances.
+    """
+    first = next(iter(setups.values()))
+    dtype = torch.bfloat16 if first.dtype == "bf16" else torch.float32
+
+    def models() -> dict[str, PreTrainedModel]:
+        torch.manual_seed(0)
+        return {
+            task: AutoModelForSequenceClassification.from_pretrained(setup.model, num_labels=setup.labels).to(
+                setup.device
+            )
+            for task, setup in setups.items()
+        }
+
+    steps = {name: contender(models(), name, dtype) for name in CONTENDERS}
+    # Tasks alternate, as they do in training; every one has equally many batches.
+    turns = [
+        (task, batch)
+        for batches in zip(*(setup.batches for setup in setups.values()), strict=True)
+        for task, batch in zip(setups, batches, strict=True)
+    ]
+    for run in steps.values():
+        for task, batch in turns:
+            run(task, batch)
+    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for turn in range(rounds):
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr)
+        for place, (task, batch) in enumerate(turns):
+            # Whoever comes second finds the batch in the caches.
+            for name in CONTENDERS if (turn + place) % 2 else CONTENDERS[::-1]:
+                call = steps[name]
+                times[name].append(step.seconds(lambda call=call, t=task, b=batch: call(t, b), first.device))
+    ratios = [a / b for a, b in zip(times["switching"], times["fixed"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "tasks": list(setups),
+        "dtype": first.dtype,
+        "switching_overhead": statistics.median(ratios) - 1,
+        "quartiles": [low - 1, high - 1],
+        "total_overhead": sum(times["switching"]) / sum(times["fixed"]) - 1,
+        "seconds": {name: statistics.median(found) for name, found in times.items()},
+        "steps_timed": len(ratios),
+        "command": "python -m bench.sharing " + " ".join(step.public(sys.argv[1:])),
+        **step.circumstances(first.device),
+    }
+
+
+def main() -> int:
+    """Runs the comparison that the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sharing", description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with the tasks' folders in it (default: known tasks)")
+    parser.add_argument("--tasks", default="sst2,mrpc,rte,stsb", help="two or more (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
+    parser.add_argument("--model", default="demo", help="encoder, a folder or name (default: the demo's MiniLM)")
+    parser.add_argument("--batches", type=int, default=3, help="distinct batches a task (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=6, help="steps on each batch (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens a row at most (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        if options.batches < 1 or options.rounds < 1:
+            raise InputError("--batches and --rounds must be at least 1")
+        sizes = {"batches": options.batches, "batch_size": options.batch_size, "max_length": options.max_length}
+        setups = {
+            task: step.load(options.data, task, dtype=options.dtype, model=options.model, **sizes)
+            for task in options.tasks.split(",")
+        }
+        result = measure(setups, options.rounds)
+    except TicketopsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    low, high = result["quartiles"]
+    for name, median in result["seconds"].items():
+        print(f"{name:10s} {1e3 * median:9.1f} ms")
+    print(f"switching costs {result['switching_overhead']:+.1%} (quartiles {low:+.1%} to {high:+.1%})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

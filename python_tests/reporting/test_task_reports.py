@@ -1,0 +1,191 @@
+"""Reports of shares and transfers, from stores that no training has filled."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ticketops.errors import StoreError
+from ticketops.files import write_atomically
+from ticketops.reporting import overview, report
+from ticketops.searching import SearchConfig, ShareConfig, Store, TransferConfig
+from ticketops.searching.sharing_plan import SINGLE, TaskTicket
+from ticketops.searching.transfer_plan import SCORES
+from ticketops.tickets import chance_jaccard, prune
+
+from .test_report import importance, png_size
+
+TASKS = {"rte": "accuracy", "stsb": "pearson"}
+NOTES: dict[str, Any] = {"versions": {"python": "3"}, "machine": {"device": "cpu"}}
+SHAPE = {"layers": 3, "heads": 4, "model_fingerprint": "beef"}
+
+
+def values(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in ("output", "save_models")}
+
+
+def scored(score: float, metric: str, held_out: bool = False) -> dict[str, Any]:
+    scores = {"validation": {metric: score}} | ({"report": {metric: score - 0.1}} if held_out else {})
+    return {
+        "split": "validation", "metric": metric, "score": score, "report_score": score - 0.1 if held_out else None,
+        "scores": scores, "majority": 0.4, "heads_pruned": 3, "ffns_pruned": 1, "neurons_pruned": 0,
+        "weights_remaining": 0.9, "weights_remaining_encoder": 0.8, "train_rows": 100, "steps": 4,
+    }  # fmt: skip
+
+
+def make_share(folder: Path, gain: float = 0.02, leave_out: tuple[str, ...] = (), **fields: Any) -> Store:
+    """Tickets gain `gain` on both tasks over plain training, for every seed alike; random ones lose 0.01."""
+    config = ShareConfig(model="m", tasks=list(TASKS), **{"seeds": 3, "arms": "tickets,plain,random", **fields})
+    prints = {"task_fingerprint": dict.fromkeys(TASKS, "feed")}
+    identity = {"kind": "share", "config": values(config), **SHAPE, **prints, "tickets": None}
+    notes = {**NOTES, "validation": dict.fromkeys(TASKS, "dev"), "tasks": {name: f"{name}: rows" for name in TASKS}}
+    held_out = bool(config.report_fraction)
+    with Store.create(folder, identity, notes) as store:
+        for number, task in enumerate(TASKS):
+            for seed in config.seeds:
+                ticket = prune(importance(10 * number + seed), counts=(3, 1))
+                store.keep_ticket(TaskTicket(task, seed), ticket)
+        pairs = {str(seed): [0.7 + 0.01 * seed, 0.6 if held_out else None] for seed in config.seeds}
+        single = {"sparsity": 0.25, "majority": 0.4, "scores": {"full": pairs, "winning": pairs}}
+        text = json.dumps({task: {**single, "metric": metric} for task, metric in TASKS.items()})
+        write_atomically(store.folder / SINGLE, text)
+        for trial in store.plan:
+            if trial.id in leave_out:
+                continue
+            score = 0.8 + 0.01 * trial.seed + {"tickets": gain, "random": -0.01}.get(trial.kind, 0.0)
+            tasks = {task: scored(score, metric, held_out) for task, metric in TASKS.items()}
+            record = {
+                "id": trial.id, "kind": trial.kind, "seed": trial.seed, "model": "m", "mixing": config.mixing,
+                "metric": "task average", "score": score, "report_score": None, "tasks": tasks, "train_loss": 0.5,
+                "steps": 8, "timing": {"train_seconds": 2.0, "evaluate_seconds": 0.5},
+            }  # fmt: skip
+            store.write_record(trial, record)
+    return store
+
+
+def make_transfer(folder: Path, **fields: Any) -> Store:
+    """The super ticket gains 2 points where there are few rows, and loses 1 with all of them."""
+    config = TransferConfig(source="sst2", target="film", sparsities="0.25,0.5", **{"seeds": 2, **fields})
+    identity = {
+        "kind": "transfer", "config": values(config), **SHAPE, "task_fingerprint": "feed",
+        "source": values(SearchConfig(task="sst2", sparsities="0.25,0.5", kinds="winning", seeds=2)),
+        "source_fingerprint": "food", "source_results": None,
+    }  # fmt: skip
+    notes = {**NOTES, "validation": "dev", "tasks": {"source": "sst2: rows", "target": "film: rows"}}
+    with Store.create(folder, identity, notes) as store:
+        for trial in store.plan:
+            gain = (0.02 if trial.fraction < 1 else -0.01) if trial.kind == "winning" else 0.0
+            gain -= 0.05 if trial.sparsity == 0.5 else 0.0
+            record = {
+                **scored(0.6 + 0.1 * trial.fraction + 0.01 * trial.seed + gain, "accuracy"), "id": trial.id,
+                "task": "film" if trial.ladder == "target" else "sst2", "kind": trial.kind,
+                "sparsity": trial.sparsity or (0.25 if trial.kind == "winning" else 0.0),
+                "seed": trial.seed, "ladder": trial.ladder, "fraction": trial.fraction, "epochs": 1,
+                "train_rows": int(1000 * trial.fraction), "train_loss": 0.5,
+                "timing": {"train_seconds": 2.0, "evaluate_seconds": 0.5},
+            }  # fmt: skip
+            store.write_record(trial, record)
+        pairs = {kind: {"0": [score, None], "1": [score, None]} for kind, score in (("full", 0.8), ("winning", 0.81))}
+        single = {"metric": "accuracy", "majority": 0.5, "sparsity": 0.25, "scores": pairs, "train_rows": 1000}
+        write_atomically(store.folder / SCORES, json.dumps(single))
+    return store
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_share_is_reported_by_arm_and_task_with_paired_differences(tmp_path: Path):
+    store = make_share(tmp_path / "run")
+    text = report(store.folder).read_text()
+    assert "Ticket sharing averages 83.0 ± 1.0 over the tasks: +2.0 ± 0.0 points against plain multi-task" in text
+    assert "and +3.0 ± 0.0 points against random tickets of the same counts, over 3 seeds." in text
+    assert "| shared, each task its ticket | 83.0 ± 1.0 | 83.0 ± 1.0 | 83.0 ± 1.0 | 3 |" in text
+    assert "| one model a task, full | 71.0 ± 1.0 | 71.0 ± 1.0 | 71.0 ± 1.0 | 3 |" in text
+    assert "| shared, random tickets | -1.0 ± 0.0 | -1.0 ± 0.0 | -1.0 ± 0.0 |" in text
+    assert "(rte: accuracy, stsb: pearson)" in text
+    assert f"ticketops share --model m --tasks rte,stsb --output {store.folder} --seeds 3" in text
+    assert "rte feed, stsb feed" in text
+    assert "time: 22 s in 9 trials" in text
+    for name in ("sharing.png", "overlap.png", "layers.png"):
+        assert min(png_size(store.folder / name)) > 300
+        assert f"]({name})" in text
+    table = rows(store.folder / "results.csv")
+    assert len(table) == 9 * 2
+    assert {row["metric"] for row in table} == set(TASKS.values())
+    assert {row["task"]: row["validation_pearson"] for row in table}["rte"] == ""
+
+
+def test_overlap_and_agreement_stand_beside_chance(tmp_path: Path):
+    store = make_share(tmp_path / "run")
+    text = report(store.folder).read_text()
+    pairs = rows(store.folder / "overlap.csv")
+    # Six tickets of two tasks: 15 pairs, 9 of them of two tasks.
+    assert len(pairs) == 15
+    between = [row for row in pairs if row["task"] != row["other_task"]]
+    assert len(between) == 9
+    one, other = store.ticket(TaskTicket("rte", 0)), store.ticket(TaskTicket("stsb", 2))
+    assert one is not None
+    assert other is not None
+    row = next(row for row in between if (row["seed"], row["other_seed"]) == ("0", "2"))
+    assert float(row["jaccard"]) == pytest.approx(one.jaccard(other))
+    assert (float(row["chance"]), float(row["chance_std"])) == pytest.approx(chance_jaccard(one, other))
+    mean = sum(float(row["jaccard"]) for row in between) / 9
+    assert f"Tickets of two tasks share {100 * mean:.1f} % of what either keeps (mean of 9 pairs)" in text
+    assert "Tickets of two seeds of one task share" in text
+    layers = rows(store.folder / "layers.csv")
+    assert len(layers) == 2 * 3 * 3
+    kept = [int(row["heads_kept"]) for row in layers if (row["task"], row["seed"]) == ("stsb", "2")]
+    assert kept == other.head_mask.sum(1).tolist()
+
+
+def test_a_difference_within_its_spread_says_so_and_a_report_split_reports(tmp_path: Path):
+    text = report(make_share(tmp_path / "none", gain=0.0).folder).read_text()
+    assert "+0.0 ± 0.0 points, within one standard deviation, against plain multi-task training" in text
+    text = report(make_share(tmp_path / "held", report_fraction=0.5).folder).read_text()
+    assert "| shared, each task its ticket | 73.0 ± 1.0 |" in text
+    assert "| one model a task, full | 60.0 ± 0.0 |" in text
+    assert "the split `report`, held out of it, reports" in text
+
+
+def test_an_unfinished_share_is_reported_with_what_is_missing(tmp_path: Path):
+    store = make_share(tmp_path / "run", leave_out=("tickets-seed-0", "plain-seed-1", "random-seed-2"))
+    text = report(store.folder).read_text()
+    assert "3 of 9 trials are missing (tickets-seed-0, plain-seed-1, random-seed-2)" in text
+    # Seed 2 alone has both.
+    assert "+2.0 points against plain multi-task training" in text
+    bare = make_share(tmp_path / "bare", leave_out=tuple(trial.id for trial in store.plan))
+    assert "9 of 9 trials are missing" in report(bare.folder).read_text()
+    one = make_share(tmp_path / "one", seeds=1, arms="tickets")
+    text = report(one.folder).read_text()
+    assert "Ticket sharing averages 82.0 over the tasks, with one seed, so without a spread." in text
+
+
+def test_a_transfer_is_reported_rung_by_rung(tmp_path: Path):
+    store = make_transfer(tmp_path / "run")
+    text = report(store.folder).read_text()
+    assert (
+        "Gain of the super ticket over the full model on the target film, in points: +2.0 ± 0.0 with 0.1 % (1 rows), "
+        "+2.0 ± 0.0 with 1 % (10 rows), +2.0 ± 0.0 with 10 % (100 rows), -1.0 ± 0.0 with 100 % (1,000 rows)."
+    ) in text
+    assert "| target | 10 | 100 | 2 | 61.5 ± 0.7 | 63.5 ± 0.7 | +2.0 ± 0.0 | 0.25 |" in text
+    assert "| source | 10 | 100 | 2 | 61.5 ± 0.7 | 63.5 ± 0.7 | +2.0 ± 0.0 | 0.25 |" in text
+    # The search itself is the last rung of the source's ladder.
+    assert "| source | 100 | 1000 | 2 | 80.0 ± 0.0 | 81.0 ± 0.0 | +1.0 ± 0.0 | 0.25 |" in text
+    assert "source food, target feed" in text
+    assert min(png_size(store.folder / "ladder.png")) > 300
+    table = rows(store.folder / "results.csv")
+    assert len(table) == 2 * (4 * 2 + 3 * 3)
+    assert {row["ladder"] for row in table} == {"target", "source"}
+    assert overview(store.folder)[0][0] == "ladder"
+
+
+def test_damage_is_an_error_of_these_reports_too(tmp_path: Path):
+    for store in (make_share(tmp_path / "share"), make_transfer(tmp_path / "transfer")):
+        path = store.record_path(store.plan[1])
+        path.write_text(path.read_text()[:100])
+        with pytest.raises(StoreError, match=f"{path}.*delete it"):
+            report(store.folder)

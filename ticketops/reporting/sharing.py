@@ -1,0 +1,295 @@
+"""The report of ticket sharing, and what tickets say about tasks."""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ticketops.files import write_atomically
+from ticketops.reporting import task_plots
+from ticketops.reporting.parts import figure, missing, reproduction
+from ticketops.reporting.tables import markdown, points
+from ticketops.searching.selection import Spread
+from ticketops.searching.sharing_plan import ARMS, SEARCHES, SINGLE, TaskTicket
+from ticketops.searching.store import Record, Store
+from ticketops.tickets import Ticket, chance_jaccard
+
+AVERAGE = "average"
+#: What the table calls each arm.
+NAMES = {
+    "alone": "one model a task, full",
+    "alone, super ticket": "one model a task, super ticket",
+    "tickets": "shared, each task its ticket",
+    "plain": "shared, no tickets",
+    "random": "shared, random tickets",
+    "union": "shared, union of all tickets",
+    "intersection": "shared, intersection of all tickets",
+}
+#: Task (or "average") -> seed -> score.
+Scores = dict[str, dict[int, float]]
+
+
+def lines(store: Store) -> list[str]:
+    """Writes a share's CSV files and figures, and the text of its report.
+
+    Args:
+        store: of the run, finished or not.
+
+    Returns:
+        The report's lines of Markdown.
+
+    Raises:
+        StoreError: one of its files is damaged, or the folder cannot be written.
+    """
+    config, records = store.config, store.records()
+    tasks = list(store.description["notes"]["tasks"])
+    searches = [Store.read(store.folder / SEARCHES / name) for name in tasks if _searched(store, name)]
+    inner = [record for search in searches for record in search.records()]
+    text = [f"# Ticket sharing of {config.model} over {', '.join(tasks)}", ""]
+    text += missing(store, records)
+    tickets = {
+        name: {seed: found for seed in config.seeds if (found := store.ticket(TaskTicket(name, seed))) is not None}
+        for name in tasks
+    }
+    write_atomically(store.folder / "results.csv", _results(records))
+    if records:
+        split = "report" if config.report_fraction else "validation"
+        arms = scores(store)
+        text += [headline(arms), "", *_splits(split), ""]
+        figure(store.folder / "sharing.png", task_plots.arms, _differences(arms), "plain" in arms)
+        text += ["![each arm, by task](sharing.png)", ""]
+        text += [markdown(overview(store)), ""]
+        text += ["Scores are each task's own metric x 100 ("]
+        text[-1] += ", ".join(f"{name}: {task['metric']}" for name, task in records[0]["tasks"].items())
+        text[-1] += "), mean ± standard deviation over seeds."
+        if "plain" in arms and len(arms) > 1:
+            text += ["", "Differences to plain multi-task training, seed by seed:", "", markdown(_gains(arms))]
+        text += ["", *_sizes(records), ""]
+    if any(tickets.values()):
+        text += _tickets(store, tickets)
+    text += ["## Tasks", "", *(f"- {described}" for described in store.description["notes"]["tasks"].values()), ""]
+    return [*text, *reproduction(store, [*inner, *records])]
+
+
+def overview(store: Store) -> list[list[str]]:
+    """One row an arm: its score on every task and their average.
+
+    Args:
+        store: of the run.
+
+    Returns:
+        Rows of cells, header first.
+    """
+    arms = scores(store)
+    tasks = [*store.description["notes"]["tasks"], AVERAGE]
+    rows = [["arm", *tasks, "seeds"]]
+    for arm, found in arms.items():
+        seeds = max((len(by_seed) for by_seed in found.values()), default=0)
+        rows.append([NAMES[arm], *(points(Spread.of(found.get(task, {}).values())) for task in tasks), str(seeds)])
+    return rows
+
+
+def scores(store: Store) -> dict[str, Scores]:
+    """The scores that the report compares, on the split that reports.
+
+    Args:
+        store: of the run.
+
+    Returns:
+        Arm -> task, or "average" -> seed -> score; single-task trainings first, under "alone".
+    """
+    held_out = bool(store.config.report_fraction)
+    tasks = list(store.description["notes"]["tasks"])
+    arms: dict[str, Scores] = {}
+    path = store.folder / SINGLE
+    single: dict[str, Record] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for arm, kind in (("alone", "full"), ("alone, super ticket", "winning")):
+        found: Scores = {
+            task: {int(seed): pair[held_out] for seed, pair in single[task]["scores"].get(kind, {}).items()}
+            for task in tasks
+            if task in single
+        }
+        # A search that held nothing out has nothing to report.
+        if any(None not in by_seed.values() for by_seed in found.values()):
+            arms[arm] = {task: by_seed for task, by_seed in found.items() if None not in by_seed.values()}
+    for record in store.records():
+        arm_scores = arms.setdefault(record["kind"], {})
+        for task, one in record["tasks"].items():
+            arm_scores.setdefault(task, {})[record["seed"]] = one["report_score" if held_out else "score"]
+    for arm_scores in arms.values():
+        seeds = set.intersection(*(set(arm_scores.get(task, {})) for task in tasks))
+        arm_scores[AVERAGE] = {
+            seed: float(np.mean([arm_scores[task][seed] for task in tasks])) for seed in sorted(seeds)
+        }
+    order = [arm for arm in (*NAMES, *ARMS) if arm in arms]
+    return {arm: arms[arm] for arm in dict.fromkeys(order)}
+
+
+def headline(arms: Mapping[str, Scores]) -> str:
+    """The finding in one sentence, with its spread over seeds.
+
+    Args:
+        arms: as `scores` makes them.
+    """
+    if not arms.get("tickets", {}).get(AVERAGE):
+        return "No finding yet: that takes the arm tickets on all tasks."
+    ours = arms["tickets"][AVERAGE]
+    text = f"Ticket sharing averages {points(Spread.of(ours.values()))} over the tasks"
+    against = []
+    for arm, name in (("plain", "plain multi-task training"), ("random", "random tickets of the same counts")):
+        pairs = [ours[seed] - score for seed, score in arms.get(arm, {}).get(AVERAGE, {}).items() if seed in ours]
+        if pairs:
+            spread = Spread.of(pairs)
+            unsure = spread.std is not None and abs(spread.mean) <= spread.std
+            note = ", within one standard deviation," if unsure else ""
+            against.append(f"{points(spread, sign=True)} points{note} against {name}")
+    seeds = f"over {len(ours)} seeds" if len(ours) > 1 else "with one seed, so without a spread"
+    return f"{text}: {' and '.join(against)}, {seeds}." if against else f"{text}, {seeds}."
+
+
+def _searched(store: Store, task: str) -> bool:
+    return (store.folder / SEARCHES / task / "config.json").is_file()
+
+
+def _splits(split: str) -> list[str]:
+    if split == "report":
+        return ["The split `validation` chooses each task's super ticket; the split `report`, held out of it, reports."]
+    return [
+        "The same split, `validation`, chooses each task's super ticket, trained alone, and reports here; "
+        "`--report-fraction 0.5` holds a report split out."
+    ]
+
+
+def _differences(arms: Mapping[str, Scores]) -> dict[str, dict[str, Spread]]:
+    """Arm -> task -> spread of its difference to plain multi-task training where there is one, else of its score."""
+    plain = arms.get("plain")
+    found: dict[str, dict[str, Spread]] = {}
+    for arm, by_task in arms.items():
+        if plain is None:
+            found[arm] = {task: Spread.of(by_seed.values()) for task, by_seed in by_task.items() if by_seed}
+        elif arm != "plain":
+            pairs = {
+                task: [score - plain[task][seed] for seed, score in by_seed.items() if seed in plain.get(task, {})]
+                for task, by_seed in by_task.items()
+            }
+            found[arm] = {task: Spread.of(values) for task, values in pairs.items() if values}
+    return {NAMES[arm]: by_task for arm, by_task in found.items()}
+
+
+def _gains(arms: Mapping[str, Scores]) -> list[list[str]]:
+    tasks = list(arms["plain"])
+    rows = [["arm", *tasks]]
+    for name, by_task in _differences(arms).items():
+        rows.append([name, *(points(by_task[task], sign=True) if task in by_task else "–" for task in tasks)])
+    return rows
+
+
+def _sizes(records: Sequence[Record]) -> list[str]:
+    """What each arm keeps: one row an arm and task, means over seeds."""
+    rows = [["arm", "task", "heads pruned", "FFNs pruned", "weights left (%)", "training rows", "steps"]]
+    for arm in ARMS:
+        of_arm = [record["tasks"] for record in records if record["kind"] == arm]
+        for task in of_arm[0] if of_arm and arm != "plain" else ():
+
+            def mean(field: str, of_arm: list[Any] = of_arm, task: str = task) -> float:
+                return float(np.mean([tasks[task][field] for tasks in of_arm]))
+
+            counts = [f"{mean(name):.3g}" for name in ("heads_pruned", "ffns_pruned")]
+            left = f"{100 * mean('weights_remaining'):.1f}"
+            rows.append([arm, task, *counts, left, f"{mean('train_rows'):,.0f}", f"{mean('steps'):,.0f}"])
+    return [markdown(rows)] if len(rows) > 1 else []
+
+
+def _results(records: Sequence[Record]) -> str:
+    """One row a trial and task."""
+    pruned = ("heads_pruned", "ffns_pruned", "neurons_pruned")
+    columns = (*pruned, "weights_remaining", "weights_remaining_encoder", "train_rows", "steps")
+    details = sorted(
+        {
+            (split, name)
+            for record in records
+            for task in record["tasks"].values()
+            for split, found in task["scores"].items()
+            for name in found
+        }
+    )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    header = ["arm", "seed", "mixing", "task", *columns, "metric", "score", "report_score"]
+    writer.writerow(
+        [*header, *(f"{split}_{name}" for split, name in details), "trial_train_loss", "trial_train_seconds"]
+    )
+    for record in records:
+        for name, task in record["tasks"].items():
+            row = [record["kind"], record["seed"], record["mixing"], name, *(task[column] for column in columns)]
+            row += [task[column] for column in ("metric", "score", "report_score")]
+            row += [task["scores"].get(split, {}).get(metric) for split, metric in details]
+            writer.writerow([*row, record["train_loss"], record["timing"]["train_seconds"]])
+    return text.getvalue()
+
+
+def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]]) -> list[str]:
+    """What tickets say about tasks: overlaps and layer profiles, as figures, files and text."""
+    pairs = [
+        (one, other, *_alike(tickets[one[0]][one[1]], tickets[other[0]][other[1]]))
+        for one, other in itertools.combinations([(task, seed) for task in tickets for seed in tickets[task]], 2)
+    ]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["task", "seed", "other_task", "other_seed", "jaccard", "chance", "chance_std"])
+    writer.writerows([*one, *other, *alike] for one, other, *alike in pairs)
+    write_atomically(store.folder / "overlap.csv", text.getvalue())
+    tasks = list(tickets)
+    overlap, chance = (np.full((len(tasks), len(tasks)), np.nan) for _ in range(2))
+    for (i, task), (j, other) in itertools.product(enumerate(tasks), repeat=2):
+        both = [alike for one, two, *alike in pairs if {one[0], two[0]} == {task, other}]
+        if both:
+            overlap[i, j], chance[i, j] = np.mean([alike[:2] for alike in both], axis=0)
+    figure(store.folder / "overlap.png", task_plots.overlaps, tasks, overlap, chance)
+    figure(store.folder / "layers.png", task_plots.profiles, tickets)
+    write_atomically(store.folder / "layers.csv", _profiles(tickets))
+    between = [alike for one, two, *alike in pairs if one[0] != two[0]]
+    within = [alike for one, two, *alike in pairs if one[0] == two[0]]
+    found = []
+    for what, some in (("of two tasks", between), ("of two seeds of one task", within)):
+        if some:
+            ours, theirs, deviation = np.mean(some, axis=0)
+            found.append(
+                f"Tickets {what} share {100 * ours:.1f} % of what either keeps (mean of {len(some)} pairs); random "
+                f"tickets of the same sizes would share {100 * theirs:.1f} % ± {100 * deviation:.1f}."
+            )
+    return [
+        "## What tickets say about tasks",
+        "",
+        "![overlap of tickets](overlap.png)",
+        "",
+        *found,
+        "Overlap is Jaccard's: structures that both keep over structures that either keeps, heads and FFNs alike; on "
+        "the diagonal stands the agreement between seeds. ± is the standard deviation of one random pair. Every pair "
+        "is in overlap.csv.",
+        "",
+        "![what tickets keep, layer by layer](layers.png)",
+        "",
+        "The layers' profiles are in layers.csv.",
+        "",
+    ]
+
+
+def _alike(one: Ticket, other: Ticket) -> tuple[float, float, float]:
+    return one.jaccard(other), *chance_jaccard(one, other)
+
+
+def _profiles(tickets: Mapping[str, Mapping[int, Ticket]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["task", "seed", "layer", "heads_kept", "heads", "ffn_kept"])
+    for task, by_seed in tickets.items():
+        for seed, ticket in by_seed.items():
+            rows = zip(ticket.head_mask.sum(1).tolist(), ticket.ffn_shares.tolist(), strict=True)
+            for layer, (heads, ffn) in enumerate(rows):
+                writer.writerow([task, seed, layer, heads, ticket.num_heads, f"{ffn:g}"])
+    return text.getvalue()

@@ -1,0 +1,183 @@
+"""Figures of several tasks: arms against each other, overlaps and layer profiles of tickets, ladders of data."""
+
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ticketops.reporting.plots import FULL, KEPT, SUPER, new_figure
+from ticketops.searching.selection import Spread
+from ticketops.tickets import Ticket
+
+# Okabe and Ito's palette; markers differ too, for print in black and white.
+_STYLES = [
+    ("#404040", "D"),
+    ("#999999", "d"),
+    ("#009E73", "o"),
+    ("#E69F00", "s"),
+    ("#0072B2", "^"),
+    ("#CC79A7", "v"),
+    ("#56B4E9", "P"),
+]
+
+
+def arms(spreads: Mapping[str, Mapping[str, Spread]], relative: bool, file: IO[bytes]) -> None:
+    """Draws each arm's scores by task, or their differences to plain multi-task training.
+
+    Args:
+        spreads: arm -> task -> spread over seeds.
+        relative: whether they are differences.
+        file: where to write the PNG.
+    """
+    tasks = list(dict.fromkeys(task for by_task in spreads.values() for task in by_task))
+    figure = new_figure(2.6 + 1.3 * max(len(tasks), 3), 4.2)
+    axes = figure.subplots()
+    if relative:
+        axes.axhline(0.0, color=FULL, linestyle="--", linewidth=1.2, label="shared, no tickets", zorder=1)
+    width = 0.8 / max(len(spreads), 1)
+    for place, (arm, by_task) in enumerate(spreads.items()):
+        colour, marker = _STYLES[place % len(_STYLES)]
+        there = [task for task in tasks if task in by_task]
+        axes.errorbar(
+            [tasks.index(task) + (place + 0.5) * width - 0.4 for task in there],
+            [100 * by_task[task].mean for task in there],
+            yerr=[100 * (by_task[task].std or 0.0) for task in there],
+            color=colour,
+            marker=marker,
+            markersize=7,
+            linestyle="none",
+            elinewidth=1.2,
+            capsize=3,
+            label=arm,
+            zorder=2,
+        )
+    axes.set_xticks(range(len(tasks)), tasks)
+    for edge in np.arange(len(tasks) - 1) + 0.5:
+        axes.axvline(edge, color="#DDDDDD", linewidth=0.8, zorder=0)
+    axes.set_xlim(-0.5, max(len(tasks), 1) - 0.5)
+    axes.set_ylabel("points against no tickets" if relative else "score (x 100)")
+    seeds = max((spread.count for by_task in spreads.values() for spread in by_task.values()), default=0)
+    spread_note = f"Mean over {seeds} seeds, bars: one standard deviation" if seeds > 1 else "One seed"
+    axes.set_title(spread_note + (" of the difference by seed" if relative and seeds > 1 else ""), fontsize=10)
+    axes.grid(axis="y", alpha=0.25)
+    # Below, where long names of arms do not squeeze the picture.
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(file, format="png", dpi=150)
+
+
+def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray, file: IO[bytes]) -> None:
+    """Draws how alike the tasks' tickets are, and by how much more than random ones.
+
+    Args:
+        tasks: names.
+        overlap: mean Jaccard overlap [tasks, tasks], the diagonal between seeds; NaN where there is no pair.
+        chance: what random tickets of the same sizes have, likewise.
+        file: where to write the PNG.
+    """
+    side = 0.75 * len(tasks) + 1.2
+    figure = new_figure(2 * side + 1.6, side + 1.2)
+    first, second = figure.subplots(1, 2)
+    _matrix(first, tasks, 100 * overlap, "Overlap of tickets (Jaccard, %)", (0.0, 100.0), "viridis", "{:.0f}")
+    excess = 100 * (overlap - chance)
+    reach = max(float(np.nanmax(np.abs(excess))) if np.isfinite(excess).any() else 0.0, 1.0)
+    _matrix(second, tasks, excess, "More than by chance (points)", (-reach, reach), "PuOr_r", "{:+.1f}")
+    # The layout leaves too little room above squares with slanted names below.
+    figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
+
+
+def _matrix(
+    axes: Axes,
+    tasks: Sequence[str],
+    values: np.ndarray,
+    title: str,
+    limits: tuple[float, float],
+    colours: str,
+    form: str,
+) -> None:
+    image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1])
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+            axes.text(j, i, form.format(value), ha="center", va="center", color="white" if dark else "black")
+        else:
+            axes.text(j, i, "–", ha="center", va="center", color="#888888")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_title(title, fontsize=10)
+    axes.spines[:].set_visible(False)
+
+
+def profiles(tickets: Mapping[str, Mapping[int, Ticket]], file: IO[bytes]) -> None:
+    """Draws what the tasks' tickets keep of each layer, mean over seeds.
+
+    Args:
+        tickets: task -> seed -> ticket.
+        file: where to write the PNG.
+    """
+    there = {task: list(by_seed.values()) for task, by_seed in tickets.items() if by_seed}
+    heads = np.array([np.mean([t.head_mask.float().mean(1).numpy() for t in own], axis=0) for own in there.values()])
+    ffns = np.array([np.mean([t.ffn_shares.float().numpy() for t in own], axis=0) for own in there.values()])
+    layers = heads.shape[1]
+    figure = new_figure(2 * (0.42 * layers + 1.5) + 0.8, 0.45 * len(there) + 1.9)
+    panels = figure.subplots(1, 2)
+    for axes, values, title in zip(panels, (heads, ffns), ("Heads kept", "FFN kept"), strict=True):
+        image = axes.imshow(values, cmap=KEPT, vmin=0.0, vmax=1.0, aspect="auto")
+        for (i, j), value in np.ndenumerate(values) if layers <= 16 else ():
+            colour = "white" if value > 0.6 else "black"
+            axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        axes.set_xticks(range(0, layers, 1 + (layers - 1) // 12))
+        axes.set_yticks(range(len(there)), list(there))
+        axes.set_xlabel("layer")
+        axes.set_title(f"{title} (%)", fontsize=10)
+        axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(len(there) + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.0)
+        axes.tick_params(which="minor", length=0)
+        axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=list(panels), shrink=0.9, pad=0.02)
+    bar.set_ticks([0.0, 0.5, 1.0], labels=["0", "50", "100"])
+    figure.savefig(file, format="png", dpi=150)
+
+
+def ladders(
+    panels: Mapping[str, tuple[str, Mapping[int, tuple[Spread, Spread]], float]], split: str, file: IO[bytes]
+) -> None:
+    """Draws scores against the number of training rows, full model and super ticket.
+
+    Args:
+        panels: title -> (metric, training rows -> (full model, super ticket), what one constant answer scores).
+        split: the split that the scores are on.
+        file: where to write the PNG.
+    """
+    figure = new_figure(4.6 * len(panels) + 0.6, 4.1)
+    for axes, (title, (metric, rungs, majority)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        rows = sorted(rungs)
+        styles = (("full model", FULL, "D", 0.97), ("super ticket", SUPER, "o", 1.03))
+        for place, (name, colour, marker, shift) in enumerate(styles):
+            there = [count for count in rows if rungs[count][place].count]
+            axes.errorbar(
+                # Side by side, so that one's bar does not hide the other's.
+                [count * shift for count in there],
+                [100 * rungs[count][place].mean for count in there],
+                yerr=[100 * (rungs[count][place].std or 0.0) for count in there],
+                color=colour,
+                marker=marker,
+                linewidth=1.6,
+                elinewidth=1.0,
+                capsize=3,
+                label=name,
+            )
+        axes.axhline(100 * majority, color="#999999", linestyle=":", linewidth=1.2, label="one constant answer")
+        axes.set_xscale("log")
+        axes.set_xticks(rows, [f"{count:,}" for count in rows])
+        axes.minorticks_off()
+        axes.set_xlabel("training rows")
+        axes.set_ylabel(f"{metric} on {split} (x 100)")
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9)
+    figure.savefig(file, format="png", dpi=150)

@@ -1,0 +1,294 @@
+"""Ticket sharing: several tasks train one encoder, each on its own ticket, against what it is to be compared with."""
+
+import gc
+import itertools
+import json
+import shutil
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, set_seed
+
+from ticketops.errors import InputError
+from ticketops.files import write_atomically
+from ticketops.models import SharedModel, weight_counts
+from ticketops.searching import environment
+from ticketops.searching.mixing import Step, make_schedule
+from ticketops.searching.run import Inner, search_in, stages
+from ticketops.searching.setting import Setting, quiet
+from ticketops.searching.sharing_plan import (
+    SEARCHES,
+    SINGLE,
+    ShareConfig,
+    ShareTrial,
+    TaskTicket,
+    share_plan,
+    without,
+)
+from ticketops.searching.store import Record, Store
+from ticketops.searching.task_tickets import (
+    Given,
+    Tickets,
+    arm_tickets,
+    digests,
+    given_tickets,
+    single_scores,
+)
+from ticketops.searching.trial import (
+    Listener,
+    Steps,
+    Timing,
+    check_converged,
+    circumstances,
+    predict,
+    remaining,
+    scored,
+    trainer_options,
+)
+from ticketops.tickets import Ticket
+
+
+@dataclass(frozen=True, eq=False)
+class ShareResult:
+    """What sharing found.
+
+    Attributes:
+        folder: the output folder.
+        config: the run.
+        records: one a trial, in the plan's order.
+        tickets: task -> seed -> its ticket.
+        report_path: the report, where one was written.
+    """
+
+    folder: Path
+    config: ShareConfig
+    records: list[Record]
+    tickets: Tickets
+    report_path: Path | None = None
+
+
+def load_settings(config: ShareConfig) -> dict[str, Setting]:
+    """Loads and checks the model and every task, before anything is trained.
+
+    Args:
+        config: the run.
+
+    Returns:
+        Task name -> its setting, as its single-task search has it; all share one copy of the pre-trained weights.
+
+    Raises:
+        InputError: something cannot be loaded or does not fit, or two tasks have the same name.
+    """
+    settings: dict[str, Setting] = {}
+    specs: dict[str, str] = {}
+    for spec in config.tasks:
+        setting = Setting.load(config.search(spec), at_most=True)
+        name = setting.task.name
+        if name in settings:
+            labels = [", ".join(one.task.labels) or "numbers" for one in (settings[name], setting)]
+            clash = f", with the labels {labels[0]} and {labels[1]}" if labels[0] != labels[1] else ""
+            raise InputError(
+                f"tasks {specs[name]} and {spec} are both called {name}{clash}: rename one file or folder, "
+                "since a task's head, ticket and scores go by its name"
+            )
+        first = next(iter(settings.values()), setting)
+        output = str(Path(config.output) / SEARCHES / name)
+        specs[name] = spec
+        settings[name] = replace(
+            setting, pretrained=first.pretrained, config=replace(setting.config, output=output, save_models=False)
+        )
+    return settings
+
+
+def run_share_trial(
+    config: ShareConfig,
+    settings: Mapping[str, Setting],
+    trial: ShareTrial,
+    tickets: Mapping[str, Ticket | None],
+    listener: Listener | None = None,
+) -> tuple[Record, SharedModel]:
+    """Trains all tasks on one encoder from the pre-trained weights, each on its ticket, and scores every task on its.
+
+    It seeds everything it draws on, so the same arguments give the same record on the same machine and number of
+    threads. Each step is of one task; gradients are None before it, so clipping to the recipe's norm measures the
+    ticket's own gradient. One warm-up and decay of the step size spans all steps, whichever task they are of.
+
+    Args:
+        config: the run.
+        settings: of the tasks, by name.
+        trial: its seed draws the task heads, the order of steps and rows, and dropout.
+        tickets: task -> what to keep; None for the full model.
+        listener: hears about the steps.
+
+    Returns:
+        The record and the trained model.
+
+    Raises:
+        TicketopsError: training diverged.
+    """
+    timing = Timing()
+    first = next(iter(settings.values()))
+    sizes = [len(setting.splits["train"]) for setting in settings.values()]
+    schedule = make_schedule(sizes, config.batch_size, config.epochs, config.mixing, trial.seed)
+    with quiet():
+        shared = SharedModel({name: own.fresh_model(trial.seed) for name, own in settings.items()}, tickets)
+        counts = {name: weight_counts(shared.select(name)) for name in settings}
+        trainer = MixedTrainer(
+            model=shared.train(),
+            train_dataset=MixedSteps(settings, schedule),
+            callbacks=[Steps(listener or Listener())],
+            # The schedule has the epochs in it.
+            **trainer_options(first, trial.seed, num_train_epochs=1),
+        )
+        trainer.remove_callback(PrinterCallback)
+        set_seed(trial.seed)
+        with timing.of("train_seconds"):
+            loss = trainer.train().training_loss
+        predictions = {}
+        for name, setting in settings.items():
+            with timing.of("evaluate_seconds"):
+                own = Trainer(model=shared.select(name), **trainer_options(setting, trial.seed))
+                predictions[name] = predict(own, setting)
+            check_converged(f"{trial.id}, task {name}", config, loss, predictions[name])
+    steps = Counter(step.task for step in schedule)
+    tasks = {
+        name: {
+            **scored(setting, predictions[name]),
+            **remaining(shared.tickets[name], counts[name]),
+            "train_rows": len(setting.splits["train"]),
+            "steps": steps[place],
+        }
+        for place, (name, setting) in enumerate(settings.items())
+    }
+    reports = [task["report_score"] for task in tasks.values()]
+    record = {
+        "id": trial.id,
+        "kind": trial.kind,
+        "seed": trial.seed,
+        "model": config.model,
+        "mixing": config.mixing,
+        "metric": "task average",
+        "score": statistics.fmean(task["score"] for task in tasks.values()),
+        "report_score": None if None in reports else statistics.fmean(reports),
+        "tasks": tasks,
+        "train_loss": loss,
+        "steps": len(schedule),
+        "timing": timing,
+        "environment": circumstances(),
+    }
+    return record, shared
+
+
+class MixedSteps(Dataset):
+    """The steps of a multi-task training as a data set: an item is a whole batch, of one task.
+
+    Args:
+        settings: of the tasks, in the order in which the schedule numbers them.
+        schedule: the steps.
+    """
+
+    def __init__(self, settings: Mapping[str, Setting], schedule: Sequence[Step]):
+        self._schedule = schedule
+        self._tasks = [
+            (name, setting.splits["train"], DataCollatorWithPadding(setting.tokenizer))
+            for name, setting in settings.items()
+        ]
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step = self._schedule[index]
+        task, rows, collate = self._tasks[step.task]
+        return {"task": task, **collate(rows.__getitems__(step.rows.tolist()))}
+
+
+class MixedTrainer(Trainer):
+    """A Trainer whose data set's items are batches already, in their order."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The steps one by one; `_prepare_inputs` moves their tensors and leaves the task's name."""
+        assert self.train_dataset is not None
+        return DataLoader(
+            self.train_dataset, batch_size=None, collate_fn=_as_it_is, pin_memory=self.args.dataloader_pin_memory
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareResult:
+    """Runs what is still missing of a share in its output folder.
+
+    Args:
+        config: the run.
+        listener: hears about trials and steps.
+
+    Returns:
+        The result; no report is written.
+
+    Raises:
+        InputError: model, tasks, tickets and configuration do not fit each other, or cannot be loaded.
+        StoreError: the output folder cannot be used; finished trials stay.
+        TicketopsError: training diverged.
+    """
+    listener = listener or Listener()
+    settings = load_settings(config)
+    first = next(iter(settings.values()))
+    identity = first.identity()
+    given = given_tickets(config, settings)
+    plan = share_plan(config)
+    description = {
+        **identity,
+        "kind": "share",
+        "config": without(config, "output", "save_models"),
+        "task_fingerprint": {name: setting.task.fingerprint for name, setting in settings.items()},
+        "tickets": None if given is None else digests(given.tickets),
+    }
+    notes = {
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+        "validation": {name: setting.task.validation_name for name, setting in settings.items()},
+        "tasks": {name: setting.task.describe() for name, setting in settings.items()},
+    }
+    with Store.create(config.output, description, notes) as store:
+        # Reads everything first: a damaged file is better reported now than after hours.
+        finished = {trial for trial in plan if store.record(trial) is not None}
+        for name, seed in itertools.product(settings, config.seeds):
+            store.ticket(TaskTicket(name, seed))
+        # The searches' trials are the run's, too, and are announced with it.
+        searched = {} if given else settings
+        searches = [stages(setting, name) for name, setting in searched.items()]
+        announced = [stage for trials, _ in searches for stage in trials]
+        listener.planned([*announced, *plan], sum(done for _, done in searches) + len(finished))
+        found = given or Given({}, {})
+        for name, setting in searched.items():
+            result = search_in(setting, Inner(listener, name), timed=False)
+            found.tickets[name] = result.tickets
+            found.single[name] = single_scores(result.records, result.selection)
+        for name, by_seed in found.tickets.items():
+            for seed, ticket in by_seed.items():
+                store.keep_ticket(TaskTicket(name, seed), ticket)
+        write_atomically(store.folder / SINGLE, json.dumps(found.single, indent=2) + "\n")
+        for trial in plan:
+            if trial not in finished:
+                listener.started(trial)
+                kept = arm_tickets(trial, {name: by_seed[trial.seed] for name, by_seed in found.tickets.items()})
+                record, model = run_share_trial(config, settings, trial, kept, listener)
+                if config.save_models:
+                    folder = store.model_path(trial)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    with quiet():
+                        model.save(folder, first.tokenizer)
+                # The next trial's model should not have to share the device with this one's; its parts hold each other.
+                del model
+                gc.collect()
+                store.write_record(trial, record)
+                listener.finished(trial, record)
+        return ShareResult(store.folder, config, store.records(), found.tickets)

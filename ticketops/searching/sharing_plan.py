@@ -1,0 +1,181 @@
+"""What ticket sharing does, before anything is loaded: its configuration and the list of its trials. No torch."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ticketops.errors import InputError
+from ticketops.searching.config import PLAN, TRAINING, WHAT, Config, check_choice, list_of, option, text
+from ticketops.searching.plan import SearchConfig
+
+Mixing = Literal["proportional", "annealed", "uniform"]
+MIXINGS: tuple[str, ...] = get_args(Mixing)
+Arm = Literal["tickets", "plain", "random", "union", "intersection"]
+ARMS: tuple[str, ...] = get_args(Arm)
+
+#: What a single-task search and sharing have in common.
+COMMON = (
+    "model",
+    "output",
+    "sparsities",
+    "prune_neurons",
+    "seeds",
+    "min_heads",
+    "recipe",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "dtype",
+    "save_models",
+    "granularity",
+    "max_length",
+    "train_rows",
+    "validation_rows",
+    "report_fraction",
+)
+
+
+#: The folder of a share's single-task searches, inside its own, and the file of what these scored.
+SEARCHES, SINGLE = "single", "single.json"
+
+
+def as_in_search(name: str, **changes: Any) -> Any:
+    """A configuration's field as a search has it.
+
+    Args:
+        name: of the field.
+        changes: of its `option`.
+    """
+    field = SearchConfig.__dataclass_fields__[name]
+    return option(**{"default": field.default, **field.metadata, **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareConfig(Config):
+    """Everything that sharing tickets among tasks depends on; each field is a flag of `ticketops share`.
+
+    Values are normalised when the object is made, as those of `SearchConfig` are.
+
+    Raises:
+        InputError: a value is out of range, of the wrong type, or unknown.
+    """
+
+    verb = "share"
+    decisive = ("tasks",)
+
+    model: str = as_in_search("model")
+    tasks: tuple[str, ...] = option(
+        None, "Two tasks or more, comma-separated: GLUE names, data files or folders.", WHAT, shown="none"
+    )
+    output: str = as_in_search("output", default="ticketops-share", shown="ticketops-share")
+    tickets: tuple[str, ...] | None = option(
+        None,
+        "Where the tasks' tickets are, comma-separated: output folders of searches of single tasks or of an earlier "
+        "share; 'TASK=FOLDER' or 'TASK=FILE.safetensors' where the name does not say whose it is.",
+        WHAT,
+        shown="found on the way, by a search of each task",
+    )
+    arms: tuple[str, ...] = option(
+        ("tickets", "plain", "random"),
+        "What is compared: tickets (each task its own), plain (no tickets), random (same counts), union and "
+        "intersection (of all tasks' tickets, for every task).",
+        PLAN,
+    )
+    mixing: Literal["proportional", "annealed", "uniform"] = option(
+        "proportional", "How tasks share the steps: proportional to their size, annealed or uniform.", TRAINING
+    )
+    sparsities: tuple[float, ...] | Literal["paper"] = as_in_search("sparsities")
+    prune_neurons: bool = as_in_search("prune_neurons")
+    seeds: tuple[int, ...] = as_in_search("seeds")
+    min_heads: int = as_in_search("min_heads")
+    recipe: str = as_in_search("recipe", shown="default")
+    epochs: int = as_in_search("epochs", help="Passes over all training rows, of sharing and of single-task searches.")
+    batch_size: int = as_in_search("batch_size", help="Examples a step, all of one task.")
+    learning_rate: float = as_in_search("learning_rate")
+    dtype: Literal["fp32", "bf16"] = as_in_search("dtype")
+    save_models: bool = as_in_search(
+        "save_models", help="Keep each trial's shared model in models/ (the size of the checkpoint each)."
+    )
+    granularity: Literal["example", "token", "batch"] = as_in_search("granularity")
+    max_length: int = as_in_search("max_length")
+    train_rows: int | None = as_in_search("train_rows", help="Training rows of each task at most.")
+    validation_rows: int | None = as_in_search("validation_rows", help="Validation rows of each task at most.")
+    report_fraction: float = as_in_search("report_fraction")
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        tasks = tuple(text("tasks", task) for task in list_of("tasks", self.tasks or ()))
+        if len(tasks) < 2:
+            raise InputError(f"sharing takes two tasks or more, not {tasks[0]!r} alone: use ticketops search for one")
+        put("tasks", tasks)
+        common = self.search(",".join(tasks))
+        for name in COMMON:
+            put(name, getattr(common, name))
+        if self.tickets is not None:
+            put("tickets", tuple(text("tickets", entry) for entry in list_of("tickets", self.tickets)))
+        put("arms", tuple(dict.fromkeys(str(arm) for arm in list_of("arms", self.arms))))
+        for arm in self.arms:
+            check_choice("arms", arm, ARMS)
+        check_choice("mixing", self.mixing, MIXINGS)
+
+    def search(self, task: str, **changes: Any) -> SearchConfig:
+        """The search of one of the tasks alone, for its tickets.
+
+        Args:
+            task: as `tasks` has it.
+            changes: of the search's fields.
+        """
+        common = {name: getattr(self, name) for name in COMMON}
+        return SearchConfig(**{**common, "task": task, "kinds": ("winning",), **changes})
+
+
+@dataclass(frozen=True)
+class ShareTrial:
+    """One multi-task training: which tickets, which seed.
+
+    Attributes:
+        kind: the arm.
+        seed: of the task heads, the order of steps and rows, dropout, and random tickets.
+    """
+
+    kind: Arm
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """A name that is unique in its run and can be a file's name."""
+        return f"{self.kind}-seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class TaskTicket:
+    """Names a task's ticket among a share's files."""
+
+    task: str
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """The file's name."""
+        return f"{self.task}-seed-{self.seed}"
+
+
+def share_plan(config: ShareConfig) -> list[ShareTrial]:
+    """Lists the multi-task trials in the order in which they run: seed by seed, the arms in the order of `ARMS`.
+
+    Args:
+        config: the run.
+    """
+    arms = [arm for arm in ARMS if arm in config.arms]
+    return [ShareTrial(arm, seed) for seed in config.seeds for arm in arms]  # type: ignore[arg-type]
+
+
+def without(config: Config, *names: str) -> dict[str, Any]:
+    """A configuration's plain values but those that change no result.
+
+    Args:
+        config: of any run.
+        names: fields to leave out.
+    """
+    return {name: value for name, value in config.to_dict().items() if name not in names}

@@ -1,0 +1,303 @@
+"""Domain transfer and low data: the source's super ticket against its full model, on growing shares of the rows."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ticketops.errors import InputError
+from ticketops.files import write_atomically
+from ticketops.models import load
+from ticketops.searching import environment
+from ticketops.searching.plan import Trial
+from ticketops.searching.run import WAYS, Inner, draw, keep_model, search_in, stages
+from ticketops.searching.selection import Level, select
+from ticketops.searching.setting import Setting, quiet
+from ticketops.searching.sharing_plan import without
+from ticketops.searching.store import Record, Store
+from ticketops.searching.task_tickets import single_scores
+from ticketops.searching.transfer_plan import SCORES, SOURCE, TransferConfig, TransferTrial
+from ticketops.searching.trial import Listener, run_trial
+from ticketops.tasks.sampling import spread
+from ticketops.tickets import Ticket
+
+
+@dataclass(frozen=True, eq=False)
+class TransferResult:
+    """What a transfer found.
+
+    Attributes:
+        folder: the output folder.
+        config: the run.
+        records: one a trial, in the plan's order.
+        level: the source's super ticket's level.
+        report_path: the report, where one was written.
+    """
+
+    folder: Path
+    config: TransferConfig
+    records: list[Record]
+    level: Level
+    report_path: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a transfer comes from.
+
+    Attributes:
+        setting: of the source task, as its search has it.
+        folder: of the search.
+        given: whether the search was there before.
+    """
+
+    setting: Setting
+    folder: Path
+    given: bool
+
+    def level(self, config: TransferConfig) -> tuple[Level, list[Record]]:
+        """The super ticket's level, and all records.
+
+        Args:
+            config: the run, whose seeds the search must have.
+
+        Raises:
+            InputError: the search lacks a super ticket, a seed or a model.
+        """
+        store = Store.read(self.folder, "search")
+        records = store.records()
+        level = select(records, store.config.seeds).super_level
+        if level is None:
+            raise InputError(
+                f"{self.folder} has no super ticket yet: finish that search, with winning among its --kinds"
+            )
+        done = {record["id"] for record in records}
+        for seed in config.seeds:
+            for kind in ("full", "winning"):
+                trial = self.trial(kind, level, seed)
+                if trial.id not in done:
+                    raise InputError(f"{self.folder} has no finished trials of seed {seed}: give --seeds that it has")
+                if not store.model_path(trial).is_dir():
+                    raise InputError(
+                        f"{self.folder} has no model of {trial.id}: search with --save-models into a new folder, or "
+                        "name the source task itself"
+                    )
+        return level, records
+
+    def trial(self, kind: str, level: Level, seed: int) -> Trial:
+        """The search's trial of the full model, or of the super ticket.
+
+        Args:
+            kind: "full" or "winning".
+            level: the super ticket's.
+            seed: of the trial.
+        """
+        if kind == "full":
+            return Trial(kind, 0.0, seed, 0, 0)
+        return Trial(kind, level.sparsity, seed, level.heads_pruned, level.ffns_pruned, level.neurons_pruned)
+
+    def digest(self) -> str:
+        """What tells the search's results from others."""
+        found = [record["predictions_sha256"] for record in Store.read(self.folder, "search").records()]
+        return hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def run_transfer(config: TransferConfig, listener: Listener | None = None) -> TransferResult:
+    """Runs what is still missing of a transfer in its output folder.
+
+    Args:
+        config: the run.
+        listener: hears about trials and steps.
+
+    Returns:
+        The result; no report is written.
+
+    Raises:
+        InputError: model, tasks, labels, fractions and configuration do not fit each other, or cannot be loaded.
+        StoreError: the output folder cannot be used; finished trials stay.
+        TicketopsError: training diverged.
+    """
+    listener = listener or Listener()
+    source = load_source(config)
+    config = replace(config, model=source.setting.config.model)
+    target = Setting.load(config.search(config.target), at_most=True)
+    _check_head(config, source.setting, target)
+    for setting in (target, *([source.setting] if config.source_ladder else [])):
+        for seed in config.seeds:
+            for fraction in config.fractions:
+                subset(setting, fraction, seed)
+    if source.given:
+        source.level(config)
+    identity = {
+        **target.identity(),
+        "kind": "transfer",
+        "config": without(config, "output", "save_models"),
+        "source": without(source.setting.config, "output", "save_models"),
+        "source_fingerprint": source.setting.task.fingerprint,
+        "source_results": source.digest() if source.given else None,
+    }
+    notes = {
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+        "validation": target.task.validation_name,
+        "tasks": {"source": source.setting.task.describe(), "target": target.task.describe()},
+    }
+    with Store.create(config.output, identity, notes) as store:
+        plan: list[TransferTrial] = store.plan
+        # Reads everything first: a damaged file is better reported now than after hours.
+        finished = {trial for trial in plan if _is_finished(store, trial, source)}
+        for trial in plan:
+            store.ticket(trial)
+        searches, done = ([], 0) if source.given else stages(source.setting, "source")
+        listener.planned([*searches, *plan], done + len(finished))
+        if not source.given:
+            search_in(source.setting, Inner(listener, "source"), timed=False)
+        level, records = source.level(config)
+        scores = single_scores(records, select(records, source.setting.config.seeds))
+        scores["train_rows"] = len(source.setting.splits["train"])
+        write_atomically(store.folder / SCORES, json.dumps(scores, indent=2) + "\n")
+        for trial in plan:
+            if trial.ladder == "source" and trial.kind == "winning":
+                # Drawn anew where its trial is finished, too: a changed importance would be noticed.
+                store.keep_ticket(trial, _drawn(store, trial, source))
+            if trial not in finished:
+                listener.started(trial)
+                record = _run(store, trial, config, source, target, level, listener)
+                listener.finished(trial, record)
+        return TransferResult(store.folder, config, store.records(), level)
+
+
+def load_source(config: TransferConfig) -> Source:
+    """Loads and checks the source task, and its search where there is one already.
+
+    Args:
+        config: the run.
+
+    Raises:
+        InputError: it cannot be loaded, or the search in the folder was made with other rows or another model.
+    """
+    folder = Path(config.source).expanduser()
+    if not (folder / "config.json").is_file():
+        search = config.search(config.source, output=str(Path(config.output) / SOURCE), save_models=True)
+        setting = Setting.load(search, at_most=True)
+        return Source(setting, Path(search.output), given=False)
+    store = Store.read(folder, "search")
+    if config.model not in (None, store.config.model):
+        raise InputError(
+            f"{folder} searched {store.config.model}, not {config.model}: leave --model out, or name the source "
+            "task itself"
+        )
+    setting = Setting.load(store.config)
+    identity, there = setting.identity(), store.description["identity"]
+    for what, name in (("rows of its task", "task_fingerprint"), ("pre-trained weights", "model_fingerprint")):
+        if identity[name] != there[name]:
+            raise InputError(f"the {what} have changed since the search in {folder}: search again into a new folder")
+    return Source(setting, folder, given=True)
+
+
+def subset(setting: Setting, fraction: float, seed: int, min_steps: int = 0) -> Setting:
+    """A setting with a share of its training rows.
+
+    Args:
+        setting: with all of them.
+        fraction: in (0, 1]; rounded down to whole rows.
+        seed: chooses them, stratified by label; a larger fraction contains a smaller one's.
+        min_steps: optimizer steps at least, by more epochs.
+
+    Raises:
+        InputError: no row is left, or rows of one label only.
+    """
+    name, rows = setting.task.name, len(setting.task.train)
+    # 0.29 * 100 is 28.999999999999996, and 29 is meant.
+    count = math.floor(round(fraction * rows, 6))
+    if not count:
+        raise InputError(
+            f"{100 * fraction:g} % of the {rows:,} training rows of task {name} leave no row: give --fractions from "
+            f"{math.ceil(2e5 / rows) / 1e5:g} on, which leaves two, or more rows"
+        )
+    chosen = np.sort(spread(setting.task.train, seed)[:count])
+    if setting.task.kind == "classification" and len({*np.asarray(setting.task.train["label"][:])[chosen]}) < 2:
+        raise InputError(
+            f"{100 * fraction:g} % of the {rows:,} training rows of task {name} leave {count} of one label: give "
+            "larger --fractions"
+        )
+    config = setting.config
+    epochs = max(config.epochs, math.ceil(min_steps / math.ceil(count / config.batch_size)))
+    splits = {**setting.splits, "train": setting.splits["train"].select(chosen)}
+    return replace(setting, splits=splits, config=replace(config, epochs=epochs))
+
+
+def _check_head(config: TransferConfig, source: Setting, target: Setting) -> None:
+    """Whether the target can go on with the source's task head."""
+    one, other = source.task, target.task
+    if config.head == "keep" and (one.kind, one.labels) != (other.kind, other.labels):
+        described = [", ".join(task.labels) if task.kind == "classification" else "a number" for task in (one, other)]
+        raise InputError(
+            f"the labels of source {one.name} ({described[0]}) are not those of target {other.name} ({described[1]}), "
+            "so its task head cannot be kept: start the target with a new one, --head fresh, or give both the same ones"
+        )
+
+
+def _is_finished(store: Store, trial: TransferTrial, source: Source) -> bool:
+    if store.record(trial) is None:
+        return False
+    scored = trial.ladder == "source" and trial.kind == "full"
+    return not scored or store.importance(trial.seed, _way(trial, source)) is not None
+
+
+def _way(trial: TransferTrial, source: Source) -> str:
+    """What the importance of a share's full model is filed under, beside its seed."""
+    return f"{WAYS[source.setting.config.importance][0]}-of-{trial.fraction:g}"
+
+
+def _drawn(store: Store, trial: TransferTrial, source: Source) -> Ticket:
+    importance = store.importance(trial.seed, _way(trial, source))
+    assert importance is not None, "the plan has each share's full model before its tickets"
+    return draw(importance, trial.as_in_search, source.setting.config)
+
+
+def _run(
+    store: Store,
+    trial: TransferTrial,
+    config: TransferConfig,
+    source: Source,
+    target: Setting,
+    level: Level,
+    listener: Listener,
+) -> Record:
+    """Runs one trial and writes what it leaves; the record comes last, since it says that the rest is there."""
+    ticket: Ticket | None = None
+    ways: tuple[str, ...] = ()
+    origin = trial.as_in_search
+    setting = source.setting
+    if trial.ladder == "target":
+        origin = source.trial(trial.kind, level, trial.seed)
+        setting, ticket = _adapted(target, source, origin, config.head)
+    elif trial.kind == "winning":
+        ticket = store.ticket(trial)
+    else:
+        ways = WAYS[setting.config.importance][:1]
+    part = subset(setting, trial.fraction, trial.seed, config.min_steps)
+    outcome = run_trial(part, origin, ticket, ways, listener)
+    for importance in outcome.importance.values():
+        store.write_importance(trial.seed, _way(trial, source), importance)
+    if config.save_models and trial.ladder == "target":
+        keep_model(store, trial, outcome.model, ticket)
+    rows = {"fraction": trial.fraction, "train_rows": len(part.splits["train"]), "epochs": part.config.epochs}
+    record = {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows}
+    store.write_record(trial, record)
+    return record
+
+
+def _adapted(target: Setting, source: Source, origin: Trial, head: str) -> tuple[Setting, Ticket | None]:
+    """The target's setting that starts from a trial's fine-tuned weights, and the ticket they were trained with."""
+    store = Store.read(source.folder, "search")
+    with quiet():
+        model = load(store.model_path(origin))
+    inside = f"{model.base_model_prefix}."
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
+    setting = replace(target, pretrained=model.base_model.state_dict(), head=weights if head == "keep" else {})
+    return setting, None if origin.kind == "full" else store.ticket(origin)
