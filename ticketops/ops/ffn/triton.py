@@ -7,8 +7,8 @@ epilogue (torch.addmm); the pointwise kernels do everything else. No GPU has mea
 Both masks are folded into the activations: with m the FFN mask and n the neuron mask, hidden = m n act(pre) gives
 out = hidden W2^T + m b2 and dW2 = dOut^T hidden, so that nothing of the output's size is multiplied by m. The masks lie
 on the device and reading them would wait for the GPU, hence products are computed at a mask of 0 too, on zeros, while
-the pointwise kernels load nothing there. Which blocks of neurons a ticket keeps the host knows: these come as an index,
-products are those of ops.projection's kernels, and nothing else is touched.
+the first pointwise kernel loads nothing there. Which blocks of neurons a ticket keeps the host knows: these come as an
+index, products are those of ops.projection's kernels, and nothing else is touched.
 """
 
 import torch
@@ -183,11 +183,10 @@ def backward_kernel(
     for i_row in range(first, last, ROWS):
         o_x = o_r[:, None] * neurons + o_n[None, :]
         m_x = (i_row + o_r < last)[:, None] & m_n[None, :]
-        m_load = (i_row + o_r < rows_to_load(b_scale, last))[:, None] & m_n[None, :]
         i_x = i_row * neurons
         # [ROWS, COLUMNS]
-        b_g = tl.load(p_gradient + i_x + o_x, mask=m_load, other=0.0).to(tl.float32)
-        b_act, b_slope = activate(tl.load(p_pre + i_x + o_x, mask=m_load, other=0.0).to(tl.float32), ACTIVATION)
+        b_g = tl.load(p_gradient + i_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_act, b_slope = activate(tl.load(p_pre + i_x + o_x, mask=m_x, other=0.0).to(tl.float32), ACTIVATION)
         b_da = tl.where(b_scale == 0.0, 0.0, b_g * b_slope * b_scale)
         tl.store(p_gradient + i_x + o_x, b_da.to(p_gradient.dtype.element_ty), mask=m_x)
         b_db1 += tl.sum(b_da, 0)
