@@ -74,7 +74,7 @@ ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
     (9, 2, 64): AttentionTiles(
         {
             **_SHORT_FORWARD,
-            64: Tile(64, 64, 4, 1, registers=128),
+            64: Tile(64, 64, 4, 1),
             128: Tile(64, 64, 4, 2, registers=128),
             LONGER: Tile(128, 64, 8, 2, registers=128),
         },
