@@ -83,7 +83,7 @@ ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
         Tile(64, 64, 4, 2),
     ),
     (9, 2, 128): AttentionTiles(
-        {**_SHORT_FORWARD, 64: Tile(64, 64, 4, 1), LONGER: Tile(128, 64, 8, 2)},
+        {**_SHORT_FORWARD, 64: Tile(64, 32, 4, 2), LONGER: Tile(128, 64, 8, 2)},
         (*_WIDE_SHORT_BACKWARD, Tile(128, 128, 8, 1)),
         Tile(64, 64, 8, 2),
         Tile(32, 64, 8, 2),
