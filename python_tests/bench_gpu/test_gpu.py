@@ -29,7 +29,7 @@ def test_without_a_gpu_it_goes_all_the_way_on_tiny_shapes_and_claims_nothing(tmp
     for row in record["rows"]:
         assert row["gate"] == "green"
         assert row["ms"] > 0, row
-    assert len(list(tmp_path.glob("*.png"))) == 7
+    assert len(list(tmp_path.glob("*.png"))) == 8
 
 
 def test_ratios_only_where_the_gate_is_green(monkeypatch):
