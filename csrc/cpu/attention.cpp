@@ -34,8 +34,12 @@ TICKETOPS_INLINE void product_tile(Left a, const float* b, int64_t b_row, float*
     }
 }
 
-// One panel of V vectors of columns: rows in tiles of 6, then one tile of what is left.
-template <int V, bool add, int R = 6>
+// Rows of a tile beside V vectors of columns: their sums fill the registers (32, or 16), one row for V loads of `b`.
+template <int V>
+constexpr int tile_rows = W == 16 ? (V == 4 ? 6 : V == 3 ? 8 : V == 2 ? 12 : 16) : (V == 2 ? 6 : 10);
+
+// One panel of V vectors of columns: rows in tiles, then one tile of what is left.
+template <int V, bool add, int R = tile_rows<V>>
 void product_panel(int64_t rows, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
   for (; rows >= R; rows -= R, a.data += R * a.row, c += R * c_row)
     product_tile<R, V, add>(a, b, b_row, c, c_row, depth);
@@ -43,7 +47,7 @@ void product_panel(int64_t rows, Left a, const float* b, int64_t b_row, float* c
     if (rows) product_panel<V, add, R - 1>(rows, a, b, b_row, c, c_row, depth);
 }
 
-// c = (add ? c : 0) + a b with `columns` a multiple of W. Panels are as wide as the registers allow beside 6 rows.
+// c = (add ? c : 0) + a b with `columns` a multiple of W, in the widest panels that the registers allow.
 template <bool add>
 void product(int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_row, float* c,
              int64_t c_row) {
@@ -51,7 +55,12 @@ void product(int64_t rows, int64_t columns, int64_t depth, Left a, const float* 
   int64_t j = 0;
   for (; j + widest * W <= columns; j += widest * W)
     product_panel<widest, add>(rows, a, b + j, b_row, c + j, c_row, depth);
-  for (; j < columns; j += W) product_panel<1, add>(rows, a, b + j, b_row, c + j, c_row, depth);
+  const int64_t left = (columns - j) / W;
+  if constexpr (W == 16) {
+    if (left == 3) product_panel<3, add>(rows, a, b + j, b_row, c + j, c_row, depth);
+    if (left == 2) product_panel<2, add>(rows, a, b + j, b_row, c + j, c_row, depth);
+  }
+  if (left == 1) product_panel<1, add>(rows, a, b + j, b_row, c + j, c_row, depth);
 }
 
 int64_t padded(int64_t n) { return (n + W - 1) / W * W; }

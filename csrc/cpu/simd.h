@@ -80,16 +80,27 @@ TICKETOPS_INLINE void for_row(int64_t n, F body) {
     body(i, [=](auto* row) { return load(row + i, rest); }, [=](auto* row, Float x) { store(row + i, x, rest); });
 }
 
+typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float4 __attribute__((vector_size(16)));
+
+// Combines the lanes of a vector by halves.
+template <typename F>
+TICKETOPS_INLINE float fold(Float x, F combine) {
+  Float8 eight[W / 8];
+  __builtin_memcpy(eight, &x, sizeof eight);
+  const Float8 folded = W == 16 ? combine(eight[0], eight[W / 8 - 1]) : eight[0];
+  Float4 four[2];
+  __builtin_memcpy(four, &folded, sizeof four);
+  const Float4 last = combine(four[0], four[1]);
+  return combine(combine(last[0], last[1]), combine(last[2], last[3]));
+}
+
 TICKETOPS_INLINE float sum(Float x) {
-  float total = 0;
-  for (int i = 0; i < W; ++i) total += x[i];
-  return total;
+  return fold(x, [](auto a, auto b) { return a + b; });
 }
 
 TICKETOPS_INLINE float max(Float x) {
-  float largest = x[0];
-  for (int i = 1; i < W; ++i) largest = x[i] > largest ? x[i] : largest;
-  return largest;
+  return fold(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 TICKETOPS_INLINE Float abs(Float x) { return as_float(bits(x) & 0x7FFFFFFF); }
