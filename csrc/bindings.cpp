@@ -86,9 +86,11 @@ std::vector<Segment> cover(std::vector<Segment> sequences, int64_t rows) {
   return segments;
 }
 
-void clear_gaps(const std::vector<Segment>& segments, Address target, int64_t row_bytes) {
+// Zeros in the rows of no sequence, of `row_bytes` each and `stride` bytes apart.
+void clear_gaps(const std::vector<Segment>& segments, Address target, int64_t row_bytes, int64_t stride) {
   for (const Segment& segment : segments)
-    if (segment.sequence < 0) std::memset(pointer<char>(target) + segment.start * row_bytes, 0, segment.length * row_bytes);
+    for (int64_t row = segment.start; segment.sequence < 0 && row < segment.start + segment.length; ++row)
+      std::memset(pointer<char>(target) + row * stride, 0, row_bytes);
 }
 
 void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head,
@@ -115,16 +117,17 @@ void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Addr
   args.v = view(v, v_row, v_head);
   args.out = pointer<void>(out);
   args.lse = pointer<float>(lse);
-  clear_gaps(segments, out, heads * head_dim * (bf16 ? 2 : 4));
-  clear_gaps(segments, lse, heads * 4);
+  const int64_t row_bytes = heads * head_dim * (bf16 ? 2 : 4);
+  clear_gaps(segments, out, row_bytes, row_bytes);
+  clear_gaps(segments, lse, heads * 4, heads * 4);
   (bf16 ? KERNEL(attention_forward<Bf16>) : KERNEL(attention_forward<float>))(args);
 }
 
 void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_head, Address q, int64_t q_row,
                         int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v, int64_t v_row,
                         int64_t v_head, Address out, Address lse, Address starts, Address lengths, Address head_mask,
-                        Address dq, Address dk, Address dv, Address signed_sums, Address absolute_sums, int64_t batch,
-                        int64_t tokens, int64_t heads, int64_t head_dim, int64_t max_length, double scale,
+                        Address dq, Address dk, Address dv, int64_t gradient_row, Address signed_sums,
+                        Address absolute_sums, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int64_t max_length, double scale,
                         uint64_t seed, uint32_t threshold, double p, int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
   const auto segments = cover(sequences, tokens);
@@ -151,7 +154,9 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
   args.dv = pointer<void>(dv);
   args.signed_sums = pointer<float>(signed_sums);
   args.absolute_sums = pointer<float>(absolute_sums);
-  for (Address target : {dq, dk, dv}) clear_gaps(segments, target, heads * head_dim * (bf16 ? 2 : 4));
+  args.gradient_row = gradient_row;
+  const int64_t element = bf16 ? 2 : 4;
+  for (Address target : {dq, dk, dv}) clear_gaps(segments, target, heads * head_dim * element, gradient_row * element);
   (bf16 ? KERNEL(attention_backward<Bf16>) : KERNEL(attention_backward<float>))(args);
 }
 

@@ -92,22 +92,22 @@ void gather_transposed(const View& view, int64_t start, int64_t rows, int64_t he
     for (int64_t i = rows; i < padded(rows); ++i) packed[d * stride + i] = 0;
 }
 
-// Writes [rows][stride] times `factor` to one head of a contiguous [T, H, D].
+// Writes [rows][stride] times `factor` to one head of [T, H, D] whose rows are `target_row` elements apart.
 template <typename T>
 void scatter(const float* packed, int64_t stride, const Attention& args, int64_t start, int64_t rows, int64_t head,
-             float factor, void* target) {
+             float factor, void* target, int64_t target_row) {
   for (int64_t i = 0; i < rows; ++i) {
-    T* row = static_cast<T*>(target) + ((start + i) * args.heads + head) * args.head_dim;
+    T* row = static_cast<T*>(target) + (start + i) * target_row + head * args.head_dim;
     for_row(args.head_dim, [&](int64_t d, auto, auto store) { store(row, load(packed + i * stride + d) * factor); });
   }
 }
 
 // A head that is masked out leaves zeros.
 template <typename T>
-void clear(const Attention& args, const Segment& sequence, int64_t head, void* target) {
+void clear(const Attention& args, const Segment& sequence, int64_t head, void* target, int64_t target_row) {
   const T zero{};
   for (int64_t i = 0; i < sequence.length; ++i) {
-    T* row = static_cast<T*>(target) + ((sequence.start + i) * args.heads + head) * args.head_dim;
+    T* row = static_cast<T*>(target) + (sequence.start + i) * target_row + head * args.head_dim;
     for (int64_t d = 0; d < args.head_dim; ++d) row[d] = zero;
   }
 }
@@ -126,7 +126,7 @@ void attention_forward(const AttentionForward& args) {
     const int64_t head = task % args.heads, n = sequence.length, depth = args.head_dim;
     const float mask = args.head_mask ? args.head_mask[head] : 1.0f;
     if (mask == 0) {
-      clear<T>(args, sequence, head, args.out);
+      clear<T>(args, sequence, head, args.out, args.heads * depth);
       for (int64_t i = 0; i < n; ++i) args.lse[(sequence.start + i) * args.heads + head] = 0;
       return;
     }
@@ -165,7 +165,7 @@ void attention_forward(const AttentionForward& args) {
       }
       product<false>(rows, padded(depth), n, {scores, key_stride, 1}, v, stride, out, stride);
       for (int64_t i = 0; i < rows; ++i)
-        scatter<T>(out + i * stride, stride, args, start + i, 1, head, factors[i], args.out);
+        scatter<T>(out + i * stride, stride, args, start + i, 1, head, factors[i], args.out, args.heads * depth);
     }
   });
 }
@@ -180,9 +180,9 @@ void attention_backward(const AttentionBackward& args) {
     const int64_t head = task % args.heads, n = sequence.length, depth = args.head_dim;
     const float mask = args.head_mask ? args.head_mask[head] : 1.0f;
     if (mask == 0) {
-      clear<T>(args, sequence, head, args.dq);
-      clear<T>(args, sequence, head, args.dk);
-      clear<T>(args, sequence, head, args.dv);
+      clear<T>(args, sequence, head, args.dq, args.gradient_row);
+      clear<T>(args, sequence, head, args.dk, args.gradient_row);
+      clear<T>(args, sequence, head, args.dv, args.gradient_row);
       args.signed_sums[task] = args.absolute_sums[task] = 0;
       return;
     }
@@ -234,13 +234,13 @@ void attention_backward(const AttentionBackward& args) {
         }
       }
       product<false>(rows, channels, n, {dscores, key_stride, 1}, k, stride, dq, stride);
-      scatter<T>(dq, stride, args, start, rows, head, args.scale, args.dq);
+      scatter<T>(dq, stride, args, start, rows, head, args.scale, args.dq, args.gradient_row);
       const auto accumulate = first ? product<true> : product<false>;
       accumulate(n, channels, rows, {dscores, 1, key_stride}, q, stride, dk, stride);
       accumulate(n, channels, rows, {weights, 1, key_stride}, dout, stride, dv, stride);
     }
-    scatter<T>(dk, stride, args, sequence.start, n, head, 1, args.dk);
-    scatter<T>(dv, stride, args, sequence.start, n, head, 1, args.dv);
+    scatter<T>(dk, stride, args, sequence.start, n, head, 1, args.dk, args.gradient_row);
+    scatter<T>(dv, stride, args, sequence.start, n, head, 1, args.dv, args.gradient_row);
     args.signed_sums[task] = static_cast<float>(signed_sum);
     args.absolute_sums[task] = static_cast<float>(absolute_sum);
   });

@@ -63,7 +63,8 @@ struct AttentionBackward : Attention {
   View dout, q, k, v;
   const void* out;
   const float* lse;
-  void *dq, *dk, *dv;  // [T, H, D]
+  void *dq, *dk, *dv;  // [T, H, D], rows `gradient_row` elements apart
+  int64_t gradient_row;
   float *signed_sums, *absolute_sums;  // [B, H]
 };
 

@@ -68,11 +68,68 @@ class TicketLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
         """Takes and returns hidden states [.., C]."""
-        hidden_states, _ = self.attention(hidden_states, ticketops=ticketops)
+        attention = self.attention
+        around = (attention, attention.self, attention.output)
+        done = whole_layer(self._ticketops, _parts(self), around, hidden_states, ticketops)
+        if done is not None:
+            return done
+        hidden_states, _ = attention(hidden_states, ticketops=ticketops)
         if not self._ticketops.kept.ffn:
             return self.output.LayerNorm(hidden_states)
         output = feed_forward(self._ticketops, self.intermediate.dense, self.output.dense, hidden_states, ticketops)
         return residual_norm(self.output.LayerNorm, output, hidden_states, None, self.output.dropout)
+
+
+def whole_layer(
+    state: LayerState, parts: LayerParts, around: Sequence[nn.Module], hidden_states: Tensor, call: Call
+) -> Tensor | None:
+    """Computes a layer by one op, where there is one for its device and dtype.
+
+    Args:
+        state: of the layer.
+        parts: the layer's; what is not a plain linear layer of its own any more is left to its module.
+        around: the modules whose forward the op stands for.
+        hidden_states: [.., C].
+        call: of the forward pass.
+
+    Returns:
+        [.., C], or None where the layer's modules must compute it.
+    """
+    kept, index = state.kept, state.index
+    query, fc1, fc2 = parts.query, parts.fc1, parts.fc2
+    linears = (query, parts.key, parts.value)
+    if not ops.serves_layer(hidden_states, query.weight) or any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in (*around, *linears)
+    ):
+        return None
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    device = hidden_states.device
+    weights = ops.Weights(
+        *(linear.weight for linear in linears),
+        *(linear.bias for linear in linears),
+        *(parts.output.weight, parts.output.bias, parts.attention_norm.weight, parts.attention_norm.bias),
+        *((fc1.weight, fc1.bias, fc2.weight, fc2.bias) if kept.ffn else (None,) * 4),
+        *(parts.ffn_norm.weight, parts.ffn_norm.bias),
+        None if kept.heads is None else kept.heads.on(device),
+        None if kept.neurons is None else kept.neurons.on(device),
+    )
+    head_dim = query.out_features // state.num_heads if state.num_heads else 1
+    first, *between, last = (dropout.p if dropout.training else 0.0 for dropout in parts.dropouts)
+    return ops.encoder_layer(
+        hidden_states.flatten(0, -2),
+        weights,
+        call.packing.sequences,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        activation=state.activation,
+        dropouts=(first, between[0] if between else 0.0, last),
+        eps=(parts.attention_norm.eps, parts.ffn_norm.eps),
+        head_importance=call.head_importance.get(index),
+        ffn_importance=call.ffn_importance.get(index),
+        neuron_importance=call.neuron_importance.get(index),
+        per_token=call.per_token,
+    ).view_as(hidden_states)
 
 
 def attend(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.models.distilbert import modeling_distilbert as distilbert
 
 from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
-from ticketops.models.bert import TicketEncoder, attend, feed_forward, project, residual_norm
+from ticketops.models.bert import TicketEncoder, attend, feed_forward, project, residual_norm, whole_layer
 
 
 class TicketTransformerBlock(distilbert.TransformerBlock):
@@ -17,6 +17,9 @@ class TicketTransformerBlock(distilbert.TransformerBlock):
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
         """Takes and returns hidden states [.., C]."""
         state, attention = self._ticketops, self.attention
+        done = whole_layer(state, _parts(self), (attention, self.ffn), hidden_states, ticketops)
+        if done is not None:
+            return done
         linears = (attention.q_lin, attention.k_lin, attention.v_lin)
         dropout_p = attention.dropout.p if self.training else 0.0
         contexts = attend(state, linears, hidden_states, ticketops, attention.scaling, dropout_p)

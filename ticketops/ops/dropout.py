@@ -26,16 +26,17 @@ def _mix_(x: Tensor) -> Tensor:
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """Draws the seed of one dropout call from torch's own generator, so that torch.manual_seed governs it.
+def draw_seed(device: torch.device, calls: int = 1) -> Tensor:
+    """Draws the seeds of dropout calls from torch's own generator, so that torch.manual_seed governs them.
 
     Args:
-        device: where the call runs; a tensor seed keeps a captured CUDA graph drawing anew.
+        device: where the calls run; a tensor seed keeps a captured CUDA graph drawing anew.
+        calls: how many; one draw for several gives what as many draws for one would.
 
     Returns:
-        int64 [1], non-negative, below 2**62.
+        int64 [calls], non-negative, below 2**62.
     """
-    return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
+    return torch.randint(2**62, (calls,), dtype=torch.int64, device=device)
 
 
 def keep_threshold(p: float) -> int:

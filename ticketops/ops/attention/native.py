@@ -63,8 +63,12 @@ def backward(
     max_length: int,
     scale: float,
     dropout_p: float,
+    gradients: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ticketops.ops.attention.reference.backward.
+
+    Args:
+        gradients: contiguous [T, 3, H, D] that dq, dk and dv are written to side by side; None makes a tensor of each.
 
     Returns:
         dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
@@ -78,13 +82,16 @@ def backward(
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
     head_mask = checked("head_mask", head_mask, torch.float32, heads)
-    dq, dk, dv = (torch.empty((tokens, heads, head_dim), dtype=q.dtype) for _ in range(3))
+    if gradients is None:
+        dq, dk, dv = (torch.empty((tokens, heads, head_dim), dtype=q.dtype) for _ in range(3))
+    else:
+        dq, dk, dv = checked("gradients", gradients, q.dtype, tokens, 3, heads, head_dim).unbind(1)
     signed, absolute = (torch.empty((batch, heads), dtype=torch.float32) for _ in range(2))
     run(
         native.attention_backward,
         *(q.dtype == torch.bfloat16, *dout_view, *q_view, *k_view, *v_view, address(out), address(lse)),
         *(address(starts), address(lengths), address(head_mask), address(dq), address(dk), address(dv)),
-        *(address(signed), address(absolute), batch, tokens, heads, head_dim, max_length),
+        *(dq.stride(0), address(signed), address(absolute), batch, tokens, heads, head_dim, max_length),
         *(scale, *dropout_arguments(seed, dropout_p)),
     )
     return dq, dk, dv, signed, absolute

@@ -5,6 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ticketops.errors import InputError
 from ticketops.ops.extension import address, checked, native, refusal, run
 
 __all__ = ["backward", "forward", "refusal"]
@@ -14,15 +15,16 @@ _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 
 
 @cache
-def _has_bf16_products() -> bool:
+def has_bf16_products() -> bool:
     """Whether oneDNN multiplies bfloat16 matrices at speed; where it emulates them, they take several times as long as
     float32 ones."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The matrix product a b + bias in the inputs' dtype."""
     dtype = a.dtype
-    if dtype == torch.bfloat16 and not _has_bf16_products():
+    if dtype == torch.bfloat16 and not has_bf16_products():
         a, b, bias = a.float(), b.float(), None if bias is None else bias.float()
     return (a @ b if bias is None else torch.addmm(bias, a, b)).to(dtype)
 
@@ -41,6 +43,105 @@ def _spread(x: Tensor, active: Tensor | None, dim: int, size: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = size
     return x.new_zeros(shape).index_copy_(dim, active, x)
+
+
+def activate(pre: Tensor, activation: str, neuron_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Applies the activation.
+
+    Args:
+        pre: [T, N].
+        activation: "gelu", "gelu_tanh" or "relu".
+        neuron_mask: float32 [N], or None for ones.
+
+    Returns:
+        act(pre), and act(pre) * neuron_mask; without a mask twice the same tensor.
+    """
+    pre = checked("pre", pre, pre.dtype, *pre.shape)
+    hidden = torch.empty_like(pre)
+    masked = hidden if neuron_mask is None else torch.empty_like(pre)
+    neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, pre.shape[1])
+    run(
+        native.ffn_forward,
+        *(pre.dtype == torch.bfloat16, _ACTIVATIONS[activation], address(pre), address(hidden)),
+        *(address(masked) if neuron_mask is not None else 0, address(neuron_mask), *pre.shape),
+    )
+    return hidden, masked
+
+
+def activate_backward(
+    gradient: Tensor,
+    pre: Tensor,
+    hidden: Tensor,
+    masked: Tensor | None,
+    neuron_mask: Tensor | None,
+    activation: str,
+    bias_sums: bool,
+    neuron_sums: bool,
+    neuron_absolute: bool,
+    starts: Tensor,
+    lengths: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Turns the gradient of the masked activations into that of `pre`, in place.
+
+    Args:
+        gradient: contiguous [T, N], changed.
+        pre: [T, N], the activation's input.
+        hidden: [T, N], its output before the mask.
+        masked: [T, N] to receive hidden * neuron_mask, or None.
+        neuron_mask: float32 [N], or None for ones.
+        activation: "gelu", "gelu_tanh" or "relu".
+        bias_sums: whether the column sums of the result are wanted.
+        neuron_sums: whether the sums of gradient * hidden over each sequence's tokens are wanted.
+        neuron_absolute: takes absolute values in these.
+        starts, lengths: int32 [B], the sequences.
+
+    Returns:
+        The column sums [N] and the sums by sequence [B, N], in float32; empty where not wanted.
+    """
+    (tokens, neurons), batch = pre.shape, len(lengths)
+    if not gradient.is_contiguous():
+        raise InputError("the native kernel needs gradient contiguous, since it is changed in place")
+    gradient = checked("gradient", gradient, pre.dtype, tokens, neurons)
+    pre = checked("pre", pre, pre.dtype, tokens, neurons)
+    hidden = checked("hidden", hidden, pre.dtype, tokens, neurons)
+    starts = checked("starts", starts, torch.int32, batch)
+    lengths = checked("lengths", lengths, torch.int32, batch)
+    neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, neurons)
+    by_bias = torch.empty(neurons if bias_sums else 0, dtype=torch.float32)
+    by_neuron = torch.empty((batch, neurons) if neuron_sums else 0, dtype=torch.float32)
+    run(
+        native.ffn_backward,
+        *(pre.dtype == torch.bfloat16, _ACTIVATIONS[activation], address(gradient), address(pre), address(hidden)),
+        *(address(masked), address(neuron_mask), address(by_bias if bias_sums else None)),
+        *(address(by_neuron if neuron_sums else None), neuron_absolute, address(starts), address(lengths)),
+        *(batch, tokens, neurons),
+    )
+    return by_bias, by_neuron
+
+
+def token_sums(dout: Tensor, out: Tensor, starts: Tensor, lengths: Tensor, mask: float) -> tuple[Tensor, Tensor]:
+    """The importance partials of the whole FFN.
+
+    Args:
+        dout, out: [T, C], the output and its gradient.
+        starts, lengths: int32 [B], the sequences.
+        mask: the FFN's, not 0.
+
+    Returns:
+        The signed and the absolute sums of <dout, out> / mask over each sequence's tokens [B].
+    """
+    (tokens, channels), batch = out.shape, len(lengths)
+    dout = checked("dout", dout, out.dtype, tokens, channels)
+    out = checked("out", out, out.dtype, tokens, channels)
+    starts = checked("starts", starts, torch.int32, batch)
+    lengths = checked("lengths", lengths, torch.int32, batch)
+    signed, absolute = (torch.empty(batch, dtype=torch.float32) for _ in range(2))
+    run(
+        native.token_sums,
+        *(out.dtype == torch.bfloat16, address(dout), address(out), address(starts), address(lengths), mask),
+        *(address(signed), address(absolute), batch, tokens, channels),
+    )
+    return signed, absolute
 
 
 def forward(
@@ -65,16 +166,9 @@ def forward(
     active = _active(neuron_mask)
     if neuron_mask is not None and active is not None:
         w1, b1, w2, neuron_mask = w1[active], b1[active], w2[:, active], neuron_mask[active]
-    pre = _product(x, w1.t(), b1)
-    hidden = torch.empty_like(pre)
-    masked = hidden if neuron_mask is None else torch.empty_like(pre)
-    neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, pre.shape[1])
-    run(
-        native.ffn_forward,
-        *(x.dtype == torch.bfloat16, _ACTIVATIONS[activation], address(pre), address(hidden)),
-        *(address(masked) if neuron_mask is not None else 0, address(neuron_mask), *pre.shape),
-    )
-    out = _product(masked, w2.t(), b2)
+    pre = product(x, w1.t(), b1)
+    hidden, masked = activate(pre, activation, neuron_mask)
+    out = product(masked, w2.t(), b2)
     if scale != 1:
         out.mul_(scale)
     return out, _spread(pre, active, 1, neurons), _spread(hidden, active, 1, neurons)
@@ -94,7 +188,7 @@ def backward(
     neuron_mask: Tensor | None,
     activation: str,
     weight_gradients: bool,
-    token_sums: bool,
+    token_wanted: bool,
     neuron_sums: bool,
     neuron_absolute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -105,28 +199,23 @@ def backward(
         over each sequence's tokens.
     """
     (tokens, channels), (neurons, batch) = x.shape, (w1.shape[0], len(lengths))
-    bf16 = x.dtype == torch.bfloat16
-    starts = checked("starts", starts, torch.int32, batch)
-    lengths = checked("lengths", lengths, torch.int32, batch)
     dout = checked("dout", dout, x.dtype, tokens, channels)
     scale = 1.0 if ffn_mask is None else float(ffn_mask)
-    # Zeros are the answer only where the FFN is masked out; everywhere else a kernel writes every element.
-    create = torch.empty if scale else torch.zeros
-    signed, absolute = (create(batch if token_sums else 0, dtype=torch.float32) for _ in range(2))
+    signed = absolute = torch.empty(0, dtype=torch.float32)
     if not scale:
         dw1, db1, dw2, db2 = (
             x.new_zeros(shape if weight_gradients else (0,))
             for shape in ((neurons, channels), (neurons,), (channels, neurons), (channels,))
         )
         by_neuron = torch.zeros((batch, neurons) if neuron_sums else (0,), dtype=torch.float32)
+        signed, absolute = (torch.zeros(batch if token_wanted else 0, dtype=torch.float32) for _ in range(2))
         return torch.zeros_like(x), dw1, db1, dw2, db2, signed, absolute, by_neuron
-    if token_sums:
+    if token_wanted:
         out = checked("out", out, x.dtype, tokens, channels)
-        run(
-            native.token_sums,
-            *(bf16, address(dout), address(out), address(starts), address(lengths), scale),
-            *(address(signed), address(absolute), batch, tokens, channels),
-        )
+        assert out is not None
+        signed, absolute = token_sums(dout, out, starts, lengths, scale)
+    else:
+        absolute = torch.empty_like(signed)
 
     active = _active(neuron_mask)
     if neuron_mask is not None and active is not None:
@@ -137,34 +226,24 @@ def backward(
             w2[:, active],
             neuron_mask[active],
         )
-    computed = w1.shape[0]
-    pre = checked("pre", pre, x.dtype, tokens, computed)
-    hidden = checked("hidden", hidden, x.dtype, tokens, computed)
-    neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, computed)
     dy = dout if scale == 1 else dout * scale
     # [T, n], turned from dY W2 into the gradient of `pre` in place.
-    dpre = _product(dy, w2)
-    masked = torch.empty_like(hidden) if weight_gradients and neuron_mask is not None else None
-    db1 = torch.empty(computed if weight_gradients else 0, dtype=torch.float32)
-    by_neuron = torch.empty((batch, computed) if neuron_sums else 0, dtype=torch.float32)
-    run(
-        native.ffn_backward,
-        *(bf16, _ACTIVATIONS[activation], address(dpre), address(pre), address(hidden), address(masked)),
-        *(
-            address(neuron_mask),
-            address(db1 if weight_gradients else None),
-            address(by_neuron if neuron_sums else None),
-        ),
-        *(neuron_absolute, address(starts), address(lengths), batch, tokens, computed),
+    dpre = product(dy, w2)
+    masked = None
+    if weight_gradients and neuron_mask is not None:
+        masked = torch.empty(hidden.shape, dtype=hidden.dtype)
+    db1, by_neuron = activate_backward(
+        *(dpre, pre, hidden, masked, neuron_mask, activation, weight_gradients, neuron_sums, neuron_absolute),
+        *(starts, lengths),
     )
     if neuron_sums:
         by_neuron = _spread(by_neuron, active, 1, neurons)
-    dx = _product(dpre, w1)
-    dw1 = dw2 = db2 = x.new_empty(0)
+    dx = product(dpre, w1)
+    dw1, dw2, db2 = (x.new_empty(0) for _ in range(3))
     db1 = db1.to(x.dtype)
     if weight_gradients:
-        dw1 = _spread(_product(dpre.t(), x), active, 0, neurons)
+        dw1 = _spread(product(dpre.t(), x), active, 0, neurons)
         db1 = _spread(db1, active, 0, neurons)
-        dw2 = _spread(_product(dy.t(), hidden if masked is None else masked), active, 1, neurons)
+        dw2 = _spread(product(dy.t(), hidden if masked is None else masked), active, 1, neurons)
         db2 = dy.sum(0)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron

@@ -1,0 +1,258 @@
+"""A whole layer as one op, against the ops it is made of."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ticketops import ops
+from ticketops.errors import UnsupportedError
+from ticketops.ops import Sequences, Weights
+
+from .cases import SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
+
+HEADS, DIM, CHANNELS, NEURONS = 4, 12, 40, 56
+PARAMETERS = Weights._fields[:16]
+#: Computed heads, computed neurons (None: all) and whether there is an FFN.
+TICKETS = ((None, None, True), ([0, 2], None, True), ([3], None, False), ([], None, True), (None, [1, 5, 6, 50], True))
+#: x's dtype, and autocast's.
+DTYPES = ((torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None))
+
+
+@pytest.fixture(autouse=True)
+def served():
+    for op in ("attention", "ffn", "residual"):
+        need("native", op, torch.float32)
+
+
+def inputs(rows, ticket, seed=0):
+    """Tokens, the result's gradient and the layer's weights, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * (shape[-1] ** -0.5 if shape[1:] else 1)
+
+    heads, neurons, there = ticket
+    width = HEADS * DIM
+    weights = Weights(
+        *(normal(width, CHANNELS) for _ in range(3)),
+        *(normal(width) for _ in range(3)),
+        *(normal(CHANNELS, width), normal(CHANNELS), normal(CHANNELS), normal(CHANNELS)),
+        *(
+            (normal(NEURONS, CHANNELS), normal(NEURONS), normal(CHANNELS, NEURONS), normal(CHANNELS))
+            if there
+            else [None] * 4
+        ),
+        *(normal(CHANNELS), normal(CHANNELS)),
+        None if heads is None else torch.tensor(heads, dtype=torch.int64),
+        None if neurons is None else torch.tensor(neurons, dtype=torch.int64),
+    )
+    return 3 * normal(rows, CHANNELS), 3 * normal(rows, CHANNELS), weights
+
+
+def composed(x, w, sequences, dropouts, sinks, per_token, activation="gelu"):
+    """The layer by the other ops."""
+    if w.heads is None or len(w.heads):
+        groups = torch.arange(HEADS) if w.heads is None else w.heads
+        qkv = ops.project_rows(x, w[:3], w[3:6], groups, HEADS)
+        q, k, v = (y.view(len(x), len(groups), DIM) for y in qkv)
+        context = ops.attention(
+            *(q, k, v, sequences), dropout_p=dropouts[0], scale=DIM**-0.5, importance=sinks[0], per_token=per_token
+        )
+        projected = ops.project_columns(context.flatten(1), w.wo, groups, HEADS)
+    else:
+        projected = torch.zeros_like(x)
+    x = ops.residual_norm(projected, x, w.gamma1, w.beta1, bias=w.bo, dropout_p=dropouts[1], eps=1e-12)
+    if w.w1 is None:
+        return torch.nn.functional.layer_norm(x, x.shape[1:], w.gamma2, w.beta2, 1e-12)
+    w1, b1, w2 = w.w1, w.b1, w.w2
+    if w.neurons is not None:
+        w1, b1, w2 = w1[w.neurons], b1[w.neurons], w2[:, w.neurons]
+    output = ops.ffn(
+        *(x, w1, b1, w2, w.b2, sequences),
+        activation=activation,
+        importance=sinks[1],
+        neuron_importance=sinks[2],
+        per_token=per_token,
+    )
+    return ops.residual_norm(output, x, w.gamma2, w.beta2, dropout_p=dropouts[2], eps=1e-12)
+
+
+def whole(x, w, sequences, dropouts, sinks, per_token, activation="gelu"):
+    """The layer by its own op."""
+    assert ops.serves_layer(x, w.wq)
+    return ops.encoder_layer(
+        *(x, w, sequences),
+        head_dim=DIM,
+        scale=DIM**-0.5,
+        activation=activation,
+        dropouts=dropouts,
+        head_importance=sinks[0],
+        ffn_importance=sinks[1],
+        neuron_importance=sinks[2],
+        per_token=per_token,
+    )
+
+
+def run(layer, tensors, sequences, dtype, autocast=None, dropouts=(0.0, 0.0, 0.0), per_token=False, **options):
+    """The result, its gradients and the importance partials by name."""
+    x, dout, weights = tensors
+    leaf = lambda t: t.to(dtype, copy=True).requires_grad_() if t is not None and t.is_floating_point() else t  # noqa: E731
+    x, weights = leaf(x), Weights(*map(leaf, weights))
+    count = HEADS if weights.heads is None else len(weights.heads)
+    neurons = NEURONS if weights.neurons is None else len(weights.neurons)
+    shapes = ((len(sequences), count), (len(sequences),), (len(sequences), neurons))
+    computed = (count > 0, weights.w1 is not None, weights.w1 is not None)
+    sinks = [torch.zeros(s, requires_grad=True) if there else None for s, there in zip(shapes, computed, strict=True)]
+    torch.manual_seed(5)
+    with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+        out = layer(x, weights, sequences, dropouts, sinks, per_token, **options)
+    out.backward(dout.to(out.dtype))
+    results = {"out": out.detach(), "dx": x.grad}
+    results |= {name: getattr(weights, name).grad for name in PARAMETERS if getattr(weights, name) is not None}
+    names = ("heads", "ffn", "neurons")
+    return results | {n: s.grad for n, s in zip(names, sinks, strict=True) if s is not None}
+
+
+def check(tensors, sequences, dtype, autocast=None, **options):
+    """As near to float64 as the composition by the reference ops in the same dtype."""
+    got = run(whole, tensors, sequences, dtype, autocast, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TICKETOPS_BACKEND", "reference")
+        plain = run(composed, tensors, sequences, dtype, autocast, **options)
+        exact = run(composed, tensors, sequences, torch.float64, **options)
+    for name, value in got.items():
+        assert (value is None) == (plain[name] is None) == (exact[name] is None), name
+        if value is not None:
+            assert value.dtype == plain[name].dtype, name
+            # Sums of signed terms err by their terms; those of the key biases cancel to 0 in the softmax.
+            like = exact["wk" if name == "bk" else name]
+            scale = max(like.abs().max().item(), 1.0) if like.numel() else 1.0
+            # Roundings are those of the products' dtype, whatever the result is stored in.
+            roundings = torch.finfo(autocast or dtype).eps / torch.finfo(value.dtype).eps
+            terms = torch.full((1,), scale * roundings)
+            assert_as_good(value, plain[name], exact[name], 2 if name == "out" else 3, name, terms)
+
+
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
+def test_as_good_as_its_parts_in_plain_pytorch(ticket, dtype, autocast, per_token, layout):
+    sequences, rows = layout(SHORT)
+    with poisoned():
+        check(inputs(rows, ticket), sequences, dtype, autocast, dropouts=(0.1, 0.2, 0.3), per_token=per_token)
+
+
+@pytest.mark.parametrize("ticket", TICKETS)
+def test_dropout_is_that_of_its_parts(ticket):
+    sequences, rows = packed_sequences(SHORT)
+    got, parts = (
+        run(layer, inputs(rows, ticket), sequences, torch.float32, dropouts=(0.3, 0.4, 0.5))
+        for layer in (whole, composed)
+    )
+    for name, value in got.items():
+        torch.testing.assert_close(value, parts[name], rtol=1e-4, atol=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    heads=st.none() | st.sets(st.integers(0, HEADS - 1)),
+    neurons=st.none() | st.sets(st.integers(0, NEURONS - 1), min_size=1),
+    ffn=st.booleans(),
+    dropouts=st.tuples(*[st.sampled_from([0.0, 0.5])] * 3),
+    activation=st.sampled_from(["gelu", "gelu_tanh", "relu"]),
+    autocast=st.sampled_from([None, torch.bfloat16]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_layer(lengths, heads, neurons, ffn, dropouts, activation, autocast, seed):
+    sequences, rows = padded_sequences(lengths)
+    ticket = (None if heads is None else sorted(heads), sorted(neurons) if neurons and ffn else None, ffn)
+    with poisoned():
+        check(
+            *(inputs(rows, ticket, seed), sequences, torch.float32, autocast), dropouts=dropouts, activation=activation
+        )
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+def test_runs_repeat_themselves(dtype, autocast):
+    sequences, rows = packed_sequences([3, 61, 0, 17])
+    for number in (1, 2):
+        with threads(number):
+            first, again = (
+                run(whole, inputs(rows, TICKETS[1]), sequences, dtype, autocast, dropouts=(0.1, 0.1, 0.1)) for _ in "ab"
+            )
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_without_gradients_the_result_is_the_same(ticket, autocast):
+    sequences, rows = packed_sequences(SHORT)
+    x, _, weights = inputs(rows, ticket)
+    weights = Weights(*(t.float() if t is not None and t.is_floating_point() else t for t in weights))
+    results = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode(), torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+            results.append(whole(x.float(), weights, sequences, (0.0, 0.0, 0.0), [None] * 3, False))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_only_what_a_ticket_keeps_is_computed():
+    sequences, rows = packed_sequences(SHORT)
+    x, _, w = inputs(rows, ([1], [3, 4], True))
+    w = [t.float() if t is not None and t.is_floating_point() else t for t in w]
+    settings = (13, DIM, 0.3, "gelu", 0.0, 0.0, 0.0, 1e-12, 1e-12, False)
+    from ticketops.ops.layer import native
+
+    results = native.forward(x.float(), *w, sequences.starts, sequences.lengths, None, *settings)
+    saved = dict(zip(native.SAVED, results[1:], strict=True))
+    assert saved["qkv"].shape == (rows, 3, 1, DIM)
+    assert saved["w_qkv"].shape == (3 * DIM, CHANNELS)
+    assert saved["pre"].shape == saved["hidden"].shape == (rows, 2)
+
+
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_opcheck(ticket, bf16):
+    sequences, rows = packed_sequences(SHORT)
+    x, _, weights = inputs(rows, ticket)
+    tensors = [t.float().requires_grad_() if t is not None and t.is_floating_point() else t for t in (x, *weights)]
+    settings = (sequences.max_length, DIM, 0.3, "gelu", 0.0, 0.2, 0.0, 1e-12, 1e-12, bf16, False)
+    where = (sequences.starts, sequences.lengths, torch.tensor([7]))
+    torch.library.opcheck(torch.ops.ticketops.encoder_layer.default, (*tensors, *where, None, None, None, *settings))
+
+
+def test_frozen_weights_and_second_derivatives():
+    sequences, rows = packed_sequences(SHORT)
+    x, _, weights = inputs(rows, TICKETS[0])
+    weights = Weights(*(t.float() if t is not None else t for t in weights))
+    x = x.float().requires_grad_()
+    out = whole(x, weights, sequences, (0.0, 0.0, 0.0), [None] * 3, False)
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    assert dx.isfinite().all()
+    with pytest.raises(UnsupportedError, match="second derivative"):
+        dx.sum().backward()
+
+
+def test_not_served_where_a_part_is_not(monkeypatch):
+    x = torch.zeros(2, 3)
+    assert ops.serves_layer(x, x)
+    assert not ops.serves_layer(x, x.double())
+    assert not ops.serves_layer(x.double(), x.double())
+    with torch.autocast("cpu", torch.float16):
+        assert not ops.serves_layer(x, x)
+    monkeypatch.setenv("TICKETOPS_BACKEND", "reference")
+    assert not ops.serves_layer(x, x)
+
+
+def test_sequences_outside_the_tensor_are_refused():
+    x, _, weights = inputs(6, TICKETS[0])
+    weights = Weights(*(t.float() if t is not None else t for t in weights))
+    sequences = Sequences(torch.tensor([3], dtype=torch.int32), torch.tensor([4], dtype=torch.int32), 4)
+    with pytest.raises(ValueError, match="rows"):
+        whole(x.float(), weights, sequences, (0.0, 0.0, 0.0), [None] * 3, False)

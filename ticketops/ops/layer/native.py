@@ -1,0 +1,358 @@
+"""An encoder layer on the CPU: torch's matrix products between the native kernels, on weights that were compacted and
+cast in one copy."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ticketops.ops.attention import native as attention
+from ticketops.ops.ffn import native as ffn
+from ticketops.ops.residual import native as residual
+
+#: Tensors of a call before the seeds: tokens, 16 parameters, heads, neurons, starts, lengths.
+TENSORS = 21
+#: What the backward pass is handed beside the inputs; empty where there is nothing to keep. `cast_*` are in the dtype
+#: of the products, `qkv` is [T, 3, K, D], and the weights are empty where the parameters themselves took part.
+SAVED = (
+    *("cast_x", "qkv", "context", "lse", "projected", "mean1", "rstd1", "middle", "cast_middle", "pre", "hidden"),
+    *("output", "mean2", "rstd2", "w_qkv", "w_o", "w_1", "w_2"),
+)
+#: Of the backward pass: dx, five importance partials, 16 parameters.
+GRADIENTS = 22
+
+
+def _seeds(seeds: Tensor | None, *dropouts: float) -> Iterator[Tensor | None]:
+    """The seed of each dropout that there is."""
+    place = 0
+    for p in dropouts:
+        yield seeds[place : place + 1] if p and seeds is not None else None
+        place += bool(p)
+
+
+def _select(weight: Tensor, heads: Tensor | None, count: int, dim: int) -> Tensor:
+    """The rows (dim 0) or columns (dim 1) of the computed heads, or neurons (count: as many as there are)."""
+    if heads is None:
+        return weight
+    return weight.unflatten(dim, (count, -1)).index_select(dim, heads).flatten(dim, dim + 1)
+
+
+def _spread(gradient: Tensor, places: Tensor | None, count: int, dim: int) -> Tensor:
+    """The gradient of a whole parameter from that of what `_select` took: zeros elsewhere."""
+    if places is None:
+        return gradient
+    whole = gradient.unflatten(dim, (len(places), -1))
+    shape = [*whole.shape]
+    shape[dim] = count
+    return whole.new_zeros(shape).index_copy_(dim, places, whole).flatten(dim, dim + 1)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b."""
+    if out.dtype == torch.bfloat16 and not ffn.has_bf16_products():
+        out.copy_(a.float() @ b.float())
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, in place."""
+    return total.addmm_(a, b) if a.dtype == total.dtype == torch.float32 else total.add_(ffn.product(a, b))
+
+
+def forward(
+    x: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    bq: Tensor,
+    bk: Tensor,
+    bv: Tensor,
+    wo: Tensor,
+    bo: Tensor,
+    gamma1: Tensor,
+    beta1: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    gamma2: Tensor,
+    beta2: Tensor,
+    heads: Tensor | None,
+    neurons: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    seeds: Tensor | None,
+    max_length: int,
+    head_dim: int,
+    scale: float,
+    activation: str,
+    attention_dropout: float,
+    output_dropout: float,
+    ffn_dropout: float,
+    eps1: float,
+    eps2: float,
+    bf16: bool,
+    keep: bool = True,
+) -> tuple[Tensor, ...]:
+    """See ticketops.ops.layer.encoder_layer.
+
+    Args:
+        keep: whether a backward pass may follow.
+
+    Returns:
+        [T, C] and what SAVED lists; without `keep` only the former.
+    """
+    tokens, dtype = x.shape[0], torch.bfloat16 if bf16 else x.dtype
+    all_heads = wq.shape[0] // head_dim
+    count = all_heads if heads is None else len(heads)
+    attention_seed, output_seed, ffn_seed = _seeds(seeds, attention_dropout, output_dropout, ffn_dropout)
+    none = x.new_empty(0)
+    cast = dtype != x.dtype
+    w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = cast_middle = none
+    with torch.autocast("cpu", enabled=False):
+        cast_x = x.to(dtype)
+        if count:
+            width = count * head_dim
+            # [T, 3 K D]
+            flat = torch.empty((tokens, 3 * width), dtype=dtype)
+            if cast or heads is not None:
+                w_qkv = torch.empty((3 * width, x.shape[1]), dtype=dtype)
+                bias = torch.empty(3 * width, dtype=dtype)
+                for i, (w, b) in enumerate(((wq, bq), (wk, bk), (wv, bv))):
+                    w_qkv[i * width : (i + 1) * width].copy_(_select(w, heads, all_heads, 0))
+                    bias[i * width : (i + 1) * width].copy_(_select(b, heads, all_heads, 0))
+                w_o = _select(wo, heads, all_heads, 1).to(dtype)
+                _product(flat, cast_x, w_qkv.t())
+                flat.add_(bias)
+            else:
+                for i, (w, b) in enumerate(((wq, bq), (wk, bk), (wv, bv))):
+                    torch.addmm(b, cast_x, w.t(), out=flat[:, i * width : (i + 1) * width])
+            qkv = flat.view(tokens, 3, count, head_dim)
+            context, lse = attention.forward(
+                *(*qkv.unbind(1), starts, lengths, None, attention_seed, max_length, scale, attention_dropout)
+            )
+            projected = ffn.product(context.view(tokens, width), (w_o if w_o.numel() else wo).t())
+        else:
+            projected = torch.zeros(x.shape, dtype=dtype)
+        middle, mean1, rstd1 = residual.forward(projected, x, bo, gamma1, beta1, output_seed, output_dropout, eps1)
+        if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+            cast_middle = middle.to(dtype)
+            if cast or neurons is not None:
+                w_1, w_2 = (_select(w, neurons, w1.shape[0], dim).to(dtype) for w, dim in ((w1, 0), (w2, 1)))
+                b1 = _select(b1, neurons, w1.shape[0], 0).to(dtype)
+                w1, w2 = w_1, w_2
+            pre = ffn.product(cast_middle, w1.t(), b1)
+            hidden, _ = ffn.activate(pre, activation)
+            output = ffn.product(hidden, w2.t(), b2.to(dtype))
+            out, mean2, rstd2 = residual.forward(output, middle, None, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
+        else:
+            out, mean2, rstd2 = torch.native_layer_norm(middle, [x.shape[1]], gamma2, beta2, eps2)
+    if not keep:
+        return (out,)
+    saved = (
+        *(cast_x if cast else none, qkv, context, lse, projected, mean1, rstd1, middle, cast_middle if cast else none),
+        *(pre, hidden, output, mean2, rstd2, w_qkv, w_o, w_1, w_2),
+    )
+    # An op's results must be tensors of their own.
+    return out, *(x.new_empty(0) if kept is none else kept for kept in saved)
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    bq: Tensor,
+    bk: Tensor,
+    bv: Tensor,
+    wo: Tensor,
+    bo: Tensor,
+    gamma1: Tensor,
+    beta1: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    gamma2: Tensor,
+    beta2: Tensor,
+    heads: Tensor | None,
+    neurons: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    seeds: Tensor | None,
+    cast_x: Tensor,
+    qkv: Tensor,
+    context: Tensor,
+    lse: Tensor,
+    projected: Tensor,
+    mean1: Tensor,
+    rstd1: Tensor,
+    middle: Tensor,
+    cast_middle: Tensor,
+    pre: Tensor,
+    hidden: Tensor,
+    output: Tensor,
+    mean2: Tensor,
+    rstd2: Tensor,
+    w_qkv: Tensor,
+    w_o: Tensor,
+    w_1: Tensor,
+    w_2: Tensor,
+    max_length: int,
+    head_dim: int,
+    scale: float,
+    activation: str,
+    attention_dropout: float,
+    output_dropout: float,
+    ffn_dropout: float,
+    eps1: float,
+    eps2: float,
+    bf16: bool,
+    weight_gradients: bool,
+    ffn_sums: bool,
+    neuron_sums: bool,
+    per_token: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients and importance partials of `forward`: the chain of those of its parts.
+
+    Returns:
+        dx; the signed and absolute partials of the computed heads [B, K]; those of the FFN [B] (empty unless
+        `ffn_sums`); those of its computed neurons [B, N] (empty unless `neuron_sums`); the gradients of the parameters
+        in the order of Weights, empty where the parameter has no part in the result.
+    """
+    (tokens, channels), batch, dtype = x.shape, len(lengths), torch.bfloat16 if bf16 else x.dtype
+    all_heads = wq.shape[0] // head_dim
+    attention_seed, output_seed, ffn_seed = _seeds(seeds, attention_dropout, output_dropout, ffn_dropout)
+    parameters: list[Tensor | None] = [None] * 16
+    none = torch.empty(0)
+
+    def keep(place: int, gradient: Tensor, like: Tensor) -> None:
+        parameters[place] = gradient.to(like.dtype)
+
+    with torch.autocast("cpu", enabled=False):
+        ffn_signed, ffn_absolute, by_neuron = none, none, none
+        if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+            doutput, dmiddle, _, dgamma2, dbeta2 = residual.backward(
+                dout, output, middle, None, gamma2, mean2, rstd2, ffn_seed, ffn_dropout
+            )
+            doutput = doutput if doutput.numel() or not dmiddle.numel() else dmiddle
+            if ffn_sums:
+                ffn_signed, ffn_absolute = ffn.token_sums(doutput, output, starts, lengths, 1.0)
+            whole, kept = w1.shape[0], neurons
+            inner = cast_middle if cast_middle.numel() else middle
+            dpre = ffn.product(doutput, w_2 if w_2.numel() else w2)
+            db1, by_neuron = ffn.activate_backward(
+                *(dpre, pre, hidden, None, None, activation, weight_gradients, neuron_sums, per_token, starts, lengths)
+            )
+            if weight_gradients:
+                keep(10, _spread(ffn.product(dpre.t(), inner), kept, whole, 0), w1)
+                keep(11, _spread(db1, kept, whole, 0), b1)
+                keep(12, _spread(ffn.product(doutput.t(), hidden), kept, whole, 1), w2)
+                keep(13, doutput.sum(0, dtype=torch.float32), b2)
+            # Only now, since without a dropout and a cast doutput is the same tensor.
+            dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
+        else:
+            dmiddle, dgamma2, dbeta2 = torch.ops.aten.native_layer_norm_backward(
+                *(dout, middle, [channels], mean2, rstd2, gamma2, gamma2, [True, True, True])
+            )
+        dprojected, dx, dbo, dgamma1, dbeta1 = residual.backward(
+            dmiddle, projected, x, bo, gamma1, mean1, rstd1, output_seed, output_dropout
+        )
+        dprojected = dprojected if dprojected.numel() or not dx.numel() else dx
+        if weight_gradients:
+            for place, gradient, like in (
+                *((7, dbo, bo), (8, dgamma1, gamma1), (9, dbeta1, beta1)),
+                *((14, dgamma2, gamma2), (15, dbeta2, beta2)),
+            ):
+                keep(place, gradient, like)
+        signed, absolute = torch.empty((batch, 0)), torch.empty((batch, 0))
+        count = all_heads if heads is None else len(heads)
+        if count:
+            width = count * head_dim
+            dcontext = ffn.product(dprojected, w_o if w_o.numel() else wo).view(tokens, count, head_dim)
+            dqkv = torch.empty((tokens, 3, count, head_dim), dtype=dtype)
+            *_, signed, absolute = attention.backward(
+                *(dcontext, *qkv.unbind(1), context, lse, starts, lengths, None, attention_seed, max_length, scale),
+                *(attention_dropout, dqkv),
+            )
+            flat = dqkv.view(tokens, 3 * width)
+            if weight_gradients:
+                dwo = ffn.product(dprojected.t(), context.view(tokens, width))
+                keep(6, _spread(dwo, heads, all_heads, 1), wo)
+                dbiases = flat.sum(0, dtype=torch.float32)
+                inputs = cast_x if cast_x.numel() else x
+                # One product for all three where a copy takes them apart anyway.
+                dweights = ffn.product(flat.t(), inputs) if w_qkv.numel() else None
+                for i, (w, b) in enumerate(((wq, bq), (wk, bk), (wv, bv))):
+                    part = slice(i * width, (i + 1) * width)
+                    dw = ffn.product(flat[:, part].t(), inputs) if dweights is None else dweights[part]
+                    keep(i, _spread(dw, heads, all_heads, 0), w)
+                    keep(3 + i, _spread(dbiases[part].clone(), heads, all_heads, 0), b)
+            if w_qkv.numel():
+                dx = _add_product(dx, flat, w_qkv)
+            else:
+                for i, w in enumerate((wq, wk, wv)):
+                    dx = _add_product(dx, flat[:, i * width : (i + 1) * width], w)
+    results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)
+    # An op's results must be tensors of their own.
+    return tuple(torch.empty(0) if x is None or x is none else x for x in results)
+
+
+def fake_forward(
+    x, wq, wk, wv, bq, bk, bv, wo, bo, gamma1, beta1, w1, b1, w2, b2, gamma2, beta2, heads, neurons, starts, lengths,
+    seeds, max_length, head_dim, scale, activation, attention_dropout, output_dropout, ffn_dropout, eps1, eps2, bf16,
+):  # fmt: skip
+    """Shapes and dtypes of `forward`'s results."""
+    (tokens, channels), dtype = x.shape, torch.bfloat16 if bf16 else x.dtype
+    cast = dtype != x.dtype
+    count = wq.shape[0] // head_dim if heads is None else heads.shape[0]
+    neuron_count = 0 if w1 is None else w1.shape[0] if neurons is None else neurons.shape[0]
+
+    def new(*shape, there=True, dtype=dtype):
+        return x.new_empty(shape, dtype=dtype) if there else x.new_empty(0)
+
+    attends, feeds, copied = count != 0, w1 is not None, cast or heads is not None
+    row = (tokens,) if feeds else (tokens, 1)
+    statistics = torch.float32
+    return (
+        *(x.new_empty(x.shape), new(tokens, channels, there=cast), new(tokens, 3, count, head_dim, there=attends)),
+        *(new(tokens, count, head_dim, there=attends), new(tokens, count, there=attends, dtype=statistics)),
+        *(new(tokens, channels), new(tokens, dtype=statistics), new(tokens, dtype=statistics), x.new_empty(x.shape)),
+        *(new(tokens, channels, there=cast and feeds), *(new(tokens, neuron_count, there=feeds) for _ in range(2))),
+        *(new(tokens, channels, there=feeds), new(*row, dtype=statistics), new(*row, dtype=statistics)),
+        *(new(3 * count * head_dim, channels, there=attends and copied),),
+        *(new(channels, count * head_dim, there=attends and copied),),
+        *(new(neuron_count, channels, there=feeds and (cast or neurons is not None)),),
+        *(new(channels, neuron_count, there=feeds and (cast or neurons is not None)),),
+    )
+
+
+def fake_backward(
+    dout, x, wq, wk, wv, bq, bk, bv, wo, bo, gamma1, beta1, w1, b1, w2, b2, gamma2, beta2, heads, neurons, starts,
+    lengths, seeds, *others,
+):  # fmt: skip
+    """Shapes and dtypes of `backward`'s results."""
+    head_dim, (weight_gradients, ffn_sums, neuron_sums, _) = others[len(SAVED) + 1], others[-4:]
+    batch = lengths.shape[0]
+    count = wq.shape[0] // head_dim if heads is None else heads.shape[0]
+
+    def new(*shape, there=True):
+        return x.new_empty(shape if there else (0,), dtype=torch.float32)
+
+    def gradient(parameter, there):
+        there = there and weight_gradients and parameter is not None
+        return torch.empty_like(parameter) if there else new(0)
+
+    attends, feeds = count != 0, w1 is not None
+    neuron_count = 0 if w1 is None else w1.shape[0] if neurons is None else neurons.shape[0]
+    return (
+        *(x.new_empty(x.shape), new(batch, count), new(batch, count)),
+        *(new(batch, there=feeds and ffn_sums), new(batch, there=feeds and ffn_sums)),
+        new(batch, neuron_count, there=feeds and neuron_sums),
+        *(gradient(parameter, attends) for parameter in (wq, wk, wv, bq, bk, bv, wo)),
+        *(gradient(parameter, True) for parameter in (bo, gamma1, beta1)),
+        *(gradient(parameter, feeds) for parameter in (w1, b1, w2, b2)),
+        *(gradient(parameter, True) for parameter in (gamma2, beta2)),
+    )
