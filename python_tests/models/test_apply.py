@@ -162,7 +162,8 @@ def test_pruned_structures_cost_no_compute(model, batch, monkeypatch):
     assert flops[4] - flops[2] == flops[2] - flops[0] == LAYERS * 2 * per_head
 
 
-def test_pruned_neurons_cost_no_compute(model, batch):
+def test_pruned_neurons_cost_no_compute(model, batch, monkeypatch):
+    monkeypatch.setenv("TICKETOPS_BACKEND", "reference")
     ticket = Ticket(*FULL, neuron_mask=torch.arange(64) < torch.tensor([[64], [10], [0]]))
     with ticketops.patch(model).apply(ticket), Work() as work:
         model(**batch).loss.backward()

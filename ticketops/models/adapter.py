@@ -197,7 +197,7 @@ class LayerState:
         return len(self.heads)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """What one forward pass of the whole model hands to its layers.
 
@@ -208,6 +208,8 @@ class Call:
         ffn_importance: the same for the FFN.
         neuron_importance: the same for its computed neurons; empty also when these are not recorded.
         per_token: the granularity is "token".
+        packed: the encoder's input is packed already.
+        whole: whether one op computes each layer; None before the first layer has asked.
     """
 
     packing: Packing
@@ -215,6 +217,8 @@ class Call:
     ffn_importance: dict[int, Tensor] = field(default_factory=dict)
     neuron_importance: dict[int, Tensor] = field(default_factory=dict)
     per_token: bool = False
+    packed: bool = False
+    whole: bool | None = None
 
 
 def activation_name(module: nn.Module) -> str:

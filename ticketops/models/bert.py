@@ -17,9 +17,9 @@ class TicketEncoder(nn.Module):
     """Runs the layers on real tokens only: packs on entry, pads again at the exit."""
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Any:
-        """Takes and returns padded hidden states [B, S, C]."""
+        """Takes hidden states [B, S, C], or [1, T, C] where the call says they are packed; returns [B, S, C]."""
         packing = ticketops.packing
-        if packing.indices is not None:
+        if packing.indices is not None and not ticketops.packed:
             hidden_states = packing.pack(hidden_states)[None]
         output: Any = super().forward(hidden_states, *args, ticketops=ticketops, **kwargs)
         if packing.indices is not None:
@@ -98,7 +98,9 @@ def whole_layer(
     kept, index = state.kept, state.index
     query, fc1, fc2 = parts.query, parts.fc1, parts.fc2
     linears = (query, parts.key, parts.value)
-    if not ops.serves_layer(hidden_states, query.weight) or any(
+    if call.whole is None:
+        call.whole = ops.serves_layer(hidden_states, query.weight)
+    if not call.whole or any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in (*around, *linears)
     ):
         return None

@@ -485,11 +485,42 @@ def _before_forward(
             f"a patched {type(base).__name__} needs an attention_mask of shape {[batch, width]}, one value a token, "
             f"got {list(mask.shape)}: masks of single query-key pairs are not served"
         )
+    if mask is not None and mask.device.type == "cpu" and mask.all():
+        # Nothing to pack, as in a batch of one.
+        mask = None
     packing = Packing.from_mask(mask, batch, width, device, handle._unpad, handle._bucket)
     # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one.
     kwargs["attention_mask"] = None
-    kwargs["ticketops"] = handle._call(packing, device)
+    kwargs["ticketops"] = call = handle._call(packing, device)
+    embeds_positions = "position_ids" in names and hasattr(base.embeddings, "position_embeddings")
+    # On a GPU the embeddings of padding are no time worth a further launch.
+    if packing.indices is not None and device.type == "cpu" and embeds_positions:
+        _pack_inputs(base.embeddings, packing, packing.indices.clamp_min(0), kwargs)
+        call.packed = True
     return (), kwargs
+
+
+#: Inputs of a model that have a value, or a vector, for each token.
+_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "task_type_ids")
+
+
+def _pack_inputs(embeddings: Any, packing: Packing, indices: Tensor, kwargs: dict[str, Any]) -> None:
+    """Takes the real tokens out of a model's inputs, so that no padding is embedded either."""
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        # RoBERTa and its kin count positions from the ids.
+        if not hasattr(embeddings, "create_position_ids_from_input_ids"):
+            positions = torch.arange(packing.width, device=indices.device)
+        elif ids is not None:
+            positions = embeddings.create_position_ids_from_input_ids(ids, embeddings.padding_idx)
+        else:
+            positions = embeddings.create_position_ids_from_inputs_embeds(embeds, embeddings.padding_idx)
+    kwargs["position_ids"] = positions.expand(packing.batch, packing.width)
+    for name in _TOKEN_INPUTS:
+        value = kwargs.get(name)
+        if value is not None:
+            kwargs[name] = value.flatten(0, 1).index_select(0, indices)[None]
 
 
 def _check_first_tokens(

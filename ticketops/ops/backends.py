@@ -35,8 +35,8 @@ def requested() -> str:
         UnsupportedError: the variable names no backend.
     """
     name = os.environ.get("TICKETOPS_BACKEND", "auto") or "auto"
-    known = {"auto", "reference", *(backend for backends in BACKENDS.values() for backend in backends)}
-    if name not in known:
+    if name != "auto" and not any(name in names for names in BACKENDS.values()):
+        known = {"auto", "reference", *(backend for backends in BACKENDS.values() for backend in backends)}
         raise UnsupportedError(
             f"TICKETOPS_BACKEND={name} is no backend of this build: use one of {', '.join(sorted(known))}"
         )

@@ -6,7 +6,7 @@ small batches need: one boundary, activations and weights cast once, gradients t
 their own, and without gradients no boundary at all.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,17 +113,16 @@ def encoder_layer(
         [T, C] in x's dtype.
     """
     computed = (weights.heads is None or len(weights.heads) > 0, True, weights.w1 is not None)
-    dropouts = tuple(p if there else 0.0 for p, there in zip(dropouts, computed, strict=True))
-    seeds = draw_seed(x.device, sum(p > 0 for p in dropouts)) if any(dropouts) else None
-    settings = (
-        *(sequences.max_length, head_dim, scale, activation, *dropouts, *eps),
-        _compute_dtype(x) == torch.bfloat16,
-    )
-    tensors = (x, *weights, sequences.starts, sequences.lengths)
+    drops = [p if there else 0.0 for p, there in zip(dropouts, computed, strict=True)]
+    seeds = draw_seed(x.device, sum(p > 0 for p in drops)) if any(drops) else None
+    settings: tuple[Any, ...] = (sequences.max_length, head_dim, scale, activation, *drops, *eps)
+    bf16 = _compute_dtype(x) == torch.bfloat16
+    tensors: tuple[Any, ...] = (x, *weights, sequences.starts, sequences.lengths, seeds)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        return native.forward(*tensors, seeds, *settings, keep=False)[0]
+        forward: Any = native.forward
+        return forward(*tensors, *settings, bf16, keep=False)[0]
     sinks = (head_importance, ffn_importance, neuron_importance)
-    return torch.ops.ticketops.encoder_layer(*tensors, seeds, *sinks, *settings, per_token)[0]
+    return torch.ops.ticketops.encoder_layer(*tensors, *sinks, *settings, bf16, per_token)[0]
 
 
 def _forward(*arguments):

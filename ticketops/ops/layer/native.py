@@ -1,7 +1,7 @@
 """An encoder layer on the CPU: torch's matrix products between the native kernels, on weights that were compacted and
 cast in one copy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -109,6 +109,8 @@ def forward(
     attention_seed, output_seed, ffn_seed = _seeds(seeds, attention_dropout, output_dropout, ffn_dropout)
     none = x.new_empty(0)
     cast = dtype != x.dtype
+    # Where weights are copied anyway, one product serves q, k and v in bfloat16; in float32 that is no faster.
+    copied = cast or heads is not None
     w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = cast_middle = none
     with torch.autocast("cpu", enabled=False):
         cast_x = x.to(dtype)
@@ -116,21 +118,27 @@ def forward(
             width = count * head_dim
             # [T, 3 K D]
             flat = torch.empty((tokens, 3 * width), dtype=dtype)
-            if cast or heads is not None:
-                w_qkv = torch.empty((3 * width, x.shape[1]), dtype=dtype)
-                bias = torch.empty(3 * width, dtype=dtype)
-                for i, (w, b) in enumerate(((wq, bq), (wk, bk), (wv, bv))):
-                    w_qkv[i * width : (i + 1) * width].copy_(_select(w, heads, all_heads, 0))
-                    bias[i * width : (i + 1) * width].copy_(_select(b, heads, all_heads, 0))
+            projections = [(wq, bq), (wk, bk), (wv, bv)]
+            if copied:
+                w_qkv, biases = torch.empty((3 * width, x.shape[1]), dtype=dtype), torch.empty(3 * width, dtype=dtype)
+                for (w, b), to_w, to_b in zip(projections, w_qkv.chunk(3), biases.chunk(3), strict=True):
+                    to_w.copy_(_select(w, heads, all_heads, 0))
+                    to_b.copy_(_select(b, heads, all_heads, 0))
                 w_o = _select(wo, heads, all_heads, 1).to(dtype)
+                projections = list(zip(w_qkv.chunk(3), biases.chunk(3), strict=True))
+            if copied and bf16:
                 _product(flat, cast_x, w_qkv.t())
-                flat.add_(bias)
+                flat.add_(biases)
             else:
-                for i, (w, b) in enumerate(((wq, bq), (wk, bk), (wv, bv))):
-                    torch.addmm(b, cast_x, w.t(), out=flat[:, i * width : (i + 1) * width])
+                for (w, b), part in zip(projections, flat.chunk(3, 1), strict=True):
+                    if bf16:
+                        part.copy_(ffn.product(cast_x, w.t(), b))
+                    else:
+                        torch.addmm(b, cast_x, w.t(), out=part)
             qkv = flat.view(tokens, 3, count, head_dim)
+            q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
-                *(*qkv.unbind(1), starts, lengths, None, attention_seed, max_length, scale, attention_dropout)
+                q, k, v, starts, lengths, None, attention_seed, max_length, scale, attention_dropout
             )
             projected = ffn.product(context.view(tokens, width), (w_o if w_o.numel() else wo).t())
         else:
@@ -273,9 +281,22 @@ def backward(
             width = count * head_dim
             dcontext = ffn.product(dprojected, w_o if w_o.numel() else wo).view(tokens, count, head_dim)
             dqkv = torch.empty((tokens, 3, count, head_dim), dtype=dtype)
+            q, k, v = qkv.unbind(1)
             *_, signed, absolute = attention.backward(
-                *(dcontext, *qkv.unbind(1), context, lse, starts, lengths, None, attention_seed, max_length, scale),
-                *(attention_dropout, dqkv),
+                dcontext,
+                q,
+                k,
+                v,
+                context,
+                lse,
+                starts,
+                lengths,
+                None,
+                attention_seed,
+                max_length,
+                scale,
+                attention_dropout,
+                dqkv,
             )
             flat = dqkv.view(tokens, 3 * width)
             if weight_gradients:
@@ -283,18 +304,21 @@ def backward(
                 keep(6, _spread(dwo, heads, all_heads, 1), wo)
                 dbiases = flat.sum(0, dtype=torch.float32)
                 inputs = cast_x if cast_x.numel() else x
-                # One product for all three where a copy takes them apart anyway.
-                dweights = ffn.product(flat.t(), inputs) if w_qkv.numel() else None
-                for i, (w, b) in enumerate(((wq, bq), (wk, bk), (wv, bv))):
-                    part = slice(i * width, (i + 1) * width)
-                    dw = ffn.product(flat[:, part].t(), inputs) if dweights is None else dweights[part]
+                dweights: Sequence[Tensor]
+                if w_qkv.numel() and bf16:
+                    dweights = ffn.product(flat.t(), inputs).chunk(3)
+                else:
+                    dweights = [ffn.product(part.t(), inputs) for part in flat.chunk(3, 1)]
+                for i, (w, b, dw, db) in enumerate(
+                    zip((wq, wk, wv), (bq, bk, bv), dweights, dbiases.chunk(3), strict=True)
+                ):
                     keep(i, _spread(dw, heads, all_heads, 0), w)
-                    keep(3 + i, _spread(dbiases[part].clone(), heads, all_heads, 0), b)
-            if w_qkv.numel():
+                    keep(3 + i, _spread(db.clone(), heads, all_heads, 0), b)
+            if w_qkv.numel() and bf16:
                 dx = _add_product(dx, flat, w_qkv)
             else:
-                for i, w in enumerate((wq, wk, wv)):
-                    dx = _add_product(dx, flat[:, i * width : (i + 1) * width], w)
+                for w, part in zip(w_qkv.chunk(3) if w_qkv.numel() else (wq, wk, wv), flat.chunk(3, 1), strict=True):
+                    dx = _add_product(dx, part, w)
     results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)
     # An op's results must be tensors of their own.
     return tuple(torch.empty(0) if x is None or x is none else x for x in results)
