@@ -1,4 +1,5 @@
-"""One fine-tuning step (forward, backward, AdamW) of a patched model against stock transformers, on the same batches.
+"""One fine-tuning step (forward, backward, AdamW) of a patched model against stock transformers, on the same batches,
+and the inference of one sequence of 32 tokens.
 
     python -m bench.step --data DIR --task rte --dtype fp32 --json
 
@@ -58,10 +59,20 @@ class Setup:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model that can take a training step on a batch."""
+    """A model that can take a training step on a batch.
+
+    Attributes:
+        name: see `contender`.
+        model: patched or stock.
+        forward: the model, compiled where that is the point.
+        optimizer: the model's.
+        step: forward, backward and the optimizer's step.
+    """
 
     name: str
     model: torch.nn.Module
+    forward: Callable[..., Any]
+    optimizer: torch.optim.Optimizer
     step: Callable[[Batch], None]
 
 
@@ -144,7 +155,7 @@ def contender(setup: Setup, name: str) -> Contender:
         optimizer.step()
 
     model.train()
-    return Contender(name, model, step)
+    return Contender(name, model, forward, optimizer, step)
 
 
 def _turned(ticket: Ticket, number: int = 4) -> list[Ticket]:
@@ -195,6 +206,54 @@ def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[C
             yield products
 
 
+def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int) -> dict[str, list[float]]:
+    """Lets the contenders take turns on one sequence of 32 tokens, without gradients.
+
+    Args:
+        setup: what they share.
+        contenders: those of the training step.
+        turns: of each.
+
+    Returns:
+        Seconds by contender, and of the forward pass's matrix products alone.
+    """
+    batch = setup.batches[0]
+    ids = batch["input_ids"][batch["attention_mask"].bool()][:32][None]
+    # What a tokenizer makes of one sentence.
+    one = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
+    dtype = torch.bfloat16 if setup.dtype == "bf16" else torch.float32
+    linears = [m for m in contenders["full"].model.base_model.encoder.modules() if isinstance(m, torch.nn.Linear)]
+    weights = [linear.weight.detach().to(dtype).t() for linear in linears]
+    tokens = [torch.randn(ids.shape[1], weight.shape[0], device=setup.device, dtype=dtype) for weight in weights]
+
+    def products() -> None:
+        for x, weight in zip(tokens, weights, strict=True):
+            torch.mm(x, weight)
+
+    def run(each: Contender) -> Callable[[], object]:
+        def forward() -> object:
+            with (
+                torch.inference_mode(),
+                torch.autocast(setup.device.type, torch.bfloat16, enabled=dtype != torch.float32),
+            ):
+                return each.forward(**one)
+
+        return forward
+
+    # A model that records or switches tickets infers as the one that does not.
+    runs = {name: run(each) for name, each in contenders.items() if name not in ("importance", "switching")}
+    for each in contenders.values():
+        each.model.eval()
+    runs["matmul_floor"] = products
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-3, turns):
+        for name, forward in runs.items():
+            taken = seconds(forward, setup.device)
+            if turn >= 0:
+                times[name].append(taken)
+    return times
+
+
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Wall-clock seconds of one call, the GPU's queue included."""
     if device.type == "cuda":
@@ -232,7 +291,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
                 raise
             failures[name] = (str(error).splitlines() or [type(error).__name__])[0]
             del contenders[name]
-    times: dict[str, list[float]] = {name: [] for name in [*contenders, "matmul_floor"]}
+    times: dict[str, list[float]] = {name: [] for name in [*contenders, "matmul_floor", "optimizer"]}
     for turn in range(rounds):
         print(f"round {turn + 1} of {rounds}", file=sys.stderr)
         for batch in setup.batches:
@@ -240,9 +299,13 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
                 times[name].append(seconds(lambda each=each, batch=batch: each.step(batch), setup.device))
             products = matmul_floor(setup, contenders["full"], batch)
             times["matmul_floor"].append(sum(seconds(product, setup.device) for product in products))
+            times["optimizer"].append(seconds(contenders["full"].optimizer.step, setup.device))
+
+    inference = measure_inference(setup, contenders, turns=50 * rounds)
+    times |= {f"inference_{name}": values for name, values in inference.items()}
 
     def ratio(slow: str, fast: str) -> float | None:
-        if slow not in contenders or fast not in contenders:
+        if slow not in times or fast not in times:
             return None
         return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
@@ -256,6 +319,9 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
         "ticket50_vs_full": ratio("full", "ticket50"),
         "importance_overhead": None if recorded is None else recorded - 1,
         "switching_overhead": None if switched is None else switched - 1,
+        "inference_vs_sdpa": ratio("inference_sdpa", "inference_full"),
+        "inference_vs_compile": ratio("inference_compile", "inference_full"),
+        "ticket50_inference_vs_sdpa": ratio("inference_sdpa", "inference_ticket50"),
         "seconds": {
             name: dict(zip(("q20", "median", "q80"), (round(q, 5) for q in _quantiles(values)), strict=True))
             for name, values in times.items()
@@ -341,11 +407,14 @@ def main() -> int:
         return 0
     for name, quantiles in result["seconds"].items():
         low, median, high = (quantiles[key] * 1e3 for key in ("q20", "median", "q80"))
-        print(f"{name:14s} {median:9.1f} ms  ({low:.1f} to {high:.1f})")
-    for name in ("full_vs_sdpa", "full_vs_compile", "ticket50_vs_full"):
-        print(f"{name:20s}" + ("not measured" if result[name] is None else f"{result[name]:.2f}x"))
+        print(f"{name:24s} {median:9.2f} ms  ({low:.2f} to {high:.2f})")
+    for name in (
+        *("full_vs_sdpa", "full_vs_compile", "ticket50_vs_full"),
+        *("inference_vs_sdpa", "inference_vs_compile", "ticket50_inference_vs_sdpa"),
+    ):
+        print(f"{name:28s}" + ("not measured" if result[name] is None else f"{result[name]:.2f}x"))
     for name in ("importance_overhead", "switching_overhead"):
-        print(f"{name:20s}{result[name]:+.1%}")
+        print(f"{name:28s}{result[name]:+.1%}")
     return 0
 
 

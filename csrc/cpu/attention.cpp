@@ -80,16 +80,18 @@ void gather(const View& view, int64_t start, int64_t rows, int64_t head, int64_t
 template <typename T>
 void gather_transposed(const View& view, int64_t start, int64_t rows, int64_t head, int64_t head_dim, float* packed,
                        int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < rows; i += W) {
     const T* row = static_cast<const T*>(view.data) + (start + i) * view.row + head * view.head;
-    for_row(head_dim, [&](int64_t d, auto load, auto) {
-      const Float x = load(row);
+    const int64_t some = min(W, rows - i);
+    for (int64_t d = 0; d < head_dim; d += W) {
       const int64_t count = min(W, head_dim - d);
-      for (int64_t lane = 0; lane < count; ++lane) packed[(d + lane) * stride + i] = x[lane];
-    });
+      Float tile[W] = {};
+      for (int64_t j = 0; j < some; ++j)
+        tile[j] = count == W ? load(row + j * view.row + d) : load(row + j * view.row + d, count);
+      transpose(tile);
+      for (int64_t lane = 0; lane < count; ++lane) store(packed + (d + lane) * stride + i, tile[lane]);
+    }
   }
-  for (int64_t d = 0; d < head_dim; ++d)
-    for (int64_t i = rows; i < padded(rows); ++i) packed[d * stride + i] = 0;
 }
 
 // Writes [rows][stride] times `factor` to one head of [T, H, D] whose rows are `target_row` elements apart.

@@ -103,6 +103,46 @@ TICKETOPS_INLINE float max(Float x) {
   return fold(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// The lanes of the lower or the upper halves of two vectors, taken in turns.
+template <bool upper>
+TICKETOPS_INLINE Float interleave(Float a, Float b) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define TICKETOPS_SHUFFLE
+#endif
+#endif
+#if defined(TICKETOPS_SHUFFLE) && (defined(__AVX512F__) || defined(TICKETOPS_WIDE))
+  if constexpr (upper)
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  else
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(TICKETOPS_SHUFFLE)
+  if constexpr (upper)
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  else
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  Float x;
+  for (int i = 0; i < W / 2; ++i) {
+    x[2 * i] = a[i + (upper ? W / 2 : 0)];
+    x[2 * i + 1] = b[i + (upper ? W / 2 : 0)];
+  }
+  return x;
+#endif
+}
+
+// Transposes W vectors: log2(W) times, those of the two halves are interleaved.
+TICKETOPS_INLINE void transpose(Float* rows) {
+  for (int stage = 1; stage < W; stage *= 2) {
+    Float next[W];
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = interleave<false>(rows[i], rows[i + W / 2]);
+      next[2 * i + 1] = interleave<true>(rows[i], rows[i + W / 2]);
+    }
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
 TICKETOPS_INLINE Float abs(Float x) { return as_float(bits(x) & 0x7FFFFFFF); }
 
 // e^x within 1.5 units in the last place for x <= 88 (larger x count as 88); 0 where the result would be below 2.5e-38.

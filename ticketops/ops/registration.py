@@ -2,6 +2,7 @@
 formula."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ def _differentiable(name: str, backward: Callable, setup_context: Callable) -> C
         setup_context(ctx, arguments, output)
         return output
 
-    formula = type(name, (torch.autograd.Function,), {"forward": forward, "backward": backward})
-    formula.forward, formula.backward = staticmethod(forward), staticmethod(backward)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    formula: Any = type(name, (torch.autograd.Function,), methods)
 
     def call(*arguments):
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
