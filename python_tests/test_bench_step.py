@@ -25,9 +25,11 @@ def test_one_json_object_with_medians_and_ratios(tmp_path):
     result = json.loads(done.stdout)
     assert result["full_vs_compile"] is None
     seconds = result["seconds"]
-    assert set(seconds) == {"sdpa", "full", "importance", "ticket50", "switching", "matmul_floor"}
+    inference = {f"inference_{name}" for name in ("sdpa", "full", "ticket50", "matmul_floor")}
+    steps = {"sdpa", "full", "importance", "ticket50", "switching", "matmul_floor", "optimizer"}
+    assert set(seconds) == steps | inference
     assert all(0 < each["q20"] <= each["median"] <= each["q80"] for each in seconds.values())
-    for ratio in ("full_vs_sdpa", "ticket50_vs_full"):
+    for ratio in ("full_vs_sdpa", "ticket50_vs_full", "inference_vs_sdpa", "ticket50_inference_vs_sdpa"):
         assert result[ratio] > 0
     assert result["importance_overhead"] > -1
     assert result["switching_overhead"] > -1

@@ -130,6 +130,9 @@ def check(tensors, sequences, dtype, autocast=None, **options):
             # Sums of signed terms err by their terms; those of the key biases cancel to 0 in the softmax.
             like = exact["wk" if name == "bk" else name]
             scale = max(like.abs().max().item(), 1.0) if like.numel() else 1.0
+            if name in ("heads", "ffn", "neurons"):
+                # Each is a sum over tokens and channels, of about ten times what is left of it.
+                scale *= 10
             # Roundings are those of the products' dtype, whatever the result is stored in.
             roundings = torch.finfo(autocast or dtype).eps / torch.finfo(value.dtype).eps
             terms = torch.full((1,), scale * roundings)
