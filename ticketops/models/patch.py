@@ -485,8 +485,8 @@ def _before_forward(
             f"a patched {type(base).__name__} needs an attention_mask of shape {[batch, width]}, one value a token, "
             f"got {list(mask.shape)}: masks of single query-key pairs are not served"
         )
-    if mask is not None and mask.device.type == "cpu" and mask.all():
-        # Nothing to pack, as in a batch of one.
+    if mask is not None and device.type == "cpu" and handle._unpad and not handle._bucket and mask.all():
+        # Nothing to pack, as in a batch of one; where shapes are to repeat themselves, values are not asked for.
         mask = None
     packing = Packing.from_mask(mask, batch, width, device, handle._unpad, handle._bucket)
     # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one.
