@@ -191,7 +191,9 @@ def test_patched_equals_stock_under_tickets(name, encoder, inputs):
     for (key, a), b in zip(encoder.named_parameters(), want.parameters(), strict=True):
         gradient = torch.zeros_like(a) if a.grad is None else a.grad
         other = torch.zeros_like(b) if b.grad is None else b.grad
-        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        # Elements are sums of terms as large as the largest one: of DeiT's first positions, 6e5.
+        atol = 1e-5 * max(1.0, float(other.abs().max()) if other.numel() else 0.0)
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
     handle.revert()
     assert [type(module) for module in encoder.modules()] == classes
 

@@ -87,6 +87,19 @@ def test_a_bucket_changes_no_result(model, stock, batch):
     torch.testing.assert_close(importance.ffn, exact.ffn)
 
 
+def test_states_of_one_sequence_in_a_bucket_as_long_as_its_row_are_padded(model, stock):
+    batch = {name: value[:1] for name, value in tiny_batch().items() if name != "labels"}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, [0, 3]] = 0
+    want = stock.bert(**batch, output_hidden_states=True).hidden_states
+    with ticketops.patch(model, bucket=256):
+        got = model.bert(**batch, output_hidden_states=True).hidden_states
+    real = batch["attention_mask"] == 1
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], rtol=1e-4, atol=1e-5)
+        assert not ours[~real].any()
+
+
 def test_what_is_compiled_for_one_batch_of_a_bucket_serves_the_others(model, stock):
     counter = CompileCounterWithBackend("aot_eager")
     graphs = []

@@ -224,7 +224,9 @@ def test_opcheck_and_one_graph():
     torch.library.opcheck(torch.ops.ticketops.attention, (*qkv, *where, mask, importance, seed, 7, 0.3, 0.1, False))
     sink = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     ffn_mask = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(torch.ops.ticketops.ffn, (*tensors, *where, ffn_mask, None, sink, None, "gelu", True))
+    torch.library.opcheck(
+        torch.ops.ticketops.ffn, (*tensors, *where, ffn_mask, None, sink, None, "gelu", True, None, 1)
+    )
 
     def step(q, k, v, importance, *tensors):
         attended = ops.attention(q, k, v, sequences, importance=importance)

@@ -844,7 +844,7 @@ def test_opcheck():
     w1, b1 = torch.randn((24, 16), device=DEVICE), torch.randn(24, device=DEVICE)
     torch.library.opcheck(
         torch.ops.ticketops.ffn,
-        (x, w1, b1, w1.t().contiguous(), b1[:16], *spans, None, None, None, None, "gelu", False),
+        (x, w1, b1, w1.t().contiguous(), b1[:16], *spans, *[None] * 4, "gelu", False, None, 1),
     )
     w, heads = torch.randn((32, 16), device=DEVICE, requires_grad=True), torch.tensor([1], device=DEVICE)
     b = w.detach()[:, 0].contiguous().requires_grad_()

@@ -520,6 +520,8 @@ def _pack_inputs(embeddings: Any, packing: Packing, indices: Tensor, kwargs: dic
     for name in _TOKEN_INPUTS:
         value = kwargs.get(name)
         if value is not None:
+            # One row of these may stand for all, as in stock models.
+            value = value.expand(packing.batch, packing.width, *value.shape[2:])
             kwargs[name] = value.flatten(0, 1).index_select(0, indices)[None]
 
 
@@ -550,14 +552,15 @@ def _before_packed_forward(
 def _after_forward(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Pads hidden states that were captured between packed layers."""
     packing: Packing = kwargs["ticketops"].packing
-
-    def padded(state: Tensor | None) -> Tensor | None:
-        if state is None or state.shape[:2] == (packing.batch, packing.width):
-            return state
-        return packing.unpack(state[0])
-
     if packing.indices is None:
         return output
+    # The encoder has padded this one, and it is the last of the captured states. Shapes would not tell: one sequence
+    # in a bucket as long as its row has the same packed and padded.
+    last = output[0]
+
+    def padded(state: Tensor | None) -> Tensor | None:
+        return state if state is None or state is last else packing.unpack(state[0])
+
     if isinstance(output, tuple):
         return tuple(tuple(map(padded, x)) if isinstance(x, tuple) else x for x in output)
     if output.get("hidden_states") is not None:

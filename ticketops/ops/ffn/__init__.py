@@ -158,8 +158,8 @@ def _forward(
     neuron_importance,
     activation,
     per_token,
-    blocks=None,
-    count=1,
+    blocks,
+    count,
 ):
     with torch.autocast(x.device.type, enabled=False):
         return implementation("ffn", x.device, x.dtype).forward(
@@ -181,8 +181,8 @@ def _fake_forward(
     neuron_importance,
     activation,
     per_token,
-    blocks=None,
-    count=1,
+    blocks,
+    count,
 ):
     selected = w1.shape[0] if blocks is None else blocks.shape[0] * (w1.shape[0] // count)
     neurons = x.new_empty((x.shape[0], selected))
@@ -206,8 +206,8 @@ def _backward(
     token_sums,
     neuron_sums,
     neuron_absolute,
-    blocks=None,
-    count=1,
+    blocks,
+    count,
 ):
     with torch.autocast(x.device.type, enabled=False):
         return implementation("ffn", x.device, x.dtype).backward(
@@ -248,8 +248,8 @@ def _fake_backward(
     token_sums,
     neuron_sums,
     neuron_absolute,
-    blocks=None,
-    count=1,
+    blocks,
+    count,
 ):
     neurons, channels = w1.shape
     batch = lengths.shape[0]
@@ -342,7 +342,7 @@ def _gradients(ctx, dout, *_):
 define(
     "ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor starts, Tensor lengths, Tensor? ffn_mask, "
     "Tensor? neuron_mask, Tensor? importance, Tensor? neuron_importance, str activation, bool per_token, "
-    "Tensor? blocks=None, int count=1) -> (Tensor, Tensor, Tensor)",
+    "Tensor? blocks, int count) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     _gradients,
@@ -351,7 +351,7 @@ define(
 define(
     "ffn_backward(Tensor dout, Tensor? out, Tensor pre, Tensor hidden, Tensor x, Tensor w1, Tensor w2, Tensor starts, "
     "Tensor lengths, Tensor? ffn_mask, Tensor? neuron_mask, str activation, bool weight_gradients, bool token_sums, "
-    "bool neuron_sums, bool neuron_absolute, Tensor? blocks=None, int count=1) "
+    "bool neuron_sums, bool neuron_absolute, Tensor? blocks, int count) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
