@@ -88,7 +88,8 @@ def measured(row: Row, call: Callable[[], Callable[[], object]], work: Work | No
         median, low, high = milliseconds(timed, setting)
     # Contenders refuse shapes and machines with exceptions of all kinds.
     except Exception as error:
-        return {**row, "ms": None, "note": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"}
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        return {**row, "ms": None, "note": f"{type(error).__name__}: {first[:160]}"}
     figures = {"ms": median, "ms_q20": low, "ms_q80": high}
     if work is not None and setting.device == "cuda":
         seconds = median / 1e3

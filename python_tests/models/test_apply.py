@@ -78,6 +78,28 @@ def pruned_parts(model, ticket):
             yield layer.output.dense.bias.detach()
 
 
+def test_a_step_that_is_cut_short_moves_nothing_that_is_pruned(model, batch):
+    class Interrupted(torch.optim.SGD):
+        interrupted = False
+
+        def step(self, closure=None):
+            if not self.interrupted:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            return super().step(closure)
+
+    ticket = Ticket(torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]).bool(), torch.ones(3, dtype=torch.bool))
+    ticketops.patch(model).apply(ticket)
+    before = [part.clone() for part in pruned_parts(model, ticket)]
+    optimizer = Interrupted(model.parameters(), lr=0.1, weight_decay=0.5)
+    model(**batch).loss.backward()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    optimizer.step()
+    for part, old in zip(pruned_parts(model, ticket), before, strict=True):
+        assert torch.equal(part, old)
+
+
 @pytest.mark.parametrize(
     "make",
     [

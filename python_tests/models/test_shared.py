@@ -1,6 +1,7 @@
 """Several tasks on one encoder: what a step of one task moves, bit for bit, and what it leaves alone."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -237,6 +238,24 @@ def test_any_one_task_leaves_as_a_compact_checkpoint(task, tmp_path):
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in single.parameters())
     ticketops.shrink(single, shared.tickets[task])
     assert all(torch.equal(value, before[name]) for name, value in shared.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_labels": 10**6}, "labels"),
+        ({"num_hidden_layers": 10**7}, "layers"),
+        ({"num_hidden_layers": 4}, "task-1 is not of this encoder"),
+        ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}, "auto_map"),
+        ({"architectures": ["Trainer"]}, "no model class"),
+        ({"vocab_size": "many"}, ""),
+    ],
+)
+def test_a_hostile_task_is_refused(changes, words, tmp_path):
+    path = SharedModel(models(torch.float32), TICKETS).save(tmp_path / "shared") / "task-1" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError, match=f"cannot load the shared model .*{words}"):
+        SharedModel.load(path.parents[1])
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_touched(tmp_path):

@@ -16,7 +16,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def built() -> None:
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TICKETOPS_BACKEND", raising=False)
     refusal = cuda_extension.refusal(torch.device("cuda"))
     if refusal is not None:
         pytest.skip(refusal)

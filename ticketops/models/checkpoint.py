@@ -67,8 +67,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load(folder: Path) -> PreTrainedModel:
-    content = _read_json(folder / "config.json")
+def read_config(folder: Path) -> tuple[Any, Any]:
+    """Reads which model a folder holds, and refuses what would run code, read other files or build endlessly.
+
+    Args:
+        folder: with config.json.
+
+    Returns:
+        The model's class and its configuration.
+
+    Raises:
+        InputError: the file is missing, damaged or hostile.
+    """
+    content = read_json(folder / "config.json")
     names = content.get("architectures")
     kind: Any = getattr(transformers, names[0], None) if isinstance(names, list) and len(names) == 1 else None
     is_model: bool = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
@@ -87,6 +98,11 @@ def _load(folder: Path) -> PreTrainedModel:
     # Another name of an attention would be that of a kernel to download.
     config._attn_implementation = None
     held_ticket(config)
+    return kind, config
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    kind, config = read_config(folder)
     files = _weight_files(folder)
     # Each layer has two LayerNorms at least: a bound on what building the model can cost, known before it is built.
     least = 4 * config.num_hidden_layers * config.hidden_size * torch.bfloat16.itemsize
@@ -100,7 +116,7 @@ def _load(folder: Path) -> PreTrainedModel:
     find_adapter(skeleton)
     _check_weights(files, skeleton)
     if (folder / NOTE).is_file():
-        sums = _read_json(folder / NOTE)["sha256"]
+        sums = read_json(folder / NOTE)["sha256"]
         if changed := [path.name for path in files if sums.get(path.name) != sha256(path)]:
             raise InputError(f"{changed[0]} was changed after its export; export it again, or remove {NOTE}")
     model, report = kind.from_pretrained(
@@ -118,8 +134,19 @@ def _load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _read_json(path: Path, most: int = _MAX_JSON_BYTES) -> dict[str, Any]:
-    """Reads a JSON object more strictly than json does: no endless numbers, no NaN, no key twice."""
+def read_json(path: Path, most: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Reads a JSON object more strictly than json does: no endless numbers, no NaN, no key twice.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
+
+    Returns:
+        The object.
+
+    Raises:
+        InputError: it is missing, too large, or no such object.
+    """
     if not path.is_file():
         raise InputError(f"no {path.name}; give a folder made by ticketops export or save_pretrained")
     if path.stat().st_size > most:
@@ -165,7 +192,7 @@ def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single.name]
     if index.is_file() and not single.exists():
-        shards = _read_json(index, _MAX_INDEX_BYTES)["weight_map"].values()
+        shards = read_json(index, _MAX_INDEX_BYTES)["weight_map"].values()
         if bad := [name for name in shards if not isinstance(name, str) or not _SHARD.fullmatch(name)]:
             raise InputError(f"{index.name} names the file {bad[0]!r:.60}, no shard in this folder; export it again")
         files = sorted(set(shards))

@@ -68,6 +68,8 @@ def is_frozen(parameter: Tensor) -> bool:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Hides wholly frozen parameters from the optimizer and copies the frozen slices of the others, with their
     state."""
+    # A step that was cut short has not put back what rests; the next one does.
+    _after_step(optimizer, args, kwargs)
     slices, fresh = [], []
     for group in optimizer.param_groups:
         for parameter in group["params"]:

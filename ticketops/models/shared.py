@@ -8,16 +8,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
 from ticketops.files import new_folder
-from ticketops.models.checkpoint import load
+from ticketops.models.checkpoint import load, read_config, read_json
 from ticketops.models.freezing import Frozen, freeze, unfreeze
 from ticketops.models.indices import Indices
 from ticketops.models.patch import PatchHandle
@@ -25,7 +23,6 @@ from ticketops.tickets import Ticket
 
 _NOTE, _HEAD, _TICKET = "shared.json", "head.safetensors", "ticket.safetensors"
 _FORMAT, _VERSION = "ticketops.shared", 1
-_MAX_JSON_BYTES = 2**20
 _WHOLE = Frozen(0, 1, Indices([0]))
 
 
@@ -195,7 +192,8 @@ class SharedModel(nn.Module):
             return cls._load(folder)
         except TicketopsError as error:
             raise type(error)(f"cannot load the shared model {folder}: {error}") from error
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        # As in `load`.
+        except Exception as error:
             reason = " ".join((str(error) or type(error).__name__).split())[:300]
             raise InputError(
                 f"cannot load the shared model {folder}: it is damaged ({reason}); save it again"
@@ -203,11 +201,10 @@ class SharedModel(nn.Module):
 
     @classmethod
     def _load(cls, folder: Path) -> Self:
-        path = folder / _NOTE
-        if not path.is_file() or path.stat().st_size > _MAX_JSON_BYTES:
+        if not (folder / _NOTE).is_file():
             raise InputError(f"no {_NOTE} of a shared model; give a folder made by SharedModel.save")
-        note = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(note, dict) or (note.get("format"), note.get("version")) != (_FORMAT, _VERSION):
+        note = read_json(folder / _NOTE)
+        if (note.get("format"), note.get("version")) != (_FORMAT, _VERSION):
             raise InputError(f"{_NOTE} is of another format; save it again with this version")
         tasks = note["tasks"]
         if not isinstance(tasks, list) or len({str(task) for task in tasks}) != len(tasks) or not tasks:
@@ -268,19 +265,17 @@ def _head_parameters(model: PreTrainedModel) -> list[Tensor]:
 
 def _with_head(base: Any, folder: Path) -> PreTrainedModel:
     """A task's model around an encoder, checked against the head's file before anything of it is made."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    name = next(iter(config.architectures or []), None)
-    kind: Any = getattr(transformers, str(name), None)
-    is_model: bool = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-    if not is_model or not isinstance(config, kind.config_class or type(None)):
-        raise InputError(f"{folder.name}/config.json names no model class of its kind ({name!r:.60}); save it again")
+    kind, config = read_config(folder)
+    sizes = [(each.num_hidden_layers, each.hidden_size) for each in (config, base.config)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{folder.name} is not of this encoder; save it again")
     with torch.device("meta"), no_init_weights():
         skeleton = kind(config)
     if type(skeleton.base_model) is not type(base) or _shape(skeleton.base_model) != _shape(base):
         raise InputError(f"{folder.name} is not of this encoder; save it again")
     head = load_file(folder / _HEAD)
-    wanted = {key: value.shape for key, value in _head(skeleton).items()}
-    if {key: value.shape for key, value in head.items()} != wanted:
+    wanted = {key: (value.shape, base.dtype) for key, value in _head(skeleton).items()}
+    if {key: (value.shape, value.dtype) for key, value in head.items()} != wanted:
         raise InputError(f"the weights of {folder.name} are not what its configuration makes; save it again")
     setattr(skeleton, skeleton.base_model_prefix, base)
     skeleton.load_state_dict(head, strict=False, assign=True)

@@ -216,7 +216,7 @@ def subset(setting: Setting, fraction: float, seed: int, min_steps: int = 0) -> 
     if not count:
         raise InputError(
             f"{100 * fraction:g} % of the {rows:,} training rows of task {name} leave no row: give --fractions from "
-            f"{math.ceil(2e5 / rows) / 1e5:g} on, which leaves two, or more rows"
+            f"{min(1.0, math.ceil(2e5 / rows) / 1e5):g} on, or more rows"
         )
     chosen = np.sort(spread(setting.task.train, seed)[:count])
     if setting.task.kind == "classification" and len({*np.asarray(setting.task.train["label"][:])[chosen]}) < 2:

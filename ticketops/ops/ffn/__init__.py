@@ -134,9 +134,9 @@ def ffn(
 
 def _compacted(w1: Tensor, b1: Tensor, w2: Tensor, blocks: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Copies of the selected neurons' weights; autograd scatters the gradients back."""
-    w1 = w1.view(count, -1, w1.shape[1]).index_select(0, blocks).flatten(0, 1)
-    b1 = b1.view(count, -1).index_select(0, blocks).flatten()
-    return w1, b1, w2.view(len(w2), count, -1).index_select(1, blocks).flatten(1)
+    w1 = w1.unflatten(0, (count, -1)).index_select(0, blocks).flatten(0, 1)
+    b1 = b1.unflatten(0, (count, -1)).index_select(0, blocks).flatten()
+    return w1, b1, w2.unflatten(1, (count, -1)).index_select(1, blocks).flatten(1)
 
 
 def _selected(blocks, count):
