@@ -164,7 +164,7 @@ def test_what_cannot_be_done_is_refused_before_any_training(
         assert not (tmp_path / "out").exists()
 
     refused(
-        "0.1 % of the 32 training rows of task task leave no row: give --fractions from 0.0625 on, which",
+        "0.1 % of the 32 training rows of task task leave no row: give --fractions from 0.0625 on",
         fractions="0.001,1",
     )
     refused("leave 1 of one label: give larger --fractions", fractions="0.04")
