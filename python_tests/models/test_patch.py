@@ -355,3 +355,10 @@ def test_training_goes_on_after_inference_mode(model, batch):
         with torch.inference_mode():
             model(**batch)
         model(**batch).loss.backward()
+
+
+def test_token_types_of_one_row_stand_for_all(model, stock, batch):
+    batch["token_type_ids"] = batch["token_type_ids"][:1]
+    want = stock(**batch).logits
+    with ticketops.patch(model):
+        torch.testing.assert_close(model(**batch).logits, want, rtol=1e-4, atol=1e-5)

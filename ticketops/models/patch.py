@@ -520,9 +520,10 @@ def _pack_inputs(embeddings: Any, packing: Packing, indices: Tensor, kwargs: dic
     for name in _TOKEN_INPUTS:
         value = kwargs.get(name)
         if value is not None:
-            # One row of these may stand for all, as in stock models.
-            value = value.expand(packing.batch, packing.width, *value.shape[2:])
-            kwargs[name] = value.flatten(0, 1).index_select(0, indices)[None]
+            # One row may stand for all, and a multiple choice's may still be in groups, as stock models allow.
+            vector = value.shape[-1:] if name == "inputs_embeds" else ()
+            rows = value.reshape(-1, packing.width, *vector).expand(packing.batch, packing.width, *vector)
+            kwargs[name] = rows.flatten(0, 1).index_select(0, indices)[None]
 
 
 def _check_first_tokens(
