@@ -263,7 +263,7 @@ def draw(record: Row, path: Path) -> None:
     """Plots how many times as fast each ticket is, over the tokens of a batch, with a line at 1."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     kinds = _measured(record)
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
@@ -281,10 +281,13 @@ def draw(record: Row, path: Path) -> None:
                 axes.plot([row["batch"] for row in chosen], values, marker=marker, color=colour, label=label)
         axes.axhline(1.0, color="black", linewidth=1)
         axes.set_xscale("log", base=2)
+        batches = sorted({row["batch"] for row in record["rows"]})
+        axes.set_xticks(batches, map(str, batches))
         axes.set_xlabel("batch")
         axes.set_title(kind)
     panels[0].set_ylabel("times as fast as the whole model, patched")
-    panels[-1].legend(fontsize="xx-small", ncols=2)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="x-small")
     figure.suptitle(f"{record['model']} on {record['machine']['device']}", fontsize="medium")
     figure.savefig(path, dpi=150)
 
