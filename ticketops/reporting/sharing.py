@@ -1,7 +1,5 @@
 """The report of ticket sharing, and what tickets say about tasks."""
 
-import csv
-import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +10,7 @@ import numpy as np
 from ticketops.files import write_atomically
 from ticketops.reporting import task_plots
 from ticketops.reporting.parts import figure, missing, reproduction
-from ticketops.reporting.tables import markdown, points
+from ticketops.reporting.tables import csv_text, markdown, points
 from ticketops.searching.selection import Spread
 from ticketops.searching.sharing_plan import ARMS, SEARCHES, SINGLE, TaskTicket
 from ticketops.searching.store import Record, Store
@@ -217,19 +215,15 @@ def _results(records: Sequence[Record]) -> str:
             for name in found
         }
     )
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     header = ["arm", "seed", "mixing", "task", *columns, "metric", "score", "report_score"]
-    writer.writerow(
-        [*header, *(f"{split}_{name}" for split, name in details), "trial_train_loss", "trial_train_seconds"]
-    )
+    rows = [[*header, *(f"{split}_{name}" for split, name in details), "trial_train_loss", "trial_train_seconds"]]
     for record in records:
         for name, task in record["tasks"].items():
             row = [record["kind"], record["seed"], record["mixing"], name, *(task[column] for column in columns)]
             row += [task[column] for column in ("metric", "score", "report_score")]
             row += [task["scores"].get(split, {}).get(metric) for split, metric in details]
-            writer.writerow([*row, record["train_loss"], record["timing"]["train_seconds"]])
-    return text.getvalue()
+            rows.append([*row, record["train_loss"], record["timing"]["train_seconds"]])
+    return csv_text(rows)
 
 
 def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]]) -> list[str]:
@@ -238,11 +232,9 @@ def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]]) -> list[
         (one, other, *_alike(tickets[one[0]][one[1]], tickets[other[0]][other[1]]))
         for one, other in itertools.combinations([(task, seed) for task in tickets for seed in tickets[task]], 2)
     ]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["task", "seed", "other_task", "other_seed", "jaccard", "chance", "chance_std"])
-    writer.writerows([*one, *other, *alike] for one, other, *alike in pairs)
-    write_atomically(store.folder / "overlap.csv", text.getvalue())
+    header = ["task", "seed", "other_task", "other_seed", "jaccard", "chance", "chance_std"]
+    rows: list[list[Any]] = [[*one, *other, *alike] for one, other, *alike in pairs]
+    write_atomically(store.folder / "overlap.csv", csv_text([header, *rows]))
     tasks = list(tickets)
     overlap, chance = (np.full((len(tasks), len(tasks)), np.nan) for _ in range(2))
     for (i, task), (j, other) in itertools.product(enumerate(tasks), repeat=2):
@@ -284,12 +276,11 @@ def _alike(one: Ticket, other: Ticket) -> tuple[float, float, float]:
 
 
 def _profiles(tickets: Mapping[str, Mapping[int, Ticket]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["task", "seed", "layer", "heads_kept", "heads", "ffn_kept"])
+    rows: list[list[Any]] = [["task", "seed", "layer", "heads_kept", "heads", "ffn_kept"]]
     for task, by_seed in tickets.items():
         for seed, ticket in by_seed.items():
-            rows = zip(ticket.head_mask.sum(1).tolist(), ticket.ffn_shares.tolist(), strict=True)
-            for layer, (heads, ffn) in enumerate(rows):
-                writer.writerow([task, seed, layer, heads, ticket.num_heads, f"{ffn:g}"])
-    return text.getvalue()
+            kept = zip(ticket.head_mask.sum(1).tolist(), ticket.ffn_shares.tolist(), strict=True)
+            rows += [
+                [task, seed, layer, heads, ticket.num_heads, f"{ffn:g}"] for layer, (heads, ffn) in enumerate(kept)
+            ]
+    return csv_text(rows)

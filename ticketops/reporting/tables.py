@@ -41,12 +41,17 @@ def results_csv(records: Iterable[Mapping[str, Any]]) -> str:
     details = sorted(
         {(split, name) for record in records for split, found in record["scores"].items() for name in found}
     )
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"{split}_{name}" for split, name in details), "train_seconds"])
+    rows: list[list[Any]] = [[*COLUMNS, *(f"{split}_{name}" for split, name in details), "train_seconds"]]
     for record in records:
         scores = [record["scores"].get(split, {}).get(name) for split, name in details]
-        writer.writerow([*(record.get(column) for column in COLUMNS), *scores, record["timing"]["train_seconds"]])
+        rows.append([*(record.get(column) for column in COLUMNS), *scores, record["timing"]["train_seconds"]])
+    return csv_text(rows)
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows of cells as the text of a CSV file, header first."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 

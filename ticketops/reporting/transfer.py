@@ -1,7 +1,5 @@
 """The report of domain transfer and of low data: super ticket against full model on growing shares of the rows."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +8,7 @@ from typing import Any
 from ticketops.files import write_atomically
 from ticketops.reporting import task_plots
 from ticketops.reporting.parts import figure, missing, reproduction
-from ticketops.reporting.tables import markdown, points
+from ticketops.reporting.tables import csv_text, markdown, points
 from ticketops.searching.selection import Spread, select
 from ticketops.searching.store import Record, Store
 from ticketops.searching.transfer_plan import SCORES, SOURCE
@@ -192,9 +190,5 @@ def _measure(store: Store, records: Sequence[Record], role: str) -> tuple[str, f
 
 def _results(records: Sequence[Record]) -> str:
     """One row a trial."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, "train_seconds"])
-    for record in records:
-        writer.writerow([*(record[column] for column in COLUMNS), record["timing"]["train_seconds"]])
-    return text.getvalue()
+    rows = [[*(record[column] for column in COLUMNS), record["timing"]["train_seconds"]] for record in records]
+    return csv_text([[*COLUMNS, "train_seconds"], *rows])

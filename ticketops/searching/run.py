@@ -1,9 +1,10 @@
 """The search: every trial of the plan, in order, each finished one kept."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -11,12 +12,14 @@ from transformers import PreTrainedModel
 from ticketops.files import store_error
 from ticketops.models import latencies, patch, shrink
 from ticketops.searching import environment
-from ticketops.searching.plan import SearchConfig, Trial, make_plan
+from ticketops.searching.plan import SearchConfig, Trial
 from ticketops.searching.selection import Level, Selection, Spread, select
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.store import Named, Record, Store
-from ticketops.searching.trial import Listener, Outcome, run_trial
+from ticketops.searching.trial import Listener, run_trial
 from ticketops.tickets import Importance, Ticket, prune
+
+AnyTrial = TypeVar("AnyTrial", bound=Named)
 
 WAYS: Mapping[str, tuple[str, ...]] = {
     "pass": ("pass",),
@@ -89,7 +92,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
         timed: whether to time the super ticket in the end.
     """
     config, listener = setting.config, listener or Listener()
-    plan = make_plan(config, setting.num_layers, setting.num_heads, setting.num_neurons)
+    plan = setting.plan()
     ways = WAYS[config.importance]
     notes = {
         "versions": environment.versions(),
@@ -97,27 +100,25 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
         "validation": setting.task.validation_name,
     }
     with Store.create(config.output, setting.identity(), notes) as store:
-        # Reads everything first: a damaged file is better reported now than after hours.
-        finished = {trial for trial in plan if store.record(trial) is not None}
-        for trial in plan:
-            store.ticket(trial)
-        scored = {seed for seed in config.seeds if None not in [store.importance(seed, way) for way in ways]}
-        finished = {trial for trial in finished if trial.kind != "full" or trial.seed in scored}
+
+        def draw_ticket(trial: Trial) -> Ticket | None:
+            if trial.kind == "full":
+                return None
+            importance = store.importance(trial.seed, ways[0])
+            assert importance is not None, "the plan has each seed's full model before its tickets"
+            return draw(importance, trial, config)
+
+        def run(trial: Trial, ticket: Ticket | None) -> Record:
+            outcome = run_trial(setting, trial, ticket, () if ticket else ways, listener)
+            for way, importance in outcome.importance.items():
+                store.write_importance(trial.seed, way, importance)
+            if config.save_models:
+                keep_model(store, trial, outcome.model, ticket)
+            return outcome.record
+
+        finished = finished_trials(store, plan, lambda trial: ways if trial.kind == "full" else ())
         listener.planned(plan, len(finished))
-        for trial in plan:
-            ticket = None
-            if trial.kind != "full":
-                importance = store.importance(trial.seed, ways[0])
-                assert importance is not None, "the plan has each seed's full model before its tickets"
-                ticket = draw(importance, trial, config)
-                store.keep_ticket(trial, ticket)
-            if trial not in finished:
-                listener.started(trial)
-                outcome = run_trial(setting, trial, ticket, () if ticket else ways, listener)
-                record = _keep(store, trial, ticket, outcome, config.save_models)
-                # The next trial's model should not have to share the device with this one's.
-                del outcome
-                listener.finished(trial, record)
+        run_missing(store, plan, finished, run, listener, draw_ticket)
         records = store.records()
         selection = select(records, config.seeds)
         level = selection.super_level
@@ -126,6 +127,59 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
         if timed and result.super_ticket is not None and store.latencies() is None:
             store.write_latencies(_time(setting, result.super_ticket))
         return result
+
+
+def finished_trials(
+    store: Store, plan: Iterable[AnyTrial], ways: Callable[[AnyTrial], Iterable[str]] = lambda trial: ()
+) -> set[AnyTrial]:
+    """Finds the trials that need not run again, and reads every file of a plan: a damaged one is better reported now
+    than after hours.
+
+    Args:
+        store: of the run.
+        plan: its trials.
+        ways: how a trial scores its model, as `Store.importance` takes it; without these scores it is not finished.
+
+    Raises:
+        StoreError: a file is damaged.
+    """
+    finished = {trial for trial in plan if store.record(trial) is not None}
+    for trial in plan:
+        store.ticket(trial)
+    return {trial for trial in finished if None not in [store.importance(trial.seed, way) for way in ways(trial)]}
+
+
+def run_missing(
+    store: Store,
+    plan: Iterable[AnyTrial],
+    finished: Collection[AnyTrial],
+    run: Callable[[AnyTrial, Ticket | None], Record],
+    listener: Listener,
+    draw_ticket: Callable[[AnyTrial], Ticket | None] = lambda trial: None,
+) -> None:
+    """Runs the trials that are not finished, in the plan's order, and keeps each one's record as soon as it is there.
+
+    Args:
+        store: of the run.
+        plan: its trials.
+        finished: those that do not run.
+        run: trains a trial and writes what it leaves but its record, which comes last: it says that the rest is there.
+        listener: hears about trials.
+        draw_ticket: draws a trial's ticket, where it draws one. Finished trials' tickets are drawn, too, and compared
+            with those that are kept: a changed importance would be noticed.
+
+    Raises:
+        StoreError: another ticket is kept, or a file cannot be written.
+    """
+    for trial in plan:
+        ticket = draw_ticket(trial)
+        if ticket is not None:
+            store.keep_ticket(trial, ticket)
+        if trial not in finished:
+            listener.started(trial)
+            record = run(trial, ticket)
+            store.write_record(trial, record)
+            listener.finished(trial, record)
 
 
 def _time(setting: Setting, ticket: Ticket) -> Record:
@@ -145,10 +199,9 @@ def stages(setting: Setting, name: str) -> tuple[list["Stage"], int]:
         setting: of the search.
         name: what the larger run calls it.
     """
-    plan = make_plan(setting.config, setting.num_layers, setting.num_heads, setting.num_neurons)
     begun = (Path(setting.config.output) / "config.json").is_file()
     finished = len(Store.read(setting.config.output, "search").records()) if begun else 0
-    return [Stage(name, trial) for trial in plan], finished
+    return [Stage(name, trial) for trial in setting.plan()], finished
 
 
 @dataclass(frozen=True)
@@ -218,16 +271,6 @@ def draw(importance: Importance, trial: Trial, config: SearchConfig) -> Ticket:
     )
     note = {"sparsity": trial.sparsity, "model": config.model, "task": config.task, "trial_seed": trial.seed}
     return ticket.described({**ticket.metadata, **note})
-
-
-def _keep(store: Store, trial: Trial, ticket: Ticket | None, outcome: Outcome, model: bool) -> Record:
-    """Writes what a trial leaves; the record comes last, since it says that the rest is there."""
-    for way, importance in outcome.importance.items():
-        store.write_importance(trial.seed, way, importance)
-    if model:
-        keep_model(store, trial, outcome.model, ticket)
-    store.write_record(trial, outcome.record)
-    return outcome.record
 
 
 def keep_model(store: Store, trial: Named, model: PreTrainedModel, ticket: Ticket | None) -> None:

@@ -21,7 +21,7 @@ from ticketops.errors import InputError
 from ticketops.models import check_supported
 from ticketops.models.inputs import positions
 from ticketops.models.record import num_neurons
-from ticketops.searching.plan import RECIPES, SearchConfig
+from ticketops.searching.plan import RECIPES, SearchConfig, Trial, make_plan
 from ticketops.tasks import Task, demo_model, load_task, tokenize
 
 # The hub's own client tries for half a minute before it gives up; one short request tells as much.
@@ -146,6 +146,14 @@ class Setting:
     def num_neurons(self) -> int:
         """Neurons of an FFN."""
         return num_neurons(self.model_config)
+
+    def plan(self) -> list[Trial]:
+        """Lists the trials of the search in the order in which they run.
+
+        Raises:
+            InputError: a level prunes nothing, or more than the model has.
+        """
+        return make_plan(self.config, self.num_layers, self.num_heads, self.num_neurons)
 
     def identity(self) -> dict[str, Any]:
         """What the results depend on: the configuration, the rows and the pre-trained weights."""

@@ -19,7 +19,7 @@ from ticketops.files import write_atomically
 from ticketops.models import SharedModel, weight_counts
 from ticketops.searching import environment
 from ticketops.searching.mixing import Step, make_schedule
-from ticketops.searching.run import Inner, search_in, stages
+from ticketops.searching.run import Inner, finished_trials, run_missing, search_in, stages
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing_plan import (
     SEARCHES,
@@ -103,6 +103,26 @@ def load_settings(config: ShareConfig) -> dict[str, Setting]:
             setting, pretrained=first.pretrained, config=replace(setting.config, output=output, save_models=False)
         )
     return settings
+
+
+def prepare_share(config: ShareConfig) -> tuple[dict[str, Setting], Given | None]:
+    """Loads and checks everything that sharing needs, before anything is trained or written.
+
+    Args:
+        config: the run.
+
+    Returns:
+        Task name -> its setting; the tickets that `config` names, None where they are to be found on the way.
+
+    Raises:
+        InputError: model, tasks, tickets and configuration do not fit each other, or cannot be loaded.
+    """
+    settings = load_settings(config)
+    given = given_tickets(config, settings)
+    for setting in () if given else settings.values():
+        # Its levels are checked by listing them.
+        setting.plan()
+    return settings, given
 
 
 def run_share_trial(
@@ -239,10 +259,9 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
         TicketopsError: training diverged.
     """
     listener = listener or Listener()
-    settings = load_settings(config)
+    settings, given = prepare_share(config)
     first = next(iter(settings.values()))
     identity = first.identity()
-    given = given_tickets(config, settings)
     plan = share_plan(config)
     description = {
         **identity,
@@ -258,8 +277,7 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
         "tasks": {name: setting.task.describe() for name, setting in settings.items()},
     }
     with Store.create(config.output, description, notes) as store:
-        # Reads everything first: a damaged file is better reported now than after hours.
-        finished = {trial for trial in plan if store.record(trial) is not None}
+        finished = finished_trials(store, plan)
         for name, seed in itertools.product(settings, config.seeds):
             store.ticket(TaskTicket(name, seed))
         # The searches' trials are the run's, too, and are announced with it.
@@ -276,19 +294,19 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
             for seed, ticket in by_seed.items():
                 store.keep_ticket(TaskTicket(name, seed), ticket)
         write_atomically(store.folder / SINGLE, json.dumps(found.single, indent=2) + "\n")
-        for trial in plan:
-            if trial not in finished:
-                listener.started(trial)
-                kept = arm_tickets(trial, {name: by_seed[trial.seed] for name, by_seed in found.tickets.items()})
-                record, model = run_share_trial(config, settings, trial, kept, listener)
-                if config.save_models:
-                    folder = store.model_path(trial)
-                    shutil.rmtree(folder, ignore_errors=True)
-                    with quiet():
-                        model.save(folder, first.tokenizer)
-                # The next trial's model should not have to share the device with this one's; its parts hold each other.
-                del model
-                gc.collect()
-                store.write_record(trial, record)
-                listener.finished(trial, record)
+
+        def run(trial: ShareTrial, _: Ticket | None) -> Record:
+            kept = arm_tickets(trial, {name: by_seed[trial.seed] for name, by_seed in found.tickets.items()})
+            record, model = run_share_trial(config, settings, trial, kept, listener)
+            if config.save_models:
+                folder = store.model_path(trial)
+                shutil.rmtree(folder, ignore_errors=True)
+                with quiet():
+                    model.save(folder, first.tokenizer)
+            # The next trial's model should not have to share the device with this one's; its parts hold each other.
+            del model
+            gc.collect()
+            return record
+
+        run_missing(store, plan, finished, run, listener)
         return ShareResult(store.folder, config, store.records(), found.tickets)

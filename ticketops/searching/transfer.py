@@ -13,13 +13,22 @@ from ticketops.files import write_atomically
 from ticketops.models import load
 from ticketops.searching import environment
 from ticketops.searching.plan import Trial
-from ticketops.searching.run import WAYS, Inner, draw, keep_model, search_in, stages
+from ticketops.searching.run import (
+    WAYS,
+    Inner,
+    draw,
+    finished_trials,
+    keep_model,
+    run_missing,
+    search_in,
+    stages,
+)
 from ticketops.searching.selection import Level, select
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing_plan import without
 from ticketops.searching.store import Record, Store
 from ticketops.searching.task_tickets import single_scores
-from ticketops.searching.transfer_plan import SCORES, SOURCE, TransferConfig, TransferTrial
+from ticketops.searching.transfer_plan import SCORES, SOURCE, TransferConfig, TransferTrial, transfer_plan
 from ticketops.searching.trial import Listener, run_trial
 from ticketops.tasks.sampling import spread
 from ticketops.tickets import Ticket
@@ -105,22 +114,34 @@ class Source:
         return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
-def run_transfer(config: TransferConfig, listener: Listener | None = None) -> TransferResult:
-    """Runs what is still missing of a transfer in its output folder.
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A transfer whose inputs are loaded and checked.
+
+    Attributes:
+        config: the run, with the source's model.
+        source: where it comes from.
+        target: the target task's setting.
+        identity: what its results depend on.
+        plan: its trials, without those of the source's search.
+    """
+
+    config: TransferConfig
+    source: Source
+    target: Setting
+    identity: Record
+    plan: list[TransferTrial]
+
+
+def prepare_transfer(config: TransferConfig) -> Prepared:
+    """Loads and checks everything that a transfer needs, before anything is trained or written.
 
     Args:
         config: the run.
-        listener: hears about trials and steps.
-
-    Returns:
-        The result; no report is written.
 
     Raises:
         InputError: model, tasks, labels, fractions and configuration do not fit each other, or cannot be loaded.
-        StoreError: the output folder cannot be used; finished trials stay.
-        TicketopsError: training diverged.
     """
-    listener = listener or Listener()
     source = load_source(config)
     config = replace(config, model=source.setting.config.model)
     target = Setting.load(config.search(config.target), at_most=True)
@@ -139,18 +160,36 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
         "source_fingerprint": source.setting.task.fingerprint,
         "source_results": source.digest() if source.given else None,
     }
+    # The levels are checked by listing them.
+    return Prepared(config, source, target, identity, transfer_plan(config, identity))
+
+
+def run_transfer(config: TransferConfig, listener: Listener | None = None) -> TransferResult:
+    """Runs what is still missing of a transfer in its output folder.
+
+    Args:
+        config: the run.
+        listener: hears about trials and steps.
+
+    Returns:
+        The result; no report is written.
+
+    Raises:
+        InputError: model, tasks, labels, fractions and configuration do not fit each other, or cannot be loaded.
+        StoreError: the output folder cannot be used; finished trials stay.
+        TicketopsError: training diverged.
+    """
+    listener = listener or Listener()
+    ready = prepare_transfer(config)
+    config, source, target, plan = ready.config, ready.source, ready.target, ready.plan
     notes = {
         "versions": environment.versions(),
         "machine": environment.machine(),
         "validation": target.task.validation_name,
         "tasks": {"source": source.setting.task.describe(), "target": target.task.describe()},
     }
-    with Store.create(config.output, identity, notes) as store:
-        plan: list[TransferTrial] = store.plan
-        # Reads everything first: a damaged file is better reported now than after hours.
-        finished = {trial for trial in plan if _is_finished(store, trial, source)}
-        for trial in plan:
-            store.ticket(trial)
+    with Store.create(config.output, ready.identity, notes) as store:
+        finished = finished_trials(store, plan, lambda trial: _ways(trial, source))
         searches, done = ([], 0) if source.given else stages(source.setting, "source")
         listener.planned([*searches, *plan], done + len(finished))
         if not source.given:
@@ -159,14 +198,11 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
         scores = single_scores(records, select(records, source.setting.config.seeds))
         scores["train_rows"] = len(source.setting.splits["train"])
         write_atomically(store.folder / SCORES, json.dumps(scores, indent=2) + "\n")
-        for trial in plan:
-            if trial.ladder == "source" and trial.kind == "winning":
-                # Drawn anew where its trial is finished, too: a changed importance would be noticed.
-                store.keep_ticket(trial, _drawn(store, trial, source))
-            if trial not in finished:
-                listener.started(trial)
-                record = _run(store, trial, config, source, target, level, listener)
-                listener.finished(trial, record)
+
+        def run(trial: TransferTrial, ticket: Ticket | None) -> Record:
+            return _run(store, trial, config, source, target, level, ticket, listener)
+
+        run_missing(store, plan, finished, run, listener, lambda trial: _drawn(store, trial, source))
         return TransferResult(store.folder, config, store.records(), level)
 
 
@@ -241,19 +277,20 @@ def _check_head(config: TransferConfig, source: Setting, target: Setting) -> Non
         )
 
 
-def _is_finished(store: Store, trial: TransferTrial, source: Source) -> bool:
-    if store.record(trial) is None:
-        return False
+def _ways(trial: TransferTrial, source: Source) -> tuple[str, ...]:
+    """What the importance of a share's full model is filed under, beside its seed; nothing of other trials."""
     scored = trial.ladder == "source" and trial.kind == "full"
-    return not scored or store.importance(trial.seed, _way(trial, source)) is not None
+    return (_way(trial, source),) if scored else ()
 
 
 def _way(trial: TransferTrial, source: Source) -> str:
-    """What the importance of a share's full model is filed under, beside its seed."""
     return f"{WAYS[source.setting.config.importance][0]}-of-{trial.fraction:g}"
 
 
-def _drawn(store: Store, trial: TransferTrial, source: Source) -> Ticket:
+def _drawn(store: Store, trial: TransferTrial, source: Source) -> Ticket | None:
+    """The ticket that a trial finds in its share; the target's is the source's."""
+    if trial.ladder != "source" or trial.kind != "winning":
+        return None
     importance = store.importance(trial.seed, _way(trial, source))
     assert importance is not None, "the plan has each share's full model before its tickets"
     return draw(importance, trial.as_in_search, source.setting.config)
@@ -266,20 +303,15 @@ def _run(
     source: Source,
     target: Setting,
     level: Level,
+    ticket: Ticket | None,
     listener: Listener,
 ) -> Record:
-    """Runs one trial and writes what it leaves; the record comes last, since it says that the rest is there."""
-    ticket: Ticket | None = None
-    ways: tuple[str, ...] = ()
-    origin = trial.as_in_search
-    setting = source.setting
+    """Runs one trial and writes what it leaves but its record."""
+    origin, setting = trial.as_in_search, source.setting
     if trial.ladder == "target":
         origin = source.trial(trial.kind, level, trial.seed)
         setting, ticket = _adapted(target, source, origin, config.head)
-    elif trial.kind == "winning":
-        ticket = store.ticket(trial)
-    else:
-        ways = WAYS[setting.config.importance][:1]
+    ways = WAYS[setting.config.importance][:1] if _ways(trial, source) else ()
     part = subset(setting, trial.fraction, trial.seed, config.min_steps)
     outcome = run_trial(part, origin, ticket, ways, listener)
     for importance in outcome.importance.values():
@@ -287,9 +319,7 @@ def _run(
     if config.save_models and trial.ladder == "target":
         keep_model(store, trial, outcome.model, ticket)
     rows = {"fraction": trial.fraction, "train_rows": len(part.splits["train"]), "epochs": part.config.epochs}
-    record = {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows}
-    store.write_record(trial, record)
-    return record
+    return {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows}
 
 
 def _adapted(target: Setting, source: Source, origin: Trial, head: str) -> tuple[Setting, Ticket | None]:
