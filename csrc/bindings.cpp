@@ -127,8 +127,8 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
                         int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v, int64_t v_row,
                         int64_t v_head, Address out, Address lse, Address starts, Address lengths, Address head_mask,
                         Address dq, Address dk, Address dv, int64_t gradient_row, Address signed_sums,
-                        Address absolute_sums, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int64_t max_length, double scale,
-                        uint64_t seed, uint32_t threshold, double p, int threads) {
+                        Address absolute_sums, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
+                        int64_t max_length, double scale, uint64_t seed, uint32_t threshold, double p, int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
   const auto segments = cover(sequences, tokens);
   const Scratch scratch = allocate(threads * attention_scratch(max_length, head_dim));
@@ -175,7 +175,8 @@ void ffn_backward(bool bf16, int activation, Address gradient, Address pre, Addr
     segments = cover(read_sequences(starts, lengths, batch, rows, rows), rows);
   } else {
     constexpr int64_t chunk = 64;
-    for (int64_t start = 0; start < rows; start += chunk) segments.push_back({start, std::min(chunk, rows - start), -1});
+    for (int64_t start = 0; start < rows; start += chunk)
+      segments.push_back({start, std::min(chunk, rows - start), -1});
   }
   const Scratch bias_table = allocate(bias_sums ? segments.size() * neurons : 0);
   FfnBackward args;

@@ -20,12 +20,14 @@ __device__ void copy_vectors(const Copy& copy, int64_t first) {
     targets[i] = nullptr;
     if (vector >= copy.vectors) continue;
     // The table's maker keeps vectors below 2^31: a 64-bit division costs more than the copy.
-    const uint32_t row = static_cast<uint32_t>(vector) / row_vectors, rest = static_cast<uint32_t>(vector) % row_vectors;
+    const uint32_t row = static_cast<uint32_t>(vector) / row_vectors;
+    const uint32_t rest = static_cast<uint32_t>(vector) % row_vectors;
     const uint32_t slice = rest / slice_vectors, inside = rest % slice_vectors;
     const int64_t chosen = copy.index ? copy.index[slice] : slice;
     const int64_t from = copy.scatter ? slice : chosen, to = copy.scatter ? chosen : slice;
     const int64_t offset = static_cast<int64_t>(inside) * sizeof(Vector);
-    values[i] = *reinterpret_cast<const Vector*>(copy.source + row * copy.source_row_bytes + from * copy.slice_bytes + offset);
+    const char* source = copy.source + row * copy.source_row_bytes + from * copy.slice_bytes + offset;
+    values[i] = *reinterpret_cast<const Vector*>(source);
     targets[i] = copy.target + row * copy.target_row_bytes + to * copy.slice_bytes + offset;
   }
 #pragma unroll
