@@ -197,7 +197,7 @@ class LayerState:
         return len(self.heads)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Call:
     """What one forward pass of the whole model hands to its layers.
 
@@ -209,7 +209,7 @@ class Call:
         neuron_importance: the same for its computed neurons; empty also when these are not recorded.
         per_token: the granularity is "token".
         packed: the encoder's input is packed already.
-        whole: whether one op computes each layer; None before the first layer has asked.
+        whole: one op computes each layer whose input has its weights' dtype.
     """
 
     packing: Packing
@@ -218,7 +218,7 @@ class Call:
     neuron_importance: dict[int, Tensor] = field(default_factory=dict)
     per_token: bool = False
     packed: bool = False
-    whole: bool | None = None
+    whole: bool = False
 
 
 def activation_name(module: nn.Module) -> str:

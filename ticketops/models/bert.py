@@ -98,9 +98,9 @@ def whole_layer(
     kept, index = state.kept, state.index
     query, fc1, fc2 = parts.query, parts.fc1, parts.fc2
     linears = (query, parts.key, parts.value)
-    if call.whole is None:
-        call.whole = ops.serves_layer(hidden_states, query.weight)
-    if not call.whole or any(
+    if not call.whole or hidden_states.dtype != query.weight.dtype:
+        return None
+    if any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in (*around, *linears)
     ):
         return None

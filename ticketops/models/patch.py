@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.adapter import Adapter, Call, Kept, LayerParts, LayerState, activation_name
 from ticketops.models.bert import BERT
@@ -375,7 +376,7 @@ class PatchHandle:
             del module.__dict__["_ticketops"]
         self._swapped = []
 
-    def _call(self, packing: Packing, device: torch.device) -> Call:
+    def _call(self, packing: Packing, device: torch.device, packed: bool) -> Call:
         """The per-call information, with a leaf for each importance partial where a backward pass may follow."""
         for state in self._states:
             for places in (state.kept.heads, state.kept.neurons):
@@ -387,13 +388,18 @@ class PatchHandle:
             # A deep copy has the ticket but loses the marks on its parameters, and so does another process.
             self._freeze()
         importance = self._importance
+        # Each layer compares the dtype of its input with that of its own weights.
+        weight = self._parts[0].query.weight
+        whole = ops.serves_layer(weight, weight)
         if importance is None or not torch.is_grad_enabled():
-            return Call(packing)
-        return self._recording(importance, packing, device)
+            return Call(packing, packed=packed, whole=whole)
+        return self._recording(importance, packing, device, packed, whole)
 
     @torch.compiler.disable
-    def _recording(self, importance: Importance, packing: Packing, device: torch.device) -> Call:
-        call = Call(packing, per_token=importance.granularity == "token")
+    def _recording(
+        self, importance: Importance, packing: Packing, device: torch.device, packed: bool, whole: bool
+    ) -> Call:
+        call = Call(packing, per_token=importance.granularity == "token", packed=packed, whole=whole)
         batch = len(packing.sequences)
         idle: list[Callable[..., None]] = []
         for layer, state in enumerate(self._states):
@@ -491,12 +497,12 @@ def _before_forward(
     packing = Packing.from_mask(mask, batch, width, device, handle._unpad, handle._bucket)
     # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one.
     kwargs["attention_mask"] = None
-    kwargs["ticketops"] = call = handle._call(packing, device)
     embeds_positions = "position_ids" in names and hasattr(base.embeddings, "position_embeddings")
     # On a GPU the embeddings of padding are no time worth a further launch.
-    if packing.indices is not None and device.type == "cpu" and embeds_positions:
+    packed = packing.indices is not None and device.type == "cpu" and embeds_positions
+    kwargs["ticketops"] = handle._call(packing, device, packed)
+    if packing.indices is not None and packed:
         _pack_inputs(base.embeddings, packing, packing.indices.clamp_min(0), kwargs)
-        call.packed = True
     return (), kwargs
 
 
