@@ -6,6 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What is tested beside the newest transformers, which .venv has: the oldest that pyproject.toml allows.
 OLDEST := .venv-oldest
+# There, all of the models, and one search, share and transfer for their Trainer.
+OLDEST_TESTS := python_tests/models $(addprefix python_tests/searching/, \
+	test_run.py::test_a_search_finds_a_super_ticket_and_its_gain \
+	test_sharing.py::test_each_arm_is_one_record_with_every_tasks_own_metric \
+	test_transfer.py::test_both_ladders_are_climbed)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: setup demo test test-oldest lint bench sanitize gpu clean
@@ -43,7 +48,7 @@ $(OLDEST)/.installed: $(VENV)/.installed
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -q python_tests/models
+	$(OLDEST)/bin/python -m pytest -q $(OLDEST_TESTS)
 
 bench: setup
 	$(BIN)/python -m pytest bench/bench_step.py
