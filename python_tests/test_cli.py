@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from searching.tiny import FIELDS, make_model, make_pairs, make_task
 from typer.testing import CliRunner, Result
@@ -195,8 +196,60 @@ def test_columns_of_negative_numbers_are_aligned_as_numbers(capsys: pytest.Captu
 def test_dry_run_prints_the_plan_and_touches_nothing(inputs: dict[str, Any], tmp_path: Path):
     result = invoke("search", *flags(inputs), "--seeds", 3, "--output", tmp_path / "run", "--dry-run")
     assert result.exit_code == 0
-    assert "12 trials of 6 steps" in result.stdout
+    assert "12 trials of 6 steps, 72 in all" in result.stdout
+    assert "no model kept" in result.stdout
     assert re.search(r"winning +0\.5 +4 +1 ", result.stdout)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_a_share_counts_its_searches_and_arms(tiny: dict[str, Any], tmp_path: Path):
+    data, run = tiny["model"].parent, tmp_path / "run"
+    words = flags({**tiny, "tasks": f"{data / 'good'},{data / 'score'}", "output": run, "seeds": 2})
+    result = invoke("share", *words, "--dry-run", "--save-models")
+    assert result.exit_code == 0, result.output
+    # 32 rows of each task in batches of 16; two seeds of two searches of two trials and of three arms.
+    for name in (r"good: full +0 +0 +0 ", r"score: winning +0\.5 +4 +1 "):
+        assert re.search(name + r"+[\d.]+ +[\d.]+ +32 +2 +2$", result.stdout, re.MULTILINE)
+    for arm in ("tickets", "plain", "random"):
+        assert re.search(rf"shared: {arm} +(– +){{5}}64 +4 +2$", result.stdout, re.MULTILINE)
+    assert "14 trials, 40 in all, batch 16" in result.stdout
+    assert "6 models kept" in result.stdout
+    assert not run.exists()
+    Ticket(torch.tensor([[1, 1, 1, 0]] * 2).bool(), torch.tensor([True, False])).save(tmp_path / "t.safetensors")
+    tickets = ",".join(f"{name}={tmp_path / 't.safetensors'}" for name in ("good", "score"))
+    result = invoke("share", *words, "--dry-run", "--tickets", tickets)
+    assert "6 trials of 4 steps, 24 in all" in result.stdout
+    assert "score: the ticket of seed 1 prunes 2 heads, 1 FFNs" in result.stdout
+
+
+def test_dry_run_of_a_transfer_counts_its_search_and_both_ladders(tiny: dict[str, Any], tmp_path: Path):
+    data, run = tiny["model"].parent, tmp_path / "run"
+    words = flags({**tiny, "source": data / "good", "target": data / "score", "head": "fresh", "output": run})
+    result = invoke("transfer", *words, "--fractions", "0.25,1", "--min-steps", 3, "--dry-run")
+    assert result.exit_code == 0, result.output
+    table = [line.split() for line in result.stdout.splitlines() if ":" in line]
+    assert [(*row[:3], *row[-3:]) for row in table if row[0] == "target," and row[2] == "%:"] == [
+        ("target,", "25", "%:", "8", "3", "1"),
+        ("target,", "25", "%:", "8", "3", "1"),
+        ("target,", "100", "%:", "32", "4", "1"),
+        ("target,", "100", "%:", "32", "4", "1"),
+    ]
+    assert re.search(r"source, 25 %: winning +0\.5 +4 +1 .* 8 +3 +1$", result.stdout, re.MULTILINE)
+    assert "8 trials, 24 in all" in result.stdout
+    # The source's models, which the target starts from.
+    assert "2 models kept" in result.stdout
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_levels_that_no_search_has_are_refused_before_a_folder_is_made(tiny: dict[str, Any], tmp_path: Path, dry: Any):
+    data = tiny["model"].parent
+    for verb, tasks in (
+        ("share", {"tasks": f"{data / 'good'},{data / 'score'}"}),
+        ("transfer", {"source": data / "good", "target": data / "good", "fractions": 1}),
+    ):
+        words = flags({**tiny, **tasks, "output": tmp_path / "run", "sparsities": "0.01"})
+        refused(invoke(verb, *words, *dry), 2, "sparsity 0.01 prunes nothing")
     assert not (tmp_path / "run").exists()
 
 

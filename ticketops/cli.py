@@ -83,6 +83,15 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="A YAML file whose keys are these flags; flags win over it.", rich_help_panel="What"),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Load and check everything, print the trials, and stop.",
+        show_default=False,
+        rich_help_panel="What",
+    ),
+]
 _KEPT = "Finished trials are kept: run the same command again to go on."
 
 
@@ -127,9 +136,7 @@ def _settings(kind: type[Any], config: Path | None, flags: dict[str, Any]) -> An
 @_configured(SearchConfig)
 def _search(
     config: ConfigFile = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and stop.", show_default=False, rich_help_panel="What")
-    ] = False,
+    dry_run: DryRun = False,
     traceback: Trace = False,
     **flags: Any,
 ) -> None:
@@ -140,7 +147,7 @@ def _search(
     with _errors(traceback, _KEPT):
         settings = _settings(SearchConfig, config, flags)
         if dry_run:
-            _print_plan(settings)
+            _print_outlook(settings)
             return
         with _progress() as listener:
             from ticketops.api import search
@@ -153,13 +160,16 @@ def _search(
 
 
 @_configured(ShareConfig)
-def _share(config: ConfigFile = None, traceback: Trace = False, **flags: Any) -> None:
+def _share(config: ConfigFile = None, dry_run: DryRun = False, traceback: Trace = False, **flags: Any) -> None:
     """Train several tasks on one encoder, each on its own ticket, and compare; the same command resumes.
 
     A batch of a task runs, and trains, that task's ticket alone. What it is compared with comes from the same command.
     """
     with _errors(traceback, _KEPT):
         settings = _settings(ShareConfig, config, flags)
+        if dry_run:
+            _print_outlook(settings)
+            return
         with _progress() as listener:
             from ticketops.api import share
 
@@ -171,13 +181,16 @@ def _share(config: ConfigFile = None, traceback: Trace = False, **flags: Any) ->
 
 
 @_configured(TransferConfig)
-def _transfer(config: ConfigFile = None, traceback: Trace = False, **flags: Any) -> None:
+def _transfer(config: ConfigFile = None, dry_run: DryRun = False, traceback: Trace = False, **flags: Any) -> None:
     """Adapt a fine-tuned source model to shares of a target task, super ticket against full model; resumes.
 
     The same shares of the source task's own rows show what tickets are worth where data is scarce.
     """
     with _errors(traceback, _KEPT):
         settings = _settings(TransferConfig, config, flags)
+        if dry_run:
+            _print_outlook(settings)
+            return
         with _progress() as listener:
             from ticketops.api import transfer
 
@@ -444,26 +457,13 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
-def _print_plan(settings: SearchConfig) -> None:
-    from ticketops.models import weight_counts
-    from ticketops.searching import Setting, make_plan
+def _print_outlook(settings: Config) -> None:
+    from ticketops.searching.outlook import outlook
 
-    setting = Setting.load(settings)
-    plan = make_plan(settings, setting.num_layers, setting.num_heads, setting.num_neurons)
-    counts = weight_counts(setting.fresh_model(0))
-    unit = "neurons pruned" if settings.prune_neurons else "FFNs pruned"
-    rows = [["ticket", "sparsity", "heads pruned", unit, "weights left (%)", "encoder's left (%)", "seeds"]]
-    for trial in plan[: len(plan) // len(settings.seeds)]:
-        removed = trial.heads_pruned * counts.head + trial.ffns_pruned * counts.ffn
-        removed += trial.neurons_pruned * counts.neuron
-        left = [f"{100 * (1 - removed / whole):.1f}" for whole in (counts.total, counts.encoder)]
-        pruned = [str(trial.heads_pruned), str(trial.neurons_pruned if settings.prune_neurons else trial.ffns_pruned)]
-        rows.append([trial.kind, f"{trial.sparsity:g}", *pruned, *left, str(len(settings.seeds))])
-    _print_table(rows)
-    typer.echo(setting.task.describe())
-    steps = settings.epochs * -(-len(setting.task.train) // settings.batch_size)
-    typer.echo(f"{len(plan)} trials of {steps} steps, batch {settings.batch_size}, into {settings.output}")
-    typer.echo(settings.command())
+    found = outlook(settings)
+    _print_table(found.table)
+    for line in found.lines:
+        typer.echo(line)
 
 
 class _Lines:

@@ -1,0 +1,165 @@
+"""What a run would do, for `--dry-run`: everything is loaded and checked, nothing is trained or written."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ticketops.models import weight_counts
+from ticketops.searching.config import Config
+from ticketops.searching.plan import SearchConfig, Trial
+from ticketops.searching.setting import Setting, quiet
+from ticketops.searching.sharing import prepare_share
+from ticketops.searching.sharing_plan import ShareConfig, share_plan
+from ticketops.searching.transfer import prepare_transfer, subset
+from ticketops.searching.transfer_plan import TransferConfig
+from ticketops.tickets import Ticket, WeightCounts
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run would do.
+
+    Attributes:
+        table: one row for the trials that differ in their seed alone, header first.
+        lines: on the data, the number of trials and of optimizer steps, what is kept, and the command.
+    """
+
+    table: list[list[str]]
+    lines: list[str]
+
+
+def outlook(config: Config) -> Outlook:
+    """Loads and checks a run's inputs and says what it would do.
+
+    Args:
+        config: of a search, a share or a transfer.
+
+    Returns:
+        The outlook.
+
+    Raises:
+        InputError: model, tasks and configuration do not fit each other, or cannot be loaded.
+    """
+    kinds: Mapping[type[Config], Callable[[Any], Outlook]] = {
+        SearchConfig: _search,
+        ShareConfig: _share,
+        TransferConfig: _transfer,
+    }
+    return kinds[type(config)](config)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Trials that differ in their seed alone.
+
+    Attributes:
+        name: of the row.
+        rows: of training, of all tasks.
+        steps: of the optimizer.
+        seeds: how many.
+        trial: what they prune; None where that is found on the way, or differs from task to task.
+    """
+
+    name: str
+    rows: int
+    steps: int
+    seeds: int
+    trial: Trial | None
+
+
+def _search(config: SearchConfig) -> Outlook:
+    setting = Setting.load(config)
+    models = len(config.seeds) * len(_levels(setting)) if config.save_models else 0
+    return _outlook(config, setting, _levels(setting), [setting.task.describe()], models)
+
+
+def _share(config: ShareConfig) -> Outlook:
+    settings, given = prepare_share(config)
+    kinds = [] if given else [kind for name, setting in settings.items() for kind in _levels(setting, f"{name}: ")]
+    trials = share_plan(config)
+    rows = sum(len(setting.splits["train"]) for setting in settings.values())
+    steps = sum(_steps(setting) for setting in settings.values())
+    arms = dict.fromkeys(trial.kind for trial in trials)
+    kinds += [_Kind(f"shared: {arm}", rows, steps, len(config.seeds), None) for arm in arms]
+    lines = [setting.task.describe() for setting in settings.values()]
+    for name, tickets in given.tickets.items() if given else ():
+        lines += [f"{name}: the ticket of seed {seed} prunes {_pruned(ticket)}" for seed, ticket in tickets.items()]
+    first = next(iter(settings.values()))
+    return _outlook(config, first, kinds, lines, len(trials) if config.save_models else 0)
+
+
+def _transfer(config: TransferConfig) -> Outlook:
+    ready = prepare_transfer(config)
+    source, target, seeds = ready.source, ready.target, len(config.seeds)
+    kinds = [] if source.given else _levels(source.setting, "source: ")
+    models = seeds * len(kinds)
+    for trial in ready.plan[: len(ready.plan) // seeds]:
+        setting = {"source": source.setting, "target": target}[trial.ladder]
+        part = subset(setting, trial.fraction, trial.seed, config.min_steps)
+        known = trial.as_in_search if trial.ladder == "source" or trial.kind == "full" else None
+        name = f"{trial.ladder}, {100 * trial.fraction:g} %: {trial.kind}"
+        kinds.append(_Kind(name, len(part.splits["train"]), _steps(part), seeds, known))
+        models += seeds * (config.save_models and trial.ladder == "target")
+    lines = [f"{role}, {setting.task.describe()}" for role, setting in (("source", source.setting), ("target", target))]
+    if source.given:
+        level, _ = source.level(config)
+        lines.append(f"the source's super ticket is of sparsity {level.sparsity:g}, from {source.folder}")
+    return _outlook(ready.config, source.setting, kinds, lines, models)
+
+
+def _steps(setting: Setting) -> int:
+    return setting.config.epochs * math.ceil(len(setting.splits["train"]) / setting.config.batch_size)
+
+
+def _levels(setting: Setting, prefix: str = "") -> list[_Kind]:
+    """A search's trials of one seed."""
+    plan, seeds = setting.plan(), len(setting.config.seeds)
+    rows, steps = len(setting.splits["train"]), _steps(setting)
+    return [_Kind(prefix + trial.kind, rows, steps, seeds, trial) for trial in plan[: len(plan) // seeds]]
+
+
+def _pruned(ticket: Ticket) -> str:
+    parts = [f"{ticket.heads_pruned} heads", f"{ticket.ffns_pruned} FFNs", f"{ticket.neurons_pruned} neurons"]
+    return ", ".join(parts if ticket.neuron_mask is not None else parts[:2])
+
+
+def _left(trial: Trial, counts: WeightCounts) -> list[str]:
+    """The shares of the weights, and of the encoder's, that a trial keeps."""
+    removed = trial.heads_pruned * counts.head + trial.ffns_pruned * counts.ffn + trial.neurons_pruned * counts.neuron
+    return [f"{100 * (1 - removed / whole):.1f}" for whole in (counts.total, counts.encoder)]
+
+
+def _outlook(
+    config: SearchConfig | ShareConfig | TransferConfig,
+    setting: Setting,
+    kinds: Sequence[_Kind],
+    lines: Iterable[str],
+    models: int,
+) -> Outlook:
+    with quiet():
+        counts = weight_counts(setting.fresh_model(0))
+    unit = "neurons pruned" if config.prune_neurons else "FFNs pruned"
+    header = ["trial", "sparsity", "heads pruned", unit, "weights left (%)", "encoder's left (%)"]
+    table = [[*header, "rows", "steps", "seeds"]]
+    for kind in kinds:
+        trial = kind.trial
+        known = ["–"] * 5
+        if trial is not None:
+            pruned = (trial.heads_pruned, trial.neurons_pruned if config.prune_neurons else trial.ffns_pruned)
+            known = [f"{trial.sparsity:g}", *map(str, pruned), *_left(trial, counts)]
+        table.append([kind.name, *known, f"{kind.rows:,}", f"{kind.steps:,}", str(kind.seeds)])
+    trials, steps = sum(kind.seeds for kind in kinds), {kind.steps for kind in kinds}
+    amount = f"{trials:,} trials of {steps.pop():,} steps" if len(steps) == 1 else f"{trials:,} trials"
+    total = sum(kind.steps * kind.seeds for kind in kinds)
+    bytes_each = 4 * counts.total
+    kept = f"{models} models kept, {models * bytes_each / 1e6:,.0f} MB" if models else "no model kept"
+    return Outlook(
+        table,
+        [
+            *lines,
+            f"{amount}, {total:,} in all, batch {config.batch_size}, into {config.output}",
+            f"{counts.total:,} weights a model, {bytes_each / 1e6:,.0f} MB; {kept}",
+            config.command(),
+        ],
+    )
