@@ -350,16 +350,25 @@ def _doctor(
             show_default=False,
         ),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --kernels: keep the Triton kernels' table in this folder, too, as JSON and Markdown.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     traceback: Trace = False,
 ) -> None:
     """Print versions, device, and which backend would run each op and why; or the same for one model."""
     with _errors(traceback):
+        if output is not None and not kernels:
+            raise InputError("--output keeps the kernels' table: add --kernels")
         if model is not None:
             _print_support(model, as_json)
             return
         if kernels:
-            _print_kernels(as_json)
+            _print_kernels(as_json, output)
             return
         from ticketops.ops import cuda_extension, extension
         from ticketops.ops.backends import explain
@@ -404,11 +413,11 @@ def _print_support(model: str, as_json: bool) -> None:
     _print_backends(rows)
 
 
-def _print_kernels(as_json: bool) -> None:
+def _print_kernels(as_json: bool, output: Path | None) -> None:
     from ticketops.ops.cuda_report import cuda_table
 
     try:
-        from ticketops.ops.kernel_report import kernel_table
+        from ticketops.ops.kernel_report import kernel_table, write_table
     except ModuleNotFoundError as missing:
         raise UnsupportedError(f"--kernels needs {missing.name}: pip install {missing.name}") from missing
     try:
@@ -416,6 +425,8 @@ def _print_kernels(as_json: bool) -> None:
     except UnsupportedError as missing:
         built, why = [], str(missing)
     rows = kernel_table(lambda what: typer.echo(f"compiling {what}", err=True))
+    if output is not None:
+        write_table(rows, output)
     if as_json:
         typer.echo(json.dumps({"kernels": rows, "cuda_kernels": built, "cuda_kernels_missing": why}))
         return
@@ -423,6 +434,7 @@ def _print_kernels(as_json: bool) -> None:
         _print_table([list(table[0]), *([str(value) for value in row.values()] for row in table)])
     if why is not None:
         typer.echo(f"no CUDA kernels: {why}")
+    typer.echo("Compiled only: nothing here was run or timed on a GPU.")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
 import ticketops.ops as ops
@@ -226,6 +227,15 @@ def test_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided):
     check_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided)
 
 
+@pytest.mark.skipif(not common.INTERPRETED, reason="a GPU has its own tiles")
+@pytest.mark.parametrize("target", [(9, 0), (10, 0)])
+@pytest.mark.parametrize(("lengths", "head_dim"), [([64, 33], 64), ([127, 128], 40), ([129], 64), ([130], 72)])
+def test_attention_with_the_tiles_of_newer_gpus(monkeypatch, target, lengths, head_dim):
+    """A whole row of 128, and blocks of queries and keys that differ; the interpreter has an older GPU's tiles."""
+    monkeypatch.setattr(common, "_device_capability", lambda device: target)
+    check_attention(lengths, "packed", [0.5], head_dim, 0.1, torch.float16, False)
+
+
 @pytest.mark.parametrize(("tokens", "heads", "batch"), [(0, 2, 1), (0, 2, 0), (3, 2, 0), (3, 0, 1)])
 def test_attention_of_nothing(tokens, heads, batch):
     q = torch.ones((tokens, heads, 16), device=DEVICE, requires_grad=True)
@@ -405,11 +415,20 @@ def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_
     ffn_mask=st.none() | st.sampled_from(MASK_VALUES),
     neuron_mask=st.booleans(),
     per_token=st.booleans(),
+    wide_weights=st.booleans(),
 )
-@example(tokens=129, kept=[True, False, True], width=24, ffn_mask=0.5, neuron_mask=True, per_token=True)
-@example(tokens=31, kept=[False, True], width=16, ffn_mask=0.0, neuron_mask=False, per_token=False)
-def test_ffn_of_selected_blocks(tokens, kept, width, ffn_mask, neuron_mask, per_token, dtype):
-    """Selected blocks are the masked FFN's in which all other neurons have the mask 0."""
+@example(
+    tokens=129,
+    kept=[True, False, True],
+    width=24,
+    ffn_mask=0.5,
+    neuron_mask=True,
+    per_token=True,
+    wide_weights=True,
+)
+@example(tokens=31, kept=[False, True], width=16, ffn_mask=0.0, neuron_mask=False, per_token=False, wide_weights=False)
+def test_ffn_of_selected_blocks(tokens, kept, width, ffn_mask, neuron_mask, per_token, wide_weights, dtype):
+    """Selected blocks are the masked FFN's in which all other neurons have the mask 0; weights may be float32."""
     torch.manual_seed(tokens + width)
     channels, neurons = 24, len(kept) * width
     sequences = _to_device(Sequences.from_lengths([tokens - tokens // 3, tokens // 3]))
@@ -434,7 +453,7 @@ def test_ffn_of_selected_blocks(tokens, kept, width, ffn_mask, neuron_mask, per_
         }
 
     exact, same = plain(torch.float64), plain(dtype)
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = [leaf(x, torch.float32 if wide_weights and i else dtype) for i, x in enumerate(inputs)]
     neuron_leaf = leaf(some, torch.float32) if neuron_mask else None
     if per_token and neuron_leaf is not None:
         neuron_leaf.requires_grad_(False)
@@ -458,6 +477,7 @@ def test_ffn_of_selected_blocks(tokens, kept, width, ffn_mask, neuron_mask, per_
     if neuron_leaf is not None and not per_token:
         actual["dneuron_mask"] = neuron_leaf.grad
     check(actual, same, exact)
+    assert {x.grad.dtype for x in leaves[1:]} == {torch.float32 if wide_weights else dtype}
     gone = torch.ones(neurons, dtype=torch.bool, device=DEVICE).index_fill(0, places, False)
     assert not leaves[1].grad[gone].any()
     assert not leaves[2].grad[gone].any()
@@ -816,6 +836,29 @@ def test_autocast(op):
     assert out.dtype == torch.float16
     torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
     out.sum().backward()
+
+
+class Casts(TorchDispatchMode):
+    """Notes the shapes of the float32 tensors that are cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("indexed")
+@pytest.mark.parametrize("op", ["blocks", "projections"])
+def test_autocast_casts_no_weights_that_the_kernels_read_through_an_index(op):
+    call = calls()[op]
+    with torch.autocast(DEVICE.type, torch.float16), Casts() as casts:
+        call().float().sum().backward()
+    # x of 17 tokens, and the sinks of importance.
+    assert all(shape[0] in (2, 17) for shape in casts.shapes), casts.shapes
 
 
 @pytest.mark.usefixtures("indexed")

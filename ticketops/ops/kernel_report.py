@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,7 @@ def ffn_launches(
     token_sums: bool = True,
     neuron_sums: bool = True,
     blocks: bool = False,
+    weight_dtype: torch.dtype | None = None,
 ) -> list[Launch]:
     """The launches of one FFN call, forward and backward.
 
@@ -136,13 +137,14 @@ def ffn_launches(
         token_sums: the FFN's importance is recorded.
         neuron_sums: the neurons' importance is recorded.
         blocks: half of the neurons is selected, in blocks of 64.
+        weight_dtype: of the weights, which need `blocks` to differ from the tokens; None for that of the tokens.
 
     Returns:
         One launch a kernel.
     """
     x = torch.empty((256, 768), dtype=dtype, device="meta")
-    w1, b1 = x.new_empty((3072, 768)), x.new_empty(3072)
-    w2, b2 = x.new_empty((768, 3072)), x.new_empty(768)
+    shapes = ((3072, 768), (3072,), (768, 3072), (768,))
+    w1, b1, w2, b2 = (x.new_empty(shape, dtype=weight_dtype or dtype) for shape in shapes)
     pre = x.new_empty((256, 1536 if blocks else 3072))
     starts = torch.empty(2, dtype=torch.int32, device="meta")
     ffn_mask = torch.empty((), device="meta") if masks else None
@@ -150,6 +152,8 @@ def ffn_launches(
     selected = (torch.empty(24, dtype=torch.int64, device="meta"), 48) if blocks else ()
     wanted = (weight_gradients, token_sums, neuron_sums, False, *selected)
     case = {"dtype": _name(dtype), "case": f"{activation}, blocks" if blocks else activation}
+    if weight_dtype is not None:
+        case["case"] += f" of {_name(weight_dtype)} weights"
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, case)):
         ffn.forward(x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation, *selected)
@@ -217,13 +221,16 @@ def residual_launches(
     return launches
 
 
-def shipped_launches() -> Iterator[Launch]:
+def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[Launch]:
     """Every kernel in every configuration of ticketops.ops.triton_configs, as BERT would launch it.
+
+    Args:
+        targets: compute capabilities.
 
     Returns:
         The launches, each configuration once.
     """
-    for target in TARGETS:
+    for target in targets:
         seen = set()
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (32, 64, 128) if dtype != torch.float16 else (64,):
@@ -240,24 +247,29 @@ def shipped_launches() -> Iterator[Launch]:
             for channels in (384, 768, 1024):
                 yield from residual_launches(target, dtype, channels)
         yield from projection_launches(target, torch.bfloat16, weight_dtype=torch.float32)
-        for launch in ffn_launches(target, torch.bfloat16, blocks=True):
-            # The pointwise kernels are those of all neurons.
-            if launch.tile == triton_configs.projection(target, torch.bfloat16):
-                yield launch
+        for weight_dtype in (None, torch.float32):
+            for launch in ffn_launches(target, torch.bfloat16, blocks=True, weight_dtype=weight_dtype):
+                # The pointwise kernels are those of all neurons.
+                if launch.tile == triton_configs.projection(target, torch.bfloat16):
+                    yield launch
 
 
-def kernel_table(progress: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+def kernel_table(
+    progress: Callable[[str], None] | None = None, targets: Iterable[tuple[int, int]] = TARGETS
+) -> list[dict[str, Any]]:
     """Compiles every shipped configuration; minutes the first time, then served from Triton's cache.
 
     Args:
         progress: is told what is being compiled.
+        targets: compute capabilities.
 
     Returns:
         One row a kernel, target and configuration: kernel, target, dtype, case, tile, warps, stages, registers,
-        spill_bytes, shared_bytes, per_multiprocessor (programs that fit one together), matrix_unit.
+        spill_bytes, shared_bytes, per_multiprocessor (programs that fit one together), matrix_unit, timed (the file
+        whose timing chose the configuration).
     """
     rows = []
-    for launch in shipped_launches():
+    for launch in shipped_launches(targets):
         name = f"{launch.kernel.__module__.split('.')[-2]}.{launch.kernel.__name__.removesuffix('_kernel')}"
         target = "sm_{}{}".format(*launch.target)
         if progress is not None:
@@ -276,6 +288,7 @@ def kernel_table(progress: Callable[[str], None] | None = None) -> list[dict[str
                 "shared_bytes": compiled.shared,
                 "per_multiprocessor": _per_multiprocessor(compiled, launch),
                 "matrix_unit": compiled.matrix_unit,
+                "timed": launch.tile.timed or "by no GPU",
             }
         )
     return rows

@@ -1,9 +1,11 @@
 """The tile of every Triton kernel, by GPU family, dtype, head dimension and length: one table, looked up and never
 searched at run time.
 
-What supports the entries: each was compiled ahead of time by Triton 3.6 and 3.9 for sm_80, sm_90 and sm_100 with
-dropout and a mask on, and none spills a register (bench/results/kernels-*.md has registers, shared memory and how many
-programs a multiprocessor holds; python_tests/aot holds them to it). No entry has been timed on a GPU yet.
+What supports the entries: each is compiled ahead of time for sm_80, sm_90 and sm_100 with dropout and a mask on, and
+none spills a register; `ticketops doctor --kernels` prints registers, shared memory and how many programs a
+multiprocessor holds, bench/results/kernels-*.md keeps that, and python_tests/aot holds every entry to it. No entry has
+been timed on a GPU yet. `make gpu` times them, into bench/results/<device>.json, and the entry that a timing has chosen
+names that file (`Tile.timed`, printed with the rest).
 """
 
 from dataclasses import dataclass, replace
@@ -23,6 +25,8 @@ class Tile:
         depth: of a product's inner dimension taken at a time, where neither rows nor columns are it.
         registers: limit of a thread's registers that the compiler keeps to without spilling, so that more programs
             share a multiprocessor; None leaves it free.
+        timed: the file in bench/results whose timing chose the tile; None where no GPU has timed it, and only what the
+            compiler made of it supports it.
     """
 
     rows: int
@@ -31,6 +35,7 @@ class Tile:
     stages: int
     depth: int = 0
     registers: int | None = None
+    timed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -235,8 +240,7 @@ def norm_forward(channels: int) -> Tile:
     Returns:
         The tile.
     """
-    columns = power_of_two(channels)
-    return Tile(max(1, 2048 // columns), columns, 4 if columns <= 2048 else 16, 1)
+    return _whole_rows(channels, 4)
 
 
 def norm_backward(channels: int) -> Tile:
@@ -248,5 +252,9 @@ def norm_backward(channels: int) -> Tile:
     Returns:
         The tile.
     """
+    return _whole_rows(channels, 8)
+
+
+def _whole_rows(channels: int, warps: int) -> Tile:
     columns = power_of_two(channels)
-    return Tile(max(1, 2048 // columns), columns, 8 if columns <= 2048 else 16, 1)
+    return Tile(max(1, 2048 // columns), columns, warps if columns <= 2048 else 16, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops.backends import implementation
 from ticketops.ops.packing import Sequences
-from ticketops.ops.projection import indexed
+from ticketops.ops.projection import check_weights, indexed
 from ticketops.ops.registration import autocast, define, same_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -84,8 +84,12 @@ def ffn(
         if not indexed(x, w1.shape[0] // count):
             w1, b1, w2 = _compacted(w1, b1, w2, blocks, count)
             blocks, count = None, 1
-    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
-    same_dtype("ffn", DTYPES, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    if blocks is None:
+        x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
+        same_dtype("ffn", DTYPES, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    else:
+        (x,) = autocast(x)
+        check_weights("ffn", x, (w1, b1, w2, b2))
     if activation not in ACTIVATIONS:
         raise UnsupportedError(
             f"ffn does not support the activation {activation!r}: use one of {', '.join(ACTIVATIONS)}"
@@ -259,7 +263,7 @@ def _fake_backward(
         return x.new_empty(shape if wanted else (0,), dtype=statistics)
 
     def weight(*shape):
-        return x.new_empty(shape if weight_gradients else (0,))
+        return w1.new_empty(shape if weight_gradients else (0,))
 
     return (
         x.new_empty(x.shape),

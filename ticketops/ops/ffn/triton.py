@@ -6,9 +6,10 @@ epilogue (torch.addmm); the pointwise kernels do everything else. No GPU has mea
 
 Both masks are folded into the activations: with m the FFN mask and n the neuron mask, hidden = m n act(pre) gives
 out = hidden W2^T + m b2 and dW2 = dOut^T hidden, so that nothing of the output's size is multiplied by m. The masks lie
-on the device and reading them would wait for the GPU, hence products are computed at a mask of 0 too, on zeros, while
-the first pointwise kernel loads nothing there. Which blocks of neurons a ticket keeps the host knows: these come as an
-index, products are those of ops.projection's kernels, and nothing else is touched.
+on the device and reading them would wait for the GPU, hence cuBLAS's products are computed at a mask of 0 too, on
+zeros, while the first pointwise kernel loads nothing there. That concerns direct callers of the op only: a layer whose
+FFN a ticket prunes does not call it. Which blocks of neurons a ticket keeps the host knows: these come as an index,
+products are those of ops.projection's kernels, and nothing else is touched.
 """
 
 import torch
@@ -254,12 +255,14 @@ def finish_kernel(
             tl.store(p_signed + pid, tl.sum(b_signed, 0) * inverse)
             tl.store(p_absolute + pid, tl.sum(b_absolute, 0) * tl.abs(inverse))
         return
-    if p_db1 is not None:
+    if p_db2 is not None:
         i_block = pid - batch
-        blocks = tl.cdiv(neurons, COLUMNS)
-        if i_block < blocks:
-            sum_parts(p_parts1, p_db1, parts, neurons, 1.0, i_block, ROWS, COLUMNS)
-        else:
+        blocks = 0
+        if p_db1 is not None:
+            blocks = tl.cdiv(neurons, COLUMNS)
+            if i_block < blocks:
+                sum_parts(p_parts1, p_db1, parts, neurons, 1.0, i_block, ROWS, COLUMNS)
+        if i_block >= blocks:
             sum_parts(p_parts2, p_db2, output_parts, channels, ffn_mask, i_block - blocks, ROWS, COLUMNS)
 
 
@@ -343,7 +346,7 @@ def backward(
         return torch.empty(shape if wanted else (0,), dtype=torch.float32, device=x.device)
 
     def weight(*shape: int) -> Tensor:
-        return torch.empty(shape if weight_gradients else (0,), dtype=x.dtype, device=x.device)
+        return torch.empty(shape if weight_gradients else (0,), dtype=w1.dtype, device=x.device)
 
     tile = triton_configs.FFN
     row_blocks = triton.cdiv(tokens, tile.rows)
@@ -351,8 +354,10 @@ def backward(
     by_sequence = neuron_sums and batch > 0
     parts = batch if by_sequence else row_blocks
     output_parts = row_blocks if weight_gradients or token_sums else 0
-    db1, db2 = weight(neurons), weight(channels)
-    parts1, parts2 = sums(weight_gradients, parts, neurons), sums(weight_gradients, output_parts, channels)
+    # Of selected neurons, the indexed gradient of w1 sums b1's, too.
+    own_db1 = weight_gradients and blocks is None
+    db1, db2 = weight(len(w1)), weight(channels)
+    parts1, parts2 = sums(own_db1, parts, neurons), sums(weight_gradients, output_parts, channels)
     terms, signed, absolute = sums(token_sums, tokens), sums(token_sums, batch), sums(token_sums, batch)
     by_neuron = sums(neuron_sums, batch, neurons)
 
@@ -371,7 +376,7 @@ def backward(
         **sizes,
         p_gradient=gradient,
         p_pre=pre,
-        p_db1=parts1 if weight_gradients else None,
+        p_db1=parts1 if own_db1 else None,
         p_by_neuron=by_neuron if by_sequence else None,
         p_dout=dout,
         p_out=out if token_sums else None,
@@ -389,12 +394,12 @@ def backward(
     if weight_gradients or token_sums:
         launch(
             finish_kernel,
-            batch + (column_blocks + triton.cdiv(channels, tile.columns) if weight_gradients else 0),
+            batch + column_blocks * own_db1 + triton.cdiv(channels, tile.columns) * weight_gradients,
             tile,
             **spans,
             **sizes,
-            p_parts1=parts1 if weight_gradients else None,
-            p_db1=db1 if weight_gradients else None,
+            p_parts1=parts1 if own_db1 else None,
+            p_db1=db1 if own_db1 else None,
             p_parts2=parts2 if weight_gradients else None,
             p_db2=db2 if weight_gradients else None,
             p_terms=terms if token_sums else None,
@@ -409,7 +414,7 @@ def backward(
         return dx, weight(0), db1, weight(0), db2, signed, absolute, by_neuron
     if blocks is None:
         return dx, torch.mm(gradient.t(), x), db1, torch.mm(dout.t(), hidden), db2, signed, absolute, by_neuron
-    dw1, dw2, db1 = torch.empty_like(w1), torch.empty_like(w2), weight(len(w1))
+    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
     projection.gradients([gradient], x, [dw1], [db1], blocks, count)
     projection.gradients([hidden], dout, [dw2.t()], None, blocks, count)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron

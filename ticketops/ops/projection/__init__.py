@@ -9,8 +9,8 @@ There are two ways. Compaction copies the selected rows out of the weights and m
 the weights, and of their gradients on the way back, in a dozen launches whose time does not depend on the number of
 tokens, and then multiplies at cuBLAS's speed. The indexed kernels read and write the weights where they lie, in one
 launch forward for q, k and v together and three backward, at the speed of a Triton product. So few tokens favour the
-kernels and many favour compaction; `_most_indexed_tokens` is the rule. Either serves tickets that change at every step;
-a ticket that stays for good is best removed from the weights (`shrink`), which needs neither.
+kernels and many favour compaction; `indexed` is the rule, and no GPU has measured its number yet. Either serves tickets
+that change at every step; a ticket that stays for good is best removed from the weights (`shrink`), and needs neither.
 """
 
 import importlib
@@ -32,7 +32,7 @@ LEAST_INDEXED_WIDTH = 16
 
 @torch.compiler.assume_constant_result
 def _most_indexed_tokens(device: torch.device, dtype: torch.dtype) -> int:
-    """The dispatch rule: up to this number of tokens the indexed kernels run, above it compaction.
+    """Up to this number of tokens the indexed kernels run, above it compaction.
 
     On a CPU compaction always wins: a launch costs nothing there, and the copies are about 1 % of a training step of
     MiniLM on 32 rows of RTE (0.9 %) or SST-2 (1.4 %). On a GPU the table of Triton configurations has the number, by
@@ -46,7 +46,8 @@ def _most_indexed_tokens(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def indexed(x: Tensor, width: int) -> bool:
-    """Whether the indexed kernels run products with selected rows or columns of weights, here and in `ops.ffn`.
+    """The dispatch rule: whether the indexed kernels run products with selected rows or columns of weights, or
+    compaction, here and in `ops.ffn`.
 
     Args:
         x: [.., C] tokens, before autocast.
@@ -93,7 +94,7 @@ def project_rows(
         return reference.rows(x, weights, biases, groups, count)
     shape = x.shape[:-1]
     (x,) = autocast(x.flatten(0, -2))
-    _same_dtypes("project_rows", x, (*weights, *biases))
+    check_weights("project_rows", x, (*weights, *biases))
     qkv = torch.ops.ticketops.project_rows(x, *weights, *biases, groups, count)
     return tuple(y.view(*shape, y.shape[1]) for y in qkv)
 
@@ -120,11 +121,22 @@ def project_columns(x: Tensor, weight: Tensor, groups: Tensor, count: int) -> Te
         return reference.columns(x, weight, groups, count)
     shape = x.shape[:-1]
     (x,) = autocast(x.flatten(0, -2))
-    _same_dtypes("project_columns", x, (weight,))
+    check_weights("project_columns", x, (weight,))
     return torch.ops.ticketops.project_columns(x, weight, groups, count).view(*shape, channels)
 
 
-def _same_dtypes(name: str, x: Tensor, weights: Sequence[Tensor]) -> None:
+def check_weights(name: str, x: Tensor, weights: Sequence[Tensor]) -> None:
+    """Checks weights that the indexed kernels cast block by block, as under autocast, so that no copy is made of them.
+
+    Args:
+        name: of the op.
+        x: its tokens.
+        weights: and biases.
+
+    Raises:
+        InputError: they have neither x's dtype nor all float32, or lie elsewhere.
+        UnsupportedError: an unsupported dtype.
+    """
     same_dtype(name, DTYPES, x=x)
     same_dtype(name, DTYPES, **{f"weight {i}": weight for i, weight in enumerate(weights)})
     weight = weights[0]
