@@ -1,4 +1,4 @@
-"""python -m bench.gpu [--tiny] [--output DIR] [--only attention,ffn,projection,step,sharing,shrunk]
+"""python -m bench.gpu [--tiny] [--output DIR] [--only attention,ffn,projection,residual,step,sharing,shrunk]
 
 Runs the tests that need a GPU, compute-sanitizer where it is installed, and the benchmarks; writes <device>.json and
 pictures. A ratio is given only where the tests and the workload's own correctness gate are green. `--tiny` goes the
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BENCHES = ("attention", "ffn", "projection", "step", "sharing", "shrunk")
+BENCHES = ("attention", "ffn", "projection", "residual", "step", "sharing", "shrunk")
 
 
 def _arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from bench.gpu.measure import Row, Setting, Work, gate, measured
+from bench.gpu.measure import Row, Setting, Work, both_passes, compare, measured
 from bench.gpu.workloads import Workload
 from ticketops import ops
 
@@ -31,15 +31,7 @@ def check(setting: Setting) -> str:
     torch.manual_seed(0)
     values = _leaves(8 if setting.tiny else 512, setting)
     sequences = Workload("", (len(values[0]),)).sequences(setting.device)
-    gradient = torch.randn_like(values[0])
-
-    def run(call: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in values]
-        out = call(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, gradient.to(dtype))]
-
-    actual = run(lambda *leaves: ops.ffn(*leaves, sequences), setting.dtype)
-    return gate(actual, run(_plain, setting.dtype), run(_plain, torch.float64))
+    return compare(lambda *leaves: ops.ffn(*leaves, sequences), _plain, values, setting)
 
 
 def rows(setting: Setting) -> list[Row]:
@@ -56,34 +48,25 @@ def rows(setting: Setting) -> list[Row]:
         sink = torch.zeros(len(sequences), device=setting.device, requires_grad=True)
         leaves = _leaves(tokens, setting)
         gradient = torch.randn_like(leaves[0])
-        compiled = setting.compile(_plain)
-
-        def step(
-            call: Callable[..., Tensor],
-            inputs: list[Tensor],
-            leaves: list[Tensor] = leaves,
-            gradient: Tensor = gradient,
-        ) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(call(*leaves), inputs, gradient)
-
         width = 16 if setting.tiny else 64
         count = leaves[1].shape[0] // width
         half = torch.arange(0, count, 2, device=setting.device)
-        contenders = {
-            "ticketops": step(lambda *x, s=sequences, i=sink: ops.ffn(*x, s, importance=i), [*leaves, sink]),
-            "ticketops without importance": step(lambda *x, s=sequences: ops.ffn(*x, s), leaves),
-            "ticketops, half the neurons": step(
-                lambda *x, s=sequences, h=half, n=count: ops.ffn(*x, s, blocks=h, count=n), leaves
+        contenders: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+            "ticketops": (lambda *x, s=sequences, i=sink: ops.ffn(*x, s, importance=i), [*leaves, sink]),
+            "ticketops without importance": (lambda *x, s=sequences: ops.ffn(*x, s), leaves),
+            "ticketops, half the neurons": (
+                lambda *x, s=sequences, h=half, n=count: ops.ffn(*x, s, blocks=h, count=n),
+                leaves,
             ),
-            "torch": step(_plain, leaves),
-            "torch.compile": step(compiled, leaves),
+            "torch": (_plain, leaves),
+            "torch.compile": (setting.compile(_plain), leaves),
         }
         neurons, channels = leaves[1].shape
         need = Work(
             6 * 2 * tokens * neurons * channels,
             setting.dtype.itemsize * (5 * tokens * channels + 7 * tokens * neurons + 5 * neurons * channels),
         )
-        for name, call in contenders.items():
+        for name, (call, inputs) in contenders.items():
             row = {
                 "bench": "ffn",
                 "workload": f"{tokens} tokens",
@@ -92,5 +75,5 @@ def rows(setting: Setting) -> list[Row]:
                 "contender": name,
                 "gate": verdict,
             }
-            table.append(measured(row, lambda c=call: c, need, setting))
+            table.append(measured(row, both_passes(call, leaves, gradient, inputs), need, setting))
     return table

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Dense 16-bit matrix operations and bytes of memory a second, from the maker's data sheets, by part of a device name.
@@ -40,7 +41,7 @@ class Setting:
     dtype: torch.dtype
     tiny: bool
 
-    def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=self.device) * scale).to(self.dtype).requires_grad_()
 
     def compile(self, function: Callable, mode: str | None = None) -> Callable:
@@ -100,7 +101,7 @@ def measured(row: Row, call: Callable[[], Callable[[], object]], work: Work | No
     return {**row, **figures}
 
 
-def gate(actual: Iterable[torch.Tensor], same: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> str:
+def gate(actual: Iterable[Tensor], same: Iterable[Tensor], exact: Iterable[Tensor]) -> str:
     """Compares results with float64: the first may err twice as much as plain PyTorch in the same dtype, the others,
     gradients, three times.
 
@@ -113,6 +114,44 @@ def gate(actual: Iterable[torch.Tensor], same: Iterable[torch.Tensor], exact: It
         if not error <= (2 if i == 0 else 3) * allowed + floor:
             return f"red: result {i} errs by {error:.2e}, plain PyTorch by {allowed:.2e}"
     return "green"
+
+
+def compare(ours: Callable[..., Tensor], plain: Callable[..., Tensor], values: list[Tensor], setting: Setting) -> str:
+    """Holds a call's output and the gradients of all its arguments against float64, as `gate` does.
+
+    Args:
+        ours, plain: of the same arguments; their output has the first one's shape.
+        values: the arguments.
+        setting: the run.
+
+    Returns:
+        "green", or what is wrong.
+    """
+    gradient = torch.randn_like(values[0])
+
+    def run(call: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in values]
+        out = call(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, gradient.to(dtype))]
+
+    return gate(run(ours, setting.dtype), run(plain, setting.dtype), run(plain, torch.float64))
+
+
+def both_passes(
+    call: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor, inputs: list[Tensor] | None = None
+) -> Callable[[], Callable[[], object]]:
+    """Builds what `measured` times: a call's forward and backward pass.
+
+    Args:
+        call: of the leaves.
+        leaves: its arguments.
+        gradient: of its output.
+        inputs: whose gradients are formed; the leaves'.
+
+    Returns:
+        The builder.
+    """
+    return lambda: lambda: torch.autograd.grad(call(*leaves), inputs or leaves, gradient)
 
 
 def machine(setting: Setting) -> Row:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.gpu.measure import Row, Setting, Work, gate, measured
+from bench.gpu.measure import Row, Setting, Work, both_passes, compare, measured
 from ticketops import ops
 from ticketops.ops import projection
 
@@ -46,14 +46,8 @@ def check(setting: Setting, groups: Tensor, heads: int) -> str:
     """The correctness gate, on few tokens."""
     torch.manual_seed(0)
     values = _leaves(8 if setting.tiny else 512, setting)
-    gradient = torch.randn_like(values[0])
-
-    def run(most_indexed_tokens: int, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in values]
-        out = _projections(groups, heads, most_indexed_tokens)(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, gradient.to(dtype))]
-
-    return gate(run(len(values[0]), setting.dtype), run(0, setting.dtype), run(0, torch.float64))
+    ours, plain = (_projections(groups, heads, most) for most in (len(values[0]), 0))
+    return compare(ours, plain, values, setting)
 
 
 def rows(setting: Setting) -> list[Row]:
@@ -89,11 +83,6 @@ def rows(setting: Setting) -> list[Row]:
                     "contender": name,
                     "gate": verdict,
                 }
-
-                def step(
-                    call: Callable[..., Tensor] = call, leaves: list[Tensor] = leaves, gradient: Tensor = gradient
-                ) -> Callable[[], object]:
-                    return lambda: torch.autograd.grad(call(*leaves), leaves, gradient)
-
-                table.append(measured(row, step, need if name != "all heads" else None, setting))
+                timed = both_passes(call, leaves, gradient)
+                table.append(measured(row, timed, need if name != "all heads" else None, setting))
     return table
