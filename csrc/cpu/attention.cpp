@@ -114,9 +114,21 @@ void clear(const Attention& args, const Segment& sequence, int64_t head, void* t
   }
 }
 
-// Scores behind the last key take no part in the softmax.
-void pad_scores(float* scores, int64_t keys) {
-  for (int64_t j = keys; j < padded(keys); ++j) scores[j] = -__builtin_inff();
+// The keys that a block of queries attends to: from a multiple of W on, so that loads stay where they are aligned.
+struct Keys {
+  int64_t first, count;
+};
+
+Keys keys_of(const Attention& args, int64_t first_query, int64_t queries, int64_t n) {
+  const int64_t first = args.window < first_query ? (first_query - args.window) / W * W : 0;
+  return {first, args.window < n - first_query - queries ? first_query + queries + args.window - first : n - first};
+}
+
+// Scores outside of a query's window, and behind the last key, take no part in the softmax.
+void pad_scores(float* scores, const Keys& keys, int64_t query, int64_t window) {
+  const int64_t low = query - window - keys.first, high = query + window + 1 - keys.first;
+  for (int64_t j = 0; j < low; ++j) scores[j] = -__builtin_inff();
+  for (int64_t j = min(high, keys.count); j < padded(keys.count); ++j) scores[j] = -__builtin_inff();
 }
 
 }  // namespace
@@ -143,29 +155,31 @@ void attention_forward(const AttentionForward& args) {
     for (int64_t first = 0; first < n; first += query_block) {
       const int64_t rows = min(query_block, n - first), start = sequence.start + first;
       gather<T>(args.q, start, rows, head, depth, args.scale, q, stride);
-      product<false>(rows, padded(n), depth, {q, stride, 1}, k, key_stride, scores, key_stride);
+      const Keys keys = keys_of(args, first, rows, n);
+      product<false>(rows, padded(keys.count), depth, {q, stride, 1}, k + keys.first, key_stride, scores, key_stride);
       float factors[query_block];
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scores + i * key_stride;
-        pad_scores(row, n);
+        pad_scores(row, keys, first + i, args.window);
         Float largest = load(row);
-        for (int64_t j = W; j < n; j += W) {
+        for (int64_t j = W; j < keys.count; j += W) {
           const Float x = load(row + j);
           largest = x > largest ? x : largest;
         }
         const float top = max(largest);
         const uint32_t key = row_key(args.dropout, (start + i) * args.heads + head);
         Float total{};
-        for (int64_t j = 0; j < n; j += W) {
+        for (int64_t j = 0; j < keys.count; j += W) {
           const Float weight = exp(load(row + j) - top);
           total += weight;
-          store(row + j, args.dropout.threshold ? drop(args.dropout, key, j, weight) : weight);
+          store(row + j, args.dropout.threshold ? drop(args.dropout, key, keys.first + j, weight) : weight);
         }
         const float normaliser = sum(total);
         args.lse[(start + i) * args.heads + head] = top + __builtin_logf(normaliser);
         factors[i] = mask * args.dropout.scale / normaliser;
       }
-      product<false>(rows, padded(depth), n, {scores, key_stride, 1}, v, stride, out, stride);
+      product<false>(rows, padded(depth), keys.count, {scores, key_stride, 1}, v + keys.first * stride, stride, out,
+                     stride);
       for (int64_t i = 0; i < rows; ++i)
         scatter<T>(out + i * stride, stride, args, start + i, 1, head, factors[i], args.out, args.heads * depth);
     }
@@ -190,7 +204,8 @@ void attention_backward(const AttentionBackward& args) {
     }
     const Dropout& dropout = args.dropout;
     const int64_t key_stride = attention_stride(n), stride = attention_stride(depth);
-    const int64_t keys = padded(n), channels = padded(depth);
+    const int64_t channels = padded(depth);
+    const bool windowed = args.window < n - 1;
     float* k_transposed = args.scratch + thread * args.scratch_stride;  // [depth][key_stride]
     float* v_transposed = k_transposed + depth * key_stride;
     float* k = v_transposed + depth * key_stride;  // [n][stride]
@@ -204,13 +219,17 @@ void attention_backward(const AttentionBackward& args) {
     gather_transposed<T>(args.k, sequence.start, n, head, depth, k_transposed, key_stride);
     gather_transposed<T>(args.v, sequence.start, n, head, depth, v_transposed, key_stride);
     gather<T>(args.k, sequence.start, n, head, depth, 1, k, stride);
+    // The first block of queries does not reach all keys then.
+    for (int64_t i = 0; windowed && i < 2 * n * stride; i += W) store(dk + i, Float{});
     double signed_sum = 0, absolute_sum = 0;
     for (int64_t first = 0; first < n; first += query_block) {
       const int64_t rows = min(query_block, n - first), start = sequence.start + first;
       gather<T>(args.q, start, rows, head, depth, args.scale, q, stride);
       gather<T>(args.dout, start, rows, head, depth, mask, dout, stride);
-      product<false>(rows, keys, depth, {q, stride, 1}, k_transposed, key_stride, weights, key_stride);
-      product<false>(rows, keys, depth, {dout, stride, 1}, v_transposed, key_stride, dscores, key_stride);
+      const Keys keys = keys_of(args, first, rows, n);
+      const int64_t columns = padded(keys.count), from = keys.first * stride;
+      product<false>(rows, columns, depth, {q, stride, 1}, k_transposed + keys.first, key_stride, weights, key_stride);
+      product<false>(rows, columns, depth, {dout, stride, 1}, v_transposed + keys.first, key_stride, dscores, key_stride);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (start + i) * args.heads + head;
         const T* out_row = static_cast<const T*>(args.out) + at * depth;
@@ -222,24 +241,24 @@ void attention_backward(const AttentionBackward& args) {
         absolute_sum += __builtin_fabsf(delta / mask);
         float* weight_row = weights + i * key_stride;
         float* dscore_row = dscores + i * key_stride;
-        pad_scores(weight_row, n);
+        pad_scores(weight_row, keys, first + i, args.window);
         const uint32_t key = row_key(dropout, at);
-        for (int64_t j = 0; j < n; j += W) {
+        for (int64_t j = 0; j < keys.count; j += W) {
           const Float weight = exp(load(weight_row + j) - lse);
           Float dropped = weight, dweight = load(dscore_row + j);
           if (dropout.threshold) {
-            dropped = drop(dropout, key, j, weight * dropout.scale);
-            dweight = drop(dropout, key, j, dweight * dropout.scale);
+            dropped = drop(dropout, key, keys.first + j, weight * dropout.scale);
+            dweight = drop(dropout, key, keys.first + j, dweight * dropout.scale);
           }
           store(weight_row + j, dropped);
           store(dscore_row + j, weight * (dweight - delta));
         }
       }
-      product<false>(rows, channels, n, {dscores, key_stride, 1}, k, stride, dq, stride);
+      product<false>(rows, channels, keys.count, {dscores, key_stride, 1}, k + from, stride, dq, stride);
       scatter<T>(dq, stride, args, start, rows, head, args.scale, args.dq, args.gradient_row);
-      const auto accumulate = first ? product<true> : product<false>;
-      accumulate(n, channels, rows, {dscores, 1, key_stride}, q, stride, dk, stride);
-      accumulate(n, channels, rows, {weights, 1, key_stride}, dout, stride, dv, stride);
+      const auto accumulate = first || windowed ? product<true> : product<false>;
+      accumulate(keys.count, channels, rows, {dscores, 1, key_stride}, q, stride, dk + from, stride);
+      accumulate(keys.count, channels, rows, {weights, 1, key_stride}, dout, stride, dv + from, stride);
     }
     scatter<T>(dk, stride, args, sequence.start, n, head, 1, args.dk, args.gradient_row);
     scatter<T>(dv, stride, args, sequence.start, n, head, 1, args.dv, args.gradient_row);

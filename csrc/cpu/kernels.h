@@ -48,6 +48,7 @@ struct Attention {
   const float* head_mask;  // [H] or null
   Dropout dropout;
   float scale;
+  int64_t window;  // a query attends to keys at most so far from it
   float* scratch;  // [threads, scratch_stride]
   int64_t scratch_stride;
   int threads;

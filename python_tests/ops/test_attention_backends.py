@@ -19,15 +19,15 @@ def inputs(rows, heads, head_dim, dtype, seed=0):
     return [torch.randn(rows, heads, head_dim, generator=generator).to(dtype) for _ in range(4)]
 
 
-def run(module, tensors, sequences, mask=None, dropout_p=0.0, dtype=None):
+def run(module, tensors, sequences, mask=None, dropout_p=0.0, dtype=None, window=None):
     q, k, v, dout = tensors if dtype is None else [x.to(dtype) for x in tensors]
     if mask is not None:
         mask = mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     seed = torch.tensor([0x2345_6789_ABCD_EF01 >> 1]) if dropout_p else None
     settings = (mask, seed, sequences.max_length, q.shape[-1] ** -0.5, dropout_p)
     where = (sequences.starts, sequences.lengths)
-    out, lse = module.forward(q, k, v, *where, *settings)
-    return out, lse, *module.backward(dout, q, k, v, out, lse, *where, *settings)
+    out, lse = module.forward(q, k, v, *where, *settings, window=window)
+    return out, lse, *module.backward(dout, q, k, v, out, lse, *where, *settings, window=window)
 
 
 def check(backend, tensors, sequences, **options):
@@ -44,13 +44,14 @@ def check(backend, tensors, sequences, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [None, 0, 20, 64])
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
-def test_as_good_as_plain_pytorch(backend, dtype, dropout_p, masked, layout):
+def test_as_good_as_plain_pytorch(backend, dtype, dropout_p, masked, layout, window):
     need(backend, "attention", dtype)
     sequences, rows = layout(RAGGED)
     mask = torch.tensor([1.0, 0.0, -0.5, 2.0]) if masked else None
     with poisoned():
-        check(backend, inputs(rows, 4, 32, dtype), sequences, mask=mask, dropout_p=dropout_p)
+        check(backend, inputs(rows, 4, 32, dtype), sequences, mask=mask, dropout_p=dropout_p, window=window)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -70,15 +71,16 @@ def test_any_head_dim(backend, dtype, head_dim):
     head_dim=st.integers(1, 40),
     dropout_p=st.sampled_from([0.0, 0.5]),
     seed=st.integers(0, 9),
+    window=st.none() | st.integers(0, 80),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed):
+def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed, window):
     need(backend, "attention", torch.float32)
     sequences, rows = padded_sequences(lengths)
     mask = torch.randn(heads, generator=torch.Generator().manual_seed(seed)).round(decimals=0)
     tensors = [strided(x) for x in inputs(rows, heads, head_dim, torch.float32, seed)]
     with poisoned():
-        check(backend, tensors, sequences, mask=mask, dropout_p=dropout_p)
+        check(backend, tensors, sequences, mask=mask, dropout_p=dropout_p, window=window)
 
 
 @pytest.mark.parametrize("backend", FAST)

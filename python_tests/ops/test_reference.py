@@ -32,7 +32,7 @@ def inputs(lengths, heads=3, size=4, channels=6, neurons=10, dtype=torch.float64
     return sequences, qkv, [leaf(tokens, channels), *weights]
 
 
-def dense_attention(q, k, v, sequences, masks, scale=None, keep=None, p=0.0):
+def dense_attention(q, k, v, sequences, masks, scale=None, keep=None, p=0.0, window=None):
     """One softmax over all tokens, with all outside of the query's sequence masked; `masks` is [B, H] or [T, H]."""
     tokens = q.shape[0]
     owner = torch.full((tokens,), -1)
@@ -40,6 +40,8 @@ def dense_attention(q, k, v, sequences, masks, scale=None, keep=None, p=0.0):
         owner[start:end] = b
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     allowed = (owner[:, None] == owner[None, :]) & (owner >= 0)[:, None]
+    if window is not None:
+        allowed = allowed & ((torch.arange(tokens)[:, None] - torch.arange(tokens)).abs() <= window)
     weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1).nan_to_num()
     if keep is not None:
         weights = weights * keep / (1 - p)
@@ -64,6 +66,31 @@ def test_attention_equals_the_dense_definition(lengths, heads, gap):
         strict=True,
     ):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("window", [0, 3, 70, 149])
+def test_attention_within_a_window_equals_the_dense_definition(window):
+    sequences, (q, k, v), _ = inputs([150, 0, 9, 66], heads=2)
+    mask = torch.tensor([[0.5, -1.5]], dtype=torch.float64)
+    out = ops.attention(q, k, v, sequences, head_mask=mask[0], window=window)
+    expected = dense_attention(q, k, v, sequences, mask.expand(4, -1), window=window)
+    torch.testing.assert_close(out, expected)
+    for got, want in zip(
+        torch.autograd.grad(out.cos().sum(), (q, k, v)),
+        torch.autograd.grad(expected.cos().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_window_changes_what_is_computed_not_what_is_masked():
+    # Keys outside the window are never read: not a number there harms nobody.
+    sequences, (q, k, v), _ = inputs([300], heads=2)
+    k, v = k.detach(), v.detach()
+    k[200:], v[200:] = float("nan"), float("nan")
+    assert ops.attention(q, k, v, sequences, window=5)[:128].isfinite().all()
+    with pytest.raises(InputError, match="window must be at least 0"):
+        ops.attention(q, k, v, sequences, window=-1)
 
 
 def test_attention_gradients_against_finite_differences():
@@ -221,7 +248,7 @@ def test_opcheck_and_one_graph():
     importance = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
     where = (sequences.starts, sequences.lengths)
     seed = torch.tensor([5])
-    torch.library.opcheck(torch.ops.ticketops.attention, (*qkv, *where, mask, importance, seed, 7, 0.3, 0.1, False))
+    torch.library.opcheck(torch.ops.ticketops.attention, (*qkv, *where, mask, importance, seed, 7, 0.3, 0.1, False, 2))
     sink = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     ffn_mask = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(

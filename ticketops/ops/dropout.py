@@ -71,18 +71,18 @@ def row_keys(seed: Tensor | None, first_row: int, rows: int, heads: Tensor, num_
     return _mix_(keys).bitwise_xor_(_signed(word >> 32))
 
 
-def kept(row_keys: Tensor, keys: int, p: float) -> Tensor:
+def kept(row_keys: Tensor, keys: slice, p: float) -> Tensor:
     """Which weights of these rows are kept: mix(row key + key * 0x9E3779B9) >> 8 >= ceil(p * 2**24).
 
     Args:
         row_keys: int32 [h, queries] of one sequence.
-        keys: its number of keys; key j is the j-th token of the sequence.
+        keys: which of its keys, start and stop; key j is the j-th token of the sequence.
         p: dropout probability.
 
     Returns:
         bool [h, queries, keys].
     """
-    columns = torch.arange(keys, dtype=torch.int32, device=row_keys.device) * _signed(_GOLDEN)
+    columns = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=row_keys.device) * _signed(_GOLDEN)
     words = _mix_(row_keys[:, :, None] + columns)
     return (words >> 8).bitwise_and_(0xFFFFFF) >= keep_threshold(p)
 
@@ -108,7 +108,7 @@ def keep_mask(
     Returns:
         bool [h, queries, keys], True where the weight is kept.
     """
-    return kept(row_keys(seed, first_row, queries, heads, num_heads), keys, p)
+    return kept(row_keys(seed, first_row, queries, heads, num_heads), slice(0, keys), p)
 
 
 def keep_elements(seed: Tensor | None, rows: int, columns: int, p: float, device: torch.device) -> Tensor:

@@ -86,7 +86,13 @@ def _recorder(launches: list[Launch], target: tuple[int, int], case: dict[str, s
 
 
 def attention_launches(
-    target: tuple[int, int], dtype: torch.dtype, head_dim: int, length: int, *, options: bool = True
+    target: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    length: int,
+    *,
+    options: bool = True,
+    window: int | None = None,
 ) -> list[Launch]:
     """The launches of one attention call, forward and backward.
 
@@ -96,6 +102,7 @@ def attention_launches(
         head_dim: D.
         length: tokens of the longest sequence.
         options: dropout and a head mask are on.
+        window: how far attention reaches, or None.
 
     Returns:
         One launch a kernel.
@@ -106,11 +113,11 @@ def attention_launches(
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     head_mask = torch.empty(12, device="meta") if options else None
     settings = (starts, starts, head_mask, seed, length, head_dim**-0.5, 0.1 if options else 0.0)
-    case = {"dtype": _name(dtype), "case": f"D={head_dim} S={length}"}
+    case = {"dtype": _name(dtype), "case": f"D={head_dim} S={length}" + ("" if window is None else ", window")}
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, case)):
-        attention.forward(q, q, q, *settings)
-        attention.backward(q, q, q, q, q, lse, *settings)
+        attention.forward(q, q, q, *settings, window=window)
+        attention.backward(q, q, q, q, q, lse, *settings, window=window)
     return launches
 
 
@@ -222,7 +229,7 @@ def residual_launches(
 
 
 def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[Launch]:
-    """Every kernel in every configuration of ticketops.ops.triton_configs, as BERT would launch it.
+    """Every kernel in every configuration of ticketops.ops.triton_configs, as BERT and ModernBERT would launch it.
 
     Args:
         targets: compute capabilities.
@@ -240,6 +247,9 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
                         if key not in seen:
                             seen.add(key)
                             yield launch
+            # As ModernBERT's local layers, whose heads are all of this size.
+            for length in (128, 512):
+                yield from attention_launches(target, dtype, 64, length, window=64)
             for activation in ("gelu", "gelu_tanh", "relu") if dtype == torch.bfloat16 else ("gelu",):
                 yield from ffn_launches(target, dtype, activation)
             for head_dim in (32, 64, 128) if dtype == torch.bfloat16 else (64,):

@@ -2,6 +2,8 @@
 
     out[t, h] = head_mask[h] * sum_j dropout(softmax_j(scale * <q[t, h], k[j, h]>)) v[j, h],   j over t's sequence
 
+With a window j is over the tokens at most so far from t; keys further off are not computed.
+
 A head whose mask is 0 is not computed: its output and all its gradients, the mask's too, are 0. With O the output
 before the mask, the gradient of the mask is sum <dOut, O>; the backward pass forms <dOut, out> anyway as the softmax's
 delta, so importance is a sum over it.
@@ -30,6 +32,7 @@ def attention(
     scale: float | None = None,
     importance: Tensor | None = None,
     per_token: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """Self-attention of every sequence on its own, with a mask value a head.
 
@@ -44,6 +47,7 @@ def attention(
         importance: [B, H] float tensor that requires a gradient; its values are not read, its gradient becomes the
             importance partials: for every sequence and head sum_t <dOut, O>, or sum_t |<dOut, O>| with `per_token`.
         per_token: takes the absolute value of each token's term before summing.
+        window: how many tokens to either side a token attends to, |t - j| <= window; None for the whole sequence.
 
     Returns:
         [T, H, D], contiguous, in q's dtype (autocast's dtype under autocast).
@@ -65,6 +69,12 @@ def attention(
         raise InputError(f"head_mask must have shape [{q.shape[1]}], one value a head, got {tuple(head_mask.shape)}")
     if importance is not None and importance.shape != (len(sequences), q.shape[1]):
         raise InputError(f"importance must have shape [{len(sequences)}, {q.shape[1]}], got {tuple(importance.shape)}")
+    if window is not None:
+        if window < 0:
+            raise InputError(f"window must be at least 0, or None for the whole sequence, got {window}")
+        if window >= sequences.max_length - 1:
+            # All of it is within reach: the kernels without a window have less to do.
+            window = None
     seed = draw_seed(q.device) if dropout_p else None
     out, _ = torch.ops.ticketops.attention(
         q,
@@ -79,6 +89,7 @@ def attention(
         q.shape[-1] ** -0.5 if scale is None else scale,
         dropout_p,
         per_token,
+        window,
     )
     return out
 
@@ -87,32 +98,34 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _forward(q, k, v, starts, lengths, head_mask, importance, seed, max_length, scale, dropout_p, per_token):
+def _forward(q, k, v, starts, lengths, head_mask, importance, seed, max_length, scale, dropout_p, per_token, window):
     with torch.autocast(q.device.type, enabled=False):
         return implementation("attention", q.device, q.dtype).forward(
-            q, k, v, starts, lengths, head_mask, seed, max_length, scale, dropout_p
+            q, k, v, starts, lengths, head_mask, seed, max_length, scale, dropout_p, window=window
         )
 
 
-def _fake_forward(q, k, v, starts, lengths, head_mask, importance, seed, max_length, scale, dropout_p, per_token):
+def _fake_forward(
+    q, k, v, starts, lengths, head_mask, importance, seed, max_length, scale, dropout_p, per_token, window
+):
     tokens, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((tokens, heads), dtype=_statistics_dtype(q.dtype))
 
 
-def _backward(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p):
+def _backward(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p, window):
     with torch.autocast(q.device.type, enabled=False):
         return implementation("attention", q.device, q.dtype).backward(
-            dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p
+            dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p, window=window
         )
 
 
-def _fake_backward(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p):
+def _fake_backward(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p, window):
     partial = q.new_empty((lengths.shape[0], q.shape[1]), dtype=_statistics_dtype(q.dtype))
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), partial, torch.empty_like(partial)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, starts, lengths, head_mask, importance, seed, *ctx.settings, ctx.per_token = inputs
+    q, k, v, starts, lengths, head_mask, importance, seed, *ctx.settings, ctx.per_token, ctx.window = inputs
     ctx.save_for_backward(q, k, v, *output, starts, lengths, head_mask, seed)
     ctx.importance_dtype = None if importance is None else importance.dtype
 
@@ -120,18 +133,18 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, dout, _):
     *tensors, head_mask, seed = ctx.saved_tensors
     dq, dk, dv, signed, absolute = torch.ops.ticketops.attention_backward(
-        dout, *tensors, head_mask, seed, *ctx.settings
+        dout, *tensors, head_mask, seed, *ctx.settings, ctx.window
     )
     dmask = signed.sum(0) if head_mask is not None and ctx.needs_input_grad[5] else None
     partial = None
     if ctx.importance_dtype is not None:
         partial = (absolute if ctx.per_token else signed).to(ctx.importance_dtype)
-    return dq, dk, dv, None, None, dmask, partial, None, None, None, None, None
+    return dq, dk, dv, None, None, dmask, partial, None, None, None, None, None, None
 
 
 define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, Tensor? head_mask, Tensor? importance, "
-    "Tensor? seed, SymInt max_length, float scale, float dropout_p, bool per_token) -> (Tensor, Tensor)",
+    "Tensor? seed, SymInt max_length, float scale, float dropout_p, bool per_token, int? window) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     _gradients,
@@ -139,7 +152,7 @@ define(
 )
 define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
-    "Tensor lengths, Tensor? head_mask, Tensor? seed, SymInt max_length, float scale, float dropout_p) "
+    "Tensor lengths, Tensor? head_mask, Tensor? seed, SymInt max_length, float scale, float dropout_p, int? window) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,

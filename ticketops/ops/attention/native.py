@@ -26,6 +26,7 @@ def forward(
     max_length: int,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention.reference.forward.
 
@@ -44,7 +45,7 @@ def forward(
         native.attention_forward,
         *(q.dtype == torch.bfloat16, *q_view, *k_view, *v_view, address(out), address(lse)),
         *(address(starts), address(lengths), address(head_mask), batch, tokens, heads, head_dim, max_length),
-        *(scale, *dropout_arguments(seed, dropout_p)),
+        *(max_length if window is None else window, scale, *dropout_arguments(seed, dropout_p)),
     )
     return out, lse
 
@@ -64,6 +65,7 @@ def backward(
     scale: float,
     dropout_p: float,
     gradients: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ticketops.ops.attention.reference.backward.
 
@@ -92,6 +94,6 @@ def backward(
         *(q.dtype == torch.bfloat16, *dout_view, *q_view, *k_view, *v_view, address(out), address(lse)),
         *(address(starts), address(lengths), address(head_mask), address(dq), address(dk), address(dv)),
         *(dq.stride(0), address(signed), address(absolute), batch, tokens, heads, head_dim, max_length),
-        *(scale, *dropout_arguments(seed, dropout_p)),
+        *(max_length if window is None else window, scale, *dropout_arguments(seed, dropout_p)),
     )
     return dq, dk, dv, signed, absolute

@@ -1,6 +1,8 @@
 """The definition of masked attention in plain PyTorch, one sequence at a time: what every other backend is tested
 against."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,22 @@ def _spans(starts: Tensor, lengths: Tensor) -> list[tuple[int, int]]:
     return [(start, start + n) for start, n in zip(starts.tolist(), lengths.tolist(), strict=True) if n]
 
 
+def _blocks(length: int, window: int | None, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Blocks of a sequence's queries, each with the keys that any of them attends to and, as [queries, keys], which
+    does not to which; one block of all, with nothing left out, where there is no window."""
+    if window is None:
+        yield slice(0, length), slice(0, length), None
+        return
+    size = max(64, window)
+    for first in range(0, length, size):
+        queries = slice(first, min(first + size, length))
+        keys = slice(max(0, first - window), min(queries.stop + window, length))
+        distance = torch.arange(queries.start, queries.stop, device=device)[:, None] - torch.arange(
+            keys.start, keys.stop, device=device
+        )
+        yield queries, keys, distance.abs() > window
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -48,6 +66,7 @@ def forward(
     max_length: int,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention; sums and softmax in float32 (float64 for float64 inputs).
 
@@ -64,17 +83,21 @@ def forward(
     rows = _row_keys(seed, dropout_p, tokens, heads, num_heads)
     for start, end in _spans(starts, lengths):
         qs, ks, vs = (_by_head(x, start, end, heads, dtype) for x in (q, k, v))
-        # [h, n, n]
-        weights = (qs @ ks.transpose(1, 2)).mul_(scale)
-        row_lse = weights.logsumexp(-1)
-        weights.sub_(row_lse[:, :, None]).exp_()
-        if dropout_p:
-            weights.mul_(kept(rows[:, start:end], end - start, dropout_p)).div_(1 - dropout_p)
-        context = weights @ vs
-        if head_mask is not None:
-            context.mul_(head_mask[heads, None, None])
-        out[start:end].index_copy_(1, heads, context.transpose(0, 1).to(q.dtype))
-        lse[start:end].index_copy_(1, heads, row_lse.transpose(0, 1))
+        for queries, keys, outside in _blocks(end - start, window, q.device):
+            first, last = start + queries.start, start + queries.stop
+            # [h, queries, keys]
+            weights = (qs[:, queries] @ ks[:, keys].transpose(1, 2)).mul_(scale)
+            if outside is not None:
+                weights.masked_fill_(outside, float("-inf"))
+            row_lse = weights.logsumexp(-1)
+            weights.sub_(row_lse[:, :, None]).exp_()
+            if dropout_p:
+                weights.mul_(kept(rows[:, first:last], keys, dropout_p)).div_(1 - dropout_p)
+            context = weights @ vs[:, keys]
+            if head_mask is not None:
+                context.mul_(head_mask[heads, None, None])
+            out[first:last].index_copy_(1, heads, context.transpose(0, 1).to(q.dtype))
+            lse[first:last].index_copy_(1, heads, row_lse.transpose(0, 1))
     return out, lse
 
 
@@ -92,6 +115,7 @@ def backward(
     max_length: int,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients and importance partials of `forward`.
 
@@ -127,19 +151,30 @@ def backward(
             do = do * head_mask[heads, None, None]
         row_lse = lse[start:end].index_select(1, heads).transpose(0, 1)
         row_delta = delta[start:end].index_select(1, heads).transpose(0, 1)
-        # [h, n, n]
-        weights = (qs @ ks.transpose(1, 2)).mul_(scale).sub_(row_lse[:, :, None]).exp_()
-        dscores = do @ vs.transpose(1, 2)
-        dropped = weights
-        if dropout_p:
-            keep = kept(rows[:, start:end], n, dropout_p)
-            dropped = (weights * keep).div_(1 - dropout_p)
-            dscores.mul_(keep).div_(1 - dropout_p)
-        dscores.sub_(row_delta[:, :, None]).mul_(weights).mul_(scale)
-        for gradient, value in (
-            (dq, dscores @ ks),
-            (dk, dscores.transpose(1, 2) @ qs),
-            (dv, dropped.transpose(1, 2) @ do),
-        ):
+        sums = () if window is None else tuple(torch.zeros_like(x) for x in (qs, ks, vs))
+        for queries, keys, outside in _blocks(n, window, q.device):
+            # [h, queries, keys]
+            weights = (qs[:, queries] @ ks[:, keys].transpose(1, 2)).mul_(scale)
+            if outside is not None:
+                weights.masked_fill_(outside, float("-inf"))
+            weights.sub_(row_lse[:, queries, None]).exp_()
+            dscores = do[:, queries] @ vs[:, keys].transpose(1, 2)
+            dropped = weights
+            if dropout_p:
+                keep = kept(rows[:, start + queries.start : start + queries.stop], keys, dropout_p)
+                dropped = (weights * keep).div_(1 - dropout_p)
+                dscores.mul_(keep).div_(1 - dropout_p)
+            dscores.sub_(row_delta[:, queries, None]).mul_(weights).mul_(scale)
+            parts = (
+                dscores @ ks[:, keys],
+                dscores.transpose(1, 2) @ qs[:, queries],
+                dropped.transpose(1, 2) @ do[:, queries],
+            )
+            if outside is None:
+                sums = parts
+            for total, some, part in zip(sums, (queries, keys, keys), parts, strict=True):
+                if outside is not None:
+                    total[:, some] += part
+        for gradient, value in zip((dq, dk, dv), sums, strict=True):
             gradient[start:end].index_copy_(1, heads, value.transpose(0, 1).to(q.dtype))
     return dq, dk, dv, signed, absolute

@@ -2,7 +2,8 @@
 
 A call whose longest sequence fits one block has one program per sequence and head; its backward pass then is a single
 kernel that holds the whole score matrix, so that delta needs no pass of its own. Longer sequences are tiled, with one
-kernel for dQ and one for dK and dV. No kernel uses atomics, so results are the same in every run.
+kernel for dQ and one for dK and dV. No kernel uses atomics, so results are the same in every run. With a window the
+kernels that tile walk over the tiles within reach only; without one they are compiled as if there were none.
 
 The mask lies on the device and reading it on the host would wait for the GPU, so the grid spans all heads and the
 programs of a head whose mask is 0 end after writing their zeros, before they load anything else. Each grid has one
@@ -50,6 +51,12 @@ def load_rows(p_x, i_row, o_rows, m_rows, i_head, stride_t, stride_h, stride_d, 
 
 
 @triton.jit
+def reach(i_first, ROWS: tl.constexpr, window, length, BLOCK: tl.constexpr):
+    """Where a walk in steps of BLOCK over what rows i_first .. i_first + ROWS - 1 attend to begins and ends."""
+    return tl.maximum(i_first - window, 0) // BLOCK * BLOCK, tl.minimum(i_first + ROWS + window, length)
+
+
+@triton.jit
 def store_rows(p_x, b_x, i_row, o_rows, m_rows, i_head, heads, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Writes a block [rows, BLOCK_D] to rows i_row + o_rows of one head of a contiguous [T, H, D] tensor."""
     o_d = tl.arange(0, BLOCK_D)
@@ -58,7 +65,7 @@ def store_rows(p_x, b_x, i_row, o_rows, m_rows, i_head, heads, D: tl.constexpr, 
     tl.store(p_first + o_x, b_x.to(p_x.dtype.element_ty), mask=m_rows[:, None] & (o_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale"])
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"])
 def forward_kernel(
     p_q,
     p_k,
@@ -85,6 +92,7 @@ def forward_kernel(
     scale,
     threshold,
     keep_scale,
+    window,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -124,14 +132,23 @@ def forward_kernel(
     if p_seed is not None:
         b_word = dropout_rows(p_seed, i_row, o_m, i_h, heads)
     o_n = tl.arange(0, BLOCK_N)
-    for i_n in range(0, length, BLOCK_N):
+    begin = 0
+    end = length
+    if window is not None:
+        begin, end = reach(i_m * BLOCK_M, BLOCK_M, window, length, BLOCK_N)
+    for i_n in range(begin, end, BLOCK_N):
         m_n = i_n + o_n < length
         # [BLOCK_N, BLOCK_D]
         b_k = load_rows(p_k, start + i_n, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
         b_v = load_rows(p_v, start + i_n, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
         # [BLOCK_M, BLOCK_N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        if window is None:
+            b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        else:
+            m_s = m_n[None, :] & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
+            # Finite, since a tile may have nothing for a row; what that leaves in its sums the row's first key undoes.
+            b_s = tl.where(m_s, b_s, -1e30)
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new_max[:, None])
         b_decay = tl.exp2(b_max - b_new_max)
@@ -154,7 +171,7 @@ def forward_kernel(
 # m stays outside all products, hence delta is the importance of the unmasked head whatever m is.
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "scale", "threshold", "keep_scale"])
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "scale", "threshold", "keep_scale", "window"])
 def row_backward_kernel(
     p_dout,
     p_q,
@@ -188,6 +205,7 @@ def row_backward_kernel(
     scale,
     threshold,
     keep_scale,
+    window,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -232,7 +250,10 @@ def row_backward_kernel(
     b_lse = tl.load(p_lse + (start * heads + i_h) + o_n * heads, mask=m_n, other=float("inf"))
     # [queries, keys]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-    b_p = tl.where(m_n[None, :], tl.exp2(b_s - (b_lse * LOG2_E)[:, None]), 0.0)
+    m_p = m_n[None, :]
+    if window is not None:
+        m_p = m_p & (tl.abs(o_n[:, None] - o_n[None, :]) <= window)
+    b_p = tl.where(m_p, tl.exp2(b_s - (b_lse * LOG2_E)[:, None]), 0.0)
     b_g = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_w = b_p
     if p_seed is not None:
@@ -253,7 +274,7 @@ def row_backward_kernel(
     store_rows(p_dk, b_dk * (head_mask * scale), start, o_n, m_n, i_h, heads, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale"])
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"])
 def dq_kernel(
     p_dout,
     p_q,
@@ -286,6 +307,7 @@ def dq_kernel(
     scale,
     threshold,
     keep_scale,
+    window,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -326,7 +348,11 @@ def dq_kernel(
     if p_seed is not None:
         b_word = dropout_rows(p_seed, i_row, o_m, i_h, heads)
     o_n = tl.arange(0, BLOCK_N)
-    for i_n in range(0, length, BLOCK_N):
+    begin = 0
+    end = length
+    if window is not None:
+        begin, end = reach(i_m * BLOCK_M, BLOCK_M, window, length, BLOCK_N)
+    for i_n in range(begin, end, BLOCK_N):
         m_n = i_n + o_n < length
         # [BLOCK_N, BLOCK_D]
         b_k = load_rows(p_k, start + i_n, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
@@ -336,12 +362,15 @@ def dq_kernel(
         b_g = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         if p_seed is not None:
             b_g = tl.where(dropout_keeps(b_word[:, None], i_n + o_n[None, :], threshold), b_g * keep_scale, 0.0)
-        b_h = tl.where(m_n[None, :], b_p * (b_g - b_delta[:, None]), 0.0).to(b_k.dtype)
+        m_p = m_n[None, :]
+        if window is not None:
+            m_p = m_p & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
+        b_h = tl.where(m_p, b_p * (b_g - b_delta[:, None]), 0.0).to(b_k.dtype)
         b_dq = tl.dot(b_h, b_k, b_dq, input_precision=PRECISION)
     store_rows(p_dq, b_dq * (head_mask * scale), i_row, o_m, m_m, i_h, heads, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale"])
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"])
 def dkdv_kernel(
     p_dout,
     p_q,
@@ -376,6 +405,7 @@ def dkdv_kernel(
     scale,
     threshold,
     keep_scale,
+    window,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -384,7 +414,7 @@ def dkdv_kernel(
 ):
     """dK and dV of one block of keys, from scores that are computed transposed, [keys, queries], where W^T and h^T are
     left operands: those never leave the registers. Its loop reads delta of the whole sequence, so the program of the
-    first block also writes the importance sums."""
+    first block also writes the importance sums; with a window it reads the rest of delta for them."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     i_h = tl.program_id(0) % (heads + 1)
     i_n = tl.program_id(0) // (heads + 1) % blocks
@@ -422,7 +452,11 @@ def dkdv_kernel(
     b_signed = tl.zeros([BLOCK_M], tl.float32)
     b_absolute = tl.zeros([BLOCK_M], tl.float32)
     o_m = tl.arange(0, BLOCK_M)
-    for i_m in range(0, length, BLOCK_M):
+    begin = 0
+    end = length
+    if window is not None:
+        begin, end = reach(i_n * BLOCK_N, BLOCK_N, window, length, BLOCK_M)
+    for i_m in range(begin, end, BLOCK_M):
         i_row = start + i_m
         m_m = i_m + o_m < length
         # [BLOCK_M, BLOCK_D]
@@ -434,6 +468,9 @@ def dkdv_kernel(
         b_absolute += tl.abs(b_delta)
         # [BLOCK_N, BLOCK_M]; rows of keys past the end hold nonsense, which the stores leave out.
         b_pt = tl.exp2(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E) - b_lse[None, :])
+        if window is not None:
+            m_pt = tl.abs((i_n * BLOCK_N + o_n)[:, None] - (i_m + o_m)[None, :]) <= window
+            b_pt = tl.where(m_pt, b_pt, 0.0)
         b_gt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_wt = b_pt
         if p_seed is not None:
@@ -447,6 +484,12 @@ def dkdv_kernel(
     store_rows(p_dk, b_dk * (head_mask * scale), i_key, o_n, m_n, i_h, heads, D, BLOCK_D)
     store_rows(p_dv, b_dv * head_mask, i_key, o_n, m_n, i_h, heads, D, BLOCK_D)
     if i_n == 0:
+        if window is not None:
+            for i_m in range(tl.cdiv(end, BLOCK_M) * BLOCK_M, length, BLOCK_M):
+                p_rest = p_delta + ((start + i_m) * heads + i_h) + o_m * heads
+                b_delta = tl.load(p_rest, mask=i_m + o_m < length, other=0.0)
+                b_signed += b_delta
+                b_absolute += tl.abs(b_delta)
         tl.store(p_signed + i_b * heads + i_h, tl.sum(b_signed, 0))
         tl.store(p_absolute + i_b * heads + i_h, tl.sum(b_absolute, 0))
 
@@ -462,6 +505,7 @@ def _shared_arguments(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
+    window: int | None,
 ) -> dict[str, Any]:
     """The arguments that all four kernels take."""
     tokens, heads, head_dim = q.shape
@@ -482,6 +526,7 @@ def _shared_arguments(
         "scale": float(scale),
         "threshold": keep_threshold(dropout_p),
         "keep_scale": 1.0 / (1.0 - dropout_p),
+        "window": window,
         "D": head_dim,
         "BLOCK_D": triton_configs.power_of_two(head_dim),
         "PRECISION": product_precision(q.dtype),
@@ -510,6 +555,7 @@ def forward(
     max_length: int,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention and the reference backend; one launch.
 
@@ -528,7 +574,7 @@ def forward(
         forward_kernel,
         batch * blocks * (heads + 1),
         tile,
-        **_shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p),
+        **_shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window),
         p_out=out,
         blocks=blocks,
         BLOCK_M=tile.rows,
@@ -551,6 +597,7 @@ def backward(
     max_length: int,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients and importance partials of `forward`; one launch where a sequence fits one block, else two.
 
@@ -566,7 +613,7 @@ def backward(
     )
     if empty:
         return dq, dk, dv, signed, absolute
-    shared = _shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p)
+    shared = _shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window)
     shared |= _operand("dout", dout)
     tiles = triton_configs.attention_backward(capability(q.device), q.dtype, head_dim, max_length)
     if len(tiles) == 1:
