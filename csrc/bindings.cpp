@@ -164,15 +164,16 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
 }
 
 void ffn_forward(bool bf16, int activation, Address pre, Address hidden, Address masked, Address neuron_mask,
-                 int64_t rows, int64_t neurons, int threads) {
-  const FfnForward args{rows, neurons, static_cast<Activation>(activation), pointer<void>(pre), pointer<void>(hidden),
-                        pointer<void>(masked), pointer<float>(neuron_mask), threads};
+                 bool gated, int64_t rows, int64_t neurons, int threads) {
+  const FfnForward args{rows, neurons, static_cast<Activation>(activation), gated, pointer<void>(pre),
+                        pointer<void>(hidden), pointer<void>(masked), pointer<float>(neuron_mask), threads};
   (bf16 ? KERNEL(ffn_forward<Bf16>) : KERNEL(ffn_forward<float>))(args);
 }
 
-void ffn_backward(bool bf16, int activation, Address gradient, Address pre, Address hidden, Address masked,
-                  Address neuron_mask, Address bias_sums, Address neuron_sums, bool neuron_absolute, Address starts,
-                  Address lengths, int64_t batch, int64_t rows, int64_t neurons, int threads) {
+void ffn_backward(bool bf16, int activation, Address gradient, Address target, Address pre, Address hidden,
+                  Address masked, Address neuron_mask, Address bias_sums, Address neuron_sums, bool neuron_absolute,
+                  Address starts, Address lengths, bool gated, int64_t batch, int64_t rows, int64_t neurons,
+                  int threads) {
   std::vector<Segment> segments;
   if (neuron_sums) {
     segments = cover(read_sequences(starts, lengths, batch, rows, rows), rows);
@@ -181,12 +182,14 @@ void ffn_backward(bool bf16, int activation, Address gradient, Address pre, Addr
     for (int64_t start = 0; start < rows; start += chunk)
       segments.push_back({start, std::min(chunk, rows - start), -1});
   }
-  const Scratch bias_table = allocate(bias_sums ? segments.size() * neurons : 0);
+  const Scratch bias_table = allocate(bias_sums ? segments.size() * neurons * (1 + gated) : 0);
   FfnBackward args;
   args.rows = rows;
   args.neurons = neurons;
   args.activation = static_cast<Activation>(activation);
+  args.gated = gated;
   args.gradient = pointer<void>(gradient);
+  args.target = pointer<void>(target);
   args.pre = pointer<void>(pre);
   args.hidden = pointer<void>(hidden);
   args.masked = pointer<void>(masked);

@@ -69,11 +69,13 @@ void ffn_forward(const FfnForward& args) {
       const int64_t end = min((task + 1) * chunk, args.rows);
       for (int64_t row = task * chunk; row < end; ++row) {
         const int64_t at = row * args.neurons;
-        const T* pre = static_cast<const T*>(args.pre) + at;
+        const T* pre = static_cast<const T*>(args.pre) + (args.gated ? 2 * at : at);
+        const T* gate = args.gated ? pre + args.neurons : nullptr;
         T* hidden = static_cast<T*>(args.hidden) + at;
         T* masked = args.masked ? static_cast<T*>(args.masked) + at : nullptr;
         for_row(args.neurons, [&](int64_t, auto load, auto store) {
-          const Float output = activation.at(load(pre)).output;
+          Float output = activation.at(load(pre)).output;
+          if (gate) output *= load(gate);
           store(hidden, output);
           if (masked) store(masked, output * load(args.neuron_mask));
         });
@@ -82,7 +84,8 @@ void ffn_forward(const FfnForward& args) {
   });
 }
 
-// With G = dY W2 and n the mask: dA = G n act'(A), db1 = sum dA, dL/dn = sum G H.
+// With G = dY W2 and n the mask: dA = G n act'(A), db1 = sum dA, dL/dn = sum G H; with a gate U, dA = G n U act'(A) and
+// dU = G n act(A).
 template <typename T>
 void ffn_backward(const FfnBackward& args) {
   const int64_t blocks = (args.neurons + column_block - 1) / column_block;
@@ -91,15 +94,19 @@ void ffn_backward(const FfnBackward& args) {
       const Segment& segment = args.segments[task / blocks];
       const int64_t first = task % blocks * column_block, columns = min(column_block, args.neurons - first);
       const float* mask = args.neuron_mask ? args.neuron_mask + first : nullptr;
-      float bias_sums[column_block] = {}, neuron_sums[column_block] = {};
+      const int64_t width = args.gated ? 2 * args.neurons : args.neurons;
+      float bias_sums[column_block] = {}, gate_sums[column_block] = {}, neuron_sums[column_block] = {};
       for (int64_t i = 0; i < segment.length; i += rows_at_once) {
         // Sums of sums: a single float32 running through hundreds of rows would lose digits.
-        float bias_part[column_block] = {}, neuron_part[column_block] = {};
+        float bias_part[column_block] = {}, neuron_part[column_block] = {}, gate_part[column_block];
+        for (int64_t j = 0; args.gated && j < columns; ++j) gate_part[j] = 0;
         const int64_t end = segment.start + min(i + rows_at_once, segment.length);
         for (int64_t row = segment.start + i; row < end; ++row) {
           const int64_t at = row * args.neurons + first;
-          T* gradient = static_cast<T*>(args.gradient) + at;
-          const T* pre = static_cast<const T*>(args.pre) + at;
+          const T* gradient = static_cast<const T*>(args.gradient) + at;
+          const T* pre = static_cast<const T*>(args.pre) + row * width + first;
+          const T* gate = args.gated ? pre + args.neurons : nullptr;
+          T* target = static_cast<T*>(args.target) + row * width + first;
           const T* hidden = static_cast<const T*>(args.hidden) + at;
           T* masked = args.masked ? static_cast<T*>(args.masked) + at : nullptr;
           for_row(columns, [&](int64_t, auto load, auto store) {
@@ -110,26 +117,40 @@ void ffn_backward(const FfnBackward& args) {
             }
             if (masked) store(masked, load(hidden) * load(mask));
             if (mask) value *= load(mask);
-            value *= activation.at(load(pre)).derivative;
-            store(gradient, value);
+            const auto at_pre = activation.at(load(pre));
+            if (gate) {
+              const Float toward = value * at_pre.output;
+              store(target + args.neurons, toward);
+              store(gate_part, load(gate_part) + toward);
+              value *= load(gate);
+            }
+            value *= at_pre.derivative;
+            store(target, value);
             store(bias_part, load(bias_part) + value);
           });
         }
         for (int64_t j = 0; j < columns; ++j) {
           bias_sums[j] += bias_part[j];
           neuron_sums[j] += neuron_part[j];
+          if (args.gated) gate_sums[j] += gate_part[j];
         }
       }
       const auto copy = [=](const float* from, float* to) {
         for (int64_t j = 0; j < columns; ++j) to[j] = from[j];
       };
-      if (args.bias_table) copy(bias_sums, args.bias_table + task / blocks * args.neurons + first);
+      if (args.bias_table) {
+        float* table = args.bias_table + task / blocks * width + first;
+        copy(bias_sums, table);
+        if (args.gated) copy(gate_sums, table + args.neurons);
+      }
       if (args.neuron_sums && segment.sequence >= 0)
         copy(neuron_sums, args.neuron_sums + segment.sequence * args.neurons + first);
     });
   });
-  if (args.bias_table)
-    sum_rows(args.bias_table, args.segment_count, args.neurons, args.neurons, args.bias_sums, args.threads);
+  if (args.bias_table) {
+    const int64_t width = args.gated ? 2 * args.neurons : args.neurons;
+    sum_rows(args.bias_table, args.segment_count, width, width, args.bias_sums, args.threads);
+  }
 }
 
 template <typename T>

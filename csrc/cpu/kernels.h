@@ -71,10 +71,11 @@ struct AttentionBackward : Attention {
 
 enum class Activation : int { gelu, gelu_tanh, relu };
 
-// hidden = act(pre), masked = hidden * mask.
+// hidden = act(pre), masked = hidden * mask. Gated: pre is [T, 2N], and hidden = act(its first half) * its second.
 struct FfnForward {
   int64_t rows, neurons;
   Activation activation;
+  bool gated;
   const void* pre;  // [T, N], bias included
   void *hidden, *masked;  // [T, N]; masked: null without a mask
   const float* neuron_mask;  // [N] or null
@@ -84,14 +85,16 @@ struct FfnForward {
 struct FfnBackward {
   int64_t rows, neurons;
   Activation activation;
-  void* gradient;  // [T, N], holds dY W2 and becomes dL/dpre
+  bool gated;
+  const void* gradient;  // [T, N], dY W2
+  void* target;  // dL/dpre, of pre's shape; the same memory where that is [T, N]
   const void *pre, *hidden;
   void* masked;  // hidden * mask; null where it is not wanted
   const float* neuron_mask;
   const Segment* segments;  // cover all rows
   int64_t segment_count;
-  float* bias_table;  // [segments, N] scratch, null where bias_sums are not wanted
-  float* bias_sums;  // [N], column sums of dL/dpre
+  float* bias_table;  // [segments, N or 2N] scratch, null where bias_sums are not wanted
+  float* bias_sums;  // [N or 2N], column sums of dL/dpre
   float* neuron_sums;  // [B, N] or null
   bool neuron_absolute;
   int threads;

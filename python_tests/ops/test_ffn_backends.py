@@ -13,21 +13,23 @@ DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("out", "pre", "hidden", "dx", "dw1", "db1", "dw2", "db2", "signed", "absolute", "by_neuron")
 
 
-def inputs(rows, channels, neurons, dtype, seed=0):
+def inputs(rows, channels, neurons, dtype, seed=0, gated=False, biased=True):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
-    w1, w2 = normal(neurons, channels, scale=channels**-0.5), normal(channels, neurons, scale=neurons**-0.5)
+    first = (1 + gated) * neurons
+    w1, w2 = normal(first, channels, scale=channels**-0.5), normal(channels, neurons, scale=neurons**-0.5)
+    b1, b2 = (normal(first), normal(channels)) if biased else (None, None)
     # The activation's input reaches from deep in one tail to deep in the other.
-    return normal(rows, channels, scale=3.0), w1, normal(neurons), w2, normal(channels), normal(rows, channels)
+    return normal(rows, channels, scale=3.0), w1, b1, w2, b2, normal(rows, channels)
 
 
 def run(
     module, tensors, sequences, activation, ffn_mask=None, neuron_mask=None, absolute=False, dtype=None, weights=True
 ):
-    x, w1, b1, w2, b2, dout = tensors if dtype is None else [tensor.to(dtype) for tensor in tensors]
+    x, w1, b1, w2, b2, dout = (tensor if tensor is None or dtype is None else tensor.to(dtype) for tensor in tensors)
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     masks = [None if mask is None else mask.to(statistics) for mask in (ffn_mask, neuron_mask)]
     out, pre, hidden = module.forward(x, w1, b1, w2, b2, *masks, activation)
@@ -54,25 +56,29 @@ def check(backend, tensors, sequences, *args, **options):
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
-def test_as_good_as_plain_pytorch(backend, dtype, activation, absolute, layout):
+@pytest.mark.parametrize("gated", [False, True])
+def test_as_good_as_plain_pytorch(backend, dtype, activation, absolute, layout, gated):
     need(backend, "ffn", dtype)
     sequences, rows = layout(RAGGED)
     with poisoned():
-        check(backend, inputs(rows, 24, 37, dtype), sequences, activation, absolute=absolute)
+        tensors = inputs(rows, 24, 37, dtype, gated=gated, biased=not absolute)
+        check(backend, tensors, sequences, activation, absolute=absolute)
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ffn_mask", [None, 0.0, 1.0, -0.7])
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
-def test_masks(backend, dtype, ffn_mask, kept):
+@pytest.mark.parametrize("gated", [False, True])
+def test_masks(backend, dtype, ffn_mask, kept, gated):
     need(backend, "ffn", dtype)
     sequences, rows = padded_sequences(SHORT)
     generator = torch.Generator().manual_seed(1)
     neurons = torch.randn(600, generator=generator) * (torch.rand(600, generator=generator) < kept)
     mask = None if ffn_mask is None else torch.tensor(ffn_mask)
     with poisoned():
-        check(backend, inputs(rows, 16, 600, dtype), sequences, "gelu", ffn_mask=mask, neuron_mask=neurons)
+        tensors = inputs(rows, 16, 600, dtype, gated=gated)
+        check(backend, tensors, sequences, "gelu", ffn_mask=mask, neuron_mask=neurons)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -84,16 +90,18 @@ def test_masks(backend, dtype, ffn_mask, kept):
     masked=st.booleans(),
     weights=st.booleans(),
     seed=st.integers(0, 9),
+    gated=st.booleans(),
+    biased=st.booleans(),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_shape(backend, lengths, channels, neurons, activation, masked, weights, seed):
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_shape(backend, lengths, channels, neurons, activation, masked, weights, seed, gated, biased):
     need(backend, "ffn", torch.float32)
     sequences, rows = padded_sequences(lengths)
     mask = torch.randn(neurons, generator=torch.Generator().manual_seed(seed)).round() if masked else None
     with poisoned():
         check(
             backend,
-            inputs(rows, channels, neurons, torch.float32, seed),
+            inputs(rows, channels, neurons, torch.float32, seed, gated, biased),
             sequences,
             activation,
             neuron_mask=mask,

@@ -100,15 +100,20 @@ def test_attention_gradients_against_finite_differences():
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
-def test_ffn_gradients_against_finite_differences(activation):
+@pytest.mark.parametrize("gated", [False, True])
+def test_ffn_gradients_against_finite_differences(activation, gated):
     sequences, _, tensors = inputs(LENGTHS)
+    if gated:
+        for place, shape in ((1, (20, 6)), (2, (20,))):
+            tensors[place] = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     masks = [
         torch.tensor(0.7, dtype=torch.float64, requires_grad=True),
         torch.linspace(0.1, 2, 10, dtype=torch.float64).requires_grad_(),
     ]
 
     def run(x, w1, b1, w2, b2, mask, neuron_mask):
-        return ops.ffn(x, w1, b1, w2, b2, sequences, activation=activation, ffn_mask=mask, neuron_mask=neuron_mask)
+        masks = {"ffn_mask": mask, "neuron_mask": neuron_mask}
+        return ops.ffn(x, w1, b1, w2, b2, sequences, activation=activation, gated=gated, **masks)
 
     assert torch.autograd.gradcheck(run, (*tensors, *masks))
 
@@ -131,6 +136,28 @@ def test_head_importance_is_the_gradient_of_masks_multiplied_in_by_hand(per_toke
     if per_token:
         expected = torch.stack([expected[start:end].abs().sum(0) for start, end in sequences.spans()])
     torch.testing.assert_close(importance.grad, expected)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_gated_ffn_without_biases_equals_what_one_would_write(per_token):
+    sequences, _, tensors = inputs(LENGTHS)
+    x, w2 = (tensors[place].detach().requires_grad_() for place in (0, 3))
+    w1, blocks = torch.randn(20, 6, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 4])
+    kept = torch.zeros(5, 2, dtype=torch.float64).index_fill_(0, blocks, 1).flatten()
+    neurons = torch.zeros(5, 6, dtype=torch.float64, requires_grad=True)
+    options = {"neuron_importance": neurons, "per_token": per_token, "blocks": blocks, "count": 5, "gated": True}
+    out = ops.ffn(x, w1, None, w2, None, sequences, **options)
+    got = torch.autograd.grad(out.cos().sum(), (x, w1, w2, neurons))
+    neuron_mask = kept.expand(len(x), -1).clone().requires_grad_()
+    by_hand = (neuron_mask * functional.gelu(x @ w1[:10].t()) * (x @ w1[10:].t())) @ w2.t()
+    torch.testing.assert_close(out, by_hand)
+    *want, terms = torch.autograd.grad(by_hand.cos().sum(), (x, w1, w2, neuron_mask))
+    terms = (terms.abs() if per_token else terms)[:, kept.bool()]
+    want.append(torch.stack([terms[start:end].sum(0) for start, end in sequences.spans()]))
+    for each, wanted in zip(got, want, strict=True):
+        torch.testing.assert_close(each, wanted)
+    with pytest.raises(InputError, match=r"w1 \[N, C\]"):
+        ops.ffn(x, w1, None, w2, None, sequences)
 
 
 @pytest.mark.parametrize("per_token", [False, True])

@@ -279,9 +279,9 @@ def test_attention_refuses_wide_heads():
 def plain_ffn(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     sequences: Sequences,
     activation: str,
     ffn_mask: Tensor | None,
@@ -290,19 +290,24 @@ def plain_ffn(
 ) -> dict[str, Tensor]:
     one = torch.ones((), dtype=x.dtype, device=x.device)
     m = one if ffn_mask is None else ffn_mask
-    n = one.expand(w1.shape[0]) if neuron_mask is None else neuron_mask
-    pre = functional.linear(x, w1, b1)
+    n = one.expand(w2.shape[1]) if neuron_mask is None else neuron_mask
+    pre, gate = functional.linear(x, w1, b1), 1
+    if len(w1) != w2.shape[1]:
+        pre, gate = pre.chunk(2, -1)
     hidden = (
         functional.relu(pre)
         if activation == "relu"
         else functional.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
     )
+    hidden = hidden * gate
     unmasked = functional.linear(hidden * n, w2, b2)
     out = unmasked * m
-    gradients = torch.autograd.grad(out, (x, w1, b1, w2, b2), gradient, retain_graph=True)
+    leaves = {"dx": x, "dw1": w1, "db1": b1, "dw2": w2, "db2": b2}
+    leaves = {name: x for name, x in leaves.items() if x is not None}
+    gradients = torch.autograd.grad(out, tuple(leaves.values()), gradient, retain_graph=True)
     terms = (unmasked * gradient).sum(-1) * (m != 0)
     neuron_terms = (gradient * m) @ w2 * hidden * (n != 0)
-    result = {"out": out, **dict(zip(("dx", "dw1", "db1", "dw2", "db2"), gradients, strict=True))}
+    result = {"out": out, **dict(zip(leaves, gradients, strict=True))}
     for name, values in (("signed", terms), ("absolute", terms.abs())):
         result[name] = torch.stack([values[start:end].sum(0) for start, end in sequences.spans()])
     for name, values in (("neuron_signed", neuron_terms), ("neuron_absolute", neuron_terms.abs())):
@@ -310,6 +315,17 @@ def plain_ffn(
     result["dffn_mask"] = result["signed"].sum(0)
     result["dneuron_mask"] = result["neuron_signed"].sum(0)
     return result
+
+
+def draw_ffn(
+    tokens: int, channels: int, neurons: int, gated: bool, biased: bool, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """x, w1, b1, w2 and b2."""
+    first = (1 + gated) * neurons
+    shapes = ((tokens, channels), (first, channels), (first,), (channels, neurons), (channels,))
+    scales = (1.0, channels**-0.5, 0.5, neurons**-0.5, 0.5)
+    drawn = [(torch.randn(shape, device=DEVICE) * scale).to(dtype) for shape, scale in zip(shapes, scales, strict=True)]
+    return [x if biased or x.ndim == 2 else None for x in drawn]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -324,6 +340,8 @@ def plain_ffn(
     per_token=st.booleans(),
     sizes=st.sampled_from([(16, 40), (24, 65), (65, 96)]),
     strided=st.booleans(),
+    gated=st.booleans(),
+    biased=st.booleans(),
 )
 @example(
     lengths=[33, 0, 17],
@@ -335,6 +353,8 @@ def plain_ffn(
     per_token=False,
     sizes=(24, 65),
     strided=True,
+    gated=True,
+    biased=True,
 )
 @example(
     lengths=[70],
@@ -346,6 +366,8 @@ def plain_ffn(
     per_token=True,
     sizes=(16, 40),
     strided=False,
+    gated=False,
+    biased=True,
 )
 @example(
     lengths=[3, 2],
@@ -357,18 +379,18 @@ def plain_ffn(
     per_token=True,
     sizes=(16, 40),
     strided=False,
+    gated=False,
+    biased=True,
 )
-def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_token, sizes, strided, dtype):
+def test_ffn(
+    lengths, layout, activation, ffn_mask, neuron_mask, recording, per_token, sizes, strided, gated, biased, dtype
+):
     sequences, tokens = draw_sequences(lengths, layout)
     channels, neurons = sizes
     torch.manual_seed(neurons)
-    shapes = ((tokens, channels), (neurons, channels), (neurons,), (channels, neurons), (channels,))
-    scales = (1.0, channels**-0.5, 0.5, neurons**-0.5, 0.5)
-    inputs = [
-        (torch.randn(shape, device=DEVICE) * scale).to(dtype) for shape, scale in zip(shapes, scales, strict=True)
-    ]
+    inputs = draw_ffn(tokens, channels, neurons, gated, biased, dtype)
     if strided:
-        inputs = [x.t().contiguous().t() if x.ndim == 2 else x for x in inputs]
+        inputs = [x.t().contiguous().t() if x is not None and x.ndim == 2 else x for x in inputs]
     gradient = torch.randn((channels, tokens), device=DEVICE).to(dtype).t()
     m = None if ffn_mask is None else torch.tensor(ffn_mask, device=DEVICE)
     values = torch.tensor(MASK_VALUES, device=DEVICE)
@@ -380,7 +402,7 @@ def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_
         return plain_ffn(*(leaf(x, dtype) for x in inputs), sequences, activation, *cast, gradient.to(dtype))
 
     exact, same = plain(torch.float64), plain(dtype)
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = [leaf(x, dtype) for x in inputs]
     train_neurons = neuron_mask and not (per_token and recording in ("neurons", "both"))
     mask_leaf, neuron_leaf = leaf(m, torch.float32), leaf(n, torch.float32)
     if neuron_leaf is not None and not train_neurons:
@@ -394,6 +416,7 @@ def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_
         *leaves,
         sequences,
         activation=activation,
+        gated=gated,
         ffn_mask=mask_leaf,
         neuron_mask=neuron_leaf,
         per_token=per_token,
@@ -401,7 +424,8 @@ def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_
     )
     out.backward(gradient)
     kind = "absolute" if per_token else "signed"
-    actual = {"out": out, **{f"d{name}": x.grad for name, x in zip(("x", "w1", "b1", "w2", "b2"), leaves, strict=True)}}
+    named = zip(("x", "w1", "b1", "w2", "b2"), leaves, strict=True)
+    actual = {"out": out, **{f"d{name}": x.grad for name, x in named if x is not None}}
     if "importance" in sinks:
         actual[kind] = sinks["importance"].grad
     if "neuron_importance" in sinks:
@@ -424,6 +448,7 @@ def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_
     neuron_mask=st.booleans(),
     per_token=st.booleans(),
     wide_weights=st.booleans(),
+    gated=st.booleans(),
 )
 @example(
     tokens=129,
@@ -433,18 +458,24 @@ def test_ffn(lengths, layout, activation, ffn_mask, neuron_mask, recording, per_
     neuron_mask=True,
     per_token=True,
     wide_weights=True,
+    gated=True,
 )
-@example(tokens=31, kept=[False, True], width=16, ffn_mask=0.0, neuron_mask=False, per_token=False, wide_weights=False)
-def test_ffn_of_selected_blocks(tokens, kept, width, ffn_mask, neuron_mask, per_token, wide_weights, dtype):
+@example(
+    tokens=31,
+    kept=[False, True],
+    width=16,
+    ffn_mask=0.0,
+    neuron_mask=False,
+    per_token=False,
+    wide_weights=False,
+    gated=False,
+)
+def test_ffn_of_selected_blocks(tokens, kept, width, ffn_mask, neuron_mask, per_token, wide_weights, gated, dtype):
     """Selected blocks are the masked FFN's in which all other neurons have the mask 0; weights may be float32."""
     torch.manual_seed(tokens + width)
     channels, neurons = 24, len(kept) * width
     sequences = _to_device(Sequences.from_lengths([tokens - tokens // 3, tokens // 3]))
-    shapes = ((tokens, channels), (neurons, channels), (neurons,), (channels, neurons), (channels,))
-    scales = (1.0, channels**-0.5, 0.5, neurons**-0.5, 0.5)
-    inputs = [
-        (torch.randn(shape, device=DEVICE) * scale).to(dtype) for shape, scale in zip(shapes, scales, strict=True)
-    ]
+    inputs = draw_ffn(tokens, channels, neurons, gated, not gated, dtype)
     gradient = torch.randn((tokens, channels), device=DEVICE).to(dtype)
     m = None if ffn_mask is None else torch.tensor(ffn_mask, device=DEVICE)
     blocks = torch.tensor(kept, device=DEVICE).nonzero().flatten()
@@ -470,6 +501,7 @@ def test_ffn_of_selected_blocks(tokens, kept, width, ffn_mask, neuron_mask, per_
     out = ops.ffn(
         *leaves,
         sequences,
+        gated=gated,
         ffn_mask=m,
         neuron_mask=neuron_leaf,
         importance=importance,
@@ -480,14 +512,15 @@ def test_ffn_of_selected_blocks(tokens, kept, width, ffn_mask, neuron_mask, per_
     )
     out.backward(gradient)
     kind = "absolute" if per_token else "signed"
-    actual = {"out": out, **{f"d{name}": x.grad for name, x in zip(("x", "w1", "b1", "w2", "b2"), leaves, strict=True)}}
+    named = zip(("x", "w1", "b1", "w2", "b2"), leaves, strict=True)
+    actual = {"out": out, **{f"d{name}": x.grad for name, x in named if x is not None}}
     actual |= {kind: importance.grad, f"neuron_{kind}": neuron_importance.grad}
     if neuron_leaf is not None and not per_token:
         actual["dneuron_mask"] = neuron_leaf.grad
     check(actual, same, exact)
-    assert {x.grad.dtype for x in leaves[1:]} == {torch.float32 if wide_weights else dtype}
+    assert {x.grad.dtype for x in leaves[1:] if x is not None} == {torch.float32 if wide_weights else dtype}
     gone = torch.ones(neurons, dtype=torch.bool, device=DEVICE).index_fill(0, places, False)
-    assert not leaves[1].grad[gone].any()
+    assert not leaves[1].grad[gone.repeat(1 + gated)].any()
     assert not leaves[2].grad[gone].any()
     assert not leaves[3].grad[:, gone].any()
 

@@ -132,6 +132,7 @@ def ffn_launches(
     neuron_sums: bool = True,
     blocks: bool = False,
     weight_dtype: torch.dtype | None = None,
+    gated: bool = False,
 ) -> list[Launch]:
     """The launches of one FFN call, forward and backward.
 
@@ -145,26 +146,30 @@ def ffn_launches(
         neuron_sums: the neurons' importance is recorded.
         blocks: half of the neurons is selected, in blocks of 64.
         weight_dtype: of the weights, which need `blocks` to differ from the tokens; None for that of the tokens.
+        gated: the activations are multiplied with a gate, and there are no biases.
 
     Returns:
         One launch a kernel.
     """
     x = torch.empty((256, 768), dtype=dtype, device="meta")
-    shapes = ((3072, 768), (3072,), (768, 3072), (768,))
+    first = 2 * 3072 if gated else 3072
+    shapes = ((first, 768), (first,), (768, 3072), (768,))
     w1, b1, w2, b2 = (x.new_empty(shape, dtype=weight_dtype or dtype) for shape in shapes)
-    pre = x.new_empty((256, 1536 if blocks else 3072))
+    biases = (None, None) if gated else (b1, b2)
+    hidden = x.new_empty((256, 1536 if blocks else 3072))
+    pre = torch.cat((hidden, hidden), 1) if gated else hidden
     starts = torch.empty(2, dtype=torch.int32, device="meta")
     ffn_mask = torch.empty((), device="meta") if masks else None
-    neuron_mask = torch.empty(pre.shape[1], device="meta") if masks else None
+    neuron_mask = torch.empty(hidden.shape[1], device="meta") if masks else None
     selected = (torch.empty(24, dtype=torch.int64, device="meta"), 48) if blocks else ()
     wanted = (weight_gradients, token_sums, neuron_sums, False, *selected)
-    case = {"dtype": _name(dtype), "case": f"{activation}, blocks" if blocks else activation}
+    case = {"dtype": _name(dtype), "case": activation + (", gated" if gated else "") + (", blocks" if blocks else "")}
     if weight_dtype is not None:
         case["case"] += f" of {_name(weight_dtype)} weights"
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, case)):
-        ffn.forward(x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation, *selected)
-        ffn.backward(x, x, pre, pre, x, w1, w2, starts, starts, ffn_mask, neuron_mask, activation, *wanted)
+        ffn.forward(x, w1, biases[0], w2, biases[1], ffn_mask, neuron_mask, activation, *selected)
+        ffn.backward(x, x, pre, hidden, x, w1, w2, starts, starts, ffn_mask, neuron_mask, activation, *wanted)
     return launches
 
 
@@ -252,6 +257,8 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
                 yield from attention_launches(target, dtype, 64, length, window=64)
             for activation in ("gelu", "gelu_tanh", "relu") if dtype == torch.bfloat16 else ("gelu",):
                 yield from ffn_launches(target, dtype, activation)
+            # The second stage of the sums does not know of a gate.
+            yield from ffn_launches(target, dtype, gated=True)[:2]
             for head_dim in (32, 64, 128) if dtype == torch.bfloat16 else (64,):
                 yield from projection_launches(target, dtype, head_dim)
             for channels in (384, 768, 1024):

@@ -2,6 +2,9 @@
 
     out[t] = ffn_mask * ((neuron_mask * act(x[t] W1^T + b1)) W2^T + b2)
 
+In a gated FFN (GLU) the first layer is twice as high, [W1; V] with biases [b1; c], and the activations are
+act(x[t] W1^T + b1) * (x[t] V^T + c); all else is the same. Either layer may lack a bias.
+
 An FFN whose mask is 0 and a neuron whose mask is 0 are not computed: their output and all their gradients, the masks'
 too, are 0. With Y the output and H the activations before the masks, the gradients are dL/dffn_mask = sum <dOut, Y> and
 dL/dneuron_mask = sum (ffn_mask dOut W2) * H.
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops.backends import implementation
+from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.packing import Sequences
 from ticketops.ops.projection import check_weights, indexed
 from ticketops.ops.registration import autocast, define, same_dtype
@@ -27,12 +31,13 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 def ffn(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     sequences: Sequences,
     *,
     activation: str = "gelu",
+    gated: bool = False,
     ffn_mask: Tensor | None = None,
     neuron_mask: Tensor | None = None,
     importance: Tensor | None = None,
@@ -45,13 +50,14 @@ def ffn(
 
     Args:
         x: [T, C] tokens; float64, float32, bfloat16 or float16.
-        w1: [N, C] weight of the first linear layer, N neurons.
-        b1: [N] its bias.
+        w1: [N, C] weight of the first linear layer, N neurons; [2N, C] if `gated`, the gate's rows last.
+        b1: [N], or [2N], its bias, or None.
         w2: [C, N] weight of the second.
-        b2: [C] its bias.
+        b2: [C] its bias, or None.
         sequences: which rows belong together, for the gradients of the masks; rows of no sequence count in none of
             these.
         activation: "gelu" (erf), "gelu_tanh" or "relu".
+        gated: the activations are multiplied with a gate.
         ffn_mask: scalar tensor that multiplies the output, bias included; None means 1. Differentiable.
         neuron_mask: [N], multiplies the activations; None means ones. Differentiable.
         importance: [B] float tensor that requires a gradient; its values are not read, its gradient becomes the
@@ -76,35 +82,33 @@ def ffn(
     if blocks is None:
         count = 1
     else:
-        if blocks.ndim != 1 or blocks.dtype != torch.int64 or w1.shape[0] % count:
+        if blocks.ndim != 1 or blocks.dtype != torch.int64 or w2.shape[1] % count:
             raise InputError(
-                f"ffn needs int64 blocks [K] and {w1.shape[0]} neurons in equal blocks, got {blocks.dtype} blocks "
+                f"ffn needs int64 blocks [K] and {w2.shape[1]} neurons in equal blocks, got {blocks.dtype} blocks "
                 f"{list(blocks.shape)} and {count} blocks"
             )
-        if not indexed(x, w1.shape[0] // count):
-            w1, b1, w2 = _compacted(w1, b1, w2, blocks, count)
+        if not indexed(x, w2.shape[1] // count):
+            w1, b1, w2 = _compacted(w1, b1, w2, blocks, count, gated)
             blocks, count = None, 1
+    tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if blocks is None:
-        x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
-        same_dtype("ffn", DTYPES, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+        given = dict(zip(given, autocast(*given.values()), strict=True))
+        same_dtype("ffn", DTYPES, **given)
     else:
-        (x,) = autocast(x)
-        check_weights("ffn", x, (w1, b1, w2, b2))
+        (given["x"],) = autocast(x)
+        check_weights("ffn", given["x"], [given[name] for name in given if name != "x"])
+    x, w1, b1, w2, b2 = given["x"], given["w1"], given.get("b1"), given["w2"], given.get("b2")
     if activation not in ACTIVATIONS:
         raise UnsupportedError(
             f"ffn does not support the activation {activation!r}: use one of {', '.join(ACTIVATIONS)}"
         )
-    neurons, channels = w1.shape
-    if (
-        x.ndim != 2
-        or x.shape[1] != channels
-        or w2.shape != (channels, neurons)
-        or (*b1.shape, *b2.shape) != (neurons, channels)
-    ):
-        shapes = {
-            name: tuple(tensor.shape) for name, tensor in (("x", x), ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2))
-        }
-        raise InputError(f"ffn needs x [T, C], w1 [N, C], b1 [N], w2 [C, N], b2 [C], got {shapes}")
+    channels, neurons = w2.shape
+    wanted = {"w1": ((1 + gated) * neurons, channels), "b1": ((1 + gated) * neurons,), "b2": (channels,)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    if x.ndim != 2 or x.shape[1] != channels or any(shapes.get(name, shape) != shape for name, shape in wanted.items()):
+        first = "2N" if gated else "N"
+        raise InputError(f"ffn needs x [T, C], w1 [{first}, C], b1 [{first}], w2 [C, N], b2 [C], got {shapes}")
     if blocks is not None:
         neurons = len(blocks) * (neurons // count)
     for name, tensor, shape in (
@@ -136,10 +140,14 @@ def ffn(
     return out
 
 
-def _compacted(w1: Tensor, b1: Tensor, w2: Tensor, blocks: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def _compacted(
+    w1: Tensor, b1: Tensor | None, w2: Tensor, blocks: Tensor, count: int, gated: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Copies of the selected neurons' weights; autograd scatters the gradients back."""
-    w1 = w1.unflatten(0, (count, -1)).index_select(0, blocks).flatten(0, 1)
-    b1 = b1.unflatten(0, (count, -1)).index_select(0, blocks).flatten()
+    rows, groups = first_places(blocks, count, gated), (1 + gated) * count
+    w1 = w1.unflatten(0, (groups, -1)).index_select(0, rows).flatten(0, 1)
+    if b1 is not None:
+        b1 = b1.unflatten(0, (groups, -1)).index_select(0, rows).flatten()
     return w1, b1, w2.unflatten(1, (count, -1)).index_select(1, blocks).flatten(1)
 
 
@@ -188,9 +196,11 @@ def _fake_forward(
     blocks,
     count,
 ):
-    selected = w1.shape[0] if blocks is None else blocks.shape[0] * (w1.shape[0] // count)
-    neurons = x.new_empty((x.shape[0], selected))
-    return x.new_empty(x.shape), neurons, torch.empty_like(neurons)
+    first, neurons = (
+        structures if blocks is None else blocks.shape[0] * (structures // count)
+        for structures in (w1.shape[0], w2.shape[1])
+    )
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], first)), x.new_empty((x.shape[0], neurons))
 
 
 def _backward(
@@ -255,7 +265,7 @@ def _fake_backward(
     blocks,
     count,
 ):
-    neurons, channels = w1.shape
+    first, channels = w1.shape
     batch = lengths.shape[0]
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -267,13 +277,13 @@ def _fake_backward(
 
     return (
         x.new_empty(x.shape),
-        weight(neurons, channels),
-        weight(neurons),
-        weight(channels, neurons),
+        weight(first, channels),
+        weight(first),
+        weight(channels, w2.shape[1]),
         weight(channels),
         sums(token_sums, batch),
         sums(token_sums, batch),
-        sums(neuron_sums, batch, pre.shape[1]),
+        sums(neuron_sums, batch, hidden.shape[1]),
     )
 
 
@@ -281,9 +291,9 @@ def _setup_context(ctx, inputs, output):
     (
         x,
         w1,
-        _,
+        b1,
         w2,
-        _,
+        b2,
         starts,
         lengths,
         ffn_mask,
@@ -296,6 +306,7 @@ def _setup_context(ctx, inputs, output):
         ctx.count,
     ) = inputs
     out, pre, hidden = output
+    ctx.biased = b1 is not None, b2 is not None
     ctx.recording = importance is not None
     ctx.neuron_recording = neuron_importance is not None
     # The output is kept only where a mask gradient will be formed from it.
@@ -334,7 +345,10 @@ def _gradients(ctx, dout, *_):
         blocks,
         ctx.count,
     )
-    weights = (dw1, db1, dw2, db2) if any(needs[1:5]) else (None, None, None, None)
+    weights = (None, None, None, None)
+    if any(needs[1:5]):
+        db1, db2 = (bias if there else None for bias, there in zip((db1, db2), ctx.biased, strict=True))
+        weights = (dw1, db1, dw2, db2)
     dmask = signed.sum() if mask_wanted else None
     dneuron_mask = by_neuron.sum(0) if neuron_mask_wanted else None
     dtype, neuron_dtype = ctx.importance_dtypes
@@ -344,7 +358,7 @@ def _gradients(ctx, dout, *_):
 
 
 define(
-    "ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor starts, Tensor lengths, Tensor? ffn_mask, "
+    "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor starts, Tensor lengths, Tensor? ffn_mask, "
     "Tensor? neuron_mask, Tensor? importance, Tensor? neuron_importance, str activation, bool per_token, "
     "Tensor? blocks, int count) -> (Tensor, Tensor, Tensor)",
     _forward,

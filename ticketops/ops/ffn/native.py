@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ticketops.errors import InputError
 from ticketops.ops.extension import address, checked, native, refusal, run
+from ticketops.ops.ffn.reference import first_places
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -45,25 +46,29 @@ def _spread(x: Tensor, active: Tensor | None, dim: int, size: int) -> Tensor:
     return x.new_zeros(shape).index_copy_(dim, active, x)
 
 
-def activate(pre: Tensor, activation: str, neuron_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Applies the activation.
+def activate(
+    pre: Tensor, activation: str, neuron_mask: Tensor | None = None, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Applies the activation, and the gate.
 
     Args:
-        pre: [T, N].
+        pre: [T, N], or [T, 2N] if `gated`.
         activation: "gelu", "gelu_tanh" or "relu".
         neuron_mask: float32 [N], or None for ones.
+        gated: the second half of `pre` is the gate of the first.
 
     Returns:
-        act(pre), and act(pre) * neuron_mask; without a mask twice the same tensor.
+        act(pre), times the gate, and that times neuron_mask; without a mask twice the same tensor.
     """
     pre = checked("pre", pre, pre.dtype, *pre.shape)
-    hidden = torch.empty_like(pre)
-    masked = hidden if neuron_mask is None else torch.empty_like(pre)
-    neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, pre.shape[1])
+    tokens, neurons = pre.shape[0], pre.shape[1] // (1 + gated)
+    hidden = torch.empty((tokens, neurons), dtype=pre.dtype)
+    masked = hidden if neuron_mask is None else torch.empty_like(hidden)
+    neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, neurons)
     run(
         native.ffn_forward,
         *(pre.dtype == torch.bfloat16, _ACTIVATIONS[activation], address(pre), address(hidden)),
-        *(address(masked) if neuron_mask is not None else 0, address(neuron_mask), *pre.shape),
+        *(address(masked) if neuron_mask is not None else 0, address(neuron_mask), gated, tokens, neurons),
     )
     return hidden, masked
 
@@ -80,13 +85,14 @@ def activate_backward(
     neuron_absolute: bool,
     starts: Tensor,
     lengths: Tensor,
+    target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Turns the gradient of the masked activations into that of `pre`, in place.
+    """Turns the gradient of the masked activations into that of `pre`, in place where there is no gate.
 
     Args:
         gradient: contiguous [T, N], changed.
-        pre: [T, N], the activation's input.
-        hidden: [T, N], its output before the mask.
+        pre: [T, N], the activation's input; [T, 2N] with the gate.
+        hidden: [T, N], what came of it before the mask.
         masked: [T, N] to receive hidden * neuron_mask, or None.
         neuron_mask: float32 [N], or None for ones.
         activation: "gelu", "gelu_tanh" or "relu".
@@ -94,27 +100,31 @@ def activate_backward(
         neuron_sums: whether the sums of gradient * hidden over each sequence's tokens are wanted.
         neuron_absolute: takes absolute values in these.
         starts, lengths: int32 [B], the sequences.
+        target: contiguous [T, 2N] to receive the gradient of a `pre` with a gate; None where there is none.
 
     Returns:
-        The column sums [N] and the sums by sequence [B, N], in float32; empty where not wanted.
+        The column sums [N] or [2N] and the sums by sequence [B, N], in float32; empty where not wanted.
     """
-    (tokens, neurons), batch = pre.shape, len(lengths)
+    (tokens, neurons), batch = gradient.shape, len(lengths)
+    gated = target is not None
+    first = 2 * neurons if gated else neurons
     if not gradient.is_contiguous():
         raise InputError("the native kernel needs gradient contiguous, since it is changed in place")
     gradient = checked("gradient", gradient, pre.dtype, tokens, neurons)
-    pre = checked("pre", pre, pre.dtype, tokens, neurons)
+    pre = checked("pre", pre, pre.dtype, tokens, first)
+    target = gradient if target is None else checked("target", target, pre.dtype, tokens, first)
     hidden = checked("hidden", hidden, pre.dtype, tokens, neurons)
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
     neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, neurons)
-    by_bias = torch.empty(neurons if bias_sums else 0, dtype=torch.float32)
+    by_bias = torch.empty(first if bias_sums else 0, dtype=torch.float32)
     by_neuron = torch.empty((batch, neurons) if neuron_sums else 0, dtype=torch.float32)
     run(
         native.ffn_backward,
-        *(pre.dtype == torch.bfloat16, _ACTIVATIONS[activation], address(gradient), address(pre), address(hidden)),
-        *(address(masked), address(neuron_mask), address(by_bias if bias_sums else None)),
+        *(pre.dtype == torch.bfloat16, _ACTIVATIONS[activation], address(gradient), address(target), address(pre)),
+        *(address(hidden), address(masked), address(neuron_mask), address(by_bias if bias_sums else None)),
         *(address(by_neuron if neuron_sums else None), neuron_absolute, address(starts), address(lengths)),
-        *(batch, tokens, neurons),
+        *(gated, batch, tokens, neurons),
     )
     return by_bias, by_neuron
 
@@ -147,9 +157,9 @@ def token_sums(dout: Tensor, out: Tensor, starts: Tensor, lengths: Tensor, mask:
 def forward(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
@@ -159,19 +169,20 @@ def forward(
     Returns:
         out [T, C], the input of the activation [T, N] and its output before the mask [T, N].
     """
-    tokens, neurons = x.shape[0], w1.shape[0]
+    tokens, first, neurons = x.shape[0], w1.shape[0], w2.shape[1]
     scale = 1.0 if ffn_mask is None else float(ffn_mask)
     if not scale:
-        return torch.zeros_like(x), x.new_zeros((tokens, neurons)), x.new_zeros((tokens, neurons))
+        return torch.zeros_like(x), x.new_zeros((tokens, first)), x.new_zeros((tokens, neurons))
     active = _active(neuron_mask)
+    rows = None if active is None else first_places(active, neurons, first != neurons)
     if neuron_mask is not None and active is not None:
-        w1, b1, w2, neuron_mask = w1[active], b1[active], w2[:, active], neuron_mask[active]
+        w1, b1, w2, neuron_mask = w1[rows], None if b1 is None else b1[rows], w2[:, active], neuron_mask[active]
     pre = product(x, w1.t(), b1)
-    hidden, masked = activate(pre, activation, neuron_mask)
+    hidden, masked = activate(pre, activation, neuron_mask, first != neurons)
     out = product(masked, w2.t(), b2)
     if scale != 1:
         out.mul_(scale)
-    return out, _spread(pre, active, 1, neurons), _spread(hidden, active, 1, neurons)
+    return out, _spread(pre, rows, 1, first), _spread(hidden, active, 1, neurons)
 
 
 def backward(
@@ -198,14 +209,14 @@ def backward(
         dx; dw1, db1, dw2, db2; the signed and absolute sums of <dOut, Y> over each sequence's tokens; the sums of G * H
         over each sequence's tokens.
     """
-    (tokens, channels), (neurons, batch) = x.shape, (w1.shape[0], len(lengths))
+    (tokens, channels), first, neurons, batch = x.shape, w1.shape[0], w2.shape[1], len(lengths)
     dout = checked("dout", dout, x.dtype, tokens, channels)
     scale = 1.0 if ffn_mask is None else float(ffn_mask)
     signed = absolute = torch.empty(0, dtype=torch.float32)
     if not scale:
         dw1, db1, dw2, db2 = (
             x.new_zeros(shape if weight_gradients else (0,))
-            for shape in ((neurons, channels), (neurons,), (channels, neurons), (channels,))
+            for shape in ((first, channels), (first,), (channels, neurons), (channels,))
         )
         by_neuron = torch.zeros((batch, neurons) if neuron_sums else (0,), dtype=torch.float32)
         signed, absolute = (torch.zeros(batch if token_wanted else 0, dtype=torch.float32) for _ in range(2))
@@ -218,23 +229,25 @@ def backward(
         absolute = torch.empty_like(signed)
 
     active = _active(neuron_mask)
+    rows = None if active is None else first_places(active, neurons, first != neurons)
     if neuron_mask is not None and active is not None:
         pre, hidden, w1, w2, neuron_mask = (
-            pre[:, active],
+            pre[:, rows],
             hidden[:, active],
-            w1[active],
+            w1[rows],
             w2[:, active],
             neuron_mask[active],
         )
     dy = dout if scale == 1 else dout * scale
-    # [T, n], turned from dY W2 into the gradient of `pre` in place.
-    dpre = product(dy, w2)
+    # [T, n], turned from dY W2 into the gradient of `pre`, in place where that has the same shape.
+    gradient = product(dy, w2)
+    dpre = gradient if first == neurons else torch.empty_like(pre, memory_format=torch.contiguous_format)
     masked = None
     if weight_gradients and neuron_mask is not None:
         masked = torch.empty(hidden.shape, dtype=hidden.dtype)
     db1, by_neuron = activate_backward(
-        *(dpre, pre, hidden, masked, neuron_mask, activation, weight_gradients, neuron_sums, neuron_absolute),
-        *(starts, lengths),
+        *(gradient, pre, hidden, masked, neuron_mask, activation, weight_gradients, neuron_sums, neuron_absolute),
+        *(starts, lengths, None if first == neurons else dpre),
     )
     if neuron_sums:
         by_neuron = _spread(by_neuron, active, 1, neurons)
@@ -242,8 +255,8 @@ def backward(
     dw1, dw2, db2 = (x.new_empty(0) for _ in range(3))
     db1 = db1.to(x.dtype)
     if weight_gradients:
-        dw1 = _spread(product(dpre.t(), x), active, 0, neurons)
-        db1 = _spread(db1, active, 0, neurons)
+        dw1 = _spread(product(dpre.t(), x), rows, 0, first)
+        db1 = _spread(db1, rows, 0, first)
         dw2 = _spread(product(dy.t(), hidden if masked is None else masked), active, 1, neurons)
         db2 = dy.sum(0)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron

@@ -26,6 +26,20 @@ def _activate_backward(gradient: Tensor, pre: Tensor, activation: str) -> Tensor
     return torch.ops.aten.gelu_backward(gradient, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def first_places(places: Tensor, structures: int, gated: bool) -> Tensor:
+    """Where some neurons, or blocks of them, lie among the first layer's rows.
+
+    Args:
+        places: int64 [K], which of them.
+        structures: how many there are.
+        gated: the first layer has all of them twice, the gate's last.
+
+    Returns:
+        int64 [K], or [2K].
+    """
+    return torch.cat((places, places + structures)) if gated else places
+
+
 def _select_neurons(neuron_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Which neurons to compute, as indices (None for all), and their mask values (None for ones)."""
     if neuron_mask is None or bool((neuron_mask != 0).all()):
@@ -45,30 +59,36 @@ def _sequence_sums(terms: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
 def forward(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ticketops.ops.ffn.
+    """See ticketops.ops.ffn; it is gated where w1 has twice w2's neurons.
 
     Returns:
-        out [T, C], the input of the activation [T, N] and its output before the mask [T, N], both zero for neurons not
-        computed.
+        out [T, C], the first layer's output [T, N] ([T, 2N] of a gated FFN) and what the second layer takes, before the
+        mask [T, N]; both zero for neurons not computed.
     """
-    shape = (x.shape[0], w1.shape[0])
+    first, neurons = w1.shape[0], w2.shape[1]
     if ffn_mask is not None and not ffn_mask:
-        return torch.zeros_like(x), x.new_zeros(shape), x.new_zeros(shape)
+        return torch.zeros_like(x), x.new_zeros((x.shape[0], first)), x.new_zeros((x.shape[0], neurons))
     active, scale = _select_neurons(neuron_mask)
+    rows = None if active is None else first_places(active, neurons, first != neurons)
     if active is not None:
-        w1, b1, w2 = w1[active], b1[active], w2[:, active]
-    pre = torch.addmm(b1, x, w1.t())
-    hidden = _activate(pre, activation)
-    out = torch.addmm(b2, hidden if scale is None else hidden * scale.to(hidden.dtype), w2.t())
-    if active is not None:
-        pre, hidden = (x.new_zeros(shape).index_copy_(1, active, some) for some in (pre, hidden))
+        w1, b1, w2 = w1[rows], None if b1 is None else b1[rows], w2[:, active]
+    pre = functional.linear(x, w1, b1)
+    if first == neurons:
+        hidden = _activate(pre, activation)
+    else:
+        value, gate = pre.chunk(2, 1)
+        hidden = _activate(value, activation) * gate
+    out = functional.linear(hidden if scale is None else hidden * scale.to(hidden.dtype), w2, b2)
+    if active is not None and rows is not None:
+        pre = x.new_zeros((x.shape[0], first)).index_copy_(1, rows, pre)
+        hidden = x.new_zeros((x.shape[0], neurons)).index_copy_(1, active, hidden)
     if ffn_mask is not None:
         out.mul_(ffn_mask.to(out.dtype))
     return out, pre, hidden
@@ -97,14 +117,16 @@ def backward(
     With n the neuron mask, m the FFN mask, H = act(A), A = x W1^T + b1 and dY = m dOut:
         dW2 = dY^T (H n),   db2 = sum dY,   G = dY W2,   dA = G n act'(A),   dx = dA W1,   dW1 = dA^T x,   db1 = sum dA,
         dL/dm = sum <dOut, Y> = sum <dOut, out> / m,   dL/dn = sum G * H.
+    Of a gated FFN, with U = x V^T + c and H = act(A) * U:
+        dA = G n U act'(A),   dU = G n act(A),   and [dA, dU] stands for dA in what follows from it.
 
     Returns:
         dx; dw1, db1, dw2, db2 (empty unless `weight_gradients`); the signed and absolute sums of <dOut, Y> over each
         sequence's tokens [B] (empty unless `token_sums`); the sums of G * H over each sequence's tokens [B, N], of its
         absolute value with `neuron_absolute` (empty unless `neuron_sums`).
     """
-    neurons, channels = w1.shape
-    batch = len(lengths)
+    first, channels = w1.shape
+    neurons, batch = w2.shape[1], len(lengths)
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def sums(wanted: bool, *shape: int) -> Tensor:
@@ -114,7 +136,7 @@ def backward(
     if ffn_mask is not None and not ffn_mask:
         dw1, db1, dw2, db2 = (
             x.new_zeros(shape if weight_gradients else (0,))
-            for shape in ((neurons, channels), (neurons,), (channels, neurons), (channels,))
+            for shape in ((first, channels), (first,), (channels, neurons), (channels,))
         )
         return torch.zeros_like(x), dw1, db1, dw2, db2, signed, absolute, by_neuron
     if token_sums:
@@ -127,8 +149,9 @@ def backward(
         absolute = _sequence_sums(terms.abs(), starts, lengths)
 
     active, scale = _select_neurons(neuron_mask)
+    rows = None if active is None else first_places(active, neurons, first != neurons)
     if active is not None:
-        pre, hidden, w1, w2 = pre[:, active], hidden[:, active], w1[active], w2[:, active]
+        pre, hidden, w1, w2 = pre[:, rows], hidden[:, active], w1[rows], w2[:, active]
     dy = dout if ffn_mask is None else dout * ffn_mask.to(dout.dtype)
     # [T, n]
     gradient = dy @ w2
@@ -138,14 +161,19 @@ def backward(
         by_neuron = some if active is None else by_neuron.index_copy_(1, active, some)
     if scale is not None:
         gradient = gradient * scale.to(gradient.dtype)
-    dpre = _activate_backward(gradient, pre, activation)
+    if first == neurons:
+        dpre = _activate_backward(gradient, pre, activation)
+    else:
+        value, gate = pre.chunk(2, 1)
+        dvalue = _activate_backward(gradient * gate, value, activation)
+        dpre = torch.cat((dvalue, gradient * _activate(value, activation)), 1)
     dx = dpre @ w1
     dw1 = db1 = dw2 = db2 = x.new_empty(0)
     if weight_gradients:
         masked = hidden if scale is None else hidden * scale.to(hidden.dtype)
         dw1, db1, dw2, db2 = dpre.t() @ x, dpre.sum(0), dy.t() @ masked, dy.sum(0)
-        if active is not None:
-            dw1 = x.new_zeros((neurons, channels)).index_copy_(0, active, dw1)
-            db1 = x.new_zeros(neurons).index_copy_(0, active, db1)
+        if active is not None and rows is not None:
+            dw1 = x.new_zeros((first, channels)).index_copy_(0, rows, dw1)
+            db1 = x.new_zeros(first).index_copy_(0, rows, db1)
             dw2 = x.new_zeros((channels, neurons)).index_copy_(1, active, dw2)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron

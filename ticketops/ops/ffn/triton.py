@@ -9,15 +9,18 @@ out = hidden W2^T + m b2 and dW2 = dOut^T hidden, so that nothing of the output'
 on the device and reading them would wait for the GPU, hence cuBLAS's products are computed at a mask of 0 too, on
 zeros, while the first pointwise kernel loads nothing there. That concerns direct callers of the op only: a layer whose
 FFN a ticket prunes does not call it. Which blocks of neurons a ticket keeps the host knows: these come as an index,
-products are those of ops.projection's kernels, and nothing else is touched.
+products are those of ops.projection's kernels, and nothing else is touched. A gate is the second half of the first
+product's columns.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from ticketops.ops import triton_configs
+from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.projection import triton as projection
 from ticketops.ops.triton_common import launch, owned_rows, refusal
 
@@ -67,10 +70,12 @@ def forward_kernel(
     tokens,
     neurons,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """hidden = m n act(pre) on a block of tokens and neurons."""
+    """hidden = m n act(pre), times the gate, on a block of tokens and neurons."""
+    width = neurons * 2 if GATED else neurons
     column_blocks = tl.cdiv(neurons, COLUMNS)
     i_row = (tl.program_id(0) // column_blocks).to(tl.int64) * ROWS
     o_r = tl.arange(0, ROWS)
@@ -82,8 +87,10 @@ def forward_kernel(
     b_scale = (ffn_mask * b_neuron_mask)[None, :]
     # [ROWS, COLUMNS]
     m_load = (i_row + o_r < rows_to_load(b_scale, tokens))[:, None] & m_n[None, :]
-    b_pre = tl.load(p_pre + i_row * neurons + o_x, mask=m_load, other=0.0).to(tl.float32)
-    b_act, _ = activate(b_pre, ACTIVATION)
+    p_block = p_pre + i_row * width + o_r[:, None] * width + o_n[None, :]
+    b_act, _ = activate(tl.load(p_block, mask=m_load, other=0.0).to(tl.float32), ACTIVATION)
+    if GATED:
+        b_act *= tl.load(p_block + neurons, mask=m_load, other=0.0).to(tl.float32)
     b_hidden = tl.where(b_scale == 0.0, 0.0, b_act * b_scale)
     tl.store(p_hidden + i_row * neurons + o_x, b_hidden.to(p_hidden.dtype.element_ty), mask=m_x)
 
@@ -91,7 +98,9 @@ def forward_kernel(
 # The backward kernels. With m the FFN's mask, n the neurons' and H = act(A):
 #
 #     G = dOut W2 (cuBLAS),   dA = m n G act'(A),   db1 = sum dA,   db2 = m sum dOut,
-#     dL/dm = sum <dOut, Y> = sum <dOut, out> / m,   dL/dn = sum m G H.
+#     dL/dm = sum <dOut, Y> = sum <dOut, out> / m,   dL/dn = sum m G H;
+#
+# with a gate U, H = act(A) U, dA = m n G U act'(A) and dU = m n G act(A).
 
 
 @triton.jit
@@ -132,6 +141,7 @@ def reduce_output_side(
 @triton.jit(do_not_specialize=["tokens", "batch", "output_parts"])
 def backward_kernel(
     p_gradient,
+    p_target,
     p_pre,
     p_db1,
     p_by_neuron,
@@ -151,11 +161,12 @@ def backward_kernel(
     channels,
     output_parts,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Turns G into dA in place, with the partial sums that both biases and the importance need.
+    """Turns G into dA, in place where there is no gate, with the partial sums that both biases and the importance need.
 
     The first `output_parts` programs reduce dOut. Each other one takes a block of neurons and of tokens, or, where sums
     by sequence and neuron are wanted, all the rows that one sequence owns.
@@ -178,25 +189,36 @@ def backward_kernel(
     else:
         first = i_part.to(tl.int64) * ROWS
         last = tl.minimum(first + ROWS, tokens)
+    width = neurons * 2 if GATED else neurons
     b_db1 = tl.zeros([COLUMNS], tl.float32)
+    b_dc = tl.zeros([COLUMNS], tl.float32)
     b_sum = tl.zeros([COLUMNS], tl.float32)
     o_r = tl.arange(0, ROWS)
     for i_row in range(first, last, ROWS):
         o_x = o_r[:, None] * neurons + o_n[None, :]
         m_x = (i_row + o_r < last)[:, None] & m_n[None, :]
-        i_x = i_row * neurons
         # [ROWS, COLUMNS]
-        b_g = tl.load(p_gradient + i_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_act, b_slope = activate(tl.load(p_pre + i_x + o_x, mask=m_x, other=0.0).to(tl.float32), ACTIVATION)
+        b_g = tl.load(p_gradient + i_row * neurons + o_x, mask=m_x, other=0.0).to(tl.float32)
+        o_pre = i_row * width + o_r[:, None] * width + o_n[None, :]
+        b_act, b_slope = activate(tl.load(p_pre + o_pre, mask=m_x, other=0.0).to(tl.float32), ACTIVATION)
+        if GATED:
+            b_gate = tl.load(p_pre + o_pre + neurons, mask=m_x, other=0.0).to(tl.float32)
+            b_du = tl.where(b_scale == 0.0, 0.0, b_g * b_act * b_scale)
+            tl.store(p_target + o_pre + neurons, b_du.to(p_target.dtype.element_ty), mask=m_x)
+            b_dc += tl.sum(b_du, 0)
+            b_act *= b_gate
+            b_slope *= b_gate
         b_da = tl.where(b_scale == 0.0, 0.0, b_g * b_slope * b_scale)
-        tl.store(p_gradient + i_x + o_x, b_da.to(p_gradient.dtype.element_ty), mask=m_x)
+        tl.store(p_target + o_pre, b_da.to(p_target.dtype.element_ty), mask=m_x)
         b_db1 += tl.sum(b_da, 0)
         if p_by_neuron is not None:
             m_own = (i_row + o_r >= start) & (i_row + o_r < end)
             b_term = tl.where(m_own[:, None] & (b_scale != 0.0), b_g * b_act * ffn_mask, 0.0)
             b_sum += tl.sum(tl.abs(b_term) if ABSOLUTE else b_term, 0)
     if p_db1 is not None:
-        tl.store(p_db1 + i_part.to(tl.int64) * neurons + o_n, b_db1, mask=m_n)
+        tl.store(p_db1 + i_part.to(tl.int64) * width + o_n, b_db1, mask=m_n)
+        if GATED:
+            tl.store(p_db1 + i_part.to(tl.int64) * width + neurons + o_n, b_dc, mask=m_n)
     if p_by_neuron is not None:
         tl.store(p_by_neuron + i_part.to(tl.int64) * neurons + o_n, b_sum, mask=m_n)
 
@@ -269,9 +291,9 @@ def finish_kernel(
 def forward(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
@@ -281,15 +303,17 @@ def forward(
     """See ticketops.ops.ffn; two products and one launch. With `blocks`, N is the number of selected neurons.
 
     Returns:
-        out [T, C], the input of the activation [T, N] and its output times both masks [T, N].
+        out [T, C], the first layer's output [T, N] ([T, 2N] of a gated FFN) and what the second layer takes, times
+        both masks [T, N].
     """
+    gated = w1.shape[0] != w2.shape[1]
     if blocks is None:
-        pre = torch.addmm(b1, x, w1.t())
+        pre = functional.linear(x, w1, b1)
     else:
-        w1, b1, w2 = w1.contiguous(), b1.contiguous(), w2.contiguous()
-        (pre,) = projection.into(x, [w1], [b1], blocks, count)
-    tokens, neurons = pre.shape
-    hidden = torch.empty_like(pre)
+        w1, w2, biases = w1.contiguous(), w2.contiguous(), None if b1 is None else [b1.contiguous()]
+        (pre,) = projection.into(x, [w1], biases, first_places(blocks, count, gated), (1 + gated) * count)
+    tokens, neurons = pre.shape[0], pre.shape[1] // (1 + gated)
+    hidden = torch.empty((tokens, neurons), dtype=pre.dtype, device=pre.device)
     tile = triton_configs.FFN
     launch(
         forward_kernel,
@@ -302,13 +326,15 @@ def forward(
         tokens=tokens,
         neurons=neurons,
         ACTIVATION=activation,
+        GATED=gated,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
     )
-    bias = b2 if ffn_mask is None else (b2 * ffn_mask).to(b2.dtype)
+    bias = b2 if b2 is None or ffn_mask is None else (b2 * ffn_mask).to(b2.dtype)
     if blocks is None:
-        return torch.addmm(bias, hidden, w2.t()), pre, hidden
-    return projection.out_of([hidden], [w2.t()], blocks, count, bias.contiguous()), pre, hidden
+        return functional.linear(hidden, w2, bias), pre, hidden
+    bias = None if bias is None else bias.contiguous()
+    return projection.out_of([hidden], [w2.t()], blocks, count, bias), pre, hidden
 
 
 def backward(
@@ -340,7 +366,7 @@ def backward(
         absolute value with `neuron_absolute` (empty unless `neuron_sums`).
     """
     tokens, channels = x.shape
-    neurons, batch = pre.shape[1], len(lengths)
+    gated, first, neurons, batch = w1.shape[0] != w2.shape[1], pre.shape[1], hidden.shape[1], len(lengths)
 
     def sums(wanted: bool, *shape: int) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=torch.float32, device=x.device)
@@ -357,7 +383,7 @@ def backward(
     # Of selected neurons, the indexed gradient of w1 sums b1's, too.
     own_db1 = weight_gradients and blocks is None
     db1, db2 = weight(len(w1)), weight(channels)
-    parts1, parts2 = sums(own_db1, parts, neurons), sums(weight_gradients, output_parts, channels)
+    parts1, parts2 = sums(own_db1, parts, first), sums(weight_gradients, output_parts, channels)
     terms, signed, absolute = sums(token_sums, tokens), sums(token_sums, batch), sums(token_sums, batch)
     by_neuron = sums(neuron_sums, batch, neurons)
 
@@ -366,8 +392,9 @@ def backward(
     else:
         w1, w2 = w1.contiguous(), w2.contiguous()
         (gradient,) = projection.into(dout, [w2.t()], None, blocks, count)
+    dpre = torch.empty_like(pre) if gated else gradient
     spans = {"p_starts": starts.contiguous(), "p_lengths": lengths.contiguous(), "p_ffn_mask": ffn_mask}
-    sizes = {"batch": batch, "neurons": neurons, "channels": channels, "output_parts": output_parts}
+    sizes = {"batch": batch, "channels": channels, "output_parts": output_parts}
     launch(
         backward_kernel,
         parts * column_blocks + output_parts,
@@ -375,6 +402,7 @@ def backward(
         **spans,
         **sizes,
         p_gradient=gradient,
+        p_target=dpre,
         p_pre=pre,
         p_db1=parts1 if own_db1 else None,
         p_by_neuron=by_neuron if by_sequence else None,
@@ -386,7 +414,9 @@ def backward(
         stride_dt=dout.stride(0),
         stride_dc=dout.stride(1),
         tokens=tokens,
+        neurons=neurons,
         ACTIVATION=activation,
+        GATED=gated,
         ABSOLUTE=neuron_absolute,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -394,7 +424,7 @@ def backward(
     if weight_gradients or token_sums:
         launch(
             finish_kernel,
-            batch + column_blocks * own_db1 + triton.cdiv(channels, tile.columns) * weight_gradients,
+            batch + triton.cdiv(first, tile.columns) * own_db1 + triton.cdiv(channels, tile.columns) * weight_gradients,
             tile,
             **spans,
             **sizes,
@@ -406,15 +436,20 @@ def backward(
             p_signed=signed if token_sums else None,
             p_absolute=absolute if token_sums else None,
             parts=parts,
+            neurons=first,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
         )
-    dx = torch.mm(gradient, w1) if blocks is None else projection.out_of([gradient], [w1], blocks, count)
+    if blocks is None:
+        dx = torch.mm(dpre, w1)
+    else:
+        rows, groups = first_places(blocks, count, gated), (1 + gated) * count
+        dx = projection.out_of([dpre], [w1], rows, groups)
     if not weight_gradients:
         return dx, weight(0), db1, weight(0), db2, signed, absolute, by_neuron
     if blocks is None:
-        return dx, torch.mm(gradient.t(), x), db1, torch.mm(dout.t(), hidden), db2, signed, absolute, by_neuron
+        return dx, torch.mm(dpre.t(), x), db1, torch.mm(dout.t(), hidden), db2, signed, absolute, by_neuron
     dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
-    projection.gradients([gradient], x, [dw1], [db1], blocks, count)
+    projection.gradients([dpre], x, [dw1], [db1], rows, groups)
     projection.gradients([hidden], dout, [dw2.t()], None, blocks, count)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron

@@ -68,7 +68,7 @@ def _check(name: str, x: Tensor, channels: int, structures: int, groups: Tensor,
 def project_rows(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     groups: Tensor,
     count: int,
 ) -> tuple[Tensor, ...]:
@@ -77,7 +77,7 @@ def project_rows(
     Args:
         x: [.., C] tokens; float64, float32, bfloat16 or float16.
         weights: of q, k and v, each [count * D, C]; x's dtype, or float32 under autocast.
-        biases: of q, k and v, each [count * D].
+        biases: of q, k and v, each [count * D], or three None.
         groups: int64 [K] on x's device, the selected heads in ascending order, each once.
         count: heads that the weights have.
 
@@ -94,7 +94,7 @@ def project_rows(
         return reference.rows(x, weights, biases, groups, count)
     shape = x.shape[:-1]
     (x,) = autocast(x.flatten(0, -2))
-    check_weights("project_rows", x, (*weights, *biases))
+    check_weights("project_rows", x, (*weights, *(bias for bias in biases if bias is not None)))
     qkv = torch.ops.ticketops.project_rows(x, *weights, *biases, groups, count)
     return tuple(y.view(*shape, y.shape[1]) for y in qkv)
 
@@ -153,7 +153,8 @@ def _kernels():
 
 
 def _rows(x, wq, wk, wv, bq, bk, bv, groups, count):
-    weights, biases = ([w.contiguous() for w in some] for some in ((wq, wk, wv), (bq, bk, bv)))
+    weights = [w.contiguous() for w in (wq, wk, wv)]
+    biases = None if bq is None else [b.contiguous() for b in (bq, bk, bv)]
     return tuple(_kernels().into(x, weights, biases, groups, count))
 
 
@@ -184,7 +185,8 @@ def _fake_rows_backward(dq, dk, dv, x, wq, wk, wv, groups, count, weight_gradien
 
 
 def _setup_rows(ctx, inputs, output):
-    x, wq, wk, wv, *_, groups, ctx.count = inputs
+    x, wq, wk, wv, bq, _, _, groups, ctx.count = inputs
+    ctx.biased = bq is not None
     ctx.save_for_backward(x, wq, wk, wv, groups)
 
 
@@ -195,7 +197,11 @@ def _rows_gradients(ctx, *gradients):
     gradients = [x.new_zeros((x.shape[0], groups.shape[0] * width)) if g is None else g for g in gradients]
     trained = any(ctx.needs_input_grad[1:7])
     dx, *parameters = torch.ops.ticketops.project_rows_backward(*gradients, x, *weights, groups, ctx.count, trained)
-    return dx, *(parameters if trained else [None] * 6), None, None
+    if not trained:
+        parameters = [None] * 6
+    elif not ctx.biased:
+        parameters[3:] = [None] * 3
+    return dx, *parameters, None, None
 
 
 def _columns(x, weight, groups, count):
@@ -232,7 +238,7 @@ def _columns_gradients(ctx, dout):
 
 _WEIGHTS = "Tensor wq, Tensor wk, Tensor wv"
 define(
-    f"project_rows(Tensor x, {_WEIGHTS}, Tensor bq, Tensor bk, Tensor bv, Tensor groups, int count) "
+    f"project_rows(Tensor x, {_WEIGHTS}, Tensor? bq, Tensor? bk, Tensor? bv, Tensor groups, int count) "
     "-> (Tensor, Tensor, Tensor)",
     _rows,
     _fake_rows,
