@@ -22,6 +22,7 @@ _ENCODERS = {
     "transformers.models.distilbert.modeling_distilbert": "Transformer",
     "transformers.models.electra.modeling_electra": "ElectraEncoder",
     "transformers.models.ernie.modeling_ernie": "ErnieEncoder",
+    "transformers.models.modernbert.modeling_modernbert": "ModernBertModel",
     "transformers.models.roberta.modeling_roberta": "RobertaEncoder",
     "transformers.models.vit.modeling_vit": "ViTModel",
     "transformers.models.xlm_roberta.modeling_xlm_roberta": "XLMRobertaEncoder",

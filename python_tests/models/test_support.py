@@ -42,7 +42,7 @@ def test_the_class_that_the_configuration_names_and_what_it_removed(model, tmp_p
         ("FNet", "Fourier"),
         ("GPT2", "decoder, whose attention is causal"),
         ("Longformer", "window"),
-        ("ModernBert", "rotary.*window.*one linear layer.*gated FFN.*without biases"),
+        ("EuroBert", "rotary.*RMSNorm"),
         ("MPNet", "relative position terms"),
         ("ResNet", "no attention layers"),
         ("RoFormer", "rotary"),
@@ -64,6 +64,9 @@ def test_other_architectures_are_refused_with_the_reason(config, words):
         ("Roberta", {"is_decoder": True, "add_cross_attention": True}, "is_decoder"),
         ("DistilBert", {"chunk_size_feed_forward": 4}, "chunk_size_feed_forward=4"),
         ("DistilBert", {"activation": "silu"}, "activation SiLU"),
+        ("ModernBert", {"hidden_activation": "silu"}, "activation SiLU"),
+        ("ModernBert", {"mlp_dropout": 0.1}, "mlp_dropout=0.1"),
+        ("ModernBert", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ("Bert", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized"),
     ],
 )

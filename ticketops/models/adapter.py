@@ -1,6 +1,6 @@
 """What ticketops must know of an architecture: where its linear layers live and which classes to swap."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from ticketops.errors import UnsupportedError
 from ticketops.models.freezing import Frozen
 from ticketops.models.indices import Indices
 from ticketops.models.inputs import TEXT, Inputs
+from ticketops.models.record import head_dim
 from ticketops.ops import Packing
 from ticketops.ops.backends import OPS
 
@@ -30,28 +31,37 @@ class LayerParts:
     """The prunable parts of one encoder layer.
 
     Attributes:
-        query, key, value: linear layers from the hidden size to heads * head_dim.
+        qkv: the linear layers from the hidden size to heads * head_dim of queries, keys and values, or one that has the
+            rows of all three, one behind the other.
         output: linear layer from heads * head_dim back to the hidden size; its bias stays when heads go.
         fc1, fc2: the two linear layers of the FFN.
         activation: the module between them.
-        attention_norm, ffn_norm: the LayerNorm of each sublayer.
+        attention_norm, ffn_norm: the LayerNorm of each sublayer; None where there is none.
         dropouts: the dropout modules inside the layer.
+        gated: fc1 has the rows of a gate behind those of the neurons.
+        bare: nothing of it needs a bias.
     """
 
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
+    qkv: tuple[nn.Linear, ...]
     output: nn.Linear
     fc1: nn.Linear
     fc2: nn.Linear
     activation: nn.Module
-    attention_norm: nn.LayerNorm
+    attention_norm: nn.LayerNorm | None
     ffn_norm: nn.LayerNorm
     dropouts: tuple[nn.Dropout, ...]
+    gated: bool = False
+    bare: bool = False
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linear layers by name."""
-        return {name: getattr(self, name) for name in ("query", "key", "value", "output", "fc1", "fc2")}
+        names = ("query", "key", "value") if len(self.qkv) == 3 else ("query, key and value",)
+        return dict(zip(names, self.qkv, strict=True)) | {"output": self.output, "fc1": self.fc1, "fc2": self.fc2}
+
+    @property
+    def repeats(self) -> tuple[int, int]:
+        """How often a head's rows come in a layer of `qkv`, and a neuron's in fc1."""
+        return 3 // len(self.qkv), 1 + self.gated
 
     def refusal(self) -> str | None:
         """Says which part is not what the ops assume, or None.
@@ -60,7 +70,8 @@ class LayerParts:
         adapter, quantization, a hook) would be passed over in silence.
         """
         modules: dict[str, tuple[nn.Module, type[nn.Module]]] = {n: (m, nn.Linear) for n, m in self.linears().items()}
-        modules |= {name: (getattr(self, name), nn.LayerNorm) for name in ("attention_norm", "ffn_norm")}
+        norms = {"attention_norm": self.attention_norm, "ffn_norm": self.ffn_norm}
+        modules |= {name: (norm, nn.LayerNorm) for name, norm in norms.items() if norm is not None}
         modules |= {f"dropout {index}": (module, nn.Dropout) for index, module in enumerate(self.dropouts)}
         for name, (module, expected) in modules.items():
             if type(module) is not expected:
@@ -71,7 +82,7 @@ class LayerParts:
             if module._forward_hooks or module._forward_pre_hooks:
                 return f"forward hooks on its {name}: remove them before patching"
             removed = name in ("fc1", "fc2") and self.fc1.out_features == 0
-            if expected is not nn.Dropout and module.bias is None and not removed:
+            if expected is not nn.Dropout and module.bias is None and not (removed or self.bare):
                 return f"no bias in its {name}, which ticketops does not serve"
         return None
 
@@ -90,6 +101,10 @@ class Adapter:
         stack: the name of the list of layers in the encoder; their parameters are "the encoder" of weight counts.
         inputs: what the model reads.
         ops: which ops its layers run on.
+        gated: the FFNs have a gate.
+        biases: whether a configuration gives biases to the layers around attention, and to the FFN's.
+        window: how far a layer's attention reaches under a configuration, by its index; None for the whole sequence.
+        no_mask: what the bare model takes for an attention mask that was seen to already.
     """
 
     base: type[nn.Module]
@@ -101,10 +116,24 @@ class Adapter:
     stack: str = "layer"
     inputs: Inputs = TEXT
     ops: tuple[str, ...] = OPS
+    gated: bool = False
+    biases: Callable[[Any], tuple[bool, bool]] = lambda config: (True, True)
+    window: Callable[[Any, int], int | None] = lambda config, layer: None
+    no_mask: Mapping[str, None] | None = None
 
     def layers(self, base: Any) -> list[Any]:
         """The layers of the bare model's encoder."""
         return list(getattr(self.encoder(base), self.stack))
+
+    def weights(self, config: Any) -> tuple[int, int, int]:
+        """Weights of one head, of one neuron, and of what goes with an FFN besides its neurons."""
+        (around_attention, around_ffn), hidden = self.biases(config), config.hidden_size
+        head = (4 * hidden + 3 * around_attention) * head_dim(config)
+        return head, (2 + self.gated) * hidden + (1 + self.gated) * around_ffn, hidden * around_ffn
+
+    def windows(self, config: Any) -> list[int | None]:
+        """How far each layer's attention reaches; None for the whole sequence."""
+        return [self.window(config, layer) for layer in range(config.num_hidden_layers)]
 
 
 @dataclass(frozen=True)
@@ -142,12 +171,14 @@ class LayerState:
     Attributes:
         index: of the layer.
         activation: the FFN op's name for its activation.
+        repeats: how often a head's rows come in a layer to queries, keys and values, and a neuron's in the FFN's first.
         kept: what of the layer is computed.
     """
 
-    def __init__(self, index: int, activation: str) -> None:
+    def __init__(self, index: int, activation: str, repeats: tuple[int, int] = (1, 1)) -> None:
         self.index = index
         self.activation = activation
+        self.repeats = repeats
 
     def hold(self, heads: list[bool], neurons: list[bool]) -> None:
         """Sets which structures the layer's weights have; all of them are computed.
@@ -173,20 +204,21 @@ class LayerState:
         places = [place for place, head in enumerate(self.heads) if heads[head]]
         pruned = Indices(place for place, head in enumerate(self.heads) if not heads[head])
         ffn_places = [place for place, neuron in enumerate(self.neurons) if neurons[neuron]]
+        in_qkv, in_fc1 = self.repeats
         if ffn_places:
             groups, idle = len(self.neurons), Indices(p for p, neuron in enumerate(self.neurons) if not neurons[neuron])
         else:
             # The FFN goes as a whole, with the bias of its output, if it is there.
-            groups, idle = 1, Indices([0] if self.neurons else [])
+            groups, idle, in_fc1 = 1, Indices([0] if self.neurons else []), 1
         return Kept(
             heads=None if places and not pruned else Indices(places),
             numbers=None if len(places) == len(heads) else Indices(self.heads[place] for place in places),
             ffn=bool(ffn_places),
             neurons=Indices(ffn_places) if ffn_places and idle else None,
             neuron_numbers=None if all(neurons) else Indices(self.neurons[place] for place in ffn_places),
-            frozen_rows=Frozen(0, self.num_heads, pruned),
+            frozen_rows=Frozen(0, in_qkv * self.num_heads, _repeated(pruned, self.num_heads, in_qkv)),
             frozen_columns=Frozen(1, self.num_heads, pruned),
-            frozen_fc1=Frozen(0, groups, idle),
+            frozen_fc1=Frozen(0, in_fc1 * groups, _repeated(idle, groups, in_fc1)),
             frozen_fc2=Frozen(1, groups, idle),
             frozen_bias=Frozen(0, 1, Indices([] if ffn_places else idle.values)),
         )
@@ -195,6 +227,11 @@ class LayerState:
     def num_heads(self) -> int:
         """How many heads the layer's weights have."""
         return len(self.heads)
+
+
+def _repeated(places: Indices, groups: int, times: int) -> Indices:
+    """Places among groups that come several times, one set behind the other."""
+    return Indices(place + turn * groups for turn in range(times) for place in places.values)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """BERT and the encoders of its class pattern: the bare models and every task head of transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,8 +96,9 @@ def whole_layer(
         [.., C], or None where the layer's modules must compute it.
     """
     kept, index = state.kept, state.index
-    query, fc1, fc2 = parts.query, parts.fc1, parts.fc2
-    linears = (query, parts.key, parts.value)
+    linears, fc1, fc2 = parts.qkv, parts.fc1, parts.fc2
+    query, norm = linears[0], parts.attention_norm
+    assert norm is not None
     if not call.whole or hidden_states.dtype != query.weight.dtype:
         return None
     if any(
@@ -110,7 +111,7 @@ def whole_layer(
     weights = ops.Weights(
         *(linear.weight for linear in linears),
         *(linear.bias for linear in linears),
-        *(parts.output.weight, parts.output.bias, parts.attention_norm.weight, parts.attention_norm.bias),
+        *(parts.output.weight, parts.output.bias, norm.weight, norm.bias),
         *((fc1.weight, fc1.bias, fc2.weight, fc2.bias) if kept.ffn else (None,) * 4),
         *(parts.ffn_norm.weight, parts.ffn_norm.bias),
         None if kept.heads is None else kept.heads.on(device),
@@ -126,7 +127,7 @@ def whole_layer(
         scale=head_dim**-0.5,
         activation=state.activation,
         dropouts=(first, between[0] if between else 0.0, last),
-        eps=(parts.attention_norm.eps, parts.ffn_norm.eps),
+        eps=(norm.eps, parts.ffn_norm.eps),
         head_importance=call.head_importance.get(index),
         ffn_importance=call.ffn_importance.get(index),
         neuron_importance=call.neuron_importance.get(index),
@@ -141,31 +142,40 @@ def attend(
     call: Call,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
+    turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Attends over the kept heads.
 
     Args:
         state: of the layer.
-        linears: the projections to q, k and v.
+        linears: the projections to q, k and v, or one with the rows of all three.
         hidden_states: [.., C].
         call: of the forward pass.
         scale: multiplies the scores.
         dropout_p: of attention weights, 0 in evaluation.
+        window: how far attention reaches; None for the whole sequence.
+        turn: what becomes of q and k [tokens, heads, head_dim] before their product, as rotary positions do.
 
     Returns:
         The kept heads' contexts [.., heads * head_dim].
     """
-    heads = state.kept.heads
+    heads, fused = state.kept.heads, len(linears) == 1
     projected: Sequence[Tensor]
     if heads is None:
-        projected = [linear(hidden_states) for linear in linears]
+        projected = linears[0](hidden_states).chunk(3, -1) if fused else [linear(hidden_states) for linear in linears]
     elif heads:
-        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        weights: Sequence[Tensor] = [linear.weight for linear in linears]
+        biases: Sequence[Tensor | None] = [linear.bias for linear in linears]
+        if fused:
+            weights, biases = weights[0].chunk(3), [None] * 3 if biases[0] is None else biases[0].chunk(3)
         projected = ops.project_rows(hidden_states, weights, biases, heads.on(hidden_states.device), state.num_heads)
     else:
         return hidden_states[..., :0]
-    size = linears[0].out_features // state.num_heads
+    size = linears[0].out_features // (state.num_heads * (3 if fused else 1))
     query, key, value = (x.reshape(-1, x.shape[-1] // size, size) for x in projected)
+    if turn is not None:
+        query, key = turn(query, key)
     context = ops.attention(
         query,
         key,
@@ -175,6 +185,7 @@ def attend(
         scale=scale,
         importance=call.head_importance.get(state.index),
         per_token=call.per_token,
+        window=window,
     )
     # Without any token, -1 would be ambiguous.
     return context.view(*hidden_states.shape[:-1], context.shape[1] * context.shape[2])
@@ -218,6 +229,7 @@ def feed_forward(state: LayerState, fc1: nn.Linear, fc2: nn.Linear, hidden_state
         fc2.bias,
         call.packing.sequences,
         activation=state.activation,
+        gated=state.repeats[1] == 2,
         importance=call.ffn_importance.get(state.index),
         neuron_importance=call.neuron_importance.get(state.index),
         per_token=call.per_token,
@@ -252,9 +264,7 @@ def residual_norm(
 def _parts(layer: Any) -> LayerParts:
     attention = layer.attention
     return LayerParts(
-        query=attention.self.query,
-        key=attention.self.key,
-        value=attention.self.value,
+        qkv=(attention.self.query, attention.self.key, attention.self.value),
         output=attention.output.dense,
         fc1=layer.intermediate.dense,
         fc2=layer.output.dense,

@@ -104,8 +104,9 @@ def read_config(folder: Path) -> tuple[Any, Any]:
 def _load(folder: Path) -> PreTrainedModel:
     kind, config = read_config(folder)
     files = _weight_files(folder)
-    # Each layer has two LayerNorms at least: a bound on what building the model can cost, known before it is built.
-    least = 4 * config.num_hidden_layers * config.hidden_size * torch.bfloat16.itemsize
+    # Each layer has the weights of two LayerNorms, or the model does for the one that its first layer lacks: a bound on
+    # what building the model can cost, known before it is built.
+    least = 2 * config.num_hidden_layers * config.hidden_size * torch.bfloat16.itemsize
     if least > (there := sum(path.stat().st_size for path in files)):
         raise InputError(
             f"{there} bytes of weights are too few for the {config.num_hidden_layers} layers of size "

@@ -21,7 +21,7 @@ class Cost:
 
     Attributes:
         parameters: of the whole model, shared ones once.
-        macs_per_token: multiply-accumulates of the encoder's layers for one token among `length`.
+        macs_per_token: multiply-accumulates of the encoder's layers for one token among `length`, on average.
         bytes: of the parameters.
         length: tokens of a sequence, all of which attend to each other.
     """
@@ -51,24 +51,35 @@ def costs(model: PreTrainedModel, length: int | None = None, ticket: Ticket | No
     length = adapter.inputs.length(base.config) if length is None else length
     held, hidden, dim = held_ticket(base.config), base.config.hidden_size, head_dim(base.config)
     width = num_neurons(base.config)
-    # A head's share of q, k, v and o, and its scores and contexts with every token.
-    head, neuron = 4 * hidden * dim + 2 * dim * length, 2 * hidden
+    # A head's share of q, k, v and o, and its scores and contexts with every token within reach.
+    reach = [_reach(length, window) for window in adapter.windows(base.config)]
+    head = torch.tensor([4 * hidden * dim + 2 * dim * tokens // max(length, 1) for tokens in reach])
+    neuron = (2 + adapter.gated) * hidden
+    head_weights, neuron_weights, rest = adapter.weights(base.config)
     size = next(model.parameters()).element_size()
     present = sum(parameter.numel() for parameter in model.parameters())
 
     def weights(of: Ticket) -> int:
         """Of the layers' parts that a ticket keeps."""
         heads, neurons = int(of.head_mask.sum()), int(kept_neurons(of, width).sum())
-        return heads * (4 * hidden + 3) * dim + neurons * (2 * hidden + 1) + int(of.ffn_mask.sum()) * hidden
+        return heads * head_weights + neurons * neuron_weights + int(of.ffn_mask.sum()) * rest
 
     def cost(of: Ticket) -> Cost:
         parameters = present + weights(of) - weights(held)
-        heads, neurons = int(of.head_mask.sum()), int(kept_neurons(of, width).sum())
-        return Cost(parameters, heads * head + neurons * neuron, parameters * size, length)
+        heads, neurons = int((of.head_mask.sum(1) * head).sum()), int(kept_neurons(of, width).sum()) * neuron
+        return Cost(parameters, heads + neurons, parameters * size, length)
 
     if ticket is not None:
         ticket.check(held.num_layers, held.num_heads, width)
     return cost(Ticket.full(held.num_layers, held.num_heads)), cost(held if ticket is None else held & ticket)
+
+
+def _reach(length: int, window: int | None) -> int:
+    """Pairs of tokens of a sequence that attend to each other, both ways."""
+    if window is None or window >= length - 1:
+        return length * length
+    # Each token sees 2 w + 1, less what lies beyond either end.
+    return length * (2 * window + 1) - window * (window + 1)
 
 
 def latencies(

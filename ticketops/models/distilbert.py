@@ -37,9 +37,7 @@ class TicketTransformer(TicketEncoder, distilbert.Transformer):
 
 def _parts(layer: Any) -> LayerParts:
     return LayerParts(
-        query=layer.attention.q_lin,
-        key=layer.attention.k_lin,
-        value=layer.attention.v_lin,
+        qkv=(layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin),
         output=layer.attention.out_lin,
         fc1=layer.ffn.lin1,
         fc2=layer.ffn.lin2,

@@ -154,7 +154,9 @@ def positions(base: Any) -> int:
     Args:
         base: a bare model for text.
     """
-    table: nn.Embedding = base.embeddings.position_embeddings
+    table: nn.Embedding | None = getattr(base.embeddings, "position_embeddings", None)
+    if table is None:
+        return int(base.config.max_position_embeddings)
     # RoBERTa and its kin count positions from behind the padding id.
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 

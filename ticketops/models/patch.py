@@ -23,6 +23,7 @@ from ticketops.models.electra import ELECTRA
 from ticketops.models.ernie import ERNIE
 from ticketops.models.freezing import freeze, is_frozen, unfreeze
 from ticketops.models.indices import Indices
+from ticketops.models.modernbert import MODERNBERT
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
 from ticketops.models.refusals import why_not
 from ticketops.models.roberta import ROBERTA
@@ -40,6 +41,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     DISTILBERT,
     ELECTRA,
     ERNIE,
+    MODERNBERT,
     ROBERTA,
     VIT,
     XLM_ROBERTA,
@@ -64,6 +66,15 @@ _FIRST_TOKEN_HEADS = (
     "BertForPreTraining",
     "ErnieForPreTraining",
 )
+
+
+def _reads_first_tokens(model: PreTrainedModel) -> bool:
+    """Whether a task head reads the first position of each row."""
+    name, pooling = type(model).__name__, getattr(model.config, "classifier_pooling", None)
+    if pooling is not None:
+        # ModernBERT's head for multiple choice looks for the first real token itself.
+        return pooling == "cls" and name.endswith("ForSequenceClassification")
+    return name.endswith(_FIRST_TOKEN_HEADS)
 
 
 def find_adapter(model: nn.Module) -> tuple[Adapter, Any]:
@@ -117,14 +128,13 @@ def weight_counts(model: nn.Module) -> WeightCounts:
         UnsupportedError: a model that ticketops does not serve.
     """
     adapter, base = find_adapter(model)
-    hidden, dim = base.config.hidden_size, head_dim(base.config)
-    width = num_neurons(base.config)
+    head, neuron, rest = adapter.weights(base.config)
     return WeightCounts(
-        head=3 * (hidden + 1) * dim + dim * hidden,
-        ffn=(hidden + 1) * width + (width + 1) * hidden,
+        head=head,
+        ffn=num_neurons(base.config) * neuron + rest,
         encoder=sum(p.numel() for layer in adapter.layers(base) for p in layer.parameters()),
         total=sum(p.numel() for p in model.parameters()),
-        neuron=2 * hidden + 1,
+        neuron=neuron,
     )
 
 
@@ -143,11 +153,12 @@ def _check_layers(adapter: Adapter, base: Any) -> list[LayerParts]:
         refusal = parts.refusal()
         if refusal:
             raise UnsupportedError(f"layer {index} has {refusal}")
-        there, dim = parts.query.out_features, head_dim(base.config)
-        if (there, parts.fc1.out_features) != (heads * dim, width):
+        dim, (in_qkv, in_fc1) = head_dim(base.config), parts.repeats
+        there, neurons = parts.qkv[0].out_features // in_qkv, parts.fc1.out_features // in_fc1
+        if (there, neurons) != (heads * dim, width):
             raise UnsupportedError(
                 f"layer {index} has weights for {there / dim:g} heads where its configuration says {heads}, or for "
-                f"{parts.fc1.out_features} neurons where it says {width}: remove structures with ticketops.shrink, "
+                f"{neurons} neurons where it says {width}: remove structures with ticketops.shrink, "
                 "which keeps the two in step"
             )
         found.append(parts)
@@ -161,8 +172,8 @@ def patch(model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = No
     encoder's modules change, to subclasses of the stock ones.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, ViT or DeiT of
-            transformers, bare or with a task head, on any device.
+        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, ModernBERT, ViT or
+            DeiT of transformers, bare or with a task head, on any device.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static and never waits for the
             device, for graphs that capture the whole model, and then every row of the attention mask must be one
             unbroken run.
@@ -211,8 +222,16 @@ class PatchHandle:
         self.ticket: Ticket | None = None
         self._unpad, self._bucket = unpad, bucket
         self._inputs = adapter.inputs
+        self._no_mask = adapter.no_mask
+        # A model that is its own encoder takes packed inputs, and its outputs are padded behind it.
+        self._packs = adapter.inputs.ragged and encoder is base
+        # Packing closes holes in a mask, and what was too far apart would come within reach.
+        self._holes = not any(window is not None for window in adapter.windows(base.config))
         self._importance: Importance | None = None
-        self._states = [LayerState(index, activation_name(parts.activation)) for index, parts in enumerate(self._parts)]
+        self._states = [
+            LayerState(index, activation_name(parts.activation), parts.repeats)
+            for index, parts in enumerate(self._parts)
+        ]
         # Of each ticket that was applied, whether it is full and what it keeps of each layer.
         self._known: dict[Ticket | None, tuple[bool, list[Kept]]] = {}
         self.hold(held_ticket(base.config))
@@ -227,9 +246,9 @@ class PatchHandle:
         before = _before_packed_forward if unpad else _before_forward
         self._hooks = [
             base.register_forward_pre_hook(partial(before, self, names), with_kwargs=True),
-            base.register_forward_hook(_after_forward, with_kwargs=True),
+            base.register_forward_hook(partial(_after_forward, self._packs), with_kwargs=True),
         ]
-        if type(model).__name__.endswith(_FIRST_TOKEN_HEADS):
+        if _reads_first_tokens(model):
             place = list(inspect.signature(model.forward).parameters).index("attention_mask")
             self._hooks.append(
                 model.register_forward_pre_hook(partial(_check_first_tokens, self, place), with_kwargs=True)
@@ -304,9 +323,9 @@ class PatchHandle:
         """Marks what the applied ticket prunes, so that no optimizer moves it."""
         for state, parts in zip(self._states, self._parts, strict=True):
             kept = state.kept
-            for linear in (parts.query, parts.key, parts.value):
-                freeze(linear.weight, kept.frozen_rows)
-                freeze(linear.bias, kept.frozen_rows)
+            for linear in parts.qkv:
+                for parameter in linear.parameters():
+                    freeze(parameter, kept.frozen_rows)
             freeze(parts.output.weight, kept.frozen_columns)
             for parameter in parts.fc1.parameters():
                 freeze(parameter, kept.frozen_fc1)
@@ -494,12 +513,12 @@ def _before_forward(
     if mask is not None and device.type == "cpu" and handle._unpad and not handle._bucket and mask.all():
         # Nothing to pack, as in a batch of one; where shapes are to repeat themselves, values are not asked for.
         mask = None
-    packing = Packing.from_mask(mask, batch, width, device, handle._unpad, handle._bucket)
+    packing = Packing.from_mask(mask, batch, width, device, handle._unpad, handle._bucket, handle._holes)
     # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one.
-    kwargs["attention_mask"] = None
+    kwargs["attention_mask"] = handle._no_mask
     embeds_positions = "position_ids" in names and hasattr(base.embeddings, "position_embeddings")
     # On a GPU the embeddings of padding are no time worth a further launch.
-    packed = packing.indices is not None and device.type == "cpu" and embeds_positions
+    packed = packing.indices is not None and (handle._packs or (device.type == "cpu" and embeds_positions))
     kwargs["ticketops"] = handle._call(packing, device, packed)
     if packing.indices is not None and packed:
         _pack_inputs(base.embeddings, packing, packing.indices.clamp_min(0), kwargs)
@@ -556,20 +575,25 @@ def _before_packed_forward(
     return _before_forward(handle, names, base, args, kwargs)
 
 
-def _after_forward(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Pads hidden states that were captured between packed layers."""
+def _after_forward(
+    packs: bool, base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Pads hidden states that were captured between packed layers, and the last one where no encoder has (`packs`)."""
     packing: Packing = kwargs["ticketops"].packing
     if packing.indices is None:
         return output
     # The encoder has padded this one, and it is the last of the captured states. Shapes would not tell: one sequence
     # in a bucket as long as its row has the same packed and padded.
-    last = output[0]
+    last = None if packs else output[0]
 
     def padded(state: Tensor | None) -> Tensor | None:
         return state if state is None or state is last else packing.unpack(state[0])
 
     if isinstance(output, tuple):
-        return tuple(tuple(map(padded, x)) if isinstance(x, tuple) else x for x in output)
+        output = tuple(tuple(map(padded, x)) if isinstance(x, tuple) else x for x in output)
+        return (padded(output[0]), *output[1:]) if packs else output
+    if packs:
+        output["last_hidden_state"] = padded(output["last_hidden_state"])
     if output.get("hidden_states") is not None:
         output["hidden_states"] = tuple(map(padded, output["hidden_states"]))
     return output

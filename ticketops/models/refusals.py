@@ -8,8 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-_ROTARY = "rotary position embeddings (no adapter turns queries and keys before ops.attention)"
-_WINDOW = "attention within a window (ops.attention has no window)"
+_ROTARY = "rotary position embeddings, which only ModernBERT's adapter applies"
 _PRE_NORM = "LayerNorm before each sublayer, which no adapter for text serves yet"
 #: What cannot be seen in the modules, by model type.
 _KNOWN = {
@@ -18,7 +17,7 @@ _KNOWN = {
     "canine": "attention over characters in local blocks, then over fewer positions",
     "fnet": "a Fourier transform in place of attention",
     "funnel": "sequences that become shorter from block to block, with relative positions in the scores",
-    "longformer": _WINDOW,
+    "longformer": "tokens that attend to all others beside a window (ops.attention has one window for all tokens)",
     "megatron-bert": _PRE_NORM,
     "mobilebert": "bottleneck layers with several FFNs each",
     "mra": "approximate attention",
@@ -33,8 +32,6 @@ _KNOWN = {
     "xmod": "an adapter a language inside each layer",
     "yoso": "approximate attention",
 }
-_FUSED = ("Wqkv", "qkv", "qkv_proj", "query_key_value", "c_attn", "in_proj")
-_GATES = ("gate_proj", "wi_0", "w12", "gated_layers", "up_gate_proj")
 
 
 def why_not(model: PreTrainedModel) -> str:
@@ -76,18 +73,8 @@ def _signs(model: PreTrainedModel) -> Iterator[str]:
         "relative" in name for name in leaves
     ):
         yield "relative position terms in the attention scores (ops.attention adds nothing to <q, k>)"
-    if _value(config, "sliding_window") or _value(config, "local_attention"):
-        yield _WINDOW
     if _value(config, "num_key_value_heads") not in (None, _value(config, "num_attention_heads")):
         yield "keys and values shared by several heads (a pruned head takes its own q, k, v and o)"
-    if leaves.intersection(_FUSED):
-        yield "queries, keys and values in one linear layer (heads are pruned from three)"
-    # ModernBERT's first linear layer is its gate too, under a name of its own.
-    if leaves.intersection(_GATES) or "Wi" in leaves or any("GLU" in kind or "Gated" in kind for kind in kinds):
-        yield "a gated FFN (ops.ffn has no gate)"
-    linears = [module for name, module in modules.items() if isinstance(module, nn.Linear) and _in_layer(name)]
-    if any(linear.bias is None for linear in linears):
-        yield "linear layers without biases (the projections and ops.ffn take biases)"
     if any("RMSNorm" in kind for kind in kinds):
         yield "RMSNorm (the residual op ends in LayerNorm)"
     if any(isinstance(module, nn.Conv1d) and _in_layer(name) for name, module in modules.items()):

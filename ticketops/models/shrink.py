@@ -109,24 +109,34 @@ Cut = tuple[nn.Linear, str, int, Tensor | None]
 
 def _cuts(adapter: Adapter, encoder: Any, config: Any, held: Ticket, left: Ticket) -> Iterator[Cut]:
     """What to do to which parameter: (its linear, its name there, dimension, what to keep of it; None for nothing)."""
-    dim, neurons = head_dim(config), num_neurons(config)
+    dim, neurons, (around_attention, around_ffn) = head_dim(config), num_neurons(config), adapter.biases(config)
     masks = (held.head_mask, left.head_mask, kept_neurons(held, neurons), kept_neurons(left, neurons))
     for layer, heads, left_heads, there, left_there in zip(getattr(encoder, adapter.stack), *masks, strict=True):
         parts: LayerParts = adapter.parts(layer)
         if not torch.equal(heads, left_heads):
             kept = left_heads[heads].repeat_interleave(dim).nonzero().flatten()
-            for linear in (parts.query, parts.key, parts.value):
-                yield linear, "weight", 0, kept
-                yield linear, "bias", 0, kept
+            rows = _repeated(kept, dim * int(heads.sum()), parts.repeats[0])
+            for linear in parts.qkv:
+                yield linear, "weight", 0, rows
+                if around_attention:
+                    yield linear, "bias", 0, rows
             yield parts.output, "weight", 1, kept
         if not torch.equal(there, left_there):
             kept = left_there[there].nonzero().flatten()
-            yield parts.fc1, "weight", 0, kept
+            rows = _repeated(kept, int(there.sum()), parts.repeats[1])
+            yield parts.fc1, "weight", 0, rows
             yield parts.fc2, "weight", 1, kept
+            if not around_ffn:
+                continue
             # An empty product plus a bias would not be nothing: both go with the FFN.
-            yield parts.fc1, "bias", 0, kept if len(kept) else None
+            yield parts.fc1, "bias", 0, rows if len(kept) else None
             if not len(kept):
                 yield parts.fc2, "bias", 0, None
+
+
+def _repeated(kept: Tensor, structures: int, times: int) -> Tensor:
+    """Indices among structures that come several times, one set behind the other."""
+    return kept if times == 1 else torch.cat([kept + turn * structures for turn in range(times)])
 
 
 def _states(optimizer: Optimizer, cuts: list[Cut]) -> dict[int, dict[str, Any]]:

@@ -37,9 +37,7 @@ class PreNormLayer(nn.Module):
 def _parts(layer: Any) -> LayerParts:
     attention = layer.attention
     return LayerParts(
-        query=attention.q_proj,
-        key=attention.k_proj,
-        value=attention.v_proj,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         output=attention.o_proj,
         fc1=layer.mlp.fc1,
         fc2=layer.mlp.fc2,

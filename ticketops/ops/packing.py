@@ -89,6 +89,7 @@ class Packing:
         device: torch.device,
         unpad: bool = True,
         bucket: int | None = None,
+        holes: bool = True,
     ) -> "Packing":
         """Builds the packing that an attention mask asks for; any 0/1 mask can be packed, padding on the left or inside
         too.
@@ -104,19 +105,23 @@ class Packing:
                 run.
             bucket: rounds the rows up to a multiple of this (or all of the batch), and the longest length to a power of
                 two, so that batches of about one size have the same shapes; None packs real tokens only.
+            holes: the distance of two tokens does not matter, so padding may lie between them.
 
         Returns:
             The packing.
 
         Raises:
-            InputError: `unpad=False` and some row's real tokens are not one unbroken run, in a mask on the CPU; one on
-                a GPU, where the host does not see it, stops the program with an assertion there.
+            InputError: `unpad=False` or `holes=False`, and some row's real tokens are not one unbroken run, in a mask
+                on the CPU; one on a GPU, where the host does not see it, stops the program with an assertion there.
         """
         if mask is None:
             lengths = torch.full((batch,), width, dtype=torch.int32, device=device)
             starts = torch.arange(batch, dtype=torch.int32, device=device) * width
             return cls(None, None, Sequences(starts, lengths, width), batch, width)
         if unpad:
+            if not holes:
+                problem = "has holes, which attention within a window cannot serve: pad on one side only"
+                check_rows(_unbroken(mask.to(torch.bool))[2], problem, wait=False)
             starts, lengths, indices, numbers = number_tokens(mask.to(device))
             # The one wait for the device: the number of tokens is a size, and sizes live on the host.
             counts = lengths.tolist()
@@ -126,13 +131,9 @@ class Packing:
                 rows = min(-(-rows // bucket) * bucket, batch * width)
                 longest = min(width, 1 << max(0, longest - 1).bit_length())
             return cls(indices[:rows], numbers, Sequences(starts, lengths, longest), batch, width)
-        real = mask.to(torch.bool)
-        lengths = real.sum(1, dtype=torch.int32)
-        first = real.int().argmax(1).int()
-        columns = torch.arange(width, device=mask.device)
-        unbroken = (columns >= first[:, None]) & (columns < (first + lengths)[:, None])
+        first, lengths, unbroken = _unbroken(mask.to(torch.bool))
         problem = "has holes, which unpad=False cannot serve: patch(model, unpad=True) packs it"
-        check_rows((unbroken == real).all(1), problem, wait=False)
+        check_rows(unbroken, problem, wait=False)
         starts = torch.arange(batch, dtype=torch.int32, device=mask.device) * width + first
         starts, lengths = (x.to(device, non_blocking=True) for x in (starts, lengths))
         return cls(None, None, Sequences(starts, lengths, width), batch, width)
@@ -163,6 +164,15 @@ class Packing:
         if self.indices is not None and self.numbers is not None:
             packed = move_rows(packed, self.numbers, self.indices)
         return packed.view(self.batch, self.width, packed.shape[-1])
+
+
+def _unbroken(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first real token of each row of a mask, how many there are, and whether they are one unbroken run."""
+    lengths = real.sum(1, dtype=torch.int32)
+    first = real.int().argmax(1).int()
+    columns = torch.arange(real.shape[1], device=real.device)
+    run = (columns >= first[:, None]) & (columns < (first + lengths)[:, None])
+    return first, lengths, (run == real).all(1)
 
 
 def check_rows(fine: Tensor, problem: str, wait: bool) -> None:
