@@ -408,7 +408,7 @@ class PatchHandle:
             self._freeze()
         importance = self._importance
         # Each layer compares the dtype of its input with that of its own weights.
-        weight = self._parts[0].query.weight
+        weight = self._parts[0].qkv[0].weight
         whole = ops.serves_layer(weight, weight)
         if importance is None or not torch.is_grad_enabled():
             return Call(packing, packed=packed, whole=whole)
