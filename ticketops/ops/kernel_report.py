@@ -246,15 +246,14 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
         seen = set()
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (32, 64, 128) if dtype != torch.float16 else (64,):
-                for length in (16, 32, 64, 128, 512):
-                    for launch in attention_launches(target, dtype, head_dim, length):
-                        key = (launch.kernel.__name__, dtype, head_dim, launch.tile)
-                        if key not in seen:
-                            seen.add(key)
-                            yield launch
-            # As ModernBERT's local layers, whose heads are all of this size.
-            for length in (128, 512):
-                yield from attention_launches(target, dtype, 64, length, window=64)
+                # ModernBERT's heads are of size 64, and most of its layers have a window.
+                for window in (None, 64) if head_dim == 64 else (None,):
+                    for length in (16, 32, 64, 128, 512) if window is None else (128, 512):
+                        for launch in attention_launches(target, dtype, head_dim, length, window=window):
+                            key = (launch.kernel.__name__, dtype, head_dim, window, launch.tile)
+                            if key not in seen:
+                                seen.add(key)
+                                yield launch
             for activation in ("gelu", "gelu_tanh", "relu") if dtype == torch.bfloat16 else ("gelu",):
                 yield from ffn_launches(target, dtype, activation)
             # The second stage of the sums does not know of a gate.
