@@ -78,6 +78,8 @@ def test_weights_attributes_and_configuration_agree(model, ticket):
                 (12 * kept,),
             )
         assert layer.attention.output.dense.in_features == 12 * kept
+        # Fused attention need not know what no head is.
+        assert attention.config._attn_implementation == (model.config._attn_implementation if kept else "eager")
         assert layer.intermediate.dense.out_features == layer.output.dense.in_features == width
         assert layer.intermediate.dense.weight.shape == layer.output.dense.weight.t().shape == (width, 48)
     record = (
@@ -92,7 +94,10 @@ def test_weights_attributes_and_configuration_agree(model, ticket):
         record["neurons"] = ["9249249249249249", "7fffffffffffffff", "0" * 16]
     assert getattr(model.config, "ticketops", None) == record
     assert held_ticket(model.config) == ticket
-    assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
+    others = [m for m in model.modules() if hasattr(m, "config") and m.config is not model.config]
+    assert others == [
+        layer.attention.self for layer in model.bert.encoder.layer if not layer.attention.self.all_head_size
+    ]
 
 
 def test_a_configuration_shared_with_another_model_is_left_alone():

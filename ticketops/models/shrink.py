@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ticketops.errors import UnsupportedError
 from ticketops.models.adapter import Adapter, LayerParts
@@ -192,4 +192,17 @@ def _cut(adapter: Adapter, encoder: Any, cuts: list[Cut], left: Ticket, states: 
             linear.out_features, linear.in_features = linear.weight.shape
     for layer, heads in zip(getattr(encoder, adapter.stack), left.head_mask.sum(1).tolist(), strict=True):
         adapter.resize(layer, heads)
+        if not heads:
+            _attend_without_heads(layer)
     return gone
+
+
+def _attend_without_heads(layer: nn.Module) -> None:
+    """Takes a layer without heads off fused attention: torch 2.11's divides by their number on a CPU, which ends the
+    process."""
+    for module in layer.modules():
+        config: Any = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            config = copy.copy(config)
+            config._attn_implementation = "eager"
+            module.config = config
