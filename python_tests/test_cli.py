@@ -132,7 +132,7 @@ def test_doctor_says_how_a_model_is_served(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"model_type": "modernbert"}', "gated FFN"),
+        ('{"model_type": "roformer"}', "rotary position embeddings"),
         ("{", "not a valid JSON file"),
         ('{"model_type": "new", "auto_map": {"AutoConfig": "code.Config"}}', "custom code"),
         (None, "no config.json"),
@@ -145,7 +145,7 @@ def test_doctor_says_in_one_line_why_a_model_is_not_served(content: str | None, 
     assert result.exit_code == 2
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    if "modernbert" in (content or ""):
+    if "roformer" in (content or ""):
         result = invoke("doctor", "--model", str(tmp_path), "--json")
         assert result.exit_code == 2
         assert json.loads(result.stdout)["supported"] is False
