@@ -13,9 +13,11 @@ import ticketops
 from models.conftest import HEADS, LAYERS
 from models.test_shrink import TICKETS, close
 from ticketops.errors import InputError, UnsupportedError
+from ticketops.models import costs, weight_counts
 from ticketops.models.inputs import positions
 from ticketops.models.patch import ADAPTERS, find_adapter
 from ticketops.models.record import kept_neurons
+from ticketops.models.shrink import cut_indices
 from ticketops.searching.release import release
 from ticketops.tickets import Ticket
 
@@ -170,6 +172,12 @@ def test_padding_where_the_task_head_reads_is_refused(name):
         ("RobertaModel", {"pad_token_id": 0}),
         ("ViTModel", {"image_size": [32, 32], "patch_size": [16, 4]}),
         ("ViTModel", {"head_dim": 8}),
+        ("ModernBertModel", {"attn_implementation": "eager"}),
+        ("ModernBertModel", {"attention_bias": True, "mlp_bias": True, "norm_bias": True}),
+        ("ModernBertModel", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
+        ("ModernBertModel", {"local_attention": 1, "hidden_activation": "relu"}),
+        ("ModernBertForMaskedLM", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("ModernBertForSequenceClassification", {"classifier_pooling": "mean"}),
     ],
 )
 def test_other_configurations_equal_stock(name, changes):
@@ -177,6 +185,98 @@ def test_other_configurations_equal_stock(name, changes):
     stock = copy.deepcopy(model)
     with ticketops.patch(model):
         compare(model, stock, draw(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"unpad": False}, {"bucket": 16}])
+def test_rows_longer_than_a_window_equal_stock(options):
+    # Several blocks of queries, most of them without a view of either end; a row within the window beside them.
+    model = make("ModernBertForTokenClassification", local_attention=40, max_position_embeddings=200)
+    stock, lengths = copy.deepcopy(model), torch.tensor([190, 15, 101])
+    mask = (torch.arange(190) < lengths[:, None]).long()
+    batch = {"input_ids": torch.randint(5, 100, mask.shape), "attention_mask": mask}
+    with ticketops.patch(model, **options):
+        compare(model, stock, batch)
+
+
+def test_masks_that_a_window_would_reach_across_are_refused():
+    model = make("ModernBertForSequenceClassification", classifier_pooling="mean")
+    batch = draw(model)
+    batch["attention_mask"][0, 5] = 0
+    with ticketops.patch(model), pytest.raises(InputError, match="row 0 of the attention mask has holes"):
+        model(**batch)
+    full = make("ModernBertForSequenceClassification", layer_types=["full_attention"] * LAYERS)
+    stock = copy.deepcopy(full)
+    with ticketops.patch(full):
+        compare(full, stock, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("ModernBertForSequenceClassification", {"classifier_pooling": "mean"}),
+        ("ModernBertForMultipleChoice", {}),
+    ],
+)
+def test_heads_that_do_not_read_the_first_token_take_padding_on_the_left(name, changes):
+    model = make(name, **changes)
+    stock = copy.deepcopy(model)
+    with ticketops.patch(model):
+        compare(model, stock, draw(model, "left"))
+
+
+def test_no_optimizer_moves_what_is_pruned(encoder, inputs):
+    """In particular rows that come several times in one weight: of q, k and v, or of neurons and their gates."""
+    with ticketops.patch(encoder).apply(TICKETS["neurons"]):
+        optimizer = torch.optim.AdamW(encoder.parameters(), 0.1, weight_decay=0.5)
+        before = copy.deepcopy(encoder.state_dict())
+        places = cut_indices(encoder, Ticket.full(LAYERS, HEADS), TICKETS["neurons"])
+        for _ in range(2):
+            optimizer.zero_grad()
+            encoder(**inputs).loss.backward()
+            optimizer.step()
+    for name, (dim, kept) in places.items():
+        changed = (encoder.state_dict()[name] != before[name]).movedim(dim, 0)
+        pruned = torch.ones(len(changed), dtype=torch.bool).index_fill(0, kept, False)
+        assert torch.equal(changed.flatten(1).any(1) if changed.ndim > 1 else changed, ~pruned), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}])
+def test_fused_and_gated_layers_are_counted_and_cut(changes):
+    model = make("ModernBertModel", **changes)
+    before, ticket = weight_counts(model), TICKETS["neurons"]
+    whole, left = costs(model, 17, ticket)
+    # In two of three layers a token sees four others to either side.
+    pairs = sum(min(16, token + 4) - max(0, token - 4) + 1 for token in range(17))
+    reach = [17 * 17, pairs, pairs]
+    assert whole.macs_per_token == sum(4 * (4 * 48 * 12 + 2 * 12 * each // 17) + 64 * 3 * 48 for each in reach)
+    ticketops.shrink(model, ticket)
+    assert weight_counts(model).total == left.parameters == round(before.total * ticket.weights_remaining(before))
+    widths = kept_neurons(ticket, 64).sum(1).tolist()
+    for layer, heads, width in zip(model.layers, ticket.head_mask.sum(1).tolist(), widths, strict=True):
+        assert (layer.attn.Wqkv.out_features, layer.attn.Wo.in_features) == (3 * 12 * heads, 12 * heads)
+        assert (layer.mlp.Wi.out_features, layer.mlp.Wo.in_features) == (2 * width, width)
+        assert (layer.mlp.Wo.bias is not None) == bool(changes and width)
+
+
+def test_a_cut_optimizer_goes_on_as_a_masked_models_and_rewinds(encoder, inputs):
+    ticket, pretrained = TICKETS["neurons"], copy.deepcopy(encoder.state_dict())
+    small, models = ticketops.shrink(copy.deepcopy(encoder), ticket), []
+    for cut in (True, False):
+        model = copy.deepcopy(encoder)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=0.1)
+        with ticketops.patch(model) as handle:
+            for step in range(3):
+                optimizer.zero_grad()
+                model(**inputs).loss.backward()
+                optimizer.step()
+                if step == 0:
+                    _ = ticketops.shrink(model, ticket, optimizer=optimizer) if cut else handle.apply(ticket)
+        models.append(model if cut else ticketops.shrink(model, ticket))
+    for (name, value), other in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    ticketops.rewind(models[0], pretrained)
+    for value, other in zip(models[0].state_dict().values(), small.state_dict().values(), strict=True):
+        assert torch.equal(value, other)
 
 
 @pytest.mark.parametrize("name", ["full", "neither", "neurons"])
@@ -230,6 +330,7 @@ def test_importance_equals_its_definition(encoder, inputs):
         *((name, "checkpointed") for name in CLASSIFIERS),
         ("DistilBertForSequenceClassification", "compiled"),
         ("ElectraForSequenceClassification", "compiled"),
+        ("ModernBertForSequenceClassification", "compiled"),
         ("ViTForImageClassification", "compiled"),
     ],
 )
@@ -276,7 +377,9 @@ def test_attention_weights_are_refused(encoder, inputs):
         encoder(**inputs, output_attentions=True)
 
 
-@pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "ViTForImageClassification"])
+@pytest.mark.parametrize(
+    "name", ["ModernBertForMaskedLM", "RobertaForSequenceClassification", "ViTForImageClassification"]
+)
 def test_onnx_equals_masked(name, tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -284,7 +387,7 @@ def test_onnx_equals_masked(name, tmp_path):
 
     model = make(name)
     batch, stock = draw(model), masked(copy.deepcopy(model), TICKETS["neither"])
-    if "input_ids" in batch:
+    if name.startswith("Roberta"):
         batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     folder = ticketops.export(model, tmp_path / "out", "onnx", ticket=TICKETS["neither"])
     for rows in (4, 1):

@@ -237,11 +237,14 @@ def test_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided, w
 
 @pytest.mark.skipif(not common.INTERPRETED, reason="a GPU has its own tiles")
 @pytest.mark.parametrize("target", [(9, 0), (10, 0)])
-@pytest.mark.parametrize(("lengths", "head_dim"), [([64, 33], 64), ([127, 128], 40), ([129], 64), ([130], 72)])
-def test_attention_with_the_tiles_of_newer_gpus(monkeypatch, target, lengths, head_dim):
+@pytest.mark.parametrize(
+    ("lengths", "head_dim", "window"),
+    [([64, 33], 64, None), ([127, 128], 40, 20), ([129], 64, None), ([130], 72, None), ([200], 16, 30)],
+)
+def test_attention_with_the_tiles_of_newer_gpus(monkeypatch, target, lengths, head_dim, window):
     """A whole row of 128, and blocks of queries and keys that differ; the interpreter has an older GPU's tiles."""
     monkeypatch.setattr(common, "_device_capability", lambda device: target)
-    check_attention(lengths, "packed", [0.5], head_dim, 0.1, torch.float16, False)
+    check_attention(lengths, "packed", [0.5], head_dim, 0.1, torch.float16, False, window)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "batch"), [(0, 2, 1), (0, 2, 0), (3, 2, 0), (3, 0, 1)])
