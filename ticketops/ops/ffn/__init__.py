@@ -179,23 +179,8 @@ def _forward(
         )
 
 
-def _fake_forward(
-    x,
-    w1,
-    b1,
-    w2,
-    b2,
-    starts,
-    lengths,
-    ffn_mask,
-    neuron_mask,
-    importance,
-    neuron_importance,
-    activation,
-    per_token,
-    blocks,
-    count,
-):
+def _fake_forward(x, w1, b1, w2, *others):
+    *_, blocks, count = others
     first, neurons = (
         structures if blocks is None else blocks.shape[0] * (structures // count)
         for structures in (w1.shape[0], w2.shape[1])
@@ -203,45 +188,11 @@ def _fake_forward(
     return x.new_empty(x.shape), x.new_empty((x.shape[0], first)), x.new_empty((x.shape[0], neurons))
 
 
-def _backward(
-    dout,
-    out,
-    pre,
-    hidden,
-    x,
-    w1,
-    w2,
-    starts,
-    lengths,
-    ffn_mask,
-    neuron_mask,
-    activation,
-    weight_gradients,
-    token_sums,
-    neuron_sums,
-    neuron_absolute,
-    blocks,
-    count,
-):
+def _backward(dout, out, pre, hidden, x, *others):
+    *others, blocks, count = others
     with torch.autocast(x.device.type, enabled=False):
         return implementation("ffn", x.device, x.dtype).backward(
-            dout,
-            out,
-            pre,
-            hidden,
-            x,
-            w1,
-            w2,
-            starts,
-            lengths,
-            ffn_mask,
-            neuron_mask,
-            activation,
-            weight_gradients,
-            token_sums,
-            neuron_sums,
-            neuron_absolute,
-            **_selected(blocks, count),
+            dout, out, pre, hidden, x, *others, **_selected(blocks, count)
         )
 
 
