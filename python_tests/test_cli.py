@@ -212,7 +212,7 @@ def test_dry_run_of_a_share_counts_its_searches_and_arms(tiny: dict[str, Any], t
         assert re.search(name + r"+[\d.]+ +[\d.]+ +32 +2 +2$", result.stdout, re.MULTILINE)
     for arm in ("tickets", "plain", "random"):
         assert re.search(rf"shared: {arm} +(– +){{5}}64 +4 +2$", result.stdout, re.MULTILINE)
-    assert "14 trials, 40 in all, batch 16" in result.stdout
+    assert "14 trials of 40 steps in all, batch 16" in result.stdout
     assert "6 models kept" in result.stdout
     assert not run.exists()
     Ticket(torch.tensor([[1, 1, 1, 0]] * 2).bool(), torch.tensor([True, False])).save(tmp_path / "t.safetensors")
@@ -235,7 +235,7 @@ def test_dry_run_of_a_transfer_counts_its_search_and_both_ladders(tiny: dict[str
         ("target,", "100", "%:", "32", "4", "1"),
     ]
     assert re.search(r"source, 25 %: winning +0\.5 +4 +1 .* 8 +3 +1$", result.stdout, re.MULTILINE)
-    assert "8 trials, 24 in all" in result.stdout
+    assert "8 trials of 24 steps in all" in result.stdout
     # The source's models, which the target starts from.
     assert "2 models kept" in result.stdout
     assert not run.exists()

@@ -150,15 +150,17 @@ def _outlook(
             known = [f"{trial.sparsity:g}", *map(str, pruned), *_left(trial, counts)]
         table.append([kind.name, *known, f"{kind.rows:,}", f"{kind.steps:,}", str(kind.seeds)])
     trials, steps = sum(kind.seeds for kind in kinds), {kind.steps for kind in kinds}
-    amount = f"{trials:,} trials of {steps.pop():,} steps" if len(steps) == 1 else f"{trials:,} trials"
-    total = sum(kind.steps * kind.seeds for kind in kinds)
+    total = f"{sum(kind.steps * kind.seeds for kind in kinds):,}"
+    amount = f"of {steps.pop():,} steps, {total} in all" if len(steps) == 1 else f"of {total} steps in all"
+    unknown = ["– depends on tickets that are found on the way, or on each task's own"]
     bytes_each = 4 * counts.total
     kept = f"{models} models kept, {models * bytes_each / 1e6:,.0f} MB" if models else "no model kept"
     return Outlook(
         table,
         [
+            *(unknown if any(kind.trial is None for kind in kinds) else ()),
             *lines,
-            f"{amount}, {total:,} in all, batch {config.batch_size}, into {config.output}",
+            f"{trials:,} trials {amount}, batch {config.batch_size}, into {config.output}",
             f"{counts.total:,} weights a model, {bytes_each / 1e6:,.0f} MB; {kept}",
             config.command(),
         ],
