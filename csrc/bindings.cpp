@@ -266,6 +266,41 @@ void residual_backward(bool x_bf16, bool residual_bf16, Address dout, Address x,
   RESIDUAL_KERNEL(residual_backward)(args);
 }
 
+void column_sums(bool bf16, Address x, Address sums, int64_t rows, int64_t columns, int threads) {
+  const Scratch scratch = allocate((rows + sum_chunk - 1) / sum_chunk * 2 * columns);
+  const ColumnSums args{rows, columns, pointer<void>(x), scratch.get(), pointer<float>(sums), threads};
+  (bf16 ? KERNEL(column_sums<Bf16>) : KERNEL(column_sums<float>))(args);
+}
+
+void dropout_rows(bool bf16, Address x, Address out, int64_t rows, int64_t columns, uint64_t seed, uint32_t threshold,
+                  double p, int threads) {
+  const DropoutRows args{rows, columns, pointer<void>(x), pointer<void>(out), dropout(seed, threshold, p), threads};
+  (bf16 ? KERNEL(dropout<Bf16>) : KERNEL(dropout<float>))(args);
+}
+
+void add_rows(bool bf16, Address ids, Address x, Address table, int64_t size, int64_t rows, int64_t columns,
+              int64_t skipped, int threads) {
+  const int64_t* places = pointer<int64_t>(ids);
+  for (int64_t i = 0; i < rows; ++i)
+    if (places[i] < 0 || places[i] >= size)
+      throw std::invalid_argument("id " + std::to_string(places[i]) + " is not among the " + std::to_string(size) +
+                                  " rows of the table");
+  const AddRows args{rows, columns, places, pointer<void>(x), pointer<void>(table), skipped, threads};
+  (bf16 ? KERNEL(add_rows<Bf16>) : KERNEL(add_rows<float>))(args);
+}
+
+void copy_slices(Address whole, Address part, Address index, int64_t rows, int64_t groups, int64_t count,
+                 int64_t slice_bytes, bool scatter, int threads) {
+  const int64_t* places = pointer<int64_t>(index);
+  for (int64_t i = 0; i < count; ++i)
+    if (places[i] < 0 || places[i] >= groups)
+      throw std::invalid_argument("slice " + std::to_string(places[i]) + " is not among the " +
+                                  std::to_string(groups) + " of the tensor");
+  const Copies args{pointer<char>(whole), pointer<char>(part), places,  rows,   groups,
+                    count,                slice_bytes,         scatter, threads};
+  ticketops::copy(args);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -281,4 +316,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("token_sums", token_sums, release);
   m.def("residual_forward", residual_forward, release);
   m.def("residual_backward", residual_backward, release);
+  m.def("column_sums", column_sums, release);
+  m.def("dropout_rows", dropout_rows, release);
+  m.def("add_rows", add_rows, release);
+  m.def("copy_slices", copy_slices, release);
 }

@@ -138,6 +138,47 @@ struct ResidualBackward : Residual {
   float *dbias, *dgamma, *dbeta;  // [C]; scratch holds [chunks, 4, C]: these three of each chunk, and a row
 };
 
+// Rows are summed in chunks of this many, whatever the number of threads.
+constexpr int64_t sum_chunk = 64;
+
+struct ColumnSums {
+  int64_t rows, columns;
+  const void* x;  // [T, C]
+  float* scratch;  // [chunks, 2, C]
+  float* sums;  // [C]
+  int threads;
+};
+
+struct DropoutRows {
+  int64_t rows, columns;
+  const void* x;  // [T, C]
+  void* out;
+  Dropout dropout;
+  int threads;
+};
+
+// table[ids[t]] += x[t], except for the id `skipped`.
+struct AddRows {
+  int64_t rows, columns;
+  const int64_t* ids;  // [T]
+  const void* x;  // [T, C]
+  void* table;  // [V, C]
+  int64_t skipped;
+  int threads;
+};
+
+// `count` of the `groups` equal slices that each of `rows` rows divides into.
+struct Copies {
+  char* whole;  // [rows, groups, slice_bytes]
+  char* part;  // [rows, count, slice_bytes]
+  const int64_t* index;  // [count]
+  int64_t rows, groups, count, slice_bytes;
+  bool scatter;  // part to whole, or whole to part
+  int threads;
+};
+
+void copy(const Copies&);
+
 #define TICKETOPS_KERNELS(isa)                                                      \
   namespace isa {                                                                   \
   template <typename T>                                                             \
@@ -154,6 +195,12 @@ struct ResidualBackward : Residual {
   void residual_forward(const ResidualForward&);                                    \
   template <typename X, typename R>                                                 \
   void residual_backward(const ResidualBackward&);                                  \
+  template <typename T>                                                             \
+  void column_sums(const ColumnSums&);                                              \
+  template <typename T>                                                             \
+  void dropout(const DropoutRows&);                                                 \
+  template <typename T>                                                             \
+  void add_rows(const AddRows&);                                                    \
   }
 
 TICKETOPS_KERNELS(avx2)

@@ -87,7 +87,7 @@ void residual_backward(const ResidualBackward& args) {
         const Float dropped = dropout.threshold ? drop(dropout, key, i, dz * dropout.scale) : dz;
         store(dresidual, dz);
         if (dx) store(dx, dropped);
-        if (args.bias) store(dbias, load(dbias) + dropped);
+        store(dbias, load(dbias) + dropped);
       });
     }
   });

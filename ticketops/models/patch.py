@@ -20,6 +20,7 @@ from ticketops.models.data2vec_text import DATA2VEC_TEXT
 from ticketops.models.deit import DEIT
 from ticketops.models.distilbert import DISTILBERT
 from ticketops.models.electra import ELECTRA
+from ticketops.models.embeddings import SWAPS
 from ticketops.models.ernie import ERNIE
 from ticketops.models.freezing import freeze, is_frozen, unfreeze
 from ticketops.models.indices import Indices
@@ -241,6 +242,9 @@ class PatchHandle:
             for module in layer.modules():
                 if type(module) in adapter.swaps:
                     self._swap(module, adapter.swaps, state)
+        for module in base.embeddings.modules():
+            if type(module) in SWAPS:
+                self._swap(module, SWAPS, None)
         parameters = inspect.signature(base.forward).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
         before = _before_packed_forward if unpad else _before_forward

@@ -129,6 +129,21 @@ def activate_backward(
     return by_bias, by_neuron
 
 
+def column_sums(x: Tensor) -> Tensor:
+    """The sums of a matrix's columns, as the gradient of a bias is.
+
+    Args:
+        x: [T, C], float32 or bfloat16.
+
+    Returns:
+        [C] in float32.
+    """
+    x = checked("x", x, x.dtype, *x.shape)
+    sums = torch.empty(x.shape[1], dtype=torch.float32)
+    run(native.column_sums, *(x.dtype == torch.bfloat16, address(x), address(sums), *x.shape))
+    return sums
+
+
 def token_sums(dout: Tensor, out: Tensor, starts: Tensor, lengths: Tensor, mask: float) -> tuple[Tensor, Tensor]:
     """The importance partials of the whole FFN.
 
@@ -258,5 +273,5 @@ def backward(
         dw1 = _spread(product(dpre.t(), x), rows, 0, first)
         db1 = _spread(db1, rows, 0, first)
         dw2 = _spread(product(dy.t(), hidden if masked is None else masked), active, 1, neurons)
-        db2 = dy.sum(0)
+        db2 = column_sums(dy).to(x.dtype)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron

@@ -242,7 +242,7 @@ def backward(
     with torch.autocast("cpu", enabled=False):
         ffn_signed, ffn_absolute, by_neuron = none, none, none
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
-            doutput, dmiddle, _, dgamma2, dbeta2 = residual.backward(
+            doutput, dmiddle, db2, dgamma2, dbeta2 = residual.backward(
                 dout, output, middle, None, gamma2, mean2, rstd2, ffn_seed, ffn_dropout
             )
             doutput = doutput if doutput.numel() or not dmiddle.numel() else dmiddle
@@ -258,7 +258,7 @@ def backward(
                 keep(10, _spread(ffn.product(dpre.t(), inner), kept, whole, 0), w1)
                 keep(11, _spread(db1, kept, whole, 0), b1)
                 keep(12, _spread(ffn.product(doutput.t(), hidden), kept, whole, 1), w2)
-                keep(13, doutput.sum(0, dtype=torch.float32), b2)
+                keep(13, db2, b2)
             # Only now, since without a dropout and a cast doutput is the same tensor.
             dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
         else:
@@ -302,7 +302,7 @@ def backward(
             if weight_gradients:
                 dwo = ffn.product(dprojected.t(), context.view(tokens, width))
                 keep(6, _spread(dwo, heads, all_heads, 1), wo)
-                dbiases = flat.sum(0, dtype=torch.float32)
+                dbiases = ffn.column_sums(flat)
                 inputs = cast_x if cast_x.numel() else x
                 dweights: Sequence[Tensor]
                 if w_qkv.numel() and bf16:

@@ -68,7 +68,8 @@ def backward(
     """See ticketops.ops.residual.reference.backward.
 
     Returns:
-        dx [T, C], empty where it equals dresidual; dresidual [T, C]; dbias, dgamma, dbeta [C] in float32.
+        dx [T, C], empty where it equals dresidual; dresidual [T, C]; dbias, dgamma, dbeta [C] in float32;
+        dbias, the sum of dx, also where x has its bias already.
     """
     rows, channels = x.shape
     x = checked("x", x, x.dtype, rows, channels)

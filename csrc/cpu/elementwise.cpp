@@ -1,0 +1,68 @@
+// What a layer's matrix products and kernels leave over: the sums of a matrix's columns (a bias's gradient), dropout, and
+// rows added up in a table (an embedding's gradient).
+#include "cpu/dropout.h"
+#include "cpu/parallel.h"
+
+namespace ticketops::TICKETOPS_ISA {
+
+template <typename T>
+void column_sums(const ColumnSums& args) {
+  const int64_t chunks = (args.rows + sum_chunk - 1) / sum_chunk;
+  parallel(chunks, args.threads, [&](int64_t task, int) {
+    float* sums = args.scratch + 2 * task * args.columns;
+    // What each sum has lost to rounding (Kahan): the terms cancel, and a bias's gradient is to be as good as a product's.
+    float* lost = sums + args.columns;
+    for (int64_t i = 0; i < 2 * args.columns; ++i) sums[i] = 0;
+    const int64_t end = min((task + 1) * sum_chunk, args.rows);
+    for (int64_t row = task * sum_chunk; row < end; ++row) {
+      const T* x = static_cast<const T*>(args.x) + row * args.columns;
+      for_row(args.columns, [&](int64_t, auto load, auto store) {
+        const Float sum = load(sums), term = load(x) - load(lost), next = sum + term;
+        store(lost, (next - sum) - term);
+        store(sums, next);
+      });
+    }
+  });
+  sum_rows(args.scratch, chunks, 2 * args.columns, args.columns, args.sums, args.threads);
+}
+
+template <typename T>
+void dropout(const DropoutRows& args) {
+  constexpr int64_t chunk = 16;
+  parallel((args.rows + chunk - 1) / chunk, args.threads, [&](int64_t task, int) {
+    const int64_t end = min((task + 1) * chunk, args.rows);
+    for (int64_t row = task * chunk; row < end; ++row) {
+      const T* x = static_cast<const T*>(args.x) + row * args.columns;
+      T* out = static_cast<T*>(args.out) + row * args.columns;
+      const uint32_t key = row_key(args.dropout, row);
+      for_row(args.columns, [&](int64_t i, auto load, auto store) {
+        store(out, drop(args.dropout, key, i, load(x) * args.dropout.scale));
+      });
+    }
+  });
+}
+
+// Threads share the columns, so that the rows of one id are added in their order.
+template <typename T>
+void add_rows(const AddRows& args) {
+  constexpr int64_t block = 64;
+  parallel((args.columns + block - 1) / block, args.threads, [&](int64_t task, int) {
+    const int64_t first = task * block, columns = min(block, args.columns - first);
+    for (int64_t row = 0; row < args.rows; ++row) {
+      const int64_t id = args.ids[row];
+      if (id == args.skipped) continue;
+      const T* x = static_cast<const T*>(args.x) + row * args.columns + first;
+      T* sum = static_cast<T*>(args.table) + id * args.columns + first;
+      for_row(columns, [&](int64_t, auto load, auto store) { store(sum, load(sum) + load(x)); });
+    }
+  });
+}
+
+#define INSTANTIATE(T)                              \
+  template void column_sums<T>(const ColumnSums&); \
+  template void dropout<T>(const DropoutRows&);     \
+  template void add_rows<T>(const AddRows&);
+INSTANTIATE(float)
+INSTANTIATE(Bf16)
+
+}  // namespace ticketops::TICKETOPS_ISA
