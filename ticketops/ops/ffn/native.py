@@ -47,7 +47,7 @@ def _spread(x: Tensor, active: Tensor | None, dim: int, size: int) -> Tensor:
 
 
 def activate(
-    pre: Tensor, activation: str, neuron_mask: Tensor | None = None, gated: bool = False
+    pre: Tensor, activation: str, neuron_mask: Tensor | None = None, gated: bool = False, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Applies the activation, and the gate.
 
@@ -56,13 +56,14 @@ def activate(
         activation: "gelu", "gelu_tanh" or "relu".
         neuron_mask: float32 [N], or None for ones.
         gated: the second half of `pre` is the gate of the first.
+        in_place: `pre` is not needed any more; not with a gate.
 
     Returns:
         act(pre), times the gate, and that times neuron_mask; without a mask twice the same tensor.
     """
     pre = checked("pre", pre, pre.dtype, *pre.shape)
     tokens, neurons = pre.shape[0], pre.shape[1] // (1 + gated)
-    hidden = torch.empty((tokens, neurons), dtype=pre.dtype)
+    hidden = pre if in_place else torch.empty((tokens, neurons), dtype=pre.dtype)
     masked = hidden if neuron_mask is None else torch.empty_like(hidden)
     neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, neurons)
     run(

@@ -151,7 +151,7 @@ def forward(
                 b1 = _select(b1, neurons, w1.shape[0], 0).to(dtype)
                 w1, w2 = w_1, w_2
             pre = ffn.product(cast_middle, w1.t(), b1)
-            hidden, _ = ffn.activate(pre, activation)
+            hidden, _ = ffn.activate(pre, activation, in_place=not keep)
             output = ffn.product(hidden, w2.t(), b2.to(dtype))
             out, mean2, rstd2 = residual.forward(output, middle, None, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
         else:

@@ -1,0 +1,98 @@
+"""What a CPU computes before the layers, against torch's own embedding and the shared dropout rule."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ticketops.errors import InputError
+from ticketops.ops import backends, embedding
+from ticketops.ops.dropout import keep_elements
+
+from .cases import need, poisoned, threads
+
+SEED = torch.tensor([0x0123_4567_89AB_CDEF])
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def native():
+    need("native", "residual", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padding_idx", [None, 0, 4])
+@pytest.mark.parametrize("channels", [1, 37, 64, 384])
+def test_embedding_is_torchs(dtype, padding_idx, channels):
+    torch.manual_seed(0)
+    weight = torch.randn(50, channels, dtype=dtype).requires_grad_()
+    # Most ids occur several times, the padding among them.
+    ids, dout = torch.randint(12, (3, 40)), torch.randn(3, 40, channels, dtype=dtype)
+    with poisoned():
+        out = embedding.embedding(weight, ids, padding_idx)
+        (gradient,) = torch.autograd.grad(out, weight, dout)
+    plain = functional.embedding(ids, weight, padding_idx)
+    assert torch.equal(out, plain)
+    exact = functional.embedding(ids, weight.double(), padding_idx)
+    (expected,) = torch.autograd.grad(exact, weight, dout.double())
+    (same_dtype,) = torch.autograd.grad(plain, weight, dout)
+    bound = 3 * (same_dtype - expected).abs().max() + 4 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (gradient - expected).abs().max() <= bound
+    assert gradient.dtype == dtype
+    assert not gradient[12:].any()
+    assert padding_idx is None or not gradient[padding_idx].any()
+    with threads(1):
+        (single,) = torch.autograd.grad(embedding.embedding(weight, ids, padding_idx), weight, dout)
+    assert torch.equal(single, gradient)
+
+
+def test_embedding_of_nothing_and_of_32_bit_ids():
+    weight = torch.randn(5, 3).requires_grad_()
+    for ids in (torch.empty(2, 0, dtype=torch.int64), torch.tensor([[1, 4], [4, 0]], dtype=torch.int32)):
+        dout = torch.randn(*ids.shape, 3)
+        (gradient,) = torch.autograd.grad(embedding.embedding(weight, ids, None), weight, dout)
+        (expected,) = torch.autograd.grad(functional.embedding(ids, weight), weight, dout)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_ids_that_are_no_rows_are_refused_forward_and_backward():
+    weight = torch.randn(5, 3).requires_grad_()
+    with pytest.raises(IndexError):
+        embedding.embedding(weight, torch.tensor([5]), None)
+    with pytest.raises(InputError, match="id 5 is not among the 5 rows"):
+        torch.ops.ticketops.embedding_backward(torch.randn(1, 3), torch.tensor([5]), 5, -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 100), (2, 3, 17), (1, 1), (0, 8), (65, 384)])
+def test_dropout_is_the_shared_rule_and_replayed(dtype, shape):
+    torch.manual_seed(0)
+    x, dout = torch.randn(shape, dtype=dtype).requires_grad_(), torch.randn(shape, dtype=dtype)
+    with poisoned():
+        out = torch.ops.ticketops.dropout(x, SEED, 0.25)
+        (gradient,) = torch.autograd.grad(out, x, dout)
+    kept = keep_elements(SEED, x[..., 0].numel(), shape[-1], 0.25, x.device).view(shape)
+    for got, given in ((out, x), (gradient, dout)):
+        torch.testing.assert_close(got, (given.float() / 0.75 * kept).to(dtype))
+
+
+def test_strided_inputs():
+    x = torch.randn(6, 10).t().requires_grad_()
+    out = torch.ops.ticketops.dropout(x, SEED, 0.5)
+    assert torch.equal(out, torch.ops.ticketops.dropout(x.contiguous(), SEED, 0.5))
+    weight, ids = torch.randn(9, 8)[:, ::2].requires_grad_(), torch.randint(9, (4, 3)).t()
+    dout = torch.randn(4, 3, 4).transpose(0, 1)
+    (gradient,) = torch.autograd.grad(embedding.embedding(weight, ids, 1), weight, dout)
+    (expected,) = torch.autograd.grad(functional.embedding(ids, weight, 1), weight, dout)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_opcheck():
+    ids = torch.tensor([[0, 3], [3, 1]])
+    torch.library.opcheck(torch.ops.ticketops.embedding.default, (torch.randn(4, 3).requires_grad_(), ids, 0))
+    torch.library.opcheck(torch.ops.ticketops.dropout.default, (torch.randn(4, 3).requires_grad_(), SEED, 0.5))
+
+
+def test_another_backend_leaves_it_to_torch(monkeypatch):
+    monkeypatch.setenv("TICKETOPS_BACKEND", "reference")
+    assert backends.choose("residual", torch.device("cpu"), torch.float32)[0] == "reference"
+    assert not embedding.serves_embedding(torch.randn(2, 2))
