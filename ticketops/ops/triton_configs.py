@@ -117,8 +117,18 @@ ATTENTION |= {
 }
 ATTENTION |= {(major, 4, width): ATTENTION[8, 4, width] for major in (9, 10) for width in (64, 128)}
 
+#: What differs where there is a window, whose bounds take registers too: Triton 3.6 would spill with the tiles above.
+WINDOWED: dict[tuple[int, int, int], AttentionTiles] = {
+    (8, 2, 64): replace(ATTENTION[8, 2, 64], dkdv=Tile(32, 32, 4, 2)),
+    (9, 2, 64): replace(ATTENTION[9, 2, 64], dkdv=Tile(32, 64, 4, 2)),
+    (10, 2, 64): replace(ATTENTION[10, 2, 64], dkdv=Tile(32, 64, 4, 2)),
+    (10, 4, 64): replace(ATTENTION[10, 4, 64], forward={LONGER: Tile(32, 32, 8, 1)}),
+}
+
 #: Tokens x neurons of the pointwise FFN kernels: whole 128-byte lines of 16-bit elements, 16 elements a thread.
 FFN = Tile(32, 64, 4, 1)
+#: The same where a gate is read and written beside the activations.
+GATED_FFN = Tile(16, 64, 4, 1)
 #: Blocks of the indexed projections' products, by family and bytes of an element.
 PROJECTION: dict[tuple[int, int], Tile] = {
     (8, 2): Tile(128, 128, 8, 3, 32),
@@ -166,11 +176,14 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
-def _attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> AttentionTiles:
-    return ATTENTION[family(capability), dtype.itemsize, 64 if head_dim <= 64 else 128]
+def _attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, windowed: bool) -> AttentionTiles:
+    key = family(capability), dtype.itemsize, 64 if head_dim <= 64 else 128
+    return (windowed and WINDOWED.get(key)) or ATTENTION[key]
 
 
-def attention_forward(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, max_length: int) -> Tile:
+def attention_forward(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, max_length: int, windowed: bool = False
+) -> Tile:
     """The forward kernel's tile.
 
     Args:
@@ -178,16 +191,17 @@ def attention_forward(capability: tuple[int, int], dtype: torch.dtype, head_dim:
         dtype: of q, k and v.
         head_dim: D.
         max_length: tokens of the longest sequence.
+        windowed: attention reaches no further than a window.
 
     Returns:
         The tile.
     """
-    tiles = _attention(capability, dtype, head_dim).forward
+    tiles = _attention(capability, dtype, head_dim, windowed).forward
     return next(tile for longest, tile in tiles.items() if longest >= max_length)
 
 
 def attention_backward(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, max_length: int
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, max_length: int, windowed: bool = False
 ) -> tuple[Tile] | tuple[Tile, Tile]:
     """The backward kernels' tiles.
 
@@ -196,11 +210,12 @@ def attention_backward(
         dtype: of q, k and v.
         head_dim: D.
         max_length: tokens of the longest sequence.
+        windowed: attention reaches no further than a window.
 
     Returns:
         One tile where whole sequences fit a program, else those for dq and for dk with dv.
     """
-    tiles = _attention(capability, dtype, head_dim)
+    tiles = _attention(capability, dtype, head_dim, windowed)
     whole = next((tile for tile in tiles.row_backward if tile.rows >= max_length), None)
     return (tiles.dq, tiles.dkdv) if whole is None else (whole,)
 

@@ -568,7 +568,8 @@ def forward(
         return q.new_zeros(q.shape), q.new_zeros((tokens, heads), dtype=torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
-    tile = triton_configs.attention_forward(capability(q.device), q.dtype, head_dim, max_length)
+    windowed = window is not None
+    tile = triton_configs.attention_forward(capability(q.device), q.dtype, head_dim, max_length, windowed)
     blocks = max(1, triton.cdiv(max_length, tile.rows))
     launch(
         forward_kernel,
@@ -615,7 +616,8 @@ def backward(
         return dq, dk, dv, signed, absolute
     shared = _shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window)
     shared |= _operand("dout", dout)
-    tiles = triton_configs.attention_backward(capability(q.device), q.dtype, head_dim, max_length)
+    windowed = window is not None
+    tiles = triton_configs.attention_backward(capability(q.device), q.dtype, head_dim, max_length, windowed)
     if len(tiles) == 1:
         launch(
             row_backward_kernel,

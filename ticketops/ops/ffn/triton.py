@@ -199,17 +199,23 @@ def backward_kernel(
         m_x = (i_row + o_r < last)[:, None] & m_n[None, :]
         # [ROWS, COLUMNS]
         b_g = tl.load(p_gradient + i_row * neurons + o_x, mask=m_x, other=0.0).to(tl.float32)
-        o_pre = i_row * width + o_r[:, None] * width + o_n[None, :]
-        b_act, b_slope = activate(tl.load(p_pre + o_pre, mask=m_x, other=0.0).to(tl.float32), ACTIVATION)
+        # Offsets of a block take 32 bits, only its first address takes 64.
+        o_pre = o_r[:, None] * width + o_n[None, :]
+        p_block = p_pre + i_row * width
+        b_act, b_slope = activate(tl.load(p_block + o_pre, mask=m_x, other=0.0).to(tl.float32), ACTIVATION)
         if GATED:
-            b_gate = tl.load(p_pre + o_pre + neurons, mask=m_x, other=0.0).to(tl.float32)
+            b_gate = tl.load(p_block + neurons + o_pre, mask=m_x, other=0.0).to(tl.float32)
             b_du = tl.where(b_scale == 0.0, 0.0, b_g * b_act * b_scale)
-            tl.store(p_target + o_pre + neurons, b_du.to(p_target.dtype.element_ty), mask=m_x)
+            p_block = p_target + i_row * width
+            tl.store(p_block + neurons + o_pre, b_du.to(p_target.dtype.element_ty), mask=m_x)
             b_dc += tl.sum(b_du, 0)
             b_act *= b_gate
             b_slope *= b_gate
         b_da = tl.where(b_scale == 0.0, 0.0, b_g * b_slope * b_scale)
-        tl.store(p_target + o_pre, b_da.to(p_target.dtype.element_ty), mask=m_x)
+        if GATED:
+            tl.store(p_block + o_pre, b_da.to(p_target.dtype.element_ty), mask=m_x)
+        else:
+            tl.store(p_gradient + i_row * neurons + o_x, b_da.to(p_gradient.dtype.element_ty), mask=m_x)
         b_db1 += tl.sum(b_da, 0)
         if p_by_neuron is not None:
             m_own = (i_row + o_r >= start) & (i_row + o_r < end)
@@ -314,7 +320,7 @@ def forward(
         (pre,) = projection.into(x, [w1], biases, first_places(blocks, count, gated), (1 + gated) * count)
     tokens, neurons = pre.shape[0], pre.shape[1] // (1 + gated)
     hidden = torch.empty((tokens, neurons), dtype=pre.dtype, device=pre.device)
-    tile = triton_configs.FFN
+    tile = triton_configs.GATED_FFN if gated else triton_configs.FFN
     launch(
         forward_kernel,
         triton.cdiv(tokens, tile.rows) * triton.cdiv(neurons, tile.columns),
@@ -374,7 +380,7 @@ def backward(
     def weight(*shape: int) -> Tensor:
         return torch.empty(shape if weight_gradients else (0,), dtype=w1.dtype, device=x.device)
 
-    tile = triton_configs.FFN
+    tile = triton_configs.GATED_FFN if gated else triton_configs.FFN
     row_blocks = triton.cdiv(tokens, tile.rows)
     column_blocks = triton.cdiv(neurons, tile.columns)
     by_sequence = neuron_sums and batch > 0
@@ -402,7 +408,7 @@ def backward(
         **spans,
         **sizes,
         p_gradient=gradient,
-        p_target=dpre,
+        p_target=dpre if gated else None,
         p_pre=pre,
         p_db1=parts1 if own_db1 else None,
         p_by_neuron=by_neuron if by_sequence else None,
