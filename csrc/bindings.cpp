@@ -266,6 +266,12 @@ void residual_backward(bool x_bf16, bool residual_bf16, Address dout, Address x,
   RESIDUAL_KERNEL(residual_backward)(args);
 }
 
+void add(bool total_bf16, Address total, Address x, int64_t x_row, int64_t rows, int64_t columns,
+                 int threads) {
+  const Add args{rows, columns, pointer<void>(total), pointer<void>(x), x_row, threads};
+  (total_bf16 ? KERNEL(add<Bf16, float>) : KERNEL(add<float, Bf16>))(args);
+}
+
 void column_sums(bool bf16, Address x, Address sums, int64_t rows, int64_t columns, int threads) {
   const Scratch scratch = allocate((rows + sum_chunk - 1) / sum_chunk * 2 * columns);
   const ColumnSums args{rows, columns, pointer<void>(x), scratch.get(), pointer<float>(sums), threads};
@@ -316,6 +322,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("token_sums", token_sums, release);
   m.def("residual_forward", residual_forward, release);
   m.def("residual_backward", residual_backward, release);
+  m.def("add", add, release);
   m.def("column_sums", column_sums, release);
   m.def("dropout_rows", dropout_rows, release);
   m.def("add_rows", add_rows, release);

@@ -1,9 +1,22 @@
-// What a layer's matrix products and kernels leave over: the sums of a matrix's columns (a bias's gradient), dropout, and
-// rows added up in a table (an embedding's gradient).
+// What a layer's matrix products and kernels leave over: sums of two dtypes, the sums of a matrix's columns (a bias's
+// gradient), dropout, and rows added up in a table (an embedding's gradient).
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 
 namespace ticketops::TICKETOPS_ISA {
+
+template <typename A, typename B>
+void add(const Add& args) {
+  constexpr int64_t chunk = 16;
+  parallel((args.rows + chunk - 1) / chunk, args.threads, [&](int64_t task, int) {
+    const int64_t end = min((task + 1) * chunk, args.rows);
+    for (int64_t row = task * chunk; row < end; ++row) {
+      A* total = static_cast<A*>(args.total) + row * args.columns;
+      const B* x = static_cast<const B*>(args.x) + row * args.x_row;
+      for_row(args.columns, [&](int64_t, auto load, auto store) { store(total, load(total) + load(x)); });
+    }
+  });
+}
 
 template <typename T>
 void column_sums(const ColumnSums& args) {
@@ -64,5 +77,7 @@ void add_rows(const AddRows& args) {
   template void add_rows<T>(const AddRows&);
 INSTANTIATE(float)
 INSTANTIATE(Bf16)
+template void add<float, Bf16>(const Add&);
+template void add<Bf16, float>(const Add&);
 
 }  // namespace ticketops::TICKETOPS_ISA

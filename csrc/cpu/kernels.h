@@ -141,6 +141,15 @@ struct ResidualBackward : Residual {
 // Rows are summed in chunks of this many, whatever the number of threads.
 constexpr int64_t sum_chunk = 64;
 
+// total[t] += x[t], rows of x `x_row` elements apart: 0 adds one row to all.
+struct Add {
+  int64_t rows, columns;
+  void* total;  // [T, C]
+  const void* x;
+  int64_t x_row;
+  int threads;
+};
+
 struct ColumnSums {
   int64_t rows, columns;
   const void* x;  // [T, C]
@@ -195,6 +204,8 @@ void copy(const Copies&);
   void residual_forward(const ResidualForward&);                                    \
   template <typename X, typename R>                                                 \
   void residual_backward(const ResidualBackward&);                                  \
+  template <typename A, typename B>                                                 \
+  void add(const Add&);                                                             \
   template <typename T>                                                             \
   void column_sums(const ColumnSums&);                                              \
   template <typename T>                                                             \

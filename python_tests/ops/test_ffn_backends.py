@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ticketops.errors import InputError
 from ticketops.ops.backends import _module
 from ticketops.ops.ffn import reference
 
@@ -148,3 +149,27 @@ def test_kernels_do_not_depend_on_threads(backend, dtype):
         with threads(number):
             first, again = (run(module, tensors, sequences, "gelu") for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (130, 37), (64, 1152), (0, 4)])
+def test_sums_of_columns_and_of_two_dtypes(shape):
+    need("native", "ffn", torch.float32)
+    native = _module("ffn", "native")
+    torch.manual_seed(0)
+    x, bias = torch.randn(shape), torch.randn(shape[1])
+    for dtype in (torch.float32, torch.bfloat16):
+        with poisoned():
+            sums = native.column_sums(x.to(dtype))
+        assert sums.dtype == torch.float32
+        torch.testing.assert_close(sums, x.to(dtype).double().sum(0).float(), rtol=1e-6, atol=1e-6)
+    total = torch.randn(shape)
+    expected = total + x.bfloat16()
+    assert native.add_(total, x.bfloat16()) is total
+    assert torch.equal(total, expected)
+    total = torch.randn(shape).bfloat16()
+    expected = (total.float() + bias).bfloat16()
+    assert torch.equal(native.add_(total, bias), expected)
+    with pytest.raises(InputError, match="contiguous"):
+        native.add_(torch.zeros(4, 6)[:, ::2], torch.zeros(4, 3).bfloat16())
+    with pytest.raises(InputError, match="needs x as"):
+        native.add_(torch.zeros(4, 3), torch.zeros(4, 3))

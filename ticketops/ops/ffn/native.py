@@ -130,6 +130,28 @@ def activate_backward(
     return by_bias, by_neuron
 
 
+def add_(total: Tensor, x: Tensor) -> Tensor:
+    """total + x in place, where one is float32 and the other bfloat16: torch would cast x in a pass of its own.
+
+    Args:
+        total: contiguous [T, C].
+        x: [T, C], or [C] for all rows.
+
+    Returns:
+        `total`.
+    """
+    if not total.is_contiguous():
+        raise InputError("the native kernel needs total contiguous, since it is changed in place")
+    total = checked("total", total, total.dtype, *total.shape)
+    other = torch.float32 if total.dtype == torch.bfloat16 else torch.bfloat16
+    x = checked("x", x, other, *total.shape[-x.ndim :])
+    run(
+        native.add,
+        *(total.dtype == torch.bfloat16, address(total), address(x), x.stride(0) if x.ndim > 1 else 0, *total.shape),
+    )
+    return total
+
+
 def column_sums(x: Tensor) -> Tensor:
     """The sums of a matrix's columns, as the gradient of a bias is.
 

@@ -57,7 +57,10 @@ def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total + a b, in place."""
-    return total.addmm_(a, b) if a.dtype == total.dtype == torch.float32 else total.add_(ffn.product(a, b))
+    if a.dtype == total.dtype == torch.float32:
+        return total.addmm_(a, b)
+    product = ffn.product(a, b)
+    return ffn.add_(total, product) if total.dtype == torch.float32 else total.add_(product)
 
 
 def forward(
@@ -120,7 +123,8 @@ def forward(
             flat = torch.empty((tokens, 3 * width), dtype=dtype)
             projections = [(wq, bq), (wk, bk), (wv, bv)]
             if copied:
-                w_qkv, biases = torch.empty((3 * width, x.shape[1]), dtype=dtype), torch.empty(3 * width, dtype=dtype)
+                w_qkv = torch.empty((3 * width, x.shape[1]), dtype=dtype)
+                biases = torch.empty(3 * width, dtype=torch.float32 if bf16 else dtype)
                 for (w, b), to_w, to_b in zip(projections, w_qkv.chunk(3), biases.chunk(3), strict=True):
                     to_w.copy_(_select(w, heads, all_heads, 0))
                     to_b.copy_(_select(b, heads, all_heads, 0))
@@ -128,7 +132,7 @@ def forward(
                 projections = list(zip(w_qkv.chunk(3), biases.chunk(3), strict=True))
             if copied and bf16:
                 _product(flat, cast_x, w_qkv.t())
-                flat.add_(biases)
+                ffn.add_(flat, biases)
             else:
                 for (w, b), part in zip(projections, flat.chunk(3, 1), strict=True):
                     if bf16:
