@@ -3,7 +3,7 @@
     python -m bench.kernels --threads 2
 
 All contenders take turns in one process, and a ratio is that of their fastest rounds. Rates stand beside the machine's
-own: a copy through memory and a float32 matrix product of torch's.
+own: a copy through memory (what lies in the caches moves faster) and a matrix product of torch's in the same dtype.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.step import circumstances
 from ticketops import ops
 from ticketops.ops import Sequences
 
@@ -51,12 +52,18 @@ def main() -> None:
     real = torch.arange(width) < lengths[:, None]
     mask = real[:, None, None, :]
 
-    memory, square = torch.randn(1 << 24), torch.randn(1024, 1024)
-    machine = fastest({"copy": memory.clone, "product": lambda: square @ square}, options.rounds)
+    memory, target, square = torch.randn(1 << 24), torch.zeros(1 << 24), torch.randn(1024, 1024)
+    squares = {dtype: square.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    machine = fastest({"copy": lambda: target.copy_(memory)}, options.rounds)
+    bandwidth = 2 * 4 * 2**24 / machine["copy"] / 1e9
+    around = circumstances(memory.device)
+    print(", ".join(f"{name} {around[name]}" for name in ("device", "cpu_capability", "torch", "python")))
     print(f"{tokens} tokens in {BATCH} x {width}, {options.threads} threads, dropout {DROPOUT}, forward + backward")
-    bandwidth, rate = 2 * 4 * 2**24 / machine["copy"] / 1e9, 2 * 1024**3 / machine["product"] / 1e9
-    print(f"copy {bandwidth:.1f} GB/s, product {rate:.0f} GFLOP/s")
-    for dtype in (torch.float32, torch.bfloat16):
+    print(f"copy {bandwidth:.1f} GB/s")
+    for dtype, factor in squares.items():
+        seconds = fastest({"product": lambda factor=factor: factor @ factor}, options.rounds)
+        rates = {"GB/s": bandwidth, "GFLOP/s": 2 * 1024**3 / seconds["product"] / 1e9}
+        print(f"{str(dtype).removeprefix('torch.')} product {rates['GFLOP/s']:.0f} GFLOP/s")
         for head_dim in (32, 64):
             channels = HEADS * head_dim
             neurons = 4 * channels
@@ -107,9 +114,10 @@ def main() -> None:
                 ),
             ):
                 seconds = fastest({"ours": ours, "stock": stock}, options.rounds if name != "ffn" else 2)
+                rate = work / seconds["ours"] / 1e9
                 print(
                     f"{str(dtype).removeprefix('torch.'):8} {HEADS} x {head_dim} {name:13} "
-                    f"{seconds['ours'] * 1e3:8.2f} ms {work / seconds['ours'] / 1e9:6.1f} {unit:7} "
+                    f"{seconds['ours'] * 1e3:8.2f} ms {rate:6.1f} {unit:7} {rate / rates[unit]:6.1%} of the machine's "
                     f"{seconds['stock'] / seconds['ours']:5.1f}x stock"
                 )
 
