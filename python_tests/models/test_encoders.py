@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -204,10 +205,17 @@ def test_masks_that_a_window_would_reach_across_are_refused():
     batch["attention_mask"][0, 5] = 0
     with ticketops.patch(model), pytest.raises(InputError, match="row 0 of the attention mask has holes"):
         model(**batch)
-    full = make("ModernBertForSequenceClassification", layer_types=["full_attention"] * LAYERS)
-    stock = copy.deepcopy(full)
-    with ticketops.patch(full):
-        compare(full, stock, batch)
+
+
+def test_masks_with_holes_are_served_where_no_layer_has_a_window():
+    try:
+        model = make("ModernBertForSequenceClassification", layer_types=["full_attention"] * LAYERS)
+    except StrictDataclassFieldValidationError:
+        pytest.skip(f"transformers {transformers.__version__} has no configuration without a window")
+    stock, batch = copy.deepcopy(model), draw(model)
+    batch["attention_mask"][0, 5] = 0
+    with ticketops.patch(model):
+        compare(model, stock, batch)
 
 
 @pytest.mark.parametrize(
