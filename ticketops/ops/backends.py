@@ -110,6 +110,18 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleT
     return _module(op, choose(op, device, dtype)[0], device.type)
 
 
+@torch.compiler.assume_constant_result
+def native_on_cpu(device: torch.device, dtype: torch.dtype, *ops: str) -> bool:
+    """Whether the native kernels compute all of some ops on the CPU; a constant to torch.compile.
+
+    Args:
+        device: where the tensors lie.
+        dtype: their dtype.
+        ops: of OPS.
+    """
+    return device.type == "cpu" and all(choose(op, device, dtype)[0] == "native" for op in ops)
+
+
 def explain() -> list[dict[str, str]]:
     """What `ticketops doctor` prints: for every op, device at hand and dtype, the backend that would run and why.
 

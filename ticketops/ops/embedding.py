@@ -16,18 +16,14 @@ from ticketops.ops.extension import address, checked, dropout_arguments, native,
 from ticketops.ops.registration import define
 
 
-@torch.compiler.assume_constant_result
-def _native(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and backends.choose("residual", device, dtype)[0] == "native"
-
-
 def serves_embedding(x: Tensor) -> bool:
     """Whether `embedding` and `dropout` run here; where they do not, torch's own serve.
 
     Args:
         x: the table, or what is to be dropped.
     """
-    return _native(x.device, x.dtype)
+    # The residual's LayerNorm is their neighbour: both are of the extension, or neither.
+    return backends.native_on_cpu(x.device, x.dtype, "residual")
 
 
 def embedding(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:

@@ -62,13 +62,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-@torch.compiler.assume_constant_result
-def _native(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the native kernels compute all parts of a layer on the CPU."""
-    parts = ("attention", "ffn", "residual")
-    return device.type == "cpu" and all(backends.choose(op, device, dtype)[0] == "native" for op in parts)
-
-
 def serves_layer(x: Tensor, weights: Tensor) -> bool:
     """Whether `encoder_layer` runs here; where it does not, the other ops compute the same layer.
 
@@ -77,7 +70,9 @@ def serves_layer(x: Tensor, weights: Tensor) -> bool:
         weights: any of the layer's weights.
     """
     dtype = _compute_dtype(x)
-    return x.dtype == weights.dtype and x.dtype in (torch.float32, dtype) and _native(x.device, dtype)
+    if x.dtype != weights.dtype or x.dtype not in (torch.float32, dtype):
+        return False
+    return backends.native_on_cpu(x.device, dtype, "attention", "ffn", "residual")
 
 
 def encoder_layer(
