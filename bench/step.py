@@ -22,15 +22,16 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from ticketops import Ticket, patch, prune
 from ticketops.errors import InputError, TicketopsError
-from ticketops.ops import backends
+from ticketops.ops import backends, products
 from ticketops.tasks import demo_model, load_task, tokenize
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,14 @@ def check_equal(setup: Setup, stock: Contender, patched: Contender) -> float:
     return difference
 
 
+def _product(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The fastest matrix product at hand."""
+    return products.product if device.type == "cpu" else torch.mm
+
+
 def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[Callable[[], None]]:
     """The matrix products that a step cannot do without, on real tokens alone: forward, input and weight gradients."""
-    dtype = torch.bfloat16 if setup.dtype == "bf16" else torch.float32
+    dtype, product = torch.bfloat16 if setup.dtype == "bf16" else torch.float32, _product(setup.device)
     tokens = int(batch["attention_mask"].sum())
     for module in contender.model.base_model.encoder.modules():
         if isinstance(module, torch.nn.Linear):
@@ -198,12 +204,12 @@ def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[C
             gradient = torch.randn(tokens, module.out_features, device=setup.device, dtype=dtype)
             weight = module.weight.detach().to(dtype)
 
-            def products(x=x, gradient=gradient, weight=weight) -> None:
-                torch.mm(x, weight.t())
-                torch.mm(gradient, weight)
-                torch.mm(gradient.t(), x)
+            def run(x=x, gradient=gradient, weight=weight) -> None:
+                product(x, weight.t())
+                product(gradient, weight)
+                product(gradient.t(), x)
 
-            yield products
+            yield run
 
 
 def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int) -> dict[str, list[float]]:
@@ -221,14 +227,14 @@ def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int
     ids = batch["input_ids"][batch["attention_mask"].bool()][:32][None]
     # What a tokenizer makes of one sentence.
     one = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
-    dtype = torch.bfloat16 if setup.dtype == "bf16" else torch.float32
+    dtype, product = torch.bfloat16 if setup.dtype == "bf16" else torch.float32, _product(setup.device)
     linears = [m for m in contenders["full"].model.base_model.encoder.modules() if isinstance(m, torch.nn.Linear)]
     weights = [linear.weight.detach().to(dtype).t() for linear in linears]
     tokens = [torch.randn(ids.shape[1], weight.shape[0], device=setup.device, dtype=dtype) for weight in weights]
 
-    def products() -> None:
+    def forward_products() -> None:
         for x, weight in zip(tokens, weights, strict=True):
-            torch.mm(x, weight)
+            product(x, weight)
 
     def run(each: Contender) -> Callable[[], object]:
         def forward() -> object:
@@ -244,7 +250,7 @@ def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int
     runs = {name: run(each) for name, each in contenders.items() if name not in ("importance", "switching")}
     for each in contenders.values():
         each.model.eval()
-    runs["matmul_floor"] = products
+    runs["matmul_floor"] = forward_products
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-3, turns):
         for name, forward in runs.items():

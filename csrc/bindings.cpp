@@ -33,10 +33,12 @@ bool choose_avx512() {
 const bool avx512_chosen = choose_avx512();
 const char* isa() { return avx512_chosen ? "avx512" : "avx2"; }
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool is_intel() { return __builtin_cpu_is("intel"); }
 #define KERNEL(...) (avx512_chosen ? &avx512::__VA_ARGS__ : &avx2::__VA_ARGS__)
 #else
 const char* isa() { return "generic"; }
 bool supported() { return true; }
+bool is_intel() { return false; }
 #define KERNEL(...) (&generic::__VA_ARGS__)
 #endif
 
@@ -313,6 +315,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of ticketops that take addresses; use ticketops.ops.";
   m.def("isa", isa, "The instruction set that the kernels use.");
   m.def("supported", supported, "Whether this processor has what the kernels need.");
+  m.def("is_intel", is_intel, "Whether Intel made the processor.");
   m.def("threads_available", threads_available, "Whether torch's OpenMP runtime was found.");
   const py::call_guard<py::gil_scoped_release> release;
   m.def("attention_forward", attention_forward, release);

@@ -370,12 +370,16 @@ def _doctor(
         if kernels:
             _print_kernels(as_json, output)
             return
-        from ticketops.ops import cuda_extension, extension
+        from ticketops.ops import cuda_extension, extension, products
         from ticketops.ops.backends import explain
         from ticketops.searching import environment
 
         versions, machine, backends = environment.versions(), environment.machine(), explain()
-        kernels_built = {"native_kernels": extension.status, "cuda_kernels": cuda_extension.status}
+        kernels_built = {
+            "native_kernels": extension.status,
+            "cuda_kernels": cuda_extension.status,
+            "float32_products": products.explain(),
+        }
         if as_json:
             typer.echo(
                 json.dumps({"versions": versions, "machine": machine, "built": kernels_built, "backends": backends})

@@ -1,33 +1,17 @@
 """The masked FFN on the CPU: csrc/cpu/ffn.cpp between torch's matrix products."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
 from ticketops.ops.extension import address, checked, native, refusal, run
 from ticketops.ops.ffn.reference import first_places
+from ticketops.ops.products import product
 
 __all__ = ["backward", "forward", "refusal"]
 
 # csrc/cpu/kernels.h, enum Activation
 _ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
-
-
-@cache
-def has_bf16_products() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices at speed; where it emulates them, they take several times as long as
-    float32 ones."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The matrix product a b + bias in the inputs' dtype."""
-    dtype = a.dtype
-    if dtype == torch.bfloat16 and not has_bf16_products():
-        a, b, bias = a.float(), b.float(), None if bias is None else bias.float()
-    return (a @ b if bias is None else torch.addmm(bias, a, b)).to(dtype)
 
 
 def _active(neuron_mask: Tensor | None) -> Tensor | None:

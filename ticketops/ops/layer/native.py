@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ticketops.ops.attention import native as attention
 from ticketops.ops.ffn import native as ffn
+from ticketops.ops.products import add_product, has_slow_mkl, product
 from ticketops.ops.residual import native as residual
 
 #: Tensors of a call before the seeds: tokens, 16 parameters, heads, neurons, starts, lengths.
@@ -47,20 +48,18 @@ def _spread(gradient: Tensor, places: Tensor | None, count: int, dim: int) -> Te
     return whole.new_zeros(shape).index_copy_(dim, places, whole).flatten(dim, dim + 1)
 
 
-def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b."""
-    if out.dtype == torch.bfloat16 and not ffn.has_bf16_products():
-        out.copy_(a.float() @ b.float())
-    else:
-        torch.mm(a, b, out=out)
+def _copies(cast: bool, heads: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the weights of q, k and v are copied side by side, so that one product serves all three. MKL gains
+    nothing from that in float32."""
+    return cast or heads is not None or (dtype == torch.float32 and has_slow_mkl())
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b, in place."""
+    """total + a b; `total` may be changed."""
     if a.dtype == total.dtype == torch.float32:
-        return total.addmm_(a, b)
-    product = ffn.product(a, b)
-    return ffn.add_(total, product) if total.dtype == torch.float32 else total.add_(product)
+        return add_product(total, a, b)
+    terms = product(a, b)
+    return ffn.add_(total, terms) if total.dtype == torch.float32 else total.add_(terms)
 
 
 def forward(
@@ -112,15 +111,12 @@ def forward(
     attention_seed, output_seed, ffn_seed = _seeds(seeds, attention_dropout, output_dropout, ffn_dropout)
     none = x.new_empty(0)
     cast = dtype != x.dtype
-    # Where weights are copied anyway, one product serves q, k and v in bfloat16; in float32 that is no faster.
-    copied = cast or heads is not None
+    copied = _copies(cast, heads, dtype)
     w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = cast_middle = none
     with torch.autocast("cpu", enabled=False):
         cast_x = x.to(dtype)
         if count:
             width = count * head_dim
-            # [T, 3 K D]
-            flat = torch.empty((tokens, 3 * width), dtype=dtype)
             projections = [(wq, bq), (wk, bk), (wv, bv)]
             if copied:
                 w_qkv = torch.empty((3 * width, x.shape[1]), dtype=dtype)
@@ -128,15 +124,15 @@ def forward(
                 for (w, b), to_w, to_b in zip(projections, w_qkv.chunk(3), biases.chunk(3), strict=True):
                     to_w.copy_(_select(w, heads, all_heads, 0))
                     to_b.copy_(_select(b, heads, all_heads, 0))
-                w_o = _select(wo, heads, all_heads, 1).to(dtype)
-                projections = list(zip(w_qkv.chunk(3), biases.chunk(3), strict=True))
-            if copied and bf16:
-                _product(flat, cast_x, w_qkv.t())
-                ffn.add_(flat, biases)
+                if cast or heads is not None:
+                    w_o = _select(wo, heads, all_heads, 1).to(dtype)
+                # [T, 3 K D]
+                flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if bf16 else product(cast_x, w_qkv.t(), biases)
             else:
+                flat = torch.empty((tokens, 3 * width), dtype=dtype)
                 for (w, b), part in zip(projections, flat.chunk(3, 1), strict=True):
                     if bf16:
-                        part.copy_(ffn.product(cast_x, w.t(), b))
+                        part.copy_(product(cast_x, w.t(), b))
                     else:
                         torch.addmm(b, cast_x, w.t(), out=part)
             qkv = flat.view(tokens, 3, count, head_dim)
@@ -144,7 +140,7 @@ def forward(
             context, lse = attention.forward(
                 q, k, v, starts, lengths, None, attention_seed, max_length, scale, attention_dropout
             )
-            projected = ffn.product(context.view(tokens, width), (w_o if w_o.numel() else wo).t())
+            projected = product(context.view(tokens, width), (w_o if w_o.numel() else wo).t())
         else:
             projected = torch.zeros(x.shape, dtype=dtype)
         middle, mean1, rstd1 = residual.forward(projected, x, bo, gamma1, beta1, output_seed, output_dropout, eps1)
@@ -154,9 +150,9 @@ def forward(
                 w_1, w_2 = (_select(w, neurons, w1.shape[0], dim).to(dtype) for w, dim in ((w1, 0), (w2, 1)))
                 b1 = _select(b1, neurons, w1.shape[0], 0).to(dtype)
                 w1, w2 = w_1, w_2
-            pre = ffn.product(cast_middle, w1.t(), b1)
+            pre = product(cast_middle, w1.t(), b1)
             hidden, _ = ffn.activate(pre, activation, in_place=not keep)
-            output = ffn.product(hidden, w2.t(), b2.to(dtype))
+            output = product(hidden, w2.t(), b2.to(dtype))
             out, mean2, rstd2 = residual.forward(output, middle, None, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
         else:
             out, mean2, rstd2 = torch.native_layer_norm(middle, [x.shape[1]], gamma2, beta2, eps2)
@@ -254,14 +250,14 @@ def backward(
                 ffn_signed, ffn_absolute = ffn.token_sums(doutput, output, starts, lengths, 1.0)
             whole, kept = w1.shape[0], neurons
             inner = cast_middle if cast_middle.numel() else middle
-            dpre = ffn.product(doutput, w_2 if w_2.numel() else w2)
+            dpre = product(doutput, w_2 if w_2.numel() else w2)
             db1, by_neuron = ffn.activate_backward(
                 *(dpre, pre, hidden, None, None, activation, weight_gradients, neuron_sums, per_token, starts, lengths)
             )
             if weight_gradients:
-                keep(10, _spread(ffn.product(dpre.t(), inner), kept, whole, 0), w1)
+                keep(10, _spread(product(dpre.t(), inner), kept, whole, 0), w1)
                 keep(11, _spread(db1, kept, whole, 0), b1)
-                keep(12, _spread(ffn.product(doutput.t(), hidden), kept, whole, 1), w2)
+                keep(12, _spread(product(doutput.t(), hidden), kept, whole, 1), w2)
                 keep(13, db2, b2)
             # Only now, since without a dropout and a cast doutput is the same tensor.
             dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
@@ -283,7 +279,7 @@ def backward(
         count = all_heads if heads is None else len(heads)
         if count:
             width = count * head_dim
-            dcontext = ffn.product(dprojected, w_o if w_o.numel() else wo).view(tokens, count, head_dim)
+            dcontext = product(dprojected, w_o if w_o.numel() else wo).view(tokens, count, head_dim)
             dqkv = torch.empty((tokens, 3, count, head_dim), dtype=dtype)
             q, k, v = qkv.unbind(1)
             *_, signed, absolute = attention.backward(
@@ -304,24 +300,24 @@ def backward(
             )
             flat = dqkv.view(tokens, 3 * width)
             if weight_gradients:
-                dwo = ffn.product(dprojected.t(), context.view(tokens, width))
+                dwo = product(dprojected.t(), context.view(tokens, width))
                 keep(6, _spread(dwo, heads, all_heads, 1), wo)
                 dbiases = ffn.column_sums(flat)
                 inputs = cast_x if cast_x.numel() else x
                 dweights: Sequence[Tensor]
-                if w_qkv.numel() and bf16:
-                    dweights = ffn.product(flat.t(), inputs).chunk(3)
+                if bf16 and w_qkv.numel():
+                    dweights = product(flat.t(), inputs).chunk(3)
                 else:
-                    dweights = [ffn.product(part.t(), inputs) for part in flat.chunk(3, 1)]
+                    dweights = [product(part.t(), inputs) for part in flat.chunk(3, 1)]
                 for i, (w, b, dw, db) in enumerate(
                     zip((wq, wk, wv), (bq, bk, bv), dweights, dbiases.chunk(3), strict=True)
                 ):
                     keep(i, _spread(dw, heads, all_heads, 0), w)
                     keep(3 + i, _spread(db.clone(), heads, all_heads, 0), b)
-            if w_qkv.numel() and bf16:
+            if w_qkv.numel():
                 dx = _add_product(dx, flat, w_qkv)
             else:
-                for w, part in zip(w_qkv.chunk(3) if w_qkv.numel() else (wq, wk, wv), flat.chunk(3, 1), strict=True):
+                for w, part in zip((wq, wk, wv), flat.chunk(3, 1), strict=True):
                     dx = _add_product(dx, part, w)
     results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)
     # An op's results must be tensors of their own.
@@ -341,7 +337,7 @@ def fake_forward(
     def new(*shape, there=True, dtype=dtype):
         return x.new_empty(shape, dtype=dtype) if there else x.new_empty(0)
 
-    attends, feeds, copied = count != 0, w1 is not None, cast or heads is not None
+    attends, feeds, copied = count != 0, w1 is not None, _copies(cast, heads, dtype)
     row = (tokens,) if feeds else (tokens, 1)
     statistics = torch.float32
     return (
@@ -351,7 +347,7 @@ def fake_forward(
         *(new(tokens, channels, there=cast and feeds), *(new(tokens, neuron_count, there=feeds) for _ in range(2))),
         *(new(tokens, channels, there=feeds), new(*row, dtype=statistics), new(*row, dtype=statistics)),
         *(new(3 * count * head_dim, channels, there=attends and copied),),
-        *(new(channels, count * head_dim, there=attends and copied),),
+        *(new(channels, count * head_dim, there=attends and (cast or heads is not None)),),
         *(new(neuron_count, channels, there=feeds and (cast or neurons is not None)),),
         *(new(channels, neuron_count, there=feeds and (cast or neurons is not None)),),
     )

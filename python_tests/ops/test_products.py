@@ -1,0 +1,57 @@
+import itertools
+
+import pytest
+import torch
+
+from ticketops.ops import products
+
+
+@pytest.fixture(params=[False, True], ids=["torch's library", "oneDNN"])
+def _library(request, monkeypatch):
+    if request.param and not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "has_slow_mkl", lambda: request.param)
+
+
+@pytest.mark.usefixtures("_library")
+@pytest.mark.parametrize("tokens", [0, 1, 7, 65])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_every_stride_match_float64(tokens, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 3 * 48, dtype=dtype)[:, 48:96]
+    weight, bias, gradient = torch.randn(40, 48, dtype=dtype), torch.randn(40, dtype=dtype), torch.randn(tokens, 40)
+    gradient = gradient.to(dtype)
+    tolerance = {"atol": 1e-4, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 2e-2}
+    for a, b, added in (
+        (x, weight.t(), bias),
+        (x, weight.t(), None),
+        (gradient, weight, None),
+        (gradient.t(), x, None),
+    ):
+        expected = a.double() @ b.double() + (0 if added is None else added.double())
+        result = products.product(a, b, added)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), expected, **tolerance)
+
+
+@pytest.mark.usefixtures("_library")
+@pytest.mark.parametrize("tokens", [0, 1, 65])
+def test_products_are_added_to_a_total(tokens):
+    torch.manual_seed(0)
+    a, b, total = torch.randn(tokens, 40), torch.randn(40, 48), torch.randn(tokens, 48)
+    expected = total.double() + a.double() @ b.double()
+    torch.testing.assert_close(products.add_product(total, a, b).double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("isa", "intel", "capability"), itertools.product(("avx512", "avx2"), (True, False), (0, 1)))
+def test_onednn_serves_where_mkl_leaves_avx512_out(monkeypatch, isa, intel, capability):
+    class Native:
+        pass
+
+    native = Native()
+    native.isa, native.is_intel = (lambda: isa), (lambda: intel)
+    monkeypatch.setattr(products, "native", native)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if capability else "AVX2")
+    assert products.has_slow_mkl.__wrapped__() == (isa == "avx512" and not intel and bool(capability))
