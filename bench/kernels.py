@@ -17,6 +17,7 @@ from torch.nn import functional
 from bench.step import circumstances
 from ticketops import ops
 from ticketops.ops import Sequences
+from ticketops.ops.products import product
 
 BATCH, HEADS, DROPOUT = 32, 12, 0.1
 
@@ -61,7 +62,7 @@ def main() -> None:
     print(f"{tokens} tokens in {BATCH} x {width}, {options.threads} threads, dropout {DROPOUT}, forward + backward")
     print(f"copy {bandwidth:.1f} GB/s")
     for dtype, factor in squares.items():
-        seconds = fastest({"product": lambda factor=factor: factor @ factor}, options.rounds)
+        seconds = fastest({"product": lambda factor=factor: product(factor, factor)}, options.rounds)
         rates = {"GB/s": bandwidth, "GFLOP/s": 2 * 1024**3 / seconds["product"] / 1e9}
         print(f"{str(dtype).removeprefix('torch.')} product {rates['GFLOP/s']:.0f} GFLOP/s")
         for head_dim in (32, 64):
