@@ -96,3 +96,26 @@ def test_another_backend_leaves_it_to_torch(monkeypatch):
     monkeypatch.setenv("TICKETOPS_BACKEND", "reference")
     assert backends.choose("residual", torch.device("cpu"), torch.float32)[0] == "reference"
     assert not embedding.serves_embedding(torch.randn(2, 2))
+
+
+def test_gradients_that_live_at_once_share_no_memory_and_a_freed_one_leaves_nothing_behind():
+    weight, ids = torch.randn(40, 8).requires_grad_(), torch.tensor([3])
+
+    def gradient():
+        return torch.autograd.grad(embedding.embedding(weight, ids, None), weight, torch.ones(1, 8))[0]
+
+    expected = torch.zeros(40, 8).index_fill_(0, ids, 1.0)
+    first = gradient()
+    held = first.data_ptr()
+    view = first[5:]
+    second = gradient()
+    assert second.data_ptr() != held
+    # Written everywhere, freed by its last holder, and taken again.
+    first.fill_(float("nan"))
+    del first
+    assert gradient().data_ptr() != held
+    del view
+    third = gradient()
+    assert third.data_ptr() == held
+    assert torch.equal(third, expected)
+    assert torch.equal(second, expected)
