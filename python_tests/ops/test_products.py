@@ -10,7 +10,7 @@ from ticketops.ops import products
 def _library(request, monkeypatch):
     if request.param and not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "has_slow_mkl", lambda: request.param)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
 
 
 @pytest.mark.usefixtures("_library")
@@ -54,4 +54,4 @@ def test_onednn_serves_where_mkl_leaves_avx512_out(monkeypatch, isa, intel, capa
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if capability else "AVX2")
-    assert products.has_slow_mkl.__wrapped__() == (isa == "avx512" and not intel and bool(capability))
+    assert products.prefers_onednn.__wrapped__() == (isa == "avx512" and not intel and bool(capability))

@@ -16,8 +16,8 @@ def has_bf16_products() -> bool:
 
 
 @cache
-def has_slow_mkl() -> bool:
-    """Whether float32 products are left to oneDNN, since MKL, which torch takes, keeps to AVX2 on this processor.
+def prefers_onednn() -> bool:
+    """Whether oneDNN multiplies float32 matrices, since MKL, which torch takes, keeps to AVX2 on this processor.
 
     It does so on all that are not Intel's: on two cores of an EPYC with full AVX-512 (Zen 5), the products of 2,000
     tokens with 384 x 1,536 weights run at 216 to 241 GFLOP/s in MKL and at 390 to 530 in oneDNN, those of 32 tokens at
@@ -36,7 +36,7 @@ def has_slow_mkl() -> bool:
 
 def explain() -> str:
     """Which library multiplies float32 matrices, and why, for `ticketops doctor`."""
-    if has_slow_mkl():
+    if prefers_onednn():
         return "oneDNN, since MKL keeps to AVX2 on this processor"
     return "MKL, as in torch" if torch.backends.mkl.is_available() else "torch's"
 
@@ -44,15 +44,17 @@ def explain() -> str:
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """The matrix product a b + bias in the inputs' dtype."""
     dtype = a.dtype
-    if dtype == torch.float32 and has_slow_mkl() and a.numel() and b.numel():
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     if dtype == torch.bfloat16 and not has_bf16_products():
         return product(a.float(), b.float(), None if bias is None else bias.float()).to(dtype)
+    # In bfloat16 torch takes oneDNN itself, but fills the result with the bias beforehand: 0.91 ms in place of 0.78 for
+    # 420 tokens and 384 x 1,536 weights.
+    if prefers_onednn() and (dtype == torch.float32 or bias is not None) and a.numel() and b.numel():
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total + a b in float32; `total` may be changed."""
-    if has_slow_mkl() and a.numel() and b.numel():
+    if prefers_onednn() and a.numel() and b.numel():
         return torch.ops.mkldnn._linear_pointwise(a, total, b.t(), None, "add")
     return total.addmm_(a, b)

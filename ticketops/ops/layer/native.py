@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ticketops.ops.attention import native as attention
 from ticketops.ops.ffn import native as ffn
-from ticketops.ops.products import add_product, has_slow_mkl, product
+from ticketops.ops.products import add_product, prefers_onednn, product
 from ticketops.ops.residual import native as residual
 
 #: Tensors of a call before the seeds: tokens, 16 parameters, heads, neurons, starts, lengths.
@@ -51,7 +51,7 @@ def _spread(gradient: Tensor, places: Tensor | None, count: int, dim: int) -> Te
 def _copies(cast: bool, heads: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the weights of q, k and v are copied side by side, so that one product serves all three. MKL gains
     nothing from that in float32."""
-    return cast or heads is not None or (dtype == torch.float32 and has_slow_mkl())
+    return cast or heads is not None or (dtype == torch.float32 and prefers_onednn())
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
