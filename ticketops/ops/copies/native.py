@@ -1,6 +1,7 @@
-"""Gathering and scattering slices on the CPU, on all threads: csrc/cpu/copies.cpp."""
+"""Slices copied on the CPU, on all threads, one call for a whole table of copies: csrc/cpu/copies.cpp."""
 
 import math
+from array import array
 from types import ModuleType
 
 import torch
@@ -8,6 +9,12 @@ from torch import Tensor
 
 from ticketops.ops import extension
 from ticketops.ops.copies import Slices, reference
+
+# csrc/cpu/kernels.h, enum Elements: what is cast; all else is moved as bytes.
+_CASTS = {(torch.float32, torch.bfloat16): 1, (torch.bfloat16, torch.float32): 2}
+# csrc/bindings.cpp, struct CopyRow
+_GATHER, _SCATTER, _SPREAD = range(3)
+_FIELDS = 9
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -18,31 +25,110 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 @torch.no_grad()
 def gather(slices: list[Slices], out: list[Tensor]) -> None:
     """See ticketops.ops.copies.gather."""
-    for each, part in zip(slices, out, strict=True):
-        _copy(each, part, scatter=False)
+    _copy(slices, out, scatter=False)
 
 
 @torch.no_grad()
 def scatter(slices: list[Slices], values: list[Tensor]) -> None:
     """See ticketops.ops.copies.scatter."""
-    for each, part in zip(slices, values, strict=True):
-        _copy(each, part, scatter=True)
+    _copy(slices, values, scatter=True)
 
 
-def _copy(slices: Slices, part: Tensor, scatter: bool) -> None:
-    tensor, dim = slices.tensor, slices.dim
-    if not part.numel():
-        return
-    if not (tensor.is_contiguous() and part.is_contiguous() and tensor.layout == torch.strided):
-        plain: ModuleType = reference
-        (plain.scatter if scatter else plain.gather)([slices], [part])
-        return
-    index = slices.index.contiguous()
-    slice_bytes = math.prod(tensor.shape[dim:]) // slices.groups * tensor.element_size()
-    extension.run(
-        extension.native.copy_slices,
-        *(tensor.data_ptr(), part.data_ptr(), index.data_ptr(), math.prod(tensor.shape[:dim]), slices.groups),
-        *(len(index), slice_bytes, scatter),
-    )
+class Table:
+    """Copies of slices from tensors to others, of which one call runs all."""
+
+    def __init__(self) -> None:
+        self._rows = array("q")
+        # Tensors whose addresses are in the table live until it has run.
+        self._alive: list[Tensor] = []
+
+    def select(
+        self, tensor: Tensor, dim: int, groups: int, index: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Adds a copy of some slices, side by side.
+
+        Args:
+            tensor: the whole, float32 or bfloat16.
+            dim: the dimension that divides.
+            groups: into how many slices.
+            index: int64 [n], which of them, none twice; None for all.
+            dtype: of the copy, float32 or bfloat16.
+            out: contiguous, where to; None for a new tensor.
+
+        Returns:
+            The copy, with n / groups of the dimension; its values are there after `run`.
+        """
+        if out is None:
+            shape = list(tensor.shape)
+            if index is not None:
+                shape[dim] = shape[dim] // groups * len(index)
+            out = torch.empty(shape, dtype=dtype)
+        self.add(tensor.contiguous(), out, dim, groups, index, _GATHER)
+        return out
+
+    def spread(self, part: Tensor, like: Tensor, dim: int, groups: int, index: Tensor | None) -> Tensor:
+        """Adds the way back from what `select` took: the slices in their places among zeros.
+
+        Args:
+            part: the slices side by side, float32 or bfloat16.
+            like: has the whole's shape and dtype.
+            dim, groups, index: see `select`.
+
+        Returns:
+            The new whole; its values are there after `run`.
+        """
+        out = torch.empty(like.shape, dtype=like.dtype)
+        self.add(part.contiguous(), out, dim, groups, index, _SPREAD)
+        return out
+
+    def add(self, source: Tensor, target: Tensor, dim: int, groups: int, index: Tensor | None, way: int) -> None:
+        """Adds a copy between contiguous tensors, of one dtype or of those that can be cast."""
+        part = target if way == _GATHER else source
+        size = part.numel()
+        if not size:
+            if way == _SPREAD:
+                target.zero_()
+            return
+        rows, count, address = 1, 1, 0
+        if index is None:
+            groups = 1
+        else:
+            rows, count = math.prod(part.shape[:dim]), len(index)
+            index = index.contiguous()
+            address = index.data_ptr()
+        elements = 0 if source.dtype == target.dtype else _CASTS[source.dtype, target.dtype]
+        slice_size = size // (rows * count) * (1 if elements else part.element_size())
+        self._rows.extend(
+            (source.data_ptr(), target.data_ptr(), address, rows, groups, count, slice_size, elements, way)
+        )
+        self._alive += (source, target) if index is None else (source, target, index)
+
+    def run(self) -> None:
+        """Runs the copies and forgets them.
+
+        Raises:
+            InputError: an index is of no slice; nothing is copied then.
+        """
+        if self._rows:
+            address, numbers = self._rows.buffer_info()
+            extension.run(extension.native.copy_slices, address, numbers // _FIELDS)
+            self._rows = array("q")
+            self._alive = []
+
+
+def _copy(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
+    table, written = Table(), []
+    for each, part in zip(slices, parts, strict=True):
+        tensor = each.tensor
+        if not part.numel():
+            continue
+        if not (tensor.is_contiguous() and part.is_contiguous() and tensor.layout == torch.strided):
+            plain: ModuleType = reference
+            (plain.scatter if scatter else plain.gather)([each], [part])
+            continue
+        source, target, way = (part, tensor, _SCATTER) if scatter else (tensor, part, _GATHER)
+        table.add(source, target, each.dim, each.groups, each.index, way)
+        written.append(target)
+    table.run()
     # Autograd must hear of what was written behind its back.
-    torch.autograd.graph.increment_version(tensor if scatter else part)
+    torch.autograd.graph.increment_version(written)
