@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,16 +22,40 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return extension.refusal(device, torch.float32)
 
 
-@torch.no_grad()
 def gather(slices: list[Slices], out: list[Tensor]) -> None:
     """See ticketops.ops.copies.gather."""
-    _copy(slices, out, scatter=False)
+    prepared(slices, out, back=False)()
 
 
-@torch.no_grad()
 def scatter(slices: list[Slices], values: list[Tensor]) -> None:
     """See ticketops.ops.copies.scatter."""
-    _copy(slices, values, scatter=True)
+    prepared(slices, values, back=True)()
+
+
+def prepared(slices: list[Slices], parts: list[Tensor], back: bool) -> Callable[[], None]:
+    """See ticketops.ops.copies.reference.prepared."""
+    table = Table()
+    written: list[Tensor] = []
+    others: list[tuple[Slices, Tensor]] = []
+    for each, part in zip(slices, parts, strict=True):
+        tensor = each.tensor
+        if not part.numel():
+            continue
+        if not (tensor.is_contiguous() and part.is_contiguous() and tensor.layout == torch.strided):
+            others.append((each, part))
+            continue
+        source, target, way = (part, tensor, _SCATTER) if back else (tensor, part, _GATHER)
+        table.add(source, target, each.dim, each.groups, each.index, way)
+        written.append(target)
+    rest = reference.prepared([each for each, _ in others], [part for _, part in others], back)
+
+    def run() -> None:
+        table.run()
+        # Autograd must hear of what was written behind its back.
+        torch.autograd.graph.increment_version(written)
+        rest()
+
+    return run
 
 
 class Table:
@@ -39,7 +63,7 @@ class Table:
 
     def __init__(self) -> None:
         self._rows = array("q")
-        # Tensors whose addresses are in the table live until it has run.
+        # Tensors whose addresses are in the table live as long as it.
         self._alive: list[Tensor] = []
 
     def select(
@@ -104,7 +128,7 @@ class Table:
         self._alive += (source, target) if index is None else (source, target, index)
 
     def run(self) -> None:
-        """Runs the copies and forgets them.
+        """Runs the copies.
 
         Raises:
             InputError: an index is of no slice; nothing is copied then.
@@ -112,23 +136,3 @@ class Table:
         if self._rows:
             address, numbers = self._rows.buffer_info()
             extension.run(extension.native.copy_slices, address, numbers // _FIELDS)
-            self._rows = array("q")
-            self._alive = []
-
-
-def _copy(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
-    table, written = Table(), []
-    for each, part in zip(slices, parts, strict=True):
-        tensor = each.tensor
-        if not part.numel():
-            continue
-        if not (tensor.is_contiguous() and part.is_contiguous() and tensor.layout == torch.strided):
-            plain: ModuleType = reference
-            (plain.scatter if scatter else plain.gather)([each], [part])
-            continue
-        source, target, way = (part, tensor, _SCATTER) if scatter else (tensor, part, _GATHER)
-        table.add(source, target, each.dim, each.groups, each.index, way)
-        written.append(target)
-    table.run()
-    # Autograd must hear of what was written behind its back.
-    torch.autograd.graph.increment_version(written)

@@ -262,6 +262,7 @@ def backward(
                 keep(12, product(doutput.t(), hidden), w2, 1, w1.shape[0], neurons)
                 keep(13, db2, b2)
                 copies.run()
+                copies = Table()
             # Only now, since without a dropout and a cast doutput is the same tensor.
             dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
         else:
