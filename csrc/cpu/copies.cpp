@@ -8,12 +8,13 @@ struct Byte {
   char value;
 };
 
-TICKETOPS_INLINE void move(const Byte* source, Byte* target, int64_t n) {
-  // Single numbers are worth an instruction instead of a call.
-  if (n == 4) {
-    __builtin_memcpy(target, source, 4);
+template <typename T>
+TICKETOPS_INLINE void move(const T* source, T* target, int64_t n) {
+  // A single number is worth an instruction instead of a call.
+  if (n == 1) {
+    *target = *source;
   } else {
-    __builtin_memcpy(target, source, n);
+    __builtin_memcpy(target, source, n * sizeof(T));
   }
 }
 
@@ -24,7 +25,7 @@ TICKETOPS_INLINE void move(const A* source, B* target, int64_t n) {
 
 // The elements [begin, end) of what a copy writes.
 template <typename A, typename B>
-void copy_part(const Copy& copy, int64_t begin, int64_t end) {
+void copy_slices(const Copy& copy, int64_t begin, int64_t end) {
   const int64_t slice = copy.slice, first = begin / slice;
   int64_t inside = begin % slice, row = first / copy.count, i = first % copy.count;
   while (begin < end) {
@@ -45,6 +46,30 @@ void copy_part(const Copy& copy, int64_t begin, int64_t end) {
   }
 }
 
+// The same where slices are single numbers that come to lie side by side.
+template <typename A, typename B>
+void copy_numbers(const Copy& copy, int64_t begin, int64_t end) {
+  constexpr int64_t block = 64;
+  while (begin < end) {
+    const int64_t row = begin / copy.count, i = begin % copy.count;
+    const int64_t n = min(block, min(copy.count - i, end - begin));
+    const A* source = static_cast<const A*>(copy.source) + row * copy.source_slices;
+    A numbers[block];
+    for (int64_t j = 0; j < n; ++j) numbers[j] = copy.from[i + j] < 0 ? A{} : source[copy.from[i + j]];
+    move(numbers, static_cast<B*>(copy.target) + begin, n);
+    begin += n;
+  }
+}
+
+template <typename A, typename B>
+void copy_part(const Copy& copy, int64_t begin, int64_t end) {
+  if (copy.slice == 1 && copy.from) {
+    copy_numbers<A, B>(copy, begin, end);
+  } else {
+    copy_slices<A, B>(copy, begin, end);
+  }
+}
+
 }  // namespace
 
 void copy(const Copies& args) {
@@ -60,6 +85,8 @@ void copy(const Copies& args) {
     const int64_t end = min(begin + copy_task, copy.rows * copy.count * copy.slice);
     switch (copy.elements) {
       case Elements::bytes: return copy_part<Byte, Byte>(copy, begin, end);
+      case Elements::float_to_float: return copy_part<float, float>(copy, begin, end);
+      case Elements::bf16_to_bf16: return copy_part<Bf16, Bf16>(copy, begin, end);
       case Elements::float_to_bf16: return copy_part<float, Bf16>(copy, begin, end);
       case Elements::bf16_to_float: return copy_part<Bf16, float>(copy, begin, end);
     }

@@ -177,7 +177,7 @@ struct AddRows {
 };
 
 // What a copy reads and writes.
-enum class Elements : int64_t { bytes, float_to_bf16, bf16_to_float };
+enum class Elements : int64_t { bytes, float_to_float, bf16_to_bf16, float_to_bf16, bf16_to_float };
 
 // Equal slices of each row of one tensor to those of another: number i goes from from[i] to to[i].
 struct Copy {

@@ -5,7 +5,7 @@ import torch
 
 from ticketops.errors import InputError
 from ticketops.ops.backends import _module
-from ticketops.ops.copies import Slices, reference
+from ticketops.ops.copies import Saved, Slices, reference
 
 from .cases import need, poisoned, threads
 from .test_cuda import many_slices, plain_gather, same
@@ -124,3 +124,48 @@ def test_no_copy_of_a_table_runs_where_one_is_refused(native, place):
     with pytest.raises(InputError, match=f"slice {place} is not among the 3"):
         table.run()
     assert not out.any()
+
+
+def test_what_does_not_fit_is_refused(native):
+    table, x, index = native.Table(), torch.ones(6, 4), torch.tensor([0, 2])
+    with pytest.raises(InputError, match=r"dimension 0 of a tensor .* does not divide into 4"):
+        table.select(x, 0, 4, index, torch.float32)
+    with pytest.raises(InputError, match=r"with an index of torch.int32"):
+        table.spread(x[:4], x, 0, 3, index.int())
+    with pytest.raises(InputError, match=r"needs room as contiguous torch.float32 \[4, 4\], got .* \[5, 4\]"):
+        table.select(x, 0, 3, index, torch.float32, torch.empty(5, 4))
+    with pytest.raises(InputError, match=r"slices of shape \[4, 4\] of \[6, 4\] do not go with \[5, 4\]"):
+        table.spread(x[:5], x, 0, 3, index)
+    with pytest.raises(InputError, match=r"does not cast torch.float64 to torch.bfloat16"):
+        table.select(x.double(), 0, 3, index, torch.bfloat16)
+    table.run()
+
+
+def test_what_is_saved_is_restored_from_the_same_memory_wherever_a_tensor_moves(native):
+    slices = many_slices(torch.device("cpu"))
+    expected = plain_gather(slices)
+    saved = Saved(slices)
+    for change in ("none", "numbers", "memory before", "memory between"):
+        if change == "memory before":
+            for each in slices[:3]:
+                each.tensor.data = each.tensor.data.clone()
+        copies = saved._copies
+        saved.save()
+        assert (saved._copies is copies) == (change != "memory before")
+        kept = [each.tensor.clone() for each in slices]
+        for each in slices:
+            if change == "memory between":
+                each.tensor.data = torch.zeros_like(each.tensor)
+            elif change != "none":
+                each.tensor.zero_()
+        saved.restore()
+        assert all(map(same, plain_gather(slices), expected))
+        if change == "none":
+            assert all(same(each.tensor, before) for each, before in zip(slices, kept, strict=True))
+    # As other numbers in another shape, too.
+    slices[0].tensor.data = torch.randn(24, 3, dtype=torch.float64)
+    kept = slices[0].tensor.clone()
+    saved.save()
+    slices[0].tensor.zero_()
+    saved.restore()
+    assert torch.equal(slices[0].tensor.view(12, 2, 3)[slices[0].index], kept.view(12, 2, 3)[slices[0].index])

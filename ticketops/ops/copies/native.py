@@ -7,11 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ticketops.errors import InputError
 from ticketops.ops import extension
 from ticketops.ops.copies import Slices, reference
 
-# csrc/cpu/kernels.h, enum Elements: what is cast; all else is moved as bytes.
-_CASTS = {(torch.float32, torch.bfloat16): 1, (torch.bfloat16, torch.float32): 2}
+# csrc/cpu/kernels.h, enum Elements; all else is moved as bytes.
+_ELEMENTS = {
+    (torch.float32, torch.float32): 1,
+    (torch.bfloat16, torch.bfloat16): 2,
+    (torch.float32, torch.bfloat16): 3,
+    (torch.bfloat16, torch.float32): 4,
+}
 # csrc/bindings.cpp, struct CopyRow
 _GATHER, _SCATTER, _SPREAD = range(3)
 _FIELDS = 9
@@ -81,12 +87,17 @@ class Table:
 
         Returns:
             The copy, with n / groups of the dimension; its values are there after `run`.
+
+        Raises:
+            InputError: parts that do not fit together.
         """
+        shape = _part_shape(tensor, dim, groups, index)
         if out is None:
-            shape = list(tensor.shape)
-            if index is not None:
-                shape[dim] = shape[dim] // groups * len(index)
             out = torch.empty(shape, dtype=dtype)
+        elif list(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
+            raise InputError(
+                f"the native kernel needs room as contiguous {dtype} {shape}, got {out.dtype} {list(out.shape)}"
+            )
         self.add(tensor.contiguous(), out, dim, groups, index, _GATHER)
         return out
 
@@ -100,13 +111,22 @@ class Table:
 
         Returns:
             The new whole; its values are there after `run`.
+
+        Raises:
+            InputError: parts that do not fit together.
         """
+        shape = _part_shape(like, dim, groups, index)
+        if list(part.shape) != shape:
+            raise InputError(f"slices of shape {shape} of {list(like.shape)} do not go with {list(part.shape)}")
         out = torch.empty(like.shape, dtype=like.dtype)
         self.add(part.contiguous(), out, dim, groups, index, _SPREAD)
         return out
 
     def add(self, source: Tensor, target: Tensor, dim: int, groups: int, index: Tensor | None, way: int) -> None:
-        """Adds a copy between contiguous tensors, of one dtype or of those that can be cast."""
+        """Adds a copy between contiguous tensors whose shapes fit, of one dtype or of those that can be cast."""
+        elements = _ELEMENTS.get((source.dtype, target.dtype), 0)
+        if not elements and source.dtype != target.dtype:
+            raise InputError(f"the native kernel does not cast {source.dtype} to {target.dtype}")
         part = target if way == _GATHER else source
         size = part.numel()
         if not size:
@@ -120,7 +140,6 @@ class Table:
             rows, count = math.prod(part.shape[:dim]), len(index)
             index = index.contiguous()
             address = index.data_ptr()
-        elements = 0 if source.dtype == target.dtype else _CASTS[source.dtype, target.dtype]
         slice_size = size // (rows * count) * (1 if elements else part.element_size())
         self._rows.extend(
             (source.data_ptr(), target.data_ptr(), address, rows, groups, count, slice_size, elements, way)
@@ -136,3 +155,16 @@ class Table:
         if self._rows:
             address, numbers = self._rows.buffer_info()
             extension.run(extension.native.copy_slices, address, numbers // _FIELDS)
+
+
+def _part_shape(whole: Tensor, dim: int, groups: int, index: Tensor | None) -> list[int]:
+    """Of the slices of a whole, side by side."""
+    shape = list(whole.shape)
+    if index is not None:
+        if shape[dim] % groups or index.dtype != torch.int64:
+            raise InputError(
+                f"dimension {dim} of a tensor {shape} does not divide into {groups} slices, or not with an index of "
+                f"{index.dtype}"
+            )
+        shape[dim] = shape[dim] // groups * len(index)
+    return shape
