@@ -297,16 +297,47 @@ void add_rows(bool bf16, Address ids, Address x, Address table, int64_t size, in
   (bf16 ? KERNEL(add_rows<Bf16>) : KERNEL(add_rows<float>))(args);
 }
 
-void copy_slices(Address whole, Address part, Address index, int64_t rows, int64_t groups, int64_t count,
-                 int64_t slice_bytes, bool scatter, int threads) {
-  const int64_t* places = pointer<int64_t>(index);
-  for (int64_t i = 0; i < count; ++i)
-    if (places[i] < 0 || places[i] >= groups)
-      throw std::invalid_argument("slice " + std::to_string(places[i]) + " is not among the " +
-                                  std::to_string(groups) + " of the tensor");
-  const Copies args{pointer<char>(whole), pointer<char>(part), places,  rows,   groups,
-                    count,                slice_bytes,         scatter, threads};
-  ticketops::copy(args);
+// A row of the table that ticketops/ops/copies/native.py makes.
+struct CopyRow {
+  int64_t source, target, index, rows, groups, count, slice, elements;
+  // gather: groups to count; scatter: count to groups; spread: the same, and zeros in the other groups.
+  enum : int64_t { gather, scatter, spread } way;
+};
+
+void copy_slices(Address table, int64_t copies, int threads) {
+  const CopyRow* rows = pointer<CopyRow>(table);
+  std::vector<Copy> list;
+  // For each slice of what is spread where it comes from.
+  std::vector<std::vector<int64_t>> places;
+  int64_t tasks = 0;
+  for (const CopyRow* row = rows; row != rows + copies; ++row) {
+    const int64_t* index = pointer<int64_t>(row->index);
+    for (int64_t i = 0; index && i < row->count; ++i)
+      if (index[i] < 0 || index[i] >= row->groups)
+        throw std::invalid_argument("slice " + std::to_string(index[i]) + " is not among the " +
+                                    std::to_string(row->groups) + " of the tensor");
+    const bool gather = row->way == CopyRow::gather;
+    Copy copy{pointer<void>(row->source),
+              pointer<void>(row->target),
+              gather ? index : nullptr,
+              row->way == CopyRow::scatter ? index : nullptr,
+              row->rows,
+              gather ? row->groups : row->count,
+              gather ? row->count : row->groups,
+              row->count,
+              row->slice,
+              static_cast<Elements>(row->elements),
+              tasks};
+    if (row->way == CopyRow::spread && index) {
+      auto& from = places.emplace_back(row->groups, -1);
+      for (int64_t i = 0; i < row->count; ++i) from[index[i]] = i;
+      copy.from = from.data();
+      copy.count = row->groups;
+    }
+    tasks += (copy.rows * copy.count * copy.slice + copy_task - 1) / copy_task;
+    list.push_back(copy);
+  }
+  KERNEL(copy)({list.data(), copies, tasks, threads});
 }
 
 }  // namespace

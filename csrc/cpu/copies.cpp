@@ -1,27 +1,96 @@
-// Slices of a tensor to or from their place side by side.
-#include <algorithm>
-#include <cstring>
+// Slices of many tensors from one place to another, cast on the way where wanted.
+#include "cpu/parallel.h"
 
-#include "cpu/kernels.h"
-#include "cpu/threads.h"
+namespace ticketops::TICKETOPS_ISA {
+namespace {
 
-namespace ticketops {
+struct Byte {
+  char value;
+};
 
-void copy(const Copies& args) {
-  // Long enough to be worth handing out, short enough to share among threads.
-  constexpr int64_t task_bytes = 1 << 16;
-  const int64_t slices = args.rows * args.count;
-  const int64_t chunk = std::max<int64_t>(1, task_bytes / std::max<int64_t>(1, args.slice_bytes));
-  auto one = [&](int64_t task) {
-    const int64_t end = std::min((task + 1) * chunk, slices);
-    for (int64_t i = task * chunk; i < end; ++i) {
-      char* whole = args.whole + (i / args.count * args.groups + args.index[i % args.count]) * args.slice_bytes;
-      char* part = args.part + i * args.slice_bytes;
-      std::memcpy(args.scatter ? whole : part, args.scatter ? part : whole, args.slice_bytes);
-    }
-  };
-  run_tasks((slices + chunk - 1) / chunk, args.threads,
-            [](void* context, int64_t task, int) { (*static_cast<decltype(one)*>(context))(task); }, &one);
+template <typename T>
+TICKETOPS_INLINE void move(const T* source, T* target, int64_t n) {
+  // A single number is worth an instruction instead of a call.
+  if (n == 1) {
+    *target = *source;
+  } else {
+    __builtin_memcpy(target, source, n * sizeof(T));
+  }
 }
 
-}  // namespace ticketops
+template <typename A, typename B>
+TICKETOPS_INLINE void move(const A* source, B* target, int64_t n) {
+  for_row(n, [=](int64_t, auto load, auto store) { store(target, load(source)); });
+}
+
+// The elements [begin, end) of what a copy writes.
+template <typename A, typename B>
+void copy_slices(const Copy& copy, int64_t begin, int64_t end) {
+  const int64_t slice = copy.slice, first = begin / slice;
+  int64_t inside = begin % slice, row = first / copy.count, i = first % copy.count;
+  while (begin < end) {
+    const int64_t n = min(slice - inside, end - begin);
+    const int64_t from = copy.from ? copy.from[i] : i, to = copy.to ? copy.to[i] : i;
+    B* target = static_cast<B*>(copy.target) + (row * copy.target_slices + to) * slice + inside;
+    if (from < 0) {
+      __builtin_memset(target, 0, n * sizeof(B));
+    } else {
+      move(static_cast<const A*>(copy.source) + (row * copy.source_slices + from) * slice + inside, target, n);
+    }
+    begin += n;
+    inside = 0;
+    if (++i == copy.count) {
+      i = 0;
+      ++row;
+    }
+  }
+}
+
+// The same where slices are single numbers that come to lie side by side.
+template <typename A, typename B>
+void copy_numbers(const Copy& copy, int64_t begin, int64_t end) {
+  constexpr int64_t block = 64;
+  while (begin < end) {
+    const int64_t row = begin / copy.count, i = begin % copy.count;
+    const int64_t n = min(block, min(copy.count - i, end - begin));
+    const A* source = static_cast<const A*>(copy.source) + row * copy.source_slices;
+    A numbers[block];
+    for (int64_t j = 0; j < n; ++j) numbers[j] = copy.from[i + j] < 0 ? A{} : source[copy.from[i + j]];
+    move(numbers, static_cast<B*>(copy.target) + begin, n);
+    begin += n;
+  }
+}
+
+template <typename A, typename B>
+void copy_part(const Copy& copy, int64_t begin, int64_t end) {
+  if (copy.slice == 1 && copy.from) {
+    copy_numbers<A, B>(copy, begin, end);
+  } else {
+    copy_slices<A, B>(copy, begin, end);
+  }
+}
+
+}  // namespace
+
+void copy(const Copies& args) {
+  parallel(args.tasks, args.threads, [&](int64_t task, int) {
+    // The last copy that begins at or before this task.
+    int64_t low = 0, high = args.count;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (args.copies[middle].first_task <= task ? low : high) = middle;
+    }
+    const Copy& copy = args.copies[low];
+    const int64_t begin = (task - copy.first_task) * copy_task;
+    const int64_t end = min(begin + copy_task, copy.rows * copy.count * copy.slice);
+    switch (copy.elements) {
+      case Elements::bytes: return copy_part<Byte, Byte>(copy, begin, end);
+      case Elements::float_to_float: return copy_part<float, float>(copy, begin, end);
+      case Elements::bf16_to_bf16: return copy_part<Bf16, Bf16>(copy, begin, end);
+      case Elements::float_to_bf16: return copy_part<float, Bf16>(copy, begin, end);
+      case Elements::bf16_to_float: return copy_part<Bf16, float>(copy, begin, end);
+    }
+  });
+}
+
+}  // namespace ticketops::TICKETOPS_ISA

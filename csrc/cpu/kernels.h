@@ -176,17 +176,28 @@ struct AddRows {
   int threads;
 };
 
-// `count` of the `groups` equal slices that each of `rows` rows divides into.
-struct Copies {
-  char* whole;  // [rows, groups, slice_bytes]
-  char* part;  // [rows, count, slice_bytes]
-  const int64_t* index;  // [count]
-  int64_t rows, groups, count, slice_bytes;
-  bool scatter;  // part to whole, or whole to part
-  int threads;
+// What a copy reads and writes.
+enum class Elements : int64_t { bytes, float_to_float, bf16_to_bf16, float_to_bf16, bf16_to_float };
+
+// Equal slices of each row of one tensor to those of another: number i goes from from[i] to to[i].
+struct Copy {
+  const void* source;  // [rows, source_slices, slice]
+  void* target;  // [rows, target_slices, slice]
+  const int64_t *from, *to;  // [count]; null: all in their order; -1: zeros
+  int64_t rows, source_slices, target_slices, count, slice;
+  Elements elements;
+  int64_t first_task;
 };
 
-void copy(const Copies&);
+// Elements of a task: enough to be worth handing out, few enough to share among threads.
+constexpr int64_t copy_task = 1 << 15;
+
+// Copies whose tasks all threads share.
+struct Copies {
+  const Copy* copies;
+  int64_t count, tasks;
+  int threads;
+};
 
 #define TICKETOPS_KERNELS(isa)                                                      \
   namespace isa {                                                                   \
@@ -212,6 +223,7 @@ void copy(const Copies&);
   void dropout(const DropoutRows&);                                                 \
   template <typename T>                                                             \
   void add_rows(const AddRows&);                                                    \
+  void copy(const Copies&);                                                         \
   }
 
 TICKETOPS_KERNELS(avx2)

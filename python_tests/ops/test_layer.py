@@ -259,3 +259,45 @@ def test_sequences_outside_the_tensor_are_refused():
     sequences = Sequences(torch.tensor([3], dtype=torch.int32), torch.tensor([4], dtype=torch.int32), 4)
     with pytest.raises(ValueError, match="rows"):
         whole(x.float(), weights, sequences, (0.0, 0.0, 0.0), [None] * 3, False)
+
+
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+def test_gradients_are_in_memory_of_their_own(ticket, dtype, autocast):
+    sequences, rows = packed_sequences(SHORT)
+    results = run(whole, inputs(rows, ticket), sequences, dtype, autocast)
+    kept = [results[name] for name in PARAMETERS if results.get(name) is not None]
+    assert len({value.untyped_storage().data_ptr() for value in kept}) == len(kept)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in kept)
+
+
+class PlainTable:
+    """ticketops.ops.copies.native.Table by torch's own copies, each at once."""
+
+    def select(self, tensor, dim, groups, index, dtype, out=None):
+        if index is not None:
+            tensor = tensor.unflatten(dim, (groups, -1)).index_select(dim, index).flatten(dim, dim + 1)
+        return tensor.to(dtype, copy=True) if out is None else out.copy_(tensor)
+
+    def spread(self, part, like, dim, groups, index):
+        out = torch.zeros_like(like)
+        if index is None:
+            return out.copy_(part)
+        part = part.unflatten(dim, (len(index), -1)).to(like.dtype)
+        return out.unflatten(dim, (groups, -1)).index_copy_(dim, index, part).flatten(dim, dim + 1)
+
+    def run(self):
+        pass
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("ticket", [*TICKETS, ([1, 2], [0, 5, 55], True)])
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+def test_copies_of_weights_and_gradients_are_torchs_to_the_bit(monkeypatch, number, ticket, dtype, autocast):
+    sequences, rows = packed_sequences([3, 61, 0, 17])
+    with threads(number):
+        got = run(whole, inputs(rows, ticket), sequences, dtype, autocast, dropouts=(0.1, 0.1, 0.1))
+        monkeypatch.setattr("ticketops.ops.layer.native.Table", PlainTable)
+        plain = run(whole, inputs(rows, ticket), sequences, dtype, autocast, dropouts=(0.1, 0.1, 0.1))
+    for name, value in got.items():
+        assert value is None if plain[name] is None else torch.equal(value, plain[name]), name

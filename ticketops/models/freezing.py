@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ticketops.models.indices import Indices
-from ticketops.ops.copies import Slices, gather, scatter
+from ticketops.ops.copies import Saved, Slices, scatter
 
 _MARK = "_ticketops_frozen"
-_SAVED = "_ticketops_saved"
+_RESTING = "_ticketops_resting"
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,41 @@ def is_frozen(parameter: Tensor) -> bool:
     return _installed and hasattr(parameter, _MARK)
 
 
+class _Resting:
+    """What an optimizer's steps must leave alone, and its copy, which stays from step to step.
+
+    Args:
+        parts: parameters and their state, each with which of its slices are frozen.
+    """
+
+    def __init__(self, parts: list[tuple[Tensor, Frozen]]) -> None:
+        self._parts = parts
+        self._saved = Saved([frozen.slices(tensor) for tensor, frozen in parts])
+        self._stepping = False
+
+    def holds(self, parts: list[tuple[Tensor, Frozen]]) -> bool:
+        """Whether it was made for these."""
+        pairs = zip(parts, self._parts, strict=False)
+        return len(parts) == len(self._parts) and all(x is y and a is b for (x, a), (y, b) in pairs)
+
+    def save(self) -> None:
+        self._saved.save()
+        self._stepping = True
+
+    def restore(self) -> None:
+        """Undoes what a step has done since `save`."""
+        if self._stepping:
+            self._saved.restore()
+            self._stepping = False
+
+
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Hides wholly frozen parameters from the optimizer and copies the frozen slices of the others, with their
     state."""
     # A step that was cut short has not put back what rests; the next one does.
     _after_step(optimizer, args, kwargs)
-    slices, fresh = [], []
+    parts: list[tuple[Tensor, Frozen]] = []
+    fresh = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             frozen: Frozen | None = getattr(parameter, _MARK, None)
@@ -80,21 +109,26 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 parameter.grad = None
                 continue
             state = optimizer.state.get(parameter, {})
-            slices += [
-                frozen.slices(tensor)
+            parts += [
+                (tensor, frozen)
                 for tensor in (parameter, *state.values())
                 if isinstance(tensor, Tensor) and tensor.shape == parameter.shape
             ]
             if not state:
                 fresh.append(frozen.slices(parameter))
-    setattr(optimizer, _SAVED, (slices, gather(slices)))
+    resting: _Resting | None = getattr(optimizer, _RESTING, None)
+    if resting is None or not resting.holds(parts):
+        resting = _Resting(parts)
+        setattr(optimizer, _RESTING, resting)
+    resting.save()
     # Momentum that this step makes must not begin with the decay of weights at rest: it decays zeros.
     scatter(fresh, [each.tensor.new_zeros(each.shape) for each in fresh])
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    scatter(*getattr(optimizer, _SAVED, ((), ())))
-    setattr(optimizer, _SAVED, ((), ()))
+    resting: _Resting | None = getattr(optimizer, _RESTING, None)
+    if resting is not None:
+        resting.restore()
 
 
 _installed = False

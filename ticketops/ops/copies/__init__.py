@@ -1,6 +1,6 @@
 """Slices of many tensors gathered or scattered together: on a GPU in one launch, however many tensors there are."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ticketops.errors import InputError
 from ticketops.ops.backends import implementation
 
-__all__ = ["Slices", "gather", "scatter"]
+__all__ = ["Saved", "Slices", "gather", "scatter"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def gather(slices: Sequence[Slices], out: Sequence[Tensor] | None = None) -> lis
     Raises:
         InputError: parts that do not fit together.
     """
-    for each in slices:
-        each.check()
     if out is None:
-        out = [torch.empty(each.shape, dtype=each.tensor.dtype, device=each.tensor.device) for each in slices]
+        out = _new(slices)
     else:
+        for each in slices:
+            each.check()
         _check_values(slices, out)
     for places in _by_device(slices):
         part = [slices[place] for place in places]
@@ -92,6 +92,64 @@ def scatter(slices: Sequence[Slices], values: Sequence[Tensor]) -> None:
     for places in _by_device(slices):
         part = [slices[place] for place in places]
         _implementation(part).scatter(part, [values[place] for place in places])
+
+
+class Saved:
+    """A copy of slices of many tensors that is taken and put back again and again, in the same memory.
+
+    Args:
+        slices: what to copy, no place twice.
+
+    Raises:
+        InputError: parts that do not fit together.
+    """
+
+    def __init__(self, slices: Sequence[Slices]) -> None:
+        self._slices = list(slices)
+        self._prepare()
+
+    def save(self) -> None:
+        """Copies the slices."""
+        if self._layout() != self._prepared_for:
+            self._prepare()
+        for run in self._gathers:
+            run()
+
+    def restore(self) -> None:
+        """Puts the copies back.
+
+        Raises:
+            InputError: a tensor has another shape, dtype or device than when it was saved.
+        """
+        if self._layout() != self._prepared_for:
+            # Something else has given a tensor other memory since.
+            scatter(self._slices, self._copies)
+            return
+        for run in self._scatters:
+            run()
+
+    def _layout(self) -> list[tuple[Any, ...]]:
+        """What the prepared copies rely on."""
+        tensors = (each.tensor for each in self._slices)
+        return [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+
+    def _prepare(self) -> None:
+        self._prepared_for = self._layout()
+        self._copies = _new(self._slices)
+        self._gathers: list[Callable[[], None]] = []
+        self._scatters: list[Callable[[], None]] = []
+        for places in _by_device(self._slices):
+            slices, copies = [self._slices[place] for place in places], [self._copies[place] for place in places]
+            prepared = _implementation(slices).prepared
+            self._gathers.append(prepared(slices, copies, back=False))
+            self._scatters.append(prepared(slices, copies, back=True))
+
+
+def _new(slices: Sequence[Slices]) -> list[Tensor]:
+    """Memory for slices side by side."""
+    for each in slices:
+        each.check()
+    return [torch.empty(each.shape, dtype=each.tensor.dtype, device=each.tensor.device) for each in slices]
 
 
 def _check_values(slices: Sequence[Slices], values: Sequence[Tensor]) -> None:

@@ -1,6 +1,8 @@
 """Gathering and scattering slices on the GPU, one launch for a whole table of copies: csrc/cuda/copies.cu."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +39,11 @@ def scatter(slices: list[Slices], values: list[Tensor]) -> None:
     _run(slices, [value.contiguous() for value in values], scatter=True)
     for each in slices:
         torch.autograd.graph.increment_version(each.tensor)
+
+
+def prepared(slices: list[Slices], parts: list[Tensor], back: bool) -> Callable[[], None]:
+    """See ticketops.ops.copies.reference.prepared; the table is made anew each time."""
+    return partial(scatter if back else gather, slices, parts)
 
 
 def _run(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:

@@ -1,13 +1,26 @@
-"""Gathering and scattering slices on the CPU, on all threads: csrc/cpu/copies.cpp."""
+"""Slices copied on the CPU, on all threads, one call for a whole table of copies: csrc/cpu/copies.cpp."""
 
 import math
-from types import ModuleType
+from array import array
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ticketops.errors import InputError
 from ticketops.ops import extension
 from ticketops.ops.copies import Slices, reference
+
+# csrc/cpu/kernels.h, enum Elements; all else is moved as bytes.
+_ELEMENTS = {
+    (torch.float32, torch.float32): 1,
+    (torch.bfloat16, torch.bfloat16): 2,
+    (torch.float32, torch.bfloat16): 3,
+    (torch.bfloat16, torch.float32): 4,
+}
+# csrc/bindings.cpp, struct CopyRow
+_GATHER, _SCATTER, _SPREAD = range(3)
+_FIELDS = 9
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -15,34 +28,143 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return extension.refusal(device, torch.float32)
 
 
-@torch.no_grad()
 def gather(slices: list[Slices], out: list[Tensor]) -> None:
     """See ticketops.ops.copies.gather."""
-    for each, part in zip(slices, out, strict=True):
-        _copy(each, part, scatter=False)
+    prepared(slices, out, back=False)()
 
 
-@torch.no_grad()
 def scatter(slices: list[Slices], values: list[Tensor]) -> None:
     """See ticketops.ops.copies.scatter."""
-    for each, part in zip(slices, values, strict=True):
-        _copy(each, part, scatter=True)
+    prepared(slices, values, back=True)()
 
 
-def _copy(slices: Slices, part: Tensor, scatter: bool) -> None:
-    tensor, dim = slices.tensor, slices.dim
-    if not part.numel():
-        return
-    if not (tensor.is_contiguous() and part.is_contiguous() and tensor.layout == torch.strided):
-        plain: ModuleType = reference
-        (plain.scatter if scatter else plain.gather)([slices], [part])
-        return
-    index = slices.index.contiguous()
-    slice_bytes = math.prod(tensor.shape[dim:]) // slices.groups * tensor.element_size()
-    extension.run(
-        extension.native.copy_slices,
-        *(tensor.data_ptr(), part.data_ptr(), index.data_ptr(), math.prod(tensor.shape[:dim]), slices.groups),
-        *(len(index), slice_bytes, scatter),
-    )
-    # Autograd must hear of what was written behind its back.
-    torch.autograd.graph.increment_version(tensor if scatter else part)
+def prepared(slices: list[Slices], parts: list[Tensor], back: bool) -> Callable[[], None]:
+    """See ticketops.ops.copies.reference.prepared."""
+    table = Table()
+    written: list[Tensor] = []
+    others: list[tuple[Slices, Tensor]] = []
+    for each, part in zip(slices, parts, strict=True):
+        tensor = each.tensor
+        if not part.numel():
+            continue
+        if not (tensor.is_contiguous() and part.is_contiguous() and tensor.layout == torch.strided):
+            others.append((each, part))
+            continue
+        source, target, way = (part, tensor, _SCATTER) if back else (tensor, part, _GATHER)
+        table.add(source, target, each.dim, each.groups, each.index, way)
+        written.append(target)
+    rest = reference.prepared([each for each, _ in others], [part for _, part in others], back)
+
+    def run() -> None:
+        table.run()
+        # Autograd must hear of what was written behind its back.
+        torch.autograd.graph.increment_version(written)
+        rest()
+
+    return run
+
+
+class Table:
+    """Copies of slices from tensors to others, of which one call runs all."""
+
+    def __init__(self) -> None:
+        self._rows = array("q")
+        # Tensors whose addresses are in the table live as long as it.
+        self._alive: list[Tensor] = []
+
+    def select(
+        self, tensor: Tensor, dim: int, groups: int, index: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Adds a copy of some slices, side by side.
+
+        Args:
+            tensor: the whole, float32 or bfloat16.
+            dim: the dimension that divides.
+            groups: into how many slices.
+            index: int64 [n], which of them, none twice; None for all.
+            dtype: of the copy, float32 or bfloat16.
+            out: contiguous, where to; None for a new tensor.
+
+        Returns:
+            The copy, with n / groups of the dimension; its values are there after `run`.
+
+        Raises:
+            InputError: parts that do not fit together.
+        """
+        shape = _part_shape(tensor, dim, groups, index)
+        if out is None:
+            out = torch.empty(shape, dtype=dtype)
+        elif list(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
+            raise InputError(
+                f"the native kernel needs room as contiguous {dtype} {shape}, got {out.dtype} {list(out.shape)}"
+            )
+        self.add(tensor.contiguous(), out, dim, groups, index, _GATHER)
+        return out
+
+    def spread(self, part: Tensor, like: Tensor, dim: int, groups: int, index: Tensor | None) -> Tensor:
+        """Adds the way back from what `select` took: the slices in their places among zeros.
+
+        Args:
+            part: the slices side by side, float32 or bfloat16.
+            like: has the whole's shape and dtype.
+            dim, groups, index: see `select`.
+
+        Returns:
+            The new whole; its values are there after `run`.
+
+        Raises:
+            InputError: parts that do not fit together.
+        """
+        shape = _part_shape(like, dim, groups, index)
+        if list(part.shape) != shape:
+            raise InputError(f"slices of shape {shape} of {list(like.shape)} do not go with {list(part.shape)}")
+        out = torch.empty(like.shape, dtype=like.dtype)
+        self.add(part.contiguous(), out, dim, groups, index, _SPREAD)
+        return out
+
+    def add(self, source: Tensor, target: Tensor, dim: int, groups: int, index: Tensor | None, way: int) -> None:
+        """Adds a copy between contiguous tensors whose shapes fit, of one dtype or of those that can be cast."""
+        elements = _ELEMENTS.get((source.dtype, target.dtype), 0)
+        if not elements and source.dtype != target.dtype:
+            raise InputError(f"the native kernel does not cast {source.dtype} to {target.dtype}")
+        part = target if way == _GATHER else source
+        size = part.numel()
+        if not size:
+            if way == _SPREAD:
+                target.zero_()
+            return
+        rows, count, address = 1, 1, 0
+        if index is None:
+            groups = 1
+        else:
+            rows, count = math.prod(part.shape[:dim]), len(index)
+            index = index.contiguous()
+            address = index.data_ptr()
+        slice_size = size // (rows * count) * (1 if elements else part.element_size())
+        self._rows.extend(
+            (source.data_ptr(), target.data_ptr(), address, rows, groups, count, slice_size, elements, way)
+        )
+        self._alive += (source, target) if index is None else (source, target, index)
+
+    def run(self) -> None:
+        """Runs the copies.
+
+        Raises:
+            InputError: an index is of no slice; nothing is copied then.
+        """
+        if self._rows:
+            address, numbers = self._rows.buffer_info()
+            extension.run(extension.native.copy_slices, address, numbers // _FIELDS)
+
+
+def _part_shape(whole: Tensor, dim: int, groups: int, index: Tensor | None) -> list[int]:
+    """Of the slices of a whole, side by side."""
+    shape = list(whole.shape)
+    if index is not None:
+        if shape[dim] % groups or index.dtype != torch.int64:
+            raise InputError(
+                f"dimension {dim} of a tensor {shape} does not divide into {groups} slices, or not with an index of "
+                f"{index.dtype}"
+            )
+        shape[dim] = shape[dim] // groups * len(index)
+    return shape

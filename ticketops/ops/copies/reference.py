@@ -1,5 +1,8 @@
 """Gathering and scattering slices in plain PyTorch, one tensor after the other."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,20 @@ def scatter(slices: list[Slices], values: list[Tensor]) -> None:
         parts = value.unflatten(each.dim, (len(each.index), -1)) if value.numel() else None
         if parts is not None:
             _divided(each.tensor, each).index_copy_(each.dim, each.index, parts)
+
+
+def prepared(slices: list[Slices], parts: list[Tensor], back: bool) -> Callable[[], None]:
+    """Copies that run many times, as long as no tensor moves.
+
+    Args:
+        slices: slices of tensors.
+        parts: of each its slices side by side.
+        back: the parts are copied into the tensors, and not out of them.
+
+    Returns:
+        What runs them.
+    """
+    return partial(scatter if back else gather, slices, parts)
 
 
 def _divided(tensor: Tensor, slices: Slices) -> Tensor:

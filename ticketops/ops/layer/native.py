@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ticketops.ops.attention import native as attention
+from ticketops.ops.copies.native import Table
 from ticketops.ops.ffn import native as ffn
 from ticketops.ops.products import add_product, prefers_onednn, product
 from ticketops.ops.residual import native as residual
@@ -29,23 +30,6 @@ def _seeds(seeds: Tensor | None, *dropouts: float) -> Iterator[Tensor | None]:
     for p in dropouts:
         yield seeds[place : place + 1] if p and seeds is not None else None
         place += bool(p)
-
-
-def _select(weight: Tensor, heads: Tensor | None, count: int, dim: int) -> Tensor:
-    """The rows (dim 0) or columns (dim 1) of the computed heads, or neurons (count: as many as there are)."""
-    if heads is None:
-        return weight
-    return weight.unflatten(dim, (count, -1)).index_select(dim, heads).flatten(dim, dim + 1)
-
-
-def _spread(gradient: Tensor, places: Tensor | None, count: int, dim: int) -> Tensor:
-    """The gradient of a whole parameter from that of what `_select` took: zeros elsewhere."""
-    if places is None:
-        return gradient
-    whole = gradient.unflatten(dim, (len(places), -1))
-    shape = [*whole.shape]
-    shape[dim] = count
-    return whole.new_zeros(shape).index_copy_(dim, places, whole).flatten(dim, dim + 1)
 
 
 def _copies(cast: bool, heads: Tensor | None, dtype: torch.dtype) -> bool:
@@ -113,24 +97,34 @@ def forward(
     cast = dtype != x.dtype
     copied = _copies(cast, heads, dtype)
     w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = cast_middle = none
+    width = count * head_dim
+    copies = Table()
+    if count and copied:
+        w_qkv = torch.empty((3 * width, x.shape[1]), dtype=dtype)
+        biases = torch.empty(3 * width, dtype=torch.float32 if bf16 else dtype)
+        for w, b, to_w, to_b in zip((wq, wk, wv), (bq, bk, bv), w_qkv.chunk(3), biases.chunk(3), strict=True):
+            copies.select(w, 0, all_heads, heads, dtype, to_w)
+            copies.select(b, 0, all_heads, heads, biases.dtype, to_b)
+        if cast or heads is not None:
+            w_o = copies.select(wo, 1, all_heads, heads, dtype)
+    if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+        if cast or neurons is not None:
+            all_neurons = w1.shape[0]
+            w1 = w_1 = copies.select(w1, 0, all_neurons, neurons, dtype)
+            b1 = copies.select(b1, 0, all_neurons, neurons, dtype)
+            w2 = w_2 = copies.select(w2, 1, all_neurons, neurons, dtype)
+        if cast:
+            b2 = copies.select(b2, 0, 1, None, dtype)
+    copies.run()
     with torch.autocast("cpu", enabled=False):
         cast_x = x.to(dtype)
         if count:
-            width = count * head_dim
-            projections = [(wq, bq), (wk, bk), (wv, bv)]
             if copied:
-                w_qkv = torch.empty((3 * width, x.shape[1]), dtype=dtype)
-                biases = torch.empty(3 * width, dtype=torch.float32 if bf16 else dtype)
-                for (w, b), to_w, to_b in zip(projections, w_qkv.chunk(3), biases.chunk(3), strict=True):
-                    to_w.copy_(_select(w, heads, all_heads, 0))
-                    to_b.copy_(_select(b, heads, all_heads, 0))
-                if cast or heads is not None:
-                    w_o = _select(wo, heads, all_heads, 1).to(dtype)
                 # [T, 3 K D]
                 flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if bf16 else product(cast_x, w_qkv.t(), biases)
             else:
                 flat = torch.empty((tokens, 3 * width), dtype=dtype)
-                for (w, b), part in zip(projections, flat.chunk(3, 1), strict=True):
+                for w, b, part in zip((wq, wk, wv), (bq, bk, bv), flat.chunk(3, 1), strict=True):
                     if bf16:
                         part.copy_(product(cast_x, w.t(), b))
                     else:
@@ -146,13 +140,9 @@ def forward(
         middle, mean1, rstd1 = residual.forward(projected, x, bo, gamma1, beta1, output_seed, output_dropout, eps1)
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             cast_middle = middle.to(dtype)
-            if cast or neurons is not None:
-                w_1, w_2 = (_select(w, neurons, w1.shape[0], dim).to(dtype) for w, dim in ((w1, 0), (w2, 1)))
-                b1 = _select(b1, neurons, w1.shape[0], 0).to(dtype)
-                w1, w2 = w_1, w_2
             pre = product(cast_middle, w1.t(), b1)
             hidden, _ = ffn.activate(pre, activation, in_place=not keep)
-            output = product(hidden, w2.t(), b2.to(dtype))
+            output = product(hidden, w2.t(), b2)
             out, mean2, rstd2 = residual.forward(output, middle, None, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
         else:
             out, mean2, rstd2 = torch.native_layer_norm(middle, [x.shape[1]], gamma2, beta2, eps2)
@@ -236,8 +226,21 @@ def backward(
     parameters: list[Tensor | None] = [None] * 16
     none = torch.empty(0)
 
-    def keep(place: int, gradient: Tensor, like: Tensor) -> None:
-        parameters[place] = gradient.to(like.dtype)
+    copies = Table()
+
+    def keep(
+        place: int,
+        gradient: Tensor,
+        like: Tensor,
+        dim: int = 0,
+        groups: int = 1,
+        index: Tensor | None = None,
+        shared: bool = False,
+    ) -> None:
+        """Copies a gradient where it is not yet the whole parameter's, in its dtype and in memory of its own."""
+        if shared or index is not None or gradient.dtype != like.dtype:
+            gradient = copies.spread(gradient, like, dim, groups, index)
+        parameters[place] = gradient
 
     with torch.autocast("cpu", enabled=False):
         ffn_signed, ffn_absolute, by_neuron = none, none, none
@@ -248,17 +251,18 @@ def backward(
             doutput = doutput if doutput.numel() or not dmiddle.numel() else dmiddle
             if ffn_sums:
                 ffn_signed, ffn_absolute = ffn.token_sums(doutput, output, starts, lengths, 1.0)
-            whole, kept = w1.shape[0], neurons
             inner = cast_middle if cast_middle.numel() else middle
             dpre = product(doutput, w_2 if w_2.numel() else w2)
             db1, by_neuron = ffn.activate_backward(
                 *(dpre, pre, hidden, None, None, activation, weight_gradients, neuron_sums, per_token, starts, lengths)
             )
             if weight_gradients:
-                keep(10, _spread(product(dpre.t(), inner), kept, whole, 0), w1)
-                keep(11, _spread(db1, kept, whole, 0), b1)
-                keep(12, _spread(product(doutput.t(), hidden), kept, whole, 1), w2)
+                keep(10, product(dpre.t(), inner), w1, 0, w1.shape[0], neurons)
+                keep(11, db1, b1, 0, w1.shape[0], neurons)
+                keep(12, product(doutput.t(), hidden), w2, 1, w1.shape[0], neurons)
                 keep(13, db2, b2)
+                copies.run()
+                copies = Table()
             # Only now, since without a dropout and a cast doutput is the same tensor.
             dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
         else:
@@ -301,24 +305,26 @@ def backward(
             flat = dqkv.view(tokens, 3 * width)
             if weight_gradients:
                 dwo = product(dprojected.t(), context.view(tokens, width))
-                keep(6, _spread(dwo, heads, all_heads, 1), wo)
+                keep(6, dwo, wo, 1, all_heads, heads)
                 dbiases = ffn.column_sums(flat)
                 inputs = cast_x if cast_x.numel() else x
                 dweights: Sequence[Tensor]
-                if bf16 and w_qkv.numel():
+                together = bf16 and w_qkv.numel() > 0
+                if together:
                     dweights = product(flat.t(), inputs).chunk(3)
                 else:
                     dweights = [product(part.t(), inputs) for part in flat.chunk(3, 1)]
                 for i, (w, b, dw, db) in enumerate(
                     zip((wq, wk, wv), (bq, bk, bv), dweights, dbiases.chunk(3), strict=True)
                 ):
-                    keep(i, _spread(dw, heads, all_heads, 0), w)
-                    keep(3 + i, _spread(db.clone(), heads, all_heads, 0), b)
+                    keep(i, dw, w, 0, all_heads, heads, shared=together)
+                    keep(3 + i, db, b, 0, all_heads, heads, shared=True)
             if w_qkv.numel():
                 dx = _add_product(dx, flat, w_qkv)
             else:
                 for w, part in zip((wq, wk, wv), flat.chunk(3, 1), strict=True):
                     dx = _add_product(dx, part, w)
+        copies.run()
     results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)
     # An op's results must be tensors of their own.
     return tuple(torch.empty(0) if x is None or x is none else x for x in results)
