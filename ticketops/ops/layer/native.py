@@ -309,7 +309,7 @@ def backward(
                 dbiases = ffn.column_sums(flat)
                 inputs = cast_x if cast_x.numel() else x
                 dweights: Sequence[Tensor]
-                together = bf16 and w_qkv.numel() > 0
+                together = w_qkv.numel() > 0
                 if together:
                     dweights = product(flat.t(), inputs).chunk(3)
                 else:
