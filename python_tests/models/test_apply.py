@@ -100,6 +100,34 @@ def test_a_step_that_is_cut_short_moves_nothing_that_is_pruned(model, batch):
         assert torch.equal(part, old)
 
 
+def test_what_rests_is_copied_into_the_same_memory_at_every_step_until_the_ticket_changes(model, batch):
+    handle = ticketops.patch(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    tickets = [
+        Ticket(torch.tensor([heads, [1, 1, 1, 1], [1, 1, 1, 1]]).bool(), torch.ones(3, dtype=torch.bool))
+        for heads in ([1, 0, 1, 0], [0, 1, 1, 1])
+    ]
+    kept = []
+    for turn in (0, 0, 0, 1, 1):
+        handle.apply(tickets[turn])
+        before = [part.clone() for part in pruned_parts(model, tickets[turn])]
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+            kept.append(optimizer._ticketops_resting)
+        assert all(map(torch.equal, pruned_parts(model, tickets[turn]), before))
+    # The first step makes the state.
+    assert kept[1] is kept[2]
+    assert kept[10] is kept[11] is not kept[2]
+    # Weights that are moved elsewhere, or written past autograd, are held where and as they are then.
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 2
+    before = [part.clone() for part in pruned_parts(model, tickets[1])]
+    optimizer.step()
+    assert all(map(torch.equal, pruned_parts(model, tickets[1]), before))
+
+
 @pytest.mark.parametrize(
     "make",
     [
