@@ -108,7 +108,7 @@ def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:
     return int(seed.item()) & 0xFFFFFFFFFFFFFFFF, keep_threshold(p), p
 
 
-def run(kernel: Callable[..., None], *arguments: bool | float) -> None:
+def run(kernel: Callable[..., None], *arguments: bool | float | list[int]) -> None:
     """Runs a kernel on as many threads as torch uses.
 
     Args:
