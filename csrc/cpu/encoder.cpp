@@ -67,6 +67,26 @@ void write_tokens(const Encoder& args, int64_t j, const float* x) {
   }
 }
 
+// Rows of weights, of whose columns those at `places` count where there are places, as the left operand of a product.
+// While it is computed, the rows `next` are brought near.
+template <typename T, bool some>
+struct Weights {
+  const float* data;
+  int64_t row;
+  const int64_t* places;
+  const T* const* next;
+
+  TICKETOPS_INLINE int64_t place(int64_t k) const { return some ? places[k] : k; }
+  TICKETOPS_INLINE float at(int64_t i, int64_t k) const { return data[i * row + place(k)]; }
+  TICKETOPS_INLINE Weights below(int64_t rows) const { return {data + rows * row, row, places, next + rows}; }
+  TICKETOPS_INLINE void fetch(int64_t rows, int64_t k) const {
+    // A cache line at a time; of columns here and there some are passed over.
+    constexpr int64_t step = 64 / sizeof(T) / (some ? 2 : 1);
+    if (k % step == 0)
+      for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(next[i] + place(k), 0, 2);
+  }
+};
+
 // out = A x, where row i of A is that at `row(i)`, of `columns` elements of which those at `places` count (null: all);
 // then finish(i, out's row i).
 template <typename T, bool half, typename Row, typename Finish>
@@ -93,11 +113,16 @@ TICKETOPS_INLINE void multiply(const Encoder& args, float* scratch, int64_t rows
       }
       weights = copy;
     }
+    const T* next[encoder_block];
+    for (int64_t i = 0; i < encoder_block; ++i) next[i] = row(min(first + args.threads * encoder_block + i, rows - 1));
     float* target = out + first * args.row();
+    const auto times_x = [&](auto a) {
+      product<false>(count, args.row(), depth, a, x, args.row(), target, args.row());
+    };
     if (places)
-      product<false>(count, args.row(), depth, Picked{weights, stride, places}, x, args.row(), target, args.row());
+      times_x(Weights<T, true>{weights, stride, places, next});
     else
-      product<false>(count, args.row(), depth, Left{weights, stride, 1}, x, args.row(), target, args.row());
+      times_x(Weights<T, false>{weights, stride, nullptr, next});
     for (int64_t i = 0; i < count; ++i) finish(first + i, target + i * args.row());
   });
 }

@@ -13,15 +13,9 @@ struct Left {
   int64_t row, column;
 
   TICKETOPS_INLINE float at(int64_t i, int64_t k) const { return data[i * row + k * column]; }
-};
-
-// A left operand of some columns of a matrix: element (i, k) is data[i * row + places[k]].
-struct Picked {
-  const float* data;
-  int64_t row;
-  const int64_t* places;
-
-  TICKETOPS_INLINE float at(int64_t i, int64_t k) const { return data[i * row + places[k]]; }
+  TICKETOPS_INLINE Left below(int64_t rows) const { return {data + rows * row, row, column}; }
+  // Called for every k of a tile of `rows` rows: a matrix that comes from far away has what follows fetched meanwhile.
+  TICKETOPS_INLINE void fetch(int64_t /*rows*/, int64_t /*k*/) const {}
 };
 
 // c[i][j] = (add ? c[i][j] : 0) + sum_k a(i, k) b[k][j] for R rows and V vectors of columns, held in registers.
@@ -29,6 +23,7 @@ template <int R, int V, bool add, typename A>
 TICKETOPS_INLINE void product_tile(A a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
   Float total[R][V] = {};
   for (int64_t k = 0; k < depth; ++k) {
+    a.fetch(R, k);
     Float right[V];
     for (int v = 0; v < V; ++v) right[v] = load(b + k * b_row + v * W);
     for (int r = 0; r < R; ++r) {
@@ -50,7 +45,7 @@ constexpr int tile_rows = W == 16 ? (V == 4 ? 6 : V == 3 ? 8 : V == 2 ? 12 : 16)
 // One panel of V vectors of columns: rows in tiles, then one tile of what is left.
 template <int V, bool add, int R = tile_rows<V>, typename A>
 void product_panel(int64_t rows, A a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
-  for (; rows >= R; rows -= R, a.data += R * a.row, c += R * c_row)
+  for (; rows >= R; rows -= R, a = a.below(R), c += R * c_row)
     product_tile<R, V, add>(a, b, b_row, c, c_row, depth);
   if constexpr (R > 1)
     if (rows) product_panel<V, add, R - 1>(rows, a, b, b_row, c, c_row, depth);
