@@ -83,7 +83,7 @@ struct Weights {
     // A cache line at a time; of columns here and there some are passed over.
     constexpr int64_t step = 64 / sizeof(T) / (some ? 2 : 1);
     if (k % step == 0)
-      for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(next[i] + place(k), 0, 2);
+      for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(next[i] + place(k), 0, 3);
   }
 };
 
@@ -107,7 +107,7 @@ TICKETOPS_INLINE void multiply(const Encoder& args, float* scratch, int64_t rows
       stride = attention_stride(columns);
       for (int64_t i = 0; i < count; ++i) {
         const T* from = row(first + i);
-        for_row(columns, [&](int64_t k, auto load, auto) {
+        for_row(depth ? columns : 0, [&](int64_t k, auto load, auto) {
           store(copy + i * stride + k, stored<half && sizeof(T) == 4>(load(from)));
         });
       }

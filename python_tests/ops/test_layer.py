@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import Sequences, Weights
-from ticketops.ops.layer.native import FEW_TOKENS
+from ticketops.ops.layer.native import FEW_TOKENS, FEW_TOKENS_BF16
 
 from .cases import SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
 
@@ -219,7 +219,18 @@ def check_inference(tensors, sequences, dtype, autocast=None, **options):
 @pytest.mark.parametrize("ticket", TICKETS)
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
 @pytest.mark.parametrize(
-    "lengths", [[1], [7], [32], [100], [], [0], SHORT, [16, 17, 33], [FEW_TOKENS], [FEW_TOKENS + 1]]
+    "lengths",
+    [
+        [1],
+        [7],
+        [32],
+        [100],
+        [],
+        [0],
+        SHORT,
+        [16, 17, 33],
+        *([n + more] for n in (FEW_TOKENS, FEW_TOKENS_BF16) for more in (0, 1)),
+    ],
 )
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
 def test_without_gradients_as_good_as_its_parts(ticket, dtype, autocast, lengths, layout):
