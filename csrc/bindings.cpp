@@ -1,8 +1,10 @@
 // ticketops._native. Addresses come as integers, and the callers in ticketops/ops/*/native.py have checked that they
 // are of the right device, dtype, size and stride; only what the sequences say is checked here, since it is data.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -297,6 +299,65 @@ void add_rows(bool bf16, Address ids, Address x, Address table, int64_t size, in
   (bf16 ? KERNEL(add_rows<Bf16>) : KERNEL(add_rows<float>))(args);
 }
 
+void check_places(const char* what, const int64_t* places, int64_t count, int64_t all) {
+  for (int64_t i = 0; i < count; ++i)
+    if (places[i] < 0 || places[i] >= all)
+      throw std::invalid_argument(std::string(what) + " " + std::to_string(places[i]) + " is not among the " +
+                                  std::to_string(all) + " of the layer");
+}
+
+// The parameters in the order of ticketops.ops.layer.Weights; `heads` and `neurons` are null where all are computed.
+void encoder(bool x_bf16, bool bf16, int activation, Address x, Address out, const std::array<Address, 16>& parameters,
+             Address heads, Address neurons, Address starts, Address lengths, int64_t batch, int64_t tokens,
+             int64_t channels, int64_t all_heads, int64_t head_dim, int64_t head_count, int64_t all_neurons,
+             int64_t neuron_count, int64_t max_length, double scale, double eps1, double eps2, int threads) {
+  const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
+  cover(sequences, tokens);
+  const int64_t *head_places = pointer<int64_t>(heads), *neuron_places = pointer<int64_t>(neurons);
+  std::vector<int64_t> width_places;
+  if (heads) {
+    check_places("head", head_places, head_count, all_heads);
+    for (int64_t i = 0; i < head_count * head_dim; ++i)
+      width_places.push_back(head_places[i / head_dim] * head_dim + i % head_dim);
+  }
+  if (neurons) check_places("neuron", neuron_places, neuron_count, all_neurons);
+  const auto parameter = [&](int i) { return pointer<void>(parameters[i]); };
+  Encoder args;
+  args.tokens = tokens;
+  args.channels = channels;
+  args.head_dim = head_dim;
+  args.width = head_count * head_dim;
+  args.neurons = neuron_count;
+  args.all_width = all_heads * head_dim;
+  args.all_neurons = all_neurons;
+  args.width_places = heads ? width_places.data() : nullptr;
+  args.neuron_places = neuron_places;
+  args.q = {parameter(0), parameter(3)};
+  args.k = {parameter(1), parameter(4)};
+  args.v = {parameter(2), parameter(5)};
+  args.output = {parameter(6), parameter(7)};
+  args.gamma1 = parameter(8);
+  args.beta1 = parameter(9);
+  args.first = {parameter(10), parameter(11)};
+  args.second = {parameter(12), parameter(13)};
+  args.gamma2 = parameter(14);
+  args.beta2 = parameter(15);
+  args.sequences = sequences.data();
+  args.batch = batch;
+  args.longest = max_length;
+  args.scale = static_cast<float>(scale);
+  args.eps1 = static_cast<float>(eps1);
+  args.eps2 = static_cast<float>(eps2);
+  args.activation = static_cast<Activation>(activation);
+  args.x = pointer<void>(x);
+  args.out = pointer<void>(out);
+  args.threads = threads;
+  constexpr int64_t line = 16;
+  const Scratch scratch = allocate(args.scratch_size() + line);
+  args.scratch = pointer<float>((reinterpret_cast<Address>(scratch.get()) + 63) / 64 * 64);
+  (x_bf16 ? KERNEL(encoder<Bf16, true>) : bf16 ? KERNEL(encoder<float, true>) : KERNEL(encoder<float, false>))(args);
+}
+
 // A row of the table that ticketops/ops/copies/native.py makes.
 struct CopyRow {
   int64_t source, target, index, rows, groups, count, slice, elements;
@@ -360,5 +421,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("column_sums", column_sums, release);
   m.def("dropout_rows", dropout_rows, release);
   m.def("add_rows", add_rows, release);
+  m.def("encoder", encoder, release);
   m.def("copy_slices", copy_slices, release);
 }

@@ -3,67 +3,12 @@
 // scores of a block of queries stay in the cache, and no score is ever written to memory.
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
+#include "cpu/product.h"
 
 namespace ticketops::TICKETOPS_ISA {
 namespace {
 
 constexpr int64_t query_block = attention_query_block;
-
-// The left operand of a product: element (i, k) is data[i * row + k * column].
-struct Left {
-  const float* data;
-  int64_t row, column;
-};
-
-// c[i][j] = (add ? c[i][j] : 0) + sum_k a(i, k) b[k][j] for R rows and V vectors of columns, held in registers.
-template <int R, int V, bool add>
-TICKETOPS_INLINE void product_tile(Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
-  Float total[R][V] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Float right[V];
-    for (int v = 0; v < V; ++v) right[v] = load(b + k * b_row + v * W);
-    for (int r = 0; r < R; ++r) {
-      const float left = a.data[r * a.row + k * a.column];
-      for (int v = 0; v < V; ++v) total[r][v] += left * right[v];
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      float* p = c + r * c_row + v * W;
-      store(p, add ? load(p) + total[r][v] : total[r][v]);
-    }
-}
-
-// Rows of a tile beside V vectors of columns: their sums fill the registers (32, or 16), one row for V loads of `b`.
-template <int V>
-constexpr int tile_rows = W == 16 ? (V == 4 ? 6 : V == 3 ? 8 : V == 2 ? 12 : 16) : (V == 2 ? 6 : 10);
-
-// One panel of V vectors of columns: rows in tiles, then one tile of what is left.
-template <int V, bool add, int R = tile_rows<V>>
-void product_panel(int64_t rows, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
-  for (; rows >= R; rows -= R, a.data += R * a.row, c += R * c_row)
-    product_tile<R, V, add>(a, b, b_row, c, c_row, depth);
-  if constexpr (R > 1)
-    if (rows) product_panel<V, add, R - 1>(rows, a, b, b_row, c, c_row, depth);
-}
-
-// c = (add ? c : 0) + a b with `columns` a multiple of W, in the widest panels that the registers allow.
-template <bool add>
-void product(int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_row, float* c,
-             int64_t c_row) {
-  constexpr int widest = W == 16 ? 4 : 2;
-  int64_t j = 0;
-  for (; j + widest * W <= columns; j += widest * W)
-    product_panel<widest, add>(rows, a, b + j, b_row, c + j, c_row, depth);
-  const int64_t left = (columns - j) / W;
-  if constexpr (W == 16) {
-    if (left == 3) product_panel<3, add>(rows, a, b + j, b_row, c + j, c_row, depth);
-    if (left == 2) product_panel<2, add>(rows, a, b + j, b_row, c + j, c_row, depth);
-  }
-  if (left == 1) product_panel<1, add>(rows, a, b + j, b_row, c + j, c_row, depth);
-}
-
-int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
 // One head of a sequence's rows `start` .. `start` + rows - 1, times `factor`, as [rows][stride] with zeros up to the
 // next multiple of W.

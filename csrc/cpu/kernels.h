@@ -176,6 +176,47 @@ struct AddRows {
   int threads;
 };
 
+// A linear layer: weight [rows, columns] and bias [rows].
+struct Linear {
+  const void *weight, *bias;
+};
+
+// Rows of a linear layer's result that are one task.
+constexpr int64_t encoder_block = 24;
+
+// A post-LayerNorm encoder layer of few tokens, without gradients.
+struct Encoder {
+  int64_t tokens, channels, head_dim;
+  int64_t width, neurons;  // computed: heads * head_dim, and of the FFN
+  int64_t all_width, all_neurons;  // those that the weights have
+  const int64_t *width_places, *neuron_places;  // the computed ones among these; null: all
+  Linear q, k, v, output, first, second;  // first.weight: null without an FFN
+  const void *gamma1, *beta1, *gamma2, *beta2;
+  const Segment* sequences;
+  int64_t batch, longest;
+  float scale, eps1, eps2;
+  Activation activation;
+  const void* x;  // [T, C]
+  void* out;  // [T, C]
+  float* scratch;  // encoder_scratch
+  int threads;
+
+  // Floats from one row to the next of a transposed matrix, which has a row a channel and a column a token.
+  constexpr int64_t row() const { return (tokens + 15) / 16 * 16; }
+  // Floats that one thread needs.
+  constexpr int64_t thread_scratch() const {
+    int64_t columns = channels > all_width ? channels : all_width;
+    columns = columns > all_neurons ? columns : all_neurons;
+    const int64_t weights = encoder_block * attention_stride(columns);
+    const int64_t attention = (longest + head_dim + 1) * attention_stride(longest);
+    return weights > attention ? weights : attention;
+  }
+  // Floats of scratch, aligned to 64 bytes: the transposed matrices, room behind the last, and every thread's.
+  constexpr int64_t scratch_size() const {
+    return (3 * channels + 4 * width + neurons) * row() + 16 + threads * thread_scratch();
+  }
+};
+
 // What a copy reads and writes.
 enum class Elements : int64_t { bytes, float_to_float, bf16_to_bf16, float_to_bf16, bf16_to_float };
 
@@ -224,6 +265,8 @@ struct Copies {
   template <typename T>                                                             \
   void add_rows(const AddRows&);                                                    \
   void copy(const Copies&);                                                         \
+  template <typename T, bool half>                                                  \
+  void encoder(const Encoder&);                                                     \
   }
 
 TICKETOPS_KERNELS(avx2)

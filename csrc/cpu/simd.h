@@ -46,11 +46,14 @@ TICKETOPS_INLINE Float load(const Bf16* p) {
   return as_float(__builtin_convertvector(x, Word) << 16);
 }
 
-// Rounds to nearest, ties to even, as torch does; a NaN stays one.
-TICKETOPS_INLINE void store(Bf16* p, Float x) {
+// The nearest bfloat16, ties to even, as torch rounds; a NaN stays one.
+TICKETOPS_INLINE Float rounded(Float x) {
   const Word word = bits(x);
-  const Word rounded = word + 0x7FFF + ((word >> 16) & 1);
-  const Half half = __builtin_convertvector((x == x ? rounded : word | 0x400000) >> 16, Half);
+  return as_float((x == x ? word + 0x7FFF + ((word >> 16) & 1) : word | 0x400000) & 0xFFFF0000);
+}
+
+TICKETOPS_INLINE void store(Bf16* p, Float x) {
+  const Half half = __builtin_convertvector(bits(rounded(x)) >> 16, Half);
   __builtin_memcpy(p, &half, sizeof half);
 }
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ticketops import ops
-from ticketops.errors import UnsupportedError
+from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import Sequences, Weights
+from ticketops.ops.layer.native import FEW_TOKENS, FEW_TOKENS_BF16
 
 from .cases import SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
 
@@ -191,18 +192,124 @@ def test_runs_repeat_themselves(dtype, autocast):
         assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
+def infer(layer, tensors, sequences, dtype=torch.float32, autocast=None, dropouts=(0.0, 0.0, 0.0), **options):
+    """The result alone, without gradients."""
+    to = lambda t: t.to(dtype) if t is not None and t.is_floating_point() else t  # noqa: E731
+    x, _, weights = tensors
+    torch.manual_seed(5)
+    with torch.inference_mode(), torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+        return layer(to(x), Weights(*map(to, weights)), sequences, dropouts, [None] * 3, False, **options)
+
+
+def check_inference(tensors, sequences, dtype, autocast=None, **options):
+    """As near to float64 as the composition by the reference ops in the same dtype."""
+    with poisoned():
+        got = infer(whole, tensors, sequences, dtype, autocast, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TICKETOPS_BACKEND", "reference")
+        plain = infer(composed, tensors, sequences, dtype, autocast, **options)
+        exact = infer(composed, tensors, sequences, torch.float64, **options)
+    assert got.dtype == dtype
+    # Roundings are those of the products' dtype, whatever the result is stored in.
+    roundings = torch.finfo(autocast or dtype).eps / torch.finfo(dtype).eps
+    largest = exact.abs().max().item() if exact.numel() else 0.0
+    assert_as_good(got, plain, exact, 2, "out", torch.full((1,), max(largest, 1.0) * roundings))
+
+
 @pytest.mark.parametrize("ticket", TICKETS)
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_without_gradients_the_result_is_the_same(ticket, autocast):
-    sequences, rows = packed_sequences(SHORT)
-    x, _, weights = inputs(rows, ticket)
-    weights = Weights(*(t.float() if t is not None and t.is_floating_point() else t for t in weights))
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1],
+        [7],
+        [32],
+        [100],
+        [],
+        [0],
+        SHORT,
+        [16, 17, 33],
+        *([n + more] for n in (FEW_TOKENS, FEW_TOKENS_BF16) for more in (0, 1)),
+    ],
+)
+@pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
+def test_without_gradients_as_good_as_its_parts(ticket, dtype, autocast, lengths, layout):
+    sequences, rows = layout(lengths)
+    check_inference(inputs(rows, ticket), sequences, dtype, autocast)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    heads=st.none() | st.sets(st.integers(0, HEADS - 1)),
+    neurons=st.none() | st.sets(st.integers(0, NEURONS - 1), min_size=1),
+    ffn=st.booleans(),
+    activation=st.sampled_from(["gelu", "gelu_tanh", "relu"]),
+    dtypes=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=100)
+def test_any_layer_without_gradients(lengths, heads, neurons, ffn, activation, dtypes, seed):
+    sequences, rows = padded_sequences(lengths)
+    ticket = (None if heads is None else sorted(heads), sorted(neurons) if neurons and ffn else None, ffn)
+    check_inference(inputs(rows, ticket, seed), sequences, *dtypes, activation=activation)
+
+
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+def test_inference_does_not_depend_on_threads_or_strides(ticket, dtype, autocast):
+    sequences, rows = padded_sequences([3, 61, 0, 17])
+    tensors = inputs(rows, ticket)
+
+    def spaced(t):
+        if t is None or not t.is_floating_point():
+            return t
+        wide = torch.full((*t.shape, 2), float("nan"), dtype=t.dtype)
+        wide[..., 1] = t
+        return wide[..., 1]
+
+    apart = (spaced(tensors[0]), None, Weights(*map(spaced, tensors[2])))
     results = []
-    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-        with mode(), torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
-            results.append(whole(x.float(), weights, sequences, (0.0, 0.0, 0.0), [None] * 3, False))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for number in (1, 2):
+        with threads(number):
+            results += [infer(whole, given, sequences, dtype, autocast) for given in (tensors, tensors, apart)]
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize("rows", [1, 40, FEW_TOKENS + 1])
+def test_dropout_without_gradients_is_that_of_training(ticket, rows):
+    sequences, rows = packed_sequences([rows])
+    tensors, dropouts = inputs(rows, ticket), (0.3, 0.4, 0.5)
+    got = infer(whole, tensors, sequences, dropouts=dropouts)
+    assert torch.equal(got, run(whole, tensors, sequences, torch.float32, dropouts=dropouts)["out"])
+
+
+@pytest.mark.parametrize(("heads", "neurons"), [([HEADS], None), ([-1], None), (None, [NEURONS]), (None, [-1])])
+def test_structures_that_are_not_there_are_refused(heads, neurons):
+    sequences, rows = packed_sequences([5])
+    with pytest.raises(InputError, match="is not among the"):
+        infer(whole, inputs(rows, (heads, neurons, True)), sequences)
+
+
+def test_parameters_of_other_shapes_are_refused():
+    sequences, rows = packed_sequences([5])
+    x, dout, weights = inputs(rows, TICKETS[0])
+    for name in PARAMETERS:
+        wrong = weights._replace(**{name: getattr(weights, name)[:-1]})
+        with pytest.raises(InputError, match="the native kernel needs"):
+            infer(whole, (x, dout, wrong), sequences)
+
+
+def test_norms_of_another_dtype_are_served():
+    sequences, rows = packed_sequences([5])
+    x, _, weights = inputs(rows, TICKETS[0])
+    half = Weights(*(t if t is None else t.bfloat16() for t in weights))
+    mixed = half._replace(gamma1=half.gamma1.float(), beta1=half.beta1.float())
+    results = []
+    for some in (half, mixed):
+        with torch.inference_mode():
+            results.append(whole(x.bfloat16(), some, sequences, (0.0, 0.0, 0.0), [None] * 3, False))
+    torch.testing.assert_close(*results, rtol=0.1, atol=0.1)
 
 
 def test_only_what_a_ticket_keeps_is_computed():

@@ -262,16 +262,18 @@ def residual_norm(
 
 
 def _parts(layer: Any) -> LayerParts:
-    attention = layer.attention
+    # Asked for in every forward pass, and looking a module up takes time.
+    attention, first, last = layer.attention, layer.intermediate, layer.output
+    inner, output = attention.self, attention.output
     return LayerParts(
-        qkv=(attention.self.query, attention.self.key, attention.self.value),
-        output=attention.output.dense,
-        fc1=layer.intermediate.dense,
-        fc2=layer.output.dense,
-        activation=layer.intermediate.intermediate_act_fn,
-        attention_norm=attention.output.LayerNorm,
-        ffn_norm=layer.output.LayerNorm,
-        dropouts=(attention.self.dropout, attention.output.dropout, layer.output.dropout),
+        qkv=(inner.query, inner.key, inner.value),
+        output=output.dense,
+        fc1=first.dense,
+        fc2=last.dense,
+        activation=first.intermediate_act_fn,
+        attention_norm=output.LayerNorm,
+        ffn_norm=last.LayerNorm,
+        dropouts=(inner.dropout, output.dropout, last.dropout),
     )
 
 

@@ -72,7 +72,7 @@ def checked(name: str, x: _Given, dtype: torch.dtype, *shape: int) -> _Given:
     """
     if x is None:
         return None
-    if x.device.type != "cpu" or x.dtype != dtype or x.shape != shape or x.layout != torch.strided:
+    if not x.is_cpu or x.dtype != dtype or x.shape != shape or x.layout != torch.strided:
         raise InputError(
             f"the native kernel needs {name} as {dtype} {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on "
             f"{x.device}"
@@ -108,7 +108,7 @@ def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:
     return int(seed.item()) & 0xFFFFFFFFFFFFFFFF, keep_threshold(p), p
 
 
-def run(kernel: Callable[..., None], *arguments: bool | float) -> None:
+def run(kernel: Callable[..., None], *arguments: bool | float | list[int]) -> None:
     """Runs a kernel on as many threads as torch uses.
 
     Args:

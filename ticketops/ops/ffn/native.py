@@ -10,8 +10,8 @@ from ticketops.ops.products import product
 
 __all__ = ["backward", "forward", "refusal"]
 
-# csrc/cpu/kernels.h, enum Activation
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
+#: csrc/cpu/kernels.h, enum Activation.
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 
 
 def _active(neuron_mask: Tensor | None) -> Tensor | None:
@@ -52,7 +52,7 @@ def activate(
     neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, neurons)
     run(
         native.ffn_forward,
-        *(pre.dtype == torch.bfloat16, _ACTIVATIONS[activation], address(pre), address(hidden)),
+        *(pre.dtype == torch.bfloat16, ACTIVATIONS[activation], address(pre), address(hidden)),
         *(address(masked) if neuron_mask is not None else 0, address(neuron_mask), gated, tokens, neurons),
     )
     return hidden, masked
@@ -106,7 +106,7 @@ def activate_backward(
     by_neuron = torch.empty((batch, neurons) if neuron_sums else 0, dtype=torch.float32)
     run(
         native.ffn_backward,
-        *(pre.dtype == torch.bfloat16, _ACTIVATIONS[activation], address(gradient), address(target), address(pre)),
+        *(pre.dtype == torch.bfloat16, ACTIVATIONS[activation], address(gradient), address(target), address(pre)),
         *(address(hidden), address(masked), address(neuron_mask), address(by_bias if bias_sums else None)),
         *(address(by_neuron if neuron_sums else None), neuron_absolute, address(starts), address(lengths)),
         *(gated, batch, tokens, neurons),

@@ -3,7 +3,8 @@ each with its projections, dropout, residual and LayerNorm.
 
 Its parts are the other ops of this package, whose definitions hold here too. One op instead of seven has what a CPU's
 small batches need: one boundary, activations and weights cast once, gradients that meet in one tensor without passes of
-their own, and without gradients no boundary at all.
+their own, and without gradients no boundary at all. Few tokens without gradients, as one sentence that is classified,
+are one kernel's.
 """
 
 from typing import Any, NamedTuple
@@ -117,6 +118,10 @@ def encoder_layer(
     bf16 = _compute_dtype(x) == torch.bfloat16
     tensors: tuple[Any, ...] = (x, *weights, sequences.starts, sequences.lengths, seeds)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        same = all(p is None or p.dtype == x.dtype for p in weights[:16])
+        if same and seeds is None and native.is_few(len(x), bf16):
+            infer: Any = native.infer
+            return infer(*tensors[:-1], sequences.max_length, head_dim, scale, activation, *eps, bf16)
         forward: Any = native.forward
         return forward(*tensors, *settings, bf16, keep=False)[0]
     sinks = (head_importance, ffn_importance, neuron_importance)

@@ -1,0 +1,271 @@
+// An encoder layer of few tokens without gradients. All of it is transposed, a row a channel and a column a token: then
+// weights are left operands that are read once, where they lie, each product's result is the next one's right operand,
+// and softmax and LayerNorm run down the columns, a vector of tokens at a time.
+#include "cpu/activation.h"
+#include "cpu/parallel.h"
+#include "cpu/product.h"
+
+namespace ticketops::TICKETOPS_ISA {
+namespace {
+
+// What is stored in a bfloat16 by the other path.
+template <bool half>
+TICKETOPS_INLINE Float stored(Float x) {
+  if constexpr (half) return rounded(x);
+  return x;
+}
+
+template <typename T>
+TICKETOPS_INLINE float element(const void* data, int64_t i) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t word = static_cast<uint32_t>(static_cast<const Bf16*>(data)[i].bits) << 16;
+    float x;
+    __builtin_memcpy(&x, &word, sizeof x);
+    return x;
+  } else {
+    return static_cast<const float*>(data)[i];
+  }
+}
+
+// Calls body(j) for each vector of a transposed row.
+template <typename F>
+TICKETOPS_INLINE void for_lanes(const Encoder& args, F body) {
+  for (int64_t j = 0; j < args.row(); j += W) body(j);
+}
+
+// The tokens [T, C], transposed, with zeros behind the last.
+template <typename T>
+void read_tokens(const Encoder& args, float* x) {
+  for_lanes(args, [&](int64_t j) {
+    const int64_t some = args.tokens - j;
+    const T* row = static_cast<const T*>(args.x) + j * args.channels;
+    for (int64_t c = 0; c < args.channels; c += W) {
+      const int64_t count = min(W, args.channels - c);
+      Float tile[W] = {};
+      for (int64_t i = 0; i < min(W, some); ++i)
+        tile[i] = count == W ? load(row + i * args.channels + c) : load(row + i * args.channels + c, count);
+      transpose(tile);
+      for (int64_t lane = 0; lane < count; ++lane) store(x + (c + lane) * args.row() + j, tile[lane]);
+    }
+  });
+}
+
+// One vector of tokens, from the j-th on, back to [T, C].
+template <typename T>
+void write_tokens(const Encoder& args, int64_t j, const float* x) {
+  const int64_t some = args.tokens - j;
+  T* row = static_cast<T*>(args.out) + j * args.channels;
+  for (int64_t c = 0; c < args.channels; c += W) {
+    const int64_t count = min(W, args.channels - c);
+    Float tile[W] = {};
+    for (int64_t lane = 0; lane < count; ++lane) tile[lane] = load(x + (c + lane) * args.row() + j);
+    transpose(tile);
+    for (int64_t i = 0; i < min(W, some); ++i) {
+      T* to = row + i * args.channels + c;
+      count == W ? store(to, tile[i]) : store(to, tile[i], count);
+    }
+  }
+}
+
+// Rows of weights, of whose columns those at `places` count where there are places, as the left operand of a product.
+// While it is computed, the rows `next` are brought near.
+template <typename T, bool some>
+struct Weights {
+  const float* data;
+  int64_t row;
+  const int64_t* places;
+  const T* const* next;
+
+  TICKETOPS_INLINE int64_t place(int64_t k) const { return some ? places[k] : k; }
+  TICKETOPS_INLINE float at(int64_t i, int64_t k) const { return data[i * row + place(k)]; }
+  TICKETOPS_INLINE Weights below(int64_t rows) const { return {data + rows * row, row, places, next + rows}; }
+  TICKETOPS_INLINE void fetch(int64_t rows, int64_t k) const {
+    // A cache line at a time; of columns here and there some are passed over.
+    constexpr int64_t step = 64 / sizeof(T) / (some ? 2 : 1);
+    if (k % step == 0)
+      for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(next[i] + place(k), 0, 3);
+  }
+};
+
+// out = A x, where row i of A is that at `row(i)`, of `columns` elements of which those at `places` count (null: all);
+// then finish(i, out's row i).
+template <typename T, bool half, typename Row, typename Finish>
+TICKETOPS_INLINE void multiply(const Encoder& args, float* scratch, int64_t rows, int64_t columns,
+                               const int64_t* places, int64_t depth, Row row, const float* x, float* out,
+                               Finish finish) {
+  parallel((rows + encoder_block - 1) / encoder_block, args.threads, [&](int64_t task, int thread) {
+    const int64_t first = task * encoder_block, count = min(encoder_block, rows - first);
+    const float* weights = nullptr;
+    int64_t stride = columns;
+    if constexpr (sizeof(T) == 4 && !half) {
+      weights = row(first);
+      for (int64_t i = 1; i < count; ++i)
+        if (row(first + i) != row(first) + i * columns) weights = nullptr;
+    }
+    if (!weights) {
+      float* copy = scratch + thread * args.thread_scratch();
+      stride = attention_stride(columns);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* from = row(first + i);
+        for_row(depth ? columns : 0, [&](int64_t k, auto load, auto) {
+          store(copy + i * stride + k, stored<half && sizeof(T) == 4>(load(from)));
+        });
+      }
+      weights = copy;
+    }
+    const T* next[encoder_block];
+    for (int64_t i = 0; i < encoder_block; ++i) next[i] = row(min(first + args.threads * encoder_block + i, rows - 1));
+    float* target = out + first * args.row();
+    const auto times_x = [&](auto a) {
+      product<false>(count, args.row(), depth, a, x, args.row(), target, args.row());
+    };
+    if (places)
+      times_x(Weights<T, true>{weights, stride, places, next});
+    else
+      times_x(Weights<T, false>{weights, stride, nullptr, next});
+    for (int64_t i = 0; i < count; ++i) finish(first + i, target + i * args.row());
+  });
+}
+
+template <bool half>
+void attend(const Encoder& args, float* scratch, const float* qkv, float* context) {
+  const int64_t heads = args.width / args.head_dim, depth = args.head_dim, row = args.row();
+  parallel(args.batch * heads, args.threads, [&](int64_t task, int thread) {
+    const Segment& sequence = args.sequences[task / heads];
+    const int64_t n = sequence.length, at = task % heads * depth * row + sequence.start;
+    if (!n) return;
+    const int64_t columns = padded(n), stride = attention_stride(n);
+    const float *q = qkv + at, *k = q + args.width * row, *v = k + args.width * row;
+    float* scores = scratch + thread * args.thread_scratch();  // [keys][queries]
+    float* out = scores + n * stride;  // [depth][queries]
+    float* factors = out + depth * stride;  // [queries]
+    product<false>(n, columns, depth, Left{k, 1, row}, q, row, scores, stride);
+    for (int64_t j = 0; j < columns; j += W) {
+      Float largest = load(scores + j) * args.scale, total{};
+      for (int64_t i = 1; i < n; ++i) {
+        const Float x = load(scores + i * stride + j) * args.scale;
+        largest = x > largest ? x : largest;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        float* p = scores + i * stride + j;
+        const Float weight = exp(load(p) * args.scale - largest);
+        total += weight;
+        store(p, weight);
+      }
+      store(factors + j, 1.0f / total);
+    }
+    product<false>(depth, columns, n, Left{v, row, 1}, scores, stride, out, stride);
+    for (int64_t d = 0; d < depth; ++d)
+      for_row(n, [&](int64_t, auto load, auto store) {
+        store(context + at + d * row, stored<half>(load(out + d * stride) * load(factors)));
+      });
+  });
+}
+
+// LayerNorm of x in place, and once more to `operand`, where that is another matrix, as a product takes it.
+template <typename T, bool half>
+void normalise(const Encoder& args, const void* gamma, const void* beta, float eps, float* x, float* operand,
+               bool last) {
+  const int64_t channels = args.channels, row = args.row();
+  parallel(row / W, args.threads, [&](int64_t task, int) {
+    float* column = x + task * W;
+    constexpr int chains = 4;
+    Float totals[chains] = {}, squares[chains] = {};
+    for (int64_t c = 0; c < channels; c += chains)
+      for (int i = 0; i < chains; ++i)
+        if (c + i < channels) totals[i] += load(column + (c + i) * row);
+    const Float mean = ((totals[0] + totals[1]) + (totals[2] + totals[3])) / static_cast<float>(channels);
+    for (int64_t c = 0; c < channels; c += chains)
+      for (int i = 0; i < chains; ++i)
+        if (c + i < channels) {
+          const Float centred = load(column + (c + i) * row) - mean;
+          squares[i] += centred * centred;
+        }
+    Float rstd = ((squares[0] + squares[1]) + (squares[2] + squares[3])) / static_cast<float>(channels) + eps;
+    for (int lane = 0; lane < W; ++lane) rstd[lane] = 1.0f / __builtin_sqrtf(rstd[lane]);
+    for (int64_t c = 0; c < channels; ++c) {
+      float* p = column + c * row;
+      const Float value = (load(p) - mean) * rstd * element<T>(gamma, c) + element<T>(beta, c);
+      store(p, stored<sizeof(T) == 2>(value));
+      if (operand != x) store(operand + task * W + c * row, stored<half>(value));
+    }
+    if (last) write_tokens<T>(args, task * W, x);
+  });
+}
+
+}  // namespace
+
+template <typename T, bool half>
+void encoder(const Encoder& args) {
+  const int64_t channels = args.channels, width = args.width, row = args.row();
+  float* x = args.scratch;  // [channels][row], like the next two
+  float* middle = x + channels * row;
+  float* operand = middle + channels * row;  // of the products, where x and middle have more digits than these take
+  float* qkv = operand + channels * row;  // [3 * width][row]
+  float* context = qkv + 3 * width * row;  // [width][row]
+  float* hidden = context + width * row;  // [neurons][row]
+  float* scratch = hidden + args.neurons * row + 16;
+  constexpr bool cast = half && sizeof(T) == 4;
+
+  read_tokens<T>(args, x);
+  if (cast)
+    for (int64_t i = 0; i < channels * row; i += W) store(operand + i, rounded(load(x + i)));
+  const auto place = [](const int64_t* places, int64_t i) { return places ? places[i] : i; };
+  const auto weight_row = [](const Linear& linear, int64_t i, int64_t columns) {
+    return static_cast<const T*>(linear.weight) + i * columns;
+  };
+  if (width) {
+    const Linear* const linears[] = {&args.q, &args.k, &args.v};
+    multiply<T, half>(
+        args, scratch, 3 * width, channels, nullptr, channels,
+        [&](int64_t i) { return weight_row(*linears[i / width], place(args.width_places, i % width), channels); },
+        cast ? operand : x, qkv, [&](int64_t i, float* to) {
+          const float bias = element<T>(linears[i / width]->bias, place(args.width_places, i % width));
+          for_lanes(args, [&](int64_t j) { store(to + j, stored<half>(load(to + j) + bias)); });
+        });
+    // Rows of no sequence have a context too.
+    for (int64_t i = 0; i < width * row; i += W) store(context + i, Float{});
+    attend<half>(args, scratch, qkv, context);
+  }
+  multiply<T, half>(
+      args, scratch, channels, args.all_width, args.width_places, width,
+      [&](int64_t i) { return weight_row(args.output, i, args.all_width); }, context, middle,
+      [&](int64_t i, float* to) {
+        const float bias = element<T>(args.output.bias, i);
+        for_lanes(args, [&](int64_t j) {
+          store(to + j, stored<half>(load(to + j)) + bias + load(x + i * row + j));
+        });
+      });
+  normalise<T, half>(args, args.gamma1, args.beta1, args.eps1, middle, cast ? operand : middle, false);
+  if (!args.first.weight) {
+    normalise<T, half>(args, args.gamma2, args.beta2, args.eps2, middle, middle, true);
+    return;
+  }
+  with_activation(args.activation, [&](auto activation) {
+    multiply<T, half>(
+        args, scratch, args.neurons, channels, nullptr, channels,
+        [&](int64_t i) { return weight_row(args.first, place(args.neuron_places, i), channels); },
+        cast ? operand : middle, hidden, [&](int64_t i, float* to) {
+          const float bias = element<T>(args.first.bias, place(args.neuron_places, i));
+          for_lanes(args, [&](int64_t j) {
+            store(to + j, stored<half>(activation.at(stored<half>(load(to + j) + bias)).output));
+          });
+        });
+  });
+  multiply<T, half>(
+      args, scratch, channels, args.all_neurons, args.neuron_places, args.neurons,
+      [&](int64_t i) { return weight_row(args.second, i, args.all_neurons); }, hidden, x,
+      [&](int64_t i, float* to) {
+        const float bias = element<T>(args.second.bias, i);
+        for_lanes(args, [&](int64_t j) {
+          store(to + j, stored<half>(load(to + j) + bias) + load(middle + i * row + j));
+        });
+      });
+  normalise<T, half>(args, args.gamma2, args.beta2, args.eps2, x, x, true);
+}
+
+template void encoder<float, false>(const Encoder&);
+template void encoder<float, true>(const Encoder&);
+template void encoder<Bf16, true>(const Encoder&);
+
+}  // namespace ticketops::TICKETOPS_ISA
