@@ -214,10 +214,15 @@ def test_a_shared_model_is_saved_and_loaded_with_all_its_tickets(tmp_path):
     folder = shared.save(tmp_path / "shared")
     again = SharedModel.load(folder)
     assert (again.tasks, again.tickets) == (shared.tasks, TICKETS)
+    saved, loaded = shared.state_dict(), again.state_dict()
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
     with torch.no_grad():
         for task in shared.tasks:
             batch_ = {key: value for key, value in batch(task).items() if key != "labels"}
-            assert torch.equal(shared(task, **batch_).logits, again(task, **batch_).logits)
+            # MKL's product for the task head's single output depends on where in memory the weights begin.
+            expected = shared(task, **batch_).logits
+            torch.testing.assert_close(again(task, **batch_).logits, expected, rtol=1e-6, atol=1e-6)
     # The encoder is there once.
     assert (folder / "task-1" / "head.safetensors").stat().st_size < 10_000
     assert not list(tmp_path.glob(".*.part"))

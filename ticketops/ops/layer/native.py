@@ -10,7 +10,7 @@ from ticketops.ops.attention import native as attention
 from ticketops.ops.copies.native import Table
 from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
-from ticketops.ops.products import add_product, prefers_onednn, product
+from ticketops.ops.products import add_product, has_bf16_products, prefers_onednn, product
 from ticketops.ops.residual import native as residual
 
 #: Up to so many tokens the layer of csrc/cpu/encoder.cpp infers faster than torch's products between kernels, and up to
@@ -60,7 +60,7 @@ def is_few(tokens: int, bf16: bool) -> bool:
         tokens: T.
         bf16: the products are in bfloat16.
     """
-    return tokens <= (FEW_TOKENS_BF16 if bf16 and ffn.has_bf16_products() else FEW_TOKENS)
+    return tokens <= (FEW_TOKENS_BF16 if bf16 and has_bf16_products() else FEW_TOKENS)
 
 
 def infer(
