@@ -167,16 +167,24 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
   (bf16 ? KERNEL(attention_backward<Bf16>) : KERNEL(attention_backward<float>))(args);
 }
 
-void ffn_forward(bool bf16, int activation, Address pre, Address hidden, Address masked, Address neuron_mask,
-                 bool gated, int64_t rows, int64_t neurons, int threads) {
-  const FfnForward args{rows, neurons, static_cast<Activation>(activation), gated, pointer<void>(pre),
-                        pointer<void>(hidden), pointer<void>(masked), pointer<float>(neuron_mask), threads};
+void ffn_forward(bool bf16, int activation, Address pre, Address bias, Address hidden, Address masked,
+                 Address neuron_mask, bool gated, int64_t rows, int64_t neurons, int threads) {
+  const FfnForward args{rows,
+                        neurons,
+                        static_cast<Activation>(activation),
+                        gated,
+                        pointer<void>(pre),
+                        pointer<float>(bias),
+                        pointer<void>(hidden),
+                        pointer<void>(masked),
+                        pointer<float>(neuron_mask),
+                        threads};
   (bf16 ? KERNEL(ffn_forward<Bf16>) : KERNEL(ffn_forward<float>))(args);
 }
 
-void ffn_backward(bool bf16, int activation, Address gradient, Address target, Address pre, Address hidden,
-                  Address masked, Address neuron_mask, Address bias_sums, Address neuron_sums, bool neuron_absolute,
-                  Address starts, Address lengths, bool gated, int64_t batch, int64_t rows, int64_t neurons,
+void ffn_backward(bool bf16, int activation, Address gradient, Address target, Address pre, Address bias,
+                  Address hidden, Address masked, Address neuron_mask, Address bias_sums, Address neuron_sums,
+                  bool neuron_absolute, Address starts, Address lengths, bool gated, int64_t batch, int64_t rows, int64_t neurons,
                   int threads) {
   std::vector<Segment> segments;
   if (neuron_sums) {
@@ -195,6 +203,7 @@ void ffn_backward(bool bf16, int activation, Address gradient, Address target, A
   args.gradient = pointer<void>(gradient);
   args.target = pointer<void>(target);
   args.pre = pointer<void>(pre);
+  args.bias = pointer<float>(bias);
   args.hidden = pointer<void>(hidden);
   args.masked = pointer<void>(masked);
   args.neuron_mask = pointer<float>(neuron_mask);
@@ -208,11 +217,20 @@ void ffn_backward(bool bf16, int activation, Address gradient, Address target, A
   (bf16 ? KERNEL(ffn_backward<Bf16>) : KERNEL(ffn_backward<float>))(args);
 }
 
-void token_sums(bool bf16, Address a, Address b, Address starts, Address lengths, double mask, Address signed_sums,
-                Address absolute_sums, int64_t batch, int64_t rows, int64_t channels, int threads) {
+void token_sums(bool bf16, Address a, Address b, Address bias, Address starts, Address lengths, double mask,
+                Address signed_sums, Address absolute_sums, int64_t batch, int64_t rows, int64_t channels,
+                int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, rows, rows);
-  const TokenSums args{channels, pointer<void>(a), pointer<void>(b), sequences.data(), batch,
-                       static_cast<float>(mask), pointer<float>(signed_sums), pointer<float>(absolute_sums), threads};
+  const TokenSums args{channels,
+                       pointer<void>(a),
+                       pointer<void>(b),
+                       pointer<float>(bias),
+                       sequences.data(),
+                       batch,
+                       static_cast<float>(mask),
+                       pointer<float>(signed_sums),
+                       pointer<float>(absolute_sums),
+                       threads};
   (bf16 ? KERNEL(token_sums<Bf16>) : KERNEL(token_sums<float>))(args);
 }
 

@@ -26,7 +26,7 @@ void ffn_forward(const FfnForward& args) {
         T* hidden = static_cast<T*>(args.hidden) + at;
         T* masked = args.masked ? static_cast<T*>(args.masked) + at : nullptr;
         for_row(args.neurons, [&](int64_t, auto load, auto store) {
-          Float output = activation.at(load(pre)).output;
+          Float output = activation.at(args.bias ? load(pre) + load(args.bias) : load(pre)).output;
           if (gate) output *= load(gate);
           store(hidden, output);
           if (masked) store(masked, output * load(args.neuron_mask));
@@ -46,6 +46,7 @@ void ffn_backward(const FfnBackward& args) {
       const Segment& segment = args.segments[task / blocks];
       const int64_t first = task % blocks * column_block, columns = min(column_block, args.neurons - first);
       const float* mask = args.neuron_mask ? args.neuron_mask + first : nullptr;
+      const float* bias = args.bias ? args.bias + first : nullptr;
       const int64_t width = args.gated ? 2 * args.neurons : args.neurons;
       float bias_sums[column_block] = {}, gate_sums[column_block] = {}, neuron_sums[column_block] = {};
       for (int64_t i = 0; i < segment.length; i += rows_at_once) {
@@ -69,7 +70,7 @@ void ffn_backward(const FfnBackward& args) {
             }
             if (masked) store(masked, load(hidden) * load(mask));
             if (mask) value *= load(mask);
-            const auto at_pre = activation.at(load(pre));
+            const auto at_pre = activation.at(bias ? load(pre) + load(bias) : load(pre));
             if (gate) {
               const Float toward = value * at_pre.output;
               store(target + args.neurons, toward);
@@ -114,7 +115,9 @@ void token_sums(const TokenSums& args) {
       const int64_t at = (sequence.start + i) * args.channels;
       const T *a = static_cast<const T*>(args.a) + at, *b = static_cast<const T*>(args.b) + at;
       Float products{};
-      for_row(args.channels, [&](int64_t, auto load, auto) { products += load(a) * load(b); });
+      for_row(args.channels, [&](int64_t, auto load, auto) {
+        products += load(a) * (args.bias ? load(b) + load(args.bias) : load(b));
+      });
       const float term = sum(products) / args.mask;
       signed_sum += term;
       absolute_sum += __builtin_fabsf(term);

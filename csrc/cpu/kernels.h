@@ -71,12 +71,13 @@ struct AttentionBackward : Attention {
 
 enum class Activation : int { gelu, gelu_tanh, relu };
 
-// hidden = act(pre), masked = hidden * mask. Gated: pre is [T, 2N], and hidden = act(its first half) * its second.
+// hidden = act(pre + bias), masked = hidden * mask. Gated: pre is [T, 2N], and hidden = act(its first half) * its second.
 struct FfnForward {
   int64_t rows, neurons;
   Activation activation;
   bool gated;
-  const void* pre;  // [T, N], bias included
+  const void* pre;  // [T, N]
+  const float* bias;  // [N]; null where pre includes it, as with a gate
   void *hidden, *masked;  // [T, N]; masked: null without a mask
   const float* neuron_mask;  // [N] or null
   int threads;
@@ -88,7 +89,9 @@ struct FfnBackward {
   bool gated;
   const void* gradient;  // [T, N], dY W2
   void* target;  // dL/dpre, of pre's shape; the same memory where that is [T, N]
-  const void *pre, *hidden;
+  const void* pre;
+  const float* bias;
+  const void* hidden;
   void* masked;  // hidden * mask; null where it is not wanted
   const float* neuron_mask;
   const Segment* segments;  // cover all rows
@@ -100,10 +103,11 @@ struct FfnBackward {
   int threads;
 };
 
-// Sums over each sequence's rows of <a, b> and of |<a, b>|.
+// Sums over each sequence's rows of <a, b + bias> and of its absolute value.
 struct TokenSums {
   int64_t channels;
   const void *a, *b;
+  const float* bias;  // [C] or null
   const Segment* sequences;
   int64_t batch;
   float mask;  // divides every term

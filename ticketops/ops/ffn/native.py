@@ -31,7 +31,12 @@ def _spread(x: Tensor, active: Tensor | None, dim: int, size: int) -> Tensor:
 
 
 def activate(
-    pre: Tensor, activation: str, neuron_mask: Tensor | None = None, gated: bool = False, in_place: bool = False
+    pre: Tensor,
+    activation: str,
+    neuron_mask: Tensor | None = None,
+    gated: bool = False,
+    in_place: bool = False,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Applies the activation, and the gate.
 
@@ -41,18 +46,20 @@ def activate(
         neuron_mask: float32 [N], or None for ones.
         gated: the second half of `pre` is the gate of the first.
         in_place: `pre` is not needed any more; not with a gate.
+        bias: float32 [N], still to be added to `pre`; not with a gate.
 
     Returns:
-        act(pre), times the gate, and that times neuron_mask; without a mask twice the same tensor.
+        act(pre + bias), times the gate, and that times neuron_mask; without a mask twice the same tensor.
     """
     pre = checked("pre", pre, pre.dtype, *pre.shape)
     tokens, neurons = pre.shape[0], pre.shape[1] // (1 + gated)
     hidden = pre if in_place else torch.empty((tokens, neurons), dtype=pre.dtype)
     masked = hidden if neuron_mask is None else torch.empty_like(hidden)
     neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, neurons)
+    bias = checked("bias", bias, torch.float32, pre.shape[1])
     run(
         native.ffn_forward,
-        *(pre.dtype == torch.bfloat16, ACTIVATIONS[activation], address(pre), address(hidden)),
+        *(pre.dtype == torch.bfloat16, ACTIVATIONS[activation], address(pre), address(bias), address(hidden)),
         *(address(masked) if neuron_mask is not None else 0, address(neuron_mask), gated, tokens, neurons),
     )
     return hidden, masked
@@ -71,6 +78,7 @@ def activate_backward(
     starts: Tensor,
     lengths: Tensor,
     target: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Turns the gradient of the masked activations into that of `pre`, in place where there is no gate.
 
@@ -86,6 +94,7 @@ def activate_backward(
         neuron_absolute: takes absolute values in these.
         starts, lengths: int32 [B], the sequences.
         target: contiguous [T, 2N] to receive the gradient of a `pre` with a gate; None where there is none.
+        bias: float32 [N], still to be added to `pre`; not with a gate.
 
     Returns:
         The column sums [N] or [2N] and the sums by sequence [B, N], in float32; empty where not wanted.
@@ -102,12 +111,19 @@ def activate_backward(
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
     neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, neurons)
+    bias = checked("bias", bias, torch.float32, first)
     by_bias = torch.empty(first if bias_sums else 0, dtype=torch.float32)
     by_neuron = torch.empty((batch, neurons) if neuron_sums else 0, dtype=torch.float32)
     run(
         native.ffn_backward,
         *(pre.dtype == torch.bfloat16, ACTIVATIONS[activation], address(gradient), address(target), address(pre)),
-        *(address(hidden), address(masked), address(neuron_mask), address(by_bias if bias_sums else None)),
+        *(
+            address(bias),
+            address(hidden),
+            address(masked),
+            address(neuron_mask),
+            address(by_bias if bias_sums else None),
+        ),
         *(address(by_neuron if neuron_sums else None), neuron_absolute, address(starts), address(lengths)),
         *(gated, batch, tokens, neurons),
     )
@@ -151,26 +167,31 @@ def column_sums(x: Tensor) -> Tensor:
     return sums
 
 
-def token_sums(dout: Tensor, out: Tensor, starts: Tensor, lengths: Tensor, mask: float) -> tuple[Tensor, Tensor]:
+def token_sums(
+    dout: Tensor, out: Tensor, starts: Tensor, lengths: Tensor, mask: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The importance partials of the whole FFN.
 
     Args:
         dout, out: [T, C], the output and its gradient.
         starts, lengths: int32 [B], the sequences.
         mask: the FFN's, not 0.
+        bias: float32 [C], still to be added to `out`.
 
     Returns:
-        The signed and the absolute sums of <dout, out> / mask over each sequence's tokens [B].
+        The signed and the absolute sums of <dout, out + bias> / mask over each sequence's tokens [B].
     """
     (tokens, channels), batch = out.shape, len(lengths)
     dout = checked("dout", dout, out.dtype, tokens, channels)
     out = checked("out", out, out.dtype, tokens, channels)
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
+    bias = checked("bias", bias, torch.float32, channels)
     signed, absolute = (torch.empty(batch, dtype=torch.float32) for _ in range(2))
     run(
         native.token_sums,
-        *(out.dtype == torch.bfloat16, address(dout), address(out), address(starts), address(lengths), mask),
+        *(out.dtype == torch.bfloat16, address(dout), address(out), address(bias), address(starts), address(lengths)),
+        mask,
         *(address(signed), address(absolute), batch, tokens, channels),
     )
     return signed, absolute

@@ -45,6 +45,11 @@ def _copies(cast: bool, heads: Tensor | None, dtype: torch.dtype) -> bool:
     return cast or heads is not None or (dtype == torch.float32 and prefers_onednn())
 
 
+def _bias(bias: Tensor, places: Tensor | None) -> Tensor:
+    """The computed neurons' biases in float32."""
+    return (bias if places is None else bias[places]).float()
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total + a b; `total` may be changed."""
     if a.dtype == total.dtype == torch.float32:
@@ -184,14 +189,10 @@ def forward(
             copies.select(b, 0, all_heads, heads, biases.dtype, to_b)
         if cast or heads is not None:
             w_o = copies.select(wo, 1, all_heads, heads, dtype)
-    if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
-        if cast or neurons is not None:
-            all_neurons = w1.shape[0]
-            w1 = w_1 = copies.select(w1, 0, all_neurons, neurons, dtype)
-            b1 = copies.select(b1, 0, all_neurons, neurons, dtype)
-            w2 = w_2 = copies.select(w2, 1, all_neurons, neurons, dtype)
-        if cast:
-            b2 = copies.select(b2, 0, 1, None, dtype)
+    if w1 is not None and w2 is not None and (cast or neurons is not None):
+        all_neurons = w1.shape[0]
+        w1 = w_1 = copies.select(w1, 0, all_neurons, neurons, dtype)
+        w2 = w_2 = copies.select(w2, 1, all_neurons, neurons, dtype)
     copies.run()
     with torch.autocast("cpu", enabled=False):
         cast_x = x.to(dtype)
@@ -217,10 +218,11 @@ def forward(
         middle, mean1, rstd1 = residual.forward(projected, x, bo, gamma1, beta1, output_seed, output_dropout, eps1)
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             cast_middle = middle.to(dtype)
-            pre = product(cast_middle, w1.t(), b1)
-            hidden, _ = ffn.activate(pre, activation, in_place=not keep)
-            output = product(hidden, w2.t(), b2)
-            out, mean2, rstd2 = residual.forward(output, middle, None, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
+            # The kernels behind the products add the biases: in the products they cost a pass over the results.
+            pre = product(cast_middle, w1.t())
+            hidden, _ = ffn.activate(pre, activation, in_place=not keep, bias=_bias(b1, neurons))
+            output = product(hidden, w2.t())
+            out, mean2, rstd2 = residual.forward(output, middle, b2, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
         else:
             out, mean2, rstd2 = torch.native_layer_norm(middle, [x.shape[1]], gamma2, beta2, eps2)
     if not keep:
@@ -323,15 +325,16 @@ def backward(
         ffn_signed, ffn_absolute, by_neuron = none, none, none
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             doutput, dmiddle, db2, dgamma2, dbeta2 = residual.backward(
-                dout, output, middle, None, gamma2, mean2, rstd2, ffn_seed, ffn_dropout
+                dout, output, middle, b2, gamma2, mean2, rstd2, ffn_seed, ffn_dropout
             )
             doutput = doutput if doutput.numel() or not dmiddle.numel() else dmiddle
             if ffn_sums:
-                ffn_signed, ffn_absolute = ffn.token_sums(doutput, output, starts, lengths, 1.0)
+                ffn_signed, ffn_absolute = ffn.token_sums(doutput, output, starts, lengths, 1.0, b2.float())
             inner = cast_middle if cast_middle.numel() else middle
             dpre = product(doutput, w_2 if w_2.numel() else w2)
             db1, by_neuron = ffn.activate_backward(
-                *(dpre, pre, hidden, None, None, activation, weight_gradients, neuron_sums, per_token, starts, lengths)
+                *(dpre, pre, hidden, None, None, activation, weight_gradients, neuron_sums, per_token, starts, lengths),
+                bias=_bias(b1, neurons),
             )
             if weight_gradients:
                 keep(10, product(dpre.t(), inner), w1, 0, w1.shape[0], neurons)
