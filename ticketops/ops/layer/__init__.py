@@ -120,8 +120,7 @@ def encoder_layer(
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         same = all(p is None or p.dtype == x.dtype for p in weights[:16])
         if same and seeds is None and native.is_few(len(x), bf16):
-            infer: Any = native.infer
-            return infer(*tensors[:-1], sequences.max_length, head_dim, scale, activation, *eps, bf16)
+            return native.infer(tensors[:-1], sequences.max_length, head_dim, scale, activation, *eps, bf16)
         forward: Any = native.forward
         return forward(*tensors, *settings, bf16, keep=False)[0]
     sinks = (head_importance, ffn_importance, neuron_importance)

@@ -2,6 +2,7 @@
 cast in one copy; for few tokens without gradients csrc/cpu/encoder.cpp, which does all of it."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,27 +70,7 @@ def is_few(tokens: int, bf16: bool) -> bool:
 
 
 def infer(
-    x: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    bq: Tensor,
-    bk: Tensor,
-    bv: Tensor,
-    wo: Tensor,
-    bo: Tensor,
-    gamma1: Tensor,
-    beta1: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    gamma2: Tensor,
-    beta2: Tensor,
-    heads: Tensor | None,
-    neurons: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
+    tensors: Sequence[Any],
     max_length: int,
     head_dim: int,
     scale: float,
@@ -100,10 +81,15 @@ def infer(
 ) -> Tensor:
     """A layer of few tokens without dropout and gradients; see ticketops.ops.layer.encoder_layer.
 
+    Args:
+        tensors: what `forward` takes before the seeds, all parameters in the dtype of the tokens.
+
     Returns:
         [T, C].
     """
-    (tokens, channels), dtype, batch = x.shape, x.dtype, len(lengths)
+    x, *given, heads, neurons, starts, lengths = tensors
+    wq, w1 = given[0], given[10]
+    (tokens, channels), dtype, batch = x.shape, x.dtype, len(starts)
     all_heads, neuron_count = wq.shape[0] // head_dim, 0 if w1 is None else w1.shape[0]
     width = all_heads * head_dim
     square, row, column = (width, channels), (width,), (channels,)
@@ -111,7 +97,6 @@ def infer(
         *(square, square, square, row, row, row, (channels, width), column, column, column),
         *((neuron_count, channels), (neuron_count,), (channels, neuron_count), column, column, column),
     )
-    given = (wq, wk, wv, bq, bk, bv, wo, bo, gamma1, beta1, w1, b1, w2, b2, gamma2, beta2)
     # Kept until the call is over, since some may be copies.
     parameters = [checked("a parameter", p, dtype, *shape) for p, shape in zip(given, shapes, strict=True)]
     x = checked("x", x, dtype, tokens, channels)
