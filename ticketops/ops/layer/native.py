@@ -15,9 +15,10 @@ from ticketops.ops.products import add_product, has_bf16_products, prefers_onedn
 from ticketops.ops.residual import native as residual
 
 #: Up to so many tokens the layer of csrc/cpu/encoder.cpp infers faster than torch's products between kernels, and up to
-#: so many where bfloat16 products run in hardware, whose rate it has not. Milliseconds of MiniLM's six layers on two
-#: cores of an AMD Zen 5, by torch's products and by encoder.cpp: float32 7.3 and 2.4 at 32 tokens, 20.0 and 7.8 at 128;
-#: bfloat16 autocast 4.2 and 2.7 at 32, 4.8 and 3.6 at 48, 5.4 and 4.4 at 64, 6.5 and 6.7 at 96.
+#: so many where bfloat16 products run in hardware, whose rate it has not. Milliseconds of MiniLM on one sequence, two
+#: cores of an AMD EPYC (Zen 5), by oneDNN's products and by encoder.cpp: float32 5.67 and 3.21 at 32 tokens, 10.96 and
+#: 8.15 at 128, 18.61 and 16.63 at 256; bfloat16 autocast 4.89 and 3.43 at 32, 6.10 and 5.07 at 64, 8.56 and 8.75 at
+#: 128. Both are below where the two meet there, since on other processors bfloat16 products are faster yet.
 FEW_TOKENS = 128
 FEW_TOKENS_BF16 = 48
 #: Tensors of a call before the seeds: tokens, 16 parameters, heads, neurons, starts, lengths.
