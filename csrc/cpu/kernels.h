@@ -202,7 +202,7 @@ struct Encoder {
   Activation activation;
   const void* x;  // [T, C]
   void* out;  // [T, C]
-  float* scratch;  // encoder_scratch
+  float* scratch;  // scratch_size() floats
   int threads;
 
   // Floats from one row to the next of a transposed matrix, which has a row a channel and a column a token.

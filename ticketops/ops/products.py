@@ -21,7 +21,7 @@ def prefers_onednn() -> bool:
 
     It does so on all that are not Intel's: on two cores of an EPYC with full AVX-512 (Zen 5), the products of 2,000
     tokens with 384 x 1,536 weights run at 216 to 241 GFLOP/s in MKL and at 390 to 530 in oneDNN, those of 32 tokens at
-    157 to 222 and 343 to 360 (torch 2.13).
+    157 to 222 and 343 to 360 (torch 2.13; `a @ b` against `product`, the faster third of 20 calls).
     """
     return (
         native is not None
