@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cpu/threads.h"
 
 namespace py = pybind11;
@@ -52,8 +53,11 @@ T* pointer(Address address) {
 View view(Address data, int64_t row, int64_t head) { return {pointer<void>(data), row, head}; }
 
 // Not initialised, so that nothing is written twice.
-using Scratch = std::unique_ptr<float[]>;
-Scratch allocate(int64_t floats) { return Scratch(new float[floats]); }
+struct GiveBack {
+  void operator()(float* memory) const { give_memory(memory); }
+};
+using Scratch = std::unique_ptr<float[], GiveBack>;
+Scratch allocate(int64_t floats) { return Scratch(static_cast<float*>(take_memory(floats * sizeof(float)))); }
 
 Dropout dropout(uint64_t seed, uint32_t threshold, double p) {
   return {seed, threshold, static_cast<float>(1.0 / (1.0 - p))};
@@ -419,6 +423,49 @@ void copy_slices(Address table, int64_t copies, int threads) {
   KERNEL(copy)({list.data(), copies, tasks, threads});
 }
 
+// The exchange format of https://dmlc.github.io/dlpack, as far as a tensor in host memory needs it.
+struct DlpackType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct DlpackTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t dimensions;
+  DlpackType type;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+  void* context;
+  void (*deleter)(DlpackTensor*);
+};
+
+py::capsule new_tensor(const std::vector<int64_t>& shape, bool bf16) {
+  constexpr int32_t host = 1;
+  constexpr DlpackType float32{2, 32, 1}, bfloat16{4, 16, 1};
+  const size_t dimensions = shape.size();
+  std::unique_ptr<int64_t[]> sizes(new int64_t[2 * dimensions]);
+  int64_t numbers = 1;
+  for (size_t i = dimensions; i-- > 0;) {
+    sizes[i] = shape[i];
+    sizes[dimensions + i] = numbers;
+    numbers *= shape[i];
+  }
+  auto tensor = std::make_unique<DlpackTensor>();
+  *tensor = {take_memory(numbers * (bf16 ? 2 : 4)), host, 0, static_cast<int32_t>(dimensions),
+             bf16 ? bfloat16 : float32, sizes.get(), sizes.get() + dimensions, 0, nullptr, [](DlpackTensor* self) {
+               give_memory(self->data);
+               delete[] self->shape;
+               delete self;
+             }};
+  sizes.release();
+  return py::capsule(tensor.release(), "dltensor", [](PyObject* capsule) {
+    // Whoever takes the tensor renames the capsule.
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* nobodys = static_cast<DlpackTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    nobodys->deleter(nobodys);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -441,4 +488,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("add_rows", add_rows, release);
   m.def("encoder", encoder, release);
   m.def("copy_slices", copy_slices, release);
+  m.def("new_tensor", new_tensor, "Kept memory, not initialised, as a DLPack capsule.");
 }

@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ticketops.ops import Sequences, backends, cuda_extension
+from ticketops.ops import Sequences, backends, cuda_extension, memory
 
 #: Empty, single, prime and long sequences, in no order.
 RAGGED = [3, 0, 1, 61, 16, 17, 0, 128, 37, 513]
@@ -37,8 +38,8 @@ def threads(number: int) -> Iterator[None]:
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fills new tensors with NaN, so that an element nobody wrote shows."""
-    names = ("empty", "empty_like")
-    originals = {name: getattr(torch, name) for name in names}
+    places: list[tuple[Any, str]] = [(torch, "empty"), (torch, "empty_like"), (memory, "from_dlpack")]
+    originals = [getattr(module, name) for module, name in places]
 
     def poison(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def created(*args, **kwargs):
@@ -47,13 +48,13 @@ def poisoned() -> Iterator[None]:
 
         return created
 
-    for name in names:
-        setattr(torch, name, poison(originals[name]))
+    for (module, name), original in zip(places, originals, strict=True):
+        setattr(module, name, poison(original))
     try:
         yield
     finally:
-        for name in names:
-            setattr(torch, name, originals[name])
+        for (module, name), original in zip(places, originals, strict=True):
+            setattr(module, name, original)
 
 
 def padded_sequences(lengths: list[int]) -> tuple[Sequences, int]:

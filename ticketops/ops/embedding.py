@@ -5,15 +5,14 @@ memory that the system maps and takes back page by page at every step, and a dro
 """
 
 import math
-import weakref
 
-import numpy
 import torch
 from torch import Tensor
 
 from ticketops.ops import backends
 from ticketops.ops.dropout import draw_seed
 from ticketops.ops.extension import address, checked, dropout_arguments, native, run
+from ticketops.ops.memory import empty
 from ticketops.ops.registration import define
 
 
@@ -58,37 +57,12 @@ def _embed(weight: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
     return torch.embedding(weight, ids)
 
 
-#: By size, what the last gradient that was freed has left.
-_left: dict[int, numpy.ndarray] = {}
-
-
-def _zeros(size: int) -> numpy.ndarray:
-    """Zeroed memory for a gradient, which comes back here when nobody holds it any more.
-
-    numpy asks for huge pages, of which hundreds of times fewer must be mapped. For a table of 30,522 x 384 (47 MB),
-    torch.zeros took 9.7 ms, numpy.zeros and a first touch 2.9, and zeros over memory that is mapped take 1.0.
-
-    Args:
-        size: bytes.
-    """
-    try:
-        memory = _left.pop(size)
-    except KeyError:
-        memory = numpy.zeros(size, numpy.uint8)
-    else:
-        torch.from_numpy(memory).zero_()
-    # A view of its own, whose end is the end of the tensor over it.
-    lent = memory[:]
-    weakref.finalize(lent, _left.__setitem__, size, memory).atexit = False
-    return lent
-
-
 def _embed_backward(dout: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor:
     channels = dout.shape[-1]
     ids = ids.flatten().long()
     dout = checked("dout", dout.reshape(-1, channels), dout.dtype, len(ids), channels)
     ids = checked("ids", ids, torch.int64, len(dout))
-    gradient = torch.from_numpy(_zeros(rows * channels * dout.itemsize)).view(dout.dtype).view(rows, channels)
+    gradient = empty((rows, channels), dout.dtype).zero_()
     run(
         native.add_rows,
         *(dout.dtype == torch.bfloat16, address(ids), address(dout), address(gradient), rows, len(ids), channels),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ticketops.ops.extension import native
+from ticketops.ops.memory import empty
 
 
 @cache
@@ -50,7 +51,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     # 420 tokens and 384 x 1,536 weights.
     if prefers_onednn() and (dtype == torch.float32 or bias is not None) and a.numel() and b.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
-    return a @ b if bias is None else torch.addmm(bias, a, b)
+    out = empty((a.shape[0], b.shape[1]), dtype)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ticketops.ops.extension import address, checked, dropout_arguments, native, refusal, run
+from ticketops.ops.memory import empty
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -39,8 +40,8 @@ def forward(
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
     head_mask = checked("head_mask", head_mask, torch.float32, heads)
-    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype)
-    lse = torch.empty((tokens, heads), dtype=torch.float32)
+    out = empty((tokens, heads, head_dim), q.dtype)
+    lse = empty((tokens, heads))
     run(
         native.attention_forward,
         *(q.dtype == torch.bfloat16, *q_view, *k_view, *v_view, address(out), address(lse)),
@@ -85,10 +86,10 @@ def backward(
     lengths = checked("lengths", lengths, torch.int32, batch)
     head_mask = checked("head_mask", head_mask, torch.float32, heads)
     if gradients is None:
-        dq, dk, dv = (torch.empty((tokens, heads, head_dim), dtype=q.dtype) for _ in range(3))
+        dq, dk, dv = (empty((tokens, heads, head_dim), q.dtype) for _ in range(3))
     else:
         dq, dk, dv = checked("gradients", gradients, q.dtype, tokens, 3, heads, head_dim).unbind(1)
-    signed, absolute = (torch.empty((batch, heads), dtype=torch.float32) for _ in range(2))
+    signed, absolute = (empty((batch, heads)) for _ in range(2))
     run(
         native.attention_backward,
         *(q.dtype == torch.bfloat16, *dout_view, *q_view, *k_view, *v_view, address(out), address(lse)),

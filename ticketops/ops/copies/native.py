@@ -10,6 +10,7 @@ from torch import Tensor
 from ticketops.errors import InputError
 from ticketops.ops import extension
 from ticketops.ops.copies import Slices, reference
+from ticketops.ops.memory import empty
 
 # csrc/cpu/kernels.h, enum Elements; all else is moved as bytes.
 _ELEMENTS = {
@@ -93,7 +94,7 @@ class Table:
         """
         shape = _part_shape(tensor, dim, groups, index)
         if out is None:
-            out = torch.empty(shape, dtype=dtype)
+            out = empty(shape, dtype)
         elif list(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
             raise InputError(
                 f"the native kernel needs room as contiguous {dtype} {shape}, got {out.dtype} {list(out.shape)}"
@@ -118,7 +119,7 @@ class Table:
         shape = _part_shape(like, dim, groups, index)
         if list(part.shape) != shape:
             raise InputError(f"slices of shape {shape} of {list(like.shape)} do not go with {list(part.shape)}")
-        out = torch.empty(like.shape, dtype=like.dtype)
+        out = empty(like.shape, like.dtype)
         self.add(part.contiguous(), out, dim, groups, index, _SPREAD)
         return out
 

@@ -7,6 +7,7 @@ from ticketops.errors import InputError
 from ticketops.ops.extension import address, checked, native, refusal, run
 from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.products import product
+from ticketops.ops.memory import empty
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -53,7 +54,7 @@ def activate(
     """
     pre = checked("pre", pre, pre.dtype, *pre.shape)
     tokens, neurons = pre.shape[0], pre.shape[1] // (1 + gated)
-    hidden = pre if in_place else torch.empty((tokens, neurons), dtype=pre.dtype)
+    hidden = pre if in_place else empty((tokens, neurons), pre.dtype)
     masked = hidden if neuron_mask is None else torch.empty_like(hidden)
     neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, neurons)
     bias = checked("bias", bias, torch.float32, pre.shape[1])
@@ -112,8 +113,8 @@ def activate_backward(
     lengths = checked("lengths", lengths, torch.int32, batch)
     neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, neurons)
     bias = checked("bias", bias, torch.float32, first)
-    by_bias = torch.empty(first if bias_sums else 0, dtype=torch.float32)
-    by_neuron = torch.empty((batch, neurons) if neuron_sums else 0, dtype=torch.float32)
+    by_bias = empty(first if bias_sums else 0)
+    by_neuron = empty((batch, neurons) if neuron_sums else 0)
     run(
         native.ffn_backward,
         *(pre.dtype == torch.bfloat16, ACTIVATIONS[activation], address(gradient), address(target), address(pre)),
@@ -162,7 +163,7 @@ def column_sums(x: Tensor) -> Tensor:
         [C] in float32.
     """
     x = checked("x", x, x.dtype, *x.shape)
-    sums = torch.empty(x.shape[1], dtype=torch.float32)
+    sums = empty(x.shape[1])
     run(native.column_sums, *(x.dtype == torch.bfloat16, address(x), address(sums), *x.shape))
     return sums
 
@@ -187,7 +188,7 @@ def token_sums(
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
     bias = checked("bias", bias, torch.float32, channels)
-    signed, absolute = (torch.empty(batch, dtype=torch.float32) for _ in range(2))
+    signed, absolute = (empty(batch) for _ in range(2))
     run(
         native.token_sums,
         *(out.dtype == torch.bfloat16, address(dout), address(out), address(bias), address(starts), address(lengths)),
@@ -287,7 +288,7 @@ def backward(
     dpre = gradient if first == neurons else torch.empty_like(pre, memory_format=torch.contiguous_format)
     masked = None
     if weight_gradients and neuron_mask is not None:
-        masked = torch.empty(hidden.shape, dtype=hidden.dtype)
+        masked = empty(hidden.shape, hidden.dtype)
     db1, by_neuron = activate_backward(
         *(gradient, pre, hidden, masked, neuron_mask, activation, weight_gradients, neuron_sums, neuron_absolute),
         *(starts, lengths, None if first == neurons else dpre),

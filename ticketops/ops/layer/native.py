@@ -13,6 +13,7 @@ from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
 from ticketops.ops.products import add_product, has_bf16_products, prefers_onednn, product
 from ticketops.ops.residual import native as residual
+from ticketops.ops.memory import empty
 
 #: Up to so many tokens the layer of csrc/cpu/encoder.cpp infers faster than torch's products between kernels, and up to
 #: so many where bfloat16 products run in hardware, whose rate it has not. Milliseconds of MiniLM on one sequence, two
@@ -103,7 +104,7 @@ def infer(
     x = checked("x", x, dtype, tokens, channels)
     heads, neurons = (p if p is None else checked("places", p, torch.int64, len(p)) for p in (heads, neurons))
     starts, lengths = (checked("sequences", p, torch.int32, batch) for p in (starts, lengths))
-    out = torch.empty((tokens, channels), dtype=dtype)
+    out = empty((tokens, channels), dtype)
     run(
         native.encoder,
         *(dtype == torch.bfloat16, bf16, ffn.ACTIVATIONS[activation], address(x), address(out)),
@@ -168,8 +169,8 @@ def forward(
     width = count * head_dim
     copies = Table()
     if count and copied:
-        w_qkv = torch.empty((3 * width, x.shape[1]), dtype=dtype)
-        biases = torch.empty(3 * width, dtype=torch.float32 if bf16 else dtype)
+        w_qkv = empty((3 * width, x.shape[1]), dtype)
+        biases = empty(3 * width, torch.float32 if bf16 else dtype)
         for w, b, to_w, to_b in zip((wq, wk, wv), (bq, bk, bv), w_qkv.chunk(3), biases.chunk(3), strict=True):
             copies.select(w, 0, all_heads, heads, dtype, to_w)
             copies.select(b, 0, all_heads, heads, biases.dtype, to_b)
@@ -181,13 +182,13 @@ def forward(
         w2 = w_2 = copies.select(w2, 1, all_neurons, neurons, dtype)
     copies.run()
     with torch.autocast("cpu", enabled=False):
-        cast_x = x.to(dtype)
+        cast_x = empty(x.shape, dtype).copy_(x) if cast else x
         if count:
             if copied:
                 # [T, 3 K D]
                 flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if bf16 else product(cast_x, w_qkv.t(), biases)
             else:
-                flat = torch.empty((tokens, 3 * width), dtype=dtype)
+                flat = empty((tokens, 3 * width), dtype)
                 for w, b, part in zip((wq, wk, wv), (bq, bk, bv), flat.chunk(3, 1), strict=True):
                     if bf16:
                         part.copy_(product(cast_x, w.t(), b))
@@ -203,7 +204,7 @@ def forward(
             projected = torch.zeros(x.shape, dtype=dtype)
         middle, mean1, rstd1 = residual.forward(projected, x, bo, gamma1, beta1, output_seed, output_dropout, eps1)
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
-            cast_middle = middle.to(dtype)
+            cast_middle = empty(middle.shape, dtype).copy_(middle) if cast else middle
             # The kernels behind the products add the biases: in the products they cost a pass over the results.
             pre = product(cast_middle, w1.t())
             hidden, _ = ffn.activate(pre, activation, in_place=not keep, bias=_bias(b1, neurons))
@@ -350,7 +351,7 @@ def backward(
         if count:
             width = count * head_dim
             dcontext = product(dprojected, w_o if w_o.numel() else wo).view(tokens, count, head_dim)
-            dqkv = torch.empty((tokens, 3, count, head_dim), dtype=dtype)
+            dqkv = empty((tokens, 3, count, head_dim), dtype)
             q, k, v = qkv.unbind(1)
             *_, signed, absolute = attention.backward(
                 dcontext,

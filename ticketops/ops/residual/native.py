@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ticketops.ops.extension import address, checked, dropout_arguments, native, refusal, run
+from ticketops.ops.memory import empty
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
 
@@ -43,8 +44,8 @@ def forward(
         _vector("gamma", gamma, channels),
         _vector("beta", beta, channels),
     )
-    out = torch.empty((rows, channels), dtype=residual.dtype)
-    mean, rstd = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+    out = empty((rows, channels), residual.dtype)
+    mean, rstd = (empty(rows) for _ in range(2))
     run(
         native.residual_forward,
         *(x.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, address(x), address(residual), address(bias)),
@@ -79,9 +80,9 @@ def backward(
     mean = checked("mean", mean, torch.float32, rows)
     rstd = checked("rstd", rstd, torch.float32, rows)
     own_dx = bool(dropout_p) or x.dtype != residual.dtype
-    dx = torch.empty((rows, channels) if own_dx else (0,), dtype=x.dtype)
-    dresidual = torch.empty((rows, channels), dtype=residual.dtype)
-    dbias, dgamma, dbeta = (torch.empty(channels, dtype=torch.float32) for _ in range(3))
+    dx = empty((rows, channels) if own_dx else (0,), x.dtype)
+    dresidual = empty((rows, channels), residual.dtype)
+    dbias, dgamma, dbeta = (empty(channels) for _ in range(3))
     run(
         native.residual_backward,
         *(x.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, address(dout), address(x), address(residual)),
