@@ -23,21 +23,36 @@ using Address = std::uintptr_t;
 namespace {
 
 #ifdef __x86_64__
-bool choose_avx512() {
+enum class Isa { avx2, avx512, avx512bf16 };
+
+// The highest that the processor has and that was compiled, TICKETOPS_ISA at most.
+Isa choose_isa() {
 #ifdef TICKETOPS_WIDE
-  return true;
+  return Isa::avx512;
 #endif
-  const char* wanted = std::getenv("TICKETOPS_ISA");
-  if (wanted && std::string(wanted) == "avx2") return false;
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const char* given = std::getenv("TICKETOPS_ISA");
+  const std::string most = given ? given : "";
+  if (most == "avx2" || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return Isa::avx2;
+#ifdef TICKETOPS_AVX512BF16
+  if (most != "avx512" && __builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
+#endif
+  return Isa::avx512;
 }
 
-const bool avx512_chosen = choose_avx512();
-const char* isa() { return avx512_chosen ? "avx512" : "avx2"; }
+const Isa chosen = choose_isa();
+const char* isa() { return chosen == Isa::avx2 ? "avx2" : chosen == Isa::avx512 ? "avx512" : "avx512bf16"; }
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool is_intel() { return __builtin_cpu_is("intel"); }
-#define KERNEL(...) (avx512_chosen ? &avx512::__VA_ARGS__ : &avx2::__VA_ARGS__)
+#ifdef TICKETOPS_AVX512BF16
+#define KERNEL(...)                                       \
+  (chosen == Isa::avx512bf16 ? &avx512bf16::__VA_ARGS__   \
+   : chosen == Isa::avx512   ? &avx512::__VA_ARGS__       \
+                             : &avx2::__VA_ARGS__)
+#else
+#define KERNEL(...) (chosen == Isa::avx512 ? &avx512::__VA_ARGS__ : &avx2::__VA_ARGS__)
+#endif
 #else
 const char* isa() { return "generic"; }
 bool supported() { return true; }

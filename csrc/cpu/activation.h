@@ -15,14 +15,13 @@ struct Value {
 struct Gelu {
   TICKETOPS_INLINE static Value at(Float x) {
     const Float a = abs(x), t = 1.0f / (a * 0.35f + 1.0f), bell = exp(a * a * -0.5f);
-    Float p = t * -0.02911511934155336f + 0.1438189080413243f;
-    p = p * t - 0.25539199432944404f;
-    p = p * t + 0.15879764068045538f;
-    p = p * t - 0.022844131651598456f;
-    p = p * t + 0.10539242785137692f;
-    p = p * t + 0.11986302264546599f;
-    p = p * t + 0.1398575703787482f;
-    p = p * t + 0.13962165987997072f;
+    const Float square = t * t, fourth = square * square;
+    const Float p01 = t * 0.1398575703787482f + 0.13962165987997072f;
+    const Float p23 = t * 0.10539242785137692f + 0.11986302264546599f;
+    const Float p45 = t * 0.15879764068045538f - 0.022844131651598456f;
+    const Float p67 = t * 0.1438189080413243f - 0.25539199432944404f;
+    const Float upper = (fourth * -0.02911511934155336f + p67 * square) + p45;
+    const Float p = upper * fourth + (p23 * square + p01);
     const Float tail = p * t * bell;
     const Float cdf = x < 0.0f ? tail : 1.0f - tail;
     return {x * cdf, cdf + x * bell * 0.3989422804014327f};

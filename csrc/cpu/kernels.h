@@ -275,6 +275,7 @@ struct Copies {
 
 TICKETOPS_KERNELS(avx2)
 TICKETOPS_KERNELS(avx512)
+TICKETOPS_KERNELS(avx512bf16)
 TICKETOPS_KERNELS(generic)
 
 }  // namespace ticketops

@@ -43,7 +43,7 @@ def test_products_are_added_to_a_total(tokens):
     torch.testing.assert_close(products.add_product(total, a, b).double(), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("isa", "intel", "capability"), itertools.product(("avx512", "avx2"), (True, False), (0, 1)))
+@pytest.mark.parametrize(("isa", "intel", "capability"), itertools.product(("avx512bf16", "avx512", "avx2"), (True, False), (0, 1)))
 def test_onednn_serves_where_mkl_leaves_avx512_out(monkeypatch, isa, intel, capability):
     class Native:
         pass
@@ -54,4 +54,4 @@ def test_onednn_serves_where_mkl_leaves_avx512_out(monkeypatch, isa, intel, capa
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if capability else "AVX2")
-    assert products.prefers_onednn.__wrapped__() == (isa == "avx512" and not intel and bool(capability))
+    assert products.prefers_onednn.__wrapped__() == (isa != "avx2" and not intel and bool(capability))
