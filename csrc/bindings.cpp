@@ -260,9 +260,9 @@ void token_sums(bool bf16, Address a, Address b, Address bias, Address starts, A
                  : KERNEL(name<float, float>))
 
 void residual_forward(bool x_bf16, bool residual_bf16, Address x, Address residual, Address bias, Address gamma,
-                      Address beta, Address out, Address mean, Address rstd, int64_t rows, int64_t channels,
-                      double eps, uint64_t seed, uint32_t threshold, double p, int threads) {
-  const Scratch scratch = allocate(threads * channels);
+                      Address beta, Address out, Address half, Address mean, Address rstd, int64_t rows,
+                      int64_t channels, double eps, uint64_t seed, uint32_t threshold, double p, int threads) {
+  const Scratch scratch = allocate(threads * residual_rows * channels);
   ResidualForward args;
   args.rows = rows;
   args.channels = channels;
@@ -274,6 +274,7 @@ void residual_forward(bool x_bf16, bool residual_bf16, Address x, Address residu
   args.scratch = scratch.get();
   args.threads = threads;
   args.out = pointer<void>(out);
+  args.half = pointer<Bf16>(half);
   args.beta = pointer<float>(beta);
   args.eps = static_cast<float>(eps);
   args.mean = pointer<float>(mean);

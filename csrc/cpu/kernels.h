@@ -124,9 +124,13 @@ struct Residual {
   int threads;
 };
 
-// scratch: [threads, C].
+// So many rows go from one loop to the next together: a row alone would wait for its own sums.
+constexpr int64_t residual_rows = 8;
+
+// scratch: [threads, residual_rows, C].
 struct ResidualForward : Residual {
   void* out;
+  Bf16* half;  // [T, C] for a copy of `out` in bfloat16, or null
   const float* beta;
   float eps;
   float *mean, *rstd;  // [T]

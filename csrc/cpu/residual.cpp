@@ -28,26 +28,34 @@ float sum_row(const Residual& args, int64_t row, float* z) {
 
 template <typename X, typename R>
 void residual_forward(const ResidualForward& args) {
-  constexpr int64_t chunk = 16;
+  constexpr int64_t chunk = 2 * residual_rows;
   const int64_t channels = args.channels;
   parallel((args.rows + chunk - 1) / chunk, args.threads, [&](int64_t task, int thread) {
-    float* z = args.scratch + thread * channels;
     const int64_t end = min((task + 1) * chunk, args.rows);
-    for (int64_t row = task * chunk; row < end; ++row) {
-      const float mean = sum_row<X, R>(args, row, z) / channels;
-      Float squares{};
-      for_row(channels, [&](int64_t i, auto load, auto) {
-        // The lanes behind the last element hold zeros, which the mean would shift.
-        const Float centred = load(z) - mean;
-        squares += valid(i, channels, centred * centred);
-      });
-      const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / channels + args.eps);
-      R* out = static_cast<R*>(args.out) + row * channels;
-      for_row(channels, [&](int64_t, auto load, auto store) {
-        store(out, (load(z) - mean) * rstd * load(args.gamma) + load(args.beta));
-      });
-      args.mean[row] = mean;
-      args.rstd[row] = rstd;
+    for (int64_t first = task * chunk; first < end; first += residual_rows) {
+      const int64_t rows = min(residual_rows, end - first);
+      float* z = args.scratch + thread * residual_rows * channels;
+      float *mean = args.mean + first, *rstd = args.rstd + first;
+      for (int64_t i = 0; i < rows; ++i) mean[i] = sum_row<X, R>(args, first + i, z + i * channels) / channels;
+      for (int64_t i = 0; i < rows; ++i) {
+        Float squares{};
+        for_row(channels, [&](int64_t j, auto load, auto) {
+          // The lanes behind the last element hold zeros, which the mean would shift.
+          const Float centred = load(z + i * channels) - mean[i];
+          squares += valid(j, channels, centred * centred);
+        });
+        rstd[i] = 1.0f / __builtin_sqrtf(sum(squares) / channels + args.eps);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = (first + i) * channels;
+        R* out = static_cast<R*>(args.out) + at;
+        Bf16* half = args.half ? args.half + at : nullptr;
+        for_row(channels, [&](int64_t, auto load, auto store) {
+          const Float value = (load(z + i * channels) - mean[i]) * rstd[i] * load(args.gamma) + load(args.beta);
+          store(out, value);
+          if (half) store(half, value);
+        });
+      }
     }
   });
 }

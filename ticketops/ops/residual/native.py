@@ -30,8 +30,12 @@ def forward(
     seed: Tensor | None,
     dropout_p: float,
     eps: float,
+    half: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ticketops.ops.residual.reference.forward.
+
+    Args:
+        half: contiguous bfloat16 [T, C] to receive a copy of the result, or None.
 
     Returns:
         out [T, C] in the residual's dtype, and each row's mean [T] and 1 / sqrt(variance + eps) [T].
@@ -44,12 +48,13 @@ def forward(
         _vector("gamma", gamma, channels),
         _vector("beta", beta, channels),
     )
+    half = checked("half", half, torch.bfloat16, rows, channels)
     out = empty((rows, channels), residual.dtype)
     mean, rstd = (empty(rows) for _ in range(2))
     run(
         native.residual_forward,
         *(x.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, address(x), address(residual), address(bias)),
-        *(address(gamma), address(beta), address(out), address(mean), address(rstd), rows, channels, eps),
+        *(address(gamma), address(beta), address(out), address(half), address(mean), address(rstd), rows, channels, eps),
         *dropout_arguments(seed, dropout_p),
     )
     return out, mean, rstd
