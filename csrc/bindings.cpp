@@ -460,11 +460,12 @@ py::capsule new_tensor(const std::vector<int64_t>& shape, bool bf16) {
   constexpr DlpackType float32{2, 32, 1}, bfloat16{4, 16, 1};
   const size_t dimensions = shape.size();
   std::unique_ptr<int64_t[]> sizes(new int64_t[2 * dimensions]);
-  int64_t numbers = 1;
+  int64_t numbers = 1, stride = 1;
   for (size_t i = dimensions; i-- > 0;) {
     sizes[i] = shape[i];
-    sizes[dimensions + i] = numbers;
+    sizes[dimensions + i] = stride;
     numbers *= shape[i];
+    stride *= std::max<int64_t>(shape[i], 1);
   }
   auto tensor = std::make_unique<DlpackTensor>();
   *tensor = {take_memory(numbers * (bf16 ? 2 : 4)), host, 0, static_cast<int32_t>(dimensions),

@@ -30,7 +30,7 @@ assert "sanitize" in _native.__file__, _native.__file__
 
 import pytest
 
-names = ("attention_backends", "copies", "embedding", "ffn_backends", "layer", "residual")
+names = ("attention_backends", "copies", "embedding", "ffn_backends", "layer", "memory", "residual")
 tests = [f"python_tests/ops/test_{name}.py" for name in names]
-sys.exit(pytest.main([*tests, "-q", "-k", "native or copies or embedding or layer or sums_of", "-p", "no:cacheprovider", *sys.argv[1:]]))
+sys.exit(pytest.main([*tests, "-q", "-k", "native or copies or embedding or layer or memory or sums_of", "-p", "no:cacheprovider", *sys.argv[1:]]))
 PYTHON

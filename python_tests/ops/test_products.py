@@ -43,7 +43,9 @@ def test_products_are_added_to_a_total(tokens):
     torch.testing.assert_close(products.add_product(total, a, b).double(), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("isa", "intel", "capability"), itertools.product(("avx512bf16", "avx512", "avx2"), (True, False), (0, 1)))
+@pytest.mark.parametrize(
+    ("isa", "intel", "capability"), itertools.product(("avx512bf16", "avx512", "avx2"), (True, False), (0, 1))
+)
 def test_onednn_serves_where_mkl_leaves_avx512_out(monkeypatch, isa, intel, capability):
     class Native:
         pass

@@ -12,15 +12,18 @@ from torch.utils.dlpack import from_dlpack
 
 from ticketops.ops.extension import native
 
+_HOST = torch.device("cpu")
 
-def empty(shape: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """What torch.empty makes for the CPU.
+
+def empty(shape: int | Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device = _HOST) -> Tensor:
+    """What torch.empty makes.
 
     Args:
         shape: of the tensor.
-        dtype: float32 and bfloat16 lie in kept memory where the native extension is there, all else in torch's own.
+        dtype: float32 and bfloat16 lie in kept memory on a CPU with the native extension, all else in torch's own.
+        device: where.
     """
-    if native is None or dtype not in (torch.float32, torch.bfloat16):
-        return torch.empty(shape, dtype=dtype)
-    shape = (shape,) if isinstance(shape, int) else shape
-    return from_dlpack(native.new_tensor(shape, dtype == torch.bfloat16))
+    bf16 = dtype == torch.bfloat16
+    if native is None or not (bf16 or dtype == torch.float32) or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return from_dlpack(native.new_tensor((shape,) if isinstance(shape, int) else shape, bf16))

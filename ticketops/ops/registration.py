@@ -39,9 +39,11 @@ def _differentiable(name: str, backward: Callable, setup_context: Callable) -> C
     """The op's kernel for autograd: what torch.library.register_autograd makes, without its look at the schema in each
     call, which for an op of forty arguments takes longer than the op."""
 
+    op = getattr(torch.ops.ticketops, name).default
+
     def below(*arguments):
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.ticketops, name).default(*arguments)
+            return op(*arguments)
 
     def forward(ctx, *arguments):
         output = below(*arguments)

@@ -322,9 +322,11 @@ class Importance:
             # Another batch begins before this one had all layers.
             self._settle()
         related = (sums,) if sums is self._neurons else (self._heads, self._ffns)
-        for each in related:
-            each.move(partial.device)
-        sums.waiting[layer] = partial.detach().to(sums.totals.device)
+        if partial.device != sums.totals.device:
+            for each in related:
+                each.move(partial.device)
+            partial = partial.to(sums.totals.device)
+        sums.waiting[layer] = partial.detach()
         sums.counts[layer] += 1 if self.granularity == "batch" else rows // group
         if sums is self._neurons:
             ops.accumulate(_op_sums(sums), self._partials(sums.take(), []))

@@ -35,7 +35,7 @@ def forward(
         out [T, H, D] and the log-sum-exp of the scaled scores [T, H].
     """
     tokens, heads, head_dim = q.shape
-    batch = len(lengths)
+    batch = lengths.shape[0]
     (q, q_view), (k, k_view), (v, v_view) = _view("q", q, q), _view("k", k, q), _view("v", v, q)
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
@@ -77,7 +77,7 @@ def backward(
         dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
     """
     tokens, heads, head_dim = q.shape
-    batch = len(lengths)
+    batch = lengths.shape[0]
     (dout, dout_view), (q, q_view) = _view("dout", dout, q), _view("q", q, q)
     (k, k_view), (v, v_view) = _view("k", k, q), _view("v", v, q)
     out = checked("out", out, q.dtype, tokens, heads, head_dim)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ticketops.errors import InputError
 from ticketops.ops.backends import implementation
+from ticketops.ops.memory import empty
 
 __all__ = ["Saved", "Slices", "gather", "scatter"]
 
@@ -33,7 +34,7 @@ class Slices:
     def shape(self) -> list[int]:
         """Of the slices side by side: the tensor's, with n / groups of the dimension."""
         shape = list(self.tensor.shape)
-        shape[self.dim] = shape[self.dim] // self.groups * len(self.index)
+        shape[self.dim] = shape[self.dim] // self.groups * self.index.shape[0]
         return shape
 
     def check(self) -> None:
@@ -149,7 +150,7 @@ def _new(slices: Sequence[Slices]) -> list[Tensor]:
     """Memory for slices side by side."""
     for each in slices:
         each.check()
-    return [torch.empty(each.shape, dtype=each.tensor.dtype, device=each.tensor.device) for each in slices]
+    return [empty(each.shape, each.tensor.dtype, each.tensor.device) for each in slices]
 
 
 def _check_values(slices: Sequence[Slices], values: Sequence[Tensor]) -> None:

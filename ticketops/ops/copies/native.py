@@ -71,7 +71,7 @@ class Table:
     def __init__(self) -> None:
         self._rows = array("q")
         # Tensors whose addresses are in the table live as long as it.
-        self._alive: list[Tensor] = []
+        self._alive: list[Tensor | None] = []
 
     def select(
         self, tensor: Tensor, dim: int, groups: int, index: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
@@ -134,18 +134,17 @@ class Table:
             if way == _SPREAD:
                 target.zero_()
             return
-        rows, count, address = 1, 1, 0
         if index is None:
-            groups = 1
+            rows, groups, count, address = 1, 1, 1, 0
         else:
-            rows, count = math.prod(part.shape[:dim]), len(index)
+            rows, count = math.prod(part.shape[:dim]), index.shape[0]
             index = index.contiguous()
             address = index.data_ptr()
         slice_size = size // (rows * count) * (1 if elements else part.element_size())
         self._rows.extend(
             (source.data_ptr(), target.data_ptr(), address, rows, groups, count, slice_size, elements, way)
         )
-        self._alive += (source, target) if index is None else (source, target, index)
+        self._alive += (source, target, index)
 
     def run(self) -> None:
         """Runs the copies.
@@ -167,5 +166,5 @@ def _part_shape(whole: Tensor, dim: int, groups: int, index: Tensor | None) -> l
                 f"dimension {dim} of a tensor {shape} does not divide into {groups} slices, or not with an index of "
                 f"{index.dtype}"
             )
-        shape[dim] = shape[dim] // groups * len(index)
+        shape[dim] = shape[dim] // groups * index.shape[0]
     return shape

@@ -6,8 +6,8 @@ from torch import Tensor
 from ticketops.errors import InputError
 from ticketops.ops.extension import address, checked, native, refusal, run
 from ticketops.ops.ffn.reference import first_places
-from ticketops.ops.products import product
 from ticketops.ops.memory import empty
+from ticketops.ops.products import product
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -100,7 +100,7 @@ def activate_backward(
     Returns:
         The column sums [N] or [2N] and the sums by sequence [B, N], in float32; empty where not wanted.
     """
-    (tokens, neurons), batch = gradient.shape, len(lengths)
+    (tokens, neurons), batch = gradient.shape, lengths.shape[0]
     gated = target is not None
     first = 2 * neurons if gated else neurons
     if not gradient.is_contiguous():
@@ -182,7 +182,7 @@ def token_sums(
     Returns:
         The signed and the absolute sums of <dout, out + bias> / mask over each sequence's tokens [B].
     """
-    (tokens, channels), batch = out.shape, len(lengths)
+    (tokens, channels), batch = out.shape, lengths.shape[0]
     dout = checked("dout", dout, out.dtype, tokens, channels)
     out = checked("out", out, out.dtype, tokens, channels)
     starts = checked("starts", starts, torch.int32, batch)
@@ -253,7 +253,7 @@ def backward(
         dx; dw1, db1, dw2, db2; the signed and absolute sums of <dOut, Y> over each sequence's tokens; the sums of G * H
         over each sequence's tokens.
     """
-    (tokens, channels), first, neurons, batch = x.shape, w1.shape[0], w2.shape[1], len(lengths)
+    (tokens, channels), first, neurons, batch = x.shape, w1.shape[0], w2.shape[1], lengths.shape[0]
     dout = checked("dout", dout, x.dtype, tokens, channels)
     scale = 1.0 if ffn_mask is None else float(ffn_mask)
     signed = absolute = torch.empty(0, dtype=torch.float32)

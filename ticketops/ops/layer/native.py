@@ -11,9 +11,9 @@ from ticketops.ops.attention import native as attention
 from ticketops.ops.copies.native import Table
 from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
+from ticketops.ops.memory import empty
 from ticketops.ops.products import add_product, has_bf16_products, prefers_onednn, product
 from ticketops.ops.residual import native as residual
-from ticketops.ops.memory import empty
 
 #: Up to so many tokens the layer of csrc/cpu/encoder.cpp infers faster than torch's products between kernels, and up to
 #: so many where bfloat16 products run in hardware, whose rate it has not. Milliseconds of MiniLM on one sequence, two
@@ -91,7 +91,7 @@ def infer(
     """
     x, *given, heads, neurons, starts, lengths = tensors
     wq, w1 = given[0], given[10]
-    (tokens, channels), dtype, batch = x.shape, x.dtype, len(starts)
+    (tokens, channels), dtype, batch = x.shape, x.dtype, starts.shape[0]
     all_heads, neuron_count = wq.shape[0] // head_dim, 0 if w1 is None else w1.shape[0]
     width = all_heads * head_dim
     square, row, column = (width, channels), (width,), (channels,)
@@ -102,15 +102,15 @@ def infer(
     # Kept until the call is over, since some may be copies.
     parameters = [checked("a parameter", p, dtype, *shape) for p, shape in zip(given, shapes, strict=True)]
     x = checked("x", x, dtype, tokens, channels)
-    heads, neurons = (p if p is None else checked("places", p, torch.int64, len(p)) for p in (heads, neurons))
+    heads, neurons = (p if p is None else checked("places", p, torch.int64, p.shape[0]) for p in (heads, neurons))
     starts, lengths = (checked("sequences", p, torch.int32, batch) for p in (starts, lengths))
     out = empty((tokens, channels), dtype)
     run(
         native.encoder,
         *(dtype == torch.bfloat16, bf16, ffn.ACTIVATIONS[activation], address(x), address(out)),
         *([address(p) for p in parameters], address(heads), address(neurons), address(starts), address(lengths)),
-        *(batch, tokens, channels, all_heads, head_dim, all_heads if heads is None else len(heads)),
-        *(neuron_count, neuron_count if neurons is None else len(neurons), max_length, scale, eps1, eps2),
+        *(batch, tokens, channels, all_heads, head_dim, all_heads if heads is None else heads.shape[0]),
+        *(neuron_count, neuron_count if neurons is None else neurons.shape[0], max_length, scale, eps1, eps2),
     )
     return out
 
@@ -160,7 +160,7 @@ def forward(
     """
     tokens, dtype = x.shape[0], torch.bfloat16 if bf16 else x.dtype
     all_heads = wq.shape[0] // head_dim
-    count = all_heads if heads is None else len(heads)
+    count = all_heads if heads is None else heads.shape[0]
     attention_seed, output_seed, ffn_seed = _seeds(seeds, attention_dropout, output_dropout, ffn_dropout)
     none = x.new_empty(0)
     cast = dtype != x.dtype
@@ -205,7 +205,8 @@ def forward(
         feeds = w1 is not None and b1 is not None and w2 is not None and b2 is not None
         cast_middle = empty(x.shape, dtype) if cast and feeds else none
         middle, mean1, rstd1 = residual.forward(
-            *(projected, x, bo, gamma1, beta1, output_seed, output_dropout, eps1, cast_middle if cast and feeds else None)
+            *(projected, x, bo, gamma1, beta1, output_seed, output_dropout, eps1),
+            cast_middle if cast and feeds else None,
         )
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             # The kernels behind the products add the biases: in the products they cost a pass over the results.
@@ -289,7 +290,7 @@ def backward(
         `ffn_sums`); those of its computed neurons [B, N] (empty unless `neuron_sums`); the gradients of the parameters
         in the order of Weights, empty where the parameter has no part in the result.
     """
-    (tokens, channels), batch, dtype = x.shape, len(lengths), torch.bfloat16 if bf16 else x.dtype
+    (tokens, channels), batch, dtype = x.shape, lengths.shape[0], torch.bfloat16 if bf16 else x.dtype
     all_heads = wq.shape[0] // head_dim
     attention_seed, output_seed, ffn_seed = _seeds(seeds, attention_dropout, output_dropout, ffn_dropout)
     parameters: list[Tensor | None] = [None] * 16
@@ -350,7 +351,7 @@ def backward(
             ):
                 keep(place, gradient, like)
         signed, absolute = torch.empty((batch, 0)), torch.empty((batch, 0))
-        count = all_heads if heads is None else len(heads)
+        count = all_heads if heads is None else heads.shape[0]
         if count:
             width = count * head_dim
             dcontext = product(dprojected, w_o if w_o.numel() else wo).view(tokens, count, head_dim)

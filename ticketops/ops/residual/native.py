@@ -54,7 +54,8 @@ def forward(
     run(
         native.residual_forward,
         *(x.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, address(x), address(residual), address(bias)),
-        *(address(gamma), address(beta), address(out), address(half), address(mean), address(rstd), rows, channels, eps),
+        *(address(gamma), address(beta), address(out), address(half), address(mean), address(rstd), rows, channels),
+        eps,
         *dropout_arguments(seed, dropout_p),
     )
     return out, mean, rstd
