@@ -2,9 +2,7 @@
 // scratch with padded rows, so that one register-tiled matrix product serves all seven products and both dtypes; the
 // scores of a block of queries stay in the cache, and no score is ever written to memory.
 //
-// AVX512-BF16 does not pay: with operands in pairs of bfloat16 and its dot products, attention took 24.8 ms of a 264 ms
-// step on RTE in place of 28.1 (forward and backward, MiniLM, two cores of an EPYC, Zen 5), since half of its time is
-// softmax, dropout and copies; on Intel's processors such an instruction runs half as often as one on float32.
+// With AVX512-BF16 the products of two operands that are stored in bfloat16 (scores and dP) take them as they lie.
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 #include "cpu/product.h"
@@ -41,6 +39,48 @@ void gather_transposed(const View& view, int64_t start, int64_t rows, int64_t he
       for (int64_t lane = 0; lane < count; ++lane) store(packed + (d + lane) * stride + i, tile[lane]);
     }
   }
+}
+
+// Whether rows are multiplied as pairs of bfloat16.
+template <typename T>
+bool in_pairs(int64_t depth) {
+#ifdef __AVX512BF16__
+  return sizeof(T) == 2 && depth % 2 == 0;
+#else
+  return (void)depth, false;
+#endif
+}
+
+// A view of the pairs, as if each were a float32.
+View pairs_of(const View& view) { return {view.data, view.row / 2, view.head / 2}; }
+
+// The right operand of `row_products`: one head's rows, transposed, [depth or pairs][stride].
+template <typename T>
+void gather_right(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth, bool pairs, float* packed,
+                  int64_t stride) {
+  if (pairs)
+    gather_transposed<float>(pairs_of(view), start, rows, head, depth / 2, packed, stride);
+  else
+    gather_transposed<T>(view, start, rows, head, depth, packed, stride);
+}
+
+// out[i][j] = factor <row start + i of the view, column j of right>, where `left` holds the rows times `factor` unless
+// they are taken in pairs.
+void row_products(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth, bool pairs, float factor,
+                  const float* left, int64_t left_stride, const float* right, int64_t columns, float* out,
+                  int64_t stride) {
+#ifdef __AVX512BF16__
+  if (pairs) {
+    const View halved = pairs_of(view);
+    const float* first = static_cast<const float*>(halved.data) + start * halved.row + head * halved.head;
+    product<false>(rows, columns, depth / 2, Pairs{{first, halved.row, 1}}, right, stride, out, stride);
+    for (int64_t i = 0; i < rows && factor != 1; ++i)
+      for (int64_t j = 0; j < columns; j += W) store(out + i * stride + j, load(out + i * stride + j) * factor);
+    return;
+  }
+#endif
+  (void)view, (void)start, (void)head, (void)pairs, (void)factor;
+  product<false>(rows, columns, depth, Left{left, left_stride, 1}, right, stride, out, stride);
 }
 
 // Writes [rows][stride] times `factor` to one head of [T, H, D] whose rows are `target_row` elements apart.
@@ -99,13 +139,15 @@ void attention_forward(const AttentionForward& args) {
     float* q = v + n * stride;  // [query_block][stride]
     float* out = q + query_block * stride;  // [query_block][stride]
     float* scores = out + query_block * stride;  // [query_block][key_stride]
-    gather_transposed<T>(args.k, sequence.start, n, head, depth, k, key_stride);
+    const bool pairs = in_pairs<T>(depth);
+    gather_right<T>(args.k, sequence.start, n, head, depth, pairs, k, key_stride);
     gather<T>(args.v, sequence.start, n, head, depth, 1, v, stride);
     for (int64_t first = 0; first < n; first += query_block) {
       const int64_t rows = min(query_block, n - first), start = sequence.start + first;
-      gather<T>(args.q, start, rows, head, depth, args.scale, q, stride);
+      if (!pairs) gather<T>(args.q, start, rows, head, depth, args.scale, q, stride);
       const Keys keys = keys_of(args, first, rows, n);
-      product<false>(rows, padded(keys.count), depth, {q, stride, 1}, k + keys.first, key_stride, scores, key_stride);
+      row_products(args.q, start, rows, head, depth, pairs, args.scale, q, stride, k + keys.first, padded(keys.count),
+                   scores, key_stride);
       float factors[query_block];
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scores + i * key_stride;
@@ -165,8 +207,9 @@ void attention_backward(const AttentionBackward& args) {
     float* dq = dout + query_block * stride;
     float* weights = dq + query_block * stride;  // [query_block][key_stride]
     float* dscores = weights + query_block * key_stride;
-    gather_transposed<T>(args.k, sequence.start, n, head, depth, k_transposed, key_stride);
-    gather_transposed<T>(args.v, sequence.start, n, head, depth, v_transposed, key_stride);
+    const bool pairs = in_pairs<T>(depth);
+    gather_right<T>(args.k, sequence.start, n, head, depth, pairs, k_transposed, key_stride);
+    gather_right<T>(args.v, sequence.start, n, head, depth, pairs, v_transposed, key_stride);
     gather<T>(args.k, sequence.start, n, head, depth, 1, k, stride);
     // The first block of queries does not reach all keys then.
     for (int64_t i = 0; windowed && i < 2 * n * stride; i += W) store(dk + i, Float{});
@@ -177,8 +220,10 @@ void attention_backward(const AttentionBackward& args) {
       gather<T>(args.dout, start, rows, head, depth, mask, dout, stride);
       const Keys keys = keys_of(args, first, rows, n);
       const int64_t columns = padded(keys.count), from = keys.first * stride;
-      product<false>(rows, columns, depth, {q, stride, 1}, k_transposed + keys.first, key_stride, weights, key_stride);
-      product<false>(rows, columns, depth, {dout, stride, 1}, v_transposed + keys.first, key_stride, dscores, key_stride);
+      row_products(args.q, start, rows, head, depth, pairs, args.scale, q, stride, k_transposed + keys.first, columns,
+                   weights, key_stride);
+      row_products(args.dout, start, rows, head, depth, pairs, mask, dout, stride, v_transposed + keys.first, columns,
+                   dscores, key_stride);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (start + i) * args.heads + head;
         const T* out_row = static_cast<const T*>(args.out) + at * depth;

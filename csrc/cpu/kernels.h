@@ -22,7 +22,7 @@ struct Segment {
   int64_t start, length, sequence;
 };
 
-// A [T, H, D] view whose last stride is 1.
+// A [T, H, D] view whose last stride is 1. In bfloat16 all its rows begin at multiples of 4 bytes where D is even.
 struct View {
   const void* data;
   int64_t row, head;

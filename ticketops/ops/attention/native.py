@@ -10,9 +10,12 @@ __all__ = ["backward", "forward", "refusal"]
 
 
 def _view(name: str, x: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """A [T, H, D] tensor whose last stride is 1, with its address and strides; it is to outlive the call."""
+    """A [T, H, D] tensor as the kernels take it, with its address and strides; it is to outlive the call."""
     if x.dtype != like.dtype or x.shape != like.shape or x.device != like.device or x.stride(2) != 1:
         x = checked(name, x, like.dtype, *like.shape)
+    if x.dtype == torch.bfloat16 and (x.data_ptr() | 2 * x.stride(0) | 2 * x.stride(1)) % 4 and x.shape[2] % 2 == 0:
+        # The kernels read pairs.
+        x = x.clone(memory_format=torch.contiguous_format)
     return x, (x.data_ptr(), x.stride(0), x.stride(1))
 
 
