@@ -169,3 +169,21 @@ def test_what_is_saved_is_restored_from_the_same_memory_wherever_a_tensor_moves(
     slices[0].tensor.zero_()
     saved.restore()
     assert torch.equal(slices[0].tensor.view(12, 2, 3)[slices[0].index], kept.view(12, 2, 3)[slices[0].index])
+
+
+def test_slices_that_last_are_copied_anew_where_something_has_written_to_them(native, monkeypatch):
+    slices = many_slices(torch.device("cpu"))
+    saved, written = Saved(slices[:2], lasting=slices[2:]), []
+    for name in ("_gathers", "_frequent_gathers"):
+        runs = getattr(saved, name)
+        monkeypatch.setattr(saved, name, [lambda run=run, name=name: (written.append(name), run()) for run in runs])
+    for change in (None, None, -1, 0, None):
+        if change is not None:
+            slices[change].tensor.zero_()
+        expected = plain_gather(slices)
+        saved.save()
+        for each in slices:
+            each.tensor.fill_(1)
+        saved.restore()
+        assert all(map(same, plain_gather(slices), expected))
+    assert written == ["_gathers", "_frequent_gathers", "_gathers", "_frequent_gathers", "_frequent_gathers"]

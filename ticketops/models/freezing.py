@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ticketops.models.indices import Indices
@@ -74,7 +75,12 @@ class _Resting:
 
     def __init__(self, parts: list[tuple[Tensor, Frozen]]) -> None:
         self._parts = parts
-        self._saved = Saved([frozen.slices(tensor) for tensor, frozen in parts])
+        # The state is the optimizer's alone. A parameter is written to in many ways, `parameter.data` among them.
+        parameters, state = (
+            [frozen.slices(tensor) for tensor, frozen in parts if isinstance(tensor, Parameter) == wanted]
+            for wanted in (True, False)
+        )
+        self._saved = Saved(parameters, lasting=state)
         self._stepping = False
 
     def holds(self, parts: list[tuple[Tensor, Frozen]]) -> bool:

@@ -100,20 +100,23 @@ class Saved:
 
     Args:
         slices: what to copy, no place twice.
+        lasting: more of it, of tensors that nobody writes to behind autograd's back: they are copied anew only where
+            something has written to them since they were put back.
 
     Raises:
         InputError: parts that do not fit together.
     """
 
-    def __init__(self, slices: Sequence[Slices]) -> None:
-        self._slices = list(slices)
+    def __init__(self, slices: Sequence[Slices], lasting: Sequence[Slices] = ()) -> None:
+        self._slices = [*slices, *lasting]
+        self._often = len(slices)
         self._prepare()
 
     def save(self) -> None:
         """Copies the slices."""
         if self._layout() != self._prepared_for:
             self._prepare()
-        for run in self._gathers:
+        for run in self._gathers if self._versions() != self._restored else self._frequent_gathers:
             run()
 
     def restore(self) -> None:
@@ -128,6 +131,11 @@ class Saved:
             return
         for run in self._scatters:
             run()
+        self._restored = self._versions()
+
+    def _versions(self) -> list[int]:
+        """Numbers that change with the tensors of which a copy may last."""
+        return [each.tensor._version for each in self._slices[self._often :]]
 
     def _layout(self) -> list[tuple[Any, ...]]:
         """What the prepared copies rely on."""
@@ -137,13 +145,19 @@ class Saved:
     def _prepare(self) -> None:
         self._prepared_for = self._layout()
         self._copies = _new(self._slices)
-        self._gathers: list[Callable[[], None]] = []
-        self._scatters: list[Callable[[], None]] = []
-        for places in _by_device(self._slices):
+        # None are equal to these.
+        self._restored = [-1]
+        self._gathers: list[Callable[[], None]] = self._runs(len(self._slices), back=False)
+        self._frequent_gathers: list[Callable[[], None]] = self._runs(self._often, back=False)
+        self._scatters: list[Callable[[], None]] = self._runs(len(self._slices), back=True)
+
+    def _runs(self, count: int, back: bool) -> list[Callable[[], None]]:
+        """Prepared copies of the first slices, one for each device."""
+        runs = []
+        for places in _by_device(self._slices[:count]):
             slices, copies = [self._slices[place] for place in places], [self._copies[place] for place in places]
-            prepared = _implementation(slices).prepared
-            self._gathers.append(prepared(slices, copies, back=False))
-            self._scatters.append(prepared(slices, copies, back=True))
+            runs.append(_implementation(slices).prepared(slices, copies, back))
+        return runs
 
 
 def _new(slices: Sequence[Slices]) -> list[Tensor]:
