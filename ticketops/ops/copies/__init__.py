@@ -116,7 +116,8 @@ class Saved:
         """Copies the slices."""
         if self._layout() != self._prepared_for:
             self._prepare()
-        for run in self._gathers if self._versions() != self._restored else self._frequent_gathers:
+        lasts = self._versions() == self._restored
+        for run in self._runs(self._often if lasts else len(self._slices), back=False):
             run()
 
     def restore(self) -> None:
@@ -129,7 +130,7 @@ class Saved:
             # Something else has given a tensor other memory since.
             scatter(self._slices, self._copies)
             return
-        for run in self._scatters:
+        for run in self._runs(len(self._slices), back=True):
             run()
         self._restored = self._versions()
 
@@ -147,17 +148,16 @@ class Saved:
         self._copies = _new(self._slices)
         # None are equal to these.
         self._restored = [-1]
-        self._gathers: list[Callable[[], None]] = self._runs(len(self._slices), back=False)
-        self._frequent_gathers: list[Callable[[], None]] = self._runs(self._often, back=False)
-        self._scatters: list[Callable[[], None]] = self._runs(len(self._slices), back=True)
+        self._prepared: dict[tuple[int, bool], list[Callable[[], None]]] = {}
 
     def _runs(self, count: int, back: bool) -> list[Callable[[], None]]:
-        """Prepared copies of the first slices, one for each device."""
-        runs = []
-        for places in _by_device(self._slices[:count]):
-            slices, copies = [self._slices[place] for place in places], [self._copies[place] for place in places]
-            runs.append(_implementation(slices).prepared(slices, copies, back))
-        return runs
+        """Prepared copies of the first slices, one for each device; made when they are needed first."""
+        if (count, back) not in self._prepared:
+            runs = self._prepared[count, back] = []
+            for places in _by_device(self._slices[:count]):
+                slices, copies = [self._slices[place] for place in places], [self._copies[place] for place in places]
+                runs.append(_implementation(slices).prepared(slices, copies, back))
+        return self._prepared[count, back]
 
 
 def _new(slices: Sequence[Slices]) -> list[Tensor]:
