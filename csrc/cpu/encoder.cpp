@@ -70,15 +70,13 @@ void write_tokens(const Encoder& args, int64_t j, const float* x) {
 // Rows of weights, of whose columns those at `places` count where there are places, as the left operand of a product.
 // While it is computed, the rows `next` are brought near.
 template <typename T, bool some>
-struct Weights {
-  const float* data;
-  int64_t row;
+struct Weights : Left {
   const int64_t* places;
   const T* const* next;
 
   TICKETOPS_INLINE int64_t place(int64_t k) const { return some ? places[k] : k; }
-  TICKETOPS_INLINE float at(int64_t i, int64_t k) const { return data[i * row + place(k)]; }
-  TICKETOPS_INLINE Weights below(int64_t rows) const { return {data + rows * row, row, places, next + rows}; }
+  TICKETOPS_INLINE float at(int64_t i, int64_t k) const { return Left::at(i, place(k)); }
+  TICKETOPS_INLINE Weights below(int64_t rows) const { return {Left::below(rows), places, next + rows}; }
   TICKETOPS_INLINE void fetch(int64_t rows, int64_t k) const {
     // A cache line at a time; of columns here and there some are passed over.
     constexpr int64_t step = 64 / sizeof(T) / (some ? 2 : 1);
@@ -87,14 +85,75 @@ struct Weights {
   }
 };
 
+#ifdef __AVX512BF16__
+constexpr bool in_pairs = true;
+
+// The same in bfloat16, two columns an element, those at `places` side by side.
+template <typename T, bool some>
+struct PairedWeights : Pairs {
+  const int64_t* places;
+  const T* const* next;
+
+  TICKETOPS_INLINE PairedWeights below(int64_t rows) const { return {Pairs::below(rows), places, next + rows}; }
+  TICKETOPS_INLINE void fetch(int64_t rows, int64_t k) const {
+    constexpr int64_t step = 32 / sizeof(T) / (some ? 2 : 1);
+    if (k % step == 0)
+      for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(next[i] + (some ? places[2 * k] : 2 * k), 0, 3);
+  }
+};
+
+// Columns of a row of weights as bfloat16, with a zero behind an odd number of them.
+template <typename T>
+void copy_columns(const T* from, const int64_t* places, int64_t depth, Bf16* to) {
+  for_row(depth, [&](int64_t k, auto load, auto store) {
+    if (!places) return store(to, load(from));
+    float columns[W] = {};
+    for (int64_t lane = 0; lane < min(W, depth - k); ++lane) columns[lane] = element<T>(from, places[k + lane]);
+    store(to, ticketops::TICKETOPS_ISA::load(columns));
+  });
+  if (depth % 2) to[depth] = {};
+}
+#else
+constexpr bool in_pairs = false;
+#endif
+
+// Rows of bfloat16 numbers [depth][row] as pairs [depth / 2][row], with zeros behind an odd number of them.
+void pair_rows(const Encoder& args, const float* x, int64_t depth, float* pairs) {
+  for (int64_t k = 0; k < depth; k += 2, x += 2 * args.row(), pairs += args.row())
+    for_lanes(args, [&](int64_t j) {
+      const Word low = bits(load(x + j)) >> 16, high = k + 1 < depth ? bits(load(x + args.row() + j)) : Word{};
+      store(pairs + j, as_float(low | (high & 0xFFFF0000)));
+    });
+}
+
 // out = A x, where row i of A is that at `row(i)`, of `columns` elements of which those at `places` count (null: all);
 // then finish(i, out's row i).
 template <typename T, bool half, typename Row, typename Finish>
 TICKETOPS_INLINE void multiply(const Encoder& args, float* scratch, int64_t rows, int64_t columns,
                                const int64_t* places, int64_t depth, Row row, const float* x, float* out,
                                Finish finish) {
+  float* const pairs = scratch + args.threads * args.thread_scratch();
+  if (half && in_pairs) pair_rows(args, x, depth, pairs);
   parallel((rows + encoder_block - 1) / encoder_block, args.threads, [&](int64_t task, int thread) {
     const int64_t first = task * encoder_block, count = min(encoder_block, rows - first);
+    float* const target = out + first * args.row();
+    const T* next[encoder_block];
+    for (int64_t i = 0; i < encoder_block; ++i) next[i] = row(min(first + args.threads * encoder_block + i, rows - 1));
+    float* const copy = scratch + thread * args.thread_scratch();
+    const auto times = [&](auto a, int64_t k, const float* right) {
+      product<false>(count, args.row(), k, a, right, args.row(), target, args.row());
+      for (int64_t i = 0; i < count; ++i) finish(first + i, target + i * args.row());
+    };
+#ifdef __AVX512BF16__
+    if constexpr (half) {
+      const int64_t couples = (depth + 1) / 2, stride = attention_stride(couples);
+      for (int64_t i = 0; i < count; ++i)
+        copy_columns(row(first + i), places, depth, reinterpret_cast<Bf16*>(copy + i * stride));
+      const Pairs weights{{copy, stride, 1}};
+      return places ? times(PairedWeights<T, true>{weights, places, next}, couples, pairs)
+                    : times(PairedWeights<T, false>{weights, nullptr, next}, couples, pairs);
+    }
+#endif
     const float* weights = nullptr;
     int64_t stride = columns;
     if constexpr (sizeof(T) == 4 && !half) {
@@ -103,7 +162,6 @@ TICKETOPS_INLINE void multiply(const Encoder& args, float* scratch, int64_t rows
         if (row(first + i) != row(first) + i * columns) weights = nullptr;
     }
     if (!weights) {
-      float* copy = scratch + thread * args.thread_scratch();
       stride = attention_stride(columns);
       for (int64_t i = 0; i < count; ++i) {
         const T* from = row(first + i);
@@ -113,17 +171,10 @@ TICKETOPS_INLINE void multiply(const Encoder& args, float* scratch, int64_t rows
       }
       weights = copy;
     }
-    const T* next[encoder_block];
-    for (int64_t i = 0; i < encoder_block; ++i) next[i] = row(min(first + args.threads * encoder_block + i, rows - 1));
-    float* target = out + first * args.row();
-    const auto times_x = [&](auto a) {
-      product<false>(count, args.row(), depth, a, x, args.row(), target, args.row());
-    };
     if (places)
-      times_x(Weights<T, true>{weights, stride, places, next});
+      times(Weights<T, true>{{weights, stride, 1}, places, next}, depth, x);
     else
-      times_x(Weights<T, false>{weights, stride, nullptr, next});
-    for (int64_t i = 0; i < count; ++i) finish(first + i, target + i * args.row());
+      times(Weights<T, false>{{weights, stride, 1}, nullptr, next}, depth, x);
   });
 }
 

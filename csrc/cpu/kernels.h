@@ -219,9 +219,11 @@ struct Encoder {
     const int64_t attention = (longest + head_dim + 1) * attention_stride(longest);
     return weights > attention ? weights : attention;
   }
-  // Floats of scratch, aligned to 64 bytes: the transposed matrices, room behind the last, and every thread's.
+  // Floats of scratch, aligned to 64 bytes: the transposed matrices, room behind the last, every thread's, and a right
+  // operand in pairs.
   constexpr int64_t scratch_size() const {
-    return (3 * channels + 4 * width + neurons) * row() + 16 + threads * thread_scratch();
+    const int64_t depth = channels + width + neurons;
+    return (3 * channels + 4 * width + neurons) * row() + 16 + threads * thread_scratch() + (depth + 1) / 2 * row();
   }
 };
 

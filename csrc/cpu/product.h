@@ -16,24 +16,19 @@ struct Left {
   TICKETOPS_INLINE Left below(int64_t rows) const { return {data + rows * row, row, column}; }
   // Called for every k of a tile of `rows` rows: a matrix that comes from far away has what follows fetched meanwhile.
   TICKETOPS_INLINE void fetch(int64_t /*rows*/, int64_t /*k*/) const {}
+  TICKETOPS_INLINE static Float multiply_add(float left, Float right, Float total) { return left * right + total; }
 };
-
-template <typename A>
-TICKETOPS_INLINE Float multiply_add(const A&, float left, Float right, Float total) {
-  return left * right + total;
-}
 
 #ifdef __AVX512BF16__
 // The same where each element of both operands is two of bfloat16, whose products are added.
 struct Pairs : Left {
   TICKETOPS_INLINE Pairs below(int64_t rows) const { return {Left::below(rows)}; }
+  TICKETOPS_INLINE static Float multiply_add(float left, Float right, Float total) {
+    // No arithmetic but a copy: the bits are no float32's.
+    const Float both = _mm512_set1_ps(left);
+    return _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(right));
+  }
 };
-
-TICKETOPS_INLINE Float multiply_add(const Pairs&, float left, Float right, Float total) {
-  // No arithmetic but a copy: the bits are no float32's.
-  const Float both = _mm512_set1_ps(left);
-  return _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(right));
-}
 #endif
 
 // c[i][j] = (add ? c[i][j] : 0) + sum_k a(i, k) b[k][j] for R rows and V vectors of columns, held in registers.
@@ -46,7 +41,7 @@ TICKETOPS_INLINE void product_tile(A a, const float* b, int64_t b_row, float* c,
     for (int v = 0; v < V; ++v) right[v] = load(b + k * b_row + v * W);
     for (int r = 0; r < R; ++r) {
       const float left = a.at(r, k);
-      for (int v = 0; v < V; ++v) total[r][v] = multiply_add(a, left, right[v], total[r][v]);
+      for (int v = 0; v < V; ++v) total[r][v] = A::multiply_add(left, right[v], total[r][v]);
     }
   }
   for (int r = 0; r < R; ++r)

@@ -1,6 +1,8 @@
 """A whole layer as one op, against the ops it is made of."""
 
 import contextlib
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import Sequences, Weights
+from ticketops.ops.layer import native as layer
 from ticketops.ops.layer.native import FEW_TOKENS, FEW_TOKENS_BF16
 
 from .cases import SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
@@ -252,6 +255,15 @@ def test_any_layer_without_gradients(lengths, heads, neurons, ffn, activation, d
     sequences, rows = padded_sequences(lengths)
     ticket = (None if heads is None else sorted(heads), sorted(neurons) if neurons and ffn else None, ffn)
     check_inference(inputs(rows, ticket, seed), sequences, *dtypes, activation=activation)
+
+
+@pytest.mark.parametrize(("isa", "intel", "in_hardware"), itertools.product(("avx512bf16", "avx512"), (0, 1), (0, 1)))
+def test_how_many_tokens_are_few(monkeypatch, isa, intel, in_hardware):
+    monkeypatch.setattr(layer, "native", SimpleNamespace(isa=lambda: isa, is_intel=lambda: bool(intel)))
+    monkeypatch.setattr(layer, "has_bf16_products", lambda: bool(in_hardware))
+    most = FEW_TOKENS_BF16 if in_hardware and (intel or isa == "avx512") else FEW_TOKENS
+    assert [layer.is_few(tokens, True) for tokens in (most, most + 1)] == [True, False]
+    assert [layer.is_few(tokens, False) for tokens in (FEW_TOKENS, FEW_TOKENS + 1)] == [True, False]
 
 
 @pytest.mark.parametrize("ticket", TICKETS)

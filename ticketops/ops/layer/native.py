@@ -16,10 +16,11 @@ from ticketops.ops.products import add_product, has_bf16_products, prefers_onedn
 from ticketops.ops.residual import native as residual
 
 #: Up to so many tokens the layer of csrc/cpu/encoder.cpp infers faster than torch's products between kernels, and up to
-#: so many where bfloat16 products run in hardware, whose rate it has not. Milliseconds of MiniLM on one sequence, two
-#: cores of an AMD EPYC (Zen 5), by oneDNN's products and by encoder.cpp: float32 5.67 and 3.21 at 32 tokens, 10.96 and
-#: 8.15 at 128, 18.61 and 16.63 at 256; bfloat16 autocast 4.89 and 3.43 at 32, 6.10 and 5.07 at 64, 8.56 and 8.75 at
-#: 128. Both are below where the two meet there, since on other processors bfloat16 products are faster yet.
+#: so many in bfloat16 where its own products have not the rate of the hardware's: without AVX512-BF16, or beside Intel's
+#: AMX. Milliseconds of MiniLM on one sequence, two cores of an AMD EPYC (Zen 5), by oneDNN's products and by
+#: encoder.cpp: float32 5.67 and 3.21 at 32 tokens, 10.96 and 8.15 at 128, 18.61 and 16.63 at 256; bfloat16 autocast
+#: 5.67 and 3.31 at 32, 8.43 and 6.19 at 128, 13.72 and 12.05 at 256. With kernels for AVX-512 alone the two met at 112
+#: tokens in bfloat16.
 FEW_TOKENS = 128
 FEW_TOKENS_BF16 = 48
 #: Tensors of a call before the seeds: tokens, 16 parameters, heads, neurons, starts, lengths.
@@ -68,7 +69,8 @@ def is_few(tokens: int, bf16: bool) -> bool:
         tokens: T.
         bf16: the products are in bfloat16.
     """
-    return tokens <= (FEW_TOKENS_BF16 if bf16 and has_bf16_products() else FEW_TOKENS)
+    slower = bf16 and has_bf16_products() and (native.is_intel() or native.isa() != "avx512bf16")
+    return tokens <= (FEW_TOKENS_BF16 if slower else FEW_TOKENS)
 
 
 def infer(
