@@ -16,7 +16,7 @@ from ticketops.ops.products import add_product, has_bf16_products, prefers_onedn
 from ticketops.ops.residual import native as residual
 
 #: Up to so many tokens the layer of csrc/cpu/encoder.cpp infers faster than torch's products between kernels, and up to
-#: so many in bfloat16 where its own products have not the rate of the hardware's: without AVX512-BF16, or beside Intel's
+#: so many in bfloat16 where its own products lack the rate of the hardware's: without AVX512-BF16, or beside Intel's
 #: AMX. Milliseconds of MiniLM on one sequence, two cores of an AMD EPYC (Zen 5), by oneDNN's products and by
 #: encoder.cpp: float32 5.67 and 3.21 at 32 tokens, 10.96 and 8.15 at 128, 18.61 and 16.63 at 256; bfloat16 autocast
 #: 5.67 and 3.31 at 32, 8.43 and 6.19 at 128, 13.72 and 12.05 at 256. With kernels for AVX-512 alone the two met at 112
