@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ticketops.models.indices import Indices
@@ -77,7 +76,7 @@ class _Resting:
         self._parts = parts
         # The state is the optimizer's alone. A parameter is written to in many ways, `parameter.data` among them.
         parameters, state = (
-            [frozen.slices(tensor) for tensor, frozen in parts if isinstance(tensor, Parameter) == wanted]
+            [frozen.slices(tensor) for tensor, frozen in parts if tensor.requires_grad == wanted]
             for wanted in (True, False)
         )
         self._saved = Saved(parameters, lasting=state)
