@@ -114,7 +114,7 @@ def main() -> None:
                     "GFLOP/s",
                 ),
             ):
-                seconds = fastest({"ours": ours, "stock": stock}, options.rounds if name != "ffn" else 2)
+                seconds = fastest({"ours": ours, "stock": stock}, options.rounds)
                 rate = work / seconds["ours"] / 1e9
                 print(
                     f"{str(dtype).removeprefix('torch.'):8} {HEADS} x {head_dim} {name:13} "
