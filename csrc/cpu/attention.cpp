@@ -153,10 +153,7 @@ void attention_forward(const AttentionForward& args) {
         float* row = scores + i * key_stride;
         pad_scores(row, keys, first + i, args.window);
         Float largest = load(row);
-        for (int64_t j = W; j < keys.count; j += W) {
-          const Float x = load(row + j);
-          largest = x > largest ? x : largest;
-        }
+        for (int64_t j = W; j < keys.count; j += W) largest = larger(load(row + j), largest);
         const float top = max(largest);
         const uint32_t key = row_key(args.dropout, (start + i) * args.heads + head);
         Float total{};

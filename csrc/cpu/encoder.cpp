@@ -193,10 +193,7 @@ void attend(const Encoder& args, float* scratch, const float* qkv, float* contex
     product<false>(n, columns, depth, Left{k, 1, row}, q, row, scores, stride);
     for (int64_t j = 0; j < columns; j += W) {
       Float largest = load(scores + j) * args.scale, total{};
-      for (int64_t i = 1; i < n; ++i) {
-        const Float x = load(scores + i * stride + j) * args.scale;
-        largest = x > largest ? x : largest;
-      }
+      for (int64_t i = 1; i < n; ++i) largest = larger(load(scores + i * stride + j) * args.scale, largest);
       for (int64_t i = 0; i < n; ++i) {
         float* p = scores + i * stride + j;
         const Float weight = exp(load(p) * args.scale - largest);

@@ -167,7 +167,7 @@ def forward(
     none = x.new_empty(0)
     cast = dtype != x.dtype
     copied = _copies(cast, heads, dtype)
-    w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = cast_middle = none
+    w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
     width = count * head_dim
     copies = Table()
     if count and copied:
@@ -204,15 +204,14 @@ def forward(
             projected = product(context.view(tokens, width), (w_o if w_o.numel() else wo).t())
         else:
             projected = torch.zeros(x.shape, dtype=dtype)
-        feeds = w1 is not None and b1 is not None and w2 is not None and b2 is not None
-        cast_middle = empty(x.shape, dtype) if cast and feeds else none
+        half = empty(x.shape, dtype) if cast and w1 is not None else None
         middle, mean1, rstd1 = residual.forward(
             *(projected, x, bo, gamma1, beta1, output_seed, output_dropout, eps1),
-            cast_middle if cast and feeds else None,
+            half,
         )
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             # The kernels behind the products add the biases: in the products they cost a pass over the results.
-            pre = product(cast_middle if cast else middle, w1.t())
+            pre = product(middle if half is None else half, w1.t())
             hidden, _ = ffn.activate(pre, activation, in_place=not keep, bias=_bias(b1, neurons))
             output = product(hidden, w2.t())
             out, mean2, rstd2 = residual.forward(output, middle, b2, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
@@ -221,7 +220,7 @@ def forward(
     if not keep:
         return (out,)
     saved = (
-        *(cast_x if cast else none, qkv, context, lse, projected, mean1, rstd1, middle, cast_middle),
+        *(cast_x if cast else none, qkv, context, lse, projected, mean1, rstd1, middle, none if half is None else half),
         *(pre, hidden, output, mean2, rstd2, w_qkv, w_o, w_1, w_2),
     )
     # An op's results must be tensors of their own.
