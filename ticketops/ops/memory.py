@@ -3,7 +3,8 @@ csrc/cpu/memory.cpp.
 
 The C library gives large blocks back to the system, which maps and clears them anew at every step, page by page. With
 results here, in huge pages, bfloat16 steps of MiniLM on SST-2 and RTE take 0.92 to 0.98 times as long, those of a 50 %
-ticket 0.86 to 0.92 times (two cores of an AMD EPYC, Zen 5, processes in turns).
+ticket 0.86 to 0.92 times (two cores of an AMD EPYC, Zen 5; the steps of bench.step with it and without, in two
+processes that took turns).
 """
 
 from collections.abc import Sequence
