@@ -12,6 +12,12 @@
 #include <string>
 #include <vector>
 
+#ifdef TICKETOPS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"
@@ -23,7 +29,20 @@ using Address = std::uintptr_t;
 namespace {
 
 #ifdef __x86_64__
-enum class Isa { avx2, avx512, avx512bf16 };
+// In the order of what they need.
+enum class Isa { avx2, avx512, avx512bf16, amx };
+constexpr const char* isa_names[] = {"avx2", "avx512", "avx512bf16", "amx"};
+
+#ifdef TICKETOPS_AMX
+// Whether the processor has AMX with bfloat16, and the system lets this process use it.
+bool may_use_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
+  // Linux saves the tiles' registers for processes that have asked for them: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+#endif
 
 // The highest that the processor has and that was compiled, TICKETOPS_ISA at most.
 Isa choose_isa() {
@@ -31,28 +50,40 @@ Isa choose_isa() {
   return Isa::avx512;
 #endif
   const char* given = std::getenv("TICKETOPS_ISA");
-  const std::string most = given ? given : "";
-  if (most == "avx2" || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+  Isa most = Isa::amx;
+  for (Isa each : {Isa::avx2, Isa::avx512, Isa::avx512bf16})
+    if (given && std::string(given) == isa_names[static_cast<int>(each)]) most = each;
+  if (most == Isa::avx2 || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return Isa::avx2;
 #ifdef TICKETOPS_AVX512BF16
-  if (most != "avx512" && __builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
+  if (most == Isa::avx512 || !__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+#ifdef TICKETOPS_AMX
+  if (most == Isa::amx && may_use_amx()) return Isa::amx;
 #endif
+  return Isa::avx512bf16;
+#else
   return Isa::avx512;
+#endif
 }
 
 const Isa chosen = choose_isa();
-const char* isa() { return chosen == Isa::avx2 ? "avx2" : chosen == Isa::avx512 ? "avx512" : "avx512bf16"; }
+const char* isa() { return isa_names[static_cast<int>(chosen)]; }
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool is_intel() { return __builtin_cpu_is("intel"); }
-#ifdef TICKETOPS_AVX512BF16
-#define KERNEL(...)                                       \
-  (chosen == Isa::avx512bf16 ? &avx512bf16::__VA_ARGS__   \
-   : chosen == Isa::avx512   ? &avx512::__VA_ARGS__       \
-                             : &avx2::__VA_ARGS__)
+#ifdef TICKETOPS_AMX
+#define AMX_KERNEL(...) chosen == Isa::amx ? &amx::__VA_ARGS__:
 #else
-#define KERNEL(...) (chosen == Isa::avx512 ? &avx512::__VA_ARGS__ : &avx2::__VA_ARGS__)
+#define AMX_KERNEL(...)
 #endif
+#ifdef TICKETOPS_AVX512BF16
+#define AVX512BF16_KERNEL(...) chosen == Isa::avx512bf16 ? &avx512bf16::__VA_ARGS__:
+#else
+#define AVX512BF16_KERNEL(...)
+#endif
+#define KERNEL(...)                                                                                          \
+  (AMX_KERNEL(__VA_ARGS__) AVX512BF16_KERNEL(__VA_ARGS__) chosen == Isa::avx512 ? &avx512::__VA_ARGS__ \
+                                                                                : &avx2::__VA_ARGS__)
 #else
 const char* isa() { return "generic"; }
 bool supported() { return true; }

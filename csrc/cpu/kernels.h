@@ -30,6 +30,8 @@ struct View {
 
 // The scores of this many queries are held at a time.
 constexpr int64_t attention_query_block = 48;
+// Where AMX multiplies: the depth of a tile, since dK and dV are sums over them.
+constexpr int64_t attention_tile_queries = 32;
 
 // Elements from one row of n to the next in scratch: room for whole vectors, and an odd number of cache lines, so that
 // walking down a column does not hit the same cache set again and again.
@@ -37,8 +39,11 @@ constexpr int64_t attention_stride(int64_t n) { return ((n + 15) / 16 | 1) * 16;
 
 // Floats that one thread needs for sequences of up to n tokens (those of the backward pass; the forward pass needs less).
 constexpr int64_t attention_scratch(int64_t n, int64_t head_dim) {
-  return 2 * head_dim * attention_stride(n) + 3 * n * attention_stride(head_dim) +
-         attention_query_block * (3 * attention_stride(head_dim) + 2 * attention_stride(n));
+  const int64_t lines = 2 * head_dim * attention_stride(n) + 3 * n * attention_stride(head_dim) +
+                        attention_query_block * (3 * attention_stride(head_dim) + 2 * attention_stride(n));
+  const int64_t keys = (n + 31) / 32 * 32, channels = (head_dim + 31) / 32 * 32;
+  const int64_t tiles = 7 * keys * channels / 2 + 112 * (keys + channels);
+  return lines > tiles ? lines : tiles;
 }
 
 struct Attention {
@@ -282,6 +287,7 @@ struct Copies {
 TICKETOPS_KERNELS(avx2)
 TICKETOPS_KERNELS(avx512)
 TICKETOPS_KERNELS(avx512bf16)
+TICKETOPS_KERNELS(amx)
 TICKETOPS_KERNELS(generic)
 
 }  // namespace ticketops

@@ -36,8 +36,21 @@ def check(backend, tensors, sequences, **options):
     exact = run(reference, tensors, sequences, dtype=torch.float64, **options)
     for i, name in enumerate(NAMES):
         assert got[i].dtype == plain[i].dtype
-        terms = exact[NAMES.index("absolute")] if name == "signed" else None
-        assert_as_good(got[i], plain[i], exact[i], 2 if i < 2 else 3, name, terms)
+        if name not in ("signed", "absolute"):
+            assert_as_good(got[i], plain[i], exact[i], 2 if i < 2 else 3, name)
+    check_sums(dict(zip(NAMES, got, strict=True)), tensors[3], sequences, options.get("mask"))
+
+
+def check_sums(got, dout, sequences, mask):
+    """The importance is exactly that of the output that was given, however that is rounded."""
+    products = dout.double() * got["out"].double()
+    if mask is not None:
+        products /= mask.double().where(mask != 0, torch.inf)[:, None]
+    for b, (start, end) in enumerate(sequences.spans()):
+        terms, roundings = products[start:end].sum(-1), 1e-6 * products[start:end].abs().sum((0, -1))
+        for name, want in (("signed", terms.sum(0)), ("absolute", terms.abs().sum(0))):
+            error = (got[name][b].double() - want).abs()
+            assert (error <= roundings).all(), f"{name} of sequence {b}: errors {error}, allowed {roundings}"
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -72,13 +85,14 @@ def test_any_head_dim(backend, dtype, head_dim):
     dropout_p=st.sampled_from([0.0, 0.5]),
     seed=st.integers(0, 9),
     window=st.none() | st.integers(0, 80),
+    dtype=st.sampled_from(DTYPES),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed, window):
-    need(backend, "attention", torch.float32)
+@settings(max_examples=120, deadline=None, derandomize=True)
+def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed, window, dtype):
+    need(backend, "attention", dtype)
     sequences, rows = padded_sequences(lengths)
     mask = torch.randn(heads, generator=torch.Generator().manual_seed(seed)).round(decimals=0)
-    tensors = [strided(x) for x in inputs(rows, heads, head_dim, torch.float32, seed)]
+    tensors = [strided(x) for x in inputs(rows, heads, head_dim, dtype, seed)]
     with poisoned():
         check(backend, tensors, sequences, mask=mask, dropout_p=dropout_p, window=window)
 
@@ -105,24 +119,26 @@ def test_strides_and_threads_change_nothing(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_dropout_draws_the_same_weights_as_the_reference(backend):
-    need(backend, "attention", torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_draws_the_same_weights_as_the_reference(backend, dtype):
+    need(backend, "attention", dtype)
     # With v the identity, the output is the dropped attention matrix itself.
     n = 50
     sequences = Sequences.from_lengths([7, n])
     q, k = (torch.randn(7 + n, 2, n) for _ in range(2))
     v = torch.cat([torch.zeros(7, n), torch.eye(n)])[:, None, :].expand(7 + n, 2, n)
     seed = torch.tensor([2**61 + 12345])
-    args = (q, k, v, sequences.starts, sequences.lengths, None, seed, n, 0.1, 0.3)
+    args = (*(x.to(dtype) for x in (q, k, v)), sequences.starts, sequences.lengths, None, seed, n, 0.1, 0.3)
     got, want = (_module("attention", name).forward(*args)[0] for name in (backend, "reference"))
     assert torch.equal(got == 0, want == 0)
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_large_scores_do_not_overflow(backend):
-    need(backend, "attention", torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores_do_not_overflow(backend, dtype):
+    need(backend, "attention", dtype)
     sequences, rows = packed_sequences(SHORT)
-    tensors = inputs(rows, 2, 16, torch.float32)
+    tensors = inputs(rows, 2, 16, dtype)
     tensors[0] *= 300
     check(backend, tensors, sequences)
 

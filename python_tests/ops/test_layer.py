@@ -257,7 +257,9 @@ def test_any_layer_without_gradients(lengths, heads, neurons, ffn, activation, d
     check_inference(inputs(rows, ticket, seed), sequences, *dtypes, activation=activation)
 
 
-@pytest.mark.parametrize(("isa", "intel", "in_hardware"), itertools.product(("avx512bf16", "avx512"), (0, 1), (0, 1)))
+@pytest.mark.parametrize(
+    ("isa", "intel", "in_hardware"), itertools.product(("amx", "avx512bf16", "avx512"), (0, 1), (0, 1))
+)
 def test_how_many_tokens_are_few(monkeypatch, isa, intel, in_hardware):
     monkeypatch.setattr(layer, "native", SimpleNamespace(isa=lambda: isa, is_intel=lambda: bool(intel)))
     monkeypatch.setattr(layer, "has_bf16_products", lambda: bool(in_hardware))

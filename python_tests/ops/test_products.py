@@ -44,7 +44,7 @@ def test_products_are_added_to_a_total(tokens):
 
 
 @pytest.mark.parametrize(
-    ("isa", "intel", "capability"), itertools.product(("avx512bf16", "avx512", "avx2"), (True, False), (0, 1))
+    ("isa", "intel", "capability"), itertools.product(("amx", "avx512bf16", "avx512", "avx2"), (True, False), (0, 1))
 )
 def test_onednn_serves_where_mkl_leaves_avx512_out(monkeypatch, isa, intel, capability):
     class Native:

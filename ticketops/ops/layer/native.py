@@ -69,7 +69,7 @@ def is_few(tokens: int, bf16: bool) -> bool:
         tokens: T.
         bf16: the products are in bfloat16.
     """
-    slower = bf16 and has_bf16_products() and (native.is_intel() or native.isa() != "avx512bf16")
+    slower = bf16 and has_bf16_products() and (native.is_intel() or native.isa() not in ("avx512bf16", "amx"))
     return tokens <= (FEW_TOKENS_BF16 if slower else FEW_TOKENS)
 
 

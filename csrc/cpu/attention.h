@@ -1,0 +1,71 @@
+// How the attention kernels read the heads of packed sequences and write them back.
+#pragma once
+
+#include "cpu/dropout.h"
+#include "cpu/parallel.h"
+
+namespace ticketops::TICKETOPS_ISA {
+
+// One head of a sequence's rows `start` .. `start` + rows - 1, times `factor`, as [rows][stride] with zeros up to the
+// next multiple of W.
+template <typename T>
+void gather(const View& view, int64_t start, int64_t rows, int64_t head, int64_t head_dim, float factor, float* packed,
+            int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = static_cast<const T*>(view.data) + (start + i) * view.row + head * view.head;
+    for_row(head_dim, [&](int64_t d, auto load, auto) { store(packed + i * stride + d, load(row) * factor); });
+  }
+}
+
+// The transpose [head_dim][stride] of the same, with zeros up to the next multiple of W.
+template <typename T>
+void gather_transposed(const View& view, int64_t start, int64_t rows, int64_t head, int64_t head_dim, float* packed,
+                       int64_t stride) {
+  for (int64_t i = 0; i < rows; i += W) {
+    const T* row = static_cast<const T*>(view.data) + (start + i) * view.row + head * view.head;
+    const int64_t some = min(W, rows - i);
+    for (int64_t d = 0; d < head_dim; d += W) {
+      const int64_t count = min(W, head_dim - d);
+      Float tile[W] = {};
+      for (int64_t j = 0; j < some; ++j)
+        tile[j] = count == W ? load(row + j * view.row + d) : load(row + j * view.row + d, count);
+      transpose(tile);
+      for (int64_t lane = 0; lane < count; ++lane) store(packed + (d + lane) * stride + i, tile[lane]);
+    }
+  }
+}
+
+// A view of the pairs, as if each were a float32.
+View pairs_of(const View& view) { return {view.data, view.row / 2, view.head / 2}; }
+
+// Writes [rows][stride] times `factor` to one head of [T, H, D] whose rows are `target_row` elements apart.
+template <typename T>
+void scatter(const float* packed, int64_t stride, const Attention& args, int64_t start, int64_t rows, int64_t head,
+             float factor, void* target, int64_t target_row) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* row = static_cast<T*>(target) + (start + i) * target_row + head * args.head_dim;
+    for_row(args.head_dim, [&](int64_t d, auto, auto store) { store(row, load(packed + i * stride + d) * factor); });
+  }
+}
+
+// A head that is masked out leaves zeros.
+template <typename T>
+void clear(const Attention& args, const Segment& sequence, int64_t head, void* target, int64_t target_row) {
+  const T zero{};
+  for (int64_t i = 0; i < sequence.length; ++i) {
+    T* row = static_cast<T*>(target) + (sequence.start + i) * target_row + head * args.head_dim;
+    for (int64_t d = 0; d < args.head_dim; ++d) row[d] = zero;
+  }
+}
+
+// The keys that a block of queries attends to: from a multiple of W on, so that loads stay where they are aligned.
+struct Keys {
+  int64_t first, count;
+};
+
+Keys keys_of(const Attention& args, int64_t first_query, int64_t queries, int64_t n) {
+  const int64_t first = args.window < first_query ? (first_query - args.window) / W * W : 0;
+  return {first, args.window < n - first_query - queries ? first_query + queries + args.window - first : n - first};
+}
+
+}  // namespace ticketops::TICKETOPS_ISA

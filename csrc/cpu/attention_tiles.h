@@ -1,0 +1,334 @@
+// One head of one sequence in bfloat16 by AMX: tiles of 16 rows of 16 pairs, whose products are sums of float32.
+//
+// Every matrix is made of pairs, two numbers of bfloat16 in the place of one float32, with the products' inner dimension
+// along the pairs, zeros up to whole tiles, and strides in float32. Scores are held with a row for each key and a lane
+// for each query of a block, so that softmax and delta are arithmetic between lanes and what becomes the next product's
+// operand is stored where it belongs: P^T and dS^T as they are for dV and dK, by pairs of keys for O^T and dQ^T.
+#pragma once
+
+#include "cpu/attention.h"
+
+namespace ticketops::TICKETOPS_ISA {
+
+constexpr int64_t tile = 16;
+
+TICKETOPS_INLINE int64_t whole(int64_t n, int64_t part) { return (n + part - 1) / part * part; }
+
+// While one lives, its thread's tiles are all of 16 rows of 64 bytes.
+struct Tiles {
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } configuration;
+    _tile_loadconfig(&configuration);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// c = (add ? c : 0) + a b, with `a` [rows][pairs], `b` [pairs][V tiles of columns].
+template <int V, bool add>
+void tile_panel(int64_t rows, int64_t pairs, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
+                int64_t c_row) {
+  const bool stays = pairs == tile;
+  for (int64_t i = 0; i < rows; i += tile, a += tile * a_row, c += tile * c_row) {
+    if constexpr (add) {
+      _tile_loadd(0, c, c_row * 4);
+      if constexpr (V == 2) _tile_loadd(1, c + tile, c_row * 4);
+    } else {
+      _tile_zero(0);
+      if constexpr (V == 2) _tile_zero(1);
+    }
+    for (int64_t k = 0; k < pairs; k += tile) {
+      _tile_loadd(2, a + k, a_row * 4);
+      if (!stays || !i) {
+        _tile_loadd(3, b + k * b_row, b_row * 4);
+        if constexpr (V == 2) _tile_loadd(4, b + k * b_row + tile, b_row * 4);
+      }
+      _tile_dpbf16ps(0, 2, 3);
+      if constexpr (V == 2) _tile_dpbf16ps(1, 2, 4);
+    }
+    _tile_stored(0, c, c_row * 4);
+    if constexpr (V == 2) _tile_stored(1, c + tile, c_row * 4);
+  }
+}
+
+// The same for any multiple of 16 rows, columns and pairs.
+template <bool add = false>
+void tile_product(int64_t rows, int64_t columns, int64_t pairs, const float* a, int64_t a_row, const float* b,
+                  int64_t b_row, float* c, int64_t c_row) {
+  // The compiler does not know that tiles are loaded from memory.
+  asm volatile("" ::: "memory");
+  int64_t j = 0;
+  for (; j + 2 * tile <= columns; j += 2 * tile) tile_panel<2, add>(rows, pairs, a, a_row, b + j, b_row, c + j, c_row);
+  if (j < columns) tile_panel<1, add>(rows, pairs, a, a_row, b + j, b_row, c + j, c_row);
+}
+
+// Zeros in rows of a multiple of W elements.
+TICKETOPS_INLINE void zero(float* matrix, int64_t rows, int64_t columns, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += W) store(matrix + i * stride + j, Float{});
+}
+
+// Two vectors as bfloat16, one behind the other, and lane by lane.
+TICKETOPS_INLINE __m512i halves(Float low, Float high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+TICKETOPS_INLINE void store_halves(float* low, float* high, __m512i halves) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(low), _mm512_castsi512_si256(halves));
+  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(high), _mm512_extracti64x4_epi64(halves, 1));
+}
+
+TICKETOPS_INLINE Float paired(__m512i halves) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return reinterpret_cast<Float>(_mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
+}
+
+// One head's rows, as they are: [whole tiles of rows][whole tiles of pairs of channels].
+inline void gather_rows(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth, float* packed,
+                        int64_t stride) {
+  const View pairs = pairs_of(view);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = static_cast<const float*>(pairs.data) + (start + i) * pairs.row + head * pairs.head;
+    for_row(depth / 2, [&](int64_t p, auto load, auto) { store(packed + i * stride + p, load(row)); });
+  }
+  zero(packed + rows * stride, whole(rows, tile) - rows, stride, stride);
+}
+
+// The transpose, pairs of channels along the rows: [whole tiles of pairs][whole tiles of rows].
+inline void gather_columns(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth, float* packed,
+                           int64_t stride) {
+  gather_transposed<float>(pairs_of(view), start, rows, head, depth / 2, packed, stride);
+  zero(packed + depth / 2 * stride, whole(depth / 2, tile) - depth / 2, whole(rows, tile), stride);
+}
+
+// Pairs of rows: [tile][whole tiles of channels] of at most 32 rows.
+inline void gather_row_pairs(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth, float* packed,
+                             int64_t stride) {
+  const Bf16* first = static_cast<const Bf16*>(view.data) + start * view.row + head * view.head;
+  for (int64_t i = 0; i + 1 < rows; i += 2)
+    for_row(depth, [&](int64_t d, auto load, auto) {
+      const Float low = load(first + i * view.row), high = load(first + (i + 1) * view.row);
+      store(packed + i / 2 * stride + d, as_float(bits(low) >> 16 | bits(high)));
+    });
+  if (rows % 2)
+    for_row(depth, [&](int64_t d, auto load, auto) {
+      store(packed + rows / 2 * stride + d, as_float(bits(load(first + (rows - 1) * view.row)) >> 16));
+    });
+  zero(packed + (rows + 1) / 2 * stride, tile - (rows + 1) / 2, stride, stride);
+}
+
+// The transpose, pairs of rows along the rows: [whole tiles of channels][stride], zeros behind the last row.
+inline void gather_column_pairs(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth,
+                                float* packed, int64_t stride) {
+  const View pairs = pairs_of(view);
+  uint16_t* target = reinterpret_cast<uint16_t*>(packed);
+  for (int64_t i = 0; i < rows; i += W) {
+    const float* row = static_cast<const float*>(pairs.data) + (start + i) * pairs.row + head * pairs.head;
+    const int64_t some = min(W, rows - i);
+    for (int64_t p = 0; p < depth / 2; p += W) {
+      const int64_t count = min(W, depth / 2 - p);
+      Float square[W] = {};
+      for (int64_t j = 0; j < some; ++j)
+        square[j] = count == W ? load(row + j * pairs.row + p) : load(row + j * pairs.row + p, count);
+      transpose(square);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const __m512i both = reinterpret_cast<__m512i>(square[lane]);
+        const __m256i even = _mm512_cvtepi32_epi16(both), odd = _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16));
+        uint16_t* at = target + 2 * (p + lane) * 2 * stride + i;
+        __builtin_memcpy(at, &even, sizeof even);
+        __builtin_memcpy(at + 2 * stride, &odd, sizeof odd);
+      }
+    }
+  }
+  const int64_t written = whole(rows, W);
+  for (int64_t d = 0; d < depth; ++d) __builtin_memset(target + d * 2 * stride + written, 0, (2 * stride - written) * 2);
+  zero(packed + depth * stride, whole(depth, tile) - depth, stride, stride);
+}
+
+// Writes the transpose of [channels][stride], each lane times its factor, to one head of the rows start .. start + rows.
+inline void scatter_columns(const float* packed, int64_t stride, const Attention& args, int64_t start, int64_t rows,
+                            int64_t head, const float* factors, void* target, int64_t target_row) {
+  for (int64_t i = 0; i < rows; i += W)
+    for (int64_t d = 0; d < args.head_dim; d += W) {
+      Float square[W];
+      for (int64_t j = 0; j < W; ++j) square[j] = load(packed + (d + j) * stride + i) * load(factors + i);
+      transpose(square);
+      const int64_t count = min(W, args.head_dim - d);
+      for (int64_t j = 0; j < min(W, rows - i); ++j) {
+        Bf16* row = static_cast<Bf16*>(target) + (start + i + j) * target_row + head * args.head_dim + d;
+        if (count == W)
+          store(row, square[j]);
+        else
+          store(row, square[j], count);
+      }
+    }
+}
+
+// The scores of key `key` and the queries `query` .. `query` + W - 1; those out of the window take no part in the softmax.
+TICKETOPS_INLINE Float in_window(const Attention& args, int64_t key, int64_t query, Float scores) {
+  const Word distance = static_cast<uint32_t>(key + args.window - query) - lanes();
+  return distance <= static_cast<uint32_t>(2 * args.window) ? scores : splat(-__builtin_inff());
+}
+
+inline void forward_in_tiles(const AttentionForward& args, const Segment& sequence, int64_t head, float mask,
+                             float* scratch) {
+  constexpr int64_t block = attention_tile_queries;
+  const int64_t n = sequence.length, depth = args.head_dim, channels = whole(depth, tile);
+  const int64_t depth_pairs = whole(depth / 2, tile), all_keys = whole(n, 2 * tile), v_stride = all_keys / 2 + tile;
+  const bool windowed = args.window < n - 1;
+  float* k = scratch;                              // [keys][pairs of channels]
+  float* v = k + all_keys * depth_pairs;           // [channels][pairs of keys]
+  float* q = v + channels * v_stride;              // [pairs of channels][queries]
+  float* scores = q + depth_pairs * block;         // [keys][queries]
+  float* weights = scores + all_keys * block;      // [pairs of keys][queries]
+  float* out = weights + all_keys / 2 * block;     // [channels][queries]
+  const Tiles tiles;
+  gather_rows(args.k, sequence.start, n, head, depth, k, depth_pairs);
+  gather_column_pairs(args.v, sequence.start, n, head, depth, v, v_stride);
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t rows = min(block, n - first), start = sequence.start + first, columns = whole(rows, tile);
+    const Keys keys = keys_of(args, first, rows, n);
+    gather_columns(args.q, start, rows, head, depth, q, block);
+    tile_product(whole(keys.count, tile), columns, depth_pairs, k + keys.first * depth_pairs, depth_pairs, q, block,
+                 scores, block);
+    alignas(64) float factors[block];
+    for (int64_t i = 0; i < columns; i += W) {
+      const auto score = [&](int64_t j) {
+        const Float x = load(scores + j * block + i) * args.scale;
+        return windowed ? in_window(args, keys.first + j, first + i, x) : x;
+      };
+      Float top = score(0);
+      for (int64_t j = 1; j < keys.count; ++j) top = larger(score(j), top);
+      const Word row_keys = ticketops::TICKETOPS_ISA::row_keys(args.dropout, (start + i) * args.heads + head, args.heads);
+      Float total{};
+      const auto weight = [&](int64_t j) {
+        const Float x = exp(score(j) - top);
+        total += x;
+        return args.dropout.threshold ? drop(args.dropout, row_keys, keys.first + j, x) : x;
+      };
+      int64_t j = 0;
+      for (; j + 2 <= keys.count; j += 2) {
+        const Float low = weight(j), high = weight(j + 1);
+        store(weights + j / 2 * block + i, paired(halves(low, high)));
+      }
+      if (j < keys.count) store(weights + j / 2 * block + i, paired(halves(weight(j), Float{})));
+      zero(weights + (keys.count + 1) / 2 * block + i, (whole(keys.count, 2 * tile) - keys.count) / 2, W, block);
+      store(factors + i, mask * args.dropout.scale / total);
+      alignas(64) float tops[W], totals[W];
+      store(tops, top);
+      store(totals, total);
+      for (int64_t lane = 0; lane < min(W, rows - i); ++lane)
+        args.lse[(start + i + lane) * args.heads + head] = tops[lane] + __builtin_logf(totals[lane]);
+    }
+    tile_product(channels, columns, whole(keys.count, 2 * tile) / 2, v + keys.first / 2, v_stride, weights, block, out,
+                 block);
+    scatter_columns(out, block, args, start, rows, head, factors, args.out, args.heads * depth);
+  }
+}
+
+// See attention_backward. Returns the sums of delta and of its magnitude.
+struct DeltaSums {
+  double signed_sum, absolute_sum;
+};
+
+inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment& sequence, int64_t head, float mask,
+                                   float* scratch) {
+  constexpr int64_t block = attention_tile_queries;
+  const Dropout& dropout = args.dropout;
+  const int64_t n = sequence.length, depth = args.head_dim, channels = whole(depth, tile);
+  const int64_t depth_pairs = whole(depth / 2, tile), all_keys = whole(n, 2 * tile), k_stride = all_keys / 2 + tile;
+  const bool windowed = args.window < n - 1;
+  float* k_rows = scratch;                            // [keys][pairs of channels]
+  float* v_rows = k_rows + all_keys * depth_pairs;
+  float* k = v_rows + all_keys * depth_pairs;         // [channels][pairs of keys]
+  float* dk = k + channels * k_stride;                // [keys][channels]
+  float* dv = dk + all_keys * channels;
+  float* q_columns = dv + all_keys * channels;        // [pairs of channels][queries]
+  float* dout_columns = q_columns + depth_pairs * block;
+  float* q = dout_columns + depth_pairs * block;      // [pairs of queries][channels]
+  float* dout = q + block / 2 * channels;
+  float* scores = dout + block / 2 * channels;        // [keys][queries]
+  float* dweights = scores + all_keys * block;
+  float* weights = dweights + all_keys * block;       // [keys][pairs of queries]
+  float* dscores = weights + all_keys * block / 2;
+  float* dscore_pairs = dscores + all_keys * block / 2;  // [pairs of keys][queries]
+  float* dq = dscore_pairs + all_keys / 2 * block;    // [channels][queries]
+  const Tiles tiles;
+  gather_rows(args.k, sequence.start, n, head, depth, k_rows, depth_pairs);
+  gather_rows(args.v, sequence.start, n, head, depth, v_rows, depth_pairs);
+  gather_column_pairs(args.k, sequence.start, n, head, depth, k, k_stride);
+  // The first block of queries does not reach all keys then.
+  if (windowed) zero(dk, 2 * all_keys, channels, channels);
+  DeltaSums sums{};
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t rows = min(block, n - first), start = sequence.start + first, columns = whole(rows, tile);
+    const Keys keys = keys_of(args, first, rows, n);
+    const int64_t count = whole(keys.count, tile), count_in_pairs = whole(keys.count, 2 * tile) / 2;
+    gather_columns(args.q, start, rows, head, depth, q_columns, block);
+    gather_columns(args.dout, start, rows, head, depth, dout_columns, block);
+    gather_row_pairs(args.q, start, rows, head, depth, q, channels);
+    gather_row_pairs(args.dout, start, rows, head, depth, dout, channels);
+    tile_product(count, columns, depth_pairs, k_rows + keys.first * depth_pairs, depth_pairs, q_columns, block, scores,
+                 block);
+    tile_product(count, columns, depth_pairs, v_rows + keys.first * depth_pairs, depth_pairs, dout_columns, block,
+                 dweights, block);
+    alignas(64) float factors[block];
+    for (int64_t i = 0; i < block; i += W) {
+      // The weights of the lanes behind the last query are zeros.
+      alignas(64) float lses[W], deltas[W] = {};
+      store(lses, splat(__builtin_inff()));
+      for (int64_t lane = 0; lane < min(W, rows - i); ++lane) {
+        const int64_t row = start + i + lane, at = row * args.heads + head;
+        const Bf16* out_row = static_cast<const Bf16*>(args.out) + at * depth;
+        const Bf16* dout_row = static_cast<const Bf16*>(args.dout.data) + row * args.dout.row + head * args.dout.head;
+        Float products{};
+        for_row(depth, [&](int64_t, auto load, auto) { products += load(dout_row) * load(out_row); });
+        lses[lane] = args.lse[at];
+        deltas[lane] = sum(products);
+        sums.signed_sum += deltas[lane] / mask;
+        sums.absolute_sum += __builtin_fabsf(deltas[lane] / mask);
+      }
+      const Float lse = load(lses), delta = load(deltas);
+      const Word row_keys = ticketops::TICKETOPS_ISA::row_keys(dropout, (start + i) * args.heads + head, args.heads);
+      store(factors + i, splat(args.scale));
+      struct Pair {
+        Float weight, dscore;
+      };
+      const auto at = [&](int64_t j) {
+        Float score = load(scores + j * block + i) * args.scale, dweight = load(dweights + j * block + i) * mask;
+        if (windowed) score = in_window(args, keys.first + j, first + i, score);
+        const Float weight = exp(score - lse);
+        Float dropped = weight;
+        if (dropout.threshold) {
+          dropped = drop(dropout, row_keys, keys.first + j, weight * dropout.scale);
+          dweight = drop(dropout, row_keys, keys.first + j, dweight * dropout.scale);
+        }
+        return Pair{dropped, weight * (dweight - delta)};
+      };
+      const auto put = [&](int64_t j, Pair low, Pair high) {
+        const __m512i weight = halves(low.weight, high.weight), dscore = halves(low.dscore, high.dscore);
+        store_halves(weights + (j * block + i) / 2, weights + ((j + 1) * block + i) / 2, weight);
+        store_halves(dscores + (j * block + i) / 2, dscores + ((j + 1) * block + i) / 2, dscore);
+        store(dscore_pairs + j / 2 * block + i, paired(dscore));
+      };
+      int64_t j = 0;
+      for (; i < columns && j + 2 <= keys.count; j += 2) put(j, at(j), at(j + 1));
+      if (i < columns && j < keys.count) put(j, at(j), Pair{}), j += 2;
+      for (; j < 2 * count_in_pairs; j += 2) put(j, Pair{}, Pair{});
+    }
+    const auto accumulate = first || windowed ? tile_product<true> : tile_product<false>;
+    accumulate(count, channels, tile, weights, tile, dout, channels, dv + keys.first * channels, channels);
+    accumulate(count, channels, tile, dscores, tile, q, channels, dk + keys.first * channels, channels);
+    tile_product(channels, columns, count_in_pairs, k + keys.first / 2, k_stride, dscore_pairs, block, dq, block);
+    scatter_columns(dq, block, args, start, rows, head, factors, args.dq, args.gradient_row);
+  }
+  scatter<Bf16>(dk, channels, args, sequence.start, n, head, args.scale, args.dk, args.gradient_row);
+  scatter<Bf16>(dv, channels, args, sequence.start, n, head, mask, args.dv, args.gradient_row);
+  return sums;
+}
+
+}  // namespace ticketops::TICKETOPS_ISA
