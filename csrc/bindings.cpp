@@ -364,7 +364,7 @@ void add_rows(bool bf16, Address ids, Address x, Address table, int64_t size, in
     if (places[i] < 0 || places[i] >= size)
       throw std::invalid_argument("id " + std::to_string(places[i]) + " is not among the " + std::to_string(size) +
                                   " rows of the table");
-  const AddRows args{rows, columns, places, pointer<void>(x), pointer<void>(table), skipped, threads};
+  const AddRows args{size, rows, columns, places, pointer<void>(x), pointer<void>(table), skipped, threads};
   (bf16 ? KERNEL(add_rows<Bf16>) : KERNEL(add_rows<float>))(args);
 }
 
@@ -439,7 +439,14 @@ void copy_slices(Address table, int64_t copies, int threads) {
   std::vector<Copy> list;
   // For each slice of what is spread where it comes from.
   std::vector<std::vector<int64_t>> places;
-  int64_t tasks = 0;
+  int64_t tasks = 0, spread_bytes = 0;
+  const auto makes_float = [](const CopyRow& row) {
+    const auto elements = static_cast<Elements>(row.elements);
+    return elements == Elements::bf16_to_float || elements == Elements::float_to_float;
+  };
+  // What is spread is a gradient.
+  for (const CopyRow* row = rows; row != rows + copies; ++row)
+    if (row->way == CopyRow::spread && makes_float(*row)) spread_bytes += row->rows * row->groups * row->slice * 4;
   for (const CopyRow* row = rows; row != rows + copies; ++row) {
     const int64_t* index = pointer<int64_t>(row->index);
     for (int64_t i = 0; index && i < row->count; ++i)
@@ -457,6 +464,7 @@ void copy_slices(Address table, int64_t copies, int threads) {
               row->count,
               row->slice,
               static_cast<Elements>(row->elements),
+              row->way == CopyRow::spread && makes_float(*row) && spread_bytes >= streamed_bytes,
               tasks};
     if (row->way == CopyRow::spread && index) {
       auto& from = places.emplace_back(row->groups, -1);

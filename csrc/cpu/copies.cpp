@@ -9,6 +9,11 @@ struct Byte {
 };
 
 template <typename T>
+constexpr bool is_float = false;
+template <>
+constexpr bool is_float<float> = true;
+
+template <typename T>
 TICKETOPS_INLINE void move(const T* source, T* target, int64_t n) {
   // A single number is worth an instruction instead of a call.
   if (n == 1) {
@@ -23,8 +28,20 @@ TICKETOPS_INLINE void move(const A* source, B* target, int64_t n) {
   for_row(n, [=](int64_t, auto load, auto store) { store(target, load(source)); });
 }
 
+// The same past the caches; zeros without a source.
+template <typename A>
+TICKETOPS_INLINE void move_past(const A* source, float* target, int64_t n) {
+  for_row(n, [=](int64_t i, auto load, auto store) {
+    const Float x = source ? load(source) : Float{};
+    if (i + W <= n && is_aligned(target + i))
+      stream(target + i, x);
+    else
+      store(target, x);
+  });
+}
+
 // The elements [begin, end) of what a copy writes.
-template <typename A, typename B>
+template <typename A, typename B, bool streams = false>
 void copy_slices(const Copy& copy, int64_t begin, int64_t end) {
   const int64_t slice = copy.slice, first = begin / slice;
   int64_t inside = begin % slice, row = first / copy.count, i = first % copy.count;
@@ -32,10 +49,14 @@ void copy_slices(const Copy& copy, int64_t begin, int64_t end) {
     const int64_t n = min(slice - inside, end - begin);
     const int64_t from = copy.from ? copy.from[i] : i, to = copy.to ? copy.to[i] : i;
     B* target = static_cast<B*>(copy.target) + (row * copy.target_slices + to) * slice + inside;
-    if (from < 0) {
+    const A* source =
+        from < 0 ? nullptr : static_cast<const A*>(copy.source) + (row * copy.source_slices + from) * slice + inside;
+    if constexpr (streams) {
+      move_past(source, target, n);
+    } else if (!source) {
       __builtin_memset(target, 0, n * sizeof(B));
     } else {
-      move(static_cast<const A*>(copy.source) + (row * copy.source_slices + from) * slice + inside, target, n);
+      move(source, target, n);
     }
     begin += n;
     inside = 0;
@@ -64,10 +85,15 @@ void copy_numbers(const Copy& copy, int64_t begin, int64_t end) {
 template <typename A, typename B>
 void copy_part(const Copy& copy, int64_t begin, int64_t end) {
   if (copy.slice == 1 && copy.from) {
-    copy_numbers<A, B>(copy, begin, end);
-  } else {
-    copy_slices<A, B>(copy, begin, end);
+    return copy_numbers<A, B>(copy, begin, end);
   }
+  if constexpr (is_float<B>) {
+    if (copy.streams) {
+      copy_slices<A, B, true>(copy, begin, end);
+      return fence();
+    }
+  }
+  copy_slices<A, B>(copy, begin, end);
 }
 
 }  // namespace

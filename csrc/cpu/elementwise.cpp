@@ -58,7 +58,16 @@ void dropout(const DropoutRows& args) {
 // Threads share the columns, so that the rows of one id are added in their order.
 template <typename T>
 void add_rows(const AddRows& args) {
-  constexpr int64_t block = 64;
+  constexpr int64_t block = 64, piece = 1 << 18;
+  const int64_t bytes = args.table_rows * args.columns * sizeof(T);
+  const bool streams = bytes >= streamed_bytes && is_aligned(args.table);
+  parallel((bytes + piece - 1) / piece, args.threads, [&](int64_t task, int) {
+    char* at = static_cast<char*>(args.table) + task * piece;
+    const int64_t size = min(piece, bytes - task * piece), vectors = streams ? size / (4 * W) : 0;
+    for (int64_t i = 0; i < vectors; ++i) stream(reinterpret_cast<float*>(at) + i * W, Float{});
+    __builtin_memset(at + vectors * 4 * W, 0, size - vectors * 4 * W);
+    fence();
+  });
   parallel((args.columns + block - 1) / block, args.threads, [&](int64_t task, int) {
     const int64_t first = task * block, columns = min(block, args.columns - first);
     for (int64_t row = 0; row < args.rows; ++row) {

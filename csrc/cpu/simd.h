@@ -48,6 +48,25 @@ TICKETOPS_INLINE Float load(const float* p) {
 
 TICKETOPS_INLINE void store(float* p, Float x) { __builtin_memcpy(p, &x, sizeof x); }
 
+// Writes to a multiple of the vector's size past the caches; other threads may read it after `fence`.
+TICKETOPS_INLINE void stream(float* p, Float x) {
+#ifdef __AVX512F__
+  _mm512_stream_ps(p, x);
+#elif defined(__AVX2__) && !defined(TICKETOPS_WIDE)
+  _mm256_stream_ps(p, x);
+#else
+  store(p, x);
+#endif
+}
+
+TICKETOPS_INLINE void fence() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
+}
+
+TICKETOPS_INLINE bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % (4 * W) == 0; }
+
 // a < b ? a : b and a > b ? a : b, thus b where either is a NaN; the compilers do not see that it is one instruction.
 TICKETOPS_INLINE Float smaller(Float a, Float b) {
 #ifdef __AVX512F__

@@ -62,7 +62,7 @@ def _embed_backward(dout: Tensor, ids: Tensor, rows: int, padding_idx: int) -> T
     ids = ids.flatten().long()
     dout = checked("dout", dout.reshape(-1, channels), dout.dtype, len(ids), channels)
     ids = checked("ids", ids, torch.int64, len(dout))
-    gradient = empty((rows, channels), dout.dtype).zero_()
+    gradient = empty((rows, channels), dout.dtype)
     run(
         native.add_rows,
         *(dout.dtype == torch.bfloat16, address(ids), address(dout), address(gradient), rows, len(ids), channels),
