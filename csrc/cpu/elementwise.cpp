@@ -13,7 +13,11 @@ void add(const Add& args) {
     for (int64_t row = task * chunk; row < end; ++row) {
       A* total = static_cast<A*>(args.total) + row * args.columns;
       const B* x = static_cast<const B*>(args.x) + row * args.x_row;
-      for_row(args.columns, [&](int64_t, auto load, auto store) { store(total, load(total) + load(x)); });
+      for_row(args.columns, [&](int64_t i, auto load, auto store) {
+        fetch<true>(total + i + args.columns);
+        fetch(x + i + args.x_row);
+        store(total, load(total) + load(x));
+      });
     }
   });
 }
@@ -29,7 +33,8 @@ void column_sums(const ColumnSums& args) {
     const int64_t end = min((task + 1) * sum_chunk, args.rows);
     for (int64_t row = task * sum_chunk; row < end; ++row) {
       const T* x = static_cast<const T*>(args.x) + row * args.columns;
-      for_row(args.columns, [&](int64_t, auto load, auto store) {
+      for_row(args.columns, [&](int64_t i, auto load, auto store) {
+        fetch(x + i + args.columns);
         const Float sum = load(sums), term = load(x) - load(lost), next = sum + term;
         store(lost, (next - sum) - term);
         store(sums, next);
@@ -49,6 +54,8 @@ void dropout(const DropoutRows& args) {
       T* out = static_cast<T*>(args.out) + row * args.columns;
       const uint32_t key = row_key(args.dropout, row);
       for_row(args.columns, [&](int64_t i, auto load, auto store) {
+        fetch(x + i + args.columns);
+        fetch<true>(out + i + args.columns);
         store(out, drop(args.dropout, key, i, load(x) * args.dropout.scale));
       });
     }

@@ -20,12 +20,14 @@ void ffn_forward(const FfnForward& args) {
     parallel((args.rows + chunk - 1) / chunk, args.threads, [&](int64_t task, int) {
       const int64_t end = min((task + 1) * chunk, args.rows);
       for (int64_t row = task * chunk; row < end; ++row) {
-        const int64_t at = row * args.neurons;
-        const T* pre = static_cast<const T*>(args.pre) + (args.gated ? 2 * at : at);
+        const int64_t at = row * args.neurons, width = args.gated ? 2 * args.neurons : args.neurons;
+        const T* pre = static_cast<const T*>(args.pre) + row * width;
         const T* gate = args.gated ? pre + args.neurons : nullptr;
         T* hidden = static_cast<T*>(args.hidden) + at;
         T* masked = args.masked ? static_cast<T*>(args.masked) + at : nullptr;
-        for_row(args.neurons, [&](int64_t, auto load, auto store) {
+        for_row(args.neurons, [&](int64_t i, auto load, auto store) {
+          fetch(pre + i + width);
+          fetch<true>(hidden + i + args.neurons);
           Float output = activation.at(args.bias ? load(pre) + load(args.bias) : load(pre)).output;
           if (gate) output *= load(gate);
           store(hidden, output);
@@ -62,7 +64,11 @@ void ffn_backward(const FfnBackward& args) {
           T* target = static_cast<T*>(args.target) + row * width + first;
           const T* hidden = static_cast<const T*>(args.hidden) + at;
           T* masked = args.masked ? static_cast<T*>(args.masked) + at : nullptr;
-          for_row(columns, [&](int64_t, auto load, auto store) {
+          for_row(columns, [&](int64_t i, auto load, auto store) {
+            fetch(gradient + i + args.neurons);
+            fetch(pre + i + width);
+            if (args.neuron_sums || masked) fetch(hidden + i + args.neurons);
+            if (target != gradient) fetch<true>(target + i + width);
             Float value = load(gradient);
             if (args.neuron_sums) {
               const Float term = value * load(hidden);

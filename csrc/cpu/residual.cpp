@@ -14,6 +14,8 @@ float sum_row(const Residual& args, int64_t row, float* z) {
   const uint32_t key = row_key(dropout, row);
   Float total{};
   for_row(args.channels, [&](int64_t i, auto load, auto store) {
+    fetch(x + i + args.channels);
+    fetch(residual + i + args.channels);
     Float value = load(x);
     if (args.bias) value += load(args.bias);
     if (dropout.threshold) value = drop(dropout, key, i, value * dropout.scale);
@@ -50,7 +52,9 @@ void residual_forward(const ResidualForward& args) {
         const int64_t at = (first + i) * channels;
         R* out = static_cast<R*>(args.out) + at;
         Bf16* half = args.half ? args.half + at : nullptr;
-        for_row(channels, [&](int64_t, auto load, auto store) {
+        for_row(channels, [&](int64_t j, auto load, auto store) {
+          fetch<true>(out + j + channels);
+          if (half) fetch<true>(half + j + channels);
           const Float value = (load(z + i * channels) - mean[i]) * rstd[i] * load(args.gamma) + load(args.beta);
           store(out, value);
           if (half) store(half, value);
@@ -78,7 +82,8 @@ void residual_backward(const ResidualBackward& args) {
       const R* dout = static_cast<const R*>(args.dout) + row * channels;
       const float mean = args.mean[row], rstd = args.rstd[row];
       Float total{}, product{};
-      for_row(channels, [&](int64_t, auto load, auto store) {
+      for_row(channels, [&](int64_t i, auto load, auto store) {
+        fetch(dout + i + channels);
         const Float normal = (load(z) - mean) * rstd, gradient = load(dout), scaled = gradient * load(args.gamma);
         total += scaled;
         product += scaled * normal;
@@ -91,6 +96,8 @@ void residual_backward(const ResidualBackward& args) {
       X* dx = args.dx ? static_cast<X*>(args.dx) + row * channels : nullptr;
       R* dresidual = static_cast<R*>(args.dresidual) + row * channels;
       for_row(channels, [&](int64_t i, auto load, auto store) {
+        fetch<true>(dresidual + i + channels);
+        if (dx) fetch<true>(dx + i + channels);
         const Float dz = (load(dout) * load(args.gamma) - mean_total - load(z) * mean_product) * rstd;
         const Float dropped = dropout.threshold ? drop(dropout, key, i, dz * dropout.scale) : dz;
         store(dresidual, dz);
