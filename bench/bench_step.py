@@ -11,7 +11,7 @@ import torch
 from bench import step
 
 
-@pytest.mark.parametrize("name", ["sdpa", "full", "importance", "ticket50", "switching"])
+@pytest.mark.parametrize("name", ["sdpa", "full", "importance", "ticket50", "applied50", "switching"])
 def test_training_step(benchmark, setup, name):
     contender = step.contender(setup, name)
     benchmark.group = f"training step, {setup.task}, {setup.dtype}"

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from ticketops import Ticket, patch, prune
+from ticketops import Ticket, patch, prune, shrink
 from ticketops.errors import InputError, TicketopsError
 from ticketops.ops import backends, products
 from ticketops.tasks import demo_model, load_task, tokenize
@@ -122,13 +122,13 @@ def contender(setup: Setup, name: str) -> Contender:
     Args:
         setup: what all contenders share.
         name: "sdpa" and "compile" are stock transformers; "full" is patched, "importance" records as well, "ticket50"
-            trains half of all heads and FFNs, and "switching" half of them too, another half at every step.
+            is shrunk to half of all heads and FFNs, as a search trains them, "applied50" is whole with that half
+            applied, and "switching" applies another half at every step.
     """
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
         setup.model, num_labels=setup.labels, attn_implementation="sdpa"
     ).to(setup.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     handle = None if name in ("sdpa", "compile") else patch(model)
     forward = torch.compile(model) if name == "compile" else model
     autocast = torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.dtype == "bf16")
@@ -136,13 +136,17 @@ def contender(setup: Setup, name: str) -> Contender:
         handle.record_importance if handle and name == "importance" else contextlib.nullcontext
     )
     tickets: list[Ticket] = []
-    if handle and name in ("ticket50", "switching"):
+    if handle and name in ("ticket50", "applied50", "switching"):
         model.eval()
         with handle.record_importance() as importance, autocast:
             model(**setup.batches[0]).loss.backward()
         tickets = _turned(prune(importance, 0.5))
-        handle.apply(tickets[0])
         model.zero_grad()
+        if name == "ticket50":
+            shrink(model, tickets[0])
+        else:
+            handle.apply(tickets[0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     turns = itertools.cycle(tickets)
 
     def step(batch: Batch) -> None:
@@ -246,8 +250,9 @@ def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int
 
         return forward
 
-    # A model that records or switches tickets infers as the one that does not.
-    runs = {name: run(each) for name, each in contenders.items() if name not in ("importance", "switching")}
+    # A model that records importance infers as the one that does not, and so does one whose tickets are switched.
+    once = ("importance", "applied50", "switching")
+    runs = {name: run(each) for name, each in contenders.items() if name not in once}
     for each in contenders.values():
         each.model.eval()
     runs["matmul_floor"] = forward_products
@@ -315,7 +320,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
             return None
         return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
-    recorded, switched = ratio("importance", "full"), ratio("switching", "ticket50")
+    recorded, switched = ratio("importance", "full"), ratio("switching", "applied50")
     real = sum(int(batch["attention_mask"].sum()) for batch in setup.batches)
     return {
         "task": setup.task,
@@ -323,6 +328,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
         "full_vs_sdpa": ratio("sdpa", "full"),
         "full_vs_compile": ratio("compile", "full"),
         "ticket50_vs_full": ratio("full", "ticket50"),
+        "applied50_vs_full": ratio("full", "applied50"),
         "importance_overhead": None if recorded is None else recorded - 1,
         "switching_overhead": None if switched is None else switched - 1,
         "inference_vs_sdpa": ratio("inference_sdpa", "inference_full"),
@@ -391,7 +397,8 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = ["sdpa", *([] if options.no_compile else ["compile"]), "full", "importance", "ticket50", "switching"]
+    compiled = [] if options.no_compile else ["compile"]
+    names = ["sdpa", *compiled, "full", "importance", "ticket50", "applied50", "switching"]
     try:
         if options.batches < 1 or options.rounds < 1:
             raise InputError("--batches and --rounds must be at least 1")
@@ -415,12 +422,14 @@ def main() -> int:
         low, median, high = (quantiles[key] * 1e3 for key in ("q20", "median", "q80"))
         print(f"{name:24s} {median:9.2f} ms  ({low:.2f} to {high:.2f})")
     for name in (
-        *("full_vs_sdpa", "full_vs_compile", "ticket50_vs_full"),
+        *("full_vs_sdpa", "full_vs_compile", "ticket50_vs_full", "applied50_vs_full"),
         *("inference_vs_sdpa", "inference_vs_compile", "ticket50_inference_vs_sdpa"),
     ):
         print(f"{name:28s}" + ("not measured" if result[name] is None else f"{result[name]:.2f}x"))
     for name in ("importance_overhead", "switching_overhead"):
         print(f"{name:28s}{result[name]:+.1%}")
+    for name, reason in result["failures"].items():
+        print(f"{name} failed: {reason}")
     return 0
 
 

@@ -6,7 +6,7 @@ from ticketops.models.export import Format, expand, export
 from ticketops.models.patch import PatchHandle, check_supported, patch, weight_counts
 from ticketops.models.rewind import rewind
 from ticketops.models.shared import SharedModel
-from ticketops.models.shrink import shrink
+from ticketops.models.shrink import put_back, shrink
 from ticketops.models.support import describe
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "latencies",
     "load",
     "patch",
+    "put_back",
     "rewind",
     "shrink",
     "weight_counts",

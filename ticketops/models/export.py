@@ -19,7 +19,7 @@ from ticketops.models.checkpoint import NOTE, load, sha256
 from ticketops.models.cost import costs
 from ticketops.models.patch import PatchHandle, check_supported, find_adapter
 from ticketops.models.record import held_ticket, num_neurons, write_record
-from ticketops.models.shrink import cut_indices, shrink
+from ticketops.models.shrink import cut_indices, put_back, shrink
 from ticketops.tickets import Ticket
 
 Format = Literal["compact", "dense", "onnx"]
@@ -102,17 +102,9 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     write_record(config, full)
     twin = type(model)._from_config(config, dtype=model.dtype)
-    state, small = twin.state_dict(), model.state_dict()
-    places = cut_indices(twin, full, held)
-    with torch.no_grad():
-        for name, value in state.items():
-            if name not in places:
-                value.copy_(small[name])
-                continue
-            dim, index = places[name]
-            value.zero_()
-            if name in small:
-                value.index_copy_(dim, index, small[name].to(value.device))
+    for name in cut_indices(twin, full, held):
+        twin.get_parameter(name).data.zero_()
+    put_back(model, twin)
     return twin.eval()
 
 

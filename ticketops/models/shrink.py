@@ -67,6 +67,24 @@ def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | Non
     return model
 
 
+@torch.no_grad()
+def put_back(shrunk: PreTrainedModel, whole: PreTrainedModel) -> None:
+    """Copies the weights of a shrunk model to where they were cut from.
+
+    Args:
+        shrunk: what `shrink` makes of a model like `whole`.
+        whole: stock or patched; what the other one lacks keeps its weights here.
+    """
+    held, left = (held_ticket(model.base_model.config) for model in (whole, shrunk))
+    places, small = cut_indices(whole, held, left), shrunk.state_dict()
+    for name, value in whole.state_dict().items():
+        if name not in places:
+            value.copy_(small[name])
+        elif name in small:
+            dim, index = places[name]
+            value.index_copy_(dim, index.to(value.device), small[name].to(value.device))
+
+
 def narrow(encoder: nn.Module, config: Any) -> None:
     """Gives a new encoder of full shape the shapes that its configuration records.
 

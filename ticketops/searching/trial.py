@@ -1,6 +1,7 @@
 """One trial: a pure function of the setting, the seed and the ticket that trains, evaluates and returns a record."""
 
 import contextlib
+import copy
 import hashlib
 import math
 import tempfile
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from ticketops.errors import TicketopsError
-from ticketops.models import costs, patch, weight_counts
+from ticketops.models import costs, patch, put_back, shrink, weight_counts
 from ticketops.searching import environment
 from ticketops.searching.plan import RECIPES, Trial
 from ticketops.searching.scoring import LastEpochScorer, score_pass
@@ -88,12 +89,14 @@ def run_trial(
     config, timing = setting.config, Timing()
     with quiet(), contextlib.ExitStack() as stack:
         model = setting.fresh_model(trial.seed)
-        handle = stack.enter_context(patch(model)).apply(ticket)
         counts, kept = weight_counts(model), ticket or Ticket.full(setting.num_layers, setting.num_heads)
         whole, left = costs(model, ticket=kept)
+        # What is pruned costs the optimizer time and memory too, unless it is not there.
+        trained = model if ticket is None else shrink(copy.deepcopy(model), ticket)
+        handle = stack.enter_context(patch(trained))
         scorer = LastEpochScorer(handle, config.granularity, config.prune_neurons) if "on_the_fly" in ways else None
         trainer = Trainer(
-            model=model,
+            model=trained,
             train_dataset=setting.splits["train"],
             callbacks=[Steps(listener or Listener()), *([scorer] if scorer else [])],
             **trainer_options(setting, trial.seed),
@@ -113,6 +116,8 @@ def run_trial(
                     handle, batches, config.granularity, config.dtype == "bf16", config.prune_neurons
                 )
 
+    if trained is not model:
+        put_back(trained, model)
     record = {
         "id": trial.id,
         "task": setting.task.name,
