@@ -36,7 +36,7 @@ void gather_transposed(const View& view, int64_t start, int64_t rows, int64_t he
 }
 
 // A view of the pairs, as if each were a float32.
-View pairs_of(const View& view) { return {view.data, view.row / 2, view.head / 2}; }
+inline View pairs_of(const View& view) { return {view.data, view.row / 2, view.head / 2}; }
 
 // Writes [rows][stride] times `factor` to one head of [T, H, D] whose rows are `target_row` elements apart.
 template <typename T>
@@ -63,7 +63,7 @@ struct Keys {
   int64_t first, count;
 };
 
-Keys keys_of(const Attention& args, int64_t first_query, int64_t queries, int64_t n) {
+inline Keys keys_of(const Attention& args, int64_t first_query, int64_t queries, int64_t n) {
   const int64_t first = args.window < first_query ? (first_query - args.window) / W * W : 0;
   return {first, args.window < n - first_query - queries ? first_query + queries + args.window - first : n - first};
 }

@@ -1,6 +1,6 @@
 // One head of one sequence in bfloat16 by AMX: tiles of 16 rows of 16 pairs, whose products are sums of float32.
 //
-// Every matrix is made of pairs, two numbers of bfloat16 in the place of one float32, with the products' inner dimension
+// Operands are made of pairs, two numbers of bfloat16 in the place of one float32, with the products' inner dimension
 // along the pairs, zeros up to whole tiles, and strides in float32. Scores are held with a row for each key and a lane
 // for each query of a block, so that softmax and delta are arithmetic between lanes and what becomes the next product's
 // operand is stored where it belongs: P^T and dS^T as they are for dV and dK, by pairs of keys for O^T and dQ^T.
@@ -145,11 +145,12 @@ inline void gather_column_pairs(const View& view, int64_t start, int64_t rows, i
     }
   }
   const int64_t written = whole(rows, W);
-  for (int64_t d = 0; d < depth; ++d) __builtin_memset(target + d * 2 * stride + written, 0, (2 * stride - written) * 2);
+  for (int64_t d = 0; d < depth; ++d)
+    __builtin_memset(target + d * 2 * stride + written, 0, (2 * stride - written) * 2);
   zero(packed + depth * stride, whole(depth, tile) - depth, stride, stride);
 }
 
-// Writes the transpose of [channels][stride], each lane times its factor, to one head of the rows start .. start + rows.
+// Writes the transpose of [channels][stride], each lane times its factor, to one head of `rows` rows from `start` on.
 inline void scatter_columns(const float* packed, int64_t stride, const Attention& args, int64_t start, int64_t rows,
                             int64_t head, const float* factors, void* target, int64_t target_row) {
   for (int64_t i = 0; i < rows; i += W)
@@ -168,7 +169,7 @@ inline void scatter_columns(const float* packed, int64_t stride, const Attention
     }
 }
 
-// The scores of key `key` and the queries `query` .. `query` + W - 1; those out of the window take no part in the softmax.
+// The scores of a key and the queries `query` .. `query` + W - 1; those out of the window take no part in the softmax.
 TICKETOPS_INLINE Float in_window(const Attention& args, int64_t key, int64_t query, Float scores) {
   const Word distance = static_cast<uint32_t>(key + args.window - query) - lanes();
   return distance <= static_cast<uint32_t>(2 * args.window) ? scores : splat(-__builtin_inff());
@@ -203,12 +204,12 @@ inline void forward_in_tiles(const AttentionForward& args, const Segment& sequen
       };
       Float top = score(0);
       for (int64_t j = 1; j < keys.count; ++j) top = larger(score(j), top);
-      const Word row_keys = ticketops::TICKETOPS_ISA::row_keys(args.dropout, (start + i) * args.heads + head, args.heads);
+      const Word words = row_keys(args.dropout, (start + i) * args.heads + head, args.heads);
       Float total{};
       const auto weight = [&](int64_t j) {
         const Float x = exp(score(j) - top);
         total += x;
-        return args.dropout.threshold ? drop(args.dropout, row_keys, keys.first + j, x) : x;
+        return args.dropout.threshold ? drop(args.dropout, words, keys.first + j, x) : x;
       };
       int64_t j = 0;
       for (; j + 2 <= keys.count; j += 2) {
@@ -293,7 +294,7 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
         sums.absolute_sum += __builtin_fabsf(deltas[lane] / mask);
       }
       const Float lse = load(lses), delta = load(deltas);
-      const Word row_keys = ticketops::TICKETOPS_ISA::row_keys(dropout, (start + i) * args.heads + head, args.heads);
+      const Word words = row_keys(dropout, (start + i) * args.heads + head, args.heads);
       store(factors + i, splat(args.scale));
       struct Pair {
         Float weight, dscore;
@@ -304,8 +305,8 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
         const Float weight = exp(score - lse);
         Float dropped = weight;
         if (dropout.threshold) {
-          dropped = drop(dropout, row_keys, keys.first + j, weight * dropout.scale);
-          dweight = drop(dropout, row_keys, keys.first + j, dweight * dropout.scale);
+          dropped = drop(dropout, words, keys.first + j, weight * dropout.scale);
+          dweight = drop(dropout, words, keys.first + j, dweight * dropout.scale);
         }
         return Pair{dropped, weight * (dweight - delta)};
       };

@@ -37,7 +37,7 @@ constexpr int64_t attention_tile_queries = 32;
 // walking down a column does not hit the same cache set again and again.
 constexpr int64_t attention_stride(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 
-// Floats that one thread needs for sequences of up to n tokens (those of the backward pass; the forward pass needs less).
+// Floats that one thread needs for sequences of up to n tokens in the backward pass; the forward pass needs less.
 constexpr int64_t attention_scratch(int64_t n, int64_t head_dim) {
   const int64_t lines = 2 * head_dim * attention_stride(n) + 3 * n * attention_stride(head_dim) +
                         attention_query_block * (3 * attention_stride(head_dim) + 2 * attention_stride(n));
