@@ -72,9 +72,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("target", DTYPES)
-def test_one_table_selects_casts_and_spreads_as_torch_does(native, number, source, target):
+@pytest.mark.parametrize("large", [False, True])
+def test_one_table_selects_casts_and_spreads_as_torch_does(native, number, source, target, large):
     torch.manual_seed(0)
     table, selected, spread = native.Table(), [], []
+    if large:
+        # 4 MB of float32, past the caches then like all that the table spreads.
+        whole = torch.randn(1025, 1024).to(source)
+        spread.append((table.spread(whole, whole.to(target), 0, 1, None), whole.to(target)))
     for shape, dim, groups, places in SELECTIONS:
         index = None if places is None else torch.tensor(places, dtype=torch.int64)
         whole = (torch.randn(shape) * 100).to(source)

@@ -45,6 +45,18 @@ def test_embedding_is_torchs(dtype, padding_idx, channels):
     assert torch.equal(single, gradient)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "channels"), [(6000, 384), (60001, 37)])
+def test_the_gradient_of_a_large_table_is_zeros_but_for_its_rows_in_use(dtype, rows, channels):
+    ids = torch.tensor([[rows - 1, 0, 5], [5, 3000, rows - 1]])
+    dout = torch.randn(2, 3, channels).to(dtype)
+    want = torch.zeros(rows, channels).index_add_(0, ids.flatten(), dout.flatten(0, 1).float())
+    for number in (1, 2):
+        with threads(number), poisoned():
+            got = torch.ops.ticketops.embedding_backward(dout, ids, rows, -1)
+        torch.testing.assert_close(got, want.to(dtype), rtol=0.01, atol=0)
+
+
 def test_embedding_of_nothing_and_of_32_bit_ids():
     weight = torch.randn(5, 3).requires_grad_()
     for ids in (torch.empty(2, 0, dtype=torch.int64), torch.tensor([[1, 4], [4, 0]], dtype=torch.int32)):
