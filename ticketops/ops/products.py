@@ -26,7 +26,7 @@ def prefers_onednn() -> bool:
     """
     return (
         native is not None
-        and native.isa().startswith("avx512")
+        and native.isa() not in ("avx2", "generic")
         and not native.is_intel()
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
