@@ -251,8 +251,8 @@ def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int
         return forward
 
     # A model that records importance infers as the one that does not, and so does one whose tickets are switched.
-    once = ("importance", "applied50", "switching")
-    runs = {name: run(each) for name, each in contenders.items() if name not in once}
+    alike = ("importance", "applied50", "switching")
+    runs = {name: run(each) for name, each in contenders.items() if name not in alike}
     for each in contenders.values():
         each.model.eval()
     runs["matmul_floor"] = forward_products

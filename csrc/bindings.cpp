@@ -357,15 +357,15 @@ void dropout_rows(bool bf16, Address x, Address out, int64_t rows, int64_t colum
   (bf16 ? KERNEL(dropout<Bf16>) : KERNEL(dropout<float>))(args);
 }
 
-void add_rows(bool bf16, Address ids, Address x, Address table, int64_t size, int64_t rows, int64_t columns,
-              int64_t skipped, int threads) {
+void embedding_gradient(bool bf16, Address ids, Address x, Address table, int64_t size, int64_t rows, int64_t columns,
+                        int64_t skipped, int threads) {
   const int64_t* places = pointer<int64_t>(ids);
   for (int64_t i = 0; i < rows; ++i)
     if (places[i] < 0 || places[i] >= size)
       throw std::invalid_argument("id " + std::to_string(places[i]) + " is not among the " + std::to_string(size) +
                                   " rows of the table");
-  const AddRows args{size, rows, columns, places, pointer<void>(x), pointer<void>(table), skipped, threads};
-  (bf16 ? KERNEL(add_rows<Bf16>) : KERNEL(add_rows<float>))(args);
+  const EmbeddingGradient args{size, rows, columns, places, pointer<void>(x), pointer<void>(table), skipped, threads};
+  (bf16 ? KERNEL(embedding_gradient<Bf16>) : KERNEL(embedding_gradient<float>))(args);
 }
 
 void check_places(const char* what, const int64_t* places, int64_t count, int64_t all) {
@@ -541,7 +541,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("add", add, release);
   m.def("column_sums", column_sums, release);
   m.def("dropout_rows", dropout_rows, release);
-  m.def("add_rows", add_rows, release);
+  m.def("embedding_gradient", embedding_gradient, release);
   m.def("encoder", encoder, release);
   m.def("copy_slices", copy_slices, release);
   m.def("new_tensor", new_tensor, "Kept memory, not initialised, as a DLPack capsule.");

@@ -231,11 +231,12 @@ inline void forward_in_tiles(const AttentionForward& args, const Segment& sequen
   }
 }
 
-// See attention_backward. Returns the sums of delta and of its magnitude.
+// Of delta / mask, and of its magnitude.
 struct DeltaSums {
   double signed_sum, absolute_sum;
 };
 
+// See attention_backward.
 inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment& sequence, int64_t head, float mask,
                                    float* scratch) {
   constexpr int64_t block = attention_tile_queries;
@@ -264,6 +265,8 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
   gather_column_pairs(args.k, sequence.start, n, head, depth, k, k_stride);
   // The first block of queries does not reach all keys then.
   if (windowed) zero(dk, 2 * all_keys, channels, channels);
+  alignas(64) float factors[block];
+  for (float& factor : factors) factor = args.scale;
   DeltaSums sums{};
   for (int64_t first = 0; first < n; first += block) {
     const int64_t rows = min(block, n - first), start = sequence.start + first, columns = whole(rows, tile);
@@ -277,7 +280,6 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
                  block);
     tile_product(count, columns, depth_pairs, v_rows + keys.first * depth_pairs, depth_pairs, dout_columns, block,
                  dweights, block);
-    alignas(64) float factors[block];
     for (int64_t i = 0; i < block; i += W) {
       // The weights of the lanes behind the last query are zeros.
       alignas(64) float lses[W], deltas[W] = {};
@@ -295,7 +297,6 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
       }
       const Float lse = load(lses), delta = load(deltas);
       const Word words = row_keys(dropout, (start + i) * args.heads + head, args.heads);
-      store(factors + i, splat(args.scale));
       struct Pair {
         Float weight, dscore;
       };

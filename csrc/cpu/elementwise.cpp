@@ -64,7 +64,7 @@ void dropout(const DropoutRows& args) {
 
 // Threads share the columns, so that the rows of one id are added in their order.
 template <typename T>
-void add_rows(const AddRows& args) {
+void embedding_gradient(const EmbeddingGradient& args) {
   constexpr int64_t block = 64, piece = 1 << 18;
   const int64_t bytes = args.table_rows * args.columns * sizeof(T);
   const bool streams = bytes >= streamed_bytes && is_aligned(args.table);
@@ -90,7 +90,7 @@ void add_rows(const AddRows& args) {
 #define INSTANTIATE(T)                              \
   template void column_sums<T>(const ColumnSums&); \
   template void dropout<T>(const DropoutRows&);     \
-  template void add_rows<T>(const AddRows&);
+  template void embedding_gradient<T>(const EmbeddingGradient&);
 INSTANTIATE(float)
 INSTANTIATE(Bf16)
 template void add<float, Bf16>(const Add&);

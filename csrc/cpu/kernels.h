@@ -185,7 +185,7 @@ struct DropoutRows {
 constexpr int64_t streamed_bytes = 4 << 20;
 
 // table = 0, and table[ids[t]] += x[t] in the order of t, except for the id `skipped`.
-struct AddRows {
+struct EmbeddingGradient {
   int64_t table_rows, rows, columns;
   const int64_t* ids;  // [T]
   const void* x;  // [T, C]
@@ -284,7 +284,7 @@ struct Copies {
   template <typename T>                                                             \
   void dropout(const DropoutRows&);                                                 \
   template <typename T>                                                             \
-  void add_rows(const AddRows&);                                                    \
+  void embedding_gradient(const EmbeddingGradient&);                                \
   void copy(const Copies&);                                                         \
   template <typename T, bool half>                                                  \
   void encoder(const Encoder&);                                                     \

@@ -64,7 +64,7 @@ def _embed_backward(dout: Tensor, ids: Tensor, rows: int, padding_idx: int) -> T
     ids = checked("ids", ids, torch.int64, len(dout))
     gradient = empty((rows, channels), dout.dtype)
     run(
-        native.add_rows,
+        native.embedding_gradient,
         *(dout.dtype == torch.bfloat16, address(ids), address(dout), address(gradient), rows, len(ids), channels),
         padding_idx,
     )
