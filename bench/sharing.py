@@ -66,6 +66,11 @@ def contender(models: dict[str, PreTrainedModel], name: str, dtype: torch.dtype)
     return run
 
 
+def alternating(batches: dict[str, list[step.Batch]]) -> list[tuple[str, step.Batch]]:
+    """Equally many batches of every task, each task's after the others' as in training."""
+    return [pair for turn in zip(*batches.values(), strict=True) for pair in zip(batches, turn, strict=True)]
+
+
 def measure(setups: dict[str, step.Setup], rounds: int) -> dict[str, Any]:
     """Lets both contenders take turns on every batch, task by task.
 
@@ -89,15 +94,10 @@ def measure(setups: dict[str, step.Setup], rounds: int) -> dict[str, Any]:
         }
 
     steps = {name: contender(models(), name, dtype) for name in CONTENDERS}
-    # Tasks alternate, as they do in training; every one has equally many batches.
-    turns = [
-        (task, batch)
-        for batches in zip(*(setup.batches for setup in setups.values()), strict=True)
-        for task, batch in zip(setups, batches, strict=True)
-    ]
     for run in steps.values():
-        for task, batch in turns:
+        for task, batch in alternating({task: setup.earlier for task, setup in setups.items()}):
             run(task, batch)
+    turns = alternating({task: setup.batches for task, setup in setups.items()})
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for turn in range(rounds):
         print(f"round {turn + 1} of {rounds}", file=sys.stderr)
@@ -128,8 +128,13 @@ def main() -> int:
     parser.add_argument("--tasks", default="sst2,mrpc,rte,stsb", help="two or more (default: %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
     parser.add_argument("--model", default="demo", help="encoder, a folder or name (default: the demo's MiniLM)")
-    parser.add_argument("--batches", type=int, default=3, help="distinct batches a task (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=6, help="steps on each batch (default: %(default)s)")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=12,
+        help="of a task to time, after as many others to warm up on (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="steps timed on each batch (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens a row at most (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")

@@ -4,6 +4,8 @@ and the inference of one sequence of 32 tokens.
     python -m bench.step --data DIR --task rte --dtype fp32 --json
 
 All contenders run in one process and take turns on every batch, since a machine's speed drifts more than they differ.
+What is timed are batches that none of them has seen, after as many others, as in a training: packed batches have nearly
+all another number of tokens, and a library that compiles for each would show only there.
 """
 
 import argparse
@@ -44,6 +46,7 @@ class Setup:
         labels: outputs of the task head.
         batches: tokenized and padded to their longest row, on the device.
         dtype: "fp32" or "bf16" (autocast).
+        earlier: as many others, to warm up on.
     """
 
     task: str
@@ -51,6 +54,7 @@ class Setup:
     labels: int
     batches: list[Batch]
     dtype: str
+    earlier: list[Batch]
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +97,7 @@ def load(
         data: folder that holds the task's folder, directly or in `glue/`; None for tasks known by name.
         task: name of the folder, or of a task that ticketops knows.
         dtype: "fp32" or "bf16".
-        batches: how many.
+        batches: how many to time, and to warm up on.
         batch_size: rows a batch.
         max_length: tokens a row at most.
         model: folder or hub name of the encoder; "demo" for the MiniLM weights.
@@ -102,18 +106,18 @@ def load(
     if data is not None:
         spec = next((folder for folder in (data / task, data / "glue" / task) if folder.is_dir()), data / task)
     loaded = load_task(spec)
-    if len(loaded.train) < batches * batch_size:
-        raise InputError(
-            f"{task} has {len(loaded.train)} training rows: lower --batches to {len(loaded.train) // batch_size}"
-        )
+    rows = 2 * batches * batch_size
+    if len(loaded.train) < rows:
+        most = len(loaded.train) // (2 * batch_size)
+        remedy = f"--batches to {most}" if most else f"--batch-size to {len(loaded.train) // 2}"
+        raise InputError(f"{task} has {len(loaded.train)} training rows of {rows}: lower {remedy}")
     path = str(demo_model()) if model == "demo" else model
     tokenizer = AutoTokenizer.from_pretrained(path)
-    rows = tokenize(loaded.train.select(range(batches * batch_size)), loaded, tokenizer, max_length)
+    tokens = tokenize(loaded.train.select(range(rows)), loaded, tokenizer, max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = DataLoader(rows, batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
-    return Setup(
-        task, path, loaded.num_labels, [{k: v.to(device) for k, v in batch.items()} for batch in loader], dtype
-    )
+    loader = DataLoader(tokens, batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
+    loaded_batches = [{k: v.to(device) for k, v in batch.items()} for batch in loader]
+    return Setup(task, path, loaded.num_labels, loaded_batches[batches:], dtype, loaded_batches[:batches])
 
 
 def contender(setup: Setup, name: str) -> Contender:
@@ -139,7 +143,7 @@ def contender(setup: Setup, name: str) -> Contender:
     if handle and name in ("ticket50", "applied50", "switching"):
         model.eval()
         with handle.record_importance() as importance, autocast:
-            model(**setup.batches[0]).loss.backward()
+            model(**setup.earlier[0]).loss.backward()
         tickets = _turned(prune(importance, 0.5))
         model.zero_grad()
         if name == "ticket50":
@@ -182,7 +186,7 @@ def check_equal(setup: Setup, stock: Contender, patched: Contender) -> float:
     for each in (stock, patched):
         each.model.eval()
         with torch.no_grad(), torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.dtype == "bf16"):
-            logits.append(each.model(**setup.batches[0]).logits.float())
+            logits.append(each.model(**setup.earlier[0]).logits.float())
         each.model.train()
     difference = (logits[0] - logits[1]).abs().max().item()
     bound = 0.05 if setup.dtype == "bf16" else 1e-4
@@ -216,7 +220,7 @@ def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[C
             yield run
 
 
-def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int) -> dict[str, list[float]]:
+def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int = 150) -> dict[str, list[float]]:
     """Lets the contenders take turns on one sequence of 32 tokens, without gradients.
 
     Args:
@@ -293,8 +297,8 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
     for name, each in list(contenders.items()):
         print(f"warming up {name}", file=sys.stderr)
         try:
-            # Every shape once: the compiled model compiles, allocators and thread pools warm up.
-            for batch in setup.batches:
+            # The compiled model compiles, allocators and thread pools warm up.
+            for batch in setup.earlier:
                 each.step(batch)
         # Inductor needs a C++ compiler and fails in many ways; the other contenders go on without it.
         except Exception as error:
@@ -312,7 +316,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
             times["matmul_floor"].append(sum(seconds(product, setup.device) for product in products))
             times["optimizer"].append(seconds(contenders["full"].optimizer.step, setup.device))
 
-    inference = measure_inference(setup, contenders, turns=50 * rounds)
+    inference = measure_inference(setup, contenders)
     times |= {f"inference_{name}": values for name, values in inference.items()}
 
     def ratio(slow: str, fast: str) -> float | None:
@@ -385,8 +389,10 @@ def main() -> int:
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: %(default)s)"
     )
     parser.add_argument("--model", default="demo", help="encoder, a folder or name (default: the demo's MiniLM)")
-    parser.add_argument("--batches", type=int, default=4, help="distinct batches (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="steps on each batch (default: %(default)s)")
+    parser.add_argument(
+        "--batches", type=int, default=12, help="to time, after as many others to warm up on (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="steps timed on each batch (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens a row at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")

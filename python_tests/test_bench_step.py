@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from searching.tiny import make_model, make_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +39,12 @@ def test_one_json_object_with_medians_and_ratios(tmp_path):
     assert str(tmp_path) not in done.stdout
 
 
-def test_too_few_rows_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "rows", "remedy"),
+    [(32, 768, "--batches to 1"), (16, 384, "--batches to 2"), (64, 1536, "--batch-size to 32")],
+)
+def test_too_few_rows_is_one_line(tmp_path, size, rows, remedy):
     make_task(tmp_path / "words")
-    done = run("--data", tmp_path, "--task", "words")
+    done = run("--data", tmp_path, "--task", "words", "--batch-size", size)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: words has 64 training rows: lower --batches to 2"
+    assert done.stderr.splitlines()[-1] == f"error: words has 64 training rows of {rows}: lower {remedy}"

@@ -13,6 +13,7 @@ import ticketops
 from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models import check_supported, weight_counts
+from ticketops.ops import products
 from ticketops.tickets import Ticket
 
 
@@ -198,6 +199,21 @@ def test_autocast_stays_within_its_rounding(model, stock, batch):
         with torch.autocast("cpu", torch.bfloat16):
             got, other = model(**batch).logits, stock(**batch).logits
     assert (got - exact).abs().max() <= 3 * (other - exact).abs().max() + 1e-3
+
+
+def test_rows_that_round_a_bfloat16_batch_change_no_result(model, batch, monkeypatch):
+    monkeypatch.setattr(products, "has_bf16_products", lambda: True)
+    exact, rows, results = copy.deepcopy(model), [], []
+    for each, bucket in ((exact, 1), (model, None)):
+        with ticketops.patch(each, bucket=bucket) as handle, handle.record_importance("token") as importance:
+            each.bert.encoder.layer[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+            with torch.autocast("cpu", torch.bfloat16):
+                output = each(**batch)
+            output.loss.backward()
+        results.append((output.logits, importance.head, importance.ffn, [p.grad for p in each.parameters()]))
+    # 42 real tokens.
+    assert rows == [42, 48]
+    torch.testing.assert_close(*results, rtol=2e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ticketops.errors import InputError
-from ticketops.ops import Packing, Sequences
+from ticketops.ops import Packing, Sequences, products
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=5))
@@ -71,6 +71,38 @@ def test_a_bucket_adds_rows_that_come_back_nowhere(rows, bucket):
     assert torch.equal(whole, padded * mask[:, :, None])
     gradient = torch.randn_like(whole)
     assert torch.equal(torch.autograd.grad(whole, padded, gradient)[0], gradient * mask[:, :, None])
+
+
+@pytest.mark.parametrize(
+    ("real", "dtype", "rows"),
+    [
+        (37, torch.bfloat16, 40),
+        (40, torch.bfloat16, 40),
+        # No more than all of the batch.
+        (61, torch.bfloat16, 62),
+        (37, torch.float32, 40),
+        (37, torch.float64, 37),
+        (37, None, 37),
+    ],
+)
+def test_rows_are_rounded_for_products_that_are_compiled(monkeypatch, real, dtype, rows):
+    monkeypatch.setattr(products, "has_bf16_products", lambda: True)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    mask = (torch.arange(62) < real).view(2, 31)
+    packing = Packing.from_mask(mask, 2, 31, mask.device, dtype=dtype)
+    assert packing.indices.tolist() == [*range(real), *[-1] * (rows - real)]
+    assert packing.sequences.max_length == 31
+
+
+@given(st.integers(0, 1 << 20))
+def test_few_sizes_cost_few_rows(rows):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "has_bf16_products", lambda: True)
+        size = products.granule(rows, torch.bfloat16, torch.device("cpu"))
+    rounded = -(-rows // size) * size
+    assert rounded - rows < max(8, rows / 32)
+    assert size == 8 or rows < 64 * size
+    assert products.granule(rows, torch.bfloat16, torch.device("cuda")) == 1
 
 
 def test_what_waits_on_no_host_can_be_traced():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
+from ticketops.ops.products import granule
 from ticketops.ops.rows import move_rows, number_tokens
 
 
@@ -67,7 +68,7 @@ class Packing:
 
     Attributes:
         indices: int64 [T], the rows of the flattened batch that are real tokens, in order; -1 packs a row of zeros, to
-            fill a bucket; None where every row stays in place.
+            round their number up; None where every row stays in place.
         numbers: int64 [B * S], the packed row of each row of the flattened batch, -1 for padding; None likewise.
         sequences: where each sequence lies among the rows that `pack` returns.
         batch: B, rows of the padded batch.
@@ -90,6 +91,7 @@ class Packing:
         unpad: bool = True,
         bucket: int | None = None,
         holes: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> "Packing":
         """Builds the packing that an attention mask asks for; any 0/1 mask can be packed, padding on the left or inside
         too.
@@ -104,8 +106,10 @@ class Packing:
             unpad: False leaves the tokens where they are, which needs the real tokens of every row to be one unbroken
                 run.
             bucket: rounds the rows up to a multiple of this (or all of the batch), and the longest length to a power of
-                two, so that batches of about one size have the same shapes; None packs real tokens only.
+                two, so that batches of about one size have the same shapes.
             holes: the distance of two tokens does not matter, so padding may lie between them.
+            dtype: of the matrix products that the packed tokens are for; without a bucket, the rows are rounded up as
+                those had better be (`products.granule`). None packs real tokens only.
 
         Returns:
             The packing.
@@ -127,9 +131,10 @@ class Packing:
             counts = lengths.tolist()
             rows, longest = sum(counts), max(counts, default=0)
             if bucket is not None:
-                # All of the batch is a size that comes up again, too.
-                rows = min(-(-rows // bucket) * bucket, batch * width)
                 longest = min(width, 1 << max(0, longest - 1).bit_length())
+            size = bucket or (1 if dtype is None else granule(rows, dtype, device))
+            # All of the batch is a size that comes up again, too.
+            rows = min(-(-rows // size) * size, batch * width)
             return cls(indices[:rows], numbers, Sequences(starts, lengths, longest), batch, width)
         first, lengths, unbroken = _unbroken(mask.to(torch.bool))
         problem = "has holes, which unpad=False cannot serve: patch(model, unpad=True) packs it"

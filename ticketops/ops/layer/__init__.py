@@ -16,6 +16,7 @@ from ticketops.ops import backends
 from ticketops.ops.dropout import draw_seed
 from ticketops.ops.layer import native
 from ticketops.ops.packing import Sequences
+from ticketops.ops.products import compute_dtype
 from ticketops.ops.registration import define
 
 
@@ -55,14 +56,6 @@ class Weights(NamedTuple):
     neurons: Tensor | None
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What the matrix products run in: autocast's dtype, or the tokens'."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def serves_layer(x: Tensor, weights: Tensor) -> bool:
     """Whether `encoder_layer` runs here; where it does not, the other ops compute the same layer.
 
@@ -70,7 +63,7 @@ def serves_layer(x: Tensor, weights: Tensor) -> bool:
         x: [.., C] tokens.
         weights: any of the layer's weights.
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     if x.dtype != weights.dtype or x.dtype not in (torch.float32, dtype):
         return False
     return backends.native_on_cpu(x.device, dtype, "attention", "ffn", "residual")
@@ -115,7 +108,7 @@ def encoder_layer(
     drops = [p if there else 0.0 for p, there in zip(dropouts, computed, strict=True)]
     seeds = draw_seed(x.device, sum(p > 0 for p in drops)) if any(drops) else None
     settings: tuple[Any, ...] = (sequences.max_length, head_dim, scale, activation, *drops, *eps)
-    bf16 = _compute_dtype(x) == torch.bfloat16
+    bf16 = compute_dtype(x) == torch.bfloat16
     tensors: tuple[Any, ...] = (x, *weights, sequences.starts, sequences.lengths, seeds)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         same = all(p is None or p.dtype == x.dtype for p in weights[:16])
