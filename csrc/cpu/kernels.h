@@ -122,7 +122,7 @@ struct TokenSums {
 
 struct Residual {
   int64_t rows, channels;
-  const void *x, *residual;
+  const void *x, *residual;  // x: null for zeros
   const float *bias, *gamma;  // bias: or null
   Dropout dropout;
   float* scratch;

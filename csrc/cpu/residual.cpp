@@ -14,9 +14,10 @@ float sum_row(const Residual& args, int64_t row, float* z) {
   const uint32_t key = row_key(dropout, row);
   Float total{};
   for_row(args.channels, [&](int64_t i, auto load, auto store) {
-    fetch(x + i + args.channels);
+    if (args.x) fetch(x + i + args.channels);
     fetch(residual + i + args.channels);
-    Float value = load(x);
+    Float value{};
+    if (args.x) value = load(x);
     if (args.bias) value += load(args.bias);
     if (dropout.threshold) value = drop(dropout, key, i, value * dropout.scale);
     value += load(residual);

@@ -203,7 +203,7 @@ def forward(
             )
             projected = product(context.view(tokens, width), (w_o if w_o.numel() else wo).t())
         else:
-            projected = torch.zeros(x.shape, dtype=dtype)
+            projected = None
         half = empty(x.shape, dtype) if cast and w1 is not None else None
         middle, mean1, rstd1 = residual.forward(
             *(projected, x, bo, gamma1, beta1, output_seed, output_dropout, eps1),
@@ -216,11 +216,12 @@ def forward(
             output = product(hidden, w2.t())
             out, mean2, rstd2 = residual.forward(output, middle, b2, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
         else:
-            out, mean2, rstd2 = torch.native_layer_norm(middle, [x.shape[1]], gamma2, beta2, eps2)
+            out, mean2, rstd2 = residual.forward(None, middle, None, gamma2, beta2, None, 0.0, eps2)
     if not keep:
         return (out,)
     saved = (
-        *(cast_x if cast else none, qkv, context, lse, projected, mean1, rstd1, middle, none if half is None else half),
+        *(cast_x if cast else none, qkv, context, lse, none if projected is None else projected, mean1, rstd1, middle),
+        none if half is None else half,
         *(pre, hidden, output, mean2, rstd2, w_qkv, w_o, w_1, w_2),
     )
     # An op's results must be tensors of their own.
@@ -291,7 +292,7 @@ def backward(
         `ffn_sums`); those of its computed neurons [B, N] (empty unless `neuron_sums`); the gradients of the parameters
         in the order of Weights, empty where the parameter has no part in the result.
     """
-    (tokens, channels), batch, dtype = x.shape, lengths.shape[0], torch.bfloat16 if bf16 else x.dtype
+    tokens, batch, dtype = x.shape[0], lengths.shape[0], torch.bfloat16 if bf16 else x.dtype
     all_heads = wq.shape[0] // head_dim
     attention_seed, output_seed, ffn_seed = _seeds(seeds, attention_dropout, output_dropout, ffn_dropout)
     parameters: list[Tensor | None] = [None] * 16
@@ -338,11 +339,11 @@ def backward(
             # Only now, since without a dropout and a cast doutput is the same tensor.
             dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
         else:
-            dmiddle, dgamma2, dbeta2 = torch.ops.aten.native_layer_norm_backward(
-                *(dout, middle, [channels], mean2, rstd2, gamma2, gamma2, [True, True, True])
+            _, dmiddle, _, dgamma2, dbeta2 = residual.backward(
+                dout, None, middle, None, gamma2, mean2, rstd2, None, 0.0
             )
         dprojected, dx, dbo, dgamma1, dbeta1 = residual.backward(
-            dmiddle, projected, x, bo, gamma1, mean1, rstd1, output_seed, output_dropout
+            dmiddle, projected if projected.numel() else None, x, bo, gamma1, mean1, rstd1, output_seed, output_dropout
         )
         dprojected = dprojected if dprojected.numel() or not dx.numel() else dx
         if weight_gradients:
@@ -416,14 +417,17 @@ def fake_forward(
         return x.new_empty(shape, dtype=dtype) if there else x.new_empty(0)
 
     attends, feeds, copied = count != 0, w1 is not None, _copies(cast, heads, dtype)
-    row = (tokens,) if feeds else (tokens, 1)
     statistics = torch.float32
     return (
         *(x.new_empty(x.shape), new(tokens, channels, there=cast), new(tokens, 3, count, head_dim, there=attends)),
         *(new(tokens, count, head_dim, there=attends), new(tokens, count, there=attends, dtype=statistics)),
-        *(new(tokens, channels), new(tokens, dtype=statistics), new(tokens, dtype=statistics), x.new_empty(x.shape)),
+        *(
+            new(tokens, channels, there=attends),
+            *(new(tokens, dtype=statistics) for _ in range(2)),
+            x.new_empty(x.shape),
+        ),
         *(new(tokens, channels, there=cast and feeds), *(new(tokens, neuron_count, there=feeds) for _ in range(2))),
-        *(new(tokens, channels, there=feeds), new(*row, dtype=statistics), new(*row, dtype=statistics)),
+        *(new(tokens, channels, there=feeds), *(new(tokens, dtype=statistics) for _ in range(2))),
         *(new(3 * count * head_dim, channels, there=attends and copied),),
         *(new(channels, count * head_dim, there=attends and (cast or heads is not None)),),
         *(new(neuron_count, channels, there=feeds and (cast or neurons is not None)),),

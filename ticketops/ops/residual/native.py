@@ -17,12 +17,21 @@ def _vector(name: str, x: _Given, channels: int) -> _Given:
     return x if x is None else checked(name, x.float(), torch.float32, channels)
 
 
-def _residual_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
-    return x.dtype if residual.dtype == x.dtype else torch.float32
+def _pair(x: Tensor | None, residual: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Both inputs, checked: the residual has x's dtype or float32."""
+    dtype = residual.dtype if x is None or residual.dtype == x.dtype else torch.float32
+    return (
+        None if x is None else checked("x", x, x.dtype, *residual.shape),
+        checked("residual", residual, dtype, *residual.shape),
+    )
+
+
+def _is_bf16(x: Tensor | None, residual: Tensor) -> bool:
+    return (residual if x is None else x).dtype == torch.bfloat16
 
 
 def forward(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     bias: Tensor | None,
     gamma: Tensor,
@@ -35,14 +44,14 @@ def forward(
     """See ticketops.ops.residual.reference.forward.
 
     Args:
+        x: None for zeros: what is left of a sublayer that is pruned away.
         half: contiguous bfloat16 [T, C] to receive a copy of the result, or None.
 
     Returns:
         out [T, C] in the residual's dtype, and each row's mean [T] and 1 / sqrt(variance + eps) [T].
     """
-    rows, channels = x.shape
-    x = checked("x", x, x.dtype, rows, channels)
-    residual = checked("residual", residual, _residual_dtype(x, residual), rows, channels)
+    rows, channels = residual.shape
+    x, residual = _pair(x, residual)
     bias, gamma, beta = (
         _vector("bias", bias, channels),
         _vector("gamma", gamma, channels),
@@ -53,7 +62,7 @@ def forward(
     mean, rstd = (empty(rows) for _ in range(2))
     run(
         native.residual_forward,
-        *(x.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, address(x), address(residual), address(bias)),
+        *(_is_bf16(x, residual), residual.dtype == torch.bfloat16, address(x), address(residual), address(bias)),
         *(address(gamma), address(beta), address(out), address(half), address(mean), address(rstd), rows, channels),
         eps,
         *dropout_arguments(seed, dropout_p),
@@ -63,7 +72,7 @@ def forward(
 
 def backward(
     dout: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     bias: Tensor | None,
     gamma: Tensor,
@@ -74,24 +83,26 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ticketops.ops.residual.reference.backward.
 
+    Args:
+        x: what `forward` took.
+
     Returns:
-        dx [T, C], empty where it equals dresidual; dresidual [T, C]; dbias, dgamma, dbeta [C] in float32;
+        dx [T, C], empty where it equals dresidual or x is None; dresidual [T, C]; dbias, dgamma, dbeta [C] in float32;
         dbias, the sum of dx, also where x has its bias already.
     """
-    rows, channels = x.shape
-    x = checked("x", x, x.dtype, rows, channels)
-    residual = checked("residual", residual, _residual_dtype(x, residual), rows, channels)
+    rows, channels = residual.shape
+    x, residual = _pair(x, residual)
     dout = checked("dout", dout, residual.dtype, rows, channels)
     bias, gamma = _vector("bias", bias, channels), _vector("gamma", gamma, channels)
     mean = checked("mean", mean, torch.float32, rows)
     rstd = checked("rstd", rstd, torch.float32, rows)
-    own_dx = bool(dropout_p) or x.dtype != residual.dtype
-    dx = empty((rows, channels) if own_dx else (0,), x.dtype)
+    own_dx = x is not None and (bool(dropout_p) or x.dtype != residual.dtype)
+    dx = empty((rows, channels) if own_dx else (0,), residual.dtype if x is None else x.dtype)
     dresidual = empty((rows, channels), residual.dtype)
     dbias, dgamma, dbeta = (empty(channels) for _ in range(3))
     run(
         native.residual_backward,
-        *(x.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, address(dout), address(x), address(residual)),
+        *(_is_bf16(x, residual), residual.dtype == torch.bfloat16, address(dout), address(x), address(residual)),
         *(address(bias), address(gamma), address(mean), address(rstd), address(dx if own_dx else None)),
         *(address(dresidual), address(dbias), address(dgamma), address(dbeta), rows, channels),
         *dropout_arguments(seed, dropout_p),
