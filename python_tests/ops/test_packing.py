@@ -76,11 +76,11 @@ def test_a_bucket_adds_rows_that_come_back_nowhere(rows, bucket):
 @pytest.mark.parametrize(
     ("real", "dtype", "rows"),
     [
-        (37, torch.bfloat16, 40),
-        (40, torch.bfloat16, 40),
+        (37, torch.bfloat16, 48),
+        (48, torch.bfloat16, 48),
         # No more than all of the batch.
         (61, torch.bfloat16, 62),
-        (37, torch.float32, 40),
+        (37, torch.float32, 48),
         (37, torch.float64, 37),
         (37, None, 37),
     ],
@@ -100,8 +100,8 @@ def test_few_sizes_cost_few_rows(rows):
         patch.setattr(products, "has_bf16_products", lambda: True)
         size = products.granule(rows, torch.bfloat16, torch.device("cpu"))
     rounded = -(-rows // size) * size
-    assert rounded - rows < max(8, rows / 32)
-    assert size == 8 or rows < 64 * size
+    assert rounded - rows < max(16, rows / 32)
+    assert size == 16 or rows < 64 * size
     assert products.granule(rows, torch.bfloat16, torch.device("cuda")) == 1
 
 

@@ -183,7 +183,7 @@ def patch(model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = No
             the longest length to a power of two. Batches padded to one width then come in a few shapes, and what
             `torch.compile(model, mode="reduce-overhead")` captures for one of them serves the others. A few percent of
             a batch's tokens is a good size. None packs to the exact number, or on a CPU to the next of the sizes that
-            oneDNN's products are compiled for, at most 3 % more above 256 tokens.
+            oneDNN's products are compiled for, at most 3 % more above 512 tokens.
 
     Returns:
         The handle that records importance, applies tickets and reverts; usable as a context manager that reverts at its
