@@ -330,7 +330,7 @@ def test_only_what_a_ticket_keeps_is_computed():
     sequences, rows = packed_sequences(SHORT)
     x, _, w = inputs(rows, ([1], [3, 4], True))
     w = [t.float() if t is not None and t.is_floating_point() else t for t in w]
-    settings = (13, DIM, 0.3, "gelu", 0.0, 0.0, 0.0, 1e-12, 1e-12, False)
+    settings = (13, DIM, 0.3, "gelu", 0.0, 0.0, 0.0, 1e-12, 1e-12, False, False)
     from ticketops.ops.layer import native
 
     results = native.forward(x.float(), *w, sequences.starts, sequences.lengths, None, *settings)
@@ -342,11 +342,12 @@ def test_only_what_a_ticket_keeps_is_computed():
 
 @pytest.mark.parametrize("ticket", TICKETS)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_opcheck(ticket, bf16):
+@pytest.mark.parametrize("first_tokens", [False, True])
+def test_opcheck(ticket, bf16, first_tokens):
     sequences, rows = packed_sequences(SHORT)
     x, _, weights = inputs(rows, ticket)
     tensors = [t.float().requires_grad_() if t is not None and t.is_floating_point() else t for t in (x, *weights)]
-    settings = (sequences.max_length, DIM, 0.3, "gelu", 0.0, 0.2, 0.0, 1e-12, 1e-12, bf16, False)
+    settings = (sequences.max_length, DIM, 0.3, "gelu", 0.0, 0.2, 0.0, 1e-12, 1e-12, bf16, first_tokens, False)
     where = (sequences.starts, sequences.lengths, torch.tensor([7]))
     torch.library.opcheck(torch.ops.ticketops.encoder_layer.default, (*tensors, *where, None, None, None, *settings))
 

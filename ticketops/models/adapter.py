@@ -247,6 +247,8 @@ class Call:
         per_token: the granularity is "token".
         packed: the encoder's input is packed already.
         whole: one op computes each layer whose input has its weights' dtype.
+        first_tokens: number of the layer of whose result only the first token of each row is read; None where all may
+            be.
     """
 
     packing: Packing
@@ -256,6 +258,7 @@ class Call:
     per_token: bool = False
     packed: bool = False
     whole: bool = False
+    first_tokens: int | None = None
 
 
 def activation_name(module: nn.Module) -> str:

@@ -17,12 +17,16 @@ class TicketEncoder(nn.Module):
     """Runs the layers on real tokens only: packs on entry, pads again at the exit."""
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Any:
-        """Takes hidden states [B, S, C], or [1, T, C] where the call says they are packed; returns [B, S, C]."""
+        """Takes hidden states [B, S, C], or [1, T, C] where the call says they are packed; returns [B, S, C], or
+        [B, 1, C] where only first tokens are read."""
         packing = ticketops.packing
         if packing.indices is not None and not ticketops.packed:
             hidden_states = packing.pack(hidden_states)[None]
         output: Any = super().forward(hidden_states, *args, ticketops=ticketops, **kwargs)
-        if packing.indices is not None:
+        if ticketops.first_tokens is not None:
+            empty = packing.sequences.lengths == 0
+            output.last_hidden_state = output.last_hidden_state.masked_fill(empty[:, None, None], 0)
+        elif packing.indices is not None:
             output.last_hidden_state = packing.unpack(output.last_hidden_state[0])
         return output
 
@@ -67,13 +71,16 @@ class TicketLayer(nn.Module):
     output: Any
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
-        """Takes and returns hidden states [.., C]."""
+        """Takes hidden states [.., C]; returns them, or [B, 1, C] where only first tokens are read."""
         attention = self.attention
         around = (attention, attention.self, attention.output)
         done = whole_layer(self._ticketops, _parts(self), around, hidden_states, ticketops)
         if done is not None:
             return done
-        hidden_states, _ = attention(hidden_states, ticketops=ticketops)
+        return read_tokens(self._ticketops, self._by_modules(hidden_states, ticketops), ticketops)
+
+    def _by_modules(self, hidden_states: Tensor, ticketops: Call) -> Tensor:
+        hidden_states, _ = self.attention(hidden_states, ticketops=ticketops)
         if not self._ticketops.kept.ffn:
             return self.output.LayerNorm(hidden_states)
         output = feed_forward(self._ticketops, self.intermediate.dense, self.output.dense, hidden_states, ticketops)
@@ -93,7 +100,7 @@ def whole_layer(
         call: of the forward pass.
 
     Returns:
-        [.., C], or None where the layer's modules must compute it.
+        [.., C], or [B, 1, C] where only first tokens are read; None where the layer's modules must compute it.
     """
     kept, index = state.kept, state.index
     linears, fc1, fc2 = parts.qkv, parts.fc1, parts.fc2
@@ -119,7 +126,8 @@ def whole_layer(
     )
     head_dim = query.out_features // state.num_heads if state.num_heads else 1
     first, *between, last = (dropout.p if dropout.training else 0.0 for dropout in parts.dropouts)
-    return ops.encoder_layer(
+    first_tokens = call.first_tokens == index
+    out = ops.encoder_layer(
         hidden_states.flatten(0, -2),
         weights,
         call.packing.sequences,
@@ -132,7 +140,26 @@ def whole_layer(
         ffn_importance=call.ffn_importance.get(index),
         neuron_importance=call.neuron_importance.get(index),
         per_token=call.per_token,
-    ).view_as(hidden_states)
+        first_tokens=first_tokens,
+    )
+    return out[:, None] if first_tokens else out.view_as(hidden_states)
+
+
+def read_tokens(state: LayerState, hidden_states: Tensor, call: Call) -> Tensor:
+    """What is read of a layer's result.
+
+    Args:
+        state: of the layer.
+        hidden_states: [.., C], the result.
+        call: of the forward pass.
+
+    Returns:
+        [.., C], or [B, 1, C] where only first tokens are read.
+    """
+    if call.first_tokens != state.index:
+        return hidden_states
+    rows = hidden_states.flatten(0, -2)
+    return rows.index_select(0, call.packing.sequences.first_rows(len(rows)))[:, None]
 
 
 def attend(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.models.distilbert import modeling_distilbert as distilbert
 
 from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
-from ticketops.models.bert import TicketEncoder, attend, feed_forward, project, residual_norm, whole_layer
+from ticketops.models.bert import TicketEncoder, attend, feed_forward, project, read_tokens, residual_norm, whole_layer
 
 
 class TicketTransformerBlock(distilbert.TransformerBlock):
@@ -15,11 +15,14 @@ class TicketTransformerBlock(distilbert.TransformerBlock):
     _ticketops: LayerState
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
-        """Takes and returns hidden states [.., C]."""
-        state, attention = self._ticketops, self.attention
-        done = whole_layer(state, _parts(self), (attention, self.ffn), hidden_states, ticketops)
+        """Takes hidden states [.., C]; returns them, or [B, 1, C] where only first tokens are read."""
+        done = whole_layer(self._ticketops, _parts(self), (self.attention, self.ffn), hidden_states, ticketops)
         if done is not None:
             return done
+        return read_tokens(self._ticketops, self._by_modules(hidden_states, ticketops), ticketops)
+
+    def _by_modules(self, hidden_states: Tensor, ticketops: Call) -> Tensor:
+        state, attention = self._ticketops, self.attention
         linears = (attention.q_lin, attention.k_lin, attention.v_lin)
         dropout_p = attention.dropout.p if self.training else 0.0
         contexts = attend(state, linears, hidden_states, ticketops, attention.scaling, dropout_p)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.adapter import Adapter, Call, Kept, LayerParts, LayerState, activation_name
-from ticketops.models.bert import BERT
+from ticketops.models.bert import BERT, TicketEncoder
 from ticketops.models.camembert import CAMEMBERT
 from ticketops.models.data2vec_text import DATA2VEC_TEXT
 from ticketops.models.deit import DEIT
@@ -68,6 +69,12 @@ _FIRST_TOKEN_HEADS = (
     "BertForPreTraining",
     "ErnieForPreTraining",
 )
+
+
+#: Those of them that read nothing else of the last layer, in every architecture whose layers can leave the rest out.
+_ONLY_FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForNextSentencePrediction")
+#: By this argument a task head's hook tells the base model's that nothing else is read; no other call of it says so.
+_ONLY_FIRST = "ticketops_only_first"
 
 
 def _reads_first_tokens(model: PreTrainedModel) -> bool:
@@ -240,7 +247,10 @@ class PatchHandle:
         self.hold(held_ticket(base.config))
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
         self._swap(encoder, adapter.swaps, self)
-        for layer, state in zip(adapter.layers(base), self._states, strict=True):
+        layers = list(adapter.layers(base))
+        # Whose results are hidden states that a task head may read.
+        self._ends = (base, encoder, layers[-1])
+        for layer, state in zip(layers, self._states, strict=True):
             for module in layer.modules():
                 if type(module) in adapter.swaps:
                     self._swap(module, adapter.swaps, state)
@@ -256,9 +266,7 @@ class PatchHandle:
         ]
         if _reads_first_tokens(model):
             place = list(inspect.signature(model.forward).parameters).index("attention_mask")
-            self._hooks.append(
-                model.register_forward_pre_hook(partial(_check_first_tokens, self, place), with_kwargs=True)
-            )
+            self._hooks.append(model.register_forward_pre_hook(partial(_before_head, self, place), with_kwargs=True))
 
     def _swap(self, module: nn.Module, swaps: dict[type[nn.Module], type[nn.Module]], state: object) -> None:
         stock = type(module)
@@ -401,7 +409,7 @@ class PatchHandle:
             del module.__dict__["_ticketops"]
         self._swapped = []
 
-    def _call(self, packing: Packing, device: torch.device, packed: bool) -> Call:
+    def _call(self, packing: Packing, device: torch.device, packed: bool, first_tokens: bool) -> Call:
         """The per-call information, with a leaf for each importance partial where a backward pass may follow."""
         for state in self._states:
             for places in (state.kept.heads, state.kept.neurons):
@@ -416,16 +424,17 @@ class PatchHandle:
         # Each layer compares the dtype of its input with that of its own weights.
         weight = self._parts[0].qkv[0].weight
         whole = ops.serves_layer(weight, weight)
+        call = Call(packing, packed=packed, whole=whole)
+        if whole and first_tokens:
+            call = replace(call, first_tokens=self.num_layers - 1)
         if importance is None or not torch.is_grad_enabled():
-            return Call(packing, packed=packed, whole=whole)
-        return self._recording(importance, packing, device, packed, whole)
+            return call
+        return self._recording(importance, call, device)
 
     @torch.compiler.disable
-    def _recording(
-        self, importance: Importance, packing: Packing, device: torch.device, packed: bool, whole: bool
-    ) -> Call:
-        call = Call(packing, per_token=importance.granularity == "token", packed=packed, whole=whole)
-        batch = len(packing.sequences)
+    def _recording(self, importance: Importance, call: Call, device: torch.device) -> Call:
+        call = replace(call, per_token=importance.granularity == "token")
+        batch = len(call.packing.sequences)
         idle: list[Callable[..., None]] = []
         for layer, state in enumerate(self._states):
             kept = state.kept
@@ -497,6 +506,7 @@ def _before_forward(
     if len(args) > len(names):
         raise InputError(f"{type(base).__name__} takes at most {len(names)} positional arguments, got {len(args)}")
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    only_first = kwargs.pop(_ONLY_FIRST, False)
     if base.config.output_attentions:
         kwargs.setdefault("output_attentions", True)
     for name, remedy in _REFUSED_ARGUMENTS.items():
@@ -526,7 +536,10 @@ def _before_forward(
     embeds_positions = "position_ids" in names and hasattr(base.embeddings, "position_embeddings")
     # On a GPU the embeddings of padding are no time worth a further launch.
     packed = packing.indices is not None and (handle._packs or (device.type == "cpu" and embeds_positions))
-    kwargs["ticketops"] = handle._call(packing, device, packed)
+    rows = batch * width if packing.indices is None else len(packing.indices)
+    hidden = kwargs.get("output_hidden_states")
+    hidden = base.config.output_hidden_states if hidden is None else hidden
+    kwargs["ticketops"] = handle._call(packing, device, packed, only_first and rows > 0 and not hidden)
     if packing.indices is not None and packed:
         _pack_inputs(base.embeddings, packing, packing.indices.clamp_min(0), kwargs)
     return (), kwargs
@@ -558,13 +571,20 @@ def _pack_inputs(embeddings: Any, packing: Packing, indices: Tensor, kwargs: dic
             kwargs[name] = rows.flatten(0, 1).index_select(0, indices)[None]
 
 
-def _check_first_tokens(
+def _before_head(
     handle: PatchHandle, place: int, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Refuses padding where the task head reads: stock models leave there what a padding token attends to."""
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Refuses padding where the task head reads, and says where it reads nothing else."""
     mask = args[place] if len(args) > place else kwargs.get("attention_mask")
-    if mask is None:
-        return
+    if mask is not None:
+        _check_first_tokens(handle, model, mask)
+    if _reads_only_first_tokens(handle, model):
+        kwargs = {**kwargs, _ONLY_FIRST: True}
+    return args, kwargs
+
+
+def _check_first_tokens(handle: PatchHandle, model: PreTrainedModel, mask: Tensor) -> None:
+    """Refuses padding where the task head reads: stock models leave there what a padding token attends to."""
     rows = mask.flatten(0, -2).bool()
     problem = (
         f"begins with padding, which {type(model).__name__} would read as its first token: pad on the right "
@@ -572,6 +592,42 @@ def _check_first_tokens(
     )
     # Packing waits for the device anyway.
     check_rows(rows[:, 0] | ~rows.any(1), problem, wait=handle._unpad)
+
+
+def _reads_only_first_tokens(handle: PatchHandle, model: PreTrainedModel) -> bool:
+    """Whether nobody can see more of the last layer than each row's first token: the head is transformers' own, with
+    modules of its own or of torch, and no hook of others looks on."""
+    # A compiler would have to follow all this; what it compiles computes every token.
+    if torch.compiler.is_compiling() or not type(model).__name__.endswith(_ONLY_FIRST_TOKEN_HEADS):
+        return False
+    base, encoder, _ = handle._ends
+    if not isinstance(encoder, TicketEncoder):
+        return False
+    skipped = (base, base.embeddings, encoder)
+    heads = [child for child in (*model.children(), *base.children()) if child not in skipped]
+    readers = [*handle._ends, *(module for head in heads for module in head.modules())]
+    ours = {hook.id for hook in handle._hooks}
+    hooks = (
+        key
+        for module in readers
+        for found in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+        for key in found
+    )
+    return all(map(_is_stock, (model, *readers))) and ours.issuperset(hooks)
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether a module is of transformers, torch or ticketops, and computes what its class does."""
+    if not type(module).__module__.startswith(("transformers.", "torch.nn.", "ticketops.")):
+        return False
+    own = module.__dict__.get("forward")
+    # Accelerate wraps a model's forward, which still is the same inside.
+    return own is None or inspect.unwrap(own) is inspect.unwrap(type(module).forward)
 
 
 # Packing asks for the number of real tokens, which a compiler cannot know: it runs outside of compiled graphs.

@@ -53,6 +53,14 @@ class Sequences:
     def __len__(self) -> int:
         return self.lengths.shape[0]
 
+    def first_rows(self, rows: int) -> Tensor:
+        """The row of each sequence's first token, int64 [B]; another's for an empty sequence.
+
+        Args:
+            rows: of the flat token matrix, at least 1.
+        """
+        return self.starts.clamp_max(rows - 1).long()
+
     def spans(self) -> list[tuple[int, int]]:
         """Start and end of every sequence as Python numbers; on a GPU this waits for the device.
 

@@ -83,6 +83,7 @@ def encoder_layer(
     ffn_importance: Tensor | None = None,
     neuron_importance: Tensor | None = None,
     per_token: bool = False,
+    first_tokens: bool = False,
 ) -> Tensor:
     """Computes one post-LayerNorm encoder layer, where `serves_layer` says so.
 
@@ -100,9 +101,12 @@ def encoder_layer(
         ffn_importance: [B], the same for the FFN; see `ticketops.ops.ffn`.
         neuron_importance: [B, computed neurons], the same for its neurons.
         per_token: takes the absolute value of each token's term before summing.
+        first_tokens: only each sequence's first token is wanted, as by a task head that reads no other; behind
+            attention nothing else is computed. There must be a token.
 
     Returns:
-        [T, C] in x's dtype.
+        [T, C] in x's dtype; [B, C] of `first_tokens`, where the rows of empty sequences hold anything finite and must
+        get no gradient.
     """
     computed = (weights.heads is None or len(weights.heads) > 0, True, weights.w1 is not None)
     drops = [p if there else 0.0 for p, there in zip(dropouts, computed, strict=True)]
@@ -113,11 +117,12 @@ def encoder_layer(
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         same = all(p is None or p.dtype == x.dtype for p in weights[:16])
         if same and seeds is None and native.is_few(len(x), bf16):
-            return native.infer(tensors[:-1], sequences.max_length, head_dim, scale, activation, *eps, bf16)
+            out = native.infer(tensors[:-1], sequences.max_length, head_dim, scale, activation, *eps, bf16)
+            return out[sequences.first_rows(len(x))] if first_tokens else out
         forward: Any = native.forward
-        return forward(*tensors, *settings, bf16, keep=False)[0]
+        return forward(*tensors, *settings, bf16, first_tokens, keep=False)[0]
     sinks = (head_importance, ffn_importance, neuron_importance)
-    return torch.ops.ticketops.encoder_layer(*tensors, *sinks, *settings, bf16, per_token)[0]
+    return torch.ops.ticketops.encoder_layer(*tensors, *sinks, *settings, bf16, first_tokens, per_token)[0]
 
 
 def _forward(*arguments):
@@ -161,7 +166,7 @@ _TENSORS = (
 )
 _SETTINGS = (
     "SymInt max_length, int head_dim, float scale, str activation, float attention_dropout, float output_dropout, "
-    "float ffn_dropout, float eps1, float eps2, bool bf16"
+    "float ffn_dropout, float eps1, float eps2, bool bf16, bool first_tokens"
 )
 define(
     f"encoder_layer({_TENSORS}, Tensor? head_importance, Tensor? ffn_importance, Tensor? neuron_importance, "

@@ -12,6 +12,7 @@ from ticketops.ops.copies.native import Table
 from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
 from ticketops.ops.memory import empty
+from ticketops.ops.packing import Sequences
 from ticketops.ops.products import add_product, has_bf16_products, prefers_onednn, product
 from ticketops.ops.residual import native as residual
 
@@ -52,6 +53,16 @@ def _copies(cast: bool, heads: Tensor | None, dtype: torch.dtype) -> bool:
 def _bias(bias: Tensor, places: Tensor | None) -> Tensor:
     """The computed neurons' biases in float32."""
     return (bias if places is None else bias[places]).float()
+
+
+def _select(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x's rows, or all of x."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
+    """The gradient of `_select`."""
+    return x if rows is None else empty((tokens, x.shape[1]), x.dtype).zero_().index_add_(0, rows, x)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -150,6 +161,7 @@ def forward(
     eps1: float,
     eps2: float,
     bf16: bool,
+    first_tokens: bool,
     keep: bool = True,
 ) -> tuple[Tensor, ...]:
     """See ticketops.ops.layer.encoder_layer.
@@ -158,7 +170,7 @@ def forward(
         keep: whether a backward pass may follow.
 
     Returns:
-        [T, C] and what SAVED lists; without `keep` only the former.
+        [T, C], or [B, C] of `first_tokens`, and what SAVED lists; without `keep` only the former.
     """
     tokens, dtype = x.shape[0], torch.bfloat16 if bf16 else x.dtype
     all_heads = wq.shape[0] // head_dim
@@ -183,6 +195,9 @@ def forward(
         w1 = w_1 = copies.select(w1, 0, all_neurons, neurons, dtype)
         w2 = w_2 = copies.select(w2, 1, all_neurons, neurons, dtype)
     copies.run()
+    # Behind attention come the rows that somebody reads.
+    rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
+    stream = _select(x, rows)
     with torch.autocast("cpu", enabled=False):
         cast_x = empty(x.shape, dtype).copy_(x) if cast else x
         if count:
@@ -201,12 +216,12 @@ def forward(
             context, lse = attention.forward(
                 q, k, v, starts, lengths, None, attention_seed, max_length, scale, attention_dropout
             )
-            projected = product(context.view(tokens, width), (w_o if w_o.numel() else wo).t())
+            projected = product(_select(context.view(tokens, width), rows), (w_o if w_o.numel() else wo).t())
         else:
             projected = None
-        half = empty(x.shape, dtype) if cast and w1 is not None else None
+        half = empty(stream.shape, dtype) if cast and w1 is not None else None
         middle, mean1, rstd1 = residual.forward(
-            *(projected, x, bo, gamma1, beta1, output_seed, output_dropout, eps1),
+            *(projected, stream, bo, gamma1, beta1, output_seed, output_dropout, eps1),
             half,
         )
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
@@ -280,6 +295,7 @@ def backward(
     eps1: float,
     eps2: float,
     bf16: bool,
+    first_tokens: bool,
     weight_gradients: bool,
     ffn_sums: bool,
     neuron_sums: bool,
@@ -297,6 +313,11 @@ def backward(
     attention_seed, output_seed, ffn_seed = _seeds(seeds, attention_dropout, output_dropout, ffn_dropout)
     parameters: list[Tensor | None] = [None] * 16
     none = torch.empty(0)
+    rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
+    # A first token is all that is left of its sequence.
+    left = (starts, lengths)
+    if first_tokens:
+        left = (torch.arange(batch, dtype=torch.int32), torch.ones(batch, dtype=torch.int32))
 
     copies = Table()
 
@@ -322,11 +343,11 @@ def backward(
             )
             doutput = doutput if doutput.numel() or not dmiddle.numel() else dmiddle
             if ffn_sums:
-                ffn_signed, ffn_absolute = ffn.token_sums(doutput, output, starts, lengths, 1.0, b2.float())
+                ffn_signed, ffn_absolute = ffn.token_sums(doutput, output, *left, 1.0, b2.float())
             inner = cast_middle if cast_middle.numel() else middle
             dpre = product(doutput, w_2 if w_2.numel() else w2)
             db1, by_neuron = ffn.activate_backward(
-                *(dpre, pre, hidden, None, None, activation, weight_gradients, neuron_sums, per_token, starts, lengths),
+                *(dpre, pre, hidden, None, None, activation, weight_gradients, neuron_sums, per_token, *left),
                 bias=_bias(b1, neurons),
             )
             if weight_gradients:
@@ -343,9 +364,18 @@ def backward(
                 dout, None, middle, None, gamma2, mean2, rstd2, None, 0.0
             )
         dprojected, dx, dbo, dgamma1, dbeta1 = residual.backward(
-            dmiddle, projected if projected.numel() else None, x, bo, gamma1, mean1, rstd1, output_seed, output_dropout
+            dmiddle,
+            projected if projected.numel() else None,
+            _select(x, rows),
+            bo,
+            gamma1,
+            mean1,
+            rstd1,
+            output_seed,
+            output_dropout,
         )
         dprojected = dprojected if dprojected.numel() or not dx.numel() else dx
+        dx = _scatter(dx, rows, tokens)
         if weight_gradients:
             for place, gradient, like in (
                 *((7, dbo, bo), (8, dgamma1, gamma1), (9, dbeta1, beta1)),
@@ -356,11 +386,11 @@ def backward(
         count = all_heads if heads is None else heads.shape[0]
         if count:
             width = count * head_dim
-            dcontext = product(dprojected, w_o if w_o.numel() else wo).view(tokens, count, head_dim)
+            dcontext = _scatter(product(dprojected, w_o if w_o.numel() else wo), rows, tokens)
             dqkv = empty((tokens, 3, count, head_dim), dtype)
             q, k, v = qkv.unbind(1)
             *_, signed, absolute = attention.backward(
-                dcontext,
+                dcontext.view(tokens, count, head_dim),
                 q,
                 k,
                 v,
@@ -377,7 +407,7 @@ def backward(
             )
             flat = dqkv.view(tokens, 3 * width)
             if weight_gradients:
-                dwo = product(dprojected.t(), context.view(tokens, width))
+                dwo = product(dprojected.t(), _select(context.view(tokens, width), rows))
                 keep(6, dwo, wo, 1, all_heads, heads)
                 dbiases = ffn.column_sums(flat)
                 inputs = cast_x if cast_x.numel() else x
@@ -406,6 +436,7 @@ def backward(
 def fake_forward(
     x, wq, wk, wv, bq, bk, bv, wo, bo, gamma1, beta1, w1, b1, w2, b2, gamma2, beta2, heads, neurons, starts, lengths,
     seeds, max_length, head_dim, scale, activation, attention_dropout, output_dropout, ffn_dropout, eps1, eps2, bf16,
+    first_tokens,
 ):  # fmt: skip
     """Shapes and dtypes of `forward`'s results."""
     (tokens, channels), dtype = x.shape, torch.bfloat16 if bf16 else x.dtype
@@ -418,16 +449,14 @@ def fake_forward(
 
     attends, feeds, copied = count != 0, w1 is not None, _copies(cast, heads, dtype)
     statistics = torch.float32
+    rows = starts.shape[0] if first_tokens else tokens
+    stream = (rows, channels)
     return (
-        *(x.new_empty(x.shape), new(tokens, channels, there=cast), new(tokens, 3, count, head_dim, there=attends)),
+        *(x.new_empty(stream), new(tokens, channels, there=cast), new(tokens, 3, count, head_dim, there=attends)),
         *(new(tokens, count, head_dim, there=attends), new(tokens, count, there=attends, dtype=statistics)),
-        *(
-            new(tokens, channels, there=attends),
-            *(new(tokens, dtype=statistics) for _ in range(2)),
-            x.new_empty(x.shape),
-        ),
-        *(new(tokens, channels, there=cast and feeds), *(new(tokens, neuron_count, there=feeds) for _ in range(2))),
-        *(new(tokens, channels, there=feeds), *(new(tokens, dtype=statistics) for _ in range(2))),
+        *(new(*stream, there=attends), *(new(rows, dtype=statistics) for _ in range(2)), x.new_empty(stream)),
+        *(new(*stream, there=cast and feeds), *(new(rows, neuron_count, there=feeds) for _ in range(2))),
+        *(new(*stream, there=feeds), *(new(rows, dtype=statistics) for _ in range(2))),
         *(new(3 * count * head_dim, channels, there=attends and copied),),
         *(new(channels, count * head_dim, there=attends and (cast or heads is not None)),),
         *(new(neuron_count, channels, there=feeds and (cast or neurons is not None)),),
