@@ -75,6 +75,31 @@ def test_ids_that_are_no_rows_are_refused_forward_and_backward():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 100), (2, 3, 17), (1, 5), (0, 8), (65, 384)])
+def test_layer_norm_is_torchs(dtype, shape):
+    torch.manual_seed(0)
+    tensors = [torch.randn(*size, dtype=dtype) for size in (shape, shape[-1:], shape[-1:])]
+    dout = torch.randn(shape, dtype=dtype)
+
+    def results(norm, dtype=dtype):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors]
+        out = norm(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
+
+    plain = lambda x, weight, bias: functional.layer_norm(x, shape[-1:], weight, bias, 1e-5)  # noqa: E731
+    exact, theirs = results(plain, torch.float64), results(plain)
+    for number in (1, 2):
+        with threads(number), poisoned():
+            ours = results(lambda *leaves: embedding.layer_norm(*leaves, 1e-5))
+        for got, other, want in zip(ours, theirs, exact, strict=True):
+            assert got.dtype == dtype
+            assert got.shape == want.shape
+            if want.numel():
+                bound = 3 * (other - want).abs().max() + 4 * torch.finfo(dtype).eps * want.abs().max()
+                assert (got - want).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(7, 100), (2, 3, 17), (1, 1), (0, 8), (65, 384)])
 def test_dropout_is_the_shared_rule_and_replayed(dtype, shape):
     torch.manual_seed(0)
@@ -101,6 +126,8 @@ def test_strided_inputs():
 def test_opcheck():
     ids = torch.tensor([[0, 3], [3, 1]])
     torch.library.opcheck(torch.ops.ticketops.embedding.default, (torch.randn(4, 3).requires_grad_(), ids, 0))
+    norm = (torch.randn(4, 3).requires_grad_(), torch.randn(3).requires_grad_(), torch.randn(3).requires_grad_(), 1e-5)
+    torch.library.opcheck(torch.ops.ticketops.layer_norm.default, norm)
     torch.library.opcheck(torch.ops.ticketops.dropout.default, (torch.randn(4, 3).requires_grad_(), SEED, 0.5))
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ticketops.ops.embedding import dropout, embedding, serves_embedding
+from ticketops.ops.embedding import dropout, embedding, layer_norm, serves_embedding
 
 
 class TicketEmbedding(nn.Embedding):
@@ -16,6 +16,17 @@ class TicketEmbedding(nn.Embedding):
         return embedding(self.weight, input, self.padding_idx)
 
 
+class TicketLayerNorm(nn.LayerNorm):
+    """LayerNorm whose results lie in kept memory."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Takes and returns [.., C]."""
+        plain = self.elementwise_affine and self.bias is not None and len(self.normalized_shape) == 1
+        if not plain or input.dtype != self.weight.dtype or not serves_embedding(input):
+            return super().forward(input)
+        return layer_norm(input, self.weight, self.bias, self.eps)
+
+
 class TicketDropout(nn.Dropout):
     """Dropout that draws on all threads."""
 
@@ -27,4 +38,8 @@ class TicketDropout(nn.Dropout):
 
 
 #: The stock class of a module among the embeddings, and its replacement.
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.Embedding: TicketEmbedding, nn.Dropout: TicketDropout}
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Embedding: TicketEmbedding,
+    nn.LayerNorm: TicketLayerNorm,
+    nn.Dropout: TicketDropout,
+}
