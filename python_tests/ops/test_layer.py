@@ -56,7 +56,7 @@ def inputs(rows, ticket, seed=0):
     return 3 * normal(rows, CHANNELS), 3 * normal(rows, CHANNELS), weights
 
 
-def composed(x, w, sequences, dropouts, sinks, per_token, activation="gelu"):
+def composed(x, w, sequences, dropouts, sinks, per_token, activation="gelu", first_tokens=False):
     """The layer by the other ops."""
     if w.heads is None or len(w.heads):
         groups = torch.arange(HEADS) if w.heads is None else w.heads
@@ -65,8 +65,12 @@ def composed(x, w, sequences, dropouts, sinks, per_token, activation="gelu"):
         context = ops.attention(
             *(q, k, v, sequences), dropout_p=dropouts[0], scale=DIM**-0.5, importance=sinks[0], per_token=per_token
         )
+        if first_tokens:
+            context = context[sequences.first_rows(len(x))]
         projected = ops.project_columns(context.flatten(1), w.wo, groups, HEADS)
-    else:
+    if first_tokens:
+        x, sequences = x[sequences.first_rows(len(x))], Sequences.from_lengths([1] * len(sequences))
+    if w.heads is not None and not len(w.heads):
         projected = torch.zeros_like(x)
     x = ops.residual_norm(projected, x, w.gamma1, w.beta1, bias=w.bo, dropout_p=dropouts[1], eps=1e-12)
     if w.w1 is None:
@@ -84,7 +88,7 @@ def composed(x, w, sequences, dropouts, sinks, per_token, activation="gelu"):
     return ops.residual_norm(output, x, w.gamma2, w.beta2, dropout_p=dropouts[2], eps=1e-12)
 
 
-def whole(x, w, sequences, dropouts, sinks, per_token, activation="gelu"):
+def whole(x, w, sequences, dropouts, sinks, per_token, activation="gelu", first_tokens=False):
     """The layer by its own op."""
     assert ops.serves_layer(x, w.wq)
     return ops.encoder_layer(
@@ -97,6 +101,7 @@ def whole(x, w, sequences, dropouts, sinks, per_token, activation="gelu"):
         ffn_importance=sinks[1],
         neuron_importance=sinks[2],
         per_token=per_token,
+        first_tokens=first_tokens,
     )
 
 
@@ -113,6 +118,8 @@ def run(layer, tensors, sequences, dtype, autocast=None, dropouts=(0.0, 0.0, 0.0
     torch.manual_seed(5)
     with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
         out = layer(x, weights, sequences, dropouts, sinks, per_token, **options)
+    if options.get("first_tokens"):
+        dout = dout[: len(out)] * (sequences.lengths > 0)[:, None]
     out.backward(dout.to(out.dtype))
     results = {"out": out.detach(), "dx": x.grad}
     results |= {name: getattr(weights, name).grad for name in PARAMETERS if getattr(weights, name) is not None}
@@ -151,6 +158,39 @@ def test_as_good_as_its_parts_in_plain_pytorch(ticket, dtype, autocast, per_toke
     sequences, rows = layout(SHORT)
     with poisoned():
         check(inputs(rows, ticket), sequences, dtype, autocast, dropouts=(0.1, 0.2, 0.3), per_token=per_token)
+
+
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
+def test_first_tokens_alone_are_as_good_as_their_parts(ticket, dtype, autocast, per_token, layout):
+    sequences, rows = layout(SHORT)
+    options = {"dropouts": (0.1, 0.2, 0.3), "per_token": per_token, "first_tokens": True}
+    for number in (1, 2):
+        with threads(number), poisoned():
+            check(inputs(rows, ticket), sequences, dtype, autocast, **options)
+
+
+@pytest.mark.parametrize("ticket", TICKETS)
+def test_first_tokens_are_those_of_the_whole_layer(ticket):
+    sequences, rows = packed_sequences([3, 0, 61, 17, 0])
+    x, dout, weights = inputs(rows, ticket)
+    first = sequences.first_rows(rows)[sequences.lengths > 0]
+    some = torch.zeros_like(dout)
+    some[first] = dout[[0, 2, 3]]
+    got = run(whole, (x, dout, weights), sequences, torch.float32, first_tokens=True)
+    want = run(whole, (x, some, weights), sequences, torch.float32)
+    got["out"], want["out"] = got["out"][sequences.lengths > 0], want["out"][first]
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-4, atol=1e-4)
+    # Few tokens and many.
+    for lengths in ([3, 0, 5], [100, 0, 90]):
+        sequences, rows = packed_sequences(lengths)
+        tensors = inputs(rows, ticket)
+        got = infer(whole, tensors, sequences, first_tokens=True)
+        want = infer(whole, tensors, sequences)[sequences.first_rows(rows)]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ticket", TICKETS)

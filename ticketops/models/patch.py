@@ -264,6 +264,14 @@ class PatchHandle:
             base.register_forward_pre_hook(partial(before, self, names), with_kwargs=True),
             base.register_forward_hook(partial(_after_forward, self._packs), with_kwargs=True),
         ]
+        self.watch(model)
+
+    def watch(self, model: PreTrainedModel) -> None:
+        """Serves a task head that reads first tokens.
+
+        Args:
+            model: the patched model, or another with the same encoder.
+        """
         if _reads_first_tokens(model):
             place = list(inspect.signature(model.forward).parameters).index("attention_mask")
             self._hooks.append(model.register_forward_pre_hook(partial(_before_head, self, place), with_kwargs=True))

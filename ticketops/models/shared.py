@@ -81,6 +81,7 @@ class SharedModel(nn.Module):
         self.handle = PatchHandle(first)
         for model in others:
             setattr(model, prefix, base)
+            self.handle.watch(model)
         self._places = {task: place for place, task in enumerate(models)}
         self._models = nn.ModuleList(models.values())
         self._heads = {task: _head_parameters(model) for task, model in models.items()}

@@ -1,0 +1,201 @@
+"""The last layer computes first tokens alone, where nobody can see that."""
+
+import copy
+import types
+
+import pytest
+import torch
+from accelerate import Accelerator
+from ops.cases import need
+from torch import nn
+from transformers import BertForPreTraining, BertForSequenceClassification, BertForTokenClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+import ticketops
+from models.conftest import LAYERS, tiny_config
+from models.test_encoders import TEXT, draw, make
+from ticketops.tickets import Ticket
+
+
+@pytest.fixture(autouse=True)
+def native():
+    for op in ("attention", "ffn", "residual"):
+        need("native", op, torch.float32)
+
+
+def watched(model):
+    """The list of what each forward pass says of first tokens."""
+    said = []
+    layer = next(module for name, module in model.named_modules() if name.endswith("layer.0"))
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: said.append(kwargs["ticketops"].first_tokens), with_kwargs=True
+    )
+    return said
+
+
+def step(model, batch, handle=None):
+    """Loss, gradients and importance of a training step."""
+    model.zero_grad()
+    if handle is None:
+        loss, scores = model(**batch).loss, []
+        loss.backward()
+    else:
+        with handle.record_importance("token", neurons=True) as importance:
+            loss = model(**batch).loss
+            loss.backward()
+        scores = [importance.head, importance.ffn, importance.neuron]
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], scores
+
+
+@pytest.mark.parametrize("encoder", [name for name in TEXT if name != "ModernBert"])
+@pytest.mark.parametrize("padding", ["right", "none"])
+def test_every_classifier_of_bert_s_kind_is_served(encoder, padding):
+    model = make(f"{encoder}ForSequenceClassification")
+    stock, batch = copy.deepcopy(model), draw(model, padding)
+    batch["labels"] = torch.tensor([0, 2, 1, 1])
+    with ticketops.patch(model):
+        said = watched(model)
+        for got, want in zip(step(model, batch)[0], step(stock, batch)[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert said == [LAYERS - 1] * 2
+
+
+@pytest.mark.parametrize("ffn", [True, False])
+def test_importance_and_tickets_are_those_of_all_tokens(model, batch, ffn):
+    head_mask = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0], [1, 0, 0, 1]]).bool()
+    whole = copy.deepcopy(model)
+    results = []
+    for each in (model, whole):
+        with ticketops.patch(each) as handle:
+            handle.apply(Ticket(head_mask, torch.tensor([True, False, ffn])))
+            said = watched(each)
+            if each is whole:
+                each.bert.register_forward_hook(lambda *_: None)
+            results.append(step(each, batch, handle))
+        assert said == [LAYERS - 1 if each is model else None]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_without_tokens_is_zeros(model, batch):
+    batch["attention_mask"][2] = 0
+    with ticketops.patch(model), torch.no_grad():
+        said = watched(model)
+        logits = model(**batch).logits
+        states = model.bert(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+        assert states.last_hidden_state.shape[:2] == batch["input_ids"].shape
+        torch.testing.assert_close(logits, model.classifier(states.pooler_output))
+    assert said == [LAYERS - 1, None]
+    assert not states.last_hidden_state[2].any()
+
+
+class MeanForSequenceClassification(BertForSequenceClassification):
+    """A head of the user's own, which reads every token."""
+
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs):
+        states = self.bert(input_ids, attention_mask, token_type_ids, **kwargs).last_hidden_state
+        return SequenceClassifierOutput(logits=self.classifier(states.sum(1)))
+
+
+class MeanPooler(nn.Module):
+    def forward(self, states):
+        return states.sum(1)
+
+
+def with_pooler(model):
+    model.bert.pooler = MeanPooler()
+
+
+def with_forward(model):
+    model.forward = types.MethodType(MeanForSequenceClassification.forward, model)
+
+
+def with_class(model):
+    model.__class__ = MeanForSequenceClassification
+
+
+def with_hook(place):
+    def add(model):
+        model.get_submodule(place).register_forward_hook(lambda *_: None)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    "change",
+    [with_pooler, with_forward, with_class]
+    + [with_hook(place) for place in ("bert", "bert.encoder", f"bert.encoder.layer.{LAYERS - 1}", "bert.pooler")],
+)
+def test_whoever_may_see_the_other_tokens_gets_them(model, stock, batch, change):
+    with ticketops.patch(model):
+        change(model)
+        change(stock)
+        said = watched(model)
+        # The stock model fills padding with numbers that a sum would see.
+        batch["attention_mask"][:] = 1
+        got, want = (each(**batch).logits for each in (model, stock))
+    assert said == [None]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_are_whole(model, stock, batch):
+    keep = batch["attention_mask"].bool()
+    with ticketops.patch(model), torch.no_grad():
+        said = watched(model)
+        got, want = (each(**batch, output_hidden_states=True).hidden_states for each in (model, stock))
+        model.config.output_hidden_states = True
+        model(**batch)
+    assert said == [None, None]
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours[keep], theirs[keep], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [BertForTokenClassification, BertForPreTraining])
+def test_heads_that_read_every_token_get_them(kind, batch):
+    torch.manual_seed(0)
+    model = kind(tiny_config()).eval()
+    del batch["labels"]
+    with ticketops.patch(model), torch.no_grad():
+        said = watched(model)
+        model(**batch)
+    assert said == [None]
+
+
+def test_what_accelerate_wraps_is_served(model, stock, batch):
+    with ticketops.patch(model):
+        said = watched(model)
+        prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+        got = prepared(**batch).logits
+    assert said == [LAYERS - 1]
+    torch.testing.assert_close(got, stock(**batch).logits, rtol=0.1, atol=0.2)
+
+
+def test_a_layer_by_its_modules_leaves_first_tokens_too(model, stock, batch):
+    with ticketops.patch(model):
+        said = watched(model)
+        # Its attention is somebody else's now, so its modules compute the layer.
+        model.bert.encoder.layer[-1].attention.self.register_forward_hook(lambda *_: None)
+        for got, want in zip(step(model, batch)[0], step(stock, batch)[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert said == [LAYERS - 1]
+
+
+def test_checkpointed_layers_are_served(batch):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_config(attention_probs_dropout_prob=0.2, hidden_dropout_prob=0.1))
+    results = []
+    with ticketops.patch(model.train()) as handle:
+        said = watched(model)
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            torch.manual_seed(5)
+            results.append([value.clone() for part in step(model, batch, handle) for value in part])
+    assert set(said) == {LAYERS - 1}
+    torch.testing.assert_close(*results)
+
+
+def test_reverting_leaves_nothing_behind(model, stock, batch):
+    ticketops.patch(model).revert()
+    assert torch.equal(model(**batch).logits, stock(**batch).logits)
