@@ -379,9 +379,11 @@ void check_places(const char* what, const int64_t* places, int64_t count, int64_
 void encoder(bool x_bf16, bool bf16, int activation, Address x, Address out, const std::array<Address, 16>& parameters,
              Address heads, Address neurons, Address starts, Address lengths, int64_t batch, int64_t tokens,
              int64_t channels, int64_t all_heads, int64_t head_dim, int64_t head_count, int64_t all_neurons,
-             int64_t neuron_count, int64_t max_length, double scale, double eps1, double eps2, int threads) {
+             int64_t neuron_count, int64_t max_length, bool first_tokens, double scale, double eps1, double eps2,
+             int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
   cover(sequences, tokens);
+  if (first_tokens && tokens < 1) throw std::invalid_argument("there is no first token among 0");
   const int64_t *head_places = pointer<int64_t>(heads), *neuron_places = pointer<int64_t>(neurons);
   std::vector<int64_t> width_places;
   if (heads) {
@@ -414,6 +416,7 @@ void encoder(bool x_bf16, bool bf16, int activation, Address x, Address out, con
   args.sequences = sequences.data();
   args.batch = batch;
   args.longest = max_length;
+  args.first_tokens = first_tokens;
   args.scale = static_cast<float>(scale);
   args.eps1 = static_cast<float>(eps1);
   args.eps2 = static_cast<float>(eps2);

@@ -241,43 +241,31 @@ void normalise(const Encoder& args, const void* gamma, const void* beta, float e
   });
 }
 
-}  // namespace
-
-template <typename T, bool half>
-void encoder(const Encoder& args) {
-  const int64_t channels = args.channels, width = args.width, row = args.row();
-  float* x = args.scratch;  // [channels][row], like the next two
-  float* middle = x + channels * row;
-  float* operand = middle + channels * row;  // of the products, where x and middle have more digits than these take
-  float* qkv = operand + channels * row;  // [3 * width][row]
-  float* context = qkv + 3 * width * row;  // [width][row]
-  float* hidden = context + width * row;  // [neurons][row]
-  float* scratch = hidden + args.neurons * row + 16;
-  constexpr bool cast = half && sizeof(T) == 4;
-
-  read_tokens<T>(args, x);
-  if (cast)
-    for (int64_t i = 0; i < channels * row; i += W) store(operand + i, rounded(load(x + i)));
-  const auto place = [](const int64_t* places, int64_t i) { return places ? places[i] : i; };
-  const auto weight_row = [](const Linear& linear, int64_t i, int64_t columns) {
-    return static_cast<const T*>(linear.weight) + i * columns;
-  };
-  if (width) {
-    const Linear* const linears[] = {&args.q, &args.k, &args.v};
-    multiply<T, half>(
-        args, scratch, 3 * width, channels, nullptr, channels,
-        [&](int64_t i) { return weight_row(*linears[i / width], place(args.width_places, i % width), channels); },
-        cast ? operand : x, qkv, [&](int64_t i, float* to) {
-          const float bias = element<T>(linears[i / width]->bias, place(args.width_places, i % width));
-          for_lanes(args, [&](int64_t j) { store(to + j, stored<half>(load(to + j) + bias)); });
-        });
-    // Rows of no sequence have a context too.
-    for (int64_t i = 0; i < width * row; i += W) store(context + i, Float{});
-    attend<half>(args, scratch, qkv, context);
+// The columns of first tokens, side by side in rows of `to_row`; any column for an empty sequence.
+void gather_first(const Encoder& args, int64_t rows, const float* from, float* to, int64_t to_row) {
+  for (int64_t i = 0; i < rows; ++i, from += args.row(), to += to_row) {
+    for (int64_t b = 0; b < args.batch; ++b) to[b] = from[min(args.sequences[b].start, args.tokens - 1)];
+    for (int64_t b = args.batch; b < to_row; ++b) to[b] = 0;
   }
+}
+
+int64_t place(const int64_t* places, int64_t i) { return places ? places[i] : i; }
+
+template <typename T>
+const T* weight_row(const Linear& linear, int64_t i, int64_t columns) {
+  return static_cast<const T*>(linear.weight) + i * columns;
+}
+
+// What follows attention. x: the layer's input; middle: [channels][row], operand: the same, for the products, where
+// middle has more digits than these take; context: [width][row]; hidden: [neurons][row].
+template <typename T, bool half>
+void follow(const Encoder& args, float* x, float* middle, float* operand, const float* context, float* hidden,
+            float* scratch) {
+  const int64_t channels = args.channels, row = args.row();
+  constexpr bool cast = half && sizeof(T) == 4;
   multiply<T, half>(
-      args, scratch, channels, args.all_width, args.width_places, width,
-      [&](int64_t i) { return weight_row(args.output, i, args.all_width); }, context, middle,
+      args, scratch, channels, args.all_width, args.width_places, args.width,
+      [&](int64_t i) { return weight_row<T>(args.output, i, args.all_width); }, context, middle,
       [&](int64_t i, float* to) {
         const float bias = element<T>(args.output.bias, i);
         for_lanes(args, [&](int64_t j) {
@@ -292,7 +280,7 @@ void encoder(const Encoder& args) {
   with_activation(args.activation, [&](auto activation) {
     multiply<T, half>(
         args, scratch, args.neurons, channels, nullptr, channels,
-        [&](int64_t i) { return weight_row(args.first, place(args.neuron_places, i), channels); },
+        [&](int64_t i) { return weight_row<T>(args.first, place(args.neuron_places, i), channels); },
         cast ? operand : middle, hidden, [&](int64_t i, float* to) {
           const float bias = element<T>(args.first.bias, place(args.neuron_places, i));
           for_lanes(args, [&](int64_t j) {
@@ -302,7 +290,7 @@ void encoder(const Encoder& args) {
   });
   multiply<T, half>(
       args, scratch, channels, args.all_neurons, args.neuron_places, args.neurons,
-      [&](int64_t i) { return weight_row(args.second, i, args.all_neurons); }, hidden, x,
+      [&](int64_t i) { return weight_row<T>(args.second, i, args.all_neurons); }, hidden, x,
       [&](int64_t i, float* to) {
         const float bias = element<T>(args.second.bias, i);
         for_lanes(args, [&](int64_t j) {
@@ -310,6 +298,45 @@ void encoder(const Encoder& args) {
         });
       });
   normalise<T, half>(args, args.gamma2, args.beta2, args.eps2, x, x, true);
+}
+
+}  // namespace
+
+template <typename T, bool half>
+void encoder(const Encoder& args) {
+  const int64_t channels = args.channels, width = args.width, row = args.row();
+  float* x = args.scratch;  // [channels][row], like the next two
+  float* middle = x + channels * row;
+  float* operand = middle + channels * row;  // x as the products take it
+  float* qkv = operand + channels * row;  // [3 * width][row]
+  float* context = qkv + 3 * width * row;  // [width][row]
+  float* hidden = context + width * row;  // [neurons][row]
+  float* scratch = hidden + args.neurons * row + 16;
+  constexpr bool cast = half && sizeof(T) == 4;
+
+  read_tokens<T>(args, x);
+  if (cast)
+    for (int64_t i = 0; i < channels * row; i += W) store(operand + i, rounded(load(x + i)));
+  if (width) {
+    const Linear* const linears[] = {&args.q, &args.k, &args.v};
+    multiply<T, half>(
+        args, scratch, 3 * width, channels, nullptr, channels,
+        [&](int64_t i) { return weight_row<T>(*linears[i / width], place(args.width_places, i % width), channels); },
+        cast ? operand : x, qkv, [&](int64_t i, float* to) {
+          const float bias = element<T>(linears[i / width]->bias, place(args.width_places, i % width));
+          for_lanes(args, [&](int64_t j) { store(to + j, stored<half>(load(to + j) + bias)); });
+        });
+    // Rows of no sequence have a context too.
+    for (int64_t i = 0; i < width * row; i += W) store(context + i, Float{});
+    attend<half>(args, scratch, qkv, context);
+  }
+  if (!args.first_tokens) return follow<T, half>(args, x, middle, operand, context, hidden, scratch);
+  Encoder rest = args;
+  rest.tokens = args.batch;
+  rest.first_tokens = false;
+  gather_first(args, width, context, qkv, rest.row());
+  gather_first(args, channels, x, operand, rest.row());
+  follow<T, half>(rest, operand, middle, x, qkv, hidden, scratch);
 }
 
 template void encoder<float, false>(const Encoder&);

@@ -212,15 +212,16 @@ struct Encoder {
   const void *gamma1, *beta1, *gamma2, *beta2;
   const Segment* sequences;
   int64_t batch, longest;
+  bool first_tokens;  // of each sequence only the first token is wanted
   float scale, eps1, eps2;
   Activation activation;
   const void* x;  // [T, C]
-  void* out;  // [T, C]
+  void* out;  // [T, C], or [B, C] of first tokens
   float* scratch;  // scratch_size() floats
   int threads;
 
   // Floats from one row to the next of a transposed matrix, which has a row a channel and a column a token.
-  constexpr int64_t row() const { return (tokens + 15) / 16 * 16; }
+  constexpr int64_t row() const { return ((first_tokens && batch > tokens ? batch : tokens) + 15) / 16 * 16; }
   // Floats that one thread needs.
   constexpr int64_t thread_scratch() const {
     int64_t columns = channels > all_width ? channels : all_width;

@@ -117,8 +117,8 @@ def encoder_layer(
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         same = all(p is None or p.dtype == x.dtype for p in weights[:16])
         if same and seeds is None and native.is_few(len(x), bf16):
-            out = native.infer(tensors[:-1], sequences.max_length, head_dim, scale, activation, *eps, bf16)
-            return out[sequences.first_rows(len(x))] if first_tokens else out
+            shape = (sequences.max_length, head_dim, scale, activation)
+            return native.infer(tensors[:-1], *shape, *eps, bf16, first_tokens)
         forward: Any = native.forward
         return forward(*tensors, *settings, bf16, first_tokens, keep=False)[0]
     sinks = (head_importance, ffn_importance, neuron_importance)

@@ -93,6 +93,7 @@ def infer(
     eps1: float,
     eps2: float,
     bf16: bool,
+    first_tokens: bool,
 ) -> Tensor:
     """A layer of few tokens without dropout and gradients; see ticketops.ops.layer.encoder_layer.
 
@@ -100,7 +101,7 @@ def infer(
         tensors: what `forward` takes before the seeds, all parameters in the dtype of the tokens.
 
     Returns:
-        [T, C].
+        [T, C], or [B, C] of `first_tokens`.
     """
     x, *given, heads, neurons, starts, lengths = tensors
     wq, w1 = given[0], given[10]
@@ -117,13 +118,14 @@ def infer(
     x = checked("x", x, dtype, tokens, channels)
     heads, neurons = (p if p is None else checked("places", p, torch.int64, p.shape[0]) for p in (heads, neurons))
     starts, lengths = (checked("sequences", p, torch.int32, batch) for p in (starts, lengths))
-    out = empty((tokens, channels), dtype)
+    out = empty((batch if first_tokens else tokens, channels), dtype)
     run(
         native.encoder,
         *(dtype == torch.bfloat16, bf16, ffn.ACTIVATIONS[activation], address(x), address(out)),
         *([address(p) for p in parameters], address(heads), address(neurons), address(starts), address(lengths)),
         *(batch, tokens, channels, all_heads, head_dim, all_heads if heads is None else heads.shape[0]),
-        *(neuron_count, neuron_count if neurons is None else neurons.shape[0], max_length, scale, eps1, eps2),
+        *(neuron_count, neuron_count if neurons is None else neurons.shape[0], max_length, first_tokens),
+        *(scale, eps1, eps2),
     )
     return out
 
