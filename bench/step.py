@@ -203,11 +203,16 @@ def _product(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[Callable[[], None]]:
-    """The matrix products that a step cannot do without, on real tokens alone: forward, input and weight gradients."""
+    """The matrix products that a step cannot do without, on real tokens alone: forward, input and weight gradients.
+    Behind the last attention a classification reads one token a row."""
     dtype, product = torch.bfloat16 if setup.dtype == "bf16" else torch.float32, _product(setup.device)
-    tokens = int(batch["attention_mask"].sum())
-    for module in contender.model.base_model.encoder.modules():
+    encoder = contender.model.base_model.encoder
+    last = encoder.layer[-1]
+    behind = {last.attention.output.dense, last.intermediate.dense, last.output.dense}
+    real, rows = int(batch["attention_mask"].sum()), len(batch["attention_mask"])
+    for module in encoder.modules():
         if isinstance(module, torch.nn.Linear):
+            tokens = rows if module in behind else real
             x = torch.randn(tokens, module.in_features, device=setup.device, dtype=dtype)
             gradient = torch.randn(tokens, module.out_features, device=setup.device, dtype=dtype)
             weight = module.weight.detach().to(dtype)

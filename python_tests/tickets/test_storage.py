@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,3 +277,31 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         Ticket.full(2, 2).save(path)
     assert same(Ticket.load(path), small_ticket())
     assert list(tmp_path.iterdir()) == [path]
+
+
+# One that lands in a destructor is swallowed, as Python does.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_while_reading_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "ticket.safetensors"
+    Ticket.full(2, 3).save(path)
+    outcomes, left = [type(Ticket.load(path))], -1
+
+    def interrupt(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    # Ctrl-C at every call that Python makes or serves on the way, until there is none left.
+    while left < 0:
+        left = len(outcomes)
+        sys.setprofile(interrupt)
+        try:
+            outcomes.append(type(Ticket.load(path)))
+        except BaseException as error:
+            outcomes.append(type(error))
+        finally:
+            sys.setprofile(None)
+    assert len(outcomes) > 100
+    assert set(outcomes) == {KeyboardInterrupt, Ticket}

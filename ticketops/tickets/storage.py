@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -115,7 +116,8 @@ def _read(
         found = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
         if found not in (dict(layout), {**layout, **optional}):
             raise InputError(f"its tensors are not {dict(layout)} in dtype and dimensions; save it again")
-        tensors = {name: file.get_tensor(name) for name in found}
+        # Not `file.get_tensor`: a Ctrl-C in the middle of it ends as a ValueError about the file.
+        tensors = from_safetensors(path.read_bytes())
     if description.pop("sha256", None) != _seal(description, tensors):
         raise InputError("its checksum does not match its content, so it was changed or damaged; save it again")
     # A bool tensor with any other byte is undefined behaviour in every kernel that reads it.
