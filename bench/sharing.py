@@ -28,18 +28,6 @@ Step = Callable[[str, step.Batch], None]
 CONTENDERS = ("switching", "fixed")
 
 
-def turned(layers: int, heads: int, number: int) -> list[Ticket]:
-    """Tickets of exactly the same cost: half of each layer's heads and every other FFN, turned from one to the next.
-
-    Args:
-        layers: of the encoder; an even number.
-        heads: a layer.
-        number: how many.
-    """
-    kept, ffns = torch.arange(heads).expand(layers, heads) < heads // 2, torch.arange(layers) % 2 == 0
-    return [Ticket(kept.roll(turn, 1), ffns.roll(turn)) for turn in range(number)]
-
-
 def contender(models: dict[str, PreTrainedModel], name: str, dtype: torch.dtype) -> Step:
     """Makes a step function of one contender, with its own optimizer.
 
@@ -49,7 +37,10 @@ def contender(models: dict[str, PreTrainedModel], name: str, dtype: torch.dtype)
         dtype: of autocast; float32 for none.
     """
     config: Any = next(iter(models.values())).config
-    tickets = turned(config.num_hidden_layers, config.num_attention_heads, len(models))
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    # Half of each layer's heads and every other FFN.
+    half = Ticket(torch.arange(heads).expand(layers, heads) < heads // 2, torch.arange(layers) % 2 == 0)
+    tickets = step.turned(half, len(models))
     chosen = tickets if name == "switching" else tickets[:1] * len(models)
     shared = SharedModel(models, dict(zip(models, chosen, strict=True))).train()
     device = next(shared.parameters()).device.type

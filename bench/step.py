@@ -144,7 +144,7 @@ def contender(setup: Setup, name: str) -> Contender:
         model.eval()
         with handle.record_importance() as importance, autocast:
             model(**setup.earlier[0]).loss.backward()
-        tickets = _turned(prune(importance, 0.5))
+        tickets = turned(prune(importance, 0.5))
         model.zero_grad()
         if name == "ticket50":
             shrink(model, tickets[0])
@@ -167,10 +167,16 @@ def contender(setup: Setup, name: str) -> Contender:
     return Contender(name, model, forward, optimizer, step)
 
 
-def _turned(ticket: Ticket, number: int = 4) -> list[Ticket]:
+def turned(ticket: Ticket, number: int = 4) -> list[Ticket]:
     """Tickets of exactly the same cost: one, and others with its heads turned within each layer and its FFNs between
-    them."""
-    return [Ticket(ticket.head_mask.roll(turn, 1), ticket.ffn_mask.roll(turn)) for turn in range(number)]
+    all layers but the last, whose FFN costs less than the others in a classification.
+
+    Args:
+        ticket: the first of them.
+        number: how many.
+    """
+    ffns, last = ticket.ffn_mask[:-1], ticket.ffn_mask[-1:]
+    return [Ticket(ticket.head_mask.roll(turn, 1), torch.cat([ffns.roll(turn), last])) for turn in range(number)]
 
 
 def check_equal(setup: Setup, stock: Contender, patched: Contender) -> float:

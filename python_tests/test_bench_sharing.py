@@ -7,15 +7,20 @@ import pytest
 import torch
 from searching.tiny import make_model, make_pairs, make_task
 
-from bench import sharing
+from bench import sharing, step
+from ticketops import Ticket
 
 
 def test_tickets_differ_and_cost_the_same():
-    tickets = sharing.turned(6, 12, 4)
+    first = Ticket(torch.arange(12).expand(6, 12) < 6, torch.tensor([True, False, True, False, False, True]))
+    tickets = step.turned(first, 4)
+    assert tickets[0] == first
     assert len(set(tickets)) == 4
     for ticket in tickets:
         assert ticket.head_mask.sum(1).tolist() == [6] * 6
         assert ticket.ffns_pruned == 3
+        # A classification computes hardly anything of the last layer's.
+        assert ticket.ffn_mask[-1]
 
 
 def test_the_command_prints_the_overhead_and_its_circumstances(tmp_path, monkeypatch, capsys):
