@@ -116,8 +116,8 @@ def load(
     tokens = tokenize(loaded.train.select(range(rows)), loaded, tokenizer, max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = DataLoader(tokens, batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
-    loaded_batches = [{k: v.to(device) for k, v in batch.items()} for batch in loader]
-    return Setup(task, path, loaded.num_labels, loaded_batches[batches:], dtype, loaded_batches[:batches])
+    drawn = [{k: v.to(device) for k, v in batch.items()} for batch in loader]
+    return Setup(task, path, loaded.num_labels, drawn[batches:], dtype, earlier=drawn[:batches])
 
 
 def contender(setup: Setup, name: str) -> Contender:

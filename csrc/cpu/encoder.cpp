@@ -259,8 +259,8 @@ const T* weight_row(const Linear& linear, int64_t i, int64_t columns) {
 // What follows attention. x: the layer's input; middle: [channels][row], operand: the same, for the products, where
 // middle has more digits than these take; context: [width][row]; hidden: [neurons][row].
 template <typename T, bool half>
-void follow(const Encoder& args, float* x, float* middle, float* operand, const float* context, float* hidden,
-            float* scratch) {
+void after_attention(const Encoder& args, float* x, float* middle, float* operand, const float* context,
+                     float* hidden, float* scratch) {
   const int64_t channels = args.channels, row = args.row();
   constexpr bool cast = half && sizeof(T) == 4;
   multiply<T, half>(
@@ -330,13 +330,13 @@ void encoder(const Encoder& args) {
     for (int64_t i = 0; i < width * row; i += W) store(context + i, Float{});
     attend<half>(args, scratch, qkv, context);
   }
-  if (!args.first_tokens) return follow<T, half>(args, x, middle, operand, context, hidden, scratch);
+  if (!args.first_tokens) return after_attention<T, half>(args, x, middle, operand, context, hidden, scratch);
   Encoder rest = args;
   rest.tokens = args.batch;
   rest.first_tokens = false;
   gather_first(args, width, context, qkv, rest.row());
   gather_first(args, channels, x, operand, rest.row());
-  follow<T, half>(rest, operand, middle, x, qkv, hidden, scratch);
+  after_attention<T, half>(rest, operand, middle, x, qkv, hidden, scratch);
 }
 
 template void encoder<float, false>(const Encoder&);

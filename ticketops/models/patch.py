@@ -432,9 +432,8 @@ class PatchHandle:
         # Each layer compares the dtype of its input with that of its own weights.
         weight = self._parts[0].qkv[0].weight
         whole = ops.serves_layer(weight, weight)
-        call = Call(packing, packed=packed, whole=whole)
-        if whole and first_tokens:
-            call = replace(call, first_tokens=self.num_layers - 1)
+        last = self.num_layers - 1 if whole and first_tokens else None
+        call = Call(packing, packed=packed, whole=whole, first_tokens=last)
         if importance is None or not torch.is_grad_enabled():
             return call
         return self._recording(importance, call, device)
@@ -605,11 +604,11 @@ def _check_first_tokens(handle: PatchHandle, model: PreTrainedModel, mask: Tenso
 def _reads_only_first_tokens(handle: PatchHandle, model: PreTrainedModel) -> bool:
     """Whether nobody can see more of the last layer than each row's first token: the head is transformers' own, with
     modules of its own or of torch, and no hook of others looks on."""
-    # A compiler would have to follow all this; what it compiles computes every token.
+    # A compiler would have to follow all this; what it compiles computes every token, and so does a GPU.
     if torch.compiler.is_compiling() or not type(model).__name__.endswith(_ONLY_FIRST_TOKEN_HEADS):
         return False
     base, encoder, _ = handle._ends
-    if not isinstance(encoder, TicketEncoder):
+    if not isinstance(encoder, TicketEncoder) or not handle._parts[0].qkv[0].weight.is_cpu:
         return False
     skipped = (base, base.embeddings, encoder)
     heads = [child for child in (*model.children(), *base.children()) if child not in skipped]
