@@ -10,6 +10,7 @@ from torch import Tensor
 from ticketops.errors import InputError, UnsupportedError
 
 _library = torch.library.Library("ticketops", "FRAGMENT")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _no_second_derivative(name: str) -> Callable:
@@ -35,13 +36,30 @@ def _formula(backward: Callable, setup_context: Callable) -> tuple[Callable, Cal
     return gradients, setup
 
 
-def _differentiable(name: str, backward: Callable, setup_context: Callable) -> Callable:
+def is_watched(*arguments: object) -> bool:
+    """Whether somebody follows which ops are called: a compiler, a tracer, a dispatch mode, or a tensor of another
+    class or without values. Then the registered op must run; otherwise its implementation may be called as it is.
+
+    Args:
+        arguments: of the op.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(isinstance(x, Tensor) and (x.is_meta or type(x) not in _PLAIN) for x in arguments)
+    )
+
+
+def _differentiable(name: str, run: Callable, backward: Callable, setup_context: Callable) -> Callable:
     """The op's kernel for autograd: what torch.library.register_autograd makes, without its look at the schema in each
     call, which for an op of forty arguments takes longer than the op."""
 
     op = getattr(torch.ops.ticketops, name).default
 
     def below(*arguments):
+        if not is_watched(*arguments):
+            return run(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
@@ -67,7 +85,7 @@ def define(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-) -> None:
+) -> Callable[..., Any]:
     """Registers an op as torch.ops.ticketops.<name>.
 
     Args:
@@ -76,6 +94,10 @@ def define(
         fake: the results' shapes and dtypes without computing, for torch.compile.
         backward: the autograd formula; None for an op that is itself a backward pass, whose differentiation is refused.
         setup_context: stores what `backward` needs.
+
+    Returns:
+        The op with all its arguments in their order, called past torch's dispatcher where nobody watches: on a CPU its
+        ways there and back take as long as a small layer's kernels.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -85,7 +107,14 @@ def define(
         backward, setup_context = _no_second_derivative(name), lambda ctx, inputs, output: None
     else:
         backward, setup_context = _formula(backward, setup_context)
-    _library.impl(name, _differentiable(name, backward, setup_context), "Autograd")
+    kernel = _differentiable(name, forward, backward, setup_context)
+    _library.impl(name, kernel, "Autograd")
+    op = getattr(torch.ops.ticketops, name).default
+
+    def call(*arguments):
+        return op(*arguments) if is_watched(*arguments) else kernel(*arguments)
+
+    return call
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -76,7 +76,7 @@ def attention(
             # All of it is within reach: the kernels without a window have less to do.
             window = None
     seed = draw_seed(q.device) if dropout_p else None
-    out, _ = torch.ops.ticketops.attention(
+    out, _ = _attention_op(
         q,
         k,
         v,
@@ -132,9 +132,7 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, dout, _):
     *tensors, head_mask, seed = ctx.saved_tensors
-    dq, dk, dv, signed, absolute = torch.ops.ticketops.attention_backward(
-        dout, *tensors, head_mask, seed, *ctx.settings, ctx.window
-    )
+    dq, dk, dv, signed, absolute = _attention_backward_op(dout, *tensors, head_mask, seed, *ctx.settings, ctx.window)
     dmask = signed.sum(0) if head_mask is not None and ctx.needs_input_grad[5] else None
     partial = None
     if ctx.importance_dtype is not None:
@@ -142,7 +140,7 @@ def _gradients(ctx, dout, _):
     return dq, dk, dv, None, None, dmask, partial, None, None, None, None, None, None
 
 
-define(
+_attention_op = define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, Tensor? head_mask, Tensor? importance, "
     "Tensor? seed, SymInt max_length, float scale, float dropout_p, bool per_token, int? window) -> (Tensor, Tensor)",
     _forward,
@@ -150,7 +148,7 @@ define(
     _gradients,
     _setup_context,
 )
-define(
+_attention_backward_op = define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
     "Tensor lengths, Tensor? head_mask, Tensor? seed, SymInt max_length, float scale, float dropout_p, int? window) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",

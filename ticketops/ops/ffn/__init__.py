@@ -120,7 +120,7 @@ def ffn(
         if tensor is not None and tensor.shape != shape:
             raise InputError(f"ffn needs {name} of shape {list(shape)}, got {list(tensor.shape)}")
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out, _, _ = torch.ops.ticketops.ffn(
+    out, _, _ = _ffn_op(
         x,
         w1,
         b1,
@@ -276,7 +276,7 @@ def _gradients(ctx, dout, *_):
         raise UnsupportedError(
             "per-token neuron importance and a trainable neuron_mask need two passes: record without training the mask"
         )
-    dx, dw1, db1, dw2, db2, signed, absolute, by_neuron = torch.ops.ticketops.ffn_backward(
+    dx, dw1, db1, dw2, db2, signed, absolute, by_neuron = _ffn_backward_op(
         dout,
         out,
         pre,
@@ -308,7 +308,7 @@ def _gradients(ctx, dout, *_):
     return dx, *weights, None, None, dmask, dneuron_mask, partial, neuron_partial, None, None, None, None
 
 
-define(
+_ffn_op = define(
     "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor starts, Tensor lengths, Tensor? ffn_mask, "
     "Tensor? neuron_mask, Tensor? importance, Tensor? neuron_importance, str activation, bool per_token, "
     "Tensor? blocks, int count) -> (Tensor, Tensor, Tensor)",
@@ -317,7 +317,7 @@ define(
     _gradients,
     _setup_context,
 )
-define(
+_ffn_backward_op = define(
     "ffn_backward(Tensor dout, Tensor? out, Tensor pre, Tensor hidden, Tensor x, Tensor w1, Tensor w2, Tensor starts, "
     "Tensor lengths, Tensor? ffn_mask, Tensor? neuron_mask, str activation, bool weight_gradients, bool token_sums, "
     "bool neuron_sums, bool neuron_absolute, Tensor? blocks, int count) "

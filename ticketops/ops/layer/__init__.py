@@ -17,7 +17,7 @@ from ticketops.ops.dropout import draw_seed
 from ticketops.ops.layer import native
 from ticketops.ops.packing import Sequences
 from ticketops.ops.products import compute_dtype
-from ticketops.ops.registration import define
+from ticketops.ops.registration import define, is_watched
 
 
 class Weights(NamedTuple):
@@ -114,7 +114,7 @@ def encoder_layer(
     settings: tuple[Any, ...] = (sequences.max_length, head_dim, scale, activation, *drops, *eps)
     bf16 = compute_dtype(x) == torch.bfloat16
     tensors: tuple[Any, ...] = (x, *weights, sequences.starts, sequences.lengths, seeds)
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    if not (torch.is_grad_enabled() or is_watched(*tensors)):
         same = all(p is None or p.dtype == x.dtype for p in weights[:16])
         if same and seeds is None and native.is_few(len(x), bf16):
             shape = (sequences.max_length, head_dim, scale, activation)
@@ -122,7 +122,7 @@ def encoder_layer(
         forward: Any = native.forward
         return forward(*tensors, *settings, bf16, first_tokens, keep=False)[0]
     sinks = (head_importance, ffn_importance, neuron_importance)
-    return torch.ops.ticketops.encoder_layer(*tensors, *sinks, *settings, bf16, first_tokens, per_token)[0]
+    return _encoder_layer_op(*tensors, *sinks, *settings, bf16, first_tokens, per_token)[0]
 
 
 def _forward(*arguments):
@@ -146,7 +146,7 @@ def _gradients(ctx, dout, *_):
     # The parameters without the residual stream before them and the indices behind them.
     wanted = any(ctx.needs_input_grad[1 : native.TENSORS - 4])
     heads, ffn, neurons = ctx.sinks
-    dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters = torch.ops.ticketops.encoder_layer_backward(
+    dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters = _encoder_layer_backward_op(
         dout, *ctx.saved_tensors, *ctx.settings, wanted, ffn is not None, neurons is not None, ctx.per_token
     )
     partials = (
@@ -168,7 +168,7 @@ _SETTINGS = (
     "SymInt max_length, int head_dim, float scale, str activation, float attention_dropout, float output_dropout, "
     "float ffn_dropout, float eps1, float eps2, bool bf16, bool first_tokens"
 )
-define(
+_encoder_layer_op = define(
     f"encoder_layer({_TENSORS}, Tensor? head_importance, Tensor? ffn_importance, Tensor? neuron_importance, "
     f"{_SETTINGS}, bool per_token) -> ({', '.join(['Tensor'] * (1 + len(native.SAVED)))})",
     _forward,
@@ -176,7 +176,7 @@ define(
     _gradients,
     _setup_context,
 )
-define(
+_encoder_layer_backward_op = define(
     f"encoder_layer_backward(Tensor dout, {_TENSORS}, {', '.join(f'Tensor {name}' for name in native.SAVED)}, "
     f"{_SETTINGS}, bool weight_gradients, bool ffn_sums, bool neuron_sums, bool per_token) "
     f"-> ({', '.join(['Tensor'] * native.GRADIENTS)})",

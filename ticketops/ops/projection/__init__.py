@@ -95,7 +95,7 @@ def project_rows(
     shape = x.shape[:-1]
     (x,) = autocast(x.flatten(0, -2))
     check_weights("project_rows", x, (*weights, *(bias for bias in biases if bias is not None)))
-    qkv = torch.ops.ticketops.project_rows(x, *weights, *biases, groups, count)
+    qkv = _project_rows_op(x, *weights, *biases, groups, count)
     return tuple(y.view(*shape, y.shape[1]) for y in qkv)
 
 
@@ -122,7 +122,7 @@ def project_columns(x: Tensor, weight: Tensor, groups: Tensor, count: int) -> Te
     shape = x.shape[:-1]
     (x,) = autocast(x.flatten(0, -2))
     check_weights("project_columns", x, (weight,))
-    return torch.ops.ticketops.project_columns(x, weight, groups, count).view(*shape, channels)
+    return _project_columns_op(x, weight, groups, count).view(*shape, channels)
 
 
 def check_weights(name: str, x: Tensor, weights: Sequence[Tensor]) -> None:
@@ -196,7 +196,7 @@ def _rows_gradients(ctx, *gradients):
     # One of q, k and v may have no part in what is differentiated.
     gradients = [x.new_zeros((x.shape[0], groups.shape[0] * width)) if g is None else g for g in gradients]
     trained = any(ctx.needs_input_grad[1:7])
-    dx, *parameters = torch.ops.ticketops.project_rows_backward(*gradients, x, *weights, groups, ctx.count, trained)
+    dx, *parameters = _project_rows_backward_op(*gradients, x, *weights, groups, ctx.count, trained)
     if not trained:
         parameters = [None] * 6
     elif not ctx.biased:
@@ -232,12 +232,12 @@ def _setup_columns(ctx, inputs, output):
 
 def _columns_gradients(ctx, dout):
     trained = ctx.needs_input_grad[1]
-    dx, dweight = torch.ops.ticketops.project_columns_backward(dout, *ctx.saved_tensors, ctx.count, trained)
+    dx, dweight = _project_columns_backward_op(dout, *ctx.saved_tensors, ctx.count, trained)
     return dx, dweight if trained else None, None, None
 
 
 _WEIGHTS = "Tensor wq, Tensor wk, Tensor wv"
-define(
+_project_rows_op = define(
     f"project_rows(Tensor x, {_WEIGHTS}, Tensor? bq, Tensor? bk, Tensor? bv, Tensor groups, int count) "
     "-> (Tensor, Tensor, Tensor)",
     _rows,
@@ -245,20 +245,20 @@ define(
     _rows_gradients,
     _setup_rows,
 )
-define(
+_project_rows_backward_op = define(
     f"project_rows_backward(Tensor dq, Tensor dk, Tensor dv, Tensor x, {_WEIGHTS}, Tensor groups, int count, "
     "bool weight_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _rows_backward,
     _fake_rows_backward,
 )
-define(
+_project_columns_op = define(
     "project_columns(Tensor x, Tensor weight, Tensor groups, int count) -> Tensor",
     _columns,
     _fake_columns,
     _columns_gradients,
     _setup_columns,
 )
-define(
+_project_columns_backward_op = define(
     "project_columns_backward(Tensor dout, Tensor x, Tensor weight, Tensor groups, int count, "
     "bool weight_gradients) -> (Tensor, Tensor)",
     _columns_backward,

@@ -67,7 +67,7 @@ def residual_norm(
     if not 0.0 <= dropout_p < 1.0:
         raise InputError(f"dropout_p must be in [0, 1), got {dropout_p}")
     seed = draw_seed(x.device) if dropout_p else None
-    out, _, _ = torch.ops.ticketops.residual_norm(x, residual, bias, gamma, beta, seed, dropout_p, eps)
+    out, _, _ = _residual_norm_op(x, residual, bias, gamma, beta, seed, dropout_p, eps)
     return out
 
 
@@ -112,14 +112,14 @@ def _gradients(ctx, dout, *_):
     # Unpacked once: under gradient checkpointing a second look is an error.
     saved = ctx.saved_tensors
     x, residual, bias = saved[:3]
-    dx, dresidual, *vectors = torch.ops.ticketops.residual_norm_backward(dout, *saved, ctx.dropout_p)
+    dx, dresidual, *vectors = _residual_norm_backward_op(dout, *saved, ctx.dropout_p)
     dbias, dgamma, dbeta = (vector.to(dtype) for vector, dtype in zip(vectors, ctx.vector_dtypes, strict=True))
     if not _own_dx(x, residual, ctx.dropout_p):
         dx = dresidual
     return dx, dresidual, None if bias is None else dbias, dgamma, dbeta, None, None, None
 
 
-define(
+_residual_norm_op = define(
     "residual_norm(Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor beta, Tensor? seed, float dropout_p, "
     "float eps) -> (Tensor, Tensor, Tensor)",
     _forward,
@@ -127,7 +127,7 @@ define(
     _gradients,
     _setup_context,
 )
-define(
+_residual_norm_backward_op = define(
     "residual_norm_backward(Tensor dout, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
     "Tensor rstd, Tensor? seed, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,

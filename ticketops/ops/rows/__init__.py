@@ -38,7 +38,7 @@ def move_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     for name, rows in (("index", index), ("inverse", inverse)):
         if rows.dtype != torch.int64 or rows.device != x.device:
             raise InputError(f"move_rows needs {name} as int64 on {x.device}, got {rows.dtype} on {rows.device}")
-    return torch.ops.ticketops.move_rows(x, index, inverse)
+    return _move_rows_op(x, index, inverse)
 
 
 def number_tokens(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,9 +75,9 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, dout):
     index, inverse = ctx.saved_tensors
-    return torch.ops.ticketops.move_rows(dout, inverse, index), None, None
+    return _move_rows_op(dout, inverse, index), None, None
 
 
-define(
+_move_rows_op = define(
     "move_rows(Tensor x, Tensor index, Tensor inverse) -> Tensor", _forward, _fake_forward, _gradients, _setup_context
 )
