@@ -290,53 +290,96 @@ void token_sums(bool bf16, Address a, Address b, Address bias, Address starts, A
    : x_bf16      ? KERNEL(name<Bf16, float>)        \
                  : KERNEL(name<float, float>))
 
-void residual_forward(bool x_bf16, bool residual_bf16, Address x, Address residual, Address bias, Address gamma,
-                      Address beta, Address out, Address half, Address mean, Address rstd, int64_t rows,
-                      int64_t channels, double eps, uint64_t seed, uint32_t threshold, double p, int threads) {
-  const Scratch scratch = allocate(threads * residual_rows * channels);
-  ResidualForward args;
+// gamma, beta, mean and rstd, 0 for no norm.
+using NormAddresses = std::array<Address, 4>;
+Norm norm(const NormAddresses& addresses, double eps) {
+  const auto at = [&](int i) { return pointer<float>(addresses[i]); };
+  return {at(0), at(1), static_cast<float>(eps), at(2), at(3)};
+}
+
+// x, third and residual, with the places of their rows.
+using RowAddresses = std::array<std::array<Address, 2>, 3>;
+
+void set_residual(Residual& args, int64_t rows, int64_t channels, const RowAddresses& sources, Address bias,
+                  const std::array<NormAddresses, 2>& norms, std::array<double, 2> eps, Dropout dropped, Dropout last,
+                  const Scratch& scratch, int threads) {
   args.rows = rows;
   args.channels = channels;
-  args.x = pointer<void>(x);
-  args.residual = pointer<void>(residual);
+  Rows* const each[] = {&args.x, &args.third, &args.residual};
+  for (int i = 0; i < 3; ++i) *each[i] = {pointer<void>(sources[i][0]), pointer<int64_t>(sources[i][1])};
   args.bias = pointer<float>(bias);
-  args.gamma = pointer<float>(gamma);
-  args.dropout = dropout(seed, threshold, p);
+  for (int i = 0; i < 2; ++i) args.norms[i] = norm(norms[i], eps[i]);
+  args.dropout = dropped;
+  args.last = last;
   args.scratch = scratch.get();
   args.threads = threads;
+}
+
+void residual_forward(bool x_bf16, bool residual_bf16, Address x, Address residual, Address bias,
+                      const std::array<NormAddresses, 2>& norms, Address out, Address half, int64_t rows,
+                      int64_t channels, std::array<double, 2> eps, uint64_t seed, uint32_t threshold, double p,
+                      int threads) {
+  const Scratch scratch = allocate(threads * residual_rows * channels);
+  ResidualForward args;
+  set_residual(args, rows, channels, {{{x, 0}, {0, 0}, {residual, 0}}}, bias, norms, eps, dropout(seed, threshold, p),
+               {}, scratch, threads);
   args.out = pointer<void>(out);
   args.half = pointer<Bf16>(half);
-  args.beta = pointer<float>(beta);
-  args.eps = static_cast<float>(eps);
-  args.mean = pointer<float>(mean);
-  args.rstd = pointer<float>(rstd);
   RESIDUAL_KERNEL(residual_forward)(args);
 }
 
 void residual_backward(bool x_bf16, bool residual_bf16, Address dout, Address x, Address residual, Address bias,
-                       Address gamma, Address mean, Address rstd, Address dx, Address dresidual, Address dbias,
-                       Address dgamma, Address dbeta, int64_t rows, int64_t channels, uint64_t seed,
+                       const std::array<NormAddresses, 2>& norms, Address dx, Address dresidual,
+                       const std::array<Address, 5>& sums, int64_t rows, int64_t channels, uint64_t seed,
                        uint32_t threshold, double p, int threads) {
-  const Scratch scratch = allocate((rows + residual_chunk - 1) / residual_chunk * 4 * channels);
+  const Scratch scratch = allocate((rows + residual_chunk - 1) / residual_chunk * residual_sums * channels);
   ResidualBackward args;
-  args.rows = rows;
-  args.channels = channels;
-  args.x = pointer<void>(x);
-  args.residual = pointer<void>(residual);
-  args.bias = pointer<float>(bias);
-  args.gamma = pointer<float>(gamma);
-  args.dropout = dropout(seed, threshold, p);
-  args.scratch = scratch.get();
-  args.threads = threads;
+  set_residual(args, rows, channels, {{{x, 0}, {0, 0}, {residual, 0}}}, bias, norms, {}, dropout(seed, threshold, p),
+               {}, scratch, threads);
   args.dout = pointer<void>(dout);
-  args.mean = pointer<float>(mean);
-  args.rstd = pointer<float>(rstd);
   args.dx = pointer<void>(dx);
   args.dresidual = pointer<void>(dresidual);
-  args.dbias = pointer<float>(dbias);
-  args.dgamma = pointer<float>(dgamma);
-  args.dbeta = pointer<float>(dbeta);
+  for (int i = 0; i < 5; ++i) args.sums[i] = pointer<float>(sums[i]);
   RESIDUAL_KERNEL(residual_backward)(args);
+}
+
+void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= rows)
+      throw std::invalid_argument("id " + std::to_string(ids[i]) + " is not among the " + std::to_string(rows) +
+                                  " rows of the table");
+}
+
+// tables: of words, token types (or 0) and positions, each with its ids.
+void embeddings_forward(bool bf16, const RowAddresses& tables, const std::array<int64_t, 3>& sizes,
+                        const NormAddresses& addresses, Address out, int64_t rows, int64_t channels, double eps,
+                        uint64_t seed, uint32_t threshold, double p, int threads) {
+  for (int i = 0; i < 3; ++i)
+    if (tables[i][0]) check_ids(pointer<int64_t>(tables[i][1]), rows, sizes[i]);
+  const Scratch scratch = allocate(threads * residual_rows * channels);
+  ResidualForward args;
+  set_residual(args, rows, channels, tables, 0, {addresses, {}}, {eps, 0}, {}, dropout(seed, threshold, p), scratch,
+               threads);
+  args.out = pointer<void>(out);
+  args.half = nullptr;
+  (bf16 ? KERNEL(residual_forward<Bf16, Bf16>) : KERNEL(residual_forward<float, float>))(args);
+}
+
+// dz: of the tables' rows.
+void embeddings_backward(bool bf16, Address dout, const RowAddresses& tables, const std::array<int64_t, 3>& sizes,
+                         const NormAddresses& addresses, Address dz, Address dgamma, Address dbeta, int64_t rows,
+                         int64_t channels, uint64_t seed, uint32_t threshold, double p, int threads) {
+  for (int i = 0; i < 3; ++i)
+    if (tables[i][0]) check_ids(pointer<int64_t>(tables[i][1]), rows, sizes[i]);
+  const Scratch scratch = allocate((rows + residual_chunk - 1) / residual_chunk * residual_sums * channels);
+  ResidualBackward args;
+  set_residual(args, rows, channels, tables, 0, {addresses, {}}, {}, {}, dropout(seed, threshold, p), scratch, threads);
+  args.dout = pointer<void>(dout);
+  args.dx = nullptr;
+  args.dresidual = pointer<void>(dz);
+  float* const sums[] = {nullptr, pointer<float>(dgamma), pointer<float>(dbeta), nullptr, nullptr};
+  std::copy(std::begin(sums), std::end(sums), args.sums);
+  (bf16 ? KERNEL(residual_backward<Bf16, Bf16>) : KERNEL(residual_backward<float, float>))(args);
 }
 
 void add(bool total_bf16, Address total, Address x, int64_t x_row, int64_t rows, int64_t columns,
@@ -360,10 +403,7 @@ void dropout_rows(bool bf16, Address x, Address out, int64_t rows, int64_t colum
 void embedding_gradient(bool bf16, Address ids, Address x, Address table, int64_t size, int64_t rows, int64_t columns,
                         int64_t skipped, int threads) {
   const int64_t* places = pointer<int64_t>(ids);
-  for (int64_t i = 0; i < rows; ++i)
-    if (places[i] < 0 || places[i] >= size)
-      throw std::invalid_argument("id " + std::to_string(places[i]) + " is not among the " + std::to_string(size) +
-                                  " rows of the table");
+  check_ids(places, rows, size);
   const EmbeddingGradient args{size, rows, columns, places, pointer<void>(x), pointer<void>(table), skipped, threads};
   (bf16 ? KERNEL(embedding_gradient<Bf16>) : KERNEL(embedding_gradient<float>))(args);
 }
@@ -541,6 +581,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("token_sums", token_sums, release);
   m.def("residual_forward", residual_forward, release);
   m.def("residual_backward", residual_backward, release);
+  m.def("embeddings_forward", embeddings_forward, release);
+  m.def("embeddings_backward", embeddings_backward, release);
   m.def("add", add, release);
   m.def("column_sums", column_sums, release);
   m.def("dropout_rows", dropout_rows, release);

@@ -120,11 +120,27 @@ struct TokenSums {
   int threads;
 };
 
+// Rows of a matrix [.., C]: all in their order, or those of `places`.
+struct Rows {
+  const void* data;  // null: zeros
+  const int64_t* places;  // null: all
+};
+
+// A LayerNorm of T rows. mean and rstd: [T].
+struct Norm {
+  const float *gamma, *beta;  // gamma: null for no norm
+  float eps;
+  float *mean, *rstd;
+};
+
+// out = drop(norms(residual + dropout(x + bias + third))): what ends a sublayer, and with tables for x, third and
+// residual what embeds tokens. The second norm is there where what lies between the two is pruned away.
 struct Residual {
   int64_t rows, channels;
-  const void *x, *residual;  // x: null for zeros
-  const float *bias, *gamma;  // bias: or null
-  Dropout dropout;
+  Rows x, third, residual;
+  const float* bias;  // [C] or null
+  Norm norms[2];
+  Dropout dropout, last;
   float* scratch;
   int threads;
 };
@@ -136,19 +152,17 @@ constexpr int64_t residual_rows = 8;
 struct ResidualForward : Residual {
   void* out;
   Bf16* half;  // [T, C] for a copy of `out` in bfloat16, or null
-  const float* beta;
-  float eps;
-  float *mean, *rstd;  // [T]
 };
 
 // Rows are summed in chunks of this many, so that the sums do not depend on the number of threads.
 constexpr int64_t residual_chunk = 64;
+// The sums of a chunk (dbias, and dgamma and dbeta of both norms) and its two rows.
+constexpr int64_t residual_sums = 7;
 
 struct ResidualBackward : Residual {
   const void* dout;
-  const float *mean, *rstd;
   void *dx, *dresidual;  // dx: null where it equals dresidual
-  float *dbias, *dgamma, *dbeta;  // [C]; scratch holds [chunks, 4, C]: these three of each chunk, and a row
+  float* sums[5];  // [C] each, or null: dbias, dgamma and dbeta of the first norm and of the second
 };
 
 // Rows are summed in chunks of this many, whatever the number of threads.

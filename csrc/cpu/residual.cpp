@@ -1,24 +1,34 @@
-// Bias, dropout, residual and LayerNorm in one pass over memory each way.
+// Bias, dropout, residual and LayerNorm, or the sum of embeddings, LayerNorm and dropout, in one pass over memory each
+// way.
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 
 namespace ticketops::TICKETOPS_ISA {
 namespace {
 
-// z = residual + dropout(x + bias) of one row, written to `z` in float32; returns its sum.
+// Row `row` of these, or the last.
+template <typename T>
+TICKETOPS_INLINE const T* at(const Rows& rows, int64_t row, const Residual& args) {
+  row = min(row, args.rows - 1);
+  return rows.data ? static_cast<const T*>(rows.data) + (rows.places ? rows.places[row] : row) * args.channels : nullptr;
+}
+
+// z = residual + dropout(x + bias + third) of one row, written to `z` in float32; returns its sum.
 template <typename X, typename R>
 float sum_row(const Residual& args, int64_t row, float* z) {
-  const X* x = static_cast<const X*>(args.x) + row * args.channels;
-  const R* residual = static_cast<const R*>(args.residual) + row * args.channels;
+  const X *x = at<X>(args.x, row, args), *next_x = at<X>(args.x, row + 1, args);
+  const X* third = at<X>(args.third, row, args);
+  const R *residual = at<R>(args.residual, row, args), *next_residual = at<R>(args.residual, row + 1, args);
   const Dropout& dropout = args.dropout;
   const uint32_t key = row_key(dropout, row);
   Float total{};
   for_row(args.channels, [&](int64_t i, auto load, auto store) {
-    if (args.x) fetch(x + i + args.channels);
-    fetch(residual + i + args.channels);
+    if (x) fetch(next_x + i);
+    fetch(next_residual + i);
     Float value{};
-    if (args.x) value = load(x);
+    if (x) value = load(x);
     if (args.bias) value += load(args.bias);
+    if (third) value += load(third);
     if (dropout.threshold) value = drop(dropout, key, i, value * dropout.scale);
     value += load(residual);
     store(z, value);
@@ -27,36 +37,62 @@ float sum_row(const Residual& args, int64_t row, float* z) {
   return sum(total);
 }
 
+// (z - mean) rstd gamma + beta of one row.
+template <typename Load>
+TICKETOPS_INLINE Float normalised(const Norm& norm, int64_t row, Load load, const float* z) {
+  return (load(z) - norm.mean[row]) * norm.rstd[row] * load(norm.gamma) + load(norm.beta);
+}
+
 }  // namespace
 
 template <typename X, typename R>
 void residual_forward(const ResidualForward& args) {
   constexpr int64_t chunk = 2 * residual_rows;
   const int64_t channels = args.channels;
+  const Norm &first_norm = args.norms[0], &second_norm = args.norms[1];
+  const Norm& last_norm = second_norm.gamma ? second_norm : first_norm;
   parallel((args.rows + chunk - 1) / chunk, args.threads, [&](int64_t task, int thread) {
     const int64_t end = min((task + 1) * chunk, args.rows);
     for (int64_t first = task * chunk; first < end; first += residual_rows) {
       const int64_t rows = min(residual_rows, end - first);
       float* z = args.scratch + thread * residual_rows * channels;
-      float *mean = args.mean + first, *rstd = args.rstd + first;
-      for (int64_t i = 0; i < rows; ++i) mean[i] = sum_row<X, R>(args, first + i, z + i * channels) / channels;
-      for (int64_t i = 0; i < rows; ++i) {
-        Float squares{};
-        for_row(channels, [&](int64_t j, auto load, auto) {
-          // The lanes behind the last element hold zeros, which the mean would shift.
-          const Float centred = load(z + i * channels) - mean[i];
-          squares += valid(j, channels, centred * centred);
-        });
-        rstd[i] = 1.0f / __builtin_sqrtf(sum(squares) / channels + args.eps);
+      const auto measure = [&](const Norm& norm) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const float mean = norm.mean[first + i];
+          Float squares{};
+          for_row(channels, [&](int64_t j, auto load, auto) {
+            // The lanes behind the last element hold zeros, which the mean would shift.
+            const Float centred = load(z + i * channels) - mean;
+            squares += valid(j, channels, centred * centred);
+          });
+          norm.rstd[first + i] = 1.0f / __builtin_sqrtf(sum(squares) / channels + norm.eps);
+        }
+      };
+      for (int64_t i = 0; i < rows; ++i)
+        first_norm.mean[first + i] = sum_row<X, R>(args, first + i, z + i * channels) / channels;
+      measure(first_norm);
+      if (second_norm.gamma) {
+        for (int64_t i = 0; i < rows; ++i) {
+          Float total{};
+          for_row(channels, [&](int64_t j, auto load, auto store) {
+            const Float value = valid(j, channels, normalised(first_norm, first + i, load, z + i * channels));
+            store(z + i * channels, value);
+            total += value;
+          });
+          second_norm.mean[first + i] = sum(total) / channels;
+        }
+        measure(second_norm);
       }
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t at = (first + i) * channels;
-        R* out = static_cast<R*>(args.out) + at;
-        Bf16* half = args.half ? args.half + at : nullptr;
+        const int64_t row = first + i;
+        const uint32_t key = row_key(args.last, row);
+        R* out = static_cast<R*>(args.out) + row * channels;
+        Bf16* half = args.half ? args.half + row * channels : nullptr;
         for_row(channels, [&](int64_t j, auto load, auto store) {
           fetch<true>(out + j + channels);
           if (half) fetch<true>(half + j + channels);
-          const Float value = (load(z + i * channels) - mean[i]) * rstd[i] * load(args.gamma) + load(args.beta);
+          Float value = normalised(last_norm, row, load, z + i * channels);
+          if (args.last.threshold) value = drop(args.last, key, j, value * args.last.scale);
           store(out, value);
           if (half) store(half, value);
         });
@@ -71,27 +107,61 @@ void residual_backward(const ResidualBackward& args) {
   const int64_t channels = args.channels;
   const int64_t chunks = (args.rows + residual_chunk - 1) / residual_chunk;
   const Dropout& dropout = args.dropout;
+  const Norm &first = args.norms[0], &second = args.norms[1];
   parallel(chunks, args.threads, [&](int64_t task, int) {
-    float* dbias = args.scratch + task * 4 * channels;
-    float* dgamma = dbias + channels;
-    float* dbeta = dgamma + channels;
-    float* z = dbeta + channels;
-    for (int64_t i = 0; i < 3 * channels; ++i) dbias[i] = 0;
+    float* dbias = args.scratch + task * residual_sums * channels;
+    float *dgamma = dbias + channels, *dbeta = dgamma + channels;
+    float *dgamma2 = dbeta + channels, *dbeta2 = dgamma2 + channels;
+    float *normal = dbeta2 + channels, *gradient = normal + channels;
+    for (int64_t i = 0; i < (second.gamma ? 5 : 3) * channels; ++i) dbias[i] = 0;
     const int64_t end = min((task + 1) * residual_chunk, args.rows);
     for (int64_t row = task * residual_chunk; row < end; ++row) {
-      sum_row<X, R>(args, row, z);
+      sum_row<X, R>(args, row, normal);
       const R* dout = static_cast<const R*>(args.dout) + row * channels;
-      const float mean = args.mean[row], rstd = args.rstd[row];
+      const float mean = first.mean[row], rstd = first.rstd[row];
+      const uint32_t last_key = row_key(args.last, row);
+      const auto given = [&](int64_t i, auto load) {
+        const Float value = load(dout);
+        return args.last.threshold ? drop(args.last, last_key, i, value * args.last.scale) : value;
+      };
       Float total{}, product{};
-      for_row(channels, [&](int64_t i, auto load, auto store) {
-        fetch(dout + i + channels);
-        const Float normal = (load(z) - mean) * rstd, gradient = load(dout), scaled = gradient * load(args.gamma);
+      const auto add_up = [&](auto load, auto store, Float value, Float centred) {
+        const Float scaled = value * load(first.gamma);
         total += scaled;
-        product += scaled * normal;
-        store(z, normal);
-        store(dgamma, load(dgamma) + gradient * normal);
-        store(dbeta, load(dbeta) + gradient);
-      });
+        product += scaled * centred;
+        store(dgamma, load(dgamma) + value * centred);
+        store(dbeta, load(dbeta) + value);
+      };
+      if (second.gamma) {
+        const float mean2 = second.mean[row], rstd2 = second.rstd[row];
+        const auto centred2 = [&](auto load) {
+          return (load(normal) * load(first.gamma) + load(first.beta) - mean2) * rstd2;
+        };
+        Float total2{}, product2{};
+        for_row(channels, [&](int64_t i, auto load, auto store) {
+          fetch(dout + i + channels);
+          store(normal, (load(normal) - mean) * rstd);
+          const Float value = given(i, load), scaled = value * load(second.gamma), centred = centred2(load);
+          total2 += scaled;
+          product2 += scaled * centred;
+          store(dgamma2, load(dgamma2) + value * centred);
+          store(dbeta2, load(dbeta2) + value);
+        });
+        const float mean_total = sum(total2) / channels, mean_product = sum(product2) / channels;
+        for_row(channels, [&](int64_t i, auto load, auto store) {
+          const Float scaled = given(i, load) * load(second.gamma);
+          const Float value = (scaled - mean_total - centred2(load) * mean_product) * rstd2;
+          store(gradient, value);
+          add_up(load, store, value, load(normal));
+        });
+      } else {
+        for_row(channels, [&](int64_t i, auto load, auto store) {
+          fetch(dout + i + channels);
+          const Float value = given(i, load), centred = (load(normal) - mean) * rstd;
+          store(normal, centred);
+          add_up(load, store, value, centred);
+        });
+      }
       const float mean_total = sum(total) / channels, mean_product = sum(product) / channels;
       const uint32_t key = row_key(dropout, row);
       X* dx = args.dx ? static_cast<X*>(args.dx) + row * channels : nullptr;
@@ -99,7 +169,8 @@ void residual_backward(const ResidualBackward& args) {
       for_row(channels, [&](int64_t i, auto load, auto store) {
         fetch<true>(dresidual + i + channels);
         if (dx) fetch<true>(dx + i + channels);
-        const Float dz = (load(dout) * load(args.gamma) - mean_total - load(z) * mean_product) * rstd;
+        const Float value = second.gamma ? load(gradient) : given(i, load);
+        const Float dz = (value * load(first.gamma) - mean_total - load(normal) * mean_product) * rstd;
         const Float dropped = dropout.threshold ? drop(dropout, key, i, dz * dropout.scale) : dz;
         store(dresidual, dz);
         if (dx) store(dx, dropped);
@@ -107,9 +178,9 @@ void residual_backward(const ResidualBackward& args) {
       });
     }
   });
-  float* const sums[] = {args.dbias, args.dgamma, args.dbeta};
-  for (int i = 0; i < 3; ++i)
-    sum_rows(args.scratch + i * channels, chunks, 4 * channels, channels, sums[i], args.threads);
+  for (int i = 0; i < 5; ++i)
+    if (args.sums[i])
+      sum_rows(args.scratch + i * channels, chunks, residual_sums * channels, channels, args.sums[i], args.threads);
 }
 
 #define INSTANTIATE(X, R)                                           \

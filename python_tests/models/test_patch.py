@@ -6,11 +6,13 @@ import pickle
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForSequenceClassification, BertModel
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
 import ticketops
 from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
+from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models import check_supported, weight_counts
 from ticketops.ops import products
@@ -253,6 +255,47 @@ def test_torch_compile_gives_the_same_and_records(model, stock, batch):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
         shorter = tiny_batch(rows=3, width=11, seed=1)
         torch.testing.assert_close(compiled(**shorter).logits, stock(**shorter).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_trace_holds_the_ops_and_not_one_batch_s_values(model, stock, gradients):
+    ids, others = (tiny_batch(seed=seed)["input_ids"] for seed in (0, 1))
+    with ticketops.patch(model.requires_grad_(False)), torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(lambda ids: model(ids).logits, (ids,), check_trace=False)
+        torch.testing.assert_close(traced(others), stock(others).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not ops.serves_layer(torch.empty(1), torch.empty(1)), reason="needs the native extension")
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_dispatch_mode_sees_the_ops(model, stock, batch, gradients):
+    seen = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with ticketops.patch(model), Names(), torch.set_grad_enabled(gradients):
+        logits = model(**batch).logits
+    assert {"ticketops::embeddings", "ticketops::encoder_layer"} <= seen
+    torch.testing.assert_close(logits, stock(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["word_embeddings", "token_type_embeddings", "LayerNorm", "dropout"])
+def test_a_hook_among_the_embeddings_is_called(model, stock, batch, part):
+    """Where nobody looks on, they are one op."""
+    for each in (model, stock):
+        each.get_submodule(f"bert.embeddings.{part}").register_forward_hook(lambda module, args, output: 2 * output)
+    with ticketops.patch(model):
+        torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_of_words_that_are_given_are_taken(model, stock, batch):
+    given = {name: value for name, value in batch.items() if name != "input_ids"}
+    embeds = torch.randn(*batch["input_ids"].shape, 48)
+    with ticketops.patch(model):
+        got, want = (each(inputs_embeds=embeds, **given).logits for each in (model, stock))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_training_draws_dropout_that_torch_governs(batch):

@@ -74,6 +74,104 @@ def test_ids_that_are_no_rows_are_refused_forward_and_backward():
         torch.ops.ticketops.embedding_backward(torch.randn(1, 3), torch.tensor([5]), 5, -1)
 
 
+def all_of(dtype, channels, tokens, types=True):
+    """Tables of words, token types and positions with their ids, gamma and beta, and a gradient."""
+    torch.manual_seed(0)
+    tables = [torch.randn(rows, channels).to(dtype) for rows in (50, 2, 130)]
+    ids = [torch.randint(rows, (1, tokens)) for rows in (12, 2, 130)]
+    vectors = [torch.randn(channels).to(dtype) for _ in range(2)]
+    if not types:
+        tables[1] = ids[1] = None
+    return tables, ids, vectors, torch.randn(1, tokens, channels).to(dtype)
+
+
+def by_torch(tables, ids, padding, gamma, beta, dropout_p):
+    embedded = [
+        functional.embedding(places, table, row)
+        for table, places, row in zip(tables, ids, padding, strict=True)
+        if table is not None
+    ]
+    out = functional.layer_norm(sum(embedded), gamma.shape, gamma, beta, 1e-5)
+    if not dropout_p:
+        return out
+    kept = keep_elements(SEED, ids[0].numel(), len(gamma), dropout_p, gamma.device).view(out.shape)
+    return out * kept / (1 - dropout_p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("types", [False, True])
+@pytest.mark.parametrize(("channels", "tokens"), [(5, 3), (37, 70), (64, 0), (384, 131)])
+def test_embeddings_are_torchs(dtype, dropout_p, types, channels, tokens, monkeypatch):
+    monkeypatch.setattr(embedding, "draw_seed", lambda device: SEED)
+    tables, ids, vectors, dout = all_of(dtype, channels, tokens, types)
+    padding = (3, None, 1)
+
+    def results(embed, dtype=dtype):
+        leaves = [None if x is None else x.to(dtype, copy=True).requires_grad_() for x in (*tables, *vectors)]
+        out = embed(leaves[:3], leaves[3:])
+        there = [leaf for leaf in leaves if leaf is not None]
+        return [out.detach(), *torch.autograd.grad(out, there, dout.to(dtype))]
+
+    def ours(leaves, vectors):
+        return embedding.embeddings(leaves, ids, padding, *vectors, dropout_p=dropout_p, eps=1e-5)
+
+    plain = lambda leaves, vectors: by_torch(leaves, ids, padding, *vectors, dropout_p)  # noqa: E731
+    exact, theirs = results(plain, torch.float64), results(plain)
+    runs = []
+    for number in (1, 2):
+        with threads(number), poisoned():
+            runs.append(results(ours))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    for got, other, want in zip(runs[0], theirs, exact, strict=True):
+        assert got.dtype == dtype
+        assert got.shape == want.shape
+        if want.numel():
+            bound = 3 * (other - want).abs().max() + 8 * torch.finfo(dtype).eps * want.abs().max()
+            assert (got - want).abs().max() <= bound
+
+
+def test_embeddings_equal_the_ops_in_turn():
+    tables, ids, vectors, _ = all_of(torch.float32, 100, 67)
+    torch.manual_seed(5)
+    out = embedding.embeddings(tables, ids, (None, None, None), *vectors, dropout_p=0.1, eps=1e-12)
+    torch.manual_seed(5)
+    words, types, positions = (embedding.embedding(*pair, None) for pair in zip(tables, ids, strict=True))
+    assert torch.equal(out, embedding.dropout(embedding.layer_norm(words + types + positions, *vectors, 1e-12), 0.1))
+
+
+def test_only_tables_that_want_a_gradient_get_one():
+    tables, ids, vectors, dout = all_of(torch.float32, 8, 9)
+    tables[2].requires_grad_()
+    out = embedding.embeddings(tables, ids, (None, None, None), *vectors, dropout_p=0.0, eps=1e-12)
+    out.backward(dout)
+    assert tables[2].grad is not None
+    assert all(x.grad is None for x in (*tables[:2], *vectors))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("wrong", [-1, 130])
+def test_embeddings_refuse_ids_that_are_no_rows(place, wrong):
+    tables, ids, vectors, _ = all_of(torch.float32, 8, 9)
+    ids[place][0, 4] = wrong
+    with pytest.raises(InputError, match=f"id {wrong} is not among the {len(tables[place])} rows"):
+        embedding.embeddings(tables, ids, (None, None, None), *vectors, dropout_p=0.0, eps=1e-12)
+
+
+def test_embeddings_of_strided_tensors_and_32_bit_ids():
+    tables, ids, vectors, dout = all_of(torch.float32, 8, 9)
+    views = [torch.empty(8, len(table)).t().copy_(table) for table in tables]
+
+    def results(tables, ids, dout):
+        leaves = [table.requires_grad_() for table in tables]
+        out = embedding.embeddings(leaves, ids, (0, None, None), *vectors, dropout_p=0.0, eps=1e-12)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    want = results(tables, ids, dout)
+    got = results(views, [places.int() for places in ids], dout.transpose(1, 2).contiguous().transpose(1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(7, 100), (2, 3, 17), (1, 5), (0, 8), (65, 384)])
 def test_layer_norm_is_torchs(dtype, shape):
@@ -129,6 +227,11 @@ def test_opcheck():
     norm = (torch.randn(4, 3).requires_grad_(), torch.randn(3).requires_grad_(), torch.randn(3).requires_grad_(), 1e-5)
     torch.library.opcheck(torch.ops.ticketops.layer_norm.default, norm)
     torch.library.opcheck(torch.ops.ticketops.dropout.default, (torch.randn(4, 3).requires_grad_(), SEED, 0.5))
+    tables, ids, vectors, _ = all_of(torch.float32, 8, 9)
+    for table in (*tables, *vectors):
+        table.requires_grad_()
+    arguments = (*tables, *ids, *vectors, SEED, [0, -1, -1], 0.5, 1e-5)
+    torch.library.opcheck(torch.ops.ticketops.embeddings.default, arguments)
 
 
 def test_another_backend_leaves_it_to_torch(monkeypatch):

@@ -18,6 +18,7 @@ FAST = ("native",)
 #: x's dtype and the residual's.
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
 NAMES = ("out", "mean", "rstd", "dx", "dresidual", "dbias", "dgamma", "dbeta")
+SUMS = ("dbias", "dgamma", "dbeta")
 SEED = torch.tensor([0x0123_4567_89AB_CDEF])
 op = torch.ops.ticketops.residual_norm
 
@@ -139,6 +140,82 @@ def test_as_good_as_plain_pytorch(backend, dtypes, shape, bias, dropout_p):
     need(backend, "residual", dtypes[0])
     with poisoned():
         check(backend, inputs(*shape, dtypes), bias=bias, dropout_p=dropout_p)
+
+
+def twice(forward, backward, tensors, x_there, dropout_p, dtype=None):
+    """Two norms in a row, by functions that compute them one by one or together."""
+    x, residual, dout, b, gamma, beta = tensors if dtype is None else [tensor.to(dtype) for tensor in tensors]
+    gamma2, beta2, seed = 1.5 - gamma, 0.5 * beta - 1, SEED if dropout_p else None
+    x = x if x_there else 0 * x
+    out, *statistics = forward(x, residual, b, gamma, beta, seed, dropout_p, 1e-12, gamma2, beta2, 1e-5)
+    return out, *statistics, *backward(dout, x, residual, b, gamma, beta, gamma2, *statistics, seed, dropout_p)
+
+
+def one_by_one():
+    def forward(x, residual, b, gamma, beta, seed, dropout_p, eps, gamma2, beta2, eps2):
+        middle, mean, rstd = reference.forward(x, residual, b, gamma, beta, seed, dropout_p, eps)
+        out, mean2, rstd2 = reference.forward(0 * middle, middle, None, gamma2, beta2, None, 0.0, eps2)
+        kept.append(middle)
+        return out, mean, rstd, mean2, rstd2
+
+    def backward(dout, x, residual, b, gamma, beta, gamma2, mean, rstd, mean2, rstd2, seed, dropout_p):
+        middle = kept.pop()
+        _, dmiddle, _, *second = reference.backward(dout, 0 * middle, middle, None, gamma2, mean2, rstd2, None, 0.0)
+        return *reference.backward(dmiddle, x, residual, b, gamma, mean, rstd, seed, dropout_p), *second
+
+    kept = []
+    return forward, backward
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 2), (2, 384), (67, 130), (200, 768), (65, 17)])
+@pytest.mark.parametrize("x_there", [False, True])
+def test_a_second_norm_is_as_good_as_two_in_a_row(dtypes, shape, x_there, dropout_p):
+    need("native", "residual", dtypes[0])
+    native = _module("residual", "native")
+
+    def forward(x, residual, b, gamma, beta, seed, dropout_p, eps, *second):
+        return native.forward(
+            x if x_there else None, residual, b, gamma, beta, seed, dropout_p, eps, second=native.Second(*second)
+        )
+
+    def backward(dout, x, residual, b, gamma, beta, gamma2, mean, rstd, mean2, rstd2, seed, dropout_p):
+        second = (beta, gamma2, mean2, rstd2)
+        x = x if x_there else None
+        return native.backward(dout, x, residual, b, gamma, mean, rstd, seed, dropout_p, second)
+
+    tensors = inputs(*shape, dtypes)
+    results = []
+    for number in (1, 2):
+        with poisoned(), threads(number):
+            results.append(twice(forward, backward, tensors, x_there, dropout_p))
+    got, again = results
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    plain = twice(*one_by_one(), tensors, x_there, dropout_p)
+    exact = twice(*one_by_one(), tensors, x_there, dropout_p, torch.float64)
+    _, _, dout, _, gamma, _ = tensors
+    rstd, rstd2 = exact[2], exact[4]
+    by_token = ((dout * (1.5 - gamma) * gamma).double() * (rstd * rstd2)[:, None] / (1 - dropout_p)).abs()
+    names = (
+        "out",
+        "mean",
+        "rstd",
+        "mean2",
+        "rstd2",
+        "dx",
+        "dresidual",
+        "dbias",
+        "dgamma",
+        "dbeta",
+        "dgamma2",
+        "dbeta2",
+    )
+    for i, name in enumerate(names):
+        if name == "dx" and not got[i].numel():
+            continue
+        want = exact[6] if name == "dx" and got[i].shape != exact[i].shape else exact[i]
+        terms = by_token if name in ("dx", "dresidual") else by_token.sum(0) if name in SUMS else None
+        assert_as_good(got[i], plain[i], want, 2 if i < 5 else 3, name, terms if shape[0] else None)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -11,6 +11,7 @@ from transformers.models.bert import modeling_bert as bert
 
 from ticketops import ops
 from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
+from ticketops.models.embeddings import TicketEmbeddings
 
 
 class TicketEncoder(nn.Module):
@@ -321,6 +322,7 @@ def _refusal(config: PretrainedConfig) -> str | None:
 
 
 _MIXINS = {
+    "Embeddings": TicketEmbeddings,
     "Encoder": TicketEncoder,
     "Layer": TicketLayer,
     "SelfAttention": TicketSelfAttention,

@@ -7,6 +7,7 @@ from transformers.models.distilbert import modeling_distilbert as distilbert
 
 from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
 from ticketops.models.bert import TicketEncoder, attend, feed_forward, project, read_tokens, residual_norm, whole_layer
+from ticketops.models.embeddings import embed
 
 
 class TicketTransformerBlock(distilbert.TransformerBlock):
@@ -38,6 +39,15 @@ class TicketTransformer(TicketEncoder, distilbert.Transformer):
     """Runs the layers on real tokens only."""
 
 
+class TicketDistilBertEmbeddings(distilbert.Embeddings):
+    """Words and positions by one op where `embed` serves."""
+
+    def forward(self, input_ids: Any, inputs_embeds: Any = None, position_ids: Any = None) -> Tensor:
+        """Takes ids [B, S], or without them embeddings of words [B, S, C]; returns [B, S, C]."""
+        done = embed(self, input_ids, position_ids)
+        return super().forward(input_ids, inputs_embeds, position_ids) if done is None else done
+
+
 def _parts(layer: Any) -> LayerParts:
     return LayerParts(
         qkv=(layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin),
@@ -63,6 +73,7 @@ def _refusal(config: Any) -> str | None:
 
 
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    distilbert.Embeddings: TicketDistilBertEmbeddings,
     distilbert.Transformer: TicketTransformer,
     distilbert.TransformerBlock: TicketTransformerBlock,
 }

@@ -1,8 +1,12 @@
-"""What a model computes before its layers: embedding tables and their dropout, on ticketops' ops where these serve."""
+"""What a model computes before its layers: embedding tables, LayerNorm and dropout, on ticketops' ops where these
+serve."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from ticketops.ops.embedding import dropout, embedding, layer_norm, serves_embedding
+from ticketops.ops.embedding import dropout, embedding, embeddings, layer_norm, serves_embedding
 
 
 class TicketEmbedding(nn.Embedding):
@@ -10,10 +14,13 @@ class TicketEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Takes ids [..], returns rows [.., C]."""
-        plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
-        if not plain or not serves_embedding(self.weight):
+        if not self.is_plain() or not serves_embedding(self.weight):
             return super().forward(input)
         return embedding(self.weight, input, self.padding_idx)
+
+    def is_plain(self) -> bool:
+        """Whether it does no more than look rows up."""
+        return self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
 
 
 class TicketLayerNorm(nn.LayerNorm):
@@ -21,10 +28,13 @@ class TicketLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Takes and returns [.., C]."""
-        plain = self.elementwise_affine and self.bias is not None and len(self.normalized_shape) == 1
-        if not plain or input.dtype != self.weight.dtype or not serves_embedding(input):
+        if not self.is_plain() or input.dtype != self.weight.dtype or not serves_embedding(input):
             return super().forward(input)
         return layer_norm(input, self.weight, self.bias, self.eps)
+
+    def is_plain(self) -> bool:
+        """Whether it normalises single tokens, and has a weight and a bias."""
+        return self.elementwise_affine and self.bias is not None and len(self.normalized_shape) == 1
 
 
 class TicketDropout(nn.Dropout):
@@ -35,6 +45,70 @@ class TicketDropout(nn.Dropout):
         if not self.training or not 0 < self.p < 1 or not serves_embedding(input):
             return super().forward(input)
         return dropout(input, self.p)
+
+
+class TicketEmbeddings(nn.Module):
+    """The embeddings of BERT and its kin, by one op where `embed` serves."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Takes ids [B, S], or embeddings of words [B, S, C]; returns [B, S, C]."""
+        done = None
+        if inputs_embeds is None and not getattr(self, "use_task_id", False):
+            done = embed(self, input_ids, position_ids, token_type_ids)
+        if done is not None:
+            return done
+        ids = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        embedded: Tensor = super().forward(**ids, inputs_embeds=inputs_embeds, **kwargs)
+        return embedded
+
+
+def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tensor | None = None) -> Tensor | None:
+    """Embeds words, their positions and token types, with LayerNorm and dropout behind them, by one op.
+
+    Args:
+        module: has them as `word_embeddings`, `position_embeddings`, `LayerNorm`, `dropout` and, if there are token
+            types, `token_type_embeddings`.
+        ids: of words.
+        positions: of each word, of the same shape, as packed batches come.
+        types: likewise; None for the first type.
+
+    Returns:
+        [.., C]; None where the module's own modules must do it: they are not plain, or somebody looks on.
+    """
+    words, places, kinds = module.word_embeddings, module.position_embeddings, None
+    norm, drop = module.LayerNorm, module.dropout
+    if ids is None or positions is None or positions.shape != ids.shape:
+        return None
+    if hasattr(module, "token_type_embeddings"):
+        kinds = module.token_type_embeddings
+        types = torch.zeros_like(ids) if types is None else types
+        if types.shape != ids.shape:
+            return None
+    tables = [table for table in (words, kinds, places) if table is not None]
+    plain = all(type(table) is TicketEmbedding and table.is_plain() for table in tables)
+    if not plain or type(norm) is not TicketLayerNorm or not norm.is_plain() or type(drop) is not TicketDropout:
+        return None
+    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in (*tables, norm, drop)):
+        return None
+    weight, dropout_p = norm.weight, drop.p if drop.training else 0.0
+    if any(table.weight.dtype != weight.dtype for table in tables) or dropout_p >= 1 or not serves_embedding(weight):
+        return None
+    return embeddings(
+        (words.weight, None if kinds is None else kinds.weight, places.weight),
+        (ids, types, positions),
+        (words.padding_idx, None if kinds is None else kinds.padding_idx, places.padding_idx),
+        weight,
+        norm.bias,
+        dropout_p=dropout_p,
+        eps=norm.eps,
+    )
 
 
 #: The stock class of a module among the embeddings, and its replacement.

@@ -254,9 +254,10 @@ class PatchHandle:
             for module in layer.modules():
                 if type(module) in adapter.swaps:
                     self._swap(module, adapter.swaps, state)
+        swaps = SWAPS | adapter.swaps
         for module in base.embeddings.modules():
-            if type(module) in SWAPS:
-                self._swap(module, SWAPS, None)
+            if type(module) in swaps:
+                self._swap(module, swaps, None)
         parameters = inspect.signature(base.forward).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
         before = _before_packed_forward if unpad else _before_forward

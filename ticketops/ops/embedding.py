@@ -1,4 +1,4 @@
-"""The way into the encoder on a CPU: rows of an embedding table, LayerNorm and dropout.
+"""The way into the encoder on a CPU: rows of embedding tables, LayerNorm and dropout, one by one or as one op.
 
 torch's own spend more time there than a small encoder's layers: the gradient of a table is nearly all zeros, written to
 memory that the system maps and takes back page by page at every step, as are the results of all three, and a dropout's
@@ -6,6 +6,8 @@ mask is drawn on one thread.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +41,39 @@ def embedding(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
     Returns:
         [.., C].
     """
-    return torch.ops.ticketops.embedding(weight, ids, -1 if padding_idx is None else padding_idx)
+    return _embedding_op(weight, ids, -1 if padding_idx is None else padding_idx)
+
+
+def embeddings(
+    tables: tuple[Tensor, Tensor | None, Tensor],
+    ids: tuple[Tensor, Tensor | None, Tensor],
+    padding: tuple[int | None, int | None, int | None],
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dropout_p: float,
+    eps: float,
+) -> Tensor:
+    """dropout(LayerNorm(word + token type + position)): what `embedding`, `layer_norm` and `dropout` make in turn, in
+    one pass over memory each way.
+
+    Args:
+        tables: [V, C] of words, of token types or None, and of positions; float32 or bfloat16, on the CPU.
+        ids: int64 or int32, all of one shape [..]; None where the table is.
+        padding: of each table a row without a gradient; None for none.
+        weight, bias: [C], of the LayerNorm.
+        dropout_p: in [0, 1).
+        eps: added to the variance.
+
+    Returns:
+        [.., C].
+
+    Raises:
+        InputError: an id that no row of its table has.
+    """
+    seed = draw_seed(weight.device) if dropout_p else None
+    skipped = [-1 if row is None else row for row in padding]
+    return _embeddings_op(*tables, *ids, weight, bias, seed, skipped, dropout_p, eps)[0]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -53,7 +87,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     Returns:
         Of x's shape and dtype, contiguous.
     """
-    out, _, _ = torch.ops.ticketops.layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, eps)
+    out, _, _ = _layer_norm_op(x.reshape(-1, x.shape[-1]), weight, bias, eps)
     return out.view(x.shape)
 
 
@@ -67,12 +101,80 @@ def dropout(x: Tensor, p: float) -> Tensor:
     Returns:
         Of x's shape, contiguous.
     """
-    return torch.ops.ticketops.dropout(x, draw_seed(x.device), p)
+    return _dropout_op(x, draw_seed(x.device), p)
 
 
 def _embed(weight: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
     out = empty((ids.numel(), weight.shape[1]), weight.dtype)
     return torch.index_select(weight, 0, ids.flatten(), out=out).view(*ids.shape, weight.shape[1])
+
+
+def _sources(
+    tables: Sequence[Tensor | None], ids: Sequence[Any], weight: Tensor
+) -> tuple[list[Tensor], list[tuple[int, int]], list[int], int]:
+    """Checked tables and ids, to be held while their addresses are used, those addresses, the tables' numbers of rows,
+    and how many tokens there are."""
+    channels, tokens = weight.shape[0], ids[0].numel()
+    held: list[Tensor] = []
+    addresses, sizes = [], []
+    for table, places in zip(tables, ids, strict=True):
+        if table is None:
+            addresses.append((0, 0))
+            sizes.append(0)
+            continue
+        table = checked("an embedding table", table, weight.dtype, table.shape[0], channels)
+        places = checked("ids", places.flatten().long(), torch.int64, tokens)
+        held += [table, places]
+        addresses.append((address(table), address(places)))
+        sizes.append(table.shape[0])
+    return held, addresses, sizes, tokens
+
+
+def _embed_all(*arguments):
+    *sources, weight, bias, seed, _, dropout_p, eps = arguments
+    _held, addresses, sizes, tokens = _sources(sources[:3], sources[3:], weight)
+    channels = weight.shape[0]
+    out = empty((tokens, channels), weight.dtype)
+    mean, rstd, gamma, beta = empty(tokens), empty(tokens), weight.float(), bias.float()
+    run(
+        native.embeddings_forward,
+        *(weight.dtype == torch.bfloat16, addresses, sizes, residual.norm(gamma, beta, mean, rstd), address(out)),
+        *(tokens, channels, eps, *dropout_arguments(seed, dropout_p)),
+    )
+    return out.view(*sources[3].shape, channels), mean, rstd
+
+
+def _embed_all_backward(dout, *arguments):
+    *sources, weight, mean, rstd, seed, skipped, dropout_p, wanted = arguments
+    _held, addresses, sizes, tokens = _sources(sources[:3], sources[3:], weight)
+    channels, gamma = weight.shape[0], weight.float()
+    dout = checked("dout", dout.reshape(-1, channels), weight.dtype, tokens, channels)
+    dz = empty((tokens, channels), weight.dtype)
+    dgamma, dbeta = empty(channels), empty(channels)
+    run(
+        native.embeddings_backward,
+        *(weight.dtype == torch.bfloat16, address(dout), addresses, sizes, residual.norm(gamma, None, mean, rstd)),
+        *(address(dz), address(dgamma), address(dbeta), tokens, channels, *dropout_arguments(seed, dropout_p)),
+    )
+    gradients = [
+        _embed_backward(dz, ids, size, row) if table_wanted else torch.empty(0, dtype=weight.dtype)
+        for ids, size, row, table_wanted in zip(sources[3:], sizes, skipped, wanted, strict=True)
+    ]
+    return *gradients, dgamma.to(weight.dtype), dbeta.to(weight.dtype)
+
+
+def _save_sources(ctx, inputs, output):
+    *sources, weight, _, seed, ctx.skipped, ctx.dropout_p, _ = inputs
+    ctx.save_for_backward(*sources, weight, *output[1:], seed)
+
+
+def _all_gradients(ctx, dout, *_):
+    wanted = ctx.needs_input_grad[:3]
+    *tables, dweight, dbias = _embeddings_backward_op(
+        dout, *ctx.saved_tensors, ctx.skipped, ctx.dropout_p, list(wanted)
+    )
+    gradients = (table if there else None for table, there in zip(tables, wanted, strict=True))
+    return *gradients, None, None, None, dweight, dbias, None, None, None, None
 
 
 def _embed_backward(dout: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor:
@@ -97,10 +199,10 @@ def _save_ids(ctx, inputs, output):
 
 def _embedding_gradients(ctx, dout):
     (ids,) = ctx.saved_tensors
-    return torch.ops.ticketops.embedding_backward(dout, ids, ctx.rows, ctx.padding_idx), None, None
+    return _embedding_backward_op(dout, ids, ctx.rows, ctx.padding_idx), None, None
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
     return residual.forward(None, x, None, weight, bias, None, 0.0, eps)
 
 
@@ -115,7 +217,7 @@ def _save_statistics(ctx, inputs, output):
 
 
 def _norm_gradients(ctx, dout, *_):
-    return *torch.ops.ticketops.layer_norm_backward(dout, *ctx.saved_tensors), None
+    return *_layer_norm_backward_op(dout, *ctx.saved_tensors), None
 
 
 def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -137,22 +239,22 @@ def _save_seed(ctx, inputs, output):
 
 def _drop_gradients(ctx, dout):
     (seed,) = ctx.saved_tensors
-    return torch.ops.ticketops.dropout(dout, seed, ctx.p), None, None
+    return _dropout_op(dout, seed, ctx.p), None, None
 
 
-define(
+_embedding_op = define(
     "embedding(Tensor weight, Tensor ids, int padding_idx) -> Tensor",
     _embed,
     lambda weight, ids, padding_idx: weight.new_empty((*ids.shape, weight.shape[1])),
     _embedding_gradients,
     _save_ids,
 )
-define(
+_embedding_backward_op = define(
     "embedding_backward(Tensor dout, Tensor ids, SymInt rows, int padding_idx) -> Tensor",
     _embed_backward,
     lambda dout, ids, rows, padding_idx: dout.new_empty((rows, dout.shape[-1])),
 )
-define(
+_layer_norm_op = define(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
     _norm,
     lambda x, weight, bias, eps: (
@@ -162,15 +264,39 @@ define(
     _norm_gradients,
     _save_statistics,
 )
-define(
+_layer_norm_backward_op = define(
     "layer_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
     _norm_backward,
     lambda dout, x, weight, mean, rstd: (x.new_empty(x.shape), *(torch.empty_like(weight) for _ in range(2))),
 )
-define(
+_dropout_op = define(
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     _drop,
     lambda x, seed, p: x.new_empty(x.shape),
     _drop_gradients,
     _save_seed,
+)
+_TABLES = "Tensor word, Tensor? token_type, Tensor position, Tensor ids, Tensor? token_type_ids, Tensor position_ids"
+_embeddings_op = define(
+    f"embeddings({_TABLES}, Tensor weight, Tensor bias, Tensor? seed, int[] skipped, float dropout_p, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    _embed_all,
+    lambda word, token_type, position, ids, *others: (
+        word.new_empty((*ids.shape, word.shape[1])),
+        *(word.new_empty(ids.numel(), dtype=torch.float32) for _ in range(2)),
+    ),
+    _all_gradients,
+    _save_sources,
+)
+_embeddings_backward_op = define(
+    f"embeddings_backward(Tensor dout, {_TABLES}, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, "
+    "int[] skipped, float dropout_p, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _embed_all_backward,
+    lambda dout, *arguments: (
+        *(
+            torch.empty_like(table) if wanted else dout.new_empty(0)
+            for table, wanted in zip(arguments[:3], arguments[-1], strict=True)
+        ),
+        *(torch.empty_like(arguments[6]) for _ in range(2)),
+    ),
 )

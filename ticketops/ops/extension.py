@@ -3,7 +3,7 @@ been checked."""
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -108,7 +108,7 @@ def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:
     return int(seed.item()) & 0xFFFFFFFFFFFFFFFF, keep_threshold(p), p
 
 
-def run(kernel: Callable[..., None], *arguments: bool | float | list[int]) -> None:
+def run(kernel: Callable[..., None], *arguments: bool | float | Sequence[Any]) -> None:
     """Runs a kernel on as many threads as torch uses.
 
     Args:

@@ -184,6 +184,7 @@ def forward(
     w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
     width = count * head_dim
     copies = Table()
+    cast_x = copies.select(x, 0, 1, None, dtype) if cast else x
     if count and copied:
         w_qkv = empty((3 * width, x.shape[1]), dtype)
         biases = empty(3 * width, torch.float32 if bf16 else dtype)
@@ -201,7 +202,6 @@ def forward(
     rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
     stream = _select(x, rows)
     with torch.autocast("cpu", enabled=False):
-        cast_x = empty(x.shape, dtype).copy_(x) if cast else x
         if count:
             if copied:
                 # [T, 3 K D]
@@ -222,18 +222,17 @@ def forward(
         else:
             projected = None
         half = empty(stream.shape, dtype) if cast and w1 is not None else None
-        middle, mean1, rstd1 = residual.forward(
-            *(projected, stream, bo, gamma1, beta1, output_seed, output_dropout, eps1),
-            half,
-        )
+        ends = (projected, stream, bo, gamma1, beta1, output_seed, output_dropout, eps1)
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+            middle, mean1, rstd1 = residual.forward(*ends, half)
             # The kernels behind the products add the biases: in the products they cost a pass over the results.
             pre = product(middle if half is None else half, w1.t())
             hidden, _ = ffn.activate(pre, activation, in_place=not keep, bias=_bias(b1, neurons))
             output = product(hidden, w2.t())
             out, mean2, rstd2 = residual.forward(output, middle, b2, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
         else:
-            out, mean2, rstd2 = residual.forward(None, middle, None, gamma2, beta2, None, 0.0, eps2)
+            middle = none
+            out, mean1, rstd1, mean2, rstd2 = residual.forward(*ends, second=residual.Second(gamma2, beta2, eps2))
     if not keep:
         return (out,)
     saved = (
@@ -340,6 +339,7 @@ def backward(
     with torch.autocast("cpu", enabled=False):
         ffn_signed, ffn_absolute, by_neuron = none, none, none
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+            second = None
             doutput, dmiddle, db2, dgamma2, dbeta2 = residual.backward(
                 dout, output, middle, b2, gamma2, mean2, rstd2, ffn_seed, ffn_dropout
             )
@@ -362,10 +362,8 @@ def backward(
             # Only now, since without a dropout and a cast doutput is the same tensor.
             dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
         else:
-            _, dmiddle, _, dgamma2, dbeta2 = residual.backward(
-                dout, None, middle, None, gamma2, mean2, rstd2, None, 0.0
-            )
-        dprojected, dx, dbo, dgamma1, dbeta1 = residual.backward(
+            dmiddle, second = dout, (beta1, gamma2, mean2, rstd2)
+        dprojected, dx, dbo, dgamma1, dbeta1, *of_second = residual.backward(
             dmiddle,
             projected if projected.numel() else None,
             _select(x, rows),
@@ -375,7 +373,10 @@ def backward(
             rstd1,
             output_seed,
             output_dropout,
+            second,
         )
+        if of_second:
+            dgamma2, dbeta2 = of_second
         dprojected = dprojected if dprojected.numel() or not dx.numel() else dx
         dx = _scatter(dx, rows, tokens)
         if weight_gradients:
@@ -456,7 +457,8 @@ def fake_forward(
     return (
         *(x.new_empty(stream), new(tokens, channels, there=cast), new(tokens, 3, count, head_dim, there=attends)),
         *(new(tokens, count, head_dim, there=attends), new(tokens, count, there=attends, dtype=statistics)),
-        *(new(*stream, there=attends), *(new(rows, dtype=statistics) for _ in range(2)), x.new_empty(stream)),
+        *(new(*stream, there=attends), *(new(rows, dtype=statistics) for _ in range(2))),
+        new(*stream, there=feeds, dtype=x.dtype),
         *(new(*stream, there=cast and feeds), *(new(rows, neuron_count, there=feeds) for _ in range(2))),
         *(new(*stream, there=feeds), *(new(rows, dtype=statistics) for _ in range(2))),
         *(new(3 * count * head_dim, channels, there=attends and copied),),

@@ -1,6 +1,6 @@
 """Dropout, residual and LayerNorm on the CPU in C++: csrc/cpu/residual.cpp."""
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,31 @@ def _is_bf16(x: Tensor | None, residual: Tensor) -> bool:
     return (residual if x is None else x).dtype == torch.bfloat16
 
 
+class Second(NamedTuple):
+    """A LayerNorm of the result, where what lies between the two is pruned away.
+
+    Attributes:
+        gamma, beta: [C].
+        eps: added to the variance.
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+
+
+def norm(gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, rstd: Tensor | None) -> tuple[int, ...]:
+    """A LayerNorm as the kernels take it.
+
+    Args:
+        gamma, beta, mean, rstd: checked; None for what the kernel does without.
+    """
+    return address(gamma), address(beta), address(mean), address(rstd)
+
+
+_NONE = norm(None, None, None, None)
+
+
 def forward(
     x: Tensor | None,
     residual: Tensor,
@@ -40,15 +65,18 @@ def forward(
     dropout_p: float,
     eps: float,
     half: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    second: Second | None = None,
+) -> tuple[Tensor, ...]:
     """See ticketops.ops.residual.reference.forward.
 
     Args:
         x: None for zeros: what is left of a sublayer that is pruned away.
         half: contiguous bfloat16 [T, C] to receive a copy of the result, or None.
+        second: a LayerNorm of the result, or None.
 
     Returns:
-        out [T, C] in the residual's dtype, and each row's mean [T] and 1 / sqrt(variance + eps) [T].
+        out [T, C] in the residual's dtype, and each row's mean [T] and 1 / sqrt(variance + eps) [T]; those of the
+        second norm behind them.
     """
     rows, channels = residual.shape
     x, residual = _pair(x, residual)
@@ -59,15 +87,18 @@ def forward(
     )
     half = checked("half", half, torch.bfloat16, rows, channels)
     out = empty((rows, channels), residual.dtype)
-    mean, rstd = (empty(rows) for _ in range(2))
+    statistics = [empty(rows) for _ in range(2 if second is None else 4)]
+    norms, eps2 = [norm(gamma, beta, *statistics[:2]), _NONE], 0.0
+    if second is not None:
+        gamma2, beta2, eps2 = second
+        gamma2, beta2 = _vector("gamma", gamma2, channels), _vector("beta", beta2, channels)
+        norms[1] = norm(gamma2, beta2, *statistics[2:])
     run(
         native.residual_forward,
         *(_is_bf16(x, residual), residual.dtype == torch.bfloat16, address(x), address(residual), address(bias)),
-        *(address(gamma), address(beta), address(out), address(half), address(mean), address(rstd), rows, channels),
-        eps,
-        *dropout_arguments(seed, dropout_p),
+        *(norms, address(out), address(half), rows, channels, (eps, eps2), *dropout_arguments(seed, dropout_p)),
     )
-    return out, mean, rstd
+    return out, *statistics
 
 
 def backward(
@@ -80,15 +111,17 @@ def backward(
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    second: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
     """See ticketops.ops.residual.reference.backward.
 
     Args:
         x: what `forward` took.
+        second: beta of the first norm, gamma of the second, its mean and its 1 / sqrt(variance + eps); None without it.
 
     Returns:
         dx [T, C], empty where it equals dresidual or x is None; dresidual [T, C]; dbias, dgamma, dbeta [C] in float32;
-        dbias, the sum of dx, also where x has its bias already.
+        dbias, the sum of dx, also where x has its bias already; dgamma and dbeta of the second norm behind them.
     """
     rows, channels = residual.shape
     x, residual = _pair(x, residual)
@@ -99,12 +132,17 @@ def backward(
     own_dx = x is not None and (bool(dropout_p) or x.dtype != residual.dtype)
     dx = empty((rows, channels) if own_dx else (0,), residual.dtype if x is None else x.dtype)
     dresidual = empty((rows, channels), residual.dtype)
-    dbias, dgamma, dbeta = (empty(channels) for _ in range(3))
+    sums = [empty(channels) for _ in range(3 if second is None else 5)]
+    beta = gamma2 = mean2 = rstd2 = None
+    if second is not None:
+        beta, gamma2, mean2, rstd2 = second
+        beta, gamma2 = _vector("beta", beta, channels), _vector("gamma", gamma2, channels)
+        mean2, rstd2 = (checked("statistics", vector, torch.float32, rows) for vector in (mean2, rstd2))
     run(
         native.residual_backward,
         *(_is_bf16(x, residual), residual.dtype == torch.bfloat16, address(dout), address(x), address(residual)),
-        *(address(bias), address(gamma), address(mean), address(rstd), address(dx if own_dx else None)),
-        *(address(dresidual), address(dbias), address(dgamma), address(dbeta), rows, channels),
+        *(address(bias), (norm(gamma, beta, mean, rstd), norm(gamma2, None, mean2, rstd2))),
+        *(address(dx if own_dx else None), address(dresidual), [*map(address, sums), 0, 0][:5], rows, channels),
         *dropout_arguments(seed, dropout_p),
     )
-    return dx, dresidual, dbias, dgamma, dbeta
+    return dx, dresidual, *sums
