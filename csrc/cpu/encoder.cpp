@@ -4,6 +4,9 @@
 #include "cpu/activation.h"
 #include "cpu/parallel.h"
 #include "cpu/product.h"
+#ifdef __AMX_BF16__
+#include "cpu/tiles.h"
+#endif
 
 namespace ticketops::TICKETOPS_ISA {
 namespace {
@@ -102,11 +105,16 @@ struct PairedWeights : Pairs {
   }
 };
 
-// Columns of a row of weights as bfloat16, with a zero behind an odd number of them.
+// Columns of a row of weights as bfloat16, with a zero behind an odd number of them. Meanwhile the row `next` is brought
+// near.
 template <typename T>
-void copy_columns(const T* from, const int64_t* places, int64_t depth, Bf16* to) {
+void copy_columns(const T* from, const T* next, const int64_t* places, int64_t depth, Bf16* to) {
   for_row(depth, [&](int64_t k, auto load, auto store) {
-    if (!places) return store(to, load(from));
+    if (!places) {
+      if (next) __builtin_prefetch(next + k, 0, 3);
+      return store(to, load(from));
+    }
+    if (next) __builtin_prefetch(next + places[k], 0, 3);
     float columns[W] = {};
     for (int64_t lane = 0; lane < min(W, depth - k); ++lane) columns[lane] = element<T>(from, places[k + lane]);
     store(to, ticketops::TICKETOPS_ISA::load(columns));
@@ -117,13 +125,44 @@ void copy_columns(const T* from, const int64_t* places, int64_t depth, Bf16* to)
 constexpr bool in_pairs = false;
 #endif
 
-// Rows of bfloat16 numbers [depth][row] as pairs [depth / 2][row], with zeros behind an odd number of them.
+#ifdef __AMX_BF16__
+// By tiles; `pairs` is a multiple of theirs.
+constexpr bool in_tiles = true;
+
+// out = A x for `count` rows of A, which row(i) finds.
+template <typename T, typename Row>
+void multiply_tiles(const Encoder& args, int64_t count, const int64_t* places, int64_t depth, Row row,
+                    const T* const* next, const float* pairs, float* scratch, float* out) {
+  const int64_t couples = whole((depth + 1) / 2, tile), stride = attention_stride(couples), rows = whole(count, tile);
+  for (int64_t i = 0; i < count; ++i) {
+    float* const to = scratch + i * stride;
+    if (couples) zero(to + couples - tile, 1, tile, stride);
+    copy_columns(row(i), next[i], places, depth, reinterpret_cast<Bf16*>(to));
+  }
+  zero(scratch + count * stride, rows - count, couples, stride);
+  // What lies behind the last row is another matrix.
+  float* const sums = rows > count ? scratch + rows * stride : out;
+  {
+    const Tiles tiles;
+    tile_product(rows, args.row(), couples, scratch, stride, pairs, args.row(), sums, args.row());
+  }
+  if (sums != out) __builtin_memcpy(out, sums, count * args.row() * sizeof(float));
+}
+#else
+constexpr bool in_tiles = false;
+#endif
+
+// Rows of bfloat16 numbers [depth][row] as pairs [depth / 2][row], with zeros behind an odd number of them, and up to
+// whole tiles.
 void pair_rows(const Encoder& args, const float* x, int64_t depth, float* pairs) {
-  for (int64_t k = 0; k < depth; k += 2, x += 2 * args.row(), pairs += args.row())
+  int64_t k = 0;
+  for (; k < depth; k += 2, x += 2 * args.row(), pairs += args.row())
     for_lanes(args, [&](int64_t j) {
       const Word low = bits(load(x + j)) >> 16, high = k + 1 < depth ? bits(load(x + args.row() + j)) : Word{};
       store(pairs + j, as_float(low | (high & 0xFFFF0000)));
     });
+  for (; in_tiles && k % encoder_pairs; k += 2, pairs += args.row())
+    for_lanes(args, [&](int64_t j) { store(pairs + j, Float{}); });
 }
 
 // out = A x, where row i of A is that at `row(i)`, of `columns` elements of which those at `places` count (null: all);
@@ -134,21 +173,28 @@ TICKETOPS_INLINE void multiply(const Encoder& args, float* scratch, int64_t rows
                                Finish finish) {
   float* const pairs = scratch + args.threads * args.thread_scratch();
   if (half && in_pairs) pair_rows(args, x, depth, pairs);
-  parallel((rows + encoder_block - 1) / encoder_block, args.threads, [&](int64_t task, int thread) {
-    const int64_t first = task * encoder_block, count = min(encoder_block, rows - first);
+  constexpr int64_t block = half && in_tiles ? encoder_tile_block : encoder_block;
+  parallel((rows + block - 1) / block, args.threads, [&](int64_t task, int thread) {
+    const int64_t first = task * block, count = min(block, rows - first);
     float* const target = out + first * args.row();
-    const T* next[encoder_block];
-    for (int64_t i = 0; i < encoder_block; ++i) next[i] = row(min(first + args.threads * encoder_block + i, rows - 1));
+    const T* next[block];
+    for (int64_t i = 0; i < block; ++i) next[i] = row(min(first + args.threads * block + i, rows - 1));
     float* const copy = scratch + thread * args.thread_scratch();
     const auto times = [&](auto a, int64_t k, const float* right) {
       product<false>(count, args.row(), k, a, right, args.row(), target, args.row());
       for (int64_t i = 0; i < count; ++i) finish(first + i, target + i * args.row());
     };
-#ifdef __AVX512BF16__
+#ifdef __AMX_BF16__
+    if constexpr (half) {
+      multiply_tiles(args, count, places, depth, [&](int64_t i) { return row(first + i); }, next, pairs, copy, target);
+      for (int64_t i = 0; i < count; ++i) finish(first + i, target + i * args.row());
+      return;
+    }
+#elif defined(__AVX512BF16__)
     if constexpr (half) {
       const int64_t couples = (depth + 1) / 2, stride = attention_stride(couples);
       for (int64_t i = 0; i < count; ++i)
-        copy_columns(row(first + i), places, depth, reinterpret_cast<Bf16*>(copy + i * stride));
+        copy_columns(row(first + i), static_cast<const T*>(nullptr), places, depth, reinterpret_cast<Bf16*>(copy + i * stride));
       const Pairs weights{{copy, stride, 1}};
       return places ? times(PairedWeights<T, true>{weights, places, next}, couples, pairs)
                     : times(PairedWeights<T, false>{weights, nullptr, next}, couples, pairs);

@@ -215,6 +215,9 @@ struct Linear {
 
 // Rows of a linear layer's result that are one task.
 constexpr int64_t encoder_block = 24;
+// The same where AMX multiplies: two tiles, of so many columns of weights.
+constexpr int64_t encoder_tile_block = 32;
+constexpr int64_t encoder_pairs = 32;
 
 // A post-LayerNorm encoder layer of few tokens, without gradients.
 struct Encoder {
@@ -241,14 +244,17 @@ struct Encoder {
     int64_t columns = channels > all_width ? channels : all_width;
     columns = columns > all_neurons ? columns : all_neurons;
     const int64_t weights = encoder_block * attention_stride(columns);
+    const int64_t pairs = (columns + encoder_pairs - 1) / encoder_pairs * encoder_pairs / 2;
+    const int64_t tiles = encoder_tile_block * (attention_stride(pairs) + row());
     const int64_t attention = (longest + head_dim + 1) * attention_stride(longest);
-    return weights > attention ? weights : attention;
+    const int64_t products = weights > tiles ? weights : tiles;
+    return products > attention ? products : attention;
   }
   // Floats of scratch, aligned to 64 bytes: the transposed matrices, room behind the last, every thread's, and a right
   // operand in pairs.
   constexpr int64_t scratch_size() const {
-    const int64_t depth = channels + width + neurons;
-    return (3 * channels + 4 * width + neurons) * row() + 16 + threads * thread_scratch() + (depth + 1) / 2 * row();
+    const int64_t pairs = (channels + width + neurons + 1 + encoder_pairs) / 2;
+    return (3 * channels + 4 * width + neurons) * row() + 16 + threads * thread_scratch() + pairs * row();
   }
 };
 

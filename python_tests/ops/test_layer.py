@@ -13,7 +13,7 @@ from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import Sequences, Weights
 from ticketops.ops.layer import native as layer
-from ticketops.ops.layer.native import FEW_TOKENS, FEW_TOKENS_BF16
+from ticketops.ops.layer.native import FEW_TOKENS, FEW_TOKENS_AMX, FEW_TOKENS_BF16
 
 from .cases import SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
 
@@ -282,7 +282,7 @@ def check_inference(tensors, sequences, dtype, autocast=None, **options):
         [0],
         SHORT,
         [16, 17, 33],
-        *([n + more] for n in (FEW_TOKENS, FEW_TOKENS_BF16) for more in (0, 1)),
+        *([n + more] for n in (FEW_TOKENS, FEW_TOKENS_AMX, FEW_TOKENS_BF16) for more in (0, 1)),
     ],
 )
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
@@ -314,6 +314,7 @@ def test_how_many_tokens_are_few(monkeypatch, isa, intel, in_hardware):
     monkeypatch.setattr(layer, "native", SimpleNamespace(isa=lambda: isa, is_intel=lambda: bool(intel)))
     monkeypatch.setattr(layer, "has_bf16_products", lambda: bool(in_hardware))
     most = FEW_TOKENS_BF16 if in_hardware and (intel or isa == "avx512") else FEW_TOKENS
+    most = FEW_TOKENS_AMX if isa == "amx" else most
     assert [layer.is_few(tokens, True) for tokens in (most, most + 1)] == [True, False]
     assert [layer.is_few(tokens, False) for tokens in (FEW_TOKENS, FEW_TOKENS + 1)] == [True, False]
 

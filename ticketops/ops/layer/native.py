@@ -16,13 +16,15 @@ from ticketops.ops.packing import Sequences
 from ticketops.ops.products import add_product, has_bf16_products, prefers_onednn, product
 from ticketops.ops.residual import native as residual
 
-#: Up to so many tokens the layer of csrc/cpu/encoder.cpp infers faster than torch's products between kernels, and up to
-#: so many in bfloat16 where its own products lack the rate of the hardware's: without AVX512-BF16, or beside Intel's
-#: AMX. Milliseconds of MiniLM on one sequence, two cores of an AMD EPYC (Zen 5), by oneDNN's products and by
-#: encoder.cpp: float32 5.67 and 3.21 at 32 tokens, 10.96 and 8.15 at 128, 18.61 and 16.63 at 256; bfloat16 autocast
-#: 5.67 and 3.31 at 32, 8.43 and 6.19 at 128, 13.72 and 12.05 at 256. With kernels for AVX-512 alone the two met at 112
-#: tokens in bfloat16.
+#: Up to so many tokens the layer of csrc/cpu/encoder.cpp infers faster than torch's products between kernels; up to so
+#: many in bfloat16 where it multiplies by AMX; and up to so many where its own products in bfloat16 lack the rate of
+#: the hardware's. Milliseconds of MiniLM on one sequence, two cores, by oneDNN's products and by encoder.cpp. AMD EPYC
+#: (Zen 5): float32 5.67 and 3.21 at 32 tokens, 10.96 and 8.15 at 128, 18.61 and 16.63 at 256; bfloat16 autocast 5.67
+#: and 3.31 at 32, 8.43 and 6.19 at 128, 13.72 and 12.05 at 256; with kernels for AVX-512 alone the two met at 112
+#: tokens in bfloat16. Intel Xeon with AMX: bfloat16 autocast 5.52 and 3.30 at 32, 7.53 and 5.67 at 128, 10.49 and 9.74
+#: at 256, 14.29 and 15.02 at 384.
 FEW_TOKENS = 128
+FEW_TOKENS_AMX = 256
 FEW_TOKENS_BF16 = 48
 #: Tensors of a call before the seeds: tokens, 16 parameters, heads, neurons, starts, lengths.
 TENSORS = 21
@@ -80,7 +82,10 @@ def is_few(tokens: int, bf16: bool) -> bool:
         tokens: T.
         bf16: the products are in bfloat16.
     """
-    slower = bf16 and has_bf16_products() and (native.is_intel() or native.isa() not in ("avx512bf16", "amx"))
+    isa = native.isa()
+    if bf16 and isa == "amx":
+        return tokens <= FEW_TOKENS_AMX
+    slower = bf16 and has_bf16_products() and (native.is_intel() or isa != "avx512bf16")
     return tokens <= (FEW_TOKENS_BF16 if slower else FEW_TOKENS)
 
 
