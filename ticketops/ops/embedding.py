@@ -104,6 +104,34 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return _dropout_op(x, draw_seed(x.device), p)
 
 
+def embedding_gradient(dout: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor:
+    """The gradient of a table: sums of rows in their places among zeros.
+
+    Args:
+        dout: [.., C], float32 or bfloat16, on the CPU.
+        ids: int64 or int32 [..], the place of each row of dout.
+        rows: of the table.
+        padding_idx: the place that gets nothing, -1 for none.
+
+    Returns:
+        [rows, C].
+
+    Raises:
+        InputError: an id that the table does not have.
+    """
+    channels = dout.shape[-1]
+    ids = ids.flatten().long()
+    dout = checked("dout", dout.reshape(-1, channels), dout.dtype, len(ids), channels)
+    ids = checked("ids", ids, torch.int64, len(dout))
+    gradient = empty((rows, channels), dout.dtype)
+    run(
+        native.embedding_gradient,
+        *(dout.dtype == torch.bfloat16, address(ids), address(dout), address(gradient), rows, len(ids), channels),
+        padding_idx,
+    )
+    return gradient
+
+
 def _embed(weight: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
     out = empty((ids.numel(), weight.shape[1]), weight.dtype)
     return torch.index_select(weight, 0, ids.flatten(), out=out).view(*ids.shape, weight.shape[1])
@@ -157,7 +185,7 @@ def _embed_all_backward(dout, *arguments):
         *(address(dz), address(dgamma), address(dbeta), tokens, channels, *dropout_arguments(seed, dropout_p)),
     )
     gradients = [
-        _embed_backward(dz, ids, size, row) if table_wanted else torch.empty(0, dtype=weight.dtype)
+        embedding_gradient(dz, ids, size, row) if table_wanted else torch.empty(0, dtype=weight.dtype)
         for ids, size, row, table_wanted in zip(sources[3:], sizes, skipped, wanted, strict=True)
     ]
     return *gradients, dgamma.to(weight.dtype), dbeta.to(weight.dtype)
@@ -175,20 +203,6 @@ def _all_gradients(ctx, dout, *_):
     )
     gradients = (table if there else None for table, there in zip(tables, wanted, strict=True))
     return *gradients, None, None, None, dweight, dbias, None, None, None, None
-
-
-def _embed_backward(dout: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor:
-    channels = dout.shape[-1]
-    ids = ids.flatten().long()
-    dout = checked("dout", dout.reshape(-1, channels), dout.dtype, len(ids), channels)
-    ids = checked("ids", ids, torch.int64, len(dout))
-    gradient = empty((rows, channels), dout.dtype)
-    run(
-        native.embedding_gradient,
-        *(dout.dtype == torch.bfloat16, address(ids), address(dout), address(gradient), rows, len(ids), channels),
-        padding_idx,
-    )
-    return gradient
 
 
 def _save_ids(ctx, inputs, output):
@@ -251,7 +265,7 @@ _embedding_op = define(
 )
 _embedding_backward_op = define(
     "embedding_backward(Tensor dout, Tensor ids, SymInt rows, int padding_idx) -> Tensor",
-    _embed_backward,
+    embedding_gradient,
     lambda dout, ids, rows, padding_idx: dout.new_empty((rows, dout.shape[-1])),
 )
 _layer_norm_op = define(

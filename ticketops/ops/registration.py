@@ -51,17 +51,9 @@ def is_watched(*arguments: object) -> bool:
     )
 
 
-def _differentiable(name: str, run: Callable, backward: Callable, setup_context: Callable) -> Callable:
-    """The op's kernel for autograd: what torch.library.register_autograd makes, without its look at the schema in each
-    call, which for an op of forty arguments takes longer than the op."""
-
-    op = getattr(torch.ops.ticketops, name).default
-
-    def below(*arguments):
-        if not is_watched(*arguments):
-            return run(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+def _differentiable(name: str, below: Callable, backward: Callable, setup_context: Callable) -> Callable:
+    """An op for autograd, on top of what computes its results: what torch.library.register_autograd makes, without its
+    look at the schema in each call, which for an op of forty arguments takes longer than the op."""
 
     def forward(ctx, *arguments):
         output = below(*arguments)
@@ -107,12 +99,17 @@ def define(
         backward, setup_context = _no_second_derivative(name), lambda ctx, inputs, output: None
     else:
         backward, setup_context = _formula(backward, setup_context)
-    kernel = _differentiable(name, forward, backward, setup_context)
-    _library.impl(name, kernel, "Autograd")
     op = getattr(torch.ops.ticketops, name).default
 
+    def dispatched(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    _library.impl(name, _differentiable(name, dispatched, backward, setup_context), "Autograd")
+    direct = _differentiable(name, forward, backward, setup_context)
+
     def call(*arguments):
-        return op(*arguments) if is_watched(*arguments) else kernel(*arguments)
+        return op(*arguments) if is_watched(*arguments) else direct(*arguments)
 
     return call
 

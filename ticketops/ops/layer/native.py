@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ticketops.ops.attention import native as attention
 from ticketops.ops.copies.native import Table
+from ticketops.ops.embedding import embedding_gradient
 from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
 from ticketops.ops.memory import empty
@@ -40,10 +41,9 @@ GRADIENTS = 22
 
 def _seeds(seeds: Tensor | None, *dropouts: float) -> Iterator[Tensor | None]:
     """The seed of each dropout that there is."""
-    place = 0
+    drawn = iter(() if seeds is None else seeds.split(1))
     for p in dropouts:
-        yield seeds[place : place + 1] if p and seeds is not None else None
-        place += bool(p)
+        yield next(drawn, None) if p else None
 
 
 def _copies(cast: bool, heads: Tensor | None, dtype: torch.dtype) -> bool:
@@ -64,7 +64,7 @@ def _select(x: Tensor, rows: Tensor | None) -> Tensor:
 
 def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
     """The gradient of `_select`."""
-    return x if rows is None else empty((tokens, x.shape[1]), x.dtype).zero_().index_add_(0, rows, x)
+    return x if rows is None else embedding_gradient(x, rows, tokens, -1)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
