@@ -400,6 +400,10 @@ void dropout_rows(bool bf16, Address x, Address out, int64_t rows, int64_t colum
   (bf16 ? KERNEL(dropout<Bf16>) : KERNEL(dropout<float>))(args);
 }
 
+void transpose(Address x, Address out, int64_t rows, int64_t columns, int threads) {
+  KERNEL(transpose)({rows, columns, pointer<Bf16>(x), pointer<Bf16>(out), threads});
+}
+
 void embedding_gradient(bool bf16, Address ids, Address x, Address table, int64_t size, int64_t rows, int64_t columns,
                         int64_t skipped, int threads) {
   const int64_t* places = pointer<int64_t>(ids);
@@ -586,6 +590,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("add", add, release);
   m.def("column_sums", column_sums, release);
   m.def("dropout_rows", dropout_rows, release);
+  m.def("transpose", transpose, release);
   m.def("embedding_gradient", embedding_gradient, release);
   m.def("encoder", encoder, release);
   m.def("copy_slices", copy_slices, release);

@@ -1,5 +1,5 @@
 // What a layer's matrix products and kernels leave over: sums of two dtypes, the sums of a matrix's columns (a bias's
-// gradient), dropout, and rows added up in a table (an embedding's gradient).
+// gradient), dropout, rows added up in a table (an embedding's gradient), and transposes.
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 
@@ -84,6 +84,35 @@ void embedding_gradient(const EmbeddingGradient& args) {
       T* sum = static_cast<T*>(args.table) + id * args.columns + first;
       for_row(columns, [&](int64_t, auto load, auto store) { store(sum, load(sum) + load(x)); });
     }
+  });
+}
+
+// Squares of W rows and W pairs of columns; what is left at the edges one by one.
+void transpose(const Transpose& args) {
+  constexpr int64_t chunk = 2 * W, pairs = 2 * W;
+  parallel((args.rows + chunk - 1) / chunk, args.threads, [&](int64_t task, int) {
+    const int64_t first = task * chunk, rows = min(chunk, args.rows - first);
+    const int64_t whole_rows = rows / W * W, whole_columns = args.columns / pairs * pairs;
+    const Bf16* x = args.x + first * args.columns;
+    Bf16* out = args.out + first;
+    for (int64_t c = 0; c < whole_columns; c += pairs)
+      for (int64_t r = 0; r < whole_rows; r += W) {
+        Float square[W];
+        for (int i = 0; i < W; ++i) {
+          const Bf16* row = x + (r + i) * args.columns + c;
+          fetch(row + 4 * pairs);
+          square[i] = load(reinterpret_cast<const float*>(row));
+        }
+        transpose(square);
+        for (int i = 0; i < W; ++i) {
+          const Half halves[] = {__builtin_convertvector(bits(square[i]), Half),
+                                 __builtin_convertvector(bits(square[i]) >> 16, Half)};
+          for (int j = 0; j < 2; ++j) __builtin_memcpy(out + (c + 2 * i + j) * args.rows + r, halves + j, sizeof(Half));
+        }
+      }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = r < whole_rows ? whole_columns : 0; c < args.columns; ++c)
+        out[c * args.rows + r] = x[r * args.columns + c];
   });
 }
 

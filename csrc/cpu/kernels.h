@@ -208,6 +208,13 @@ struct EmbeddingGradient {
   int threads;
 };
 
+struct Transpose {
+  int64_t rows, columns;
+  const Bf16* x;  // [rows, columns]
+  Bf16* out;  // [columns, rows]
+  int threads;
+};
+
 // A linear layer: weight [rows, columns] and bias [rows].
 struct Linear {
   const void *weight, *bias;
@@ -306,6 +313,7 @@ struct Copies {
   void dropout(const DropoutRows&);                                                 \
   template <typename T>                                                             \
   void embedding_gradient(const EmbeddingGradient&);                                \
+  void transpose(const Transpose&);                                                 \
   void copy(const Copies&);                                                         \
   template <typename T, bool half>                                                  \
   void encoder(const Encoder&);                                                     \

@@ -5,6 +5,8 @@ import torch
 
 from ticketops.ops import products
 
+from .cases import poisoned, threads
+
 
 @pytest.fixture(params=[False, True], ids=["torch's library", "oneDNN"])
 def _library(request, monkeypatch):
@@ -41,6 +43,21 @@ def test_products_are_added_to_a_total(tokens):
     a, b, total = torch.randn(tokens, 40), torch.randn(40, 48), torch.randn(tokens, 48)
     expected = total.double() + a.double() @ b.double()
     torch.testing.assert_close(products.add_product(total, a, b).double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 31, 33, 100])
+@pytest.mark.parametrize(("outputs", "channels"), [(1, 2), (3, 70), (31, 64), (40, 41), (64, 65), (70, 33)])
+def test_a_weights_gradient_is_the_product_of_a_transpose(dtype, tokens, outputs, channels):
+    torch.manual_seed(0)
+    wide, x = torch.randn(tokens, 3 * outputs).to(dtype), torch.randn(tokens, channels).to(dtype)
+    for number, dout in itertools.product((1, 2), (wide[:, :outputs].contiguous(), wide[:, outputs : 2 * outputs])):
+        with threads(number), poisoned():
+            got = products.gradient_product(dout, x)
+        assert got.dtype == dtype
+        want = dout.double().t() @ x.double()
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), want, atol=64 * eps, rtol=4 * eps)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from ticketops.errors import InputError
 from ticketops.ops.extension import address, checked, native, refusal, run
 from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.memory import empty
-from ticketops.ops.products import product
+from ticketops.ops.products import gradient_product, product
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -299,8 +299,8 @@ def backward(
     dw1, dw2, db2 = (x.new_empty(0) for _ in range(3))
     db1 = db1.to(x.dtype)
     if weight_gradients:
-        dw1 = _spread(product(dpre.t(), x), rows, 0, first)
+        dw1 = _spread(gradient_product(dpre, x), rows, 0, first)
         db1 = _spread(db1, rows, 0, first)
-        dw2 = _spread(product(dy.t(), hidden if masked is None else masked), active, 1, neurons)
+        dw2 = _spread(gradient_product(dy, hidden if masked is None else masked), active, 1, neurons)
         db2 = column_sums(dy).to(x.dtype)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron

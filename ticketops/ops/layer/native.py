@@ -14,7 +14,7 @@ from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
 from ticketops.ops.memory import empty
 from ticketops.ops.packing import Sequences
-from ticketops.ops.products import add_product, has_bf16_products, prefers_onednn, product
+from ticketops.ops.products import add_product, gradient_product, has_bf16_products, prefers_onednn, product
 from ticketops.ops.residual import native as residual
 
 #: Up to so many tokens the layer of csrc/cpu/encoder.cpp infers faster than torch's products between kernels; up to so
@@ -358,9 +358,9 @@ def backward(
                 bias=_bias(b1, neurons),
             )
             if weight_gradients:
-                keep(10, product(dpre.t(), inner), w1, 0, w1.shape[0], neurons)
+                keep(10, gradient_product(dpre, inner), w1, 0, w1.shape[0], neurons)
                 keep(11, db1, b1, 0, w1.shape[0], neurons)
-                keep(12, product(doutput.t(), hidden), w2, 1, w1.shape[0], neurons)
+                keep(12, gradient_product(doutput, hidden), w2, 1, w1.shape[0], neurons)
                 keep(13, db2, b2)
                 copies.run()
                 copies = Table()
@@ -415,16 +415,16 @@ def backward(
             )
             flat = dqkv.view(tokens, 3 * width)
             if weight_gradients:
-                dwo = product(dprojected.t(), _select(context.view(tokens, width), rows))
+                dwo = gradient_product(dprojected, _select(context.view(tokens, width), rows))
                 keep(6, dwo, wo, 1, all_heads, heads)
                 dbiases = ffn.column_sums(flat)
                 inputs = cast_x if cast_x.numel() else x
                 dweights: Sequence[Tensor]
                 together = w_qkv.numel() > 0
                 if together:
-                    dweights = product(flat.t(), inputs).chunk(3)
+                    dweights = gradient_product(flat, inputs).chunk(3)
                 else:
-                    dweights = [product(part.t(), inputs) for part in flat.chunk(3, 1)]
+                    dweights = [gradient_product(part, inputs) for part in flat.chunk(3, 1)]
                 for i, (w, b, dw, db) in enumerate(
                     zip((wq, wk, wv), (bq, bk, bv), dweights, dbiases.chunk(3), strict=True)
                 ):
