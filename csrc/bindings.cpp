@@ -150,8 +150,8 @@ void clear_gaps(const std::vector<Segment>& segments, Address target, int64_t ro
 void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head,
                        Address v, int64_t v_row, int64_t v_head, Address out, Address lse, Address starts,
                        Address lengths, Address head_mask, int64_t batch, int64_t tokens, int64_t heads,
-                       int64_t head_dim, int64_t max_length, int64_t window, double scale, uint64_t seed,
-                       uint32_t threshold, double p, int threads) {
+                       int64_t head_dim, int64_t max_length, int64_t window, bool first_tokens, double scale,
+                       uint64_t seed, uint32_t threshold, double p, int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
   const auto segments = cover(sequences, tokens);
   const Scratch scratch = allocate(threads * attention_scratch(max_length, head_dim));
@@ -164,6 +164,7 @@ void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Addr
   args.dropout = dropout(seed, threshold, p);
   args.scale = static_cast<float>(scale);
   args.window = window;
+  args.first_tokens = first_tokens;
   args.scratch = scratch.get();
   args.scratch_stride = attention_scratch(max_length, head_dim);
   args.threads = threads;
@@ -183,8 +184,8 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
                         int64_t v_head, Address out, Address lse, Address starts, Address lengths, Address head_mask,
                         Address dq, Address dk, Address dv, int64_t gradient_row, Address signed_sums,
                         Address absolute_sums, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
-                        int64_t max_length, int64_t window, double scale, uint64_t seed, uint32_t threshold, double p,
-                        int threads) {
+                        int64_t max_length, int64_t window, bool first_tokens, double scale, uint64_t seed,
+                        uint32_t threshold, double p, int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
   const auto segments = cover(sequences, tokens);
   const Scratch scratch = allocate(threads * attention_scratch(max_length, head_dim));
@@ -197,6 +198,7 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
   args.dropout = dropout(seed, threshold, p);
   args.scale = static_cast<float>(scale);
   args.window = window;
+  args.first_tokens = first_tokens;
   args.scratch = scratch.get();
   args.scratch_stride = attention_scratch(max_length, head_dim);
   args.threads = threads;

@@ -48,6 +48,17 @@ void scatter(const float* packed, int64_t stride, const Attention& args, int64_t
   }
 }
 
+// How many queries of a sequence are wanted.
+TICKETOPS_INLINE int64_t queries_of(const Attention& args, const Segment& sequence) {
+  return args.first_tokens ? min(1, sequence.length) : sequence.length;
+}
+
+// The rows of the others.
+TICKETOPS_INLINE Segment others_of(const Attention& args, const Segment& sequence) {
+  const int64_t queries = queries_of(args, sequence);
+  return {sequence.start + queries, sequence.length - queries, sequence.sequence};
+}
+
 // A head that is masked out leaves zeros.
 template <typename T>
 void clear(const Attention& args, const Segment& sequence, int64_t head, void* target, int64_t target_row) {

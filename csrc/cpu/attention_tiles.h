@@ -118,7 +118,8 @@ TICKETOPS_INLINE Float in_window(const Attention& args, int64_t key, int64_t que
 inline void forward_in_tiles(const AttentionForward& args, const Segment& sequence, int64_t head, float mask,
                              float* scratch) {
   constexpr int64_t block = attention_tile_queries;
-  const int64_t n = sequence.length, depth = args.head_dim, channels = whole(depth, tile);
+  const int64_t n = sequence.length, queries = queries_of(args, sequence);
+  const int64_t depth = args.head_dim, channels = whole(depth, tile);
   const int64_t depth_pairs = whole(depth / 2, tile), all_keys = whole(n, 2 * tile), v_stride = all_keys / 2 + tile;
   const bool windowed = args.window < n - 1;
   float* k = scratch;                              // [keys][pairs of channels]
@@ -130,8 +131,8 @@ inline void forward_in_tiles(const AttentionForward& args, const Segment& sequen
   const Tiles tiles;
   gather_rows(args.k, sequence.start, n, head, depth, k, depth_pairs);
   gather_column_pairs(args.v, sequence.start, n, head, depth, v, v_stride);
-  for (int64_t first = 0; first < n; first += block) {
-    const int64_t rows = min(block, n - first), start = sequence.start + first, columns = whole(rows, tile);
+  for (int64_t first = 0; first < queries; first += block) {
+    const int64_t rows = min(block, queries - first), start = sequence.start + first, columns = whole(rows, tile);
     const Keys keys = keys_of(args, first, rows, n);
     gather_columns(args.q, start, rows, head, depth, q, block);
     tile_product(whole(keys.count, tile), columns, depth_pairs, k + keys.first * depth_pairs, depth_pairs, q, block,
@@ -181,7 +182,8 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
                                    float* scratch) {
   constexpr int64_t block = attention_tile_queries;
   const Dropout& dropout = args.dropout;
-  const int64_t n = sequence.length, depth = args.head_dim, channels = whole(depth, tile);
+  const int64_t n = sequence.length, queries = queries_of(args, sequence);
+  const int64_t depth = args.head_dim, channels = whole(depth, tile);
   const int64_t depth_pairs = whole(depth / 2, tile), all_keys = whole(n, 2 * tile), k_stride = all_keys / 2 + tile;
   const bool windowed = args.window < n - 1;
   float* k_rows = scratch;                            // [keys][pairs of channels]
@@ -208,8 +210,8 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
   alignas(64) float factors[block];
   for (float& factor : factors) factor = args.scale;
   DeltaSums sums{};
-  for (int64_t first = 0; first < n; first += block) {
-    const int64_t rows = min(block, n - first), start = sequence.start + first, columns = whole(rows, tile);
+  for (int64_t first = 0; first < queries; first += block) {
+    const int64_t rows = min(block, queries - first), start = sequence.start + first, columns = whole(rows, tile);
     const Keys keys = keys_of(args, first, rows, n);
     const int64_t count = whole(keys.count, tile), count_in_pairs = whole(keys.count, 2 * tile) / 2;
     gather_columns(args.q, start, rows, head, depth, q_columns, block);

@@ -54,6 +54,7 @@ struct Attention {
   Dropout dropout;
   float scale;
   int64_t window;  // a query attends to keys at most so far from it
+  bool first_tokens;  // of each sequence only the first query is wanted: zeros for the others
   float* scratch;  // [threads, scratch_stride]
   int64_t scratch_stride;
   int threads;

@@ -143,6 +143,39 @@ def test_large_scores_do_not_overflow(backend, dtype):
     check(backend, tensors, sequences)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("head_dim", [7, 32])
+def test_first_tokens_alone_are_the_first_of_all(dtype, dropout_p, masked, window, head_dim):
+    need("native", "attention", dtype)
+    native = _module("attention", "native")
+    sequences, rows = padded_sequences(RAGGED)
+    mask = torch.tensor([1.0, 0.0, -0.5, 2.0]) if masked else None
+    q, k, v, dout = inputs(rows, 4, head_dim, dtype)
+    first = torch.zeros(rows, dtype=torch.bool)
+    first[sequences.starts[sequences.lengths > 0].long()] = True
+    # Of the others no gradient is read.
+    given = dout.masked_fill(~first[:, None, None], float("nan"))
+    alone = (q, k, v, dout * first[:, None, None])
+    want = dict(zip(NAMES, run(native, alone, sequences, mask, dropout_p, window=window), strict=True))
+    seed = torch.tensor([0x2345_6789_ABCD_EF01 >> 1]) if dropout_p else None
+    settings = (sequences.starts, sequences.lengths, mask, seed, sequences.max_length, head_dim**-0.5, dropout_p)
+    with poisoned():
+        out, lse = native.forward(q, k, v, *settings, window=window, first_tokens=True)
+        gradients = native.backward(given, q, k, v, out, lse, *settings, window=window, first_tokens=True)
+    got = dict(zip(NAMES, (out, lse, *gradients), strict=True))
+    for name, value in got.items():
+        expected = want[name]
+        if name in ("out", "lse"):
+            expected = expected * first.view(-1, *[1] * (expected.ndim - 1))
+        tolerance = torch.finfo(dtype).eps * 4
+        torch.testing.assert_close(
+            value, expected, atol=tolerance, rtol=tolerance, msg=lambda text, name=name: name + text
+        )
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_sequences_outside_the_tensor_are_refused(backend):
     need(backend, "attention", torch.float32)

@@ -40,7 +40,7 @@ class TicketTransformer(TicketEncoder, distilbert.Transformer):
 
 
 class TicketDistilBertEmbeddings(distilbert.Embeddings):
-    """Words and positions by one op where `embed` serves."""
+    """Words and positions, by one op where `embed` can."""
 
     def forward(self, input_ids: Any, inputs_embeds: Any = None, position_ids: Any = None) -> Tensor:
         """Takes ids [B, S], or without them embeddings of words [B, S, C]; returns [B, S, C]."""

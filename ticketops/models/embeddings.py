@@ -48,7 +48,7 @@ class TicketDropout(nn.Dropout):
 
 
 class TicketEmbeddings(nn.Module):
-    """The embeddings of BERT and its kin, by one op where `embed` serves."""
+    """The embeddings of BERT and its kin, by one op where `embed` can."""
 
     def forward(
         self,

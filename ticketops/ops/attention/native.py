@@ -31,11 +31,15 @@ def forward(
     scale: float,
     dropout_p: float,
     window: int | None = None,
+    first_tokens: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention.reference.forward.
 
+    Args:
+        first_tokens: only each sequence's first token is computed.
+
     Returns:
-        out [T, H, D] and the log-sum-exp of the scaled scores [T, H].
+        out [T, H, D], zeros for tokens that are not computed, and the log-sum-exp of the scaled scores [T, H].
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]
@@ -49,7 +53,7 @@ def forward(
         native.attention_forward,
         *(q.dtype == torch.bfloat16, *q_view, *k_view, *v_view, address(out), address(lse)),
         *(address(starts), address(lengths), address(head_mask), batch, tokens, heads, head_dim, max_length),
-        *(max_length if window is None else window, scale, *dropout_arguments(seed, dropout_p)),
+        *(max_length if window is None else window, first_tokens, scale, *dropout_arguments(seed, dropout_p)),
     )
     return out, lse
 
@@ -70,11 +74,13 @@ def backward(
     dropout_p: float,
     gradients: Tensor | None = None,
     window: int | None = None,
+    first_tokens: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ticketops.ops.attention.reference.backward.
 
     Args:
         gradients: contiguous [T, 3, H, D] that dq, dk and dv are written to side by side; None makes a tensor of each.
+        first_tokens: as of `forward`; nothing is read of the dout of the other tokens.
 
     Returns:
         dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
@@ -98,6 +104,6 @@ def backward(
         *(q.dtype == torch.bfloat16, *dout_view, *q_view, *k_view, *v_view, address(out), address(lse)),
         *(address(starts), address(lengths), address(head_mask), address(dq), address(dk), address(dv)),
         *(dq.stride(0), address(signed), address(absolute), batch, tokens, heads, head_dim, max_length),
-        *(max_length if window is None else window, scale, *dropout_arguments(seed, dropout_p)),
+        *(max_length if window is None else window, first_tokens, scale, *dropout_arguments(seed, dropout_p)),
     )
     return dq, dk, dv, signed, absolute

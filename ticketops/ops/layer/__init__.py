@@ -101,8 +101,8 @@ def encoder_layer(
         ffn_importance: [B], the same for the FFN; see `ticketops.ops.ffn`.
         neuron_importance: [B, computed neurons], the same for its neurons.
         per_token: takes the absolute value of each token's term before summing.
-        first_tokens: only each sequence's first token is wanted, as by a task head that reads no other; behind
-            attention nothing else is computed. There must be a token.
+        first_tokens: only each sequence's first token is wanted, as by a task head that reads no other; nothing else
+            need attend, or be computed behind attention. There must be a token.
 
     Returns:
         [T, C] in x's dtype; [B, C] of `first_tokens`, where the rows of empty sequences hold anything finite and must

@@ -221,7 +221,8 @@ def forward(
             qkv = flat.view(tokens, 3, count, head_dim)
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
-                q, k, v, starts, lengths, None, attention_seed, max_length, scale, attention_dropout
+                *(q, k, v, starts, lengths, None, attention_seed, max_length, scale, attention_dropout),
+                first_tokens=first_tokens,
             )
             projected = product(_select(context.view(tokens, width), rows), (w_o if w_o.numel() else wo).t())
         else:
@@ -412,6 +413,7 @@ def backward(
                 scale,
                 attention_dropout,
                 dqkv,
+                first_tokens=first_tokens,
             )
             flat = dqkv.view(tokens, 3 * width)
             if weight_gradients:
