@@ -352,12 +352,16 @@ void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
                                   " rows of the table");
 }
 
-// tables: of words, token types (or 0) and positions, each with its ids.
+// Tables of words, token types (or 0) and positions, each with its ids.
+void check_tables(const RowAddresses& tables, const std::array<int64_t, 3>& sizes, int64_t rows) {
+  for (int i = 0; i < 3; ++i)
+    if (tables[i][0]) check_ids(pointer<int64_t>(tables[i][1]), rows, sizes[i]);
+}
+
 void embeddings_forward(bool bf16, const RowAddresses& tables, const std::array<int64_t, 3>& sizes,
                         const NormAddresses& addresses, Address out, int64_t rows, int64_t channels, double eps,
                         uint64_t seed, uint32_t threshold, double p, int threads) {
-  for (int i = 0; i < 3; ++i)
-    if (tables[i][0]) check_ids(pointer<int64_t>(tables[i][1]), rows, sizes[i]);
+  check_tables(tables, sizes, rows);
   const Scratch scratch = allocate(threads * residual_rows * channels);
   ResidualForward args;
   set_residual(args, rows, channels, tables, 0, {addresses, {}}, {eps, 0}, {}, dropout(seed, threshold, p), scratch,
@@ -371,8 +375,7 @@ void embeddings_forward(bool bf16, const RowAddresses& tables, const std::array<
 void embeddings_backward(bool bf16, Address dout, const RowAddresses& tables, const std::array<int64_t, 3>& sizes,
                          const NormAddresses& addresses, Address dz, Address dgamma, Address dbeta, int64_t rows,
                          int64_t channels, uint64_t seed, uint32_t threshold, double p, int threads) {
-  for (int i = 0; i < 3; ++i)
-    if (tables[i][0]) check_ids(pointer<int64_t>(tables[i][1]), rows, sizes[i]);
+  check_tables(tables, sizes, rows);
   const Scratch scratch = allocate((rows + residual_chunk - 1) / residual_chunk * residual_sums * channels);
   ResidualBackward args;
   set_residual(args, rows, channels, tables, 0, {addresses, {}}, {}, {}, dropout(seed, threshold, p), scratch, threads);

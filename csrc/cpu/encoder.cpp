@@ -105,10 +105,10 @@ struct PairedWeights : Pairs {
   }
 };
 
-// Columns of a row of weights as bfloat16, with a zero behind an odd number of them. Meanwhile the row `next` is brought
-// near.
+// Columns of a row of weights as bfloat16, with a zero behind an odd number of them. Meanwhile the row `next`, if there
+// is one, is brought near.
 template <typename T>
-void copy_columns(const T* from, const T* next, const int64_t* places, int64_t depth, Bf16* to) {
+void copy_columns(const T* from, const int64_t* places, int64_t depth, Bf16* to, const T* next = nullptr) {
   for_row(depth, [&](int64_t k, auto load, auto store) {
     if (!places) {
       if (next) __builtin_prefetch(next + k, 0, 3);
@@ -137,7 +137,7 @@ void multiply_tiles(const Encoder& args, int64_t count, const int64_t* places, i
   for (int64_t i = 0; i < count; ++i) {
     float* const to = scratch + i * stride;
     if (couples) zero(to + couples - tile, 1, tile, stride);
-    copy_columns(row(i), next[i], places, depth, reinterpret_cast<Bf16*>(to));
+    copy_columns(row(i), places, depth, reinterpret_cast<Bf16*>(to), next[i]);
   }
   zero(scratch + count * stride, rows - count, couples, stride);
   // What lies behind the last row is another matrix.
@@ -194,7 +194,7 @@ TICKETOPS_INLINE void multiply(const Encoder& args, float* scratch, int64_t rows
     if constexpr (half) {
       const int64_t couples = (depth + 1) / 2, stride = attention_stride(couples);
       for (int64_t i = 0; i < count; ++i)
-        copy_columns(row(first + i), static_cast<const T*>(nullptr), places, depth, reinterpret_cast<Bf16*>(copy + i * stride));
+        copy_columns(row(first + i), places, depth, reinterpret_cast<Bf16*>(copy + i * stride));
       const Pairs weights{{copy, stride, 1}};
       return places ? times(PairedWeights<T, true>{weights, places, next}, couples, pairs)
                     : times(PairedWeights<T, false>{weights, nullptr, next}, couples, pairs);

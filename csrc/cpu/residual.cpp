@@ -9,8 +9,9 @@ namespace {
 // Row `row` of these, or the last.
 template <typename T>
 TICKETOPS_INLINE const T* at(const Rows& rows, int64_t row, const Residual& args) {
+  if (!rows.data) return nullptr;
   row = min(row, args.rows - 1);
-  return rows.data ? static_cast<const T*>(rows.data) + (rows.places ? rows.places[row] : row) * args.channels : nullptr;
+  return static_cast<const T*>(rows.data) + (rows.places ? rows.places[row] : row) * args.channels;
 }
 
 // z = residual + dropout(x + bias + third) of one row, written to `z` in float32; returns its sum.

@@ -50,22 +50,13 @@ class TicketDropout(nn.Dropout):
 class TicketEmbeddings(nn.Module):
     """The embeddings of BERT and its kin, by one op where `embed` can."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes ids [B, S], or embeddings of words [B, S, C]; returns [B, S, C]."""
         done = None
-        if inputs_embeds is None and not getattr(self, "use_task_id", False):
-            done = embed(self, input_ids, position_ids, token_type_ids)
-        if done is not None:
-            return done
-        ids = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        embedded: Tensor = super().forward(**ids, inputs_embeds=inputs_embeds, **kwargs)
+        # ERNIE may embed the task too.
+        if not args and kwargs.get("inputs_embeds") is None and not getattr(self, "use_task_id", False):
+            done = embed(self, *(kwargs.get(name) for name in ("input_ids", "position_ids", "token_type_ids")))
+        embedded: Tensor = super().forward(*args, **kwargs) if done is None else done
         return embedded
 
 
