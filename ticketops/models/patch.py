@@ -593,7 +593,11 @@ def _before_head(
 
 def _check_first_tokens(handle: PatchHandle, model: PreTrainedModel, mask: Tensor) -> None:
     """Refuses padding where the task head reads: stock models leave there what a padding token attends to."""
-    rows = mask.flatten(0, -2).bool()
+    rows = mask.flatten(0, -2)
+    # The common case, in a few calls; a compiler or a GPU would have to be waited for.
+    if rows.is_cpu and not torch.compiler.is_compiling() and rows[:, 0].all():
+        return
+    rows = rows.bool()
     problem = (
         f"begins with padding, which {type(model).__name__} would read as its first token: pad on the right "
         "(tokenizer.padding_side = 'right')"

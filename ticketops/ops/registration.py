@@ -47,7 +47,8 @@ def is_watched(*arguments: object) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(x, Tensor) and (x.is_meta or type(x) not in _PLAIN) for x in arguments)
+        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments)
+        or any(isinstance(x, Tensor) and x.is_meta for x in arguments[:1])
     )
 
 

@@ -2,6 +2,7 @@
 cast in one copy; for few tokens without gradients csrc/cpu/encoder.cpp, which does all of it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ SAVED = (
 )
 #: Of the backward pass: dx, five importance partials, 16 parameters.
 GRADIENTS = 22
+
+
+def _as_given() -> AbstractContextManager[Any]:
+    """In which autocast leaves products alone; where it is off, as in backward passes, entering it takes longer."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 def _seeds(seeds: Tensor | None, *dropouts: float) -> Iterator[Tensor | None]:
@@ -201,7 +207,7 @@ def forward(
     # Behind attention come the rows that somebody reads.
     rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
     stream = _select(x, rows)
-    with torch.autocast("cpu", enabled=False):
+    with _as_given():
         if count:
             # [T, 3 K D]
             flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if bf16 else product(cast_x, w_qkv.t(), biases)
@@ -329,7 +335,7 @@ def backward(
             gradient = copies.spread(gradient, like, dim, groups, index)
         parameters[place] = gradient
 
-    with torch.autocast("cpu", enabled=False):
+    with _as_given():
         ffn_signed, ffn_absolute, by_neuron = none, none, none
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             second = None
