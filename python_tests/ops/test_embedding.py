@@ -161,14 +161,16 @@ def test_embeddings_refuse_ids_that_are_no_rows(place, wrong):
 def test_embeddings_of_strided_tensors_and_32_bit_ids():
     tables, ids, vectors, dout = all_of(torch.float32, 8, 9)
     views = [torch.empty(8, len(table)).t().copy_(table) for table in tables]
+    spaced = [torch.stack([vector, vector + 1], 1)[:, 0] for vector in vectors]
 
-    def results(tables, ids, dout):
-        leaves = [table.requires_grad_() for table in tables]
-        out = embedding.embeddings(leaves, ids, (0, None, None), *vectors, dropout_p=0.0, eps=1e-12)
+    def results(tables, ids, vectors, dout):
+        leaves = [table.requires_grad_() for table in (*tables, *vectors)]
+        out = embedding.embeddings(leaves[:3], ids, (0, None, None), *vectors, dropout_p=0.0, eps=1e-12)
         return [out, *torch.autograd.grad(out, leaves, dout)]
 
-    want = results(tables, ids, dout)
-    got = results(views, [places.int() for places in ids], dout.transpose(1, 2).contiguous().transpose(1, 2))
+    want = results(tables, ids, vectors, dout)
+    apart = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    got = results(views, [places.int() for places in ids], spaced, apart)
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 

@@ -163,7 +163,8 @@ def _embed_all(*arguments):
     _held, addresses, sizes, tokens = _sources(sources[:3], sources[3:], weight)
     channels = weight.shape[0]
     out = empty((tokens, channels), weight.dtype)
-    mean, rstd, gamma, beta = empty(tokens), empty(tokens), weight.float(), bias.float()
+    mean, rstd = empty(tokens), empty(tokens)
+    gamma, beta = (checked("gamma and beta", vector.float(), torch.float32, channels) for vector in (weight, bias))
     run(
         native.embeddings_forward,
         *(weight.dtype == torch.bfloat16, addresses, sizes, residual.norm(gamma, beta, mean, rstd), address(out)),
@@ -175,7 +176,9 @@ def _embed_all(*arguments):
 def _embed_all_backward(dout, *arguments):
     *sources, weight, mean, rstd, seed, skipped, dropout_p, wanted = arguments
     _held, addresses, sizes, tokens = _sources(sources[:3], sources[3:], weight)
-    channels, gamma = weight.shape[0], weight.float()
+    channels = weight.shape[0]
+    gamma = checked("gamma", weight.float(), torch.float32, channels)
+    mean, rstd = (checked("mean and rstd", vector, torch.float32, tokens) for vector in (mean, rstd))
     dout = checked("dout", dout.reshape(-1, channels), weight.dtype, tokens, channels)
     dz = empty((tokens, channels), weight.dtype)
     dgamma, dbeta = empty(channels), empty(channels)
