@@ -223,6 +223,18 @@ def test_strided_inputs():
     torch.testing.assert_close(gradient, expected)
 
 
+def test_float64_is_refused():
+    x, ids = torch.randn(2, 3, dtype=torch.float64), torch.tensor([0, 1])
+    for call in (
+        lambda: torch.ops.ticketops.embedding_backward(x, ids, 5, -1),
+        lambda: torch.ops.ticketops.dropout(x, SEED, 0.5),
+        lambda: torch.ops.ticketops.layer_norm(x, x[0], x[0], 1e-5),
+        lambda: torch.ops.ticketops.embeddings(x, None, x, ids, None, ids, x[0], x[0], None, [-1, -1, -1], 0.0, 1e-5),
+    ):
+        with pytest.raises(InputError, match="float64"):
+            call()
+
+
 def test_opcheck():
     ids = torch.tensor([[0, 3], [3, 1]])
     torch.library.opcheck(torch.ops.ticketops.embedding.default, (torch.randn(4, 3).requires_grad_(), ids, 0))

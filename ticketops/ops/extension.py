@@ -13,6 +13,7 @@ from ticketops.errors import InputError
 from ticketops.ops.dropout import keep_threshold
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
+_DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
 
 
 def _load() -> tuple[Any, str]:
@@ -72,6 +73,9 @@ def checked(name: str, x: _Given, dtype: torch.dtype, *shape: int) -> _Given:
     """
     if x is None:
         return None
+    if dtype not in _DTYPES:
+        # Where the caller takes the tensor's own for what it must have.
+        raise InputError(f"the native kernels do not take {name} as {dtype}: give float32 or bfloat16")
     if not x.is_cpu or x.dtype != dtype or x.shape != shape or x.layout != torch.strided:
         raise InputError(
             f"the native kernel needs {name} as {dtype} {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on "
