@@ -61,7 +61,7 @@ sanitize: setup
 # .venv. Where there is no GPU it goes the same way on tiny shapes, in Triton's interpreter. GPU_FLAGS: see bench/gpu.
 gpu:
 	@if $(PYTHON) -c "import torch, triton, transformers" 2>/dev/null; then python=$(PYTHON); \
-		for name in accelerate datasets hypothesis matplotlib pytest setuptools; do $$python -c "import $$name" || \
+		for name in accelerate datasets hypothesis matplotlib pytest pytest_timeout setuptools; do $$python -c "import $$name" || \
 			{ echo "make gpu: $$python has torch but no $$name: install it, or give PYTHON=" >&2; exit 1; }; done; \
 		$$python setup.py --quiet build_ext --inplace || exit 1; \
 	else $(MAKE) setup && python=$(BIN)/python || exit 1; fi; \

@@ -6,7 +6,7 @@ same way on tiny shapes in Triton's interpreter on the CPU, and gives no ratios;
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -47,7 +47,9 @@ def _run(command: list[str], root: Path) -> tuple[bool, str]:
 
 def _tests(tiny: bool, root: Path) -> dict[str, Any]:
     some = ["python_tests/ops/test_triton.py", "-k", "of_nothing"] if tiny else ["python_tests", "-m", "gpu"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *some]
+    # The tests' time goes into compiling kernels, which fills all cores where pytest-xdist is installed.
+    workers = ["-n", "auto"] if not tiny and importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *some]
     passed, summary = _run(command, root)
     return {"passed": passed, "summary": summary}
 
