@@ -1,8 +1,9 @@
 """python -m bench.gpu [--tiny] [--output DIR] [--only attention,ffn,projection,residual,step,sharing,shrunk]
 
-Runs the tests that need a GPU, compute-sanitizer where it is installed, and the benchmarks; writes <device>.json and
-pictures. A ratio is given only where the tests and the workload's own correctness gate are green. `--tiny` goes the
-same way on tiny shapes in Triton's interpreter on the CPU, and gives no ratios; it is what runs where there is no GPU.
+Runs the tests that need a GPU, compute-sanitizer where it is installed, and the benchmarks; writes <device>.json
+(<device>-<benchmarks>.json of some) and pictures. A ratio is given only where the tests and the workload's own
+correctness gate are green. `--tiny` goes the same way on tiny shapes in Triton's interpreter on the CPU, and gives no
+ratios; it is what runs where there is no GPU.
 """
 
 import argparse
@@ -13,9 +14,11 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+_TOOLS = ("memcheck", "racecheck")
 BENCHES = ("attention", "ffn", "projection", "residual", "step", "sharing", "shrunk")
 
 
@@ -39,8 +42,8 @@ def _has_gpu() -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _run(command: list[str], root: Path) -> tuple[bool, str]:
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+def _run(command: list[str], root: Path, **variables: str) -> tuple[bool, str]:
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | variables)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     return done.returncode == 0, lines[-1] if lines else f"exit code {done.returncode}"
 
@@ -58,12 +61,16 @@ def _sanitizer(tiny: bool, root: Path) -> dict[str, Any]:
     program = shutil.which("compute-sanitizer")
     if tiny or program is None:
         return {"note": "not run: " + ("no GPU" if tiny else "compute-sanitizer is not on the PATH")}
-    verdicts = {}
-    for tool in ("memcheck", "racecheck"):
+
+    def checked(tool: str) -> dict[str, Any]:
         step = [sys.executable, "-m", "bench.gpu.small_step"]
-        passed, summary = _run([program, "--tool", tool, "--error-exitcode", "1", *step], root)
-        verdicts[tool] = {"passed": passed, "summary": summary}
-    return verdicts
+        # An allocation of its own for each tensor, so that reading past its end shows.
+        caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+        passed, summary = _run([program, "--tool", tool, "--error-exitcode", "1", *step], root, **caching)
+        return {"passed": passed, "summary": summary}
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(_TOOLS, pool.map(checked, _TOOLS), strict=True))
 
 
 def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,8 +160,11 @@ def main() -> int:
     if options.skip_tests:
         record["tests"] = {"passed": False, "summary": "not run: --skip-tests"}
     else:
-        record["tests"] = _tests(options.tiny, measure.ROOT)
-        record["sanitizer"] = _sanitizer(options.tiny, measure.ROOT)
+        print("testing", flush=True)
+        with ThreadPoolExecutor() as pool:
+            sanitizer = pool.submit(_sanitizer, options.tiny, measure.ROOT)
+            record["tests"] = _tests(options.tiny, measure.ROOT)
+            record["sanitizer"] = sanitizer.result()
     rows: list[dict[str, Any]] = []
     for name in BENCHES:
         if name in options.only:
@@ -174,7 +184,8 @@ def main() -> int:
     folder = options.output or measure.ROOT / ("build/gpu" if options.tiny else "bench/results")
     folder.mkdir(parents=True, exist_ok=True)
     device = record["machine"]["device"]
-    stem = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    some = [] if set(options.only) == set(BENCHES) else options.only
+    stem = "-".join([re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-"), *some])
     write_atomically(folder / f"{stem}.json", json.dumps(record, indent=1) + "\n")
     for path in plots.draw(rows, device, folder, stem):
         print(path)

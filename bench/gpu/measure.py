@@ -62,7 +62,7 @@ class Work:
 def milliseconds(call: Callable[[], object], setting: Setting) -> tuple[float, float, float]:
     """Median, 20 % and 80 % quantile of a call's time; on a GPU with a cold cache, as between the layers of a model."""
     if setting.device == "cuda":
-        return tuple(triton.testing.do_bench(call, warmup=50, rep=300, quantiles=list(QUANTILES)))
+        return tuple(triton.testing.do_bench(call, warmup=20, rep=100, quantiles=list(QUANTILES)))
     times = []
     for _ in range(2):
         start = time.perf_counter()

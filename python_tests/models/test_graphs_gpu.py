@@ -49,8 +49,9 @@ def test_graphs_captured_for_one_batch_serve_the_bucket(model):
             for inputs, expected in zip(batches * 2, want, strict=True):
                 torch.compiler.cudagraph_mark_step_begin()
                 assert_same(step(model, compiled, inputs), expected)
-    torch.testing.assert_close(recorded.head, eager.head)
-    torch.testing.assert_close(recorded.ffn, eager.ffn)
+    # Sums of float32 terms, in another order.
+    torch.testing.assert_close(recorded.head, eager.head, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(recorded.ffn, eager.ffn, rtol=1e-4, atol=1e-6)
 
 
 def test_static_shapes_never_wait_for_the_gpu(model):

@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForTokenClassification
 
 import ticketops.ops as ops
 from ticketops import Ticket, patch
 from ticketops.errors import UnsupportedError
-from ticketops.ops import Sequences, projection, triton_configs
+from ticketops.ops import Sequences, Weights, projection, triton_configs
 from ticketops.ops.backends import BACKENDS, choose
 from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
+
+from .cases import SHORT, packed_sequences, padded_sequences
+from .layers import TICKETS, inputs
+from .layers import check as check_layer
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -44,6 +48,8 @@ drawn = settings(
     max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
+#: Tickets that keep all heads or none, and all neurons or none.
+WHOLE = [ticket for ticket in TICKETS if not ticket[0] and ticket[1] is None]
 # One token, primes, both sides of every block edge up to 64; 0 is an empty sequence.
 LENGTHS = [0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 37] + ([] if common.INTERPRETED else [63, 64, 65, 127, 128, 129, 257])
 MASK_VALUES = [0.0, 0.0, 1.0, 1.0, 0.5, -0.75, 1.5]
@@ -773,6 +779,41 @@ def test_residual_norm_of_no_tokens():
     assert not gamma.grad.any()
 
 
+# Whole layers
+
+
+@pytest.fixture
+def seeds_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a layer draw its seeds as its parts do; on a GPU one draw for several gives others."""
+    monkeypatch.setattr(
+        ops.layer, "draw_seed", lambda device, calls: torch.cat([draw_seed(device) for _ in range(calls)])
+    )
+
+
+@pytest.mark.parametrize("ticket", WHOLE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, None), (torch.float16, None)]
+    + ([] if common.INTERPRETED else [(torch.float32, torch.bfloat16), (torch.bfloat16, None)]),
+)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
+@pytest.mark.parametrize("first_tokens", [False, True])
+@pytest.mark.usefixtures("seeds_one_by_one")
+def test_layers(ticket, dtype, autocast, per_token, layout, first_tokens):
+    sequences, rows = layout(SHORT)
+    x, dout, weights = inputs(rows, ticket)
+    tensors = (x.to(DEVICE), dout.to(DEVICE), Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
+    options = {"dropouts": (0.1, 0.2, 0.3), "per_token": per_token, "first_tokens": first_tokens}
+    check_layer(tensors, _to_device(sequences), dtype, autocast, **options)
+
+
+def test_a_layer_of_which_a_ticket_picks_structures_is_left_to_the_other_ops():
+    x = torch.zeros((2, 3), device=DEVICE)
+    assert ops.serves_layer(x, x)
+    assert not ops.serves_layer(x, x, partial=True)
+
+
 # Rows of no sequence
 
 
@@ -944,6 +985,19 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.ticketops.residual_norm, (x, x, None, b1[:16], b1[:16], seed, 0.1, 1e-5))
 
 
+@pytest.mark.parametrize("ticket", WHOLE, ids=str)
+@pytest.mark.parametrize("first_tokens", [False, True])
+def test_opcheck_of_layers(ticket, first_tokens):
+    sequences, rows = packed_sequences(SHORT)
+    x, _, weights = inputs(rows, ticket)
+    sequences = _to_device(sequences)
+    tensors = [None if t is None else t.to(DEVICE) for t in (x, *weights)]
+    tensors = [t.float().requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
+    settings = (sequences.max_length, 12, 0.3, "gelu", 0.0, 0.2, 0.0, 1e-12, 1e-12, False, first_tokens, False)
+    where = (sequences.starts, sequences.lengths, torch.tensor([7], device=DEVICE))
+    torch.library.opcheck(torch.ops.ticketops.encoder_layer.default, (*tensors, *where, None, None, None, *settings))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64] + ([torch.bfloat16] if common.INTERPRETED else []))
 def test_refuses_by_name(dtype):
     with pytest.raises(UnsupportedError, match="TICKETOPS_BACKEND=triton cannot run attention"):
@@ -955,17 +1009,18 @@ def test_is_the_last_choice_on_the_cpu_and_the_first_on_cuda():
     assert BACKENDS["cuda"][0] == "triton"
 
 
-@pytest.mark.usefixtures("indexed")
+@pytest.mark.usefixtures("indexed", "seeds_one_by_one")
 @pytest.mark.parametrize("heads", [[True, True], [False, True]])
 def test_a_whole_model_agrees_with_the_reference(monkeypatch, heads):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=99)).to(DEVICE).train()
+    # A head that reads every token, since where only first ones are read the last layer's dropout has fewer rows.
+    model = BertForTokenClassification(BertConfig(**sizes, vocab_size=99)).to(DEVICE).train()
     handle = patch(model).apply(Ticket(torch.tensor([heads]), torch.tensor([True])))
     batch = {
         "input_ids": torch.randint(1, 99, (2, 6), device=DEVICE),
         "attention_mask": torch.tensor([[1] * 6, [1] * 3 + [0] * 3], device=DEVICE),
-        "labels": torch.tensor([0, 1], device=DEVICE),
+        "labels": torch.tensor([[0, 1] * 3, [1, 0, 1] + [-100] * 3], device=DEVICE),
     }
     results = []
     for name in ("triton", "reference"):

@@ -109,6 +109,9 @@ def whole_layer(
     assert norm is not None
     if not call.whole or hidden_states.dtype != query.weight.dtype:
         return None
+    partial = bool(kept.heads) or kept.neurons is not None
+    if partial and not ops.serves_layer(hidden_states, query.weight, partial=True):
+        return None
     if any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in (*around, *linears)
     ):

@@ -609,11 +609,11 @@ def _check_first_tokens(handle: PatchHandle, model: PreTrainedModel, mask: Tenso
 def _reads_only_first_tokens(handle: PatchHandle, model: PreTrainedModel) -> bool:
     """Whether nobody can see more of the last layer than each row's first token: the head is transformers' own, with
     modules of its own or of torch, and no hook of others looks on."""
-    # A compiler would have to follow all this; what it compiles computes every token, and so does a GPU.
+    # A compiler would have to follow all this; what it compiles computes every token.
     if torch.compiler.is_compiling() or not type(model).__name__.endswith(_ONLY_FIRST_TOKEN_HEADS):
         return False
     base, encoder, _ = handle._ends
-    if not isinstance(encoder, TicketEncoder) or not handle._parts[0].qkv[0].weight.is_cpu:
+    if not isinstance(encoder, TicketEncoder):
         return False
     skipped = (base, base.embeddings, encoder)
     heads = [child for child in (*model.children(), *base.children()) if child not in skipped]

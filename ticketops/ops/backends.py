@@ -111,15 +111,19 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleT
 
 
 @torch.compiler.assume_constant_result
-def native_on_cpu(device: torch.device, dtype: torch.dtype, *ops: str) -> bool:
-    """Whether the native kernels compute all of some ops on the CPU; a constant to torch.compile.
+def common(*ops: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The backend that computes all of some ops; a constant to torch.compile.
 
     Args:
+        ops: of OPS.
         device: where the tensors lie.
         dtype: their dtype.
-        ops: of OPS.
+
+    Returns:
+        Its name; None where they have different ones.
     """
-    return device.type == "cpu" and all(choose(op, device, dtype)[0] == "native" for op in ops)
+    names = {choose(op, device, dtype)[0] for op in ops}
+    return names.pop() if len(names) == 1 else None
 
 
 def explain() -> list[dict[str, str]]:

@@ -31,7 +31,7 @@ def draw_seed(device: torch.device, calls: int = 1) -> Tensor:
 
     Args:
         device: where the calls run; a tensor seed keeps a captured CUDA graph drawing anew.
-        calls: how many; one draw for several gives what as many draws for one would.
+        calls: how many; on a CPU one draw for several gives what as many draws for one would.
 
     Returns:
         int64 [calls], non-negative, below 2**62.

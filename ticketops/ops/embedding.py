@@ -27,7 +27,7 @@ def serves_embedding(x: Tensor) -> bool:
         x: the table, or the tokens.
     """
     # The residual's LayerNorm is their neighbour: both are of the extension, or neither.
-    return backends.native_on_cpu(x.device, x.dtype, "residual")
+    return backends.common("residual", device=x.device, dtype=x.dtype) == "native"
 
 
 def embedding(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:

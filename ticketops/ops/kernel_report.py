@@ -93,6 +93,7 @@ def attention_launches(
     *,
     options: bool = True,
     window: int | None = None,
+    sequences: int = 2,
 ) -> list[Launch]:
     """The launches of one attention call, forward and backward.
 
@@ -103,13 +104,14 @@ def attention_launches(
         length: tokens of the longest sequence.
         options: dropout and a head mask are on.
         window: how far attention reaches, or None.
+        sequences: how many share twice the longest one's tokens.
 
     Returns:
         One launch a kernel.
     """
     q = torch.empty((2 * length, 12, head_dim), dtype=dtype, device="meta")
     lse = torch.empty((2 * length, 12), device="meta")
-    starts = torch.empty(2, dtype=torch.int32, device="meta")
+    starts = torch.empty(sequences, dtype=torch.int32, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     head_mask = torch.empty(12, device="meta") if options else None
     settings = (starts, starts, head_mask, seed, length, head_dim**-0.5, 0.1 if options else 0.0)
@@ -209,7 +211,7 @@ def projection_launches(
 
 
 def residual_launches(
-    target: tuple[int, int], dtype: torch.dtype, channels: int = 768, *, options: bool = True
+    target: tuple[int, int], dtype: torch.dtype, channels: int = 768, *, options: bool = True, wide: bool = False
 ) -> list[Launch]:
     """The launches of one residual_norm call, forward and backward.
 
@@ -218,6 +220,7 @@ def residual_launches(
         dtype: of the tokens.
         channels: C.
         options: bias and dropout are on.
+        wide: as in a layer under autocast, the residual is float32 and the result is written in 16 bits, too.
 
     Returns:
         One launch a kernel.
@@ -227,9 +230,11 @@ def residual_launches(
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     bias, dropout_p = (vector, 0.1) if options else (None, 0.0)
     launches: list[Launch] = []
-    with recorded_launches(target, _recorder(launches, target, {"dtype": _name(dtype), "case": f"C={channels}"})):
-        residual.forward(x, x, bias, vector, vector, seed, dropout_p, 1e-12)
-        residual.backward(x, x, x, bias, vector, mean, mean, seed, dropout_p)
+    stream, half = (x.float(), x) if wide else (x, None)
+    case = {"dtype": _name(dtype), "case": f"C={channels}" + (", float32 residual" if wide else "")}
+    with recorded_launches(target, _recorder(launches, target, case)):
+        residual.forward(x, stream, bias, vector, vector, seed, dropout_p, 1e-12, half)
+        residual.backward(stream, x, stream, bias, vector, mean, mean, seed, dropout_p)
     return launches
 
 
@@ -248,8 +253,11 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
             for head_dim in (32, 64, 128) if dtype != torch.float16 else (64,):
                 # ModernBERT's heads are of size 64, and most of its layers have a window.
                 for window in (None, 64) if head_dim == 64 else (None,):
-                    for length in (16, 32, 64, 128, 512) if window is None else (128, 512):
-                        for launch in attention_launches(target, dtype, head_dim, length, window=window):
+                    lengths = [(16, 2), (32, 2), (64, 2), (128, 4), (128, 16)] if window is None else []
+                    for length, sequences in (*lengths, (128, 2), (512, 2)):
+                        for launch in attention_launches(
+                            target, dtype, head_dim, length, window=window, sequences=sequences
+                        ):
                             key = (launch.kernel.__name__, dtype, head_dim, window, launch.tile)
                             if key not in seen:
                                 seen.add(key)
@@ -262,6 +270,7 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
                 yield from projection_launches(target, dtype, head_dim)
             for channels in (384, 768, 1024):
                 yield from residual_launches(target, dtype, channels)
+        yield from residual_launches(target, torch.bfloat16, wide=True)
         yield from projection_launches(target, torch.bfloat16, weight_dtype=torch.float32)
         for weight_dtype in (None, torch.float32):
             for launch in ffn_launches(target, torch.bfloat16, blocks=True, weight_dtype=weight_dtype):

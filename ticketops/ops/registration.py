@@ -72,12 +72,27 @@ def _differentiable(name: str, below: Callable, backward: Callable, setup_contex
     return call
 
 
+def _apart(function: Callable) -> Callable:
+    """The same with results in memory of their own."""
+
+    def call(*arguments):
+        results, found = function(*arguments), set()
+        for x in results:
+            storage = x.untyped_storage()._cdata
+            yield x.clone() if x.numel() and storage in found else x
+            found.add(storage)
+
+    return lambda *arguments: tuple(call(*arguments))
+
+
 def define(
     schema: str,
     forward: Callable,
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    *,
+    shares: bool = False,
 ) -> Callable[..., Any]:
     """Registers an op as torch.ops.ticketops.<name>.
 
@@ -87,6 +102,8 @@ def define(
         fake: the results' shapes and dtypes without computing, for torch.compile.
         backward: the autograd formula; None for an op that is itself a backward pass, whose differentiation is refused.
         setup_context: stores what `backward` needs.
+        shares: several results may be parts of one tensor, which torch allows gradients, but not an op's results: where
+            somebody watches they are copied.
 
     Returns:
         The op with all its arguments in their order, called past torch's dispatcher where nobody watches: on a CPU its
@@ -94,7 +111,7 @@ def define(
     """
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, forward, "CompositeExplicitAutograd")
+    _library.impl(name, _apart(forward) if shares else forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ticketops::{name}", fake, lib=_library)
     if backward is None or setup_context is None:
         backward, setup_context = _no_second_derivative(name), lambda ctx, inputs, output: None

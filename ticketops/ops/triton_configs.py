@@ -3,9 +3,10 @@ searched at run time.
 
 What supports the entries: each is compiled ahead of time for sm_80, sm_90 and sm_100 with dropout and a mask on, and
 none spills a register; `ticketops doctor --kernels` prints registers, shared memory and how many programs a
-multiprocessor holds, bench/results/kernels-*.md keeps that, and python_tests/aot holds every entry to it. No entry has
-been timed on a GPU yet. `make gpu` times them, into bench/results/<device>.json, and the entry that a timing has chosen
-names that file (`Tile.timed`, printed with the rest).
+multiprocessor holds, bench/results/kernels-*.md keeps that, and python_tests/aot holds every entry to it. Those of
+Hopper for 16 bits and heads of up to 64 were chosen by timings: `python -m bench.gpu.tiles` times every candidate, into
+bench/results/tiles-<device>.json, and an entry that a timing has chosen names that file (`Tile.timed`, printed with the
+rest). No other entry has been timed.
 """
 
 from dataclasses import dataclass, replace
@@ -47,17 +48,28 @@ class AttentionTiles:
         row_backward: ascending; the first that holds the longest sequence, else dq and dkdv tile it.
         dq: for the kernel that walks over keys.
         dkdv: for the kernel that walks over queries.
+        short: for dq and dkdv where sequences have SHORT tokens on average; None for the same.
     """
 
     forward: dict[int, Tile]
     row_backward: tuple[Tile, ...]
     dq: Tile
     dkdv: Tile
+    short: tuple[Tile, Tile] | None = None
+
+
+#: Sequences of so many tokens on average have smaller tiles in the backward pass.
+SHORT = 32
+#: Which part of a block of more than 64 rows a sequence must fill on average for the backward pass to take it whole: of
+#: 128 x 128 tokens the whole takes 132 us, dq and dkdv 164; of RTE's lengths, half of 128, 196 and 171; of SST-2's, a
+#: tenth, 829 and 293 (16,384 tokens, 12 heads, bfloat16, dropout; tiles-nvidia-h200.json).
+FILLED = 0.75
 
 
 #: Of `AttentionTiles.forward`: the entry for sequences longer than all others.
 LONGER = 2**31
 
+_H200 = "tiles-nvidia-h200.json"
 _SHORT_FORWARD = {16: Tile(16, 16, 1, 1), 32: Tile(32, 32, 2, 1)}
 _SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 2, 1))
 _WIDE_SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(64, 64, 4, 1))
@@ -79,13 +91,13 @@ ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
     (9, 2, 64): AttentionTiles(
         {
             **_SHORT_FORWARD,
-            64: Tile(64, 64, 4, 1),
-            128: Tile(64, 64, 4, 2, registers=128),
-            LONGER: Tile(128, 64, 8, 2, registers=128),
+            128: Tile(64, 32, 4, 3, timed=_H200),
+            LONGER: Tile(128, 64, 8, 3, timed=_H200),
         },
-        (*_SHORT_BACKWARD, Tile(64, 64, 4, 1), Tile(128, 128, 8, 1)),
-        Tile(64, 64, 4, 2),
-        Tile(64, 64, 4, 2),
+        (*_SHORT_BACKWARD, Tile(64, 64, 4, 1, timed=_H200), Tile(128, 128, 8, 1, timed=_H200)),
+        Tile(64, 32, 4, 3, timed=_H200),
+        Tile(64, 64, 4, 1, timed=_H200),
+        (Tile(32, 32, 4, 2, timed=_H200), Tile(32, 32, 4, 2, timed=_H200)),
     ),
     (9, 2, 128): AttentionTiles(
         {**_SHORT_FORWARD, 64: Tile(64, 32, 4, 2), LONGER: Tile(128, 64, 8, 2)},
@@ -95,23 +107,25 @@ ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
     ),
     # Products in float32 run on the plain cores with both operands in registers, hence the small tiles.
     (8, 4, 64): AttentionTiles(
-        {LONGER: Tile(32, 32, 4, 1)},
+        {LONGER: Tile(32, 32, 8, 1)},
         (Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)),
-        Tile(32, 32, 8, 1),
+        Tile(16, 32, 8, 1),
         Tile(32, 32, 8, 1),
     ),
     (8, 4, 128): AttentionTiles(
         {LONGER: Tile(16, 16, 4, 1)},
         (Tile(16, 16, 8, 1),),
         Tile(16, 16, 8, 1),
-        Tile(32, 32, 8, 1),
+        Tile(16, 32, 8, 1),
     ),
 }
 # Blackwell's accumulators lie in a memory of their own and leave the registers free.
 ATTENTION |= {
-    (10, 2, 64): replace(
-        ATTENTION[9, 2, 64],
-        forward={**_SHORT_FORWARD, 128: Tile(64, 64, 4, 2), LONGER: Tile(128, 64, 8, 2, registers=128)},
+    (10, 2, 64): AttentionTiles(
+        {**_SHORT_FORWARD, 128: Tile(64, 64, 4, 2), LONGER: Tile(128, 64, 8, 2, registers=128)},
+        (*_SHORT_BACKWARD, Tile(64, 64, 4, 1), Tile(128, 128, 8, 1)),
+        Tile(64, 64, 4, 2),
+        Tile(64, 64, 4, 2),
     ),
     (10, 2, 128): ATTENTION[9, 2, 128],
 }
@@ -122,17 +136,16 @@ WINDOWED: dict[tuple[int, int, int], AttentionTiles] = {
     (8, 2, 64): replace(ATTENTION[8, 2, 64], dkdv=Tile(32, 32, 4, 2)),
     (9, 2, 64): replace(ATTENTION[9, 2, 64], dkdv=Tile(32, 64, 4, 2)),
     (10, 2, 64): replace(ATTENTION[10, 2, 64], dkdv=Tile(32, 64, 4, 2)),
-    (10, 4, 64): replace(ATTENTION[10, 4, 64], forward={LONGER: Tile(32, 32, 8, 1)}),
 }
 
-#: Tokens x neurons of the pointwise FFN kernels: whole 128-byte lines of 16-bit elements, 16 elements a thread.
-FFN = Tile(32, 64, 4, 1)
+#: Tokens x neurons of the pointwise FFN kernels.
+FFN = Tile(32, 128, 4, 1, timed=_H200)
 #: The same where a gate is read and written beside the activations.
 GATED_FFN = Tile(16, 64, 4, 1)
 #: Blocks of the indexed projections' products, by family and bytes of an element.
 PROJECTION: dict[tuple[int, int], Tile] = {
     (8, 2): Tile(128, 128, 8, 3, 32),
-    (9, 2): Tile(128, 128, 8, 3, 64),
+    (9, 2): Tile(128, 64, 4, 3, 64, timed=_H200),
     (10, 2): Tile(128, 128, 8, 3, 64),
     **{(major, 4): Tile(64, 64, 8, 2, 16) for major in (8, 9, 10)},
 }
@@ -201,7 +214,12 @@ def attention_forward(
 
 
 def attention_backward(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, max_length: int, windowed: bool = False
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    max_length: int,
+    windowed: bool = False,
+    mean_length: float = LONGER,
 ) -> tuple[Tile] | tuple[Tile, Tile]:
     """The backward kernels' tiles.
 
@@ -211,13 +229,18 @@ def attention_backward(
         head_dim: D.
         max_length: tokens of the longest sequence.
         windowed: attention reaches no further than a window.
+        mean_length: tokens for each sequence.
 
     Returns:
-        One tile where whole sequences fit a program, else those for dq and for dk with dv.
+        One tile where whole sequences fit a program and fill it, else those for dq and for dk with dv.
     """
     tiles = _attention(capability, dtype, head_dim, windowed)
     whole = next((tile for tile in tiles.row_backward if tile.rows >= max_length), None)
-    return (tiles.dq, tiles.dkdv) if whole is None else (whole,)
+    if whole is not None and (whole.rows <= 64 or mean_length >= FILLED * whole.rows):
+        return (whole,)
+    if tiles.short is not None and mean_length <= SHORT:
+        return tiles.short
+    return tiles.dq, tiles.dkdv
 
 
 def projection(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
@@ -247,7 +270,7 @@ def most_indexed_tokens(capability: tuple[int, int], dtype: torch.dtype) -> int:
 
 
 def norm_forward(channels: int) -> Tile:
-    """The tile of the LayerNorm's forward kernel: whole rows, at least 2048 elements a program.
+    """The tile of the LayerNorm's forward kernel: whole rows, at least 1024 elements a program.
 
     Args:
         channels: C.
@@ -272,4 +295,6 @@ def norm_backward(channels: int) -> Tile:
 
 def _whole_rows(channels: int, warps: int) -> Tile:
     columns = power_of_two(channels)
-    return Tile(max(1, 2048 // columns), columns, warps if columns <= 2048 else 16, 1)
+    return Tile(
+        max(1, 1024 // columns), columns, warps if columns <= 2048 else 16, 1, timed=_H200 if columns == 1024 else None
+    )

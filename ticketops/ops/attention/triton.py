@@ -38,6 +38,8 @@ __all__ = ["backward", "forward", "refusal"]
 
 MAX_HEAD_DIM = 128
 MAX_BLOCK = 128
+#: Read element by element, so that their alignment would only have kernels compiled twice.
+UNALIGNED = ["p_starts", "p_lengths", "p_seed"]
 
 
 @triton.jit
@@ -57,15 +59,18 @@ def reach(i_first, ROWS: tl.constexpr, window, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_rows(p_x, b_x, i_row, o_rows, m_rows, i_head, heads, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes a block [rows, BLOCK_D] to rows i_row + o_rows of one head of a contiguous [T, H, D] tensor."""
+def store_rows(p_x, b_x, i_row, o_rows, m_rows, i_head, stride_t, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes a block [rows, BLOCK_D] to rows i_row + o_rows of one head of a [T, H, D] tensor with contiguous rows."""
     o_d = tl.arange(0, BLOCK_D)
-    p_first = p_x + (i_row * heads + i_head) * D
-    o_x = o_rows[:, None] * (heads * D) + o_d[None, :]
+    p_first = p_x + i_row * stride_t + i_head * D
+    o_x = o_rows[:, None] * stride_t + o_d[None, :]
     tl.store(p_first + o_x, b_x.to(p_x.dtype.element_ty), mask=m_rows[:, None] & (o_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"])
+@triton.jit(
+    do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def forward_kernel(
     p_q,
     p_k,
@@ -106,8 +111,8 @@ def forward_kernel(
     i_b = tl.program_id(0) // (heads + 1) // blocks
     if i_h == heads:
         first, second, third, last = owned_gaps(p_starts, p_lengths, batch, tokens, i_b)
-        zero_gaps(p_out, first, second, third, last, heads * D, i_m, blocks)
-        zero_gaps(p_lse, first, second, third, last, heads, i_m, blocks)
+        zero_gaps(p_out, first, second, third, last, heads * D, heads * D, i_m, blocks)
+        zero_gaps(p_lse, first, second, third, last, heads, heads, i_m, blocks)
         return
     length = tl.load(p_lengths + i_b)
     if i_m * BLOCK_M >= length:
@@ -120,7 +125,7 @@ def forward_kernel(
     if p_mask is not None:
         head_mask = tl.load(p_mask + i_h)
         if head_mask == 0.0:
-            store_rows(p_out, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), i_row, o_m, m_m, i_h, heads, D, BLOCK_D)
+            store_rows(p_out, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), i_row, o_m, m_m, i_h, heads * D, D, BLOCK_D)
             tl.store(p_lse + (i_row * heads + i_h) + o_m * heads, tl.zeros([BLOCK_M], tl.float32), mask=m_m)
             return
 
@@ -158,7 +163,7 @@ def forward_kernel(
             b_p = tl.where(dropout_keeps(b_word[:, None], i_n + o_n[None, :], threshold), b_p, 0.0)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
     b_out = b_acc * (head_mask * keep_scale / b_sum)[:, None]
-    store_rows(p_out, b_out, i_row, o_m, m_m, i_h, heads, D, BLOCK_D)
+    store_rows(p_out, b_out, i_row, o_m, m_m, i_h, heads * D, D, BLOCK_D)
     tl.store(p_lse + (i_row * heads + i_h) + o_m * heads, (b_max + tl.log2(b_sum)) / LOG2_E, mask=m_m)
 
 
@@ -171,7 +176,10 @@ def forward_kernel(
 # m stays outside all products, hence delta is the importance of the unmasked head whatever m is.
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "scale", "threshold", "keep_scale", "window"])
+@triton.jit(
+    do_not_specialize=["tokens", "batch", "heads", "scale", "threshold", "keep_scale", "window"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def row_backward_kernel(
     p_dout,
     p_q,
@@ -199,6 +207,7 @@ def row_backward_kernel(
     stride_vt,
     stride_vh,
     stride_vd,
+    stride_gt,
     tokens,
     batch,
     heads,
@@ -222,9 +231,9 @@ def row_backward_kernel(
     i_b = tl.program_id(0) // (heads + 1)
     if i_h == heads:
         first, second, third, last = owned_gaps(p_starts, p_lengths, batch, tokens, i_b)
-        zero_gaps(p_dq, first, second, third, last, heads * D, 0, 1)
-        zero_gaps(p_dk, first, second, third, last, heads * D, 0, 1)
-        zero_gaps(p_dv, first, second, third, last, heads * D, 0, 1)
+        zero_gaps(p_dq, first, second, third, last, heads * D, stride_gt, 0, 1)
+        zero_gaps(p_dk, first, second, third, last, heads * D, stride_gt, 0, 1)
+        zero_gaps(p_dv, first, second, third, last, heads * D, stride_gt, 0, 1)
         return
     length = tl.load(p_lengths + i_b)
     start = tl.load(p_starts + i_b).to(tl.int64)
@@ -235,9 +244,9 @@ def row_backward_kernel(
         head_mask = tl.load(p_mask + i_h)
         if head_mask == 0.0:
             b_zero = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-            store_rows(p_dq, b_zero, start, o_n, m_n, i_h, heads, D, BLOCK_D)
-            store_rows(p_dk, b_zero, start, o_n, m_n, i_h, heads, D, BLOCK_D)
-            store_rows(p_dv, b_zero, start, o_n, m_n, i_h, heads, D, BLOCK_D)
+            store_rows(p_dq, b_zero, start, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
+            store_rows(p_dk, b_zero, start, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
+            store_rows(p_dv, b_zero, start, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
             tl.store(p_signed + i_b * heads + i_h, 0.0)
             tl.store(p_absolute + i_b * heads + i_h, 0.0)
             return
@@ -266,15 +275,18 @@ def row_backward_kernel(
     tl.store(p_signed + o_sum, tl.sum(b_delta, 0))
     tl.store(p_absolute + o_sum, tl.sum(tl.abs(b_delta), 0))
     b_dv = tl.dot(tl.trans(b_w.to(b_do.dtype)), b_do, input_precision=PRECISION)
-    store_rows(p_dv, b_dv * head_mask, start, o_n, m_n, i_h, heads, D, BLOCK_D)
+    store_rows(p_dv, b_dv * head_mask, start, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
     b_h = (b_p * (b_g - b_delta)).to(b_q.dtype)
     b_dq = tl.dot(b_h, b_k, input_precision=PRECISION)
-    store_rows(p_dq, b_dq * (head_mask * scale), start, o_n, m_n, i_h, heads, D, BLOCK_D)
+    store_rows(p_dq, b_dq * (head_mask * scale), start, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
     b_dk = tl.dot(tl.trans(b_h), b_q, input_precision=PRECISION)
-    store_rows(p_dk, b_dk * (head_mask * scale), start, o_n, m_n, i_h, heads, D, BLOCK_D)
+    store_rows(p_dk, b_dk * (head_mask * scale), start, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"])
+@triton.jit(
+    do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def dq_kernel(
     p_dout,
     p_q,
@@ -300,6 +312,7 @@ def dq_kernel(
     stride_vt,
     stride_vh,
     stride_vd,
+    stride_gt,
     tokens,
     batch,
     heads,
@@ -321,7 +334,7 @@ def dq_kernel(
     i_b = tl.program_id(0) // (heads + 1) // blocks
     if i_h == heads:
         first, second, third, last = owned_gaps(p_starts, p_lengths, batch, tokens, i_b)
-        zero_gaps(p_dq, first, second, third, last, heads * D, i_m, blocks)
+        zero_gaps(p_dq, first, second, third, last, heads * D, stride_gt, i_m, blocks)
         return
     length = tl.load(p_lengths + i_b)
     if i_m * BLOCK_M >= length:
@@ -334,7 +347,7 @@ def dq_kernel(
     if p_mask is not None:
         head_mask = tl.load(p_mask + i_h)
         if head_mask == 0.0:
-            store_rows(p_dq, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), i_row, o_m, m_m, i_h, heads, D, BLOCK_D)
+            store_rows(p_dq, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), i_row, o_m, m_m, i_h, stride_gt, D, BLOCK_D)
             return
 
     # [BLOCK_M, BLOCK_D]
@@ -367,10 +380,13 @@ def dq_kernel(
             m_p = m_p & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
         b_h = tl.where(m_p, b_p * (b_g - b_delta[:, None]), 0.0).to(b_k.dtype)
         b_dq = tl.dot(b_h, b_k, b_dq, input_precision=PRECISION)
-    store_rows(p_dq, b_dq * (head_mask * scale), i_row, o_m, m_m, i_h, heads, D, BLOCK_D)
+    store_rows(p_dq, b_dq * (head_mask * scale), i_row, o_m, m_m, i_h, stride_gt, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"])
+@triton.jit(
+    do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def dkdv_kernel(
     p_dout,
     p_q,
@@ -398,6 +414,7 @@ def dkdv_kernel(
     stride_vt,
     stride_vh,
     stride_vd,
+    stride_gt,
     tokens,
     batch,
     heads,
@@ -421,8 +438,8 @@ def dkdv_kernel(
     i_b = tl.program_id(0) // (heads + 1) // blocks
     if i_h == heads:
         first, second, third, last = owned_gaps(p_starts, p_lengths, batch, tokens, i_b)
-        zero_gaps(p_dk, first, second, third, last, heads * D, i_n, blocks)
-        zero_gaps(p_dv, first, second, third, last, heads * D, i_n, blocks)
+        zero_gaps(p_dk, first, second, third, last, heads * D, stride_gt, i_n, blocks)
+        zero_gaps(p_dv, first, second, third, last, heads * D, stride_gt, i_n, blocks)
         return
     # The first block also runs for an empty sequence, whose sums are 0.
     length = tl.load(p_lengths + i_b)
@@ -437,8 +454,8 @@ def dkdv_kernel(
         head_mask = tl.load(p_mask + i_h)
         if head_mask == 0.0:
             b_zero = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            store_rows(p_dk, b_zero, i_key, o_n, m_n, i_h, heads, D, BLOCK_D)
-            store_rows(p_dv, b_zero, i_key, o_n, m_n, i_h, heads, D, BLOCK_D)
+            store_rows(p_dk, b_zero, i_key, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
+            store_rows(p_dv, b_zero, i_key, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
             if i_n == 0:
                 tl.store(p_signed + i_b * heads + i_h, 0.0)
                 tl.store(p_absolute + i_b * heads + i_h, 0.0)
@@ -481,8 +498,8 @@ def dkdv_kernel(
         b_dv = tl.dot(b_wt.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_ht = (b_pt * (b_gt - b_delta[None, :])).to(b_q.dtype)
         b_dk = tl.dot(b_ht, b_q, b_dk, input_precision=PRECISION)
-    store_rows(p_dk, b_dk * (head_mask * scale), i_key, o_n, m_n, i_h, heads, D, BLOCK_D)
-    store_rows(p_dv, b_dv * head_mask, i_key, o_n, m_n, i_h, heads, D, BLOCK_D)
+    store_rows(p_dk, b_dk * (head_mask * scale), i_key, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
+    store_rows(p_dv, b_dv * head_mask, i_key, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
     if i_n == 0:
         if window is not None:
             for i_m in range(tl.cdiv(end, BLOCK_M) * BLOCK_M, length, BLOCK_M):
@@ -599,8 +616,12 @@ def backward(
     scale: float,
     dropout_p: float,
     window: int | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients and importance partials of `forward`; one launch where a sequence fits one block, else two.
+
+    Args:
+        into: [T, 3, H, D], contiguous, which dq, dk and dv become parts of; None for tensors of their own.
 
     Returns:
         dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
@@ -608,16 +629,21 @@ def backward(
     tokens, heads, head_dim = q.shape
     batch = len(lengths)
     empty = not tokens * heads * batch
-    dq, dk, dv = ((torch.zeros if empty else torch.empty)(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    if into is None:
+        dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    else:
+        dq, dk, dv = into.unbind(1)
     signed, absolute = (
         (torch.zeros if empty else torch.empty)((batch, heads), dtype=torch.float32, device=q.device) for _ in range(2)
     )
     if empty:
-        return dq, dk, dv, signed, absolute
+        return dq.zero_(), dk.zero_(), dv.zero_(), signed, absolute
     shared = _shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window)
-    shared |= _operand("dout", dout)
+    shared |= _operand("dout", dout) | {"stride_gt": dq.stride(0)}
     windowed = window is not None
-    tiles = triton_configs.attention_backward(capability(q.device), q.dtype, head_dim, max_length, windowed)
+    tiles = triton_configs.attention_backward(
+        capability(q.device), q.dtype, head_dim, max_length, windowed, tokens / batch
+    )
     if len(tiles) == 1:
         launch(
             row_backward_kernel,

@@ -13,6 +13,8 @@ products are those of ops.projection's kernels, and nothing else is touched. A g
 product's columns.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,23 @@ from ticketops.ops.projection import triton as projection
 from ticketops.ops.triton_common import launch, owned_rows, refusal
 
 __all__ = ["backward", "forward", "refusal"]
+
+#: Read element by element, so that their alignment would only have kernels compiled twice.
+UNALIGNED = ["p_starts", "p_lengths"]
+
+
+class Parts(NamedTuple):
+    """What `activation_backward` leaves to `finish`; None where a sum is not wanted.
+
+    Attributes:
+        db1: float32 [parts, N], of db1.
+        db2: float32 [parts, C], of db2.
+        terms: float32 [T], <dOut, Y> of each token.
+    """
+
+    db1: Tensor | None
+    db2: Tensor | None
+    terms: Tensor | None
 
 
 @triton.jit
@@ -138,7 +157,7 @@ def reduce_output_side(
         tl.store(p_terms + i_row + o_r, b_terms, mask=m_r)
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "output_parts"])
+@triton.jit(do_not_specialize=["tokens", "batch", "output_parts"], do_not_specialize_on_alignment=UNALIGNED)
 def backward_kernel(
     p_gradient,
     p_target,
@@ -242,12 +261,16 @@ def sum_parts(p_parts, p_sum, parts, width, scale, i_block, ROWS: tl.constexpr, 
     tl.store(p_sum + o_c, b_total.to(p_sum.dtype.element_ty), mask=o_c < width)
 
 
-@triton.jit(do_not_specialize=["parts", "output_parts", "batch"])
+@triton.jit(
+    do_not_specialize=["parts", "output_parts", "more_parts", "batch"], do_not_specialize_on_alignment=UNALIGNED
+)
 def finish_kernel(
     p_parts1,
     p_db1,
     p_parts2,
     p_db2,
+    p_parts3,
+    p_more,
     p_terms,
     p_signed,
     p_absolute,
@@ -256,13 +279,15 @@ def finish_kernel(
     p_ffn_mask,
     parts,
     output_parts,
+    more_parts,
     batch,
     neurons,
     channels,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The second stage of all sums: biases over the blocks of tokens, <dOut, Y> over each sequence's tokens."""
+    """The second stage of all sums: vectors' gradients over the blocks of tokens, <dOut, Y> over each sequence's
+    tokens."""
     pid = tl.program_id(0)
     ffn_mask = tl.full([], 1.0, tl.float32)
     if p_ffn_mask is not None:
@@ -283,15 +308,21 @@ def finish_kernel(
             tl.store(p_signed + pid, tl.sum(b_signed, 0) * inverse)
             tl.store(p_absolute + pid, tl.sum(b_absolute, 0) * tl.abs(inverse))
         return
+    i_block = pid - batch
+    if p_db1 is not None:
+        blocks = tl.cdiv(neurons, COLUMNS)
+        if i_block < blocks:
+            sum_parts(p_parts1, p_db1, parts, neurons, 1.0, i_block, ROWS, COLUMNS)
+            return
+        i_block -= blocks
     if p_db2 is not None:
-        i_block = pid - batch
-        blocks = 0
-        if p_db1 is not None:
-            blocks = tl.cdiv(neurons, COLUMNS)
-            if i_block < blocks:
-                sum_parts(p_parts1, p_db1, parts, neurons, 1.0, i_block, ROWS, COLUMNS)
-        if i_block >= blocks:
-            sum_parts(p_parts2, p_db2, output_parts, channels, ffn_mask, i_block - blocks, ROWS, COLUMNS)
+        blocks = tl.cdiv(channels, COLUMNS)
+        if i_block < blocks:
+            sum_parts(p_parts2, p_db2, output_parts, channels, ffn_mask, i_block, ROWS, COLUMNS)
+            return
+        i_block -= blocks
+    if p_more is not None:
+        sum_parts(p_parts3, p_more, more_parts, channels, 1.0, i_block, ROWS, COLUMNS)
 
 
 def forward(
@@ -371,91 +402,164 @@ def backward(
         sequence's tokens [B] (empty unless `token_sums`); the sums of G * H over each sequence's tokens [B, N], of its
         absolute value with `neuron_absolute` (empty unless `neuron_sums`).
     """
-    tokens, channels = x.shape
-    gated, first, neurons, batch = w1.shape[0] != w2.shape[1], pre.shape[1], hidden.shape[1], len(lengths)
-
-    def sums(wanted: bool, *shape: int) -> Tensor:
-        return torch.empty(shape if wanted else (0,), dtype=torch.float32, device=x.device)
-
-    def weight(*shape: int) -> Tensor:
-        return torch.empty(shape if weight_gradients else (0,), dtype=w1.dtype, device=x.device)
-
-    tile = triton_configs.GATED_FFN if gated else triton_configs.FFN
-    row_blocks = triton.cdiv(tokens, tile.rows)
-    column_blocks = triton.cdiv(neurons, tile.columns)
-    by_sequence = neuron_sums and batch > 0
-    parts = batch if by_sequence else row_blocks
-    output_parts = row_blocks if weight_gradients or token_sums else 0
-    # Of selected neurons, the indexed gradient of w1 sums b1's, too.
-    own_db1 = weight_gradients and blocks is None
-    db1, db2 = weight(len(w1)), weight(channels)
-    parts1, parts2 = sums(own_db1, parts, first), sums(weight_gradients, output_parts, channels)
-    terms, signed, absolute = sums(token_sums, tokens), sums(token_sums, batch), sums(token_sums, batch)
-    by_neuron = sums(neuron_sums, batch, neurons)
-
+    gated, own_db1 = w1.shape[0] != w2.shape[1], weight_gradients and blocks is None
     if blocks is None:
         gradient = torch.mm(dout, w2)
     else:
         w1, w2 = w1.contiguous(), w2.contiguous()
         (gradient,) = projection.into(dout, [w2.t()], None, blocks, count)
-    dpre = torch.empty_like(pre) if gated else gradient
-    spans = {"p_starts": starts.contiguous(), "p_lengths": lengths.contiguous(), "p_ffn_mask": ffn_mask}
-    sizes = {"batch": batch, "channels": channels, "output_parts": output_parts}
-    launch(
-        backward_kernel,
-        parts * column_blocks + output_parts,
-        tile,
-        **spans,
-        **sizes,
-        p_gradient=gradient,
-        p_target=dpre if gated else None,
-        p_pre=pre,
-        p_db1=parts1 if own_db1 else None,
-        p_by_neuron=by_neuron if by_sequence else None,
-        p_dout=dout,
-        p_out=out if token_sums else None,
-        p_db2=parts2 if weight_gradients else None,
-        p_terms=terms if token_sums else None,
-        p_neuron_mask=None if neuron_mask is None else neuron_mask.contiguous(),
-        stride_dt=dout.stride(0),
-        stride_dc=dout.stride(1),
-        tokens=tokens,
-        neurons=neurons,
-        ACTIVATION=activation,
-        GATED=gated,
-        ABSOLUTE=neuron_absolute,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
+    wanted = (own_db1, weight_gradients, token_sums, neuron_sums, neuron_absolute)
+    dpre, parts, by_neuron = activation_backward(
+        gradient, dout, out, pre, starts, lengths, ffn_mask, neuron_mask, activation, wanted
     )
-    if weight_gradients or token_sums:
-        launch(
-            finish_kernel,
-            batch + triton.cdiv(first, tile.columns) * own_db1 + triton.cdiv(channels, tile.columns) * weight_gradients,
-            tile,
-            **spans,
-            **sizes,
-            p_parts1=parts1 if own_db1 else None,
-            p_db1=db1 if own_db1 else None,
-            p_parts2=parts2 if weight_gradients else None,
-            p_db2=db2 if weight_gradients else None,
-            p_terms=terms if token_sums else None,
-            p_signed=signed if token_sums else None,
-            p_absolute=absolute if token_sums else None,
-            parts=parts,
-            neurons=first,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-        )
+    vectors, *sums = finish(parts, starts, lengths, ffn_mask, w1.dtype)
+    db1, db2 = (w1.new_empty(0) if vector is None else vector for vector in vectors)
     if blocks is None:
         dx = torch.mm(dpre, w1)
     else:
         rows, groups = first_places(blocks, count, gated), (1 + gated) * count
         dx = projection.out_of([dpre], [w1], rows, groups)
     if not weight_gradients:
-        return dx, weight(0), db1, weight(0), db2, signed, absolute, by_neuron
+        return dx, w1.new_empty(0), db1, w1.new_empty(0), db2, *sums, by_neuron
     if blocks is None:
-        return dx, torch.mm(dpre.t(), x), db1, torch.mm(dout.t(), hidden), db2, signed, absolute, by_neuron
+        return dx, torch.mm(dpre.t(), x), db1, torch.mm(dout.t(), hidden), db2, *sums, by_neuron
     dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
+    # Of selected neurons, the indexed gradient of w1 sums b1's, too.
+    db1 = torch.empty(len(w1), dtype=w1.dtype, device=x.device)
     projection.gradients([dpre], x, [dw1], [db1], rows, groups)
     projection.gradients([hidden], dout, [dw2.t()], None, blocks, count)
-    return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron
+    return dx, dw1, db1, dw2, db2, *sums, by_neuron
+
+
+def activation_backward(
+    gradient: Tensor,
+    dout: Tensor,
+    out: Tensor | None,
+    pre: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    ffn_mask: Tensor | None,
+    neuron_mask: Tensor | None,
+    activation: str,
+    wanted: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor, Parts, Tensor]:
+    """What of the backward pass lies between its products; one launch.
+
+    Args:
+        gradient: [T, N], of what the second layer took; overwritten.
+        dout: [T, C].
+        out: [T, C]; may be None where sums over tokens are not wanted.
+        pre: [T, N], or [T, 2N] of a gated FFN.
+        starts, lengths, ffn_mask, neuron_mask, activation: as in `backward`.
+        wanted: whether the sums for db1, for db2, over tokens and over neurons are, and of absolute values the latter.
+
+    Returns:
+        The gradient of `pre`; what `finish` sums up; the sums of G * H [B, N], empty if not wanted.
+    """
+    (tokens, channels), (_, neurons), batch = dout.shape, gradient.shape, len(lengths)
+    first, gated = pre.shape[1], pre.shape[1] != neurons
+    wants_db1, wants_db2, token_sums, neuron_sums, neuron_absolute = wanted
+
+    def sums(there: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=dout.device) if there else None
+
+    tile = triton_configs.GATED_FFN if gated else triton_configs.FFN
+    row_blocks = triton.cdiv(tokens, tile.rows)
+    column_blocks = triton.cdiv(neurons, tile.columns)
+    by_neuron = torch.empty((batch, neurons) if neuron_sums else (0,), dtype=torch.float32, device=dout.device)
+    by_sequence = neuron_sums and batch > 0
+    parts = batch if by_sequence else row_blocks
+    output_parts = row_blocks if wants_db2 or token_sums else 0
+    found = Parts(sums(wants_db1, parts, first), sums(wants_db2, output_parts, channels), sums(token_sums, tokens))
+    dpre = torch.empty_like(pre) if gated else gradient
+    launch(
+        backward_kernel,
+        parts * column_blocks + output_parts,
+        tile,
+        p_gradient=gradient,
+        p_target=dpre if gated else None,
+        p_pre=pre,
+        p_db1=found.db1,
+        p_by_neuron=by_neuron if by_sequence else None,
+        p_dout=dout,
+        p_out=out if token_sums else None,
+        p_db2=found.db2,
+        p_terms=found.terms,
+        p_starts=starts.contiguous(),
+        p_lengths=lengths.contiguous(),
+        p_ffn_mask=ffn_mask,
+        p_neuron_mask=None if neuron_mask is None else neuron_mask.contiguous(),
+        stride_dt=dout.stride(0),
+        stride_dc=dout.stride(1),
+        tokens=tokens,
+        batch=batch,
+        neurons=neurons,
+        channels=channels,
+        output_parts=output_parts,
+        ACTIVATION=activation,
+        GATED=gated,
+        ABSOLUTE=neuron_absolute,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
+    return dpre, found, by_neuron
+
+
+def finish(
+    parts: Parts,
+    starts: Tensor,
+    lengths: Tensor,
+    ffn_mask: Tensor | None,
+    dtype: torch.dtype,
+    more: Tensor | None = None,
+) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    """The second stage of sums; one launch, none where there is nothing to sum.
+
+    Args:
+        parts: of `activation_backward`.
+        starts, lengths, ffn_mask: as in `backward`.
+        dtype: of the vectors' gradients.
+        more: float32 [parts, C], summed beside them, of as many columns as parts.db2; None for nothing.
+
+    Returns:
+        The sums [N] and [C] for db1 and db2, and that of `more` in float32 if it is there, None where there are no
+        parts; the signed and absolute sums of <dOut, Y> over each sequence's tokens [B], empty where there are no
+        terms.
+    """
+    sources = (parts.db1, parts.db2, more)
+    db1, db2, total = (
+        None if x is None else torch.empty(x.shape[1], dtype=kind, device=x.device)
+        for x, kind in zip(sources, (dtype, dtype, torch.float32), strict=True)
+    )
+    batch, found = len(lengths), [db1, db2] if more is None else [db1, db2, total]
+    shape = (0 if parts.terms is None else batch,)
+    signed, absolute = (torch.empty(shape, dtype=torch.float32, device=lengths.device) for _ in range(2))
+    if any(x is not None for x in (*sources, parts.terms)):
+        tile = triton_configs.FFN
+        widths = [0 if x is None else x.shape[1] for x in sources]
+        launch(
+            finish_kernel,
+            batch + sum(triton.cdiv(width, tile.columns) for width in widths),
+            tile,
+            p_parts1=parts.db1,
+            p_db1=db1,
+            p_parts2=parts.db2,
+            p_db2=db2,
+            p_parts3=more,
+            p_more=total,
+            p_terms=parts.terms,
+            p_signed=None if parts.terms is None else signed,
+            p_absolute=None if parts.terms is None else absolute,
+            p_starts=starts.contiguous(),
+            p_lengths=lengths.contiguous(),
+            p_ffn_mask=ffn_mask,
+            parts=0 if parts.db1 is None else len(parts.db1),
+            output_parts=0 if parts.db2 is None else len(parts.db2),
+            more_parts=0 if more is None else len(more),
+            batch=batch,
+            neurons=widths[0],
+            channels=max(widths[1:]),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+        )
+    return found, signed, absolute

@@ -1,12 +1,14 @@
 """A whole encoder layer as one autograd op, on the backends that have one: attention and FFN over what a ticket keeps,
 each with its projections, dropout, residual and LayerNorm.
 
-Its parts are the other ops of this package, whose definitions hold here too. One op instead of seven has what a CPU's
-small batches need: one boundary, activations and weights cast once, gradients that meet in one tensor without passes of
-their own, and without gradients no boundary at all. Few tokens without gradients, as one sentence that is classified,
-are one kernel's.
+Its parts are the other ops of this package, whose definitions hold here too. One op instead of seven has what small
+batches need: one boundary, activations and weights cast once, gradients that meet in one tensor without passes of their
+own, and without gradients no boundary at all. On a CPU, few tokens without gradients, as one sentence that is
+classified, are one kernel's; on a GPU heads or neurons that a ticket picks from the weights of all are left to the
+other ops, which read them in place.
 """
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -56,17 +58,29 @@ class Weights(NamedTuple):
     neurons: Tensor | None
 
 
-def serves_layer(x: Tensor, weights: Tensor) -> bool:
+def serves_layer(x: Tensor, weights: Tensor, partial: bool = False) -> bool:
     """Whether `encoder_layer` runs here; where it does not, the other ops compute the same layer.
 
     Args:
         x: [.., C] tokens.
         weights: any of the layer's weights.
+        partial: some of the weights' heads or neurons are not computed, but not all.
     """
     dtype = compute_dtype(x)
     if x.dtype != weights.dtype or x.dtype not in (torch.float32, dtype):
         return False
-    return backends.native_on_cpu(x.device, dtype, "attention", "ffn", "residual")
+    # Of half precision autocast knows two kinds, and `encoder_layer` one.
+    if x.dtype != dtype != torch.bfloat16:
+        return False
+    backend = backends.common("attention", "ffn", "residual", device=x.device, dtype=dtype)
+    return backend == "native" or (backend == "triton" and not partial)
+
+
+def _module(x: Tensor) -> Any:
+    """The backend's module, where `serves_layer` said that there is one."""
+    if x.is_cpu and backends.requested() != "triton":
+        return native
+    return importlib.import_module(f"{__name__}.triton")
 
 
 def encoder_layer(
@@ -115,23 +129,29 @@ def encoder_layer(
     bf16 = compute_dtype(x) == torch.bfloat16
     tensors: tuple[Any, ...] = (x, *weights, sequences.starts, sequences.lengths, seeds)
     if not (torch.is_grad_enabled() or is_watched(*tensors)):
+        module = _module(x)
         same = all(p is None or p.dtype == x.dtype for p in weights[:16])
-        if same and seeds is None and native.is_few(len(x), bf16):
+        if module is native and same and seeds is None and native.is_few(len(x), bf16):
             shape = (sequences.max_length, head_dim, scale, activation)
             return native.infer(tensors[:-1], *shape, *eps, bf16, first_tokens)
-        forward: Any = native.forward
-        return forward(*tensors, *settings, bf16, first_tokens, keep=False)[0]
+        out: Tensor = module.forward(*tensors, *settings, bf16, first_tokens, keep=False)[0]
+        return out
     sinks = (head_importance, ffn_importance, neuron_importance)
     return _encoder_layer_op(*tensors, *sinks, *settings, bf16, first_tokens, per_token)[0]
 
 
 def _forward(*arguments):
     *tensors, _, _, _ = arguments[: native.TENSORS + 4]
-    return native.forward(*tensors, *arguments[native.TENSORS + 4 : -1], keep=True)
+    return _module(tensors[0]).forward(*tensors, *arguments[native.TENSORS + 4 : -1], keep=True)
 
 
 def _fake_forward(*arguments):
-    return native.fake_forward(*arguments[: native.TENSORS + 1], *arguments[native.TENSORS + 4 : -1])
+    tensors, settings = arguments[: native.TENSORS + 1], arguments[native.TENSORS + 4 : -1]
+    return native.fake_forward(*tensors, *settings, keeps_middle=_module(tensors[0]) is not native)
+
+
+def _backward(dout, x, *arguments):
+    return _module(x).backward(dout, x, *arguments)
 
 
 def _setup_context(ctx, inputs, output):
@@ -180,6 +200,7 @@ _encoder_layer_backward_op = define(
     f"encoder_layer_backward(Tensor dout, {_TENSORS}, {', '.join(f'Tensor {name}' for name in native.SAVED)}, "
     f"{_SETTINGS}, bool weight_gradients, bool ffn_sums, bool neuron_sums, bool per_token) "
     f"-> ({', '.join(['Tensor'] * native.GRADIENTS)})",
-    native.backward,
+    _backward,
     native.fake_backward,
+    shares=True,
 )

@@ -45,8 +45,16 @@ def _as_given() -> AbstractContextManager[Any]:
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
-def _seeds(seeds: Tensor | None, *dropouts: float) -> Iterator[Tensor | None]:
-    """The seed of each dropout that there is."""
+def seeds_of(seeds: Tensor | None, *dropouts: float) -> Iterator[Tensor | None]:
+    """The seed of each dropout that there is.
+
+    Args:
+        seeds: those of all that there are; None without any.
+        dropouts: their probabilities.
+
+    Yields:
+        For each dropout its seed [1], or None.
+    """
     drawn = iter(() if seeds is None else seeds.split(1))
     for p in dropouts:
         yield next(drawn, None) if p else None
@@ -182,7 +190,7 @@ def forward(
     tokens, dtype = x.shape[0], torch.bfloat16 if bf16 else x.dtype
     all_heads = wq.shape[0] // head_dim
     count = all_heads if heads is None else heads.shape[0]
-    attention_seed, output_seed, ffn_seed = _seeds(seeds, attention_dropout, output_dropout, ffn_dropout)
+    attention_seed, output_seed, ffn_seed = seeds_of(seeds, attention_dropout, output_dropout, ffn_dropout)
     none = x.new_empty(0)
     cast = dtype != x.dtype
     w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
@@ -311,7 +319,7 @@ def backward(
     """
     tokens, batch, dtype = x.shape[0], lengths.shape[0], torch.bfloat16 if bf16 else x.dtype
     all_heads = wq.shape[0] // head_dim
-    attention_seed, output_seed, ffn_seed = _seeds(seeds, attention_dropout, output_dropout, ffn_dropout)
+    attention_seed, output_seed, ffn_seed = seeds_of(seeds, attention_dropout, output_dropout, ffn_dropout)
     parameters: list[Tensor | None] = [None] * 16
     none = torch.empty(0)
     rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
@@ -430,9 +438,9 @@ def backward(
 def fake_forward(
     x, wq, wk, wv, bq, bk, bv, wo, bo, gamma1, beta1, w1, b1, w2, b2, gamma2, beta2, heads, neurons, starts, lengths,
     seeds, max_length, head_dim, scale, activation, attention_dropout, output_dropout, ffn_dropout, eps1, eps2, bf16,
-    first_tokens,
+    first_tokens, keeps_middle,
 ):  # fmt: skip
-    """Shapes and dtypes of `forward`'s results."""
+    """Shapes and dtypes of `forward`'s results; with `keeps_middle`, `middle` is also kept where there is no FFN."""
     (tokens, channels), dtype = x.shape, torch.bfloat16 if bf16 else x.dtype
     cast = dtype != x.dtype
     count = wq.shape[0] // head_dim if heads is None else heads.shape[0]
@@ -449,7 +457,7 @@ def fake_forward(
         *(x.new_empty(stream), new(tokens, channels, there=cast), new(tokens, 3, count, head_dim, there=attends)),
         *(new(tokens, count, head_dim, there=attends), new(tokens, count, there=attends, dtype=statistics)),
         *(new(*stream, there=attends), *(new(rows, dtype=statistics) for _ in range(2))),
-        new(*stream, there=feeds, dtype=x.dtype),
+        new(*stream, there=feeds or keeps_middle, dtype=x.dtype),
         *(new(*stream, there=cast and feeds), *(new(rows, neuron_count, there=feeds) for _ in range(2))),
         *(new(*stream, there=feeds), *(new(rows, dtype=statistics) for _ in range(2))),
         *(new(3 * count * head_dim, channels, there=attends),),

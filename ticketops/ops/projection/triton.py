@@ -25,9 +25,10 @@ from ticketops.ops.triton_common import capability, launch, product_precision, r
 
 __all__ = ["gradients", "into", "out_of", "refusal"]
 
-#: The gradient sums tokens in as many parts at most, which a second kernel adds in order.
+#: The gradient sums tokens in as many parts at most, which a second kernel adds in order. Of 2048 in one sum, float32
+#: lost six times what cuBLAS does.
 MAX_PARTS = 16
-TOKENS_PER_PART = 2048
+TOKENS_PER_PART = 1024
 
 
 @triton.jit

@@ -53,7 +53,10 @@ def load_sum(
     return load_block(p_residual, i_row, o_r, o_c, m_x, stride_rt, stride_rc) + b_x
 
 
-@triton.jit(do_not_specialize=["tokens", "threshold", "keep_scale", "eps"])
+@triton.jit(
+    do_not_specialize=["tokens", "threshold", "keep_scale", "eps"],
+    do_not_specialize_on_alignment=["p_seed"],
+)
 def forward_kernel(
     p_x,
     p_residual,
@@ -62,6 +65,7 @@ def forward_kernel(
     p_beta,
     p_seed,
     p_out,
+    p_half,
     p_mean,
     p_rstd,
     stride_xt,
@@ -112,6 +116,9 @@ def forward_kernel(
     b_out = b_centred * b_rstd[:, None] * b_gamma[None, :] + b_beta[None, :]
     p_block = p_out + i_row * channels + o_r[:, None] * channels + o_c[None, :]
     tl.store(p_block, b_out.to(p_out.dtype.element_ty), mask=m_x)
+    if p_half is not None:
+        p_block = p_half + i_row * channels + o_r[:, None] * channels + o_c[None, :]
+        tl.store(p_block, b_out.to(p_half.dtype.element_ty), mask=m_x)
     tl.store(p_mean + i_row + o_r, b_mean, mask=m_r)
     tl.store(p_rstd + i_row + o_r, b_rstd, mask=m_r)
 
@@ -122,7 +129,10 @@ def forward_kernel(
 #     dbias = sum dx,   dgamma = sum dOut N,   dbeta = sum dOut.
 
 
-@triton.jit(do_not_specialize=["tokens", "rows_per_part", "threshold", "keep_scale"])
+@triton.jit(
+    do_not_specialize=["tokens", "rows_per_part", "threshold", "keep_scale"],
+    do_not_specialize_on_alignment=["p_seed"],
+)
 def backward_kernel(
     p_dout,
     p_x,
@@ -237,8 +247,12 @@ def forward(
     seed: Tensor | None,
     dropout_p: float,
     eps: float,
+    half: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ticketops.ops.residual; one launch.
+
+    Args:
+        half: [T, C] of 16 bits, contiguous, where the result is written too; None for nowhere.
 
     Returns:
         out [T, C] in the residual's dtype, and each row's mean [T] and 1 / sqrt(variance + eps) [T] in float32.
@@ -258,6 +272,7 @@ def forward(
         p_beta=beta.contiguous(),
         p_seed=seed if dropout_p else None,
         p_out=out,
+        p_half=half,
         p_mean=mean,
         p_rstd=rstd,
         stride_xt=x.stride(0),
@@ -292,11 +307,46 @@ def backward(
         dx [T, C], empty where it equals dresidual: no dropout and one dtype; dresidual [T, C]; dbias, dgamma and dbeta
         [C] in float32.
     """
+    channels = x.shape[1]
+    dx, dresidual, sums = first_stage(dout, x, residual, bias, gamma, mean, rstd, seed, dropout_p)
+    dbias, dgamma, dbeta = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(3))
+    tile = triton_configs.NORM_FINISH
+    launch(
+        finish_kernel,
+        3 * triton.cdiv(channels, tile.columns),
+        tile,
+        p_parts=sums,
+        p_dbias=dbias,
+        p_dgamma=dgamma,
+        p_dbeta=dbeta,
+        parts=len(sums),
+        channels=channels,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
+    return dx, dresidual, dbias, dgamma, dbeta
+
+
+def first_stage(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` but for the last sums; one launch.
+
+    Returns:
+        dx and dresidual, as `backward`; float32 [parts, 3, C], whose sums are dbias, dgamma and dbeta.
+    """
     tokens, channels = x.shape
     own_dx = bool(dropout_p) or x.dtype != residual.dtype
     dx = torch.empty(x.shape if own_dx else (0,), dtype=x.dtype, device=x.device)
     dresidual = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    dbias, dgamma, dbeta = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(3))
     tile = triton_configs.norm_backward(channels)
     blocks = triton.cdiv(tokens, tile.rows)
     rows_per_part = tile.rows * max(1, triton.cdiv(blocks, MAX_PARTS))
@@ -331,18 +381,4 @@ def backward(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
     )
-    tile = triton_configs.NORM_FINISH
-    launch(
-        finish_kernel,
-        3 * triton.cdiv(channels, tile.columns),
-        tile,
-        p_parts=sums,
-        p_dbias=dbias,
-        p_dgamma=dgamma,
-        p_dbeta=dbeta,
-        parts=parts,
-        channels=channels,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-    )
-    return dx, dresidual, dbias, dgamma, dbeta
+    return dx, dresidual, sums

@@ -1,0 +1,308 @@
+"""An encoder layer on a GPU: cuBLAS's products between the Triton kernels of the layer's parts.
+
+Small batches wait for the host, not for the GPU. By its modules a layer of BERT-base takes some 70 launches under
+autocast, most of them casts; as one op it takes 25: all weights are cast at once, one product serves q, k and v,
+weights' gradients leave their products in float32, and the results of products with transposed weights are added to the
+residual stream's gradient as they are formed.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ticketops.ops.attention import triton as attention
+from ticketops.ops.ffn import triton as ffn
+from ticketops.ops.layer.native import seeds_of
+from ticketops.ops.packing import Sequences
+from ticketops.ops.residual import triton as residual
+
+
+def _as_given(x: Tensor) -> AbstractContextManager[Any]:
+    """In which autocast leaves products alone."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in a dtype that may be wider than the inputs'; a GPU's product writes it itself."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a, b).to(dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b in total's dtype."""
+    if a.dtype == total.dtype:
+        return torch.addmm(total, a, b)
+    return torch.addmm(total, a, b, out_dtype=total.dtype) if a.is_cuda else total + torch.mm(a, b)
+
+
+def _select(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x's rows, or all of x."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
+    """The gradient of `_select`. A row that several sequences name is some one's, and the others' gradients are 0."""
+    return x if rows is None else x.new_zeros((tokens, x.shape[1])).index_add_(0, rows, x)
+
+
+def forward(
+    x: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    bq: Tensor,
+    bk: Tensor,
+    bv: Tensor,
+    wo: Tensor,
+    bo: Tensor,
+    gamma1: Tensor,
+    beta1: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    gamma2: Tensor,
+    beta2: Tensor,
+    heads: Tensor | None,
+    neurons: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    seeds: Tensor | None,
+    max_length: int,
+    head_dim: int,
+    scale: float,
+    activation: str,
+    attention_dropout: float,
+    output_dropout: float,
+    ffn_dropout: float,
+    eps1: float,
+    eps2: float,
+    bf16: bool,
+    first_tokens: bool,
+    keep: bool = True,
+) -> tuple[Tensor, ...]:
+    """See ticketops.ops.layer.encoder_layer and the native backend; of heads all or none, of neurons all.
+
+    Args:
+        keep: whether a backward pass may follow.
+
+    Returns:
+        [T, C], or [B, C] of `first_tokens`, and what native.SAVED lists; without `keep` only the former.
+    """
+    (tokens, channels), dtype = x.shape, torch.bfloat16 if bf16 else x.dtype
+    count = wq.shape[0] // head_dim if heads is None else 0
+    attention_seed, output_seed, ffn_seed = seeds_of(seeds, attention_dropout, output_dropout, ffn_dropout)
+    cast, width, none = dtype != x.dtype, count * head_dim, x.new_empty(0)
+    w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
+    sources: list[Tensor] = []
+    copies: list[Tensor] = []
+
+    def copied(source: Tensor, target: Tensor | None = None) -> Tensor:
+        copy = torch.empty(source.shape, dtype=dtype, device=x.device) if target is None else target
+        sources.append(source)
+        copies.append(copy)
+        return copy
+
+    cast_x = copied(x) if cast else x
+    if count:
+        w_qkv, biases = x.new_empty((3 * width, channels), dtype=dtype), x.new_empty(3 * width, dtype=dtype)
+        for w, b, to_w, to_b in zip((wq, wk, wv), (bq, bk, bv), w_qkv.chunk(3), biases.chunk(3), strict=True):
+            copied(w, to_w)
+            copied(b, to_b)
+        if cast:
+            wo = w_o = copied(wo)
+    if cast and w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+        w1, b1, w2, b2 = w_1, _, w_2, _ = [copied(p) for p in (w1, b1, w2, b2)]
+    if sources:
+        torch._foreach_copy_(copies, sources)
+    # Behind attention come the rows that somebody reads.
+    rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
+    stream = _select(x, rows)
+    with _as_given(x):
+        if count:
+            qkv = torch.addmm(biases, cast_x, w_qkv.t()).view(tokens, 3, count, head_dim)
+            q, k, v = qkv.unbind(1)
+            context, lse = attention.forward(
+                q, k, v, starts, lengths, None, attention_seed, max_length, scale, attention_dropout
+            )
+            projected = torch.mm(_select(context.view(tokens, width), rows), wo.t())
+        else:
+            projected = x.new_zeros(stream.shape, dtype=dtype)
+        half = x.new_empty(stream.shape, dtype=dtype) if cast and w1 is not None else None
+        middle, mean1, rstd1 = residual.forward(
+            projected, stream, bo, gamma1, beta1, output_seed, output_dropout, eps1, half
+        )
+        if w1 is not None and w2 is not None:
+            inner = middle if half is None else half
+            output, pre, hidden = ffn.forward(inner, w1, b1, w2, b2, None, None, activation)
+            out, mean2, rstd2 = residual.forward(output, middle, None, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
+        else:
+            out, mean2, rstd2 = torch.native_layer_norm(middle, [channels], gamma2, beta2, eps2)
+    if not keep:
+        return (out,)
+    saved = (
+        *(cast_x if cast else none, qkv, context, lse, projected if count else none, mean1, rstd1, middle),
+        none if half is None else half,
+        *(pre, hidden, output, mean2.flatten(), rstd2.flatten(), w_qkv, w_o, w_1, w_2),
+    )
+    # An op's results must be tensors of their own.
+    return out, *(x.new_empty(0) if kept is none else kept for kept in saved)
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    bq: Tensor,
+    bk: Tensor,
+    bv: Tensor,
+    wo: Tensor,
+    bo: Tensor,
+    gamma1: Tensor,
+    beta1: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    gamma2: Tensor,
+    beta2: Tensor,
+    heads: Tensor | None,
+    neurons: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    seeds: Tensor | None,
+    cast_x: Tensor,
+    qkv: Tensor,
+    context: Tensor,
+    lse: Tensor,
+    projected: Tensor,
+    mean1: Tensor,
+    rstd1: Tensor,
+    middle: Tensor,
+    cast_middle: Tensor,
+    pre: Tensor,
+    hidden: Tensor,
+    output: Tensor,
+    mean2: Tensor,
+    rstd2: Tensor,
+    w_qkv: Tensor,
+    w_o: Tensor,
+    w_1: Tensor,
+    w_2: Tensor,
+    max_length: int,
+    head_dim: int,
+    scale: float,
+    activation: str,
+    attention_dropout: float,
+    output_dropout: float,
+    ffn_dropout: float,
+    eps1: float,
+    eps2: float,
+    bf16: bool,
+    first_tokens: bool,
+    weight_gradients: bool,
+    ffn_sums: bool,
+    neuron_sums: bool,
+    per_token: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients and importance partials of `forward`; results as the native backend's, some of them parts of one
+    tensor."""
+    tokens, batch, dtype = x.shape[0], lengths.shape[0], torch.bfloat16 if bf16 else x.dtype
+    count = wq.shape[0] // head_dim if heads is None else 0
+    attention_seed, output_seed, ffn_seed = seeds_of(seeds, attention_dropout, output_dropout, ffn_dropout)
+    parameters: list[Tensor | None] = [None] * 16
+    rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
+    # A first token is all that is left of its sequence.
+    left = (starts, lengths)
+    if first_tokens:
+        left = (torch.arange(batch, dtype=torch.int32, device=x.device), torch.ones_like(lengths))
+    parts, by_neuron, of_ffn = ffn.Parts(None, None, None), None, None
+    with _as_given(x):
+        if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+            doutput, dmiddle, of_ffn = residual.first_stage(
+                dout, output, middle, None, gamma2, mean2, rstd2, ffn_seed, ffn_dropout
+            )
+            doutput = doutput if doutput.numel() or not dmiddle.numel() else dmiddle
+            inner = cast_middle if cast_middle.numel() else middle
+            dpre, parts, by_neuron = ffn.activation_backward(
+                torch.mm(doutput, w_2 if w_2.numel() else w2),
+                doutput,
+                output,
+                pre,
+                *left,
+                None,
+                None,
+                activation,
+                (weight_gradients, False, ffn_sums, neuron_sums, per_token),
+            )
+            if weight_gradients:
+                parameters[10] = _product(dpre.t(), inner, w1.dtype)
+                parameters[12] = _product(doutput.t(), hidden, w2.dtype)
+            dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
+        else:
+            dmiddle, parameters[14], parameters[15] = torch.ops.aten.native_layer_norm_backward(
+                dout, middle, [x.shape[1]], mean2[:, None], rstd2[:, None], gamma2, beta2, [True] * 3
+            )
+        stream = _select(x, rows)
+        if not count:
+            projected = x.new_zeros(stream.shape, dtype=dtype)
+        dprojected, dx, of_attention = residual.first_stage(
+            dmiddle, projected, stream, bo, gamma1, mean1, rstd1, output_seed, output_dropout
+        )
+        vectors, ffn_signed, ffn_absolute = ffn.finish(
+            parts._replace(db2=None if of_ffn is None else of_ffn.flatten(1)),
+            *left,
+            None,
+            torch.float32,
+            of_attention.flatten(1),
+        )
+        dprojected = dprojected if dprojected.numel() or not dx.numel() else dx
+        dx = _scatter(dx, rows, tokens)
+        if weight_gradients:
+            parameters[11], after_ffn, after_attention = vectors
+            if after_attention is not None:
+                parameters[7:10] = after_attention.chunk(3)
+            if after_ffn is not None:
+                parameters[13:16] = after_ffn.chunk(3)
+            for place, like in ((7, bo), (8, gamma1), (9, beta1), (11, b1), (13, b2), (14, gamma2), (15, beta2)):
+                gradient = parameters[place]
+                if gradient is not None and like is not None:
+                    parameters[place] = gradient.to(like.dtype)
+        signed, absolute = (x.new_empty((batch, 0), dtype=torch.float32) for _ in range(2))
+        if count:
+            width = count * head_dim
+            dcontext = _scatter(torch.mm(dprojected, w_o if w_o.numel() else wo), rows, tokens)
+            dqkv = torch.empty_like(qkv)
+            q, k, v = qkv.unbind(1)
+            *_, signed, absolute = attention.backward(
+                dcontext.view(tokens, count, head_dim),
+                q,
+                k,
+                v,
+                context,
+                lse,
+                starts,
+                lengths,
+                None,
+                attention_seed,
+                max_length,
+                scale,
+                attention_dropout,
+                into=dqkv,
+            )
+            flat = dqkv.view(tokens, 3 * width)
+            if weight_gradients:
+                parameters[6] = _product(dprojected.t(), _select(context.view(tokens, width), rows), wo.dtype)
+                parameters[:3] = _product(flat.t(), cast_x if cast_x.numel() else x, wq.dtype).chunk(3)
+                parameters[3:6] = flat.sum(0, dtype=bq.dtype).chunk(3)
+            dx = _add_product(dx, flat, w_qkv)
+    return tuple(
+        x.new_empty(0, dtype=torch.float32) if result is None else result
+        for result in (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)
+    )
