@@ -412,7 +412,7 @@ def backward(
     dpre, parts, by_neuron = activation_backward(
         gradient, dout, out, pre, starts, lengths, ffn_mask, neuron_mask, activation, wanted
     )
-    vectors, *sums = finish(parts, starts, lengths, ffn_mask, w1.dtype)
+    vectors, signed, absolute = finish(parts, starts, lengths, ffn_mask, w1.dtype)
     db1, db2 = (w1.new_empty(0) if vector is None else vector for vector in vectors)
     if blocks is None:
         dx = torch.mm(dpre, w1)
@@ -420,15 +420,15 @@ def backward(
         rows, groups = first_places(blocks, count, gated), (1 + gated) * count
         dx = projection.out_of([dpre], [w1], rows, groups)
     if not weight_gradients:
-        return dx, w1.new_empty(0), db1, w1.new_empty(0), db2, *sums, by_neuron
+        return dx, w1.new_empty(0), db1, w1.new_empty(0), db2, signed, absolute, by_neuron
     if blocks is None:
-        return dx, torch.mm(dpre.t(), x), db1, torch.mm(dout.t(), hidden), db2, *sums, by_neuron
+        return dx, torch.mm(dpre.t(), x), db1, torch.mm(dout.t(), hidden), db2, signed, absolute, by_neuron
     dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
     # Of selected neurons, the indexed gradient of w1 sums b1's, too.
     db1 = torch.empty(len(w1), dtype=w1.dtype, device=x.device)
     projection.gradients([dpre], x, [dw1], [db1], rows, groups)
     projection.gradients([hidden], dout, [dw2.t()], None, blocks, count)
-    return dx, dw1, db1, dw2, db2, *sums, by_neuron
+    return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron
 
 
 def activation_backward(
