@@ -45,6 +45,8 @@ def _has_gpu() -> bool:
 def _run(command: list[str], root: Path, **variables: str) -> tuple[bool, str]:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | variables)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    if done.returncode:
+        print("\n".join(lines[-200:]), file=sys.stderr)
     return done.returncode == 0, lines[-1] if lines else f"exit code {done.returncode}"
 
 
