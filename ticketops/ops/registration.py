@@ -10,7 +10,8 @@ from torch import Tensor
 from ticketops.errors import InputError, UnsupportedError
 
 _library = torch.library.Library("ticketops", "FRAGMENT")
-_PLAIN = (Tensor, torch.nn.Parameter)
+#: Types of an op's arguments behind which nobody can watch.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list})
 
 
 def _no_second_derivative(name: str) -> Callable:
@@ -47,7 +48,7 @@ def is_watched(*arguments: object) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments)
+        or not _PLAIN.issuperset(map(type, arguments))
         or any(isinstance(x, Tensor) and x.is_meta for x in arguments[:1])
     )
 

@@ -4,7 +4,9 @@ for dropout and for rows that belong to no sequence."""
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -105,12 +107,17 @@ def compile_options(tile: Tile) -> dict[str, Any]:
     return options if tile.registers is None else options | {"maxnreg": tile.registers}
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks hold a size. Triton's own takes 7 us, which kernels of a small batch take, too."""
+    return -(-size // block)
+
+
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     """Launches a kernel over a flat grid on the device of its tensors, without waiting for it.
 
     Triton's own way to a compiled kernel takes longer than the kernels of a small batch: 130 us for one of thirty
     arguments where `aten::empty` takes 5 (an H200 under a slow processor; torch 2.11, Triton 3.6), most of it on
-    looking at each argument anew. Here a kernel that was compiled for arguments of the same kinds is called at once.
+    looking at each argument anew. Here a kernel that was launched with such arguments before is called at once.
 
     Args:
         kernel: a function decorated with triton.jit.
@@ -125,56 +132,71 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     if INTERPRETED:
         kernel[(programs,)](**arguments, **compile_options(tile))
         return
-    device, kinds, values = _kinds(kernel, arguments)
+    plan = _plans.get(kernel.fn) or _plan(kernel)
+    values = plan.ordered(arguments)
+    addresses, device = list(values), None
+    kinds: list[Any] = []
+    for place, aligned in plan.pointers:
+        tensor = values[place]
+        if tensor is None:
+            kinds.append(None)
+            continue
+        device, address = tensor.device, tensor.data_ptr()
+        addresses[place] = address
+        kinds.append(tensor.dtype)
+        if aligned and address % 16:
+            kinds.append(place)
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, programs, tile, **arguments)
         return
-    key = (kernel.fn, device.index, tile, kinds)
+    key = (kernel.fn, device.index, tile, plan.others(values), *kinds)
     compiled, hooks = _compiled.get(key), triton.knobs.runtime
     # A profiler that is to be told of launches hooks into Triton's own way.
     if compiled is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        if len(_compiled) >= MOST_COMPILED:
+            _compiled.clear()
         _compiled[key] = kernel[(programs,)](**arguments, **compile_options(tile))
         return
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+    compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses)
 
 
-#: Compiled kernels by function, device, tile and the kinds of their arguments.
+@dataclass(frozen=True)
+class _Plan:
+    """How a kernel's arguments are looked at.
+
+    Attributes:
+        ordered: takes them by name, gives them in their order.
+        pointers: the place of each tensor, and whether it matters that it begins at a multiple of 16 bytes.
+        others: takes them in their order, gives those that are no tensors.
+    """
+
+    ordered: Callable[[dict[str, Any]], tuple[Any, ...]]
+    pointers: list[tuple[int, bool]]
+    others: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+
+
+def _plan(kernel: Any) -> _Plan:
+    names = [parameter.name for parameter in kernel.params]
+    are_pointers = [name.startswith("p_") for name in names]
+    pointers = [
+        (place, not parameter.do_not_specialize_on_alignment)
+        for place, parameter in enumerate(kernel.params)
+        if are_pointers[place]
+    ]
+    others = [place for place, is_pointer in enumerate(are_pointers) if not is_pointer]
+    _plans[kernel.fn] = plan = _Plan(itemgetter(*names), pointers, itemgetter(*others))
+    return plan
+
+
+#: By a kernel's function.
+_plans: dict[Any, _Plan] = {}
+#: Compiled kernels by all that Triton compiles a kernel anew for, and by more: by values of numbers where Triton asks
+#: whether they are 1, a multiple of 16 and within 32 bits. The layers of a model launch the same again and again, and
+#: what another batch launches differently Triton finds on its own way.
 _compiled: dict[tuple[Any, ...], Any] = {}
-
-
-#: Of each kernel's function the parameters: name, whether it is a constant, whether integers are told apart by value.
-_parameters: dict[Any, list[tuple[str, bool, bool]]] = {}
-
-
-def _kinds(kernel: Any, arguments: dict[str, Any]) -> tuple[torch.device, tuple[Any, ...], list[Any]]:
-    """The device of the tensors, what Triton compiles a kernel anew for, and the arguments in their order, tensors as
-    addresses. Triton looks at a tensor's dtype and whether it begins at a multiple of 16 bytes; whether an integer is
-    1, a multiple of 16, and within 32 bits; and the values of constants."""
-    kinds: list[Any] = []
-    values: list[Any] = []
-    device: Any = None
-    parameters = _parameters.get(kernel.fn)
-    if parameters is None:
-        parameters = [(p.name, p.is_constexpr, not p.do_not_specialize) for p in kernel.params]
-        _parameters[kernel.fn] = parameters
-    for name, constant, specialized in parameters:
-        value = arguments[name]
-        kind = type(value)
-        if constant or value is None:
-            kinds.append(value)
-        elif kind is int:
-            narrow = -(2**31) <= value < 2**31
-            kinds.append((value == 1, value % 16 == 0, narrow) if specialized else narrow)
-        elif kind is float:
-            kinds.append(kind)
-        else:
-            device, address = value.device, value.data_ptr()
-            kinds.append((value.dtype, address % 16 == 0))
-            value = address
-        values.append(value)
-    return device, tuple(kinds), values
+MOST_COMPILED = 4096
 
 
 @triton.jit

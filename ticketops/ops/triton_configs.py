@@ -10,6 +10,7 @@ rest). No other entry has been timed.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -293,6 +294,7 @@ def norm_backward(channels: int) -> Tile:
     return _whole_rows(channels, 8)
 
 
+@cache
 def _whole_rows(channels: int, warps: int) -> Tile:
     columns = power_of_two(channels)
     return Tile(

@@ -25,6 +25,7 @@ from ticketops.ops import triton_configs
 from ticketops.ops.dropout import keep_threshold
 from ticketops.ops.triton_common import (
     capability,
+    cdiv,
     dropout_keeps,
     dropout_rows,
     launch,
@@ -538,7 +539,7 @@ def _shared_arguments(
         "p_mask": None if head_mask is None else head_mask.contiguous(),
         "p_seed": seed if dropout_p else None,
         "tokens": tokens,
-        "batch": len(lengths),
+        "batch": lengths.shape[0],
         "heads": heads,
         "scale": float(scale),
         "threshold": keep_threshold(dropout_p),
@@ -553,12 +554,16 @@ def _shared_arguments(
     return arguments
 
 
+#: The names of an input's pointer and strides.
+_OPERANDS = {name: [f"p_{name}", *(f"stride_{name[0]}{axis}" for axis in "thd")] for name in ("q", "k", "v", "dout")}
+
+
 def _operand(name: str, x: Tensor) -> dict[str, Any]:
     """An input's pointer and strides. It is copied where offsets within a block of rows would leave 32 bits."""
     if max(x.stride()) * MAX_BLOCK >= 2**31:
         x = x.contiguous()
-    strides = {f"stride_{name[:1]}{axis}": stride for axis, stride in zip("thd", x.stride(), strict=True)}
-    return {f"p_{name}": x} | strides
+    pointer, *strides = _OPERANDS[name]
+    return {pointer: x, **dict(zip(strides, x.stride(), strict=True))}
 
 
 def forward(
@@ -580,14 +585,14 @@ def forward(
         out [T, H, D] in q's dtype and the log-sum-exp of the scaled scores [T, H] in float32.
     """
     tokens, heads, head_dim = q.shape
-    batch = len(lengths)
+    batch = lengths.shape[0]
     if not tokens * heads * batch:
         return q.new_zeros(q.shape), q.new_zeros((tokens, heads), dtype=torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     windowed = window is not None
     tile = triton_configs.attention_forward(capability(q.device), q.dtype, head_dim, max_length, windowed)
-    blocks = max(1, triton.cdiv(max_length, tile.rows))
+    blocks = max(1, cdiv(max_length, tile.rows))
     launch(
         forward_kernel,
         batch * blocks * (heads + 1),
@@ -627,7 +632,7 @@ def backward(
         dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
     """
     tokens, heads, head_dim = q.shape
-    batch = len(lengths)
+    batch = lengths.shape[0]
     empty = not tokens * heads * batch
     if into is None:
         dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
@@ -660,7 +665,7 @@ def backward(
         return dq, dk, dv, signed, absolute
     delta = torch.empty_like(lse)
     dq_tile, dkdv_tile = tiles
-    blocks = triton.cdiv(max_length, dq_tile.rows)
+    blocks = cdiv(max_length, dq_tile.rows)
     launch(
         dq_kernel,
         batch * blocks * (heads + 1),
@@ -673,7 +678,7 @@ def backward(
         BLOCK_M=dq_tile.rows,
         BLOCK_N=dq_tile.columns,
     )
-    blocks = triton.cdiv(max_length, dkdv_tile.columns)
+    blocks = cdiv(max_length, dkdv_tile.columns)
     launch(
         dkdv_kernel,
         batch * blocks * (heads + 1),

@@ -24,7 +24,7 @@ from torch.nn import functional
 from ticketops.ops import triton_configs
 from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.projection import triton as projection
-from ticketops.ops.triton_common import launch, owned_rows, refusal
+from ticketops.ops.triton_common import cdiv, launch, owned_rows, refusal
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -354,7 +354,7 @@ def forward(
     tile = triton_configs.GATED_FFN if gated else triton_configs.FFN
     launch(
         forward_kernel,
-        triton.cdiv(tokens, tile.rows) * triton.cdiv(neurons, tile.columns),
+        cdiv(tokens, tile.rows) * cdiv(neurons, tile.columns),
         tile,
         p_pre=pre,
         p_hidden=hidden,
@@ -456,7 +456,7 @@ def activation_backward(
     Returns:
         The gradient of `pre`; what `finish` sums up; the sums of G * H [B, N], empty if not wanted.
     """
-    (tokens, channels), (_, neurons), batch = dout.shape, gradient.shape, len(lengths)
+    (tokens, channels), (_, neurons), batch = dout.shape, gradient.shape, lengths.shape[0]
     first, gated = pre.shape[1], pre.shape[1] != neurons
     wants_db1, wants_db2, token_sums, neuron_sums, neuron_absolute = wanted
 
@@ -464,8 +464,8 @@ def activation_backward(
         return torch.empty(shape, dtype=torch.float32, device=dout.device) if there else None
 
     tile = triton_configs.GATED_FFN if gated else triton_configs.FFN
-    row_blocks = triton.cdiv(tokens, tile.rows)
-    column_blocks = triton.cdiv(neurons, tile.columns)
+    row_blocks = cdiv(tokens, tile.rows)
+    column_blocks = cdiv(neurons, tile.columns)
     by_neuron = torch.empty((batch, neurons) if neuron_sums else (0,), dtype=torch.float32, device=dout.device)
     by_sequence = neuron_sums and batch > 0
     parts = batch if by_sequence else row_blocks
@@ -531,7 +531,7 @@ def finish(
         None if x is None else torch.empty(x.shape[1], dtype=kind, device=x.device)
         for x, kind in zip(sources, (dtype, dtype, torch.float32), strict=True)
     )
-    batch, found = len(lengths), [db1, db2] if more is None else [db1, db2, total]
+    batch, found = lengths.shape[0], [db1, db2] if more is None else [db1, db2, total]
     shape = (0 if parts.terms is None else batch,)
     signed, absolute = (torch.empty(shape, dtype=torch.float32, device=lengths.device) for _ in range(2))
     if any(x is not None for x in (*sources, parts.terms)):
@@ -539,7 +539,7 @@ def finish(
         widths = [0 if x is None else x.shape[1] for x in sources]
         launch(
             finish_kernel,
-            batch + sum(triton.cdiv(width, tile.columns) for width in widths),
+            batch + sum(cdiv(width, tile.columns) for width in widths),
             tile,
             p_parts1=parts.db1,
             p_db1=db1,

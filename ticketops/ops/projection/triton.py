@@ -21,14 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ticketops.ops import triton_configs
-from ticketops.ops.triton_common import capability, launch, product_precision, refusal
+from ticketops.ops.triton_common import capability, cdiv, launch, product_precision, refusal
 
 __all__ = ["gradients", "into", "out_of", "refusal"]
 
-#: The gradient sums tokens in as many parts at most, which a second kernel adds in order. Of 2048 in one sum, float32
-#: lost six times what cuBLAS does.
+#: The gradient sums tokens in as many parts at most, which a second kernel adds in order. Of 1024 in one sum, float32
+#: loses six times what cuBLAS does.
 MAX_PARTS = 16
-TOKENS_PER_PART = 1024
+TOKENS_PER_PART = 512
 
 
 @triton.jit
@@ -343,7 +343,7 @@ def into(x: Tensor, vs: Sequence[Tensor], biases: Sequence[Tensor] | None, group
     tile = triton_configs.projection(capability(x.device), x.dtype)
     launch(
         into_kernel,
-        triton.cdiv(tokens, tile.rows) * triton.cdiv(selected, tile.columns) * len(vs),
+        cdiv(tokens, tile.rows) * cdiv(selected, tile.columns) * len(vs),
         tile,
         **shared,
         **_named("v", vs),
@@ -381,7 +381,7 @@ def out_of(
     tile = triton_configs.projection(capability(x.device), x.dtype)
     launch(
         out_of_kernel,
-        triton.cdiv(tokens, tile.rows) * triton.cdiv(channels, tile.columns),
+        cdiv(tokens, tile.rows) * cdiv(channels, tile.columns),
         tile,
         **shared,
         **_named("y", ys),
@@ -414,12 +414,12 @@ def gradients(
     precision = shared.pop("PRECISION")
     tokens, selected, channels = (shared[name] for name in ("tokens", "selected", "channels"))
     tile = triton_configs.projection(capability(x.device), x.dtype)
-    parts = max(1, min(MAX_PARTS, triton.cdiv(tokens, TOKENS_PER_PART)))
+    parts = max(1, min(MAX_PARTS, cdiv(tokens, TOKENS_PER_PART)))
     sums = torch.empty((parts, len(ys), selected, channels), dtype=torch.float32, device=x.device)
     bias_sums = None if dbs is None else torch.empty((parts, len(ys), selected), dtype=torch.float32, device=x.device)
     launch(
         gradient_kernel,
-        parts * len(ys) * triton.cdiv(selected, tile.rows) * triton.cdiv(channels, tile.columns),
+        parts * len(ys) * cdiv(selected, tile.rows) * cdiv(channels, tile.columns),
         tile,
         **shared,
         **_named("y", ys),
@@ -427,7 +427,7 @@ def gradients(
         p_parts=sums,
         p_bias_parts=bias_sums,
         stride_xt=x.stride(0),
-        tokens_per_part=triton.cdiv(triton.cdiv(tokens, parts), tile.depth) * tile.depth,
+        tokens_per_part=cdiv(cdiv(tokens, parts), tile.depth) * tile.depth,
         WEIGHTS=len(ys),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -437,7 +437,7 @@ def gradients(
     tile = triton_configs.PROJECTION_FINISH
     launch(
         finish_kernel,
-        len(ys) * count * triton.cdiv(channels, tile.columns),
+        len(ys) * count * cdiv(channels, tile.columns),
         tile,
         **strides,
         **_named("dv", dvs),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ticketops.ops import triton_configs
 from ticketops.ops.dropout import keep_threshold
-from ticketops.ops.triton_common import dropout_keeps, dropout_rows, launch, refusal
+from ticketops.ops.triton_common import cdiv, dropout_keeps, dropout_rows, launch, refusal
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -263,7 +263,7 @@ def forward(
     tile = triton_configs.norm_forward(channels)
     launch(
         forward_kernel,
-        triton.cdiv(tokens, tile.rows),
+        cdiv(tokens, tile.rows),
         tile,
         p_x=x,
         p_residual=residual,
@@ -313,7 +313,7 @@ def backward(
     tile = triton_configs.NORM_FINISH
     launch(
         finish_kernel,
-        3 * triton.cdiv(channels, tile.columns),
+        3 * cdiv(channels, tile.columns),
         tile,
         p_parts=sums,
         p_dbias=dbias,
@@ -348,9 +348,9 @@ def first_stage(
     dx = torch.empty(x.shape if own_dx else (0,), dtype=x.dtype, device=x.device)
     dresidual = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     tile = triton_configs.norm_backward(channels)
-    blocks = triton.cdiv(tokens, tile.rows)
-    rows_per_part = tile.rows * max(1, triton.cdiv(blocks, MAX_PARTS))
-    parts = triton.cdiv(tokens, rows_per_part)
+    blocks = cdiv(tokens, tile.rows)
+    rows_per_part = tile.rows * max(1, cdiv(blocks, MAX_PARTS))
+    parts = cdiv(tokens, rows_per_part)
     sums = torch.empty((parts, 3, channels), dtype=torch.float32, device=x.device)
     launch(
         backward_kernel,

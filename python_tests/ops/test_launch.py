@@ -1,0 +1,101 @@
+"""How kernels are launched past Triton's own lookup, with stand-ins for Triton and the GPU."""
+
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from ticketops.ops import triton_common as common
+from ticketops.ops.triton_configs import Tile
+
+TILE = Tile(16, 16, 4, 1)
+
+
+class Kernel:
+    """A kernel of two tensors, a number and a constant, which notes what Triton and what its compiled form is given."""
+
+    def __init__(self) -> None:
+        self.fn = object()
+        self.compiled: list[dict[str, Any]] = []
+        self.run: list[tuple[Any, ...]] = []
+        # In an order of their own; where p_spans begins does not matter.
+        self.params = [
+            SimpleNamespace(name=name, do_not_specialize_on_alignment=name == "p_spans")
+            for name in ("p_x", "tokens", "p_spans", "D")
+        ]
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def compile(**arguments: Any) -> Any:
+            self.compiled.append(arguments)
+            return SimpleNamespace(run=lambda *given: self.run.append(given), function="f", packed_metadata="m")
+
+        return compile
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(common, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+    return Kernel()
+
+
+def arguments(**others: Any) -> dict[str, Any]:
+    return {"D": 8, "p_x": torch.zeros(64), "p_spans": torch.zeros(8, dtype=torch.int32), "tokens": 5, **others}
+
+
+def test_the_second_launch_runs_what_the_first_compiled(kernel):
+    common.launch(kernel, 3, TILE, **arguments())
+    assert (len(kernel.compiled), kernel.run) == (1, [])
+    assert kernel.compiled[0]["num_warps"] == 4
+    again = arguments()
+    common.launch(kernel, 9, TILE, **again)
+    assert len(kernel.compiled) == 1
+    # Grid, stream, handles, no hooks, and the arguments in the kernel's order with tensors as addresses.
+    addresses = (again["p_x"].data_ptr(), 5, again["p_spans"].data_ptr(), 8)
+    assert kernel.run == [(9, 1, 1, 77, "f", "m", None, None, None, *addresses)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"D": 16},
+        {"tokens": 1},
+        {"p_x": torch.zeros(64, dtype=torch.float16)},
+        {"p_x": torch.zeros(65)[1:]},
+        {"p_spans": None},
+    ],
+    ids=["constant", "number", "dtype", "alignment", "none"],
+)
+def test_what_triton_may_compile_anew_goes_to_triton(kernel, other):
+    for given in (arguments(), arguments(**other), arguments(**other)):
+        common.launch(kernel, 3, TILE, **given)
+    assert (len(kernel.compiled), len(kernel.run)) == (2, 1)
+    common.launch(kernel, 3, Tile(32, 16, 4, 1), **arguments())
+    assert len(kernel.compiled) == 3
+
+
+def test_where_alignment_does_not_matter_it_is_not_looked_at(kernel):
+    for spans in (torch.zeros(8, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)[1:]):
+        common.launch(kernel, 3, TILE, **arguments(p_spans=spans))
+    assert (len(kernel.compiled), len(kernel.run)) == (1, 1)
+
+
+def test_a_profilers_hook_is_left_to_triton(kernel, monkeypatch):
+    monkeypatch.setattr(common.triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    for _ in range(2):
+        common.launch(kernel, 3, TILE, **arguments())
+    assert (len(kernel.compiled), kernel.run) == (2, [])
+
+
+def test_what_is_remembered_is_bounded(kernel, monkeypatch):
+    monkeypatch.setattr(common, "MOST_COMPILED", 4)
+    for tokens in range(2, 12):
+        common.launch(kernel, 3, TILE, **arguments(tokens=tokens))
+    assert len(common._compiled) <= 4
