@@ -66,6 +66,8 @@ def flex(work: Workload, setting: Setting, heads: int, head_dim: int, kind: str)
         mask = create_block_mask(
             lambda b, h, i, j: j < lengths[b], len(work.lengths), None, work.width, work.width, setting.device
         )
+    # With and without a mask and gradients, of fixed shapes and of dynamic ones, all from one function.
+    torch._dynamo.config.recompile_limit = 32
     compiled = setting.compile(flex_attention)
     return _step(lambda: compiled(q, k, v, block_mask=mask), (q, k, v), kind)
 

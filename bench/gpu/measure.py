@@ -4,6 +4,7 @@ import platform
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,14 +84,20 @@ def measured(row: Row, call: Callable[[], Callable[[], object]], work: Work | No
     Returns:
         The row with its figures.
     """
+    place = "  {bench}, {workload}, {pass}, {contender}".format_map(row)
     try:
-        timed = call()
-        timed()
-        median, low, high = milliseconds(timed, setting)
+        # Those that refuse warn of every reason.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            timed = call()
+            timed()
+            median, low, high = milliseconds(timed, setting)
     # Contenders refuse shapes and machines with exceptions of all kinds.
     except Exception as error:
         first = (str(error).strip().splitlines() or ["no message"])[0]
+        print(f"{place}: does not run here", flush=True)
         return {**row, "ms": None, "note": f"{type(error).__name__}: {first[:160]}"}
+    print(f"{place}: {median:.3f} ms", flush=True)
     figures = {"ms": median, "ms_q20": low, "ms_q80": high}
     if work is not None and setting.device == "cuda":
         seconds = median / 1e3

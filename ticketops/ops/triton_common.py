@@ -134,8 +134,9 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         return
     plan = _plans.get(kernel.fn) or _plan(kernel)
     values = plan.ordered(arguments)
-    addresses, device = list(values), None
+    addresses = list(values)
     kinds: list[Any] = []
+    device: Any = None
     for place, aligned in plan.pointers:
         tensor = values[place]
         if tensor is None:
