@@ -796,15 +796,15 @@ def seeds_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     [(torch.float32, None), (torch.float16, None)]
     + ([] if common.INTERPRETED else [(torch.float32, torch.bfloat16), (torch.bfloat16, None)]),
 )
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(("per_token", "dropouts"), [(False, (0.1, 0.2, 0.3)), (True, (0.0, 0.0, 0.0))])
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
 @pytest.mark.parametrize("first_tokens", [False, True])
 @pytest.mark.usefixtures("seeds_one_by_one")
-def test_layers(ticket, dtype, autocast, per_token, layout, first_tokens):
+def test_layers(ticket, dtype, autocast, per_token, dropouts, layout, first_tokens):
     sequences, rows = layout(SHORT)
     x, dout, weights = inputs(rows, ticket)
     tensors = (x.to(DEVICE), dout.to(DEVICE), Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
-    options = {"dropouts": (0.1, 0.2, 0.3), "per_token": per_token, "first_tokens": first_tokens}
+    options = {"dropouts": dropouts, "per_token": per_token, "first_tokens": first_tokens}
     check_layer(tensors, _to_device(sequences), dtype, autocast, **options)
 
 

@@ -33,10 +33,12 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b in total's dtype."""
+    """total + a b in total's dtype, in its place: otherwise torch would copy it first."""
     if a.dtype == total.dtype:
-        return torch.addmm(total, a, b)
-    return torch.addmm(total, a, b, out_dtype=total.dtype) if a.is_cuda else total + torch.mm(a, b)
+        return total.addmm_(a, b)
+    if total.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.add_(torch.mm(a, b))
 
 
 def _select(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -244,6 +246,7 @@ def backward(
             if weight_gradients:
                 parameters[10] = _product(dpre.t(), inner, w1.dtype)
                 parameters[12] = _product(doutput.t(), hidden, w2.dtype)
+            # Only now, since without a dropout and a cast doutput is the same tensor.
             dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
         else:
             dmiddle, parameters[14], parameters[15] = torch.ops.aten.native_layer_norm_backward(
