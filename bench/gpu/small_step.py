@@ -28,8 +28,38 @@ def main() -> None:
         few = torch.tensor([0, 3], device="cuda")
         out = out + ops.ffn(hidden, w1, b1, w1.t(), b1[:256], sequences, blocks=few, count=8)
         out.float().square().mean().backward()
+        whole_layers(sequences, tokens)
         around_the_layers(lengths, x.detach())
     torch.cuda.synchronize()
+
+
+def whole_layers(sequences: ops.Sequences, tokens: int) -> None:
+    """Layers as one op, as under autocast: with an FFN and without, of all tokens and of first ones."""
+
+    def parameter(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", requires_grad=True)
+
+    square, vector = [parameter(256, 256) for _ in range(4)], [parameter(256) for _ in range(9)]
+    attention = (*square[:3], *vector[:3], square[3], *vector[3:6])
+    for ffn in ((parameter(512, 256), parameter(512), parameter(256, 512), vector[8]), (None,) * 4):
+        weights = ops.Weights(*attention, *ffn, *vector[6:8], None, None)
+        for first_tokens in (False, True):
+            x = torch.randn((tokens, 256), device="cuda", requires_grad=True)
+            heads = torch.zeros((len(sequences), 4), device="cuda", requires_grad=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                out = ops.encoder_layer(
+                    x,
+                    weights,
+                    sequences,
+                    head_dim=64,
+                    scale=0.125,
+                    activation="gelu",
+                    dropouts=(0.1, 0.1, 0.1),
+                    head_importance=heads,
+                    ffn_importance=None if ffn[0] is None else torch.zeros_like(heads[:, 0], requires_grad=True),
+                    first_tokens=first_tokens,
+                )
+            out.square().mean().backward()
 
 
 def around_the_layers(lengths: list[int], tokens: torch.Tensor) -> None:

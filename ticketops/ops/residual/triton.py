@@ -1,7 +1,9 @@
 """Dropout, residual and LayerNorm as Triton kernels: whole rows in registers, one launch forward, two backward.
 
 Inductor would fuse the same under torch.compile; kernels serve eager mode too, draw dropout as all other backends do,
-and store no mask for the backward pass. No GPU has measured one against the other yet: `make gpu` does.
+and store no mask for the backward pass. On an H200 they move 16,384 tokens of 768 channels, bfloat16 beside a float32
+residual, at 3.2 TB/s forward and 2.8 backward, of the 4.8 of its data sheet (tiles-nvidia-h200.json); no GPU has
+measured them against Inductor's yet, which `make gpu` does.
 """
 
 import torch
