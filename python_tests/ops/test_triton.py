@@ -48,8 +48,8 @@ drawn = settings(
     max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
-#: Tickets that keep all heads or none, and all neurons or none.
-WHOLE = [ticket for ticket in TICKETS if not ticket[0] and ticket[1] is None]
+#: Tickets that keep all neurons or none.
+WHOLE = [ticket for ticket in TICKETS if ticket[1] is None]
 # One token, primes, both sides of every block edge up to 64; 0 is an empty sequence.
 LENGTHS = [0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 37] + ([] if common.INTERPRETED else [63, 64, 65, 127, 128, 129, 257])
 MASK_VALUES = [0.0, 0.0, 1.0, 1.0, 0.5, -0.75, 1.5]
@@ -808,10 +808,14 @@ def test_layers(ticket, dtype, autocast, per_token, dropouts, layout, first_toke
     check_layer(tensors, _to_device(sequences), dtype, autocast, **options)
 
 
-def test_a_layer_of_which_a_ticket_picks_structures_is_left_to_the_other_ops():
+def test_what_a_ticket_picks_is_left_to_the_other_ops_where_they_are_faster(monkeypatch):
     x = torch.zeros((2, 3), device=DEVICE)
+    monkeypatch.setattr(projection, "_most_indexed_tokens", lambda device, dtype: 2)
     assert ops.serves_layer(x, x)
-    assert not ops.serves_layer(x, x, partial=True)
+    assert ops.serves_layer(x, x, picked_heads_of=16)
+    assert not ops.serves_layer(x, x, picked_heads_of=8)
+    assert not ops.serves_layer(torch.zeros((3, 3), device=DEVICE), x, picked_heads_of=16)
+    assert not ops.serves_layer(x, x, picked_neurons=True)
 
 
 # Rows of no sequence

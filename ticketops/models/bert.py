@@ -109,8 +109,11 @@ def whole_layer(
     assert norm is not None
     if not call.whole or hidden_states.dtype != query.weight.dtype:
         return None
-    partial = bool(kept.heads) or kept.neurons is not None
-    if partial and not ops.serves_layer(hidden_states, query.weight, partial=True):
+    head_dim = query.out_features // state.num_heads if state.num_heads else 1
+    heads_of, neurons = head_dim if kept.heads else None, kept.neurons is not None
+    if (heads_of or neurons) and not ops.serves_layer(
+        hidden_states, query.weight, picked_heads_of=heads_of, picked_neurons=neurons
+    ):
         return None
     if any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in (*around, *linears)
@@ -128,7 +131,6 @@ def whole_layer(
         None if kept.heads is None else kept.heads.on(device),
         None if kept.neurons is None else kept.neurons.on(device),
     )
-    head_dim = query.out_features // state.num_heads if state.num_heads else 1
     first, *between, last = (dropout.p if dropout.training else 0.0 for dropout in parts.dropouts)
     first_tokens = call.first_tokens == index
     out = ops.encoder_layer(

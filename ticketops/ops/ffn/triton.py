@@ -2,9 +2,9 @@
 
 A fused GEMM + GELU is not attempted: FlashAttention measured cuBLASLt's own fused GELU as slower on H100 than a plain
 product followed by a pointwise kernel, and a Triton GEMM starts behind cuBLAS. The first bias rides in cuBLAS's
-epilogue (torch.addmm); the pointwise kernels do everything else, at 2.6 TB/s each way of the 4.8 of an H200's data sheet
-(16,384 tokens, 3,072 neurons, bfloat16; tiles-nvidia-h200.json). Against torch.compile `make gpu` measures the choice,
-which no GPU has done yet.
+epilogue (torch.addmm); the pointwise kernels do everything else, at 2.6 TB/s each way of the 4.8 of an H200's data
+sheet (16,384 tokens, 3,072 neurons, bfloat16; tiles-nvidia-h200.json). Against torch.compile `make gpu` measures the
+choice, which no GPU has done yet.
 
 Both masks are folded into the activations: with m the FFN mask and n the neuron mask, hidden = m n act(pre) gives
 out = hidden W2^T + m b2 and dW2 = dOut^T hidden, so that nothing of the output's size is multiplied by m. The masks lie

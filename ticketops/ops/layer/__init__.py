@@ -4,8 +4,8 @@ each with its projections, dropout, residual and LayerNorm.
 Its parts are the other ops of this package, whose definitions hold here too. One op instead of seven has what small
 batches need: one boundary, activations and weights cast once, gradients that meet in one tensor without passes of their
 own, and without gradients no boundary at all. On a CPU, few tokens without gradients, as one sentence that is
-classified, are one kernel's; on a GPU heads or neurons that a ticket picks from the weights of all are left to the
-other ops, which read them in place.
+classified, are one kernel's; on a GPU neurons that a ticket picks from the weights of all, and heads where there are
+many tokens, are left to the other ops.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ticketops.ops import backends
+from ticketops.ops import backends, projection
 from ticketops.ops.dropout import draw_seed
 from ticketops.ops.layer import native
 from ticketops.ops.packing import Sequences
@@ -58,13 +58,16 @@ class Weights(NamedTuple):
     neurons: Tensor | None
 
 
-def serves_layer(x: Tensor, weights: Tensor, partial: bool = False) -> bool:
+def serves_layer(
+    x: Tensor, weights: Tensor, *, picked_heads_of: int | None = None, picked_neurons: bool = False
+) -> bool:
     """Whether `encoder_layer` runs here; where it does not, the other ops compute the same layer.
 
     Args:
         x: [.., C] tokens.
         weights: any of the layer's weights.
-        partial: some of the weights' heads or neurons are not computed, but not all.
+        picked_heads_of: the size of heads of which some are computed, but not all; None for all or none.
+        picked_neurons: likewise, some of the neurons are computed.
     """
     dtype = compute_dtype(x)
     if x.dtype != weights.dtype or x.dtype not in (torch.float32, dtype):
@@ -73,7 +76,9 @@ def serves_layer(x: Tensor, weights: Tensor, partial: bool = False) -> bool:
     if x.dtype != dtype != torch.bfloat16:
         return False
     backend = backends.common("attention", "ffn", "residual", device=x.device, dtype=dtype)
-    return backend == "native" or (backend == "triton" and not partial)
+    if backend == "triton":
+        return not picked_neurons and (picked_heads_of is None or projection.indexed(x, picked_heads_of))
+    return backend == "native"
 
 
 def _module(x: Tensor) -> Any:
@@ -147,7 +152,7 @@ def _forward(*arguments):
 
 def _fake_forward(*arguments):
     tensors, settings = arguments[: native.TENSORS + 1], arguments[native.TENSORS + 4 : -1]
-    return native.fake_forward(*tensors, *settings, keeps_middle=_module(tensors[0]) is not native)
+    return native.fake_forward(*tensors, *settings, on_gpu=_module(tensors[0]) is not native)
 
 
 def _backward(dout, x, *arguments):

@@ -438,9 +438,10 @@ def backward(
 def fake_forward(
     x, wq, wk, wv, bq, bk, bv, wo, bo, gamma1, beta1, w1, b1, w2, b2, gamma2, beta2, heads, neurons, starts, lengths,
     seeds, max_length, head_dim, scale, activation, attention_dropout, output_dropout, ffn_dropout, eps1, eps2, bf16,
-    first_tokens, keeps_middle,
+    first_tokens, on_gpu=False,
 ):  # fmt: skip
-    """Shapes and dtypes of `forward`'s results; with `keeps_middle`, `middle` is also kept where there is no FFN."""
+    """Shapes and dtypes of `forward`'s results, or with `on_gpu` those of the Triton backend, which also keeps `middle`
+    where there is no FFN, and copies no weights of heads that are picked."""
     (tokens, channels), dtype = x.shape, torch.bfloat16 if bf16 else x.dtype
     cast = dtype != x.dtype
     count = wq.shape[0] // head_dim if heads is None else heads.shape[0]
@@ -457,11 +458,11 @@ def fake_forward(
         *(x.new_empty(stream), new(tokens, channels, there=cast), new(tokens, 3, count, head_dim, there=attends)),
         *(new(tokens, count, head_dim, there=attends), new(tokens, count, there=attends, dtype=statistics)),
         *(new(*stream, there=attends), *(new(rows, dtype=statistics) for _ in range(2))),
-        new(*stream, there=feeds or keeps_middle, dtype=x.dtype),
+        new(*stream, there=feeds or on_gpu, dtype=x.dtype),
         *(new(*stream, there=cast and feeds), *(new(rows, neuron_count, there=feeds) for _ in range(2))),
         *(new(*stream, there=feeds), *(new(rows, dtype=statistics) for _ in range(2))),
-        *(new(3 * count * head_dim, channels, there=attends),),
-        *(new(channels, count * head_dim, there=attends and (cast or heads is not None)),),
+        *(new(3 * count * head_dim, channels, there=attends and not (on_gpu and heads is not None)),),
+        *(new(channels, count * head_dim, there=attends and (cast if heads is None else not on_gpu)),),
         *(new(neuron_count, channels, there=feeds and (cast or neurons is not None)),),
         *(new(channels, neuron_count, there=feeds and (cast or neurons is not None)),),
     )

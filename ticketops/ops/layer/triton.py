@@ -3,7 +3,8 @@
 Small batches wait for the host, not for the GPU. By its modules a layer of BERT-base takes some 70 launches under
 autocast, most of them casts; as one op it takes 25: all weights are cast at once, one product serves q, k and v,
 weights' gradients leave their products in float32, and the results of products with transposed weights are added to the
-residual stream's gradient as they are formed.
+residual stream's gradient as they are formed. Heads that a ticket picks are read where they lie, by the kernels of
+ops.projection.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,7 @@ from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
 from ticketops.ops.layer.native import seeds_of
 from ticketops.ops.packing import Sequences
+from ticketops.ops.projection import triton as projection
 from ticketops.ops.residual import triton as residual
 
 
@@ -87,7 +89,7 @@ def forward(
     first_tokens: bool,
     keep: bool = True,
 ) -> tuple[Tensor, ...]:
-    """See ticketops.ops.layer.encoder_layer and the native backend; of heads all or none, of neurons all.
+    """See ticketops.ops.layer.encoder_layer and the native backend; of neurons all.
 
     Args:
         keep: whether a backward pass may follow.
@@ -96,7 +98,8 @@ def forward(
         [T, C], or [B, C] of `first_tokens`, and what native.SAVED lists; without `keep` only the former.
     """
     (tokens, channels), dtype = x.shape, torch.bfloat16 if bf16 else x.dtype
-    count = wq.shape[0] // head_dim if heads is None else 0
+    all_heads = wq.shape[0] // head_dim
+    count = all_heads if heads is None else heads.shape[0]
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, attention_dropout, output_dropout, ffn_dropout)
     cast, width, none = dtype != x.dtype, count * head_dim, x.new_empty(0)
     w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
@@ -110,7 +113,7 @@ def forward(
         return copy
 
     cast_x = copied(x) if cast else x
-    if count:
+    if heads is None and count:
         w_qkv, biases = x.new_empty((3 * width, channels), dtype=dtype), x.new_empty(3 * width, dtype=dtype)
         for w, b, to_w, to_b in zip((wq, wk, wv), (bq, bk, bv), w_qkv.chunk(3), biases.chunk(3), strict=True):
             copied(w, to_w)
@@ -126,12 +129,21 @@ def forward(
     stream = _select(x, rows)
     with _as_given(x):
         if count:
-            qkv = torch.addmm(biases, cast_x, w_qkv.t()).view(tokens, 3, count, head_dim)
+            if heads is None:
+                qkv = torch.addmm(biases, cast_x, w_qkv.t()).view(tokens, 3, count, head_dim)
+            else:
+                qkv = x.new_empty((tokens, 3, count, head_dim), dtype=dtype)
+                projection.into(
+                    cast_x, (wq, wk, wv), (bq, bk, bv), heads, all_heads, qkv.view(tokens, 3, width).unbind(1)
+                )
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
                 q, k, v, starts, lengths, None, attention_seed, max_length, scale, attention_dropout
             )
-            projected = torch.mm(_select(context.view(tokens, width), rows), wo.t())
+            seen = _select(context.view(tokens, width), rows)
+            projected = (
+                torch.mm(seen, wo.t()) if heads is None else projection.out_of([seen], [wo.t()], heads, all_heads)
+            )
         else:
             projected = x.new_zeros(stream.shape, dtype=dtype)
         half = x.new_empty(stream.shape, dtype=dtype) if cast and w1 is not None else None
@@ -216,7 +228,8 @@ def backward(
     """Gradients and importance partials of `forward`; results as the native backend's, some of them parts of one
     tensor."""
     tokens, batch, dtype = x.shape[0], lengths.shape[0], torch.bfloat16 if bf16 else x.dtype
-    count = wq.shape[0] // head_dim if heads is None else 0
+    all_heads = wq.shape[0] // head_dim
+    count = all_heads if heads is None else heads.shape[0]
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, attention_dropout, output_dropout, ffn_dropout)
     parameters: list[Tensor | None] = [None] * 16
     rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
@@ -280,11 +293,14 @@ def backward(
         signed, absolute = (x.new_empty((batch, 0), dtype=torch.float32) for _ in range(2))
         if count:
             width = count * head_dim
-            dcontext = _scatter(torch.mm(dprojected, w_o if w_o.numel() else wo), rows, tokens)
+            if heads is None:
+                dseen = torch.mm(dprojected, w_o if w_o.numel() else wo)
+            else:
+                (dseen,) = projection.into(dprojected, [wo.t()], None, heads, all_heads)
             dqkv = torch.empty_like(qkv)
             q, k, v = qkv.unbind(1)
             *_, signed, absolute = attention.backward(
-                dcontext.view(tokens, count, head_dim),
+                _scatter(dseen, rows, tokens).view(tokens, count, head_dim),
                 q,
                 k,
                 v,
@@ -299,12 +315,22 @@ def backward(
                 attention_dropout,
                 into=dqkv,
             )
-            flat = dqkv.view(tokens, 3 * width)
-            if weight_gradients:
-                parameters[6] = _product(dprojected.t(), _select(context.view(tokens, width), rows), wo.dtype)
-                parameters[:3] = _product(flat.t(), cast_x if cast_x.numel() else x, wq.dtype).chunk(3)
-                parameters[3:6] = flat.sum(0, dtype=bq.dtype).chunk(3)
-            dx = _add_product(dx, flat, w_qkv)
+            flat, seen = dqkv.view(tokens, 3 * width), _select(context.view(tokens, width), rows)
+            inputs = cast_x if cast_x.numel() else x
+            if heads is None:
+                if weight_gradients:
+                    parameters[6] = _product(dprojected.t(), seen, wo.dtype)
+                    parameters[:3] = _product(flat.t(), inputs, wq.dtype).chunk(3)
+                    parameters[3:6] = flat.sum(0, dtype=bq.dtype).chunk(3)
+                dx = _add_product(dx, flat, w_qkv)
+            else:
+                dqkv_parts = flat.view(tokens, 3, width).unbind(1)
+                if weight_gradients:
+                    new = [torch.empty_like(p) for p in (wq, wk, wv, bq, bk, bv, wo)]
+                    projection.gradients(dqkv_parts, inputs, new[:3], new[3:6], heads, all_heads)
+                    projection.gradients([seen], dprojected, [new[6].t()], None, heads, all_heads)
+                    parameters[:7] = new
+                dx += projection.out_of(dqkv_parts, (wq, wk, wv), heads, all_heads)
     return tuple(
         x.new_empty(0, dtype=torch.float32) if result is None else result
         for result in (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)

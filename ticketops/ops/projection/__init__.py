@@ -9,8 +9,8 @@ There are two ways. Compaction copies the selected rows out of the weights and m
 the weights, and of their gradients on the way back, in a dozen launches whose time does not depend on the number of
 tokens, and then multiplies at cuBLAS's speed. The indexed kernels read and write the weights where they lie, in one
 launch forward for q, k and v together and three backward, at the speed of a Triton product. So few tokens favour the
-kernels and many favour compaction; `indexed` is the rule, and no GPU has measured its number yet. Either serves tickets
-that change at every step; a ticket that stays for good is best removed from the weights (`shrink`), and needs neither.
+kernels and many favour compaction; `indexed` is the rule. Either serves tickets that change at every step; a ticket
+that stays for good is best removed from the weights (`shrink`), and needs neither.
 """
 
 import importlib
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ticketops.errors import InputError
 from ticketops.ops import backends
+from ticketops.ops.products import compute_dtype
 from ticketops.ops.projection import reference
 from ticketops.ops.registration import autocast, define, same_dtype
 
@@ -53,8 +54,7 @@ def indexed(x: Tensor, width: int) -> bool:
         x: [.., C] tokens, before autocast.
         width: structures in a selected group.
     """
-    (cast,) = autocast(x.detach())
-    return width >= LEAST_INDEXED_WIDTH and math.prod(x.shape[:-1]) <= _most_indexed_tokens(x.device, cast.dtype)
+    return width >= LEAST_INDEXED_WIDTH and math.prod(x.shape[:-1]) <= _most_indexed_tokens(x.device, compute_dtype(x))
 
 
 def _check(name: str, x: Tensor, channels: int, structures: int, groups: Tensor, count: int) -> None:

@@ -65,6 +65,7 @@ def into_kernel(
     p_y2,
     p_groups,
     stride_xt,
+    stride_yt,
     stride_vr,
     stride_vc,
     tokens,
@@ -100,7 +101,7 @@ def into_kernel(
         o_row = tl.load(p_groups + o_n // WIDTH, mask=m_n, other=0) * WIDTH + o_n % WIDTH
         b_y += tl.load(p_b + o_row, mask=m_n, other=0.0).to(tl.float32)[None, :]
     p_y = pick(i_w, p_y0, p_y1, p_y2)
-    p_block = p_y + i_row * selected + o_r[:, None] * selected + o_n[None, :]
+    p_block = p_y + i_row * stride_yt + o_r[:, None] * stride_yt + o_n[None, :]
     tl.store(p_block, b_y.to(p_y.dtype.element_ty), mask=m_r[:, None] & m_n[None, :])
 
 
@@ -115,6 +116,7 @@ def add_products(
     m_r,
     o_c,
     m_c,
+    stride_yt,
     stride_vr,
     stride_vc,
     selected,
@@ -126,7 +128,7 @@ def add_products(
     for i_n in range(0, selected, DEPTH):
         o_n = i_n + tl.arange(0, DEPTH)
         m_n = o_n < selected
-        p_block = p_y + i_row * selected + o_r[:, None] * selected + o_n[None, :]
+        p_block = p_y + i_row * stride_yt + o_r[:, None] * stride_yt + o_n[None, :]
         b_y = tl.load(p_block, mask=m_r[:, None] & m_n[None, :], other=0.0)
         b_s = load_selected(p_v, p_groups, o_n, m_n, o_c, m_c, stride_vr, stride_vc, WIDTH).to(b_y.dtype)
         b_x = tl.dot(b_y, b_s, b_x, input_precision=PRECISION)
@@ -144,6 +146,7 @@ def out_of_kernel(
     p_b,
     p_x,
     p_groups,
+    stride_yt,
     stride_vr,
     stride_vc,
     tokens,
@@ -165,16 +168,17 @@ def out_of_kernel(
     # [ROWS, COLUMNS]
     b_x = tl.zeros([ROWS, COLUMNS], tl.float32)
     b_x = add_products(
-        b_x, p_y0, p_v0, p_groups, i_row, o_r, m_r, o_c, m_c, stride_vr, stride_vc, selected, WIDTH, DEPTH, PRECISION
-    )
+        b_x, p_y0, p_v0, p_groups, i_row, o_r, m_r, o_c, m_c, stride_yt, stride_vr, stride_vc, selected, WIDTH, DEPTH,
+        PRECISION,
+    )  # fmt: skip
     if p_y1 is not None:
         b_x = add_products(
-            b_x, p_y1, p_v1, p_groups, i_row, o_r, m_r, o_c, m_c, stride_vr, stride_vc, selected, WIDTH, DEPTH,
-            PRECISION,
+            b_x, p_y1, p_v1, p_groups, i_row, o_r, m_r, o_c, m_c, stride_yt, stride_vr, stride_vc, selected, WIDTH,
+            DEPTH, PRECISION,
         )  # fmt: skip
         b_x = add_products(
-            b_x, p_y2, p_v2, p_groups, i_row, o_r, m_r, o_c, m_c, stride_vr, stride_vc, selected, WIDTH, DEPTH,
-            PRECISION,
+            b_x, p_y2, p_v2, p_groups, i_row, o_r, m_r, o_c, m_c, stride_yt, stride_vr, stride_vc, selected, WIDTH,
+            DEPTH, PRECISION,
         )  # fmt: skip
     if p_b is not None:
         b_x += tl.load(p_b + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
@@ -191,6 +195,7 @@ def gradient_kernel(
     p_parts,
     p_bias_parts,
     stride_xt,
+    stride_yt,
     tokens,
     tokens_per_part,
     selected,
@@ -223,7 +228,7 @@ def gradient_kernel(
     b_db = tl.zeros([ROWS], tl.float32)
     for i_t in range(first, last, DEPTH):
         m_t = i_t + o_t < last
-        p_block = p_y + i_t * selected + o_t[:, None] * selected + o_n[None, :]
+        p_block = p_y + i_t * stride_yt + o_t[:, None] * stride_yt + o_n[None, :]
         # [DEPTH, ROWS]
         b_y = tl.load(p_block, mask=m_t[:, None] & m_n[None, :], other=0.0)
         p_block = p_x + i_t * stride_xt + o_t[:, None] * stride_xt + o_c[None, :]
@@ -309,6 +314,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _alike(ys: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices whose rows are contiguous and equally far apart."""
+    fine = all(y.stride() == (ys[0].stride(0), 1) for y in ys)
+    return list(ys) if fine else [y.contiguous() for y in ys]
+
+
 def _shared(x: Tensor, v: Tensor, groups: Tensor, kept: int, count: int) -> dict[str, Any]:
     width = v.shape[0] // count
     return {
@@ -323,7 +334,14 @@ def _shared(x: Tensor, v: Tensor, groups: Tensor, kept: int, count: int) -> dict
     }
 
 
-def into(x: Tensor, vs: Sequence[Tensor], biases: Sequence[Tensor] | None, groups: Tensor, count: int) -> list[Tensor]:
+def into(
+    x: Tensor,
+    vs: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    groups: Tensor,
+    count: int,
+    ys: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """y = x S^T + b for one weight or three of one shape and layout; one launch.
 
     Args:
@@ -332,6 +350,8 @@ def into(x: Tensor, vs: Sequence[Tensor], biases: Sequence[Tensor] | None, group
         biases: each [count * width]; None for none.
         groups: int64 [K], ascending, the selected groups of `width` rows.
         count: groups there are.
+        ys: [T, K * width] in x's dtype where each result is written, with contiguous rows equally far apart; None for
+            new ones.
 
     Returns:
         For each weight [T, K * width] in x's dtype.
@@ -339,7 +359,8 @@ def into(x: Tensor, vs: Sequence[Tensor], biases: Sequence[Tensor] | None, group
     x = _rows(x)
     shared = _shared(x, vs[0], groups, len(groups), count)
     tokens, selected = shared["tokens"], shared["selected"]
-    ys = [torch.empty((tokens, selected), dtype=x.dtype, device=x.device) for _ in vs]
+    if ys is None:
+        ys = [torch.empty((tokens, selected), dtype=x.dtype, device=x.device) for _ in vs]
     tile = triton_configs.projection(capability(x.device), x.dtype)
     launch(
         into_kernel,
@@ -351,12 +372,13 @@ def into(x: Tensor, vs: Sequence[Tensor], biases: Sequence[Tensor] | None, group
         **_named("y", ys),
         p_x=x,
         stride_xt=x.stride(0),
+        stride_yt=ys[0].stride(0),
         WEIGHTS=len(vs),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
     )
-    return ys
+    return list(ys)
 
 
 def out_of(
@@ -374,7 +396,7 @@ def out_of(
     Returns:
         [T, C] in y's dtype.
     """
-    ys = [y.contiguous() for y in ys]
+    ys = _alike(ys)
     shared = _shared(ys[0], vs[0], groups, len(groups), count)
     tokens, channels = shared["tokens"], shared["channels"]
     x = torch.empty((tokens, channels), dtype=ys[0].dtype, device=ys[0].device)
@@ -388,6 +410,7 @@ def out_of(
         **_named("v", vs),
         p_b=bias,
         p_x=x,
+        stride_yt=ys[0].stride(0),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
@@ -408,7 +431,7 @@ def gradients(
         groups: int64 [K].
         count: groups there are.
     """
-    x, ys = _rows(x), [y.contiguous() for y in ys]
+    x, ys = _rows(x), _alike(ys)
     shared = _shared(x, dvs[0], groups, len(groups), count)
     strides = {name: shared.pop(name) for name in ("stride_vr", "stride_vc", "p_groups", "WIDTH")}
     precision = shared.pop("PRECISION")
@@ -427,6 +450,7 @@ def gradients(
         p_parts=sums,
         p_bias_parts=bias_sums,
         stride_xt=x.stride(0),
+        stride_yt=ys[0].stride(0),
         tokens_per_part=cdiv(cdiv(tokens, parts), tile.depth) * tile.depth,
         WEIGHTS=len(ys),
         ROWS=tile.rows,
