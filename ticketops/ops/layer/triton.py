@@ -133,9 +133,8 @@ def forward(
                 qkv = torch.addmm(biases, cast_x, w_qkv.t()).view(tokens, 3, count, head_dim)
             else:
                 qkv = x.new_empty((tokens, 3, count, head_dim), dtype=dtype)
-                projection.into(
-                    cast_x, (wq, wk, wv), (bq, bk, bv), heads, all_heads, qkv.view(tokens, 3, width).unbind(1)
-                )
+                weights, vectors = ([p.contiguous() for p in three] for three in ((wq, wk, wv), (bq, bk, bv)))
+                projection.into(cast_x, weights, vectors, heads, all_heads, ys=qkv.view(tokens, 3, width).unbind(1))
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
                 q, k, v, starts, lengths, None, attention_seed, max_length, scale, attention_dropout
@@ -326,11 +325,11 @@ def backward(
             else:
                 dqkv_parts = flat.view(tokens, 3, width).unbind(1)
                 if weight_gradients:
-                    new = [torch.empty_like(p) for p in (wq, wk, wv, bq, bk, bv, wo)]
+                    new = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (wq, wk, wv, bq, bk, bv, wo)]
                     projection.gradients(dqkv_parts, inputs, new[:3], new[3:6], heads, all_heads)
                     projection.gradients([seen], dprojected, [new[6].t()], None, heads, all_heads)
                     parameters[:7] = new
-                dx += projection.out_of(dqkv_parts, (wq, wk, wv), heads, all_heads)
+                dx += projection.out_of(dqkv_parts, [w.contiguous() for w in (wq, wk, wv)], heads, all_heads)
     return tuple(
         x.new_empty(0, dtype=torch.float32) if result is None else result
         for result in (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)
