@@ -292,10 +292,14 @@ def main() -> int:
         shipped, best = mine[:1], sorted((row for row in mine[1:] if row["ms"] is not None), key=lambda row: row["ms"])
         entries = [_short(row) for row in [*shipped, *best[:3]] if row["ms"] is not None]
         print(f"{case.kernel}, {case.workload}: {' | '.join(entries) or mine[0]['note']}", flush=True)
-    record = {"machine": machine(Setting("cuda", torch.bfloat16, tiny=False)), "rows": rows}
+    place = machine(Setting("cuda", torch.bfloat16, tiny=False))
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", record["machine"]["device"].lower()).strip("-")
-    write_atomically(options.output / f"tiles-{stem}.json", json.dumps(record, indent=1) + "\n")
+    stem = re.sub(r"[^a-z0-9]+", "-", place["device"].lower()).strip("-")
+    # Over a thousand rows, a line each.
+    lines = ",\n".join(map(json.dumps, rows))
+    write_atomically(
+        options.output / f"tiles-{stem}.json", f'{{"machine": {json.dumps(place)},\n"rows": [\n{lines}\n]}}\n'
+    )
     return 0
 
 
