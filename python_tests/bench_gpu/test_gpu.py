@@ -75,3 +75,41 @@ def test_gate_turns_red(monkeypatch):
     assert gate([plain], [plain], [exact]) == "green"
     assert gate([exact.float() * (1 + 4e-5)], [plain], [exact]).startswith("red")
     assert gate([plain * float("nan")], [plain], [exact]).startswith("red")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures in earnest where there is a GPU")
+def test_tiles_are_timed_on_a_gpu_only(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu.tiles", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (2, "bench.gpu.tiles needs a CUDA GPU")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_timed_tiles_are_among_the_candidates_that_were_timed(monkeypatch):
+    """What the table says that a timing has chosen, the file that it names has a timing of."""
+    monkeypatch.syspath_prepend(ROOT)
+    from ticketops.ops import triton_configs
+
+    attention = triton_configs.ATTENTION[9, 2, 64]
+    entries = {
+        "forward_kernel": list(attention.forward.values()),
+        "row_backward_kernel": list(attention.row_backward),
+        "dq_kernel": [attention.dq, attention.short[0]],
+        "dkdv_kernel": [attention.dkdv, attention.short[1]],
+        "into_kernel": [triton_configs.PROJECTION[9, 2]],
+        "backward_kernel": [triton_configs.FFN, triton_configs.norm_backward(768)],
+    }
+    for kernel, tiles in entries.items():
+        for tile in tiles:
+            if tile.timed is not None:
+                rows = json.loads((ROOT / "bench" / "results" / tile.timed).read_text())["rows"]
+                numbers = ("rows", "columns", "warps", "stages", "depth", "registers")
+                wanted = {name: getattr(tile, name) for name in numbers}
+                assert any(
+                    row["kernel"] == kernel
+                    and row["ms"] is not None
+                    and {name: row["tile"][name] for name in numbers} == wanted
+                    for row in rows
+                ), (kernel, tile)
