@@ -438,7 +438,7 @@ def _print_kernels(as_json: bool, output: Path | None) -> None:
         _print_table([list(table[0]), *([str(value) for value in row.values()] for row in table)])
     if why is not None:
         typer.echo(f"no CUDA kernels: {why}")
-    typer.echo("Compiled only: nothing here was run or timed on a GPU.")
+    typer.echo("Compiled only: no number of this comes from a run on a GPU.")
 
 
 @contextlib.contextmanager

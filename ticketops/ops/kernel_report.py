@@ -352,7 +352,7 @@ def write_table(
         f"# {compiler} {version} kernels, compiled ahead of time",
         "",
         "Registers of a thread, bytes spilled and bytes of shared memory of every shipped configuration.",
-        "Nothing here was run or timed on a GPU.",
+        "Compiled only: no number of this comes from a run on a GPU.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "|" + " --- |" * len(rows[0]),
