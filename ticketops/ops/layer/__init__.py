@@ -9,6 +9,7 @@ many tokens, are left to the other ops.
 """
 
 import importlib
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -83,8 +84,12 @@ def serves_layer(
 
 def _module(x: Tensor) -> Any:
     """The backend's module, where `serves_layer` said that there is one."""
-    if x.is_cpu and backends.requested() != "triton":
-        return native
+    return native if x.is_cpu and backends.requested() != "triton" else _triton()
+
+
+@cache
+def _triton() -> Any:
+    # Triton need not be installed where its kernels cannot run.
     return importlib.import_module(f"{__name__}.triton")
 
 

@@ -289,8 +289,9 @@ def backward(
                 gradient = parameters[place]
                 if gradient is not None and like is not None:
                     parameters[place] = gradient.to(like.dtype)
-        signed, absolute = (x.new_empty((batch, 0), dtype=torch.float32) for _ in range(2))
-        if count:
+        if not count:
+            signed, absolute = (x.new_empty((batch, 0), dtype=torch.float32) for _ in range(2))
+        else:
             width = count * head_dim
             if heads is None:
                 dseen = torch.mm(dprojected, w_o if w_o.numel() else wo)
