@@ -13,6 +13,7 @@ from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import Sequences, Weights
 from ticketops.ops.layer import native as layer
+from ticketops.ops.layer.arguments import Inputs, Saved, Settings
 from ticketops.ops.layer.native import FEW_TOKENS, FEW_TOKENS_AMX, FEW_TOKENS_BF16
 
 from .cases import SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
@@ -256,14 +257,12 @@ def test_only_what_a_ticket_keeps_is_computed():
     sequences, rows = packed_sequences(SHORT)
     x, _, w = inputs(rows, ([1], [3, 4], True))
     w = [t.float() if t is not None and t.is_floating_point() else t for t in w]
-    settings = (13, DIM, 0.3, "gelu", 0.0, 0.0, 0.0, 1e-12, 1e-12, False, False)
-    from ticketops.ops.layer import native
-
-    results = native.forward(x.float(), *w, sequences.starts, sequences.lengths, None, *settings)
-    saved = dict(zip(native.SAVED, results[1:], strict=True))
-    assert saved["qkv"].shape == (rows, 3, 1, DIM)
-    assert saved["w_qkv"].shape == (3 * DIM, CHANNELS)
-    assert saved["pre"].shape == saved["hidden"].shape == (rows, 2)
+    settings = Settings(13, DIM, 0.3, "gelu", 0.0, 0.0, 0.0, 1e-12, 1e-12, False, False)
+    _, *saved = layer.forward(Inputs(x.float(), Weights(*w), sequences.starts, sequences.lengths, None), settings)
+    saved = Saved(*saved)
+    assert saved.qkv.shape == (rows, 3, 1, DIM)
+    assert saved.w_qkv.shape == (3 * DIM, CHANNELS)
+    assert saved.pre.shape == saved.hidden.shape == (rows, 2)
 
 
 @pytest.mark.parametrize("ticket", TICKETS)

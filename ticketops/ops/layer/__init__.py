@@ -10,7 +10,7 @@ many tokens, are left to the other ops.
 
 import importlib
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,45 +18,10 @@ from torch import Tensor
 from ticketops.ops import backends, projection
 from ticketops.ops.dropout import draw_seed
 from ticketops.ops.layer import native
+from ticketops.ops.layer.arguments import GRADIENTS, PARAMETERS, Inputs, Saved, Settings, Wanted, Weights
 from ticketops.ops.packing import Sequences
 from ticketops.ops.products import compute_dtype
 from ticketops.ops.registration import define, is_watched
-
-
-class Weights(NamedTuple):
-    """The parameters of a layer, with which places of them are computed.
-
-    Attributes:
-        wq, wk, wv: [H * D, C] projections of all heads.
-        bq, bk, bv: [H * D] their biases.
-        wo: [C, H * D] output projection.
-        bo: [C] its bias.
-        gamma1, beta1: [C] LayerNorm after attention.
-        w1, b1: [N, C] and [N], first linear layer of the FFN; None where the FFN is not computed.
-        w2, b2: [C, N] and [C], its second.
-        gamma2, beta2: [C] LayerNorm after the FFN.
-        heads: int64 [K], the computed heads in ascending order; None for all.
-        neurons: int64, the FFN's computed neurons in ascending order; None for all.
-    """
-
-    wq: Tensor
-    wk: Tensor
-    wv: Tensor
-    bq: Tensor
-    bk: Tensor
-    bv: Tensor
-    wo: Tensor
-    bo: Tensor
-    gamma1: Tensor
-    beta1: Tensor
-    w1: Tensor | None
-    b1: Tensor | None
-    w2: Tensor | None
-    b2: Tensor | None
-    gamma2: Tensor
-    beta2: Tensor
-    heads: Tensor | None
-    neurons: Tensor | None
 
 
 def serves_layer(
@@ -135,49 +100,73 @@ def encoder_layer(
     computed = (weights.heads is None or len(weights.heads) > 0, True, weights.w1 is not None)
     drops = [p if there else 0.0 for p, there in zip(dropouts, computed, strict=True)]
     seeds = draw_seed(x.device, sum(p > 0 for p in drops)) if any(drops) else None
-    settings: tuple[Any, ...] = (sequences.max_length, head_dim, scale, activation, *drops, *eps)
     bf16 = compute_dtype(x) == torch.bfloat16
-    tensors: tuple[Any, ...] = (x, *weights, sequences.starts, sequences.lengths, seeds)
-    if not (torch.is_grad_enabled() or is_watched(*tensors)):
+    fixed: tuple[Any, ...] = (head_dim, scale, activation, *drops, *eps, bf16, first_tokens)
+    settings = Settings(sequences.max_length, *fixed)
+    inputs = Inputs(x, weights, sequences.starts, sequences.lengths, seeds)
+    if not (torch.is_grad_enabled() or is_watched(x, *weights, *inputs[2:])):
         module = _module(x)
-        same = all(p is None or p.dtype == x.dtype for p in weights[:16])
+        same = all(p is None or p.dtype == x.dtype for p in weights[:PARAMETERS])
         if module is native and same and seeds is None and native.is_few(len(x), bf16):
-            shape = (sequences.max_length, head_dim, scale, activation)
-            return native.infer(tensors[:-1], *shape, *eps, bf16, first_tokens)
-        out: Tensor = module.forward(*tensors, *settings, bf16, first_tokens, keep=False)[0]
+            return native.infer(inputs, settings)
+        out: Tensor = module.forward(inputs, settings, keep=False)[0]
         return out
     sinks = (head_importance, ffn_importance, neuron_importance)
-    return _encoder_layer_op(*tensors, *sinks, *settings, bf16, first_tokens, per_token)[0]
+    return _encoder_layer_op(x, *weights, *inputs[2:], *sinks, *settings, per_token)[0]
+
+
+#: Where an op's arguments lie: its tensors, the sinks of importance, its settings, and whether sums are of each token's
+#: absolute terms.
+_TENSORS = len(Weights._fields) + len(Inputs._fields) - 1
+_SINKS = _TENSORS + 3
+
+
+def _inputs(tensors: tuple[Any, ...]) -> Inputs:
+    x, *weights = tensors[: 1 + len(Weights._fields)]
+    return Inputs(x, Weights(*weights), *tensors[1 + len(Weights._fields) :])
 
 
 def _forward(*arguments):
-    *tensors, _, _, _ = arguments[: native.TENSORS + 4]
-    return _module(tensors[0]).forward(*tensors, *arguments[native.TENSORS + 4 : -1], keep=True)
+    inputs, settings = _inputs(arguments[:_TENSORS]), Settings(*arguments[_SINKS:-1])
+    return _module(inputs.x).forward(inputs, settings)
 
 
 def _fake_forward(*arguments):
-    tensors, settings = arguments[: native.TENSORS + 1], arguments[native.TENSORS + 4 : -1]
-    return native.fake_forward(*tensors, *settings, on_gpu=_module(tensors[0]) is not native)
+    inputs, settings = _inputs(arguments[:_TENSORS]), Settings(*arguments[_SINKS:-1])
+    return native.fake_forward(inputs, settings, on_gpu=_module(inputs.x) is not native)
 
 
-def _backward(dout, x, *arguments):
-    return _module(x).backward(dout, x, *arguments)
+def _of_backward(arguments):
+    """The gradient of the result, and what the backward pass takes beside it."""
+    dout, *tensors = arguments[: 1 + _TENSORS]
+    others = arguments[1 + _TENSORS :]
+    saved, others = Saved(*others[: len(Saved._fields)]), others[len(Saved._fields) :]
+    settings, wanted = Settings(*others[: len(Settings._fields)]), Wanted(*others[len(Settings._fields) :])
+    return dout, _inputs(tensors), saved, settings, wanted
+
+
+def _backward(*arguments):
+    return _module(arguments[1]).backward(*_of_backward(arguments))
+
+
+def _fake_backward(*arguments):
+    return native.fake_backward(*_of_backward(arguments))
 
 
 def _setup_context(ctx, inputs, output):
     ctx.per_token = inputs[-1]
-    sinks = inputs[native.TENSORS + 1 : native.TENSORS + 4]
-    ctx.sinks = [None if sink is None else sink.dtype for sink in sinks]
-    ctx.settings = inputs[native.TENSORS + 4 : -1]
-    ctx.save_for_backward(*inputs[: native.TENSORS + 1], *output[1:])
+    ctx.sinks = [None if sink is None else sink.dtype for sink in inputs[_TENSORS:_SINKS]]
+    ctx.settings = inputs[_SINKS:-1]
+    ctx.save_for_backward(*inputs[:_TENSORS], *output[1:])
 
 
 def _gradients(ctx, dout, *_):
-    # The parameters without the residual stream before them and the indices behind them.
-    wanted = any(ctx.needs_input_grad[1 : native.TENSORS - 4])
+    # The parameters, behind the residual stream.
+    trained = any(ctx.needs_input_grad[1 : 1 + PARAMETERS])
     heads, ffn, neurons = ctx.sinks
+    wanted = Wanted(trained, ffn is not None, neurons is not None, ctx.per_token)
     dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters = _encoder_layer_backward_op(
-        dout, *ctx.saved_tensors, *ctx.settings, wanted, ffn is not None, neurons is not None, ctx.per_token
+        dout, *ctx.saved_tensors, *ctx.settings, *wanted
     )
     partials = (
         None if heads is None else (absolute if ctx.per_token else signed).to(heads),
@@ -185,32 +174,32 @@ def _gradients(ctx, dout, *_):
         None if neurons is None else by_neuron.to(neurons),
     )
     # What is not computed has no gradient: None, so that no optimizer sees it.
-    gradients = [p if wanted and p.numel() else None for p in parameters]
-    return dx, *gradients, None, None, None, None, None, *partials, *(None,) * (len(ctx.settings) + 1)
+    gradients = [p if trained and p.numel() else None for p in parameters]
+    indices = (None,) * (_TENSORS - 1 - PARAMETERS)
+    return dx, *gradients, *indices, *partials, *(None,) * (len(Settings._fields) + 1)
 
 
-_TENSORS = (
-    "Tensor x, Tensor wq, Tensor wk, Tensor wv, Tensor bq, Tensor bk, Tensor bv, Tensor wo, Tensor bo, Tensor gamma1, "
-    "Tensor beta1, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor gamma2, Tensor beta2, Tensor? heads, "
-    "Tensor? neurons, Tensor starts, Tensor lengths, Tensor? seeds"
-)
-_SETTINGS = (
-    "SymInt max_length, int head_dim, float scale, str activation, float attention_dropout, float output_dropout, "
-    "float ffn_dropout, float eps1, float eps2, bool bf16, bool first_tokens"
-)
+def _schema(fields: type) -> str:
+    """The fields of a NamedTuple as arguments in torch's schema language."""
+    names = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", str: "str", bool: "bool"}
+    return ", ".join(f"{names[hint]} {name}" for name, hint in fields.__annotations__.items())
+
+
+_TENSOR_ARGUMENTS = f"Tensor x, {_schema(Weights)}, Tensor starts, Tensor lengths, Tensor? seeds"
+# Sequences' lengths change from batch to batch.
+_SETTING_ARGUMENTS = _schema(Settings).replace("int max_length", "SymInt max_length")
 _encoder_layer_op = define(
-    f"encoder_layer({_TENSORS}, Tensor? head_importance, Tensor? ffn_importance, Tensor? neuron_importance, "
-    f"{_SETTINGS}, bool per_token) -> ({', '.join(['Tensor'] * (1 + len(native.SAVED)))})",
+    f"encoder_layer({_TENSOR_ARGUMENTS}, Tensor? head_importance, Tensor? ffn_importance, Tensor? neuron_importance, "
+    f"{_SETTING_ARGUMENTS}, bool per_token) -> ({', '.join(['Tensor'] * (1 + len(Saved._fields)))})",
     _forward,
     _fake_forward,
     _gradients,
     _setup_context,
 )
 _encoder_layer_backward_op = define(
-    f"encoder_layer_backward(Tensor dout, {_TENSORS}, {', '.join(f'Tensor {name}' for name in native.SAVED)}, "
-    f"{_SETTINGS}, bool weight_gradients, bool ffn_sums, bool neuron_sums, bool per_token) "
-    f"-> ({', '.join(['Tensor'] * native.GRADIENTS)})",
+    f"encoder_layer_backward(Tensor dout, {_TENSOR_ARGUMENTS}, {_schema(Saved)}, {_SETTING_ARGUMENTS}, "
+    f"{_schema(Wanted)}) -> ({', '.join(['Tensor'] * GRADIENTS)})",
     _backward,
-    native.fake_backward,
+    _fake_backward,
     shares=True,
 )

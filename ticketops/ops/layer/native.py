@@ -1,7 +1,6 @@
 """An encoder layer on the CPU: torch's matrix products between the native kernels, on weights that were compacted and
 cast in one copy; for few tokens without gradients csrc/cpu/encoder.cpp, which does all of it."""
 
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +12,7 @@ from ticketops.ops.copies.native import Table
 from ticketops.ops.embedding import embedding_gradient
 from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
+from ticketops.ops.layer.arguments import PARAMETERS, Inputs, Saved, Settings, Wanted, Weights, seeds_of
 from ticketops.ops.memory import empty
 from ticketops.ops.packing import Sequences
 from ticketops.ops.products import add_product, gradient_product, has_bf16_products, product
@@ -28,36 +28,11 @@ from ticketops.ops.residual import native as residual
 FEW_TOKENS = 128
 FEW_TOKENS_AMX = 256
 FEW_TOKENS_BF16 = 48
-#: Tensors of a call before the seeds: tokens, 16 parameters, heads, neurons, starts, lengths.
-TENSORS = 21
-#: What the backward pass is handed beside the inputs; empty where there is nothing to keep. `cast_*` are in the dtype
-#: of the products, `qkv` is [T, 3, K, D], and the weights are empty where the parameters themselves took part.
-SAVED = (
-    *("cast_x", "qkv", "context", "lse", "projected", "mean1", "rstd1", "middle", "cast_middle", "pre", "hidden"),
-    *("output", "mean2", "rstd2", "w_qkv", "w_o", "w_1", "w_2"),
-)
-#: Of the backward pass: dx, five importance partials, 16 parameters.
-GRADIENTS = 22
 
 
 def _as_given() -> AbstractContextManager[Any]:
     """In which autocast leaves products alone; where it is off, as in backward passes, entering it takes longer."""
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
-
-
-def seeds_of(seeds: Tensor | None, *dropouts: float) -> Iterator[Tensor | None]:
-    """The seed of each dropout that there is.
-
-    Args:
-        seeds: those of all that there are; None without any.
-        dropouts: their probabilities.
-
-    Yields:
-        For each dropout its seed [1], or None.
-    """
-    drawn = iter(() if seeds is None else seeds.split(1))
-    for p in dropouts:
-        yield next(drawn, None) if p else None
 
 
 def _bias(bias: Tensor, places: Tensor | None) -> Tensor:
@@ -97,104 +72,62 @@ def is_few(tokens: int, bf16: bool) -> bool:
     return tokens <= (FEW_TOKENS_BF16 if slower else FEW_TOKENS)
 
 
-def infer(
-    tensors: Sequence[Any],
-    max_length: int,
-    head_dim: int,
-    scale: float,
-    activation: str,
-    eps1: float,
-    eps2: float,
-    bf16: bool,
-    first_tokens: bool,
-) -> Tensor:
+def infer(inputs: Inputs, settings: Settings) -> Tensor:
     """A layer of few tokens without dropout and gradients; see ticketops.ops.layer.encoder_layer.
 
     Args:
-        tensors: what `forward` takes before the seeds, all parameters in the dtype of the tokens.
+        inputs: all parameters in the dtype of the tokens.
+        settings: of the call.
 
     Returns:
         [T, C], or [B, C] of `first_tokens`.
     """
-    x, *given, heads, neurons, starts, lengths = tensors
-    wq, w1 = given[0], given[10]
+    (x, weights, starts, lengths, _), s = inputs, settings
+    wq, w1, heads, neurons = weights.wq, weights.w1, weights.heads, weights.neurons
     (tokens, channels), dtype, batch = x.shape, x.dtype, starts.shape[0]
-    all_heads, neuron_count = wq.shape[0] // head_dim, 0 if w1 is None else w1.shape[0]
-    width = all_heads * head_dim
+    all_heads, neuron_count = wq.shape[0] // s.head_dim, 0 if w1 is None else w1.shape[0]
+    width = all_heads * s.head_dim
     square, row, column = (width, channels), (width,), (channels,)
     shapes = (
         *(square, square, square, row, row, row, (channels, width), column, column, column),
         *((neuron_count, channels), (neuron_count,), (channels, neuron_count), column, column, column),
     )
     # Kept until the call is over, since some may be copies.
-    parameters = [checked("a parameter", p, dtype, *shape) for p, shape in zip(given, shapes, strict=True)]
+    parameters = [checked("a parameter", p, dtype, *shape) for p, shape in zip(weights, shapes, strict=False)]
     x = checked("x", x, dtype, tokens, channels)
     heads, neurons = (p if p is None else checked("places", p, torch.int64, p.shape[0]) for p in (heads, neurons))
     starts, lengths = (checked("sequences", p, torch.int32, batch) for p in (starts, lengths))
-    out = empty((batch if first_tokens else tokens, channels), dtype)
+    out = empty((batch if s.first_tokens else tokens, channels), dtype)
     run(
         native.encoder,
-        *(dtype == torch.bfloat16, bf16, ffn.ACTIVATIONS[activation], address(x), address(out)),
+        *(dtype == torch.bfloat16, s.bf16, ffn.ACTIVATIONS[s.activation], address(x), address(out)),
         *([address(p) for p in parameters], address(heads), address(neurons), address(starts), address(lengths)),
-        *(batch, tokens, channels, all_heads, head_dim, all_heads if heads is None else heads.shape[0]),
-        *(neuron_count, neuron_count if neurons is None else neurons.shape[0], max_length, first_tokens),
-        *(scale, eps1, eps2),
+        *(batch, tokens, channels, all_heads, s.head_dim, all_heads if heads is None else heads.shape[0]),
+        *(neuron_count, neuron_count if neurons is None else neurons.shape[0], s.max_length, s.first_tokens),
+        *(s.scale, s.eps1, s.eps2),
     )
     return out
 
 
-def forward(
-    x: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    bq: Tensor,
-    bk: Tensor,
-    bv: Tensor,
-    wo: Tensor,
-    bo: Tensor,
-    gamma1: Tensor,
-    beta1: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    gamma2: Tensor,
-    beta2: Tensor,
-    heads: Tensor | None,
-    neurons: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    seeds: Tensor | None,
-    max_length: int,
-    head_dim: int,
-    scale: float,
-    activation: str,
-    attention_dropout: float,
-    output_dropout: float,
-    ffn_dropout: float,
-    eps1: float,
-    eps2: float,
-    bf16: bool,
-    first_tokens: bool,
-    keep: bool = True,
-) -> tuple[Tensor, ...]:
+def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tensor, ...]:
     """See ticketops.ops.layer.encoder_layer.
 
     Args:
         keep: whether a backward pass may follow.
 
     Returns:
-        [T, C], or [B, C] of `first_tokens`, and what SAVED lists; without `keep` only the former.
+        [T, C], or [B, C] of `first_tokens`, and Saved; without `keep` only the former.
     """
-    tokens, dtype = x.shape[0], torch.bfloat16 if bf16 else x.dtype
-    all_heads = wq.shape[0] // head_dim
+    (x, w, starts, lengths, seeds), s = inputs, settings
+    w1, b1, w2, b2, heads, neurons = w.w1, w.b1, w.w2, w.b2, w.heads, w.neurons
+    tokens, dtype = x.shape[0], torch.bfloat16 if s.bf16 else x.dtype
+    all_heads = w.wq.shape[0] // s.head_dim
     count = all_heads if heads is None else heads.shape[0]
-    attention_seed, output_seed, ffn_seed = seeds_of(seeds, attention_dropout, output_dropout, ffn_dropout)
+    attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     none = x.new_empty(0)
     cast = dtype != x.dtype
     w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
-    width = count * head_dim
+    width = count * s.head_dim
     copies = Table()
     cast_x = copies.select(x, 0, 1, None, dtype) if cast else x
     if count:
@@ -202,45 +135,46 @@ def forward(
         # one and 2.98 together with the copies (420 tokens; 1.60 and 1.44 with half of the heads), and 18.1 and 16.9
         # of 2,400 tokens (two cores of an Intel Xeon).
         w_qkv = empty((3 * width, x.shape[1]), dtype)
-        biases = empty(3 * width, torch.float32 if bf16 else dtype)
-        for w, b, to_w, to_b in zip((wq, wk, wv), (bq, bk, bv), w_qkv.chunk(3), biases.chunk(3), strict=True):
-            copies.select(w, 0, all_heads, heads, dtype, to_w)
-            copies.select(b, 0, all_heads, heads, biases.dtype, to_b)
+        biases = empty(3 * width, torch.float32 if s.bf16 else dtype)
+        for source, target in zip((w.wq, w.wk, w.wv), w_qkv.chunk(3), strict=True):
+            copies.select(source, 0, all_heads, heads, dtype, target)
+        for source, target in zip((w.bq, w.bk, w.bv), biases.chunk(3), strict=True):
+            copies.select(source, 0, all_heads, heads, biases.dtype, target)
         if cast or heads is not None:
-            w_o = copies.select(wo, 1, all_heads, heads, dtype)
+            w_o = copies.select(w.wo, 1, all_heads, heads, dtype)
     if w1 is not None and w2 is not None and (cast or neurons is not None):
         all_neurons = w1.shape[0]
         w1 = w_1 = copies.select(w1, 0, all_neurons, neurons, dtype)
         w2 = w_2 = copies.select(w2, 1, all_neurons, neurons, dtype)
     copies.run()
     # Behind attention come the rows that somebody reads.
-    rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
+    rows = Sequences(starts, lengths, s.max_length).first_rows(tokens) if s.first_tokens else None
     stream = _select(x, rows)
     with _as_given():
         if count:
             # [T, 3 K D]
-            flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if bf16 else product(cast_x, w_qkv.t(), biases)
-            qkv = flat.view(tokens, 3, count, head_dim)
+            flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if s.bf16 else product(cast_x, w_qkv.t(), biases)
+            qkv = flat.view(tokens, 3, count, s.head_dim)
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
-                *(q, k, v, starts, lengths, None, attention_seed, max_length, scale, attention_dropout),
-                first_tokens=first_tokens,
+                *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, s.attention_dropout),
+                first_tokens=s.first_tokens,
             )
-            projected = product(_select(context.view(tokens, width), rows), (w_o if w_o.numel() else wo).t())
+            projected = product(_select(context.view(tokens, width), rows), (w_o if w_o.numel() else w.wo).t())
         else:
             projected = None
         half = empty(stream.shape, dtype) if cast and w1 is not None else None
-        ends = (projected, stream, bo, gamma1, beta1, output_seed, output_dropout, eps1)
+        ends = (projected, stream, w.bo, w.gamma1, w.beta1, output_seed, s.output_dropout, s.eps1)
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             middle, mean1, rstd1 = residual.forward(*ends, half)
             # The kernels behind the products add the biases: in the products they cost a pass over the results.
             pre = product(middle if half is None else half, w1.t())
-            hidden, _ = ffn.activate(pre, activation, in_place=not keep, bias=_bias(b1, neurons))
+            hidden, _ = ffn.activate(pre, s.activation, in_place=not keep, bias=_bias(b1, neurons))
             output = product(hidden, w2.t())
-            out, mean2, rstd2 = residual.forward(output, middle, b2, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
+            out, mean2, rstd2 = residual.forward(output, middle, b2, w.gamma2, w.beta2, ffn_seed, s.ffn_dropout, s.eps2)
         else:
             middle = none
-            out, mean1, rstd1, mean2, rstd2 = residual.forward(*ends, second=residual.Second(gamma2, beta2, eps2))
+            out, mean1, rstd1, mean2, rstd2 = residual.forward(*ends, second=residual.Second(w.gamma2, w.beta2, s.eps2))
     if not keep:
         return (out,)
     saved = (
@@ -252,64 +186,7 @@ def forward(
     return out, *(x.new_empty(0) if kept is none else kept for kept in saved)
 
 
-def backward(
-    dout: Tensor,
-    x: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    bq: Tensor,
-    bk: Tensor,
-    bv: Tensor,
-    wo: Tensor,
-    bo: Tensor,
-    gamma1: Tensor,
-    beta1: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    gamma2: Tensor,
-    beta2: Tensor,
-    heads: Tensor | None,
-    neurons: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    seeds: Tensor | None,
-    cast_x: Tensor,
-    qkv: Tensor,
-    context: Tensor,
-    lse: Tensor,
-    projected: Tensor,
-    mean1: Tensor,
-    rstd1: Tensor,
-    middle: Tensor,
-    cast_middle: Tensor,
-    pre: Tensor,
-    hidden: Tensor,
-    output: Tensor,
-    mean2: Tensor,
-    rstd2: Tensor,
-    w_qkv: Tensor,
-    w_o: Tensor,
-    w_1: Tensor,
-    w_2: Tensor,
-    max_length: int,
-    head_dim: int,
-    scale: float,
-    activation: str,
-    attention_dropout: float,
-    output_dropout: float,
-    ffn_dropout: float,
-    eps1: float,
-    eps2: float,
-    bf16: bool,
-    first_tokens: bool,
-    weight_gradients: bool,
-    ffn_sums: bool,
-    neuron_sums: bool,
-    per_token: bool,
-) -> tuple[Tensor, ...]:
+def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
     """Gradients and importance partials of `forward`: the chain of those of its parts.
 
     Returns:
@@ -317,15 +194,17 @@ def backward(
         `ffn_sums`); those of its computed neurons [B, N] (empty unless `neuron_sums`); the gradients of the parameters
         in the order of Weights, empty where the parameter has no part in the result.
     """
-    tokens, batch, dtype = x.shape[0], lengths.shape[0], torch.bfloat16 if bf16 else x.dtype
-    all_heads = wq.shape[0] // head_dim
-    attention_seed, output_seed, ffn_seed = seeds_of(seeds, attention_dropout, output_dropout, ffn_dropout)
-    parameters: list[Tensor | None] = [None] * 16
+    (x, w, starts, lengths, seeds), s = inputs, settings
+    w1, b1, w2, b2, heads, neurons = w.w1, w.b1, w.w2, w.b2, w.heads, w.neurons
+    tokens, batch, dtype = x.shape[0], lengths.shape[0], torch.bfloat16 if s.bf16 else x.dtype
+    all_heads = w.wq.shape[0] // s.head_dim
+    attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
+    parameters: list[Tensor | None] = [None] * PARAMETERS
     none = torch.empty(0)
-    rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
+    rows = Sequences(starts, lengths, s.max_length).first_rows(tokens) if s.first_tokens else None
     # A first token is all that is left of its sequence.
     left = (starts, lengths)
-    if first_tokens:
+    if s.first_tokens:
         left = (torch.arange(batch, dtype=torch.int32), torch.ones(batch, dtype=torch.int32))
 
     copies = Table()
@@ -349,149 +228,153 @@ def backward(
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             second = None
             doutput, dmiddle, db2, dgamma2, dbeta2 = residual.backward(
-                dout, output, middle, b2, gamma2, mean2, rstd2, ffn_seed, ffn_dropout
+                dout, saved.output, saved.middle, b2, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, s.ffn_dropout
             )
             doutput = doutput if doutput.numel() or not dmiddle.numel() else dmiddle
-            if ffn_sums:
-                ffn_signed, ffn_absolute = ffn.token_sums(doutput, output, *left, 1.0, b2.float())
-            inner = cast_middle if cast_middle.numel() else middle
-            dpre = product(doutput, w_2 if w_2.numel() else w2)
+            if wanted.ffn_sums:
+                ffn_signed, ffn_absolute = ffn.token_sums(doutput, saved.output, *left, 1.0, b2.float())
+            inner = saved.cast_middle if saved.cast_middle.numel() else saved.middle
+            dpre = product(doutput, saved.w_2 if saved.w_2.numel() else w2)
             db1, by_neuron = ffn.activate_backward(
-                *(dpre, pre, hidden, None, None, activation, weight_gradients, neuron_sums, per_token, *left),
+                *(dpre, saved.pre, saved.hidden, None, None, s.activation),
+                *(wanted.weight_gradients, wanted.neuron_sums, wanted.per_token, *left),
                 bias=_bias(b1, neurons),
             )
-            if weight_gradients:
+            if wanted.weight_gradients:
                 keep(10, gradient_product(dpre, inner), w1, 0, w1.shape[0], neurons)
                 keep(11, db1, b1, 0, w1.shape[0], neurons)
-                keep(12, gradient_product(doutput, hidden), w2, 1, w1.shape[0], neurons)
+                keep(12, gradient_product(doutput, saved.hidden), w2, 1, w1.shape[0], neurons)
                 keep(13, db2, b2)
                 copies.run()
                 copies = Table()
             # Only now, since without a dropout and a cast doutput is the same tensor.
-            dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
+            dmiddle = _add_product(dmiddle, dpre, saved.w_1 if saved.w_1.numel() else w1)
         else:
-            dmiddle, second = dout, (beta1, gamma2, mean2, rstd2)
+            dmiddle, second = dout, (w.beta1, w.gamma2, saved.mean2, saved.rstd2)
         dprojected, dx, dbo, dgamma1, dbeta1, *of_second = residual.backward(
             dmiddle,
-            projected if projected.numel() else None,
+            saved.projected if saved.projected.numel() else None,
             _select(x, rows),
-            bo,
-            gamma1,
-            mean1,
-            rstd1,
+            w.bo,
+            w.gamma1,
+            saved.mean1,
+            saved.rstd1,
             output_seed,
-            output_dropout,
+            s.output_dropout,
             second,
         )
         if of_second:
             dgamma2, dbeta2 = of_second
         dprojected = dprojected if dprojected.numel() or not dx.numel() else dx
         dx = _scatter(dx, rows, tokens)
-        if weight_gradients:
+        if wanted.weight_gradients:
             for place, gradient, like in (
-                *((7, dbo, bo), (8, dgamma1, gamma1), (9, dbeta1, beta1)),
-                *((14, dgamma2, gamma2), (15, dbeta2, beta2)),
+                *((7, dbo, w.bo), (8, dgamma1, w.gamma1), (9, dbeta1, w.beta1)),
+                *((14, dgamma2, w.gamma2), (15, dbeta2, w.beta2)),
             ):
                 keep(place, gradient, like)
         signed, absolute = torch.empty((batch, 0)), torch.empty((batch, 0))
         count = all_heads if heads is None else heads.shape[0]
         if count:
-            width = count * head_dim
-            dcontext = _scatter(product(dprojected, w_o if w_o.numel() else wo), rows, tokens)
-            dqkv = empty((tokens, 3, count, head_dim), dtype)
-            q, k, v = qkv.unbind(1)
+            width = count * s.head_dim
+            dcontext = _scatter(product(dprojected, saved.w_o if saved.w_o.numel() else w.wo), rows, tokens)
+            dqkv = empty((tokens, 3, count, s.head_dim), dtype)
+            q, k, v = saved.qkv.unbind(1)
             *_, signed, absolute = attention.backward(
-                dcontext.view(tokens, count, head_dim),
+                dcontext.view(tokens, count, s.head_dim),
                 q,
                 k,
                 v,
-                context,
-                lse,
+                saved.context,
+                saved.lse,
                 starts,
                 lengths,
                 None,
                 attention_seed,
-                max_length,
-                scale,
-                attention_dropout,
+                s.max_length,
+                s.scale,
+                s.attention_dropout,
                 dqkv,
-                first_tokens=first_tokens,
+                first_tokens=s.first_tokens,
             )
             flat = dqkv.view(tokens, 3 * width)
-            if weight_gradients:
-                dwo = gradient_product(dprojected, _select(context.view(tokens, width), rows))
-                keep(6, dwo, wo, 1, all_heads, heads)
+            if wanted.weight_gradients:
+                dwo = gradient_product(dprojected, _select(saved.context.view(tokens, width), rows))
+                keep(6, dwo, w.wo, 1, all_heads, heads)
                 dbiases = ffn.column_sums(flat)
-                dweights = gradient_product(flat, cast_x if cast_x.numel() else x).chunk(3)
-                for i, (w, b, dw, db) in enumerate(
-                    zip((wq, wk, wv), (bq, bk, bv), dweights, dbiases.chunk(3), strict=True)
-                ):
-                    keep(i, dw, w, 0, all_heads, heads, shared=True)
-                    keep(3 + i, db, b, 0, all_heads, heads, shared=True)
-            dx = _add_product(dx, flat, w_qkv)
+                dweights = gradient_product(flat, saved.cast_x if saved.cast_x.numel() else x).chunk(3)
+                for i, (like, gradient) in enumerate(zip((w.wq, w.wk, w.wv), dweights, strict=True)):
+                    keep(i, gradient, like, 0, all_heads, heads, shared=True)
+                for i, (like, gradient) in enumerate(zip((w.bq, w.bk, w.bv), dbiases.chunk(3), strict=True), 3):
+                    keep(i, gradient, like, 0, all_heads, heads, shared=True)
+            dx = _add_product(dx, flat, saved.w_qkv)
         copies.run()
     results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)
     # An op's results must be tensors of their own.
     return tuple(torch.empty(0) if x is None or x is none else x for x in results)
 
 
-def fake_forward(
-    x, wq, wk, wv, bq, bk, bv, wo, bo, gamma1, beta1, w1, b1, w2, b2, gamma2, beta2, heads, neurons, starts, lengths,
-    seeds, max_length, head_dim, scale, activation, attention_dropout, output_dropout, ffn_dropout, eps1, eps2, bf16,
-    first_tokens, on_gpu=False,
-):  # fmt: skip
+def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tuple[Tensor, ...]:
     """Shapes and dtypes of `forward`'s results, or with `on_gpu` those of the Triton backend, which also keeps `middle`
     where there is no FFN, and copies no weights of heads that are picked."""
-    (tokens, channels), dtype = x.shape, torch.bfloat16 if bf16 else x.dtype
-    cast = dtype != x.dtype
-    count = wq.shape[0] // head_dim if heads is None else heads.shape[0]
-    neuron_count = 0 if w1 is None else w1.shape[0] if neurons is None else neurons.shape[0]
+    x, w, starts, _, _ = inputs
+    (tokens, channels), dtype = x.shape, torch.bfloat16 if settings.bf16 else x.dtype
+    cast, head_dim = dtype != x.dtype, settings.head_dim
+    count = w.wq.shape[0] // head_dim if w.heads is None else w.heads.shape[0]
+    neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]
 
-    def new(*shape, there=True, dtype=dtype):
+    def new(*shape: int, there: bool = True, dtype: torch.dtype = dtype) -> Tensor:
         return x.new_empty(shape, dtype=dtype) if there else x.new_empty(0)
 
-    attends, feeds = count != 0, w1 is not None
-    statistics = torch.float32
-    rows = starts.shape[0] if first_tokens else tokens
+    attends, feeds = count != 0, w.w1 is not None
+    rows = starts.shape[0] if settings.first_tokens else tokens
     stream = (rows, channels)
-    return (
-        *(x.new_empty(stream), new(tokens, channels, there=cast), new(tokens, 3, count, head_dim, there=attends)),
-        *(new(tokens, count, head_dim, there=attends), new(tokens, count, there=attends, dtype=statistics)),
-        *(new(*stream, there=attends), *(new(rows, dtype=statistics) for _ in range(2))),
-        new(*stream, there=feeds or on_gpu, dtype=x.dtype),
-        *(new(*stream, there=cast and feeds), *(new(rows, neuron_count, there=feeds) for _ in range(2))),
-        *(new(*stream, there=feeds), *(new(rows, dtype=statistics) for _ in range(2))),
-        *(new(3 * count * head_dim, channels, there=attends and not (on_gpu and heads is not None)),),
-        *(new(channels, count * head_dim, there=attends and (cast if heads is None else not on_gpu)),),
-        *(new(neuron_count, channels, there=feeds and (cast or neurons is not None)),),
-        *(new(channels, neuron_count, there=feeds and (cast or neurons is not None)),),
+
+    def statistics() -> Tensor:
+        return new(rows, dtype=torch.float32)
+
+    saved = Saved(
+        cast_x=new(tokens, channels, there=cast),
+        qkv=new(tokens, 3, count, head_dim, there=attends),
+        context=new(tokens, count, head_dim, there=attends),
+        lse=new(tokens, count, there=attends, dtype=torch.float32),
+        projected=new(*stream, there=attends),
+        mean1=statistics(),
+        rstd1=statistics(),
+        middle=new(*stream, there=feeds or on_gpu, dtype=x.dtype),
+        cast_middle=new(*stream, there=cast and feeds),
+        pre=new(rows, neuron_count, there=feeds),
+        hidden=new(rows, neuron_count, there=feeds),
+        output=new(*stream, there=feeds),
+        mean2=statistics(),
+        rstd2=statistics(),
+        w_qkv=new(3 * count * head_dim, channels, there=attends and not (on_gpu and w.heads is not None)),
+        w_o=new(channels, count * head_dim, there=attends and (cast if w.heads is None else not on_gpu)),
+        w_1=new(neuron_count, channels, there=feeds and (cast or w.neurons is not None)),
+        w_2=new(channels, neuron_count, there=feeds and (cast or w.neurons is not None)),
     )
+    return x.new_empty(stream), *saved
 
 
-def fake_backward(
-    dout, x, wq, wk, wv, bq, bk, bv, wo, bo, gamma1, beta1, w1, b1, w2, b2, gamma2, beta2, heads, neurons, starts,
-    lengths, seeds, *others,
-):  # fmt: skip
+def fake_backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
     """Shapes and dtypes of `backward`'s results."""
-    head_dim, (weight_gradients, ffn_sums, neuron_sums, _) = others[len(SAVED) + 1], others[-4:]
+    x, w, _, lengths, _ = inputs
     batch = lengths.shape[0]
-    count = wq.shape[0] // head_dim if heads is None else heads.shape[0]
+    count = w.wq.shape[0] // settings.head_dim if w.heads is None else w.heads.shape[0]
 
-    def new(*shape, there=True):
+    def new(*shape: int, there: bool = True) -> Tensor:
         return x.new_empty(shape if there else (0,), dtype=torch.float32)
 
-    def gradient(parameter, there):
-        there = there and weight_gradients and parameter is not None
-        return torch.empty_like(parameter) if there else new(0)
+    def gradient(parameter: Tensor | None, there: bool) -> Tensor:
+        there = there and wanted.weight_gradients
+        return torch.empty_like(parameter) if there and parameter is not None else new(0)
 
-    attends, feeds = count != 0, w1 is not None
-    neuron_count = 0 if w1 is None else w1.shape[0] if neurons is None else neurons.shape[0]
+    attends, feeds = count != 0, w.w1 is not None
+    neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]
+    parts = dict(zip(Weights._fields, [attends] * 7 + [True] * 3 + [feeds] * 4 + [True] * 2, strict=False))
     return (
         *(x.new_empty(x.shape), new(batch, count), new(batch, count)),
-        *(new(batch, there=feeds and ffn_sums), new(batch, there=feeds and ffn_sums)),
-        new(batch, neuron_count, there=feeds and neuron_sums),
-        *(gradient(parameter, attends) for parameter in (wq, wk, wv, bq, bk, bv, wo)),
-        *(gradient(parameter, True) for parameter in (bo, gamma1, beta1)),
-        *(gradient(parameter, feeds) for parameter in (w1, b1, w2, b2)),
-        *(gradient(parameter, True) for parameter in (gamma2, beta2)),
+        *(new(batch, there=feeds and wanted.ffn_sums), new(batch, there=feeds and wanted.ffn_sums)),
+        new(batch, neuron_count, there=feeds and wanted.neuron_sums),
+        *(gradient(getattr(w, name), there) for name, there in parts.items()),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
-from ticketops.ops.layer.native import seeds_of
+from ticketops.ops.layer.arguments import PARAMETERS, Inputs, Saved, Settings, Wanted, seeds_of
 from ticketops.ops.packing import Sequences
 from ticketops.ops.projection import triton as projection
 from ticketops.ops.residual import triton as residual
@@ -53,55 +53,22 @@ def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
     return x if rows is None else x.new_zeros((tokens, x.shape[1])).index_add_(0, rows, x)
 
 
-def forward(
-    x: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    bq: Tensor,
-    bk: Tensor,
-    bv: Tensor,
-    wo: Tensor,
-    bo: Tensor,
-    gamma1: Tensor,
-    beta1: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    gamma2: Tensor,
-    beta2: Tensor,
-    heads: Tensor | None,
-    neurons: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    seeds: Tensor | None,
-    max_length: int,
-    head_dim: int,
-    scale: float,
-    activation: str,
-    attention_dropout: float,
-    output_dropout: float,
-    ffn_dropout: float,
-    eps1: float,
-    eps2: float,
-    bf16: bool,
-    first_tokens: bool,
-    keep: bool = True,
-) -> tuple[Tensor, ...]:
+def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tensor, ...]:
     """See ticketops.ops.layer.encoder_layer and the native backend; of neurons all.
 
     Args:
         keep: whether a backward pass may follow.
 
     Returns:
-        [T, C], or [B, C] of `first_tokens`, and what native.SAVED lists; without `keep` only the former.
+        [T, C], or [B, C] of `first_tokens`, and Saved; without `keep` only the former.
     """
-    (tokens, channels), dtype = x.shape, torch.bfloat16 if bf16 else x.dtype
-    all_heads = wq.shape[0] // head_dim
+    (x, w, starts, lengths, seeds), s = inputs, settings
+    w1, b1, w2, b2, heads = w.w1, w.b1, w.w2, w.b2, w.heads
+    (tokens, channels), dtype = x.shape, torch.bfloat16 if s.bf16 else x.dtype
+    all_heads = w.wq.shape[0] // s.head_dim
     count = all_heads if heads is None else heads.shape[0]
-    attention_seed, output_seed, ffn_seed = seeds_of(seeds, attention_dropout, output_dropout, ffn_dropout)
-    cast, width, none = dtype != x.dtype, count * head_dim, x.new_empty(0)
+    attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
+    cast, width, none = dtype != x.dtype, count * s.head_dim, x.new_empty(0)
     w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
     sources: list[Tensor] = []
     copies: list[Tensor] = []
@@ -115,46 +82,48 @@ def forward(
     cast_x = copied(x) if cast else x
     if heads is None and count:
         w_qkv, biases = x.new_empty((3 * width, channels), dtype=dtype), x.new_empty(3 * width, dtype=dtype)
-        for w, b, to_w, to_b in zip((wq, wk, wv), (bq, bk, bv), w_qkv.chunk(3), biases.chunk(3), strict=True):
-            copied(w, to_w)
-            copied(b, to_b)
+        for source, target in zip(w[:6], (*w_qkv.chunk(3), *biases.chunk(3)), strict=True):
+            copied(source, target)
         if cast:
-            wo = w_o = copied(wo)
+            w_o = copied(w.wo)
     if cast and w1 is not None and b1 is not None and w2 is not None and b2 is not None:
         w1, b1, w2, b2 = w_1, _, w_2, _ = [copied(p) for p in (w1, b1, w2, b2)]
     if sources:
         torch._foreach_copy_(copies, sources)
     # Behind attention come the rows that somebody reads.
-    rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
+    rows = Sequences(starts, lengths, s.max_length).first_rows(tokens) if s.first_tokens else None
     stream = _select(x, rows)
     with _as_given(x):
         if count:
             if heads is None:
-                qkv = torch.addmm(biases, cast_x, w_qkv.t()).view(tokens, 3, count, head_dim)
+                qkv = torch.addmm(biases, cast_x, w_qkv.t()).view(tokens, 3, count, s.head_dim)
             else:
-                qkv = x.new_empty((tokens, 3, count, head_dim), dtype=dtype)
-                weights, vectors = ([p.contiguous() for p in three] for three in ((wq, wk, wv), (bq, bk, bv)))
-                projection.into(cast_x, weights, vectors, heads, all_heads, ys=qkv.view(tokens, 3, width).unbind(1))
+                qkv = x.new_empty((tokens, 3, count, s.head_dim), dtype=dtype)
+                given = [p.contiguous() for p in w[:6]]
+                projection.into(cast_x, given[:3], given[3:], heads, all_heads, ys=qkv.view(tokens, 3, width).unbind(1))
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
-                q, k, v, starts, lengths, None, attention_seed, max_length, scale, attention_dropout
+                q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, s.attention_dropout
             )
             seen = _select(context.view(tokens, width), rows)
-            projected = (
-                torch.mm(seen, wo.t()) if heads is None else projection.out_of([seen], [wo.t()], heads, all_heads)
-            )
+            if heads is None:
+                projected = torch.mm(seen, (w_o if cast else w.wo).t())
+            else:
+                projected = projection.out_of([seen], [w.wo.t()], heads, all_heads)
         else:
             projected = x.new_zeros(stream.shape, dtype=dtype)
         half = x.new_empty(stream.shape, dtype=dtype) if cast and w1 is not None else None
         middle, mean1, rstd1 = residual.forward(
-            projected, stream, bo, gamma1, beta1, output_seed, output_dropout, eps1, half
+            projected, stream, w.bo, w.gamma1, w.beta1, output_seed, s.output_dropout, s.eps1, half
         )
         if w1 is not None and w2 is not None:
             inner = middle if half is None else half
-            output, pre, hidden = ffn.forward(inner, w1, b1, w2, b2, None, None, activation)
-            out, mean2, rstd2 = residual.forward(output, middle, None, gamma2, beta2, ffn_seed, ffn_dropout, eps2)
+            output, pre, hidden = ffn.forward(inner, w1, b1, w2, b2, None, None, s.activation)
+            out, mean2, rstd2 = residual.forward(
+                output, middle, None, w.gamma2, w.beta2, ffn_seed, s.ffn_dropout, s.eps2
+            )
         else:
-            out, mean2, rstd2 = torch.native_layer_norm(middle, [channels], gamma2, beta2, eps2)
+            out, mean2, rstd2 = torch.native_layer_norm(middle, [channels], w.gamma2, w.beta2, s.eps2)
     if not keep:
         return (out,)
     saved = (
@@ -166,109 +135,60 @@ def forward(
     return out, *(x.new_empty(0) if kept is none else kept for kept in saved)
 
 
-def backward(
-    dout: Tensor,
-    x: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    bq: Tensor,
-    bk: Tensor,
-    bv: Tensor,
-    wo: Tensor,
-    bo: Tensor,
-    gamma1: Tensor,
-    beta1: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    gamma2: Tensor,
-    beta2: Tensor,
-    heads: Tensor | None,
-    neurons: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    seeds: Tensor | None,
-    cast_x: Tensor,
-    qkv: Tensor,
-    context: Tensor,
-    lse: Tensor,
-    projected: Tensor,
-    mean1: Tensor,
-    rstd1: Tensor,
-    middle: Tensor,
-    cast_middle: Tensor,
-    pre: Tensor,
-    hidden: Tensor,
-    output: Tensor,
-    mean2: Tensor,
-    rstd2: Tensor,
-    w_qkv: Tensor,
-    w_o: Tensor,
-    w_1: Tensor,
-    w_2: Tensor,
-    max_length: int,
-    head_dim: int,
-    scale: float,
-    activation: str,
-    attention_dropout: float,
-    output_dropout: float,
-    ffn_dropout: float,
-    eps1: float,
-    eps2: float,
-    bf16: bool,
-    first_tokens: bool,
-    weight_gradients: bool,
-    ffn_sums: bool,
-    neuron_sums: bool,
-    per_token: bool,
-) -> tuple[Tensor, ...]:
+def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
     """Gradients and importance partials of `forward`; results as the native backend's, some of them parts of one
     tensor."""
-    tokens, batch, dtype = x.shape[0], lengths.shape[0], torch.bfloat16 if bf16 else x.dtype
-    all_heads = wq.shape[0] // head_dim
+    (x, w, starts, lengths, seeds), s = inputs, settings
+    w1, b1, w2, b2, heads = w.w1, w.b1, w.w2, w.b2, w.heads
+    tokens, batch, dtype = x.shape[0], lengths.shape[0], torch.bfloat16 if s.bf16 else x.dtype
+    all_heads = w.wq.shape[0] // s.head_dim
     count = all_heads if heads is None else heads.shape[0]
-    attention_seed, output_seed, ffn_seed = seeds_of(seeds, attention_dropout, output_dropout, ffn_dropout)
-    parameters: list[Tensor | None] = [None] * 16
-    rows = Sequences(starts, lengths, max_length).first_rows(tokens) if first_tokens else None
+    attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
+    parameters: list[Tensor | None] = [None] * PARAMETERS
+    rows = Sequences(starts, lengths, s.max_length).first_rows(tokens) if s.first_tokens else None
     # A first token is all that is left of its sequence.
     left = (starts, lengths)
-    if first_tokens:
+    if s.first_tokens:
         left = (torch.arange(batch, dtype=torch.int32, device=x.device), torch.ones_like(lengths))
     parts, by_neuron, of_ffn = ffn.Parts(None, None, None), None, None
     with _as_given(x):
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             doutput, dmiddle, of_ffn = residual.first_stage(
-                dout, output, middle, None, gamma2, mean2, rstd2, ffn_seed, ffn_dropout
+                dout, saved.output, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, s.ffn_dropout
             )
             doutput = doutput if doutput.numel() or not dmiddle.numel() else dmiddle
-            inner = cast_middle if cast_middle.numel() else middle
+            inner = saved.cast_middle if saved.cast_middle.numel() else saved.middle
             dpre, parts, by_neuron = ffn.activation_backward(
-                torch.mm(doutput, w_2 if w_2.numel() else w2),
+                torch.mm(doutput, saved.w_2 if saved.w_2.numel() else w2),
                 doutput,
-                output,
-                pre,
+                saved.output,
+                saved.pre,
                 *left,
                 None,
                 None,
-                activation,
-                (weight_gradients, False, ffn_sums, neuron_sums, per_token),
+                s.activation,
+                (wanted.weight_gradients, False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token),
             )
-            if weight_gradients:
+            if wanted.weight_gradients:
                 parameters[10] = _product(dpre.t(), inner, w1.dtype)
-                parameters[12] = _product(doutput.t(), hidden, w2.dtype)
+                parameters[12] = _product(doutput.t(), saved.hidden, w2.dtype)
             # Only now, since without a dropout and a cast doutput is the same tensor.
-            dmiddle = _add_product(dmiddle, dpre, w_1 if w_1.numel() else w1)
+            dmiddle = _add_product(dmiddle, dpre, saved.w_1 if saved.w_1.numel() else w1)
         else:
             dmiddle, parameters[14], parameters[15] = torch.ops.aten.native_layer_norm_backward(
-                dout, middle, [x.shape[1]], mean2[:, None], rstd2[:, None], gamma2, beta2, [True] * 3
+                dout,
+                saved.middle,
+                [x.shape[1]],
+                saved.mean2[:, None],
+                saved.rstd2[:, None],
+                w.gamma2,
+                w.beta2,
+                [True] * 3,
             )
         stream = _select(x, rows)
-        if not count:
-            projected = x.new_zeros(stream.shape, dtype=dtype)
+        projected = saved.projected if count else x.new_zeros(stream.shape, dtype=dtype)
         dprojected, dx, of_attention = residual.first_stage(
-            dmiddle, projected, stream, bo, gamma1, mean1, rstd1, output_seed, output_dropout
+            dmiddle, projected, stream, w.bo, w.gamma1, saved.mean1, saved.rstd1, output_seed, s.output_dropout
         )
         vectors, ffn_signed, ffn_absolute = ffn.finish(
             parts._replace(db2=None if of_ffn is None else of_ffn.flatten(1)),
@@ -279,58 +199,66 @@ def backward(
         )
         dprojected = dprojected if dprojected.numel() or not dx.numel() else dx
         dx = _scatter(dx, rows, tokens)
-        if weight_gradients:
+        if wanted.weight_gradients:
             parameters[11], after_ffn, after_attention = vectors
             if after_attention is not None:
                 parameters[7:10] = after_attention.chunk(3)
             if after_ffn is not None:
                 parameters[13:16] = after_ffn.chunk(3)
-            for place, like in ((7, bo), (8, gamma1), (9, beta1), (11, b1), (13, b2), (14, gamma2), (15, beta2)):
+            for place, like in (
+                (7, w.bo),
+                (8, w.gamma1),
+                (9, w.beta1),
+                (11, b1),
+                (13, b2),
+                (14, w.gamma2),
+                (15, w.beta2),
+            ):
                 gradient = parameters[place]
                 if gradient is not None and like is not None:
                     parameters[place] = gradient.to(like.dtype)
         if not count:
             signed, absolute = (x.new_empty((batch, 0), dtype=torch.float32) for _ in range(2))
         else:
-            width = count * head_dim
+            width = count * s.head_dim
             if heads is None:
-                dseen = torch.mm(dprojected, w_o if w_o.numel() else wo)
+                dseen = torch.mm(dprojected, saved.w_o if saved.w_o.numel() else w.wo)
             else:
-                (dseen,) = projection.into(dprojected, [wo.t()], None, heads, all_heads)
-            dqkv = torch.empty_like(qkv)
-            q, k, v = qkv.unbind(1)
+                (dseen,) = projection.into(dprojected, [w.wo.t()], None, heads, all_heads)
+            dqkv = torch.empty_like(saved.qkv)
+            q, k, v = saved.qkv.unbind(1)
             *_, signed, absolute = attention.backward(
-                _scatter(dseen, rows, tokens).view(tokens, count, head_dim),
+                _scatter(dseen, rows, tokens).view(tokens, count, s.head_dim),
                 q,
                 k,
                 v,
-                context,
-                lse,
+                saved.context,
+                saved.lse,
                 starts,
                 lengths,
                 None,
                 attention_seed,
-                max_length,
-                scale,
-                attention_dropout,
+                s.max_length,
+                s.scale,
+                s.attention_dropout,
                 into=dqkv,
             )
-            flat, seen = dqkv.view(tokens, 3 * width), _select(context.view(tokens, width), rows)
-            inputs = cast_x if cast_x.numel() else x
+            flat, seen = dqkv.view(tokens, 3 * width), _select(saved.context.view(tokens, width), rows)
+            taken = saved.cast_x if saved.cast_x.numel() else x
             if heads is None:
-                if weight_gradients:
-                    parameters[6] = _product(dprojected.t(), seen, wo.dtype)
-                    parameters[:3] = _product(flat.t(), inputs, wq.dtype).chunk(3)
-                    parameters[3:6] = flat.sum(0, dtype=bq.dtype).chunk(3)
-                dx = _add_product(dx, flat, w_qkv)
+                if wanted.weight_gradients:
+                    parameters[6] = _product(dprojected.t(), seen, w.wo.dtype)
+                    parameters[:3] = _product(flat.t(), taken, w.wq.dtype).chunk(3)
+                    parameters[3:6] = flat.sum(0, dtype=w.bq.dtype).chunk(3)
+                dx = _add_product(dx, flat, saved.w_qkv)
             else:
                 dqkv_parts = flat.view(tokens, 3, width).unbind(1)
-                if weight_gradients:
-                    new = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (wq, wk, wv, bq, bk, bv, wo)]
-                    projection.gradients(dqkv_parts, inputs, new[:3], new[3:6], heads, all_heads)
+                if wanted.weight_gradients:
+                    new = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in w[:7]]
+                    projection.gradients(dqkv_parts, taken, new[:3], new[3:6], heads, all_heads)
                     projection.gradients([seen], dprojected, [new[6].t()], None, heads, all_heads)
                     parameters[:7] = new
-                dx += projection.out_of(dqkv_parts, [w.contiguous() for w in (wq, wk, wv)], heads, all_heads)
+                dx += projection.out_of(dqkv_parts, [p.contiguous() for p in w[:3]], heads, all_heads)
     return tuple(
         x.new_empty(0, dtype=torch.float32) if result is None else result
         for result in (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)
