@@ -1,9 +1,14 @@
-"""What the backends of a layer are handed, and what their forward passes keep for their backward passes."""
+"""What the backends of a layer are handed, what their forward passes keep for their backward passes, and what both read
+out of it."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from ticketops.ops.packing import Sequences
 
 
 class Weights(NamedTuple):
@@ -46,23 +51,6 @@ class Weights(NamedTuple):
 PARAMETERS = 16
 
 
-class Inputs(NamedTuple):
-    """The tensors of a call.
-
-    Attributes:
-        x: [T, C] tokens.
-        weights: of the layer.
-        starts, lengths: int32 [B], of the sequences.
-        seeds: int64, one of each dropout that there is; None without any.
-    """
-
-    x: Tensor
-    weights: Weights
-    starts: Tensor
-    lengths: Tensor
-    seeds: Tensor | None
-
-
 class Settings(NamedTuple):
     """What of a call is no tensor.
 
@@ -89,6 +77,45 @@ class Settings(NamedTuple):
     eps2: float
     bf16: bool
     first_tokens: bool
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call.
+
+    Attributes:
+        x: [T, C] tokens.
+        weights: of the layer.
+        starts, lengths: int32 [B], of the sequences.
+        seeds: int64, one of each dropout that there is; None without any.
+    """
+
+    x: Tensor
+    weights: Weights
+    starts: Tensor
+    lengths: Tensor
+    seeds: Tensor | None
+
+    def dtype(self, settings: Settings) -> torch.dtype:
+        """Of the products."""
+        return torch.bfloat16 if settings.bf16 else self.x.dtype
+
+    def heads(self, settings: Settings) -> tuple[int, int]:
+        """How many heads the weights have, and how many of them are computed."""
+        there = self.weights.wq.shape[0] // settings.head_dim
+        return there, there if self.weights.heads is None else self.weights.heads.shape[0]
+
+    def rows(self, settings: Settings) -> Tensor | None:
+        """Of the tokens, those that somebody reads behind attention, int64 [B]; None for all."""
+        if not settings.first_tokens:
+            return None
+        return Sequences(self.starts, self.lengths, settings.max_length).first_rows(self.x.shape[0])
+
+    def left(self, settings: Settings) -> tuple[Tensor, Tensor]:
+        """Starts and lengths of the sequences behind attention, of each of which a first token may be all."""
+        if not settings.first_tokens:
+            return self.starts, self.lengths
+        batch = self.lengths.shape[0]
+        return torch.arange(batch, dtype=torch.int32, device=self.x.device), torch.ones_like(self.lengths)
 
 
 class Saved(NamedTuple):
@@ -162,3 +189,29 @@ def seeds_of(seeds: Tensor | None, settings: Settings) -> Iterator[Tensor | None
     drawn = iter(() if seeds is None else seeds.split(1))
     for p in (settings.attention_dropout, settings.output_dropout, settings.ffn_dropout):
         yield next(drawn, None) if p else None
+
+
+def as_given(x: Tensor) -> AbstractContextManager[Any]:
+    """In which autocast leaves products alone; where it is off, as in backward passes, entering it takes longer.
+
+    Args:
+        x: on the device of the products.
+    """
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def select(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x's rows, or all of x."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def results(out: Tensor, saved: Saved, none: Tensor) -> tuple[Tensor, ...]:
+    """What a forward pass returns. An op's results must be tensors of their own.
+
+    Args:
+        out: the layer's result.
+        saved: for the backward pass.
+        none: stands in it where there is nothing to keep.
+    """
+    return out, *(out.new_empty(0) if kept is none else kept for kept in saved)

@@ -1,9 +1,6 @@
 """An encoder layer on the CPU: torch's matrix products between the native kernels, on weights that were compacted and
 cast in one copy; for few tokens without gradients csrc/cpu/encoder.cpp, which does all of it."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,9 +9,19 @@ from ticketops.ops.copies.native import Table
 from ticketops.ops.embedding import embedding_gradient
 from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
-from ticketops.ops.layer.arguments import PARAMETERS, Inputs, Saved, Settings, Wanted, Weights, seeds_of
+from ticketops.ops.layer.arguments import (
+    PARAMETERS,
+    Inputs,
+    Saved,
+    Settings,
+    Wanted,
+    Weights,
+    as_given,
+    results,
+    seeds_of,
+    select,
+)
 from ticketops.ops.memory import empty
-from ticketops.ops.packing import Sequences
 from ticketops.ops.products import add_product, gradient_product, has_bf16_products, product
 from ticketops.ops.residual import native as residual
 
@@ -30,23 +37,13 @@ FEW_TOKENS_AMX = 256
 FEW_TOKENS_BF16 = 48
 
 
-def _as_given() -> AbstractContextManager[Any]:
-    """In which autocast leaves products alone; where it is off, as in backward passes, entering it takes longer."""
-    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
-
-
 def _bias(bias: Tensor, places: Tensor | None) -> Tensor:
     """The computed neurons' biases in float32."""
     return (bias if places is None else bias[places]).float()
 
 
-def _select(x: Tensor, rows: Tensor | None) -> Tensor:
-    """x's rows, or all of x."""
-    return x if rows is None else x.index_select(0, rows)
-
-
 def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
-    """The gradient of `_select`."""
+    """The gradient of `select`."""
     return x if rows is None else embedding_gradient(x, rows, tokens, -1)
 
 
@@ -120,9 +117,8 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
     w1, b1, w2, b2, heads, neurons = w.w1, w.b1, w.w2, w.b2, w.heads, w.neurons
-    tokens, dtype = x.shape[0], torch.bfloat16 if s.bf16 else x.dtype
-    all_heads = w.wq.shape[0] // s.head_dim
-    count = all_heads if heads is None else heads.shape[0]
+    tokens, dtype = x.shape[0], inputs.dtype(s)
+    all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     none = x.new_empty(0)
     cast = dtype != x.dtype
@@ -147,10 +143,9 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         w1 = w_1 = copies.select(w1, 0, all_neurons, neurons, dtype)
         w2 = w_2 = copies.select(w2, 1, all_neurons, neurons, dtype)
     copies.run()
-    # Behind attention come the rows that somebody reads.
-    rows = Sequences(starts, lengths, s.max_length).first_rows(tokens) if s.first_tokens else None
-    stream = _select(x, rows)
-    with _as_given():
+    rows = inputs.rows(s)
+    stream = select(x, rows)
+    with as_given(x):
         if count:
             # [T, 3 K D]
             flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if s.bf16 else product(cast_x, w_qkv.t(), biases)
@@ -160,7 +155,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, s.attention_dropout),
                 first_tokens=s.first_tokens,
             )
-            projected = product(_select(context.view(tokens, width), rows), (w_o if w_o.numel() else w.wo).t())
+            projected = product(select(context.view(tokens, width), rows), (w_o if w_o.numel() else w.wo).t())
         else:
             projected = None
         half = empty(stream.shape, dtype) if cast and w1 is not None else None
@@ -177,13 +172,12 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             out, mean1, rstd1, mean2, rstd2 = residual.forward(*ends, second=residual.Second(w.gamma2, w.beta2, s.eps2))
     if not keep:
         return (out,)
-    saved = (
+    saved = Saved(
         *(cast_x if cast else none, qkv, context, lse, none if projected is None else projected, mean1, rstd1, middle),
         none if half is None else half,
         *(pre, hidden, output, mean2, rstd2, w_qkv, w_o, w_1, w_2),
     )
-    # An op's results must be tensors of their own.
-    return out, *(x.new_empty(0) if kept is none else kept for kept in saved)
+    return results(out, saved, none)
 
 
 def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
@@ -196,16 +190,13 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
     w1, b1, w2, b2, heads, neurons = w.w1, w.b1, w.w2, w.b2, w.heads, w.neurons
-    tokens, batch, dtype = x.shape[0], lengths.shape[0], torch.bfloat16 if s.bf16 else x.dtype
-    all_heads = w.wq.shape[0] // s.head_dim
+    tokens, batch, dtype = x.shape[0], lengths.shape[0], inputs.dtype(s)
+    all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     parameters: list[Tensor | None] = [None] * PARAMETERS
     none = torch.empty(0)
-    rows = Sequences(starts, lengths, s.max_length).first_rows(tokens) if s.first_tokens else None
-    # A first token is all that is left of its sequence.
-    left = (starts, lengths)
-    if s.first_tokens:
-        left = (torch.arange(batch, dtype=torch.int32), torch.ones(batch, dtype=torch.int32))
+    rows = inputs.rows(s)
+    left = inputs.left(s)
 
     copies = Table()
 
@@ -223,7 +214,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             gradient = copies.spread(gradient, like, dim, groups, index)
         parameters[place] = gradient
 
-    with _as_given():
+    with as_given(x):
         ffn_signed, ffn_absolute, by_neuron = none, none, none
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             second = None
@@ -254,7 +245,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         dprojected, dx, dbo, dgamma1, dbeta1, *of_second = residual.backward(
             dmiddle,
             saved.projected if saved.projected.numel() else None,
-            _select(x, rows),
+            select(x, rows),
             w.bo,
             w.gamma1,
             saved.mean1,
@@ -274,7 +265,6 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             ):
                 keep(place, gradient, like)
         signed, absolute = torch.empty((batch, 0)), torch.empty((batch, 0))
-        count = all_heads if heads is None else heads.shape[0]
         if count:
             width = count * s.head_dim
             dcontext = _scatter(product(dprojected, saved.w_o if saved.w_o.numel() else w.wo), rows, tokens)
@@ -299,7 +289,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             )
             flat = dqkv.view(tokens, 3 * width)
             if wanted.weight_gradients:
-                dwo = gradient_product(dprojected, _select(saved.context.view(tokens, width), rows))
+                dwo = gradient_product(dprojected, select(saved.context.view(tokens, width), rows))
                 keep(6, dwo, w.wo, 1, all_heads, heads)
                 dbiases = ffn.column_sums(flat)
                 dweights = gradient_product(flat, saved.cast_x if saved.cast_x.numel() else x).chunk(3)
@@ -318,9 +308,8 @@ def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tu
     """Shapes and dtypes of `forward`'s results, or with `on_gpu` those of the Triton backend, which also keeps `middle`
     where there is no FFN, and copies no weights of heads that are picked."""
     x, w, starts, _, _ = inputs
-    (tokens, channels), dtype = x.shape, torch.bfloat16 if settings.bf16 else x.dtype
-    cast, head_dim = dtype != x.dtype, settings.head_dim
-    count = w.wq.shape[0] // head_dim if w.heads is None else w.heads.shape[0]
+    (tokens, channels), dtype = x.shape, inputs.dtype(settings)
+    cast, head_dim, (_, count) = dtype != x.dtype, settings.head_dim, inputs.heads(settings)
     neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]
 
     def new(*shape: int, there: bool = True, dtype: torch.dtype = dtype) -> Tensor:
@@ -359,8 +348,7 @@ def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tu
 def fake_backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
     """Shapes and dtypes of `backward`'s results."""
     x, w, _, lengths, _ = inputs
-    batch = lengths.shape[0]
-    count = w.wq.shape[0] // settings.head_dim if w.heads is None else w.heads.shape[0]
+    batch, (_, count) = lengths.shape[0], inputs.heads(settings)
 
     def new(*shape: int, there: bool = True) -> Tensor:
         return x.new_empty(shape if there else (0,), dtype=torch.float32)

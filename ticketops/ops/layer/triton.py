@@ -7,24 +7,24 @@ residual stream's gradient as they are formed. Heads that a ticket picks are rea
 ops.projection.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
-from ticketops.ops.layer.arguments import PARAMETERS, Inputs, Saved, Settings, Wanted, seeds_of
-from ticketops.ops.packing import Sequences
+from ticketops.ops.layer.arguments import (
+    PARAMETERS,
+    Inputs,
+    Saved,
+    Settings,
+    Wanted,
+    as_given,
+    results,
+    seeds_of,
+    select,
+)
 from ticketops.ops.projection import triton as projection
 from ticketops.ops.residual import triton as residual
-
-
-def _as_given(x: Tensor) -> AbstractContextManager[Any]:
-    """In which autocast leaves products alone."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,13 +43,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.add_(torch.mm(a, b))
 
 
-def _select(x: Tensor, rows: Tensor | None) -> Tensor:
-    """x's rows, or all of x."""
-    return x if rows is None else x.index_select(0, rows)
-
-
 def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
-    """The gradient of `_select`. A row that several sequences name is some one's, and the others' gradients are 0."""
+    """The gradient of `select`. A row that several sequences name is some one's, and the others' gradients are 0."""
     return x if rows is None else x.new_zeros((tokens, x.shape[1])).index_add_(0, rows, x)
 
 
@@ -64,9 +59,8 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
     w1, b1, w2, b2, heads = w.w1, w.b1, w.w2, w.b2, w.heads
-    (tokens, channels), dtype = x.shape, torch.bfloat16 if s.bf16 else x.dtype
-    all_heads = w.wq.shape[0] // s.head_dim
-    count = all_heads if heads is None else heads.shape[0]
+    (tokens, channels), dtype = x.shape, inputs.dtype(s)
+    all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     cast, width, none = dtype != x.dtype, count * s.head_dim, x.new_empty(0)
     w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
@@ -90,10 +84,9 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         w1, b1, w2, b2 = w_1, _, w_2, _ = [copied(p) for p in (w1, b1, w2, b2)]
     if sources:
         torch._foreach_copy_(copies, sources)
-    # Behind attention come the rows that somebody reads.
-    rows = Sequences(starts, lengths, s.max_length).first_rows(tokens) if s.first_tokens else None
-    stream = _select(x, rows)
-    with _as_given(x):
+    rows = inputs.rows(s)
+    stream = select(x, rows)
+    with as_given(x):
         if count:
             if heads is None:
                 qkv = torch.addmm(biases, cast_x, w_qkv.t()).view(tokens, 3, count, s.head_dim)
@@ -105,7 +98,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             context, lse = attention.forward(
                 q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, s.attention_dropout
             )
-            seen = _select(context.view(tokens, width), rows)
+            seen = select(context.view(tokens, width), rows)
             if heads is None:
                 projected = torch.mm(seen, (w_o if cast else w.wo).t())
             else:
@@ -126,13 +119,12 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             out, mean2, rstd2 = torch.native_layer_norm(middle, [channels], w.gamma2, w.beta2, s.eps2)
     if not keep:
         return (out,)
-    saved = (
+    saved = Saved(
         *(cast_x if cast else none, qkv, context, lse, projected if count else none, mean1, rstd1, middle),
         none if half is None else half,
         *(pre, hidden, output, mean2.flatten(), rstd2.flatten(), w_qkv, w_o, w_1, w_2),
     )
-    # An op's results must be tensors of their own.
-    return out, *(x.new_empty(0) if kept is none else kept for kept in saved)
+    return results(out, saved, none)
 
 
 def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
@@ -140,18 +132,14 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     tensor."""
     (x, w, starts, lengths, seeds), s = inputs, settings
     w1, b1, w2, b2, heads = w.w1, w.b1, w.w2, w.b2, w.heads
-    tokens, batch, dtype = x.shape[0], lengths.shape[0], torch.bfloat16 if s.bf16 else x.dtype
-    all_heads = w.wq.shape[0] // s.head_dim
-    count = all_heads if heads is None else heads.shape[0]
+    tokens, batch, dtype = x.shape[0], lengths.shape[0], inputs.dtype(s)
+    all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     parameters: list[Tensor | None] = [None] * PARAMETERS
-    rows = Sequences(starts, lengths, s.max_length).first_rows(tokens) if s.first_tokens else None
-    # A first token is all that is left of its sequence.
-    left = (starts, lengths)
-    if s.first_tokens:
-        left = (torch.arange(batch, dtype=torch.int32, device=x.device), torch.ones_like(lengths))
+    rows = inputs.rows(s)
+    left = inputs.left(s)
     parts, by_neuron, of_ffn = ffn.Parts(None, None, None), None, None
-    with _as_given(x):
+    with as_given(x):
         if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
             doutput, dmiddle, of_ffn = residual.first_stage(
                 dout, saved.output, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, s.ffn_dropout
@@ -185,7 +173,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 w.beta2,
                 [True] * 3,
             )
-        stream = _select(x, rows)
+        stream = select(x, rows)
         projected = saved.projected if count else x.new_zeros(stream.shape, dtype=dtype)
         dprojected, dx, of_attention = residual.first_stage(
             dmiddle, projected, stream, w.bo, w.gamma1, saved.mean1, saved.rstd1, output_seed, s.output_dropout
@@ -243,7 +231,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 s.attention_dropout,
                 into=dqkv,
             )
-            flat, seen = dqkv.view(tokens, 3 * width), _select(saved.context.view(tokens, width), rows)
+            flat, seen = dqkv.view(tokens, 3 * width), select(saved.context.view(tokens, width), rows)
             taken = saved.cast_x if saved.cast_x.numel() else x
             if heads is None:
                 if wanted.weight_gradients:
