@@ -19,6 +19,8 @@ from ticketops.ops.triton_configs import Tile
 INTERPRETED: bool = triton.knobs.runtime.interpret
 #: Contraction into fused multiply-adds is pinned, since Triton's default for it changes between versions.
 FP_FUSION = True
+#: Arguments read element by element, whose alignment would only have kernels compiled twice.
+UNALIGNED = ["p_starts", "p_lengths", "p_seed"]
 #: The oldest GPUs with bfloat16 tensor cores and asynchronous copies.
 OLDEST_CAPABILITY = (8, 0)
 
@@ -116,8 +118,8 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     """Launches a kernel over a flat grid on the device of its tensors, without waiting for it.
 
     Triton's own way to a compiled kernel takes longer than the kernels of a small batch: 130 us for one of thirty
-    arguments where `aten::empty` takes 5 (an H200 under a slow processor; torch 2.11, Triton 3.6), most of it on
-    looking at each argument anew. Here a kernel that was launched with such arguments before is called at once.
+    arguments where `aten::empty` takes 5 (bench/results/first-look-nvidia-h200.md), most of it on looking at each
+    argument anew. Here a kernel that was launched with such arguments before is called at once.
 
     Args:
         kernel: a function decorated with triton.jit.

@@ -24,6 +24,7 @@ from ticketops.errors import UnsupportedError
 from ticketops.ops import triton_configs
 from ticketops.ops.dropout import keep_threshold
 from ticketops.ops.triton_common import (
+    UNALIGNED,
     capability,
     cdiv,
     dropout_keeps,
@@ -39,8 +40,6 @@ __all__ = ["backward", "forward", "refusal"]
 
 MAX_HEAD_DIM = 128
 MAX_BLOCK = 128
-#: Read element by element, so that their alignment would only have kernels compiled twice.
-UNALIGNED = ["p_starts", "p_lengths", "p_seed"]
 
 
 @triton.jit

@@ -26,12 +26,9 @@ from torch.nn import functional
 from ticketops.ops import triton_configs
 from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.projection import triton as projection
-from ticketops.ops.triton_common import cdiv, launch, owned_rows, refusal
+from ticketops.ops.triton_common import UNALIGNED, cdiv, launch, owned_rows, refusal
 
 __all__ = ["backward", "forward", "refusal"]
-
-#: Read element by element, so that their alignment would only have kernels compiled twice.
-UNALIGNED = ["p_starts", "p_lengths"]
 
 
 class Parts(NamedTuple):

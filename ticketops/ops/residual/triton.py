@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ticketops.ops import triton_configs
 from ticketops.ops.dropout import keep_threshold
-from ticketops.ops.triton_common import cdiv, dropout_keeps, dropout_rows, launch, refusal
+from ticketops.ops.triton_common import UNALIGNED, cdiv, dropout_keeps, dropout_rows, launch, refusal
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -57,7 +57,7 @@ def load_sum(
 
 @triton.jit(
     do_not_specialize=["tokens", "threshold", "keep_scale", "eps"],
-    do_not_specialize_on_alignment=["p_seed"],
+    do_not_specialize_on_alignment=UNALIGNED,
 )
 def forward_kernel(
     p_x,
@@ -133,7 +133,7 @@ def forward_kernel(
 
 @triton.jit(
     do_not_specialize=["tokens", "rows_per_part", "threshold", "keep_scale"],
-    do_not_specialize_on_alignment=["p_seed"],
+    do_not_specialize_on_alignment=UNALIGNED,
 )
 def backward_kernel(
     p_dout,
