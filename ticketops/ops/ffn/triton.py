@@ -31,6 +31,23 @@ from ticketops.ops.triton_common import UNALIGNED, cdiv, launch, owned_rows, ref
 __all__ = ["backward", "forward", "refusal"]
 
 
+class Wanted(NamedTuple):
+    """Which sums of a backward pass are wanted.
+
+    Attributes:
+        db1, db2: of the biases' gradients.
+        tokens: <dOut, Y> over each sequence's tokens.
+        neurons: G * H over them, for each neuron.
+        absolute: the latter of absolute values.
+    """
+
+    db1: bool
+    db2: bool
+    tokens: bool
+    neurons: bool
+    absolute: bool
+
+
 class Parts(NamedTuple):
     """What `activation_backward` leaves to `finish`; None where a sum is not wanted.
 
@@ -407,11 +424,11 @@ def backward(
     else:
         w1, w2 = w1.contiguous(), w2.contiguous()
         (gradient,) = projection.into(dout, [w2.t()], None, blocks, count)
-    wanted = (own_db1, weight_gradients, token_sums, neuron_sums, neuron_absolute)
+    wanted = Wanted(own_db1, weight_gradients, token_sums, neuron_sums, neuron_absolute)
     dpre, parts, by_neuron = activation_backward(
         gradient, dout, out, pre, starts, lengths, ffn_mask, neuron_mask, activation, wanted
     )
-    vectors, signed, absolute = finish(parts, starts, lengths, ffn_mask, w1.dtype)
+    (*vectors, _), signed, absolute = finish(parts, starts, lengths, ffn_mask, w1.dtype)
     db1, db2 = (w1.new_empty(0) if vector is None else vector for vector in vectors)
     if blocks is None:
         dx = torch.mm(dpre, w1)
@@ -440,7 +457,7 @@ def activation_backward(
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
-    wanted: tuple[bool, bool, bool, bool, bool],
+    wanted: Wanted,
 ) -> tuple[Tensor, Parts, Tensor]:
     """What of the backward pass lies between its products; one launch.
 
@@ -450,14 +467,13 @@ def activation_backward(
         out: [T, C]; may be None where sums over tokens are not wanted.
         pre: [T, N], or [T, 2N] of a gated FFN.
         starts, lengths, ffn_mask, neuron_mask, activation: as in `backward`.
-        wanted: whether the sums for db1, for db2, over tokens and over neurons are, and of absolute values the latter.
+        wanted: which sums are.
 
     Returns:
         The gradient of `pre`; what `finish` sums up; the sums of G * H [B, N], empty if not wanted.
     """
     (tokens, channels), (_, neurons), batch = dout.shape, gradient.shape, lengths.shape[0]
     first, gated = pre.shape[1], pre.shape[1] != neurons
-    wants_db1, wants_db2, token_sums, neuron_sums, neuron_absolute = wanted
 
     def sums(there: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=dout.device) if there else None
@@ -465,11 +481,11 @@ def activation_backward(
     tile = triton_configs.GATED_FFN if gated else triton_configs.FFN
     row_blocks = cdiv(tokens, tile.rows)
     column_blocks = cdiv(neurons, tile.columns)
-    by_neuron = torch.empty((batch, neurons) if neuron_sums else (0,), dtype=torch.float32, device=dout.device)
-    by_sequence = neuron_sums and batch > 0
+    by_neuron = torch.empty((batch, neurons) if wanted.neurons else (0,), dtype=torch.float32, device=dout.device)
+    by_sequence = wanted.neurons and batch > 0
     parts = batch if by_sequence else row_blocks
-    output_parts = row_blocks if wants_db2 or token_sums else 0
-    found = Parts(sums(wants_db1, parts, first), sums(wants_db2, output_parts, channels), sums(token_sums, tokens))
+    output_parts = row_blocks if wanted.db2 or wanted.tokens else 0
+    found = Parts(sums(wanted.db1, parts, first), sums(wanted.db2, output_parts, channels), sums(wanted.tokens, tokens))
     dpre = torch.empty_like(pre) if gated else gradient
     launch(
         backward_kernel,
@@ -481,7 +497,7 @@ def activation_backward(
         p_db1=found.db1,
         p_by_neuron=by_neuron if by_sequence else None,
         p_dout=dout,
-        p_out=out if token_sums else None,
+        p_out=out if wanted.tokens else None,
         p_db2=found.db2,
         p_terms=found.terms,
         p_starts=starts.contiguous(),
@@ -497,7 +513,7 @@ def activation_backward(
         output_parts=output_parts,
         ACTIVATION=activation,
         GATED=gated,
-        ABSOLUTE=neuron_absolute,
+        ABSOLUTE=wanted.absolute,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
     )
@@ -511,7 +527,7 @@ def finish(
     ffn_mask: Tensor | None,
     dtype: torch.dtype,
     more: Tensor | None = None,
-) -> tuple[list[Tensor | None], Tensor, Tensor]:
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], Tensor, Tensor]:
     """The second stage of sums; one launch, none where there is nothing to sum.
 
     Args:
@@ -521,16 +537,15 @@ def finish(
         more: float32 [parts, C], summed beside them, of as many columns as parts.db2; None for nothing.
 
     Returns:
-        The sums [N] and [C] for db1 and db2, and that of `more` in float32 if it is there, None where there are no
-        parts; the signed and absolute sums of <dOut, Y> over each sequence's tokens [B], empty where there are no
-        terms.
+        The sums [N] and [C] for db1 and db2, and that of `more` in float32, None where there are no parts; the signed
+        and absolute sums of <dOut, Y> over each sequence's tokens [B], empty where there are no terms.
     """
     sources = (parts.db1, parts.db2, more)
     db1, db2, total = (
         None if x is None else torch.empty(x.shape[1], dtype=kind, device=x.device)
         for x, kind in zip(sources, (dtype, dtype, torch.float32), strict=True)
     )
-    batch, found = lengths.shape[0], [db1, db2] if more is None else [db1, db2, total]
+    batch = lengths.shape[0]
     shape = (0 if parts.terms is None else batch,)
     signed, absolute = (torch.empty(shape, dtype=torch.float32, device=lengths.device) for _ in range(2))
     if any(x is not None for x in (*sources, parts.terms)):
@@ -561,4 +576,4 @@ def finish(
             ROWS=tile.rows,
             COLUMNS=tile.columns,
         )
-    return found, signed, absolute
+    return (db1, db2, total), signed, absolute

@@ -1,10 +1,10 @@
 """An encoder layer on a GPU: cuBLAS's products between the Triton kernels of the layer's parts.
 
-Small batches wait for the host, not for the GPU. By its modules a layer of BERT-base takes some 70 launches under
-autocast, most of them casts; as one op it takes 25: all weights are cast at once, one product serves q, k and v,
-weights' gradients leave their products in float32, and the results of products with transposed weights are added to the
-residual stream's gradient as they are formed. Heads that a ticket picks are read where they lie, by the kernels of
-ops.projection.
+Small batches wait for the host, not for the GPU (bench/results/first-look-nvidia-h200.md). By its modules a layer of
+BERT-base takes some 70 launches under autocast, most of them casts; as one op it takes some 25: all weights are cast at
+once, one product serves q, k and v, weights' gradients leave their products in float32, and the results of products
+with transposed weights are added to the residual stream's gradient as they are formed. Heads that a ticket picks are
+read where they lie, by the kernels of ops.projection.
 """
 
 import torch
@@ -155,7 +155,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 None,
                 None,
                 s.activation,
-                (wanted.weight_gradients, False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token),
+                ffn.Wanted(wanted.weight_gradients, False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token),
             )
             if wanted.weight_gradients:
                 parameters[10] = _product(dpre.t(), inner, w1.dtype)
