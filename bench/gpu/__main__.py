@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -187,7 +186,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     device = record["machine"]["device"]
     some = [] if set(options.only) == set(BENCHES) else options.only
-    stem = "-".join([re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-"), *some])
+    stem = "-".join([measure.stem(device), *some])
     write_atomically(folder / f"{stem}.json", json.dumps(record, indent=1) + "\n")
     for path in plots.draw(rows, device, folder, stem):
         print(path)

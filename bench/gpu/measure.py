@@ -1,6 +1,7 @@
 """Timing, correctness gates and the record of a machine."""
 
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -159,6 +160,15 @@ def both_passes(
         The builder.
     """
     return lambda: lambda: torch.autograd.grad(call(*leaves), inputs or leaves, gradient)
+
+
+def stem(device: str) -> str:
+    """A device's name as files of results have it.
+
+    Args:
+        device: as torch names it.
+    """
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def machine(setting: Setting) -> Row:

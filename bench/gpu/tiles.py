@@ -7,7 +7,6 @@ tile that the table has and the fastest three.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bench.gpu.measure import ROOT, Row, Setting, machine
+from bench.gpu.measure import ROOT, Row, Setting, machine, stem
 from bench.gpu.workloads import Workload, task_lengths
 from ticketops.files import write_atomically
 from ticketops.ops import triton_common, triton_configs
@@ -294,12 +293,10 @@ def main() -> int:
         print(f"{case.kernel}, {case.workload}: {' | '.join(entries) or mine[0]['note']}", flush=True)
     place = machine(Setting("cuda", torch.bfloat16, tiny=False))
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", place["device"].lower()).strip("-")
     # Over a thousand rows, a line each.
     lines = ",\n".join(map(json.dumps, rows))
-    write_atomically(
-        options.output / f"tiles-{stem}.json", f'{{"machine": {json.dumps(place)},\n"rows": [\n{lines}\n]}}\n'
-    )
+    path = options.output / f"tiles-{stem(place['device'])}.json"
+    write_atomically(path, f'{{"machine": {json.dumps(place)},\n"rows": [\n{lines}\n]}}\n')
     return 0
 
 
