@@ -154,9 +154,9 @@ PROJECTION: dict[tuple[int, int], Tile] = {
 PROJECTION_FINISH = Tile(32, 64, 8, 1)
 #: Up to how many tokens the indexed projections are chosen over compaction, by family and bytes of an element. They
 #: save some 25 launches a layer, which wait for the host. On an H200 the three kernels of q, k and v, with half of
-#: BERT-base's heads, take 82 us together for 2,048 tokens and 365 for 16,384 (tiles-nvidia-h200.json); products of
-#: compacted weights at cuBLAS's speed would take some 15 and 125, besides about 60 of copies. `make gpu` measures both
-#: ways at 4k to 64k tokens, which no GPU has done yet. In float32 a Triton product runs far behind cuBLAS.
+#: BERT-base's heads, take 82 us together for 2,048 tokens and 366 for 16,384 (tiles-nvidia-h200.json). For products of
+#: compacted weights some 15 and 125 us, besides 60 of copies, are an estimate from 700 TFLOP/s: `make gpu` measures
+#: both ways at 4k to 64k tokens, which no GPU has done yet. In float32 a Triton product runs far behind cuBLAS.
 MOST_INDEXED_TOKENS: dict[tuple[int, int], int] = {
     **{(major, 2): 4096 for major in (8, 9, 10)},
     **{(major, 4): 0 for major in (8, 9, 10)},
