@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModel, Trainer
 
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
-from ticketops.models import patch
+from ticketops.models import patch, shrink
 from ticketops.searching import SearchConfig, Setting, Trial, run_trial
 from ticketops.searching.plan import RECIPES
 from ticketops.searching.scoring import score_pass
@@ -187,6 +187,27 @@ def test_models_whose_files_contradict_each_other_are_refused(
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(InputError, match=words):
         with_fields(setting, model=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("ticket", "words"),
+    [
+        (
+            Ticket(torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]).bool(), torch.tensor([True, False])),
+            "1 heads, 1 FFNs and 0",
+        ),
+        (
+            Ticket(torch.ones(2, 4).bool(), torch.tensor([True, True]), None, torch.arange(128).reshape(2, 64) % 4 > 0),
+            "0 heads, 0 FFNs and 32 other neurons are gone",
+        ),
+    ],
+)
+def test_a_pruned_model_is_refused(setting: Setting, tmp_path: Path, ticket: Ticket, words: str):
+    model = AutoModel.from_pretrained(setting.config.model)
+    shrink(model, ticket).save_pretrained(tmp_path)
+    setting.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=rf"is pruned already \({words}.*: give the whole model"):
+        with_fields(setting, model=str(tmp_path))
 
 
 def test_recipes_are_complete():

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from ticketops.errors import InputError
 from ticketops.models import check_supported
 from ticketops.models.inputs import positions
-from ticketops.models.record import num_neurons
+from ticketops.models.record import held_ticket, num_neurons
 from ticketops.searching.plan import RECIPES, SearchConfig, Trial, make_plan
 from ticketops.tasks import Task, demo_model, load_task, tokenize
 
@@ -97,6 +97,12 @@ class Setting:
                     **options,
                 )
             check_supported(encoder)
+            # A search cuts tickets from all heads and FFNs of the architecture, and counts what is left of these.
+            if not (held := held_ticket(encoder.config)).is_full:
+                raise InputError(
+                    f"model {config.model!r} is pruned already ({held.heads_pruned} heads, {held.ffns_pruned} FFNs and "
+                    f"{held.neurons_pruned} other neurons are gone): give the whole model that it was made from"
+                )
             # Where its files are missing, transformers makes up a tokenizer to which every word is unknown.
             if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
                 raise InputError(f"model {config.model!r} has no vocabulary: save its tokenizer into the same folder")
