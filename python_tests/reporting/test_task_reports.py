@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +36,33 @@ def scored(score: float, metric: str, held_out: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_share(folder: Path, gain: float = 0.02, leave_out: tuple[str, ...] = (), **fields: Any) -> Store:
-    """Tickets gain `gain` on both tasks over plain training, for every seed alike; random ones lose 0.01."""
-    config = ShareConfig(model="m", tasks=list(TASKS), **{"seeds": 3, "arms": "tickets,plain,random", **fields})
-    prints = {"task_fingerprint": dict.fromkeys(TASKS, "feed")}
+def make_share(
+    folder: Path,
+    gain: float = 0.02,
+    leave_out: tuple[str, ...] = (),
+    metrics: Mapping[str, str] = TASKS,
+    **fields: Any,
+) -> Store:
+    """Tickets gain `gain` on all tasks over plain training, for every seed alike; random ones lose 0.01."""
+    config = ShareConfig(model="m", tasks=list(metrics), **{"seeds": 3, "arms": "tickets,plain,random", **fields})
+    prints = {"task_fingerprint": dict.fromkeys(metrics, "feed")}
     identity = {"kind": "share", "config": values(config), **SHAPE, **prints, "tickets": None}
-    notes = {**NOTES, "validation": dict.fromkeys(TASKS, "dev"), "tasks": {name: f"{name}: rows" for name in TASKS}}
+    notes = {**NOTES, "validation": dict.fromkeys(metrics, "dev"), "tasks": {name: f"{name}: rows" for name in metrics}}
     held_out = bool(config.report_fraction)
     with Store.create(folder, identity, notes) as store:
-        for number, task in enumerate(TASKS):
+        for number, task in enumerate(metrics):
             for seed in config.seeds:
                 ticket = prune(importance(10 * number + seed), counts=(3, 1))
                 store.keep_ticket(TaskTicket(task, seed), ticket)
         pairs = {str(seed): [0.7 + 0.01 * seed, 0.6 if held_out else None] for seed in config.seeds}
         single = {"sparsity": 0.25, "majority": 0.4, "scores": {"full": pairs, "winning": pairs}}
-        text = json.dumps({task: {**single, "metric": metric} for task, metric in TASKS.items()})
+        text = json.dumps({task: {**single, "metric": metric} for task, metric in metrics.items()})
         write_atomically(store.folder / SINGLE, text)
         for trial in store.plan:
             if trial.id in leave_out:
                 continue
             score = 0.8 + 0.01 * trial.seed + {"tickets": gain, "random": -0.01}.get(trial.kind, 0.0)
-            tasks = {task: scored(score, metric, held_out) for task, metric in TASKS.items()}
+            tasks = {task: scored(score, metric, held_out) for task, metric in metrics.items()}
             record = {
                 "id": trial.id, "kind": trial.kind, "seed": trial.seed, "model": "m", "mixing": config.mixing,
                 "metric": "task average", "score": score, "report_score": None, "tasks": tasks, "train_loss": 0.5,
@@ -149,6 +156,21 @@ def test_a_difference_within_its_spread_says_so_and_a_report_split_reports(tmp_p
     assert "| shared, each task its ticket | 73.0 ± 1.0 |" in text
     assert "| one model a task, full | 60.0 ± 0.0 |" in text
     assert "the split `report`, held out of it, reports" in text
+
+
+def test_a_task_called_average_is_told_from_the_average_of_all(tmp_path: Path):
+    store = make_share(tmp_path / "run", metrics={"average": "accuracy", "stsb": "pearson"})
+    for trial in store.plan:
+        record = store.record(trial)
+        assert record is not None
+        record["tasks"]["average"]["score"] -= 0.2
+        store.write_record(trial, record)
+    header, *body = overview(store.folder)
+    assert header == ["arm", "average", "stsb", "task average", "seeds"]
+    assert body[2] == ["shared, each task its ticket", "63.0 ± 1.0", "83.0 ± 1.0", "73.0 ± 1.0", "3"]
+    text = report(store.folder).read_text()
+    assert "| arm | average | stsb | task average |" in text
+    assert "Ticket sharing averages 73.0 ± 1.0 over the tasks" in text
 
 
 def test_an_unfinished_share_is_reported_with_what_is_missing(tmp_path: Path):

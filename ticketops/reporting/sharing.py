@@ -16,7 +16,8 @@ from ticketops.searching.sharing_plan import ARMS, SEARCHES, SINGLE, TaskTicket
 from ticketops.searching.store import Record, Store
 from ticketops.tickets import Ticket, chance_jaccard
 
-AVERAGE = "average"
+#: Stands for all tasks among the scores; no task, which is called after a file or a folder, has this name.
+AVERAGE = "/"
 #: What the table calls each arm.
 NAMES = {
     "alone": "one model a task, full",
@@ -27,7 +28,7 @@ NAMES = {
     "union": "shared, union of all tickets",
     "intersection": "shared, intersection of all tickets",
 }
-#: Task (or "average") -> seed -> score.
+#: Task (or AVERAGE) -> seed -> score.
 Scores = dict[str, dict[int, float]]
 
 
@@ -58,7 +59,13 @@ def lines(store: Store) -> list[str]:
         split = "report" if config.report_fraction else "validation"
         arms = scores(store)
         text += [headline(arms), "", *_splits(split), ""]
-        figure(store.folder / "sharing.png", task_plots.arms, _differences(arms), "plain" in arms)
+        figure(
+            store.folder / "sharing.png",
+            task_plots.arms,
+            _differences(arms),
+            {AVERAGE: _title(AVERAGE)},
+            "plain" in arms,
+        )
         text += ["![each arm, by task](sharing.png)", ""]
         text += [markdown(overview(store)), ""]
         text += ["Scores are each task's own metric x 100 ("]
@@ -84,7 +91,7 @@ def overview(store: Store) -> list[list[str]]:
     """
     arms = scores(store)
     tasks = [*store.description["notes"]["tasks"], AVERAGE]
-    rows = [["arm", *tasks, "seeds"]]
+    rows = [["arm", *map(_title, tasks), "seeds"]]
     for arm, found in arms.items():
         seeds = max((len(by_seed) for by_seed in found.values()), default=0)
         rows.append([NAMES[arm], *(points(Spread.of(found.get(task, {}).values())) for task in tasks), str(seeds)])
@@ -98,7 +105,7 @@ def scores(store: Store) -> dict[str, Scores]:
         store: of the run.
 
     Returns:
-        Arm -> task, or "average" -> seed -> score; single-task trainings first, under "alone".
+        Arm -> task, or AVERAGE -> seed -> score; single-task trainings first, under "alone".
     """
     held_out = bool(store.config.report_fraction)
     tasks = list(store.description["notes"]["tasks"])
@@ -149,6 +156,10 @@ def headline(arms: Mapping[str, Scores]) -> str:
     return f"{text}: {' and '.join(against)}, {seeds}." if against else f"{text}, {seeds}."
 
 
+def _title(task: str) -> str:
+    return "task average" if task == AVERAGE else task
+
+
 def _searched(store: Store, task: str) -> bool:
     return (store.folder / SEARCHES / task / "config.json").is_file()
 
@@ -180,7 +191,7 @@ def _differences(arms: Mapping[str, Scores]) -> dict[str, dict[str, Spread]]:
 
 def _gains(arms: Mapping[str, Scores]) -> list[list[str]]:
     tasks = list(arms["plain"])
-    rows = [["arm", *tasks]]
+    rows = [["arm", *map(_title, tasks)]]
     for name, by_task in _differences(arms).items():
         rows.append([name, *(points(by_task[task], sign=True) if task in by_task else "–" for task in tasks)])
     return rows

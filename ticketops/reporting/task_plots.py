@@ -22,11 +22,14 @@ _STYLES = [
 ]
 
 
-def arms(spreads: Mapping[str, Mapping[str, Spread]], relative: bool, file: IO[bytes]) -> None:
+def arms(
+    spreads: Mapping[str, Mapping[str, Spread]], titles: Mapping[str, str], relative: bool, file: IO[bytes]
+) -> None:
     """Draws each arm's scores by task, or their differences to plain multi-task training.
 
     Args:
         spreads: arm -> task -> spread over seeds.
+        titles: of tasks whose name is not to be read.
         relative: whether they are differences.
         file: where to write the PNG.
     """
@@ -52,7 +55,7 @@ def arms(spreads: Mapping[str, Mapping[str, Spread]], relative: bool, file: IO[b
             label=arm,
             zorder=2,
         )
-    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_xticks(range(len(tasks)), [titles.get(task, task) for task in tasks])
     for edge in np.arange(len(tasks) - 1) + 0.5:
         axes.axvline(edge, color="#DDDDDD", linewidth=0.8, zorder=0)
     axes.set_xlim(-0.5, max(len(tasks), 1) - 0.5)
