@@ -110,6 +110,32 @@ def test_a_loss_is_reported_as_a_loss(tmp_path: Path):
     assert "a gain of -3.0 ± 0.0 points" in text
 
 
+def test_a_super_ticket_that_loses_where_another_level_wins_is_not_called_the_best(tmp_path: Path):
+    store = make_store(tmp_path / "run", report_fraction=0.5)
+
+    def lift(sparsity: float, by: float) -> None:
+        for trial in store.plan:
+            record = store.record(trial)
+            assert record is not None
+            if (trial.kind, trial.sparsity) == ("winning", sparsity):
+                store.write_record(trial, {**record, "report_score": record["report_score"] + by})
+
+    lift(0.25, -0.06)
+    assert "No winning ticket beats the full model here" in report(store.folder).read_text()
+    lift(0.5, 0.13)
+    text = report(store.folder).read_text()
+    assert "The super ticket does not beat the full model on `report`: sparsity 0.25 " in text
+    assert "a gain of -4.0 ± 0.0 points" in text
+    assert "No winning ticket" not in text
+
+
+def test_without_a_common_seed_there_is_no_finding(tmp_path: Path):
+    left_out = ("full-seed-0", "full-seed-1", *(f"winning-{level}-seed-2" for level in (0.25, 0.5)))
+    text = report(make_store(tmp_path / "run", leave_out=left_out).folder).read_text()
+    assert "No super ticket yet: that takes the full model and a winning ticket of the same seed." in text
+    assert "equals" not in text
+
+
 def test_a_report_split_reports_and_both_splits_are_named(tmp_path: Path):
     text = report(make_store(tmp_path / "run", report_fraction=0.5).folder).read_text()
     assert "The split `validation` (dev) selects; the split `report`, 50 % of the validation rows" in text

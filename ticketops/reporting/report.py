@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Literal
 
 from ticketops.files import write_atomically
 from ticketops.reporting import plots, sharing, tables, transfer
@@ -80,17 +81,22 @@ def headline(selection: Selection, metric: str, split: str) -> str:
         split: the split that reports, "report" or "validation".
     """
     best, full = selection.super_level, selection.full
-    if best is None or full is None:
-        return "No super ticket yet: that takes the full model and a winning ticket of the same seed."
     gains = selection.report_gains if split == "report" else selection.gains
+    if best is None or full is None or not gains:
+        return "No super ticket yet: that takes the full model and a winning ticket of the same seed."
     gain = Spread.of(gains.values())
     theirs, ours = (full.report_spread, best.report_spread) if split == "report" else (full.spread, best.spread)
+    scores: Literal["scores", "report_scores"] = "report_scores" if split == "report" else "scores"
+    others = (selection.gains_of(level, scores).values() for level in selection.levels if level.kind == "winning")
     verdict = (
         "The super ticket beats the full model"
         if gain.mean > 0
-        else "No winning ticket beats the full model here; the best one, taken as the super ticket, is"
-        if gain.mean < 0
         else "The super ticket equals the full model"
+        if gain.mean == 0
+        # What is best on the split that selects need not be best on the other.
+        else f"The super ticket does not beat the full model on `{split}`"
+        if any(Spread.of(other).mean > 0 for other in others)
+        else "No winning ticket beats the full model here; the best one, taken as the super ticket, is"
     )
     ffns = f"{best.ffns_pruned} FFNs"
     if best.neurons_pruned:

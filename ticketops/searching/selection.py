@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,22 @@ class Selection:
     @property
     def gains(self) -> dict[int, float]:
         """Seed -> super ticket's score minus the full model's, on the split that selects."""
-        return self._differences("scores")
+        return {} if self.super_level is None else self.gains_of(self.super_level)
 
     @property
     def report_gains(self) -> dict[int, float]:
         """Seed -> super ticket's score minus the full model's, on the split that reports."""
-        return self._differences("report_scores")
+        return {} if self.super_level is None else self.gains_of(self.super_level, "report_scores")
 
-    def _differences(self, name: str) -> dict[int, float]:
-        if self.full is None or self.super_level is None:
-            return {}
-        reference: dict[int, float] = getattr(self.full, name)
-        ours: dict[int, float] = getattr(self.super_level, name)
+    def gains_of(self, level: Level, scores: Literal["scores", "report_scores"] = "scores") -> dict[int, float]:
+        """Seed -> a level's score minus the full model's.
+
+        Args:
+            level: one of `levels`.
+            scores: of which split, as `Level` names them.
+        """
+        reference: dict[int, float] = {} if self.full is None else getattr(self.full, scores)
+        ours: dict[int, float] = getattr(level, scores)
         return {seed: ours[seed] - reference[seed] for seed in ours if seed in reference}
 
 
