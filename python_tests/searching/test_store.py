@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ticketops.errors import InputError, StoreError
+from ticketops.files import new_folder
 from ticketops.searching import SearchConfig, Store
 from ticketops.tickets import Importance, prune
 
@@ -93,7 +94,30 @@ def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path):
 def test_leftovers_of_a_killed_write_do_not_block(tmp_path: Path):
     (tmp_path / ".config.json.abc.part").write_text("{")
     Store.create(tmp_path, identity(), {}).close()
-    assert not list(tmp_path.glob(".*.part"))
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / ".full-seed-0.json.abc.part").write_text("{")
+    Store.create(tmp_path, identity(), {}).close()
+    assert not list(tmp_path.rglob(".*.part"))
+
+
+def test_an_export_into_a_runs_folder_is_neither_disturbed_nor_in_the_way(store: Store):
+    store.close()
+    with new_folder(store.folder / "small") as temporary:
+        (temporary / ".model.part").write_text("weights")
+        Store.create(store.folder, identity(), {}).close()
+        assert (temporary / ".model.part").exists()
+
+
+def test_a_leftover_that_cannot_be_removed_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch):
+    store.close()
+    (store.folder / ".report.md.abc.part").write_text("")
+
+    def refuse(_: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(StoreError, match="permission denied"):
+        Store.create(store.folder, identity(), {})
 
 
 @pytest.mark.parametrize(

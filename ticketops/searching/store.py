@@ -85,9 +85,7 @@ class Store:
         except OSError as error:
             raise store_error(folder, error) from error
         try:
-            # Half-written files of a killed search; nobody else writes while the lock is held.
-            for leftover in folder.rglob(".*.part"):
-                leftover.unlink()
+            _remove_leftovers(folder)
             if (folder / "config.json").exists():
                 store = cls(folder, _read_description(folder), lock)
                 _refuse_another_search(folder, store.description["identity"], json_identity(identity))
@@ -238,6 +236,20 @@ class Store:
                 f"{self.folder / 'importance'} holds: delete it and {self.record_path(trial)}, and run the same "
                 "command again"
             )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes half-written files of a killed run; nobody else writes these while the lock is held.
+
+    Folders stay: one of that name is an export that somebody writes beside the run's own files.
+    """
+    try:
+        for place in (folder, *(folder / name for name in ("trials", "importance", "tickets"))):
+            for leftover in place.glob(".*.part"):
+                if leftover.is_file():
+                    leftover.unlink()
+    except OSError as error:
+        raise store_error(folder, error) from error
 
 
 def _save(thing: Importance | Ticket, path: Path) -> None:
