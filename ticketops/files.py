@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ticketops.errors import StoreError
 
@@ -94,6 +97,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
     except OSError as error:
         raise store_error(folder, error) from error
+    except SafetensorError as error:
+        # It names the operating system's error in its text alone.
+        number = re.search(r"os error (\d+)", str(error))
+        raise store_error(folder, OSError(int(number[1]) if number else 0, str(error))) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -43,6 +43,22 @@ def test_a_searchs_super_ticket_leaves(format, search, tmp_path):
     torch.testing.assert_close(models[0](**ids).logits, models[1](**ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_run_is_exported_without_the_model_it_started_from(search, tmp_path):
+    model = search.parent / "model"
+    model.rename(tmp_path / "away")
+    result = invoke(search, "--output", tmp_path / "out")
+    (tmp_path / "away").rename(model)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    kept = search / "models" / "winning-0.5-seed-0"
+    # The search's truncation is not the tokenizer's.
+    assert (kept / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    # Models kept by earlier versions have no tokenizer of their own.
+    (kept / "tokenizer_config.json").unlink()
+    assert invoke(search, "--output", tmp_path / "old").exit_code == 0
+    assert (tmp_path / "old" / "tokenizer_config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

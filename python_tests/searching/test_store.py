@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from ticketops.errors import InputError, StoreError
 from ticketops.files import new_folder
@@ -178,6 +179,25 @@ def test_a_full_or_read_only_disk_loses_nothing(store: Store, monkeypatch: pytes
     monkeypatch.undo()
     assert [record["id"] for record in store.records()] == [full.id]
     assert not list(store.folder.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [("No space left on device (os error 28)", "the disk is full"), ("too long", ".*too long: choose")],
+)
+def test_a_model_that_cannot_be_written_is_told_as_any_other_file(tmp_path: Path, reason: str, words: str):
+    with pytest.raises(StoreError, match=f"cannot write .*model: {words}"), new_folder(tmp_path / "model"):
+        raise SafetensorError(f"Error while serializing: I/O error: {reason}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_room_is_made_for_a_trials_model_and_for_no_other(store: Store):
+    full, winning = store.plan
+    models = store.model_path(full).parent
+    for name in (full.id, f".{full.id}.abc.part", winning.id):
+        (models / name / "inner").mkdir(parents=True)
+    assert store.clear_model(full) == models / full.id
+    assert [path.name for path in models.iterdir()] == [winning.id]
 
 
 def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

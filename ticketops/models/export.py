@@ -9,11 +9,10 @@ from typing import Any, Literal, get_args
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ticketops.errors import InputError, StoreError, TicketopsError
+from ticketops.errors import InputError, TicketopsError
 from ticketops.files import new_folder
 from ticketops.models.checkpoint import NOTE, load, sha256
 from ticketops.models.cost import costs
@@ -73,7 +72,7 @@ def export(
             save_onnx(small, batch, temporary)
             got, tolerance = run_onnx(temporary, batch), 1e-4
         else:
-            _save(small if format == "compact" else expand(small), temporary, folder)
+            (small if format == "compact" else expand(small)).save_pretrained(temporary)
             got, tolerance = _outputs(load(temporary), batch), _tolerance(model.dtype)
         difference = _compare(want, got, batch.get("attention_mask"), tolerance)
         if tokenizer is not None:
@@ -106,13 +105,6 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
         twin.get_parameter(name).data.zero_()
     put_back(model, twin)
     return twin.eval()
-
-
-def _save(model: PreTrainedModel, temporary: Path, folder: Path) -> None:
-    try:
-        model.save_pretrained(temporary)
-    except SafetensorError as error:
-        raise StoreError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
 
 
 def _small(

@@ -62,12 +62,16 @@ def release(
             names = ("task", "model", "kind", "sparsity", "seed", "metric", "score", "steps")
             run = {name: record[name] for name in names if name in record}
             run |= {"config": store.config.to_dict(), "command": store.config.command()}
-            name, options = find_model(store.config.model)
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
         elif trial is not None:
             raise InputError(f"{folder} is no finished run: --trial goes with a run's --output folder")
-        elif (folder / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # A shared model has it beside its first task's weights.
+        vocabulary = next((at for at in (folder, folder / "task-0") if (at / "tokenizer_config.json").is_file()), None)
+        if vocabulary is not None:
+            tokenizer = AutoTokenizer.from_pretrained(vocabulary, local_files_only=True)
+        elif run:
+            # Earlier versions of ticketops kept a model without it.
+            name, options = find_model(run["config"]["model"])
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
         elif (folder / "preprocessor_config.json").is_file():
             try:
                 tokenizer = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -79,8 +83,6 @@ def release(
             shared = SharedModel.load(folder)
             if task is None or ticket is not None:
                 raise InputError(f"{folder} is a shared model: name one of its tasks, --task {shared.tasks[0]}")
-            if tokenizer is None and (folder / "task-0" / "tokenizer_config.json").is_file():
-                tokenizer = AutoTokenizer.from_pretrained(folder / "task-0", local_files_only=True)
             single, run = shared.single(task), {**run, "task": task}
             options = {"ticket": shared.tickets[task], "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
             return export(single, output, format, **options)

@@ -1,15 +1,14 @@
 """The search: every trial of the plan, in order, each finished one kept."""
 
-import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ticketops.files import store_error
+from ticketops.files import new_folder
 from ticketops.models import latencies, patch, shrink
 from ticketops.searching import environment
 from ticketops.searching.plan import SearchConfig, Trial
@@ -113,7 +112,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
             for way, importance in outcome.importance.items():
                 store.write_importance(trial.seed, way, importance)
             if config.save_models:
-                keep_model(store, trial, outcome.model, ticket)
+                keep_model(store, trial, outcome.model, setting.tokenizer, ticket)
             return outcome.record
 
         finished = finished_trials(store, plan, lambda trial: ways if trial.kind == "full" else ())
@@ -273,24 +272,23 @@ def draw(importance: Importance, trial: Trial, config: SearchConfig) -> Ticket:
     return ticket.described({**ticket.metadata, **note})
 
 
-def keep_model(store: Store, trial: Named, model: PreTrainedModel, ticket: Ticket | None) -> None:
-    """Writes a trial's trained model, in place of what an interrupted run has left.
+def keep_model(
+    store: Store, trial: Named, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ticket: Ticket | None
+) -> None:
+    """Writes a trial's trained model, in place of an earlier one; all of it or nothing.
 
     Args:
         store: of the run.
         trial: names the folder.
         model: stock classes.
+        tokenizer: saved along, so that an export needs nothing else.
         ticket: saved along.
 
     Raises:
         StoreError: the folder cannot be written.
     """
-    folder = store.model_path(trial)
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        with quiet():
-            model.save_pretrained(folder)
-    except OSError as error:
-        raise store_error(folder, error) from error
-    if ticket is not None:
-        ticket.save(folder / "ticket.safetensors")
+    with new_folder(store.clear_model(trial)) as folder, quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if ticket is not None:
+            ticket.save(folder / "ticket.safetensors")

@@ -136,6 +136,8 @@ class Setting:
                 for split, data in rows.items()
                 if data is not None
             }
+            # It remembers the last call's truncation, and would be saved with it.
+            tokenizer("")
         return cls(config, task, tokenizer, model_config, pretrained, splits)
 
     @property

@@ -3,7 +3,6 @@
 import gc
 import itertools
 import json
-import shutil
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -299,10 +298,8 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
             kept = arm_tickets(trial, {name: by_seed[trial.seed] for name, by_seed in found.tickets.items()})
             record, model = run_share_trial(config, settings, trial, kept, listener)
             if config.save_models:
-                folder = store.model_path(trial)
-                shutil.rmtree(folder, ignore_errors=True)
                 with quiet():
-                    model.save(folder, first.tokenizer)
+                    model.save(store.clear_model(trial), first.tokenizer)
             # The next trial's model should not have to share the device with this one's; its parts hold each other.
             del model
             gc.collect()

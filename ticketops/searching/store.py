@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -162,6 +163,20 @@ class Store:
     def model_path(self, trial: Named) -> Path:
         """The folder of a trial's trained model."""
         return self.folder / "models" / trial.id
+
+    def clear_model(self, trial: Named) -> Path:
+        """Makes room for a trial's trained model: removes an earlier one, and what a killed run has left of one.
+
+        Args:
+            trial: names the folder.
+
+        Returns:
+            The folder, which is not there.
+        """
+        path = self.model_path(trial)
+        for old in (path, *path.parent.glob(f".{path.name}.*.part")):
+            shutil.rmtree(old, ignore_errors=True)
+        return path
 
     def record(self, trial: Named) -> Record | None:
         """A trial's record, or None while it is unfinished.

@@ -317,7 +317,7 @@ def _run(
     for importance in outcome.importance.values():
         store.write_importance(trial.seed, _way(trial, source), importance)
     if config.save_models and trial.ladder == "target":
-        keep_model(store, trial, outcome.model, ticket)
+        keep_model(store, trial, outcome.model, target.tokenizer, ticket)
     rows = {"fraction": trial.fraction, "train_rows": len(part.splits["train"]), "epochs": part.config.epochs}
     return {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows}
 
