@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,9 +77,12 @@ def test_what_is_deleted_is_made_again_alike(found: SearchResult):
     store.importance_path(0, "pass").unlink()
     store.record_path(winning).unlink()
     store.ticket_path(winning).unlink()
+    other = store.plan[-1]
+    shutil.rmtree(store.model_path(other))
     heard = Heard()
     again = run_search(found.config, heard)
-    assert heard.ran == [full.id, winning.id]
+    assert heard.ran == [full.id, winning.id, other.id]
+    assert (store.model_path(other) / "model.safetensors").is_file()
     assert list(map(reproducible, again.records)) == list(map(reproducible, found.records))
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,10 @@ def test_a_finished_share_runs_nothing_again_and_what_is_deleted_is_made_alike(s
     assert heard.ran == []
     store = Store.read(shared.folder, "share")
     store.record_path(ShareTrial("random", 0)).unlink()
+    shutil.rmtree(store.model_path(ShareTrial("plain", 0)))
     (shared.folder / "single" / "pairs" / "trials" / "winning-0.5-seed-0.json").unlink()
     again = run_share(shared.config, heard)
-    assert heard.ran == ["pairs winning-0.5-seed-0", "random-seed-0"]
+    assert heard.ran == ["pairs winning-0.5-seed-0", "plain-seed-0", "random-seed-0"]
     assert list(map(reproducible, again.records)) == list(map(reproducible, shared.records))
 
 

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,18 @@ def test_a_finished_transfer_runs_nothing_again_and_what_is_deleted_is_made_alik
     assert heard.ran == [
         "target-0.25-winning-seed-0", "source-0.25-full-seed-0", "source-0.25-winning-0.5-seed-0"
     ]  # fmt: skip
+    assert list(map(reproducible, again.records)) == list(map(reproducible, moved.records))
+
+
+def test_models_that_are_asked_for_later_are_made(moved: TransferResult):
+    heard = Heard()
+    source = Store.read(moved.folder / "source")
+    shutil.rmtree(source.model_path(source.plan[1]))
+    config = dataclasses.replace(moved.config, save_models=True)
+    again = run_transfer(config, heard)
+    targets = [trial for trial in again.records if trial["ladder"] == "target"]
+    assert heard.ran == [f"source {source.plan[1].id}", *(record["id"] for record in targets)]
+    assert all((moved.folder / "models" / record["id"]).is_dir() for record in targets)
     assert list(map(reproducible, again.records)) == list(map(reproducible, moved.records))
 
 
@@ -180,7 +194,7 @@ def test_what_cannot_be_done_is_refused_before_any_training(
     refused("has no finished trials of seed 1: give --seeds that it has", source=str(source), seeds=2)
     model = source / "models" / "full-seed-0"
     model.rename(tmp_path / "away")
-    refused("has no model of full-seed-0: search with --save-models", source=str(source))
+    refused("has no model of full-seed-0: repeat that search with --save-models", source=str(source))
     (tmp_path / "away").rename(model)
 
 

@@ -123,7 +123,11 @@ class SearchConfig(Config):
     learning_rate: float = option(None, "Peak step size.", TRAINING, float, shown="recipe")
     dtype: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 for bfloat16 autocast over fp32 weights.", TRAINING)
     save_models: bool = option(
-        False, "Keep each trial's trained model in models/ (the size of the checkpoint each).", TRAINING, bool
+        False,
+        "Keep each trial's trained model in models/ (the size of the checkpoint each); a finished trial "
+        "without its model trains again.",
+        TRAINING,
+        bool,
     )
     importance: Literal["pass", "on_the_fly", "both"] = option(
         "pass",

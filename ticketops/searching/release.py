@@ -57,7 +57,7 @@ def release(
             folder = folder / "models" / record["id"]
             if not folder.is_dir():
                 raise InputError(
-                    f"{store.folder} has no model of {record['id']}: run it with --save-models into a new folder"
+                    f"{store.folder} has no model of {record['id']}: run the same command with --save-models"
                 )
             names = ("task", "model", "kind", "sparsity", "seed", "metric", "score", "steps")
             run = {name: record[name] for name in names if name in record}

@@ -115,7 +115,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
                 keep_model(store, trial, outcome.model, setting.tokenizer, ticket)
             return outcome.record
 
-        finished = finished_trials(store, plan, lambda trial: ways if trial.kind == "full" else ())
+        finished = _finished(store, plan, config)
         listener.planned(plan, len(finished))
         run_missing(store, plan, finished, run, listener, draw_ticket)
         records = store.records()
@@ -128,8 +128,18 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
         return result
 
 
+def _finished(store: Store, plan: Iterable[Trial], config: SearchConfig) -> set[Trial]:
+    ways = WAYS[config.importance]
+    return finished_trials(
+        store, plan, lambda trial: ways if trial.kind == "full" else (), lambda trial: config.save_models
+    )
+
+
 def finished_trials(
-    store: Store, plan: Iterable[AnyTrial], ways: Callable[[AnyTrial], Iterable[str]] = lambda trial: ()
+    store: Store,
+    plan: Iterable[AnyTrial],
+    ways: Callable[[AnyTrial], Iterable[str]] = lambda trial: (),
+    keeps: Callable[[AnyTrial], bool] = lambda trial: False,
 ) -> set[AnyTrial]:
     """Finds the trials that need not run again, and reads every file of a plan: a damaged one is better reported now
     than after hours.
@@ -138,6 +148,7 @@ def finished_trials(
         store: of the run.
         plan: its trials.
         ways: how a trial scores its model, as `Store.importance` takes it; without these scores it is not finished.
+        keeps: whether a trial's model is kept; without it the trial is not finished.
 
     Raises:
         StoreError: a file is damaged.
@@ -145,6 +156,7 @@ def finished_trials(
     finished = {trial for trial in plan if store.record(trial) is not None}
     for trial in plan:
         store.ticket(trial)
+    finished = {trial for trial in finished if store.model_path(trial).is_dir() or not keeps(trial)}
     return {trial for trial in finished if None not in [store.importance(trial.seed, way) for way in ways(trial)]}
 
 
@@ -198,9 +210,9 @@ def stages(setting: Setting, name: str) -> tuple[list["Stage"], int]:
         setting: of the search.
         name: what the larger run calls it.
     """
-    begun = (Path(setting.config.output) / "config.json").is_file()
-    finished = len(Store.read(setting.config.output, "search").records()) if begun else 0
-    return [Stage(name, trial) for trial in setting.plan()], finished
+    plan, begun = setting.plan(), (Path(setting.config.output) / "config.json").is_file()
+    finished = len(_finished(Store.read(setting.config.output, "search"), plan, setting.config)) if begun else 0
+    return [Stage(name, trial) for trial in plan], finished
 
 
 @dataclass(frozen=True)

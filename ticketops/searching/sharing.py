@@ -276,7 +276,7 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
         "tasks": {name: setting.task.describe() for name, setting in settings.items()},
     }
     with Store.create(config.output, description, notes) as store:
-        finished = finished_trials(store, plan)
+        finished = finished_trials(store, plan, keeps=lambda trial: config.save_models)
         for name, seed in itertools.product(settings, config.seeds):
             store.ticket(TaskTicket(name, seed))
         # The searches' trials are the run's, too, and are announced with it.

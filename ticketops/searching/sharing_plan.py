@@ -93,7 +93,9 @@ class ShareConfig(Config):
     learning_rate: float = as_in_search("learning_rate")
     dtype: Literal["fp32", "bf16"] = as_in_search("dtype")
     save_models: bool = as_in_search(
-        "save_models", help="Keep each trial's shared model in models/ (the size of the checkpoint each)."
+        "save_models",
+        help="Keep each trial's shared model in models/ (the size of the checkpoint each); a finished trial "
+        "without its model trains again.",
     )
     granularity: Literal["example", "token", "batch"] = as_in_search("granularity")
     max_length: int = as_in_search("max_length")

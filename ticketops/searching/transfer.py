@@ -91,8 +91,8 @@ class Source:
                     raise InputError(f"{self.folder} has no finished trials of seed {seed}: give --seeds that it has")
                 if not store.model_path(trial).is_dir():
                     raise InputError(
-                        f"{self.folder} has no model of {trial.id}: search with --save-models into a new folder, or "
-                        "name the source task itself"
+                        f"{self.folder} has no model of {trial.id}: repeat that search with --save-models, or name the "
+                        "source task itself"
                     )
         return level, records
 
@@ -189,7 +189,7 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
         "tasks": {"source": source.setting.task.describe(), "target": target.task.describe()},
     }
     with Store.create(config.output, ready.identity, notes) as store:
-        finished = finished_trials(store, plan, lambda trial: _ways(trial, source))
+        finished = finished_trials(store, plan, lambda trial: _ways(trial, source), lambda trial: _keeps(trial, config))
         searches, done = ([], 0) if source.given else stages(source.setting, "source")
         listener.planned([*searches, *plan], done + len(finished))
         if not source.given:
@@ -283,6 +283,10 @@ def _ways(trial: TransferTrial, source: Source) -> tuple[str, ...]:
     return (_way(trial, source),) if scored else ()
 
 
+def _keeps(trial: TransferTrial, config: TransferConfig) -> bool:
+    return config.save_models and trial.ladder == "target"
+
+
 def _way(trial: TransferTrial, source: Source) -> str:
     return f"{WAYS[source.setting.config.importance][0]}-of-{trial.fraction:g}"
 
@@ -316,7 +320,7 @@ def _run(
     outcome = run_trial(part, origin, ticket, ways, listener)
     for importance in outcome.importance.values():
         store.write_importance(trial.seed, _way(trial, source), importance)
-    if config.save_models and trial.ladder == "target":
+    if _keeps(trial, config):
         keep_model(store, trial, outcome.model, target.tokenizer, ticket)
     rows = {"fraction": trial.fraction, "train_rows": len(part.splits["train"]), "epochs": part.config.epochs}
     return {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows}

@@ -69,7 +69,11 @@ class TransferConfig(Config):
     batch_size: int = as_in_search("batch_size")
     learning_rate: float = as_in_search("learning_rate")
     dtype: Literal["fp32", "bf16"] = as_in_search("dtype")
-    save_models: bool = as_in_search("save_models", help="Keep each target trial's model (the checkpoint's size each).")
+    save_models: bool = as_in_search(
+        "save_models",
+        help="Keep each target trial's model (the checkpoint's size each); a finished trial without its "
+        "model trains again.",
+    )
     granularity: Literal["example", "token", "batch"] = as_in_search("granularity")
     max_length: int = as_in_search("max_length")
     train_rows: int | None = as_in_search(
