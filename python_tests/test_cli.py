@@ -119,6 +119,22 @@ def test_doctor_says_what_would_run_and_why():
     assert facts["machine"]["threads"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("wanted", "words"), [("native", "native is out: "), ("triton", "triton is out: "), ("nonsense", "is no backend")]
+)
+def test_doctor_explains_a_backend_that_cannot_run_everything(wanted: str, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TICKETOPS_BACKEND", wanted)
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["versions"]["torch"] == torch.__version__
+    # No compiled backend has kernels for it.
+    row = next(row for row in facts["backends"] if (row["op"], row["dtype"]) == ("attention", "float64"))
+    assert row["backend"] == "none"
+    assert f"TICKETOPS_BACKEND={wanted}" in row["why"]
+    assert words in row["why"]
+
+
 def test_doctor_says_how_a_model_is_served(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
     result = invoke("doctor", "--model", str(tmp_path))

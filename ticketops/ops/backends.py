@@ -130,7 +130,8 @@ def explain() -> list[dict[str, str]]:
     """What `ticketops doctor` prints: for every op, device at hand and dtype, the backend that would run and why.
 
     Returns:
-        One row a combination, with keys op, device, dtype, backend, why.
+        One row a combination, with keys op, device, dtype, backend, why; backend is "none" where a call would be
+        refused.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
@@ -138,7 +139,10 @@ def explain() -> list[dict[str, str]]:
         for op in OPS:
             dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             for dtype in dtypes[:1] if op in ANY_DTYPE else dtypes:
-                backend, why = choose(op, torch.device(device), dtype)
+                try:
+                    backend, why = choose(op, torch.device(device), dtype)
+                except UnsupportedError as error:
+                    backend, why = "none", str(error)
                 rows.append(
                     {
                         "op": op,
