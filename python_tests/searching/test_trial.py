@@ -210,6 +210,15 @@ def test_a_pruned_model_is_refused(setting: Setting, tmp_path: Path, ticket: Tic
         with_fields(setting, model=str(tmp_path))
 
 
+def test_the_rows_of_a_recipe_are_an_upper_bound(setting: Setting, tmp_path: Path):
+    fields = {"recipe": "demo", "train_rows": None, "output": str(tmp_path)}
+    found = with_fields(setting, **fields)
+    assert (found.config.train_rows, len(found.splits["train"])) == (64, 64)
+    # What is asked for in numbers is not.
+    with pytest.raises(InputError, match="train_rows 3001 of 64 training rows"):
+        with_fields(setting, **{**fields, "train_rows": 3001})
+
+
 def test_recipes_are_complete():
     assert RECIPES["paper"].betas == (0.9, 0.999)
     assert {"default", "paper", "demo"} == RECIPES.keys()

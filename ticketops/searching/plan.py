@@ -38,7 +38,7 @@ class Recipe:
         learning_rate: peak step size.
         epochs: passes over the training split.
         batch_size: examples a step.
-        train_rows: rows of the training split used; None for all.
+        train_rows: rows of the training split used at most; None for all.
         warmup: share of the steps over which the step size rises from zero; it then falls linearly back to zero.
         weight_decay: of all weights but biases and LayerNorm.
         clip: largest l2 norm of a step's gradient.
@@ -114,7 +114,7 @@ class SearchConfig(Config):
     )
     recipe: str = option(
         None,
-        "default (AdamW), paper (its Adamax) or demo (1 epoch of 3000 rows).",
+        "default (AdamW), paper (its Adamax) or demo (1 epoch of at most 3000 rows).",
         TRAINING,
         shown="demo for task demo, else default",
     )

@@ -57,13 +57,16 @@ class Setting:
 
         Args:
             config: the search.
-            at_most: its `train_rows` and `validation_rows` are upper bounds; what there is then stands in the setting's
-                own `config`.
+            at_most: its `train_rows` and `validation_rows` are upper bounds, as the recipe's `train_rows` always are;
+                what there is then stands in the setting's own `config`.
 
         Raises:
             InputError: the model or the task cannot be loaded, or they do not fit each other.
             UnsupportedError: ticketops does not serve this architecture.
         """
+        bounds = ("train_rows", "validation_rows") if at_most else ()
+        if config.train_rows == RECIPES[config.recipe].train_rows:
+            bounds = ("train_rows", *bounds)
         with quiet():
             task = load_task(
                 config.task,
@@ -73,10 +76,9 @@ class Setting:
                 train_rows=config.train_rows,
                 validation_rows=config.validation_rows,
                 report_fraction=config.report_fraction,
-                at_most=at_most,
+                at_most=bounds,
             )
-            if at_most:
-                config = _with_rows(config, task)
+            config = _with_rows(config, task)
             model_config = load_config(config.model)
             if getattr(model_config, "vocab_size", None) is None:
                 raise InputError(

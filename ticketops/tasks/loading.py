@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def load_task(
     validation_rows: int | None = None,
     report_fraction: float = 0.0,
     seed: int = 0,
-    at_most: bool = False,
+    at_most: Collection[str] = (),
 ) -> Task:
     """Loads a task: `demo`, a GLUE task by name from the hub, or a local file or folder.
 
@@ -42,7 +42,7 @@ def load_task(
         validation_rows: likewise for the validation rows, before any report rows are cut from them.
         report_fraction: share of the validation rows in [0, 1) that is set apart only to report.
         seed: chooses all of these rows.
-        at_most: the numbers of rows are upper bounds: a task that has fewer uses all of them.
+        at_most: which of `train_rows` and `validation_rows` are upper bounds: a task that has fewer uses all of them.
 
     Returns:
         The task with the rows that will be used.
@@ -54,9 +54,10 @@ def load_task(
         raise InputError(f"report_fraction {report_fraction} is outside [0, 1): give the share of validation rows")
     with _no_progress_bars():
         task = _whole_task(spec, {"text_columns": text_columns, "label_column": label_column, "kind": kind}, seed)
-        if at_most:
-            train_rows = train_rows and min(train_rows, len(task.train))
-            validation_rows = validation_rows and min(validation_rows, len(task.validation))
+        if train_rows and "train_rows" in at_most:
+            train_rows = min(train_rows, len(task.train))
+        if validation_rows and "validation_rows" in at_most:
+            validation_rows = min(validation_rows, len(task.validation))
         train = _limit(task.train, train_rows, "train_rows", "training", seed)
         validation = _limit(task.validation, validation_rows, "validation_rows", "validation", seed)
         report = None
