@@ -1,6 +1,8 @@
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ from typer.testing import CliRunner, Result
 
 from ticketops import cli
 from ticketops.cli import app
-from ticketops.searching import SearchConfig, ShareConfig, Store, TransferConfig, run
+from ticketops.searching import SearchConfig, ShareConfig, ShareTrial, Store, TransferConfig, run
+from ticketops.searching.sharing_plan import TaskTicket
 from ticketops.tickets import Ticket
 
 ROOT = Path(__file__).parents[1]
@@ -207,6 +210,24 @@ def test_without_arguments_the_demo_is_searched(monkeypatch: pytest.MonkeyPatch)
 def test_columns_of_negative_numbers_are_aligned_as_numbers(capsys: pytest.CaptureFixture):
     cli._print_table([["kind", "score"], ["full", "-17.5"], ["random", "2.7"]])
     assert "random    2.7" in capsys.readouterr().out
+
+
+def test_names_with_brackets_and_colons_are_printed_as_they_are(searched: Any, tmp_path: Path, capsys: Any):
+    name = "br [/x] [bold]y :smile:"
+    folder = shutil.copytree(searched[0], tmp_path / name)
+    result = invoke("report", folder)
+    assert result.exit_code == 0, result.output
+    assert f"{name}/report.md" in result.stdout
+    cli._print_table([["task", name], ["[red]z", "1"]])
+    out = capsys.readouterr().out
+    assert name in out
+    assert "[red]z" in out
+    console = cli._console(file=io.StringIO(), force_terminal=True)
+    with cli._progress(console) as bars:
+        bars.planned([ShareTrial("plain", 0)], 0)
+        bars.started(TaskTicket(name, 0))
+        bars.progress.refresh()
+    assert name in console.file.getvalue()
 
 
 def test_dry_run_prints_the_plan_and_touches_nothing(inputs: dict[str, Any], tmp_path: Path):

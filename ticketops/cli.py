@@ -202,10 +202,13 @@ def _print_result(result: Any, finding: str = "") -> None:
     from ticketops.reporting import overview
 
     _print_table(overview(result.folder))
-    console = Console()
     if finding:
-        console.print(finding, highlight=False)
-    console.print(f"Report: {result.report_path}", highlight=False, soft_wrap=True)
+        _console().print(finding)
+    _print_report(result.report_path)
+
+
+def _print_report(path: Path) -> None:
+    _console().print(f"Report: {path}", soft_wrap=True)
 
 
 @app.command("report")
@@ -221,7 +224,7 @@ def _report(
 
         path = report(folder)
         _print_table(overview(folder))
-        Console().print(f"Report: {path}", highlight=False, soft_wrap=True)
+        _print_report(path)
 
 
 class Format(StrEnum):
@@ -462,8 +465,13 @@ def _errors(traceback: bool, interrupted: str = "") -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, InputError | UnsupportedError) else 1) from error
 
 
+def _console(**options: Any) -> Console:
+    """A console that prints text as it is: names and paths may hold brackets and colons, rich's markup."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
+
+
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = _console() if sys.stdout.isatty() else _console(width=160)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for position, title in enumerate(rows[0]):
         numeric = len(rows) > 1 and position > 0 and rows[1][position].lstrip("-")[:1].isdigit()
@@ -506,7 +514,7 @@ class _Lines:
         self.say(f"[{self.done}/{self.total}] {trial.id}: {score} ({seconds:.0f} s)")
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
 
 
 class _Bars(_Lines):
@@ -534,14 +542,14 @@ class _Bars(_Lines):
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    console = Console(stderr=True)
+def _progress(console: Console | None = None) -> Iterator[Any]:
+    console = console or _console(stderr=True)
     if not console.is_terminal:
-        console.print("loading model and data", highlight=False)
+        console.print("loading model and data")
         yield _Lines(console)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
