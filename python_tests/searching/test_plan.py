@@ -67,6 +67,8 @@ def test_the_command_makes_the_same_search(config: SearchConfig):
         ({"granularity": "word"}, ["word", "example, token, batch"]),
         ({"task_kind": "ranking"}, ["ranking", "regression"]),
         ({"model": " "}, ["model"]),
+        ({"label_column": 5}, ["label_column 5", "name"]),
+        ({"label_column": ["label"]}, ["label_column ['label']"]),
         ({"save_models": "yes"}, ["save_models", "yes"]),
         ({"sparsity": 0.1}, ["'sparsity'", "did you mean 'sparsities'"]),
     ],

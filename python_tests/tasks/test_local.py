@@ -247,6 +247,18 @@ GOOD = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
         ("a.jsonl", GOOD + '{"text": "c"}\n', r"line 3: no label in column label"),
         ("a.jsonl", GOOD + '{"text": "c", "label": NaN}\n', r"line 3: label nan in column label is not a number"),
         ("a.csv", "text,label\na,0.5\nb,nan\n", r"line 3: label nan in column label is not a number"),
+        ("a.jsonl", GOOD + '{"text": "c", "label": "\\ud800"}\n', r"line 3: column label is not valid Unicode"),
+        ("a.jsonl", GOOD + '{"text": "c", "label": ' + "9" * 5000 + "}\n", r"a\.jsonl, line 3: not valid JSON"),
+        (
+            "a.jsonl",
+            GOOD + '{"text": "c", "label": 0.5}\n{"text": "d", "label": 1e300}\n',
+            r"line 4: label 1.* float32",
+        ),
+        (
+            "a.csv",
+            f"text,label\na,0.5\nb,-{10**400}\n",
+            r"line 3: label -10{18}\.\.\. is beyond what float32 holds, 3\.4e\+38",
+        ),
         ("a.jsonl", GOOD + '{"text": "c", "label": [0, 1]}\n', r"line 3: label \[0, 1\] .* give one number"),
         ("a.jsonl", '{"text": "c", "label": 1}\n' * 9, r"has no training rows left"),
         ("a.csv", "text,label\n" + "".join(f"t{i},1\n" for i in range(9)), r"every training row .* has the label 1"),
@@ -261,6 +273,17 @@ def test_bad_files_are_one_line_errors(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message) as caught:
         load_task(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("extension", ["csv", "tsv"])
+def test_texts_of_any_length_and_labels_of_any_size(tmp_path, extension):
+    limit = csv.field_size_limit()
+    long = "a" * (limit + 1)
+    rows = [{"text": f"{long} {i}", "label": (7, 10**400)[i % 2]} for i in range(20)]
+    task = load_task(write(tmp_path / f"data.{extension}", rows))
+    assert len(task.train["text"][0]) > limit
+    assert task.labels == ("7", str(10**400))
+    assert csv.field_size_limit() == limit
 
 
 def test_labels_that_are_no_numbers_for_regression(tmp_path):

@@ -176,6 +176,8 @@ class SearchConfig(Config):
         put("seeds", read_seeds(self.seeds))
         if self.text_columns is not None:
             put("text_columns", tuple(str(column) for column in list_of("text_columns", self.text_columns)))
+        if self.label_column is not None:
+            put("label_column", text("label_column", self.label_column))
         if self.task_kind is not None:
             check_choice("task_kind", self.task_kind, ("classification", "regression"))
         for name in ("epochs", "batch_size", "max_length"):

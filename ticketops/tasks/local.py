@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,6 +35,9 @@ VALIDATION_NAMES = ("validation", "validation_matched", "valid", "val", "dev", "
 
 # The share of a file without a validation split that is held out.
 HELD_OUT = 0.1
+
+# Of the float32 that a regression's labels are.
+_LARGEST = float(np.finfo(np.float32).max)
 
 # A row and where it stands, in words for an error.
 Row = tuple[str, Mapping[str, Any]]
@@ -179,7 +183,8 @@ def _read_json(file: Path) -> Iterator[Row]:
 def _parse(content: str, where: str) -> Any:
     try:
         return json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+    # A number of more than 4,300 digits is a ValueError, too.
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({error}): repair or remove it") from error
 
 
@@ -188,6 +193,8 @@ def _read_delimited(file: Path) -> Iterator[Row]:
     tabs = file.suffix.lower() == ".tsv"
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream, strict=True)
+        # The module's limit is of the whole process, and lower than texts are long.
+        limit = csv.field_size_limit(2**31 - 1)
         try:
             header = next(reader, [])
             if len(set(header)) != len(header):
@@ -201,6 +208,8 @@ def _read_delimited(file: Path) -> Iterator[Row]:
                     yield where, {name: field or None for name, field in zip(header, fields, strict=True)}
         except csv.Error as error:
             raise InputError(f"{file}, line {reader.line_num}: malformed ({error}): repair the quotes") from error
+        finally:
+            csv.field_size_limit(limit)
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
@@ -248,6 +257,10 @@ def _text(where: str, value: Any, column: str) -> str:
         raise InputError(f"{where}: no text in column {column}: fill it in or remove the row")
     if not isinstance(value, str):
         raise InputError(f"{where}: column {column} holds {value!r}, not a text: put a string there")
+    return _unicode(where, value, column)
+
+
+def _unicode(where: str, value: str, column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -268,10 +281,11 @@ def _label(where: str, value: Any, column: str) -> Label:
         with suppress(ValueError):
             value = int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
     if isinstance(value, str):
-        return value
+        return _unicode(where, value, column)
     if not isinstance(value, int | float):
         raise InputError(f"{where}: label {value!r} in column {column}: give one number, string or true/false a row")
-    if not math.isfinite(value):
+    # Python's integers are as large as they like, and may have no float.
+    if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where}: label {value} in column {column} is not a number: fill it in or remove the row")
     return int(value) if value == int(value) else value
 
@@ -279,6 +293,10 @@ def _label(where: str, value: Any, column: str) -> Label:
 def _number(where: str, value: Label) -> float:
     if isinstance(value, str):
         raise InputError(f"{where}: label {value!r} is no number: regression needs one, or use kind=classification")
+    if abs(value) > _LARGEST:
+        raise InputError(
+            f"{where}: label {value!r:.20}... is beyond what float32 holds, {_LARGEST:.1e}: scale the labels"
+        )
     return float(value)
 
 
