@@ -100,6 +100,7 @@ def test_results_have_one_row_a_trial(tmp_path: Path):
     wanted = "task kind sparsity seed heads_pruned ffns_pruned weights_remaining split metric score"
     assert set(wanted.split()) <= rows[0].keys()
     assert (rows[0]["kind"], float(rows[0]["sparsity"]), float(rows[0]["weights_remaining"])) == ("full", 0.0, 1.0)
+    assert [row["id"] for row in rows] == [trial.id for trial in store.plan]
     assert [float(row["score"]) for row in rows] == [record["score"] for record in store.records()]
     assert rows[0]["validation_f1"] == rows[0]["score"]
 

@@ -122,6 +122,7 @@ def test_a_share_is_reported_by_arm_and_task_with_paired_differences(tmp_path: P
         assert f"]({name})" in text
     table = rows(store.folder / "results.csv")
     assert len(table) == 9 * 2
+    assert [row["id"] for row in table[::2]] == [trial.id for trial in store.plan]
     assert {row["metric"] for row in table} == set(TASKS.values())
     assert {row["task"]: row["validation_pearson"] for row in table}["rte"] == ""
 
@@ -201,6 +202,7 @@ def test_a_transfer_is_reported_rung_by_rung(tmp_path: Path):
     assert min(png_size(store.folder / "ladder.png")) > 300
     table = rows(store.folder / "results.csv")
     assert len(table) == 2 * (4 * 2 + 3 * 3)
+    assert [row["id"] for row in table] == [trial.id for trial in store.plan]
     assert {row["ladder"] for row in table} == {"target", "source"}
     assert overview(store.folder)[0][0] == "ladder"
 

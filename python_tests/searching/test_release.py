@@ -63,6 +63,7 @@ def test_a_run_is_exported_without_the_model_it_started_from(search, tmp_path):
     ("words", "code", "message"),
     [
         (["--trial", "seven"], 2, "no finished trial 'seven'"),
+        (["--trial", "0"], 2, "use one of the ids in its results.csv (full-seed-0, winning-0.5-seed-0, ...)"),
         (["--ticket", "x.safetensors"], 2, "--ticket goes with a model's folder"),
     ],
 )

@@ -226,11 +226,12 @@ def _results(records: Sequence[Record]) -> str:
             for name in found
         }
     )
-    header = ["arm", "seed", "mixing", "task", *columns, "metric", "score", "report_score"]
+    header = ["id", "arm", "seed", "mixing", "task", *columns, "metric", "score", "report_score"]
     rows = [[*header, *(f"{split}_{name}" for split, name in details), "trial_train_loss", "trial_train_seconds"]]
     for record in records:
         for name, task in record["tasks"].items():
-            row = [record["kind"], record["seed"], record["mixing"], name, *(task[column] for column in columns)]
+            row = [*(record[column] for column in ("id", "kind", "seed", "mixing")), name]
+            row += [task[column] for column in columns]
             row += [task[column] for column in ("metric", "score", "report_score")]
             row += [task["scores"].get(split, {}).get(metric) for split, metric in details]
             rows.append([*row, record["train_loss"], record["timing"]["train_seconds"]])

@@ -8,6 +8,7 @@ from typing import Any
 from ticketops.searching.selection import Selection, Spread
 
 COLUMNS = (
+    "id",
     "task",
     "model",
     "kind",

@@ -14,6 +14,7 @@ from ticketops.searching.store import Record, Store
 from ticketops.searching.transfer_plan import SCORES, SOURCE
 
 COLUMNS = (
+    "id",
     "ladder",
     "task",
     "fraction",

@@ -99,7 +99,10 @@ def _record(store: Store, trial: str | None) -> dict[str, Any]:
     if trial is not None:
         found = [record for record in records if record["id"] == trial]
         if not found:
-            raise InputError(f"no finished trial {trial!r} in {store.folder}: use one of the ids in its results.csv")
+            ids = ", ".join([*(record["id"] for record in records[:3]), "..."])
+            raise InputError(
+                f"no finished trial {trial!r} in {store.folder}: use one of the ids in its results.csv ({ids})"
+            )
         return found[0]
     if store.kind == "transfer":
         raise InputError(
