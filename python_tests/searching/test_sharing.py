@@ -11,7 +11,7 @@ from ticketops.errors import InputError, StoreError
 from ticketops.models import SharedModel, load
 from ticketops.searching import SearchConfig, ShareConfig, ShareResult, ShareTrial, Store, run_search, run_share
 from ticketops.searching.release import release
-from ticketops.searching.sharing import load_settings, run_share_trial
+from ticketops.searching.sharing import load_settings, prepare_share, run_share_trial
 from ticketops.searching.task_tickets import arm_tickets
 from ticketops.tickets import Ticket
 
@@ -104,6 +104,17 @@ def test_tickets_of_an_earlier_run_give_the_same_training(shared: ShareResult, t
     other = dataclasses.replace(config, tickets=(f"task={path}", f"pairs={path}"))
     with pytest.raises(StoreError, match=r"holds another share .*tickets is"):
         run_share(other)
+
+
+def test_an_earlier_share_gives_the_tickets_of_some_of_its_tasks(shared: ShareResult, pairs: str, tmp_path: Path):
+    other, ticket = make_task(tmp_path / "other"), tmp_path / "ticket.safetensors"
+    KEPT.save(ticket)
+    fields = {"model": shared.config.model, **FIELDS, "tasks": f"{other},{pairs}"}
+    _, given = prepare_share(ShareConfig(**fields, tickets=f"{shared.folder},other={ticket}"))
+    assert given is not None
+    assert given.tickets == {"pairs": shared.tickets["pairs"], "other": {0: KEPT}}
+    with pytest.raises(InputError, match="there is no ticket for task other in --tickets: add other=PATH"):
+        prepare_share(ShareConfig(**fields, tickets=str(shared.folder)))
 
 
 def test_pruned_by_every_task_stays_pretrained_through_a_whole_training(tasks: dict[str, str]):

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def given_tickets(config: ShareConfig, settings: Mapping[str, Setting]) -> Given
                 f"tickets entry {entry!r}: there is no {path}; give a search's output folder or a ticket's file, "
                 f"as PATH or TASK=PATH with one of the tasks {', '.join(settings)}"
             )
-        for folder in _searches(path) if task is None else [path]:
+        for folder in _searches(path, settings) if task is None else [path]:
             own, tickets, single, model = _read_tickets(folder, config)
             own = task or own
             if own not in settings:
@@ -88,9 +88,10 @@ def given_tickets(config: ShareConfig, settings: Mapping[str, Setting]) -> Given
     return found
 
 
-def _searches(path: Path) -> list[Path]:
-    """The folder of a search as it is; of a share, the searches inside."""
-    return sorted((path / SEARCHES).iterdir()) if (path / SEARCHES).is_dir() else [path]
+def _searches(path: Path, tasks: Collection[str]) -> list[Path]:
+    """The folder of a search as it is; of a share, the searches inside, of these tasks."""
+    inside = path / SEARCHES
+    return [inside / task for task in tasks if (inside / task).is_dir()] if inside.is_dir() else [path]
 
 
 def _read_tickets(path: Path, config: ShareConfig) -> tuple[str, dict[int, Ticket], Record, str | None]:
