@@ -193,3 +193,7 @@ def test_report_says_what_the_super_ticket_costs(tmp_path: Path):
     text = report(store.folder).read_text()
     assert "| ms for a batch of 32 x 128 tokens | 30.0 | 20.0 | 1.50x as fast |" in text
     assert "on processor some chip." in text
+    for damaged in ({"rows": rows}, {"machine": {}, "rows": [{"batch": 32}]}, {"machine": {}, "rows": [3]}):
+        store.write_latencies(damaged)
+        with pytest.raises(StoreError, match=r"latency.json is damaged: delete it"):
+            report(store.folder)

@@ -208,8 +208,9 @@ def test_a_transfer_is_reported_rung_by_rung(tmp_path: Path):
 
 
 def test_damage_is_an_error_of_these_reports_too(tmp_path: Path):
-    for store in (make_share(tmp_path / "share"), make_transfer(tmp_path / "transfer")):
-        path = store.record_path(store.plan[1])
-        path.write_text(path.read_text()[:100])
-        with pytest.raises(StoreError, match=f"{path}.*delete it"):
-            report(store.folder)
+    for store, scores in ((make_share(tmp_path / "share"), SINGLE), (make_transfer(tmp_path / "transfer"), SCORES)):
+        for path in (store.folder / scores, store.record_path(store.plan[1])):
+            path.write_text(path.read_text()[:100])
+            with pytest.raises(StoreError, match=f"{path}.*delete it"):
+                report(store.folder)
+            path.unlink()

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -221,6 +222,16 @@ def test_reading_what_is_no_store(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"format": 1')
     with pytest.raises(StoreError, match="truncated or damaged: restore it, or choose another --output"):
         Store.read(tmp_path)
-    (tmp_path / "config.json").write_text('{"format": 99}')
-    with pytest.raises(StoreError, match="another version"):
-        Store.read(tmp_path)
+    whole = {"format": 1, "identity": identity(), "notes": {}}
+    lacking = {name: {key: value for key, value in identity().items() if key != name} for name in identity()}
+    for damaged in (
+        {"format": 99},
+        {"format": 1, "identity": identity()},
+        {**whole, "identity": identity() | {"config": []}},
+        *({**whole, "identity": fields} for fields in lacking.values()),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(StoreError, match="another version"):
+            Store.read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    assert Store.read(tmp_path).kind == "search"

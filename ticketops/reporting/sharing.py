@@ -1,7 +1,6 @@
 """The report of ticket sharing, and what tickets say about tasks."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,8 +109,7 @@ def scores(store: Store) -> dict[str, Scores]:
     held_out = bool(store.config.report_fraction)
     tasks = list(store.description["notes"]["tasks"])
     arms: dict[str, Scores] = {}
-    path = store.folder / SINGLE
-    single: dict[str, Record] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    single: dict[str, Record] = store.facts(SINGLE) or {}
     for arm, kind in (("alone", "full"), ("alone, super ticket", "winning")):
         found: Scores = {
             task: {int(seed): pair[held_out] for seed, pair in single[task]["scores"].get(kind, {}).items()}

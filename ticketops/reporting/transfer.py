@@ -1,9 +1,7 @@
 """The report of domain transfer and of low data: super ticket against full model on growing shares of the rows."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ticketops.files import write_atomically
 from ticketops.reporting import task_plots
@@ -152,9 +150,8 @@ def ladder(store: Store) -> list[Rung]:
                 getattr(rung, name).update(level.report_scores if held_out else level.scores)
         rung.sparsity = None if selection.super_level is None else selection.super_level.sparsity
         rungs.append(rung)
-    path = store.folder / SCORES
-    if config.source_ladder and 1.0 in config.fractions and path.is_file():
-        whole = json.loads(path.read_text(encoding="utf-8"))
+    whole = store.facts(SCORES)
+    if config.source_ladder and 1.0 in config.fractions and whole is not None:
         rung = Rung("source", 1.0, whole["train_rows"], whole["sparsity"])
         for name, kind in (("full", "full"), ("super", "winning")):
             pairs = {int(seed): pair[held_out] for seed, pair in whole["scores"].get(kind, {}).items()}
@@ -185,7 +182,8 @@ def _measure(store: Store, records: Sequence[Record], role: str) -> tuple[str, f
     for record in records:
         if record["ladder"] == role:
             return record["metric"], record["majority"]
-    whole: Mapping[str, Any] = json.loads((store.folder / SCORES).read_text(encoding="utf-8"))
+    whole = store.facts(SCORES)
+    assert whole is not None, "a rung without records is of these scores"
     return whole["metric"], whole["majority"]
 
 

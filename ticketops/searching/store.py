@@ -21,6 +21,11 @@ from ticketops.tickets import Importance, Ticket
 
 FORMAT = 1
 Record = dict[str, Any]
+#: The file of what was timed in the end.
+_LATENCIES = "latency.json"
+#: What every run's identity has.
+_IDENTITY = {"task_fingerprint", "model_fingerprint", "layers", "heads"}
+_REMEDY = "delete it and run the same command again"
 
 #: Kind of run, as `identity["kind"]` names it -> its configuration, and what lists its trials from both.
 KINDS: Mapping[str, tuple[type[Config], Callable[[Any, Mapping[str, Any]], Sequence[Any]]]] = {
@@ -189,9 +194,9 @@ class Store:
             return None
         record = _read_json(path)
         if record.pop("checksum", None) != _checksum(record):
-            raise StoreError(f"the record {path} is damaged: delete it and run the same command again")
+            raise StoreError(f"the record {path} is damaged: {_REMEDY}")
         if record.get("id") != trial.id:
-            raise StoreError(f"the record {path} is of {record.get('id')!r}: delete it and run the same command again")
+            raise StoreError(f"the record {path} is of {record.get('id')!r}: {_REMEDY}")
         return record
 
     def records(self) -> list[Record]:
@@ -212,18 +217,35 @@ class Store:
         """Writes the importance of a seed's full model."""
         _save(importance, self.importance_path(seed, way))
 
+    def facts(self, name: str) -> Record | None:
+        """What one of the run's own files says, or None where it is not written yet.
+
+        Args:
+            name: of the JSON file.
+
+        Raises:
+            StoreError: the file is truncated or damaged.
+        """
+        path = self.folder / name
+        return _read_json(path) if path.exists() else None
+
     def latencies(self) -> Record | None:
         """What the full model and the super ticket took on the machine of the search, or None before its end.
 
         Raises:
             StoreError: the file is truncated or damaged.
         """
-        path = self.folder / "latency.json"
-        return _read_json(path) if path.exists() else None
+        found = self.facts(_LATENCIES)
+        rows = None if found is None else found.get("rows")
+        if found is not None and not (
+            isinstance(found.get("machine"), dict) and isinstance(rows, list) and all(map(_is_latency, rows))
+        ):
+            raise StoreError(f"{self.folder / _LATENCIES} is damaged: {_REMEDY}")
+        return found
 
     def write_latencies(self, latencies: Mapping[str, Any]) -> None:
         """Writes what the full model and the super ticket took."""
-        write_atomically(self.folder / "latency.json", json.dumps(latencies, indent=2) + "\n")
+        write_atomically(self.folder / _LATENCIES, json.dumps(latencies, indent=2) + "\n")
 
     def ticket(self, trial: Named) -> Ticket | None:
         """A trial's ticket, or None where it was not drawn yet."""
@@ -279,14 +301,19 @@ def _load(kind: type[Any], path: Path) -> Any:
     try:
         return kind.load(path)
     except InputError as error:
-        raise StoreError(f"{path} is truncated or damaged: delete it and run the same command again") from error
+        raise StoreError(f"{path} is truncated or damaged: {_REMEDY}") from error
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _read_json(path: Path, remedy: str = "delete it and run the same command again") -> Record:
+def _is_latency(row: Any) -> bool:
+    names = ("batch", "length", "whole_ms", "left_ms")
+    return isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in names)
+
+
+def _read_json(path: Path, remedy: str = _REMEDY) -> Record:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -303,7 +330,13 @@ def _read_description(folder: Path) -> Record:
     # Not to be deleted, as other files are: without it the folder's records are nobody's.
     description = _read_json(path, "restore it, or choose another --output folder")
     identity = description.get("identity")
-    known = isinstance(identity, dict) and "config" in identity and _kind(identity) in KINDS
+    known = (
+        isinstance(identity, dict)
+        and isinstance(identity.get("config"), dict)
+        and identity.keys() >= _IDENTITY
+        and _kind(identity) in KINDS
+        and isinstance(description.get("notes"), dict)
+    )
     if description.get("format") != FORMAT or not known:
         raise StoreError(f"{path} is damaged or of another version of ticketops: choose another --output folder")
     return description
