@@ -55,6 +55,8 @@ def test_the_command_makes_the_same_search(config: SearchConfig):
         ({"kinds": "random@"}, ["random@0.3"]),
         ({"seeds": "0"}, ["seeds", "from 1"]),
         ({"seeds": "1,-2"}, ["-2"]),
+        ({"seeds": "20260101"}, ["20260101", "1,000 are the most", "'20260101,'"]),
+        ({"train-rows": 5, "train_rows": 7}, ["'train_rows' twice"]),
         ({"epochs": 1.5}, ["epochs", "1.5", "whole"]),
         ({"epochs": True}, ["epochs", "True"]),
         ({"batch_size": 0}, ["batch_size 0"]),
@@ -96,7 +98,13 @@ def test_yaml_file_equals_the_flags_and_flags_win(tmp_path: Path):
     flags = {"task": "rte", "learning_rate": "5e-4", "seeds": "2", "sparsities": "0.1,0.3", "kinds": "winning,losing"}
     assert SearchConfig.from_yaml(path) == SearchConfig.from_dict(flags)
     assert SearchConfig.from_yaml(path, learning_rate=1e-5).learning_rate == 1e-5
-    for text, word in (("taks: rte", "'task'"), ("- task", "mapping"), ("a: [", "YAML"), ("epochs: x", "'x'")):
+    for text, word in (
+        ("train_rows: 7\ntrain-rows: 5", "twice, with dashes and without: keep one"),
+        ("taks: rte", "'task'"),
+        ("- task", "mapping"),
+        ("a: [", "YAML"),
+        ("epochs: x", "'x'"),
+    ):
         path.write_text(text)
         with pytest.raises(InputError, match=word):
             SearchConfig.from_yaml(path)
@@ -137,8 +145,17 @@ def test_paper_levels_are_the_papers_counts_and_for_its_shape_only():
 def test_impossible_and_empty_levels_are_refused_before_training():
     with pytest.raises(InputError, match="prunes 64 heads, and min_heads 2 leaves at most 60"):
         make_plan(SearchConfig(sparsities="0.9", min_heads=2), 6, 12)
-    with pytest.raises(InputError, match="prunes nothing"):
+    with pytest.raises(InputError, match=r"prunes nothing of .*: give at least 0\.0139$"):
         make_plan(SearchConfig(sparsities="0.01"), 6, 12)
+    assert make_plan(SearchConfig(sparsities="0.0139", kinds="winning"), 6, 12)[1].heads_pruned == 1
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(2, 4), (3, 1), (6, 12), (12, 12), (24, 16), (7, 11)])
+def test_the_least_level_that_is_named_is_one(layers: int, heads: int):
+    with pytest.raises(InputError, match="give at least") as caught:
+        make_plan(SearchConfig(sparsities=1e-5, kinds="winning", min_heads=0), layers, heads)
+    least = str(caught.value).rpartition(" ")[2]
+    assert make_plan(SearchConfig(sparsities=least, kinds="winning", min_heads=0), layers, heads)[1].heads_pruned == 1
 
 
 def test_neurons_in_place_of_ffns() -> None:

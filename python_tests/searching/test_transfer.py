@@ -181,6 +181,7 @@ def test_what_cannot_be_done_is_refused_before_any_training(
         "0.1 % of the 32 training rows of task task leave no row: give --fractions from 0.0625 on",
         fractions="0.001,1",
     )
+    refused("fractions 0.51 and 0.52 are both 16 of the 32 training rows of task task: leave", fractions="0.51,0.52,1")
     refused("leave 1 of one label: give larger --fractions", fractions="0.04")
     refused(r"labels of source task \(0, 1\) are not those of target pairs \(a number\).*--head fresh", target=pairs)
     make_task(tmp_path / "reviews")

@@ -219,6 +219,19 @@ def test_the_rows_of_a_recipe_are_an_upper_bound(setting: Setting, tmp_path: Pat
         with_fields(setting, **{**fields, "train_rows": 3001})
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"sparsities": (0.3, 0.3000001)}, "winning-0.3-seed-0"),
+        ({"sparsities": (0.3000001,), "kinds": ("random", "random@0.3")}, "random-0.3-seed-0"),
+    ],
+)
+def test_levels_too_close_to_be_named_apart_are_refused(setting: Setting, fields: dict[str, Any], name: str):
+    config = dataclasses.replace(setting.config, **fields)
+    with pytest.raises(InputError, match=f"two trials would be called {name}, .*: leave one of them out"):
+        dataclasses.replace(setting, config=config).plan()
+
+
 def test_recipes_are_complete():
     assert RECIPES["paper"].betas == (0.9, 0.999)
     assert {"default", "paper", "demo"} == RECIPES.keys()

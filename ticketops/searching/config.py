@@ -11,6 +11,8 @@ import yaml
 
 from ticketops.errors import InputError
 
+#: A larger number is one seed that somebody wants to name.
+_MOST_SEEDS = 1_000
 #: The groups of flags in a command's help.
 WHAT, PLAN, TRAINING, SCORING, DATA = "What", "Which tickets", "Training", "Importance", "Data"
 
@@ -55,10 +57,10 @@ class Config:
             source: where the values come from, for the error message.
 
         Raises:
-            InputError: a key is unknown (the message names the nearest one) or a value is bad.
+            InputError: a key is unknown (the message names the nearest one) or there twice, or a value is bad.
         """
         names = [field.name for field in _fields(cls)]
-        fields = {str(key).replace("-", "_"): value for key, value in values.items()}
+        fields = _by_name(values, source)
         for key in fields:
             if key not in names:
                 near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
@@ -89,7 +91,8 @@ class Config:
             ) from error
         if not isinstance(values, Mapping | None):
             raise InputError(f"the configuration file {path} holds no mapping: write 'flag: value' lines")
-        return cls.from_dict({**(values or {}), **overrides}, source=f"the configuration file {path}")
+        source = f"the configuration file {path}"
+        return cls.from_dict({**_by_name(values or {}, source), **overrides}, source)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and YAML hold and `from_dict` reads back to an equal configuration."""
@@ -113,6 +116,17 @@ class Config:
                     value = ",".join(map(str, value))
                 words += [f"--no-{flag[2:]}" if value is False else flag, *([] if isinstance(value, bool) else [value])]
         return shlex.join(map(str, words))
+
+
+def _by_name(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values by the names of the fields, whose words a flag or key may join by dashes."""
+    fields: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in fields:
+            raise InputError(f"{source} has {name!r} twice, with dashes and without: keep one")
+        fields[name] = value
+    return fields
 
 
 def _fields(kind: Any) -> "tuple[dataclasses.Field[Any], ...]":
@@ -164,11 +178,17 @@ def read_seeds(value: Any) -> tuple[int, ...]:
         value: as given.
 
     Raises:
-        InputError: one is no whole number from 0 on.
+        InputError: one is no whole number from 0 on, or they are too many.
     """
     entries = list_of("seeds", value)
     if "," not in value if isinstance(value, str) else not isinstance(value, Iterable):
-        return tuple(range(whole("seeds", entries[0], 1)))
+        count = whole("seeds", entries[0], 1)
+        if count > _MOST_SEEDS:
+            raise InputError(
+                f"seeds {count} asks for that many seeds, and {_MOST_SEEDS:,} are the most: to name a seed write "
+                f"'{count},'"
+            )
+        return tuple(range(count))
     return tuple(dict.fromkeys(whole("seeds", entry, 0) for entry in entries))
 
 

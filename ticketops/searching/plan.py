@@ -1,7 +1,9 @@
 """What a search does, before anything is loaded: its configuration and the list of its trials. Imports no torch."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -262,7 +264,7 @@ def make_plan(config: SearchConfig, layers: int, heads: int, neurons: int | None
         if not any(found):
             raise InputError(
                 f"sparsity {sparsity:g} prunes nothing of {layers} layers x {heads} heads: "
-                f"give at least {1 / (layers * heads):.4f}"
+                f"give at least {math.ceil(1e4 / (layers * heads)) / 1e4:g}"
             )
         if found[0] > most:
             raise InputError(
@@ -282,6 +284,23 @@ def make_plan(config: SearchConfig, layers: int, heads: int, neurons: int | None
             # Level 0 is the full model.
             trials += [Trial(kind, level, seed, *counts(level)) for level in sorted(own | shared) if level]
     return trials
+
+
+def check_names(trials: Iterable[Any]) -> None:
+    """Makes sure that no two trials of a run have one name, under which one's files would replace the other's.
+
+    Args:
+        trials: of the run.
+
+    Raises:
+        InputError: two do.
+    """
+    for name, count in Counter(trial.id for trial in trials).items():
+        if count > 1:
+            raise InputError(
+                f"two trials would be called {name}, since sparsities and fractions are named to six digits: leave one "
+                "of them out"
+            )
 
 
 def search_plan(config: SearchConfig, identity: Mapping[str, Any]) -> list[Trial]:

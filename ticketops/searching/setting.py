@@ -21,7 +21,7 @@ from ticketops.errors import InputError
 from ticketops.models import check_supported
 from ticketops.models.inputs import positions
 from ticketops.models.record import held_ticket, num_neurons
-from ticketops.searching.plan import RECIPES, SearchConfig, Trial, make_plan
+from ticketops.searching.plan import RECIPES, SearchConfig, Trial, check_names, make_plan
 from ticketops.tasks import Task, demo_model, load_task, tokenize
 
 # The hub's own client tries for half a minute before it gives up; one short request tells as much.
@@ -161,9 +161,11 @@ class Setting:
         """Lists the trials of the search in the order in which they run.
 
         Raises:
-            InputError: a level prunes nothing, or more than the model has.
+            InputError: a level prunes nothing, or more than the model has, or is too close to another.
         """
-        return make_plan(self.config, self.num_layers, self.num_heads, self.num_neurons)
+        plan = make_plan(self.config, self.num_layers, self.num_heads, self.num_neurons)
+        check_names(plan)
+        return plan
 
     def identity(self) -> dict[str, Any]:
         """What the results depend on: the configuration, the rows and the pre-trained weights."""

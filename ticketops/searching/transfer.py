@@ -1,6 +1,7 @@
 """Domain transfer and low data: the source's super ticket against its full model, on growing shares of the rows."""
 
 import hashlib
+import itertools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from ticketops.errors import InputError
 from ticketops.files import write_atomically
 from ticketops.models import load
 from ticketops.searching import environment
-from ticketops.searching.plan import Trial
+from ticketops.searching.plan import Trial, check_names
 from ticketops.searching.run import (
     WAYS,
     Inner,
@@ -147,9 +148,7 @@ def prepare_transfer(config: TransferConfig) -> Prepared:
     target = Setting.load(config.search(config.target), at_most=True)
     _check_head(config, source.setting, target)
     for setting in (target, *([source.setting] if config.source_ladder else [])):
-        for seed in config.seeds:
-            for fraction in config.fractions:
-                subset(setting, fraction, seed)
+        _check_shares(setting, config)
     if source.given:
         source.level(config)
     identity = {
@@ -161,7 +160,9 @@ def prepare_transfer(config: TransferConfig) -> Prepared:
         "source_results": source.digest() if source.given else None,
     }
     # The levels are checked by listing them.
-    return Prepared(config, source, target, identity, transfer_plan(config, identity))
+    plan = transfer_plan(config, identity)
+    check_names(plan)
+    return Prepared(config, source, target, identity, plan)
 
 
 def run_transfer(config: TransferConfig, listener: Listener | None = None) -> TransferResult:
@@ -264,6 +265,20 @@ def subset(setting: Setting, fraction: float, seed: int, min_steps: int = 0) -> 
     epochs = max(config.epochs, math.ceil(min_steps / math.ceil(count / config.batch_size)))
     splits = {**setting.splits, "train": setting.splits["train"].select(chosen)}
     return replace(setting, splits=splits, config=replace(config, epochs=epochs))
+
+
+def _check_shares(setting: Setting, config: TransferConfig) -> None:
+    """Whether every share of a task's rows can be trained on, and in a new run is another one than the next."""
+    for seed in config.seeds:
+        sizes = [len(subset(setting, fraction, seed).splits["train"]) for fraction in config.fractions]
+    # Earlier versions began such runs, and these go on.
+    begun = (Path(config.output) / "config.json").is_file()
+    for (one, size), (other, larger) in itertools.pairwise(zip(config.fractions, sizes, strict=True)):
+        if size == larger and not begun:
+            raise InputError(
+                f"fractions {one:g} and {other:g} are both {size:,} of the {len(setting.task.train):,} training rows "
+                f"of task {setting.task.name}: leave one of them out"
+            )
 
 
 def _check_head(config: TransferConfig, source: Setting, target: Setting) -> None:
