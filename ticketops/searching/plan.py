@@ -92,7 +92,9 @@ class SearchConfig(Config):
         "demo", "Pre-trained encoder: a folder, a Hugging Face name, or 'demo' (MiniLM, 6 layers x 12 heads).", WHAT
     )
     task: str = option(
-        "demo", "A GLUE task by name, a data file or folder (jsonl, csv, parquet), or 'demo' (movie sentiment).", WHAT
+        "demo",
+        "A GLUE task by name, a data file or folder (jsonl, csv, tsv, parquet), or 'demo' (movie sentiment).",
+        WHAT,
     )
     output: str = option(
         "ticketops-run", "Folder for records, tickets and the report; the same command resumes there.", WHAT
