@@ -91,6 +91,15 @@ def test_report_names_the_finding_its_spread_and_how_to_reproduce_it(tmp_path: P
         assert min(png_size(store.folder / name)) > 300
 
 
+def test_what_keeps_models_is_part_of_how_to_reproduce_it(tmp_path: Path):
+    store = make_store(tmp_path / "run")
+    assert "--save-models" not in report(store.folder).read_text()
+    store.model_path(store.plan[0]).mkdir(parents=True)
+    text = report(store.folder).read_text()
+    assert " --save-models\n" in text
+    assert "save_models: true" in text
+
+
 def test_results_have_one_row_a_trial(tmp_path: Path):
     store = make_store(tmp_path / "run")
     report(store.folder)

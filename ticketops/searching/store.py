@@ -143,8 +143,10 @@ class Store:
 
     @property
     def config(self) -> Any:
-        """The configuration of the run, of its kind's class, with `output` as this folder."""
-        values = {**self.description["identity"]["config"], "output": str(self.folder)}
+        """The configuration of the run, of its kind's class, with `output` and `save_models` as they are."""
+        # Neither is part of a run's identity; models may have been asked for later.
+        apart = {"output": str(self.folder), "save_models": (self.folder / "models").is_dir()}
+        values = {**self.description["identity"]["config"], **apart}
         return KINDS[self.kind][0].from_dict(values)
 
     @property
