@@ -10,6 +10,8 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from triton.backends.compiler import BaseBackend
+
 from ticketops.ops import triton_common as common
 from ticketops.ops.triton_configs import Tile
 
@@ -25,7 +27,7 @@ class Kernel:
         self.run: list[tuple[Any, ...]] = []
         # In an order of their own; where p_spans begins does not matter.
         self.params = [
-            SimpleNamespace(name=name, do_not_specialize_on_alignment=name == "p_spans")
+            SimpleNamespace(name=name, do_not_specialize_on_alignment=name == "p_spans", is_constexpr=name == "D")
             for name in ("p_x", "tokens", "p_spans", "D")
         ]
 
@@ -40,7 +42,8 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(common, "INTERPRETED", False)
-    monkeypatch.setattr(common, "_compiled", {})
+    for name in ("_compiled", "_launched"):
+        monkeypatch.setattr(common, name, {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
     return Kernel()
@@ -67,11 +70,15 @@ def test_the_second_launch_runs_what_the_first_compiled(kernel):
     [
         {"D": 16},
         {"tokens": 1},
+        {"tokens": 32},
+        {"tokens": 1 << 31},
+        {"tokens": 1 << 63},
+        {"tokens": 5.5},
         {"p_x": torch.zeros(64, dtype=torch.float16)},
         {"p_x": torch.zeros(65)[1:]},
         {"p_spans": None},
     ],
-    ids=["constant", "number", "dtype", "alignment", "none"],
+    ids=["constant", "one", "sixteens", "64 bits", "unsigned", "float", "dtype", "alignment", "none"],
 )
 def test_what_triton_may_compile_anew_goes_to_triton(kernel, other):
     for given in (arguments(), arguments(**other), arguments(**other)):
@@ -79,6 +86,25 @@ def test_what_triton_may_compile_anew_goes_to_triton(kernel, other):
     assert (len(kernel.compiled), len(kernel.run)) == (2, 1)
     common.launch(kernel, 3, Tile(32, 16, 4, 1), **arguments())
     assert len(kernel.compiled) == 3
+
+
+@pytest.mark.parametrize("others", [(5, 7, 1000), (16, 32, 1 << 20), (1.5, 2.5), (-3, 0x7FFFFFFF)])
+def test_what_triton_does_not_ask_of_a_number_is_no_reason_to_ask_it(kernel, others):
+    for tokens in others * 2:
+        common.launch(kernel, 3, TILE, **arguments(tokens=tokens))
+    assert len(kernel.compiled) == 1
+    assert [given[10] for given in kernel.run] == list((others * 2)[1:])
+
+
+def test_triton_asks_no_more_of_a_number():
+    # Triton's own answers, of the version that is installed.
+    specialize = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    near = [n + d for n in (0, 16, 1 << 31, -(1 << 31), 1 << 40, 1 << 63) for d in (-16, -1, 0, 1, 16)]
+    plan = common._Plan(None, [], None, lambda values: None, [0])
+    answers: dict[Any, set[Any]] = {}
+    for number in (*near, 0.5, 1.0, True, False):
+        answers.setdefault(plan.asked((number,)), set()).add(specialize(BaseBackend, number, False, True, True))
+    assert all(len(each) == 1 for each in answers.values())
 
 
 def test_where_alignment_does_not_matter_it_is_not_looked_at(kernel):
@@ -95,7 +121,8 @@ def test_a_profilers_hook_is_left_to_triton(kernel, monkeypatch):
 
 
 def test_what_is_remembered_is_bounded(kernel, monkeypatch):
-    monkeypatch.setattr(common, "MOST_COMPILED", 4)
+    monkeypatch.setattr(common, "MOST_LAUNCHED", 4)
     for tokens in range(2, 12):
         common.launch(kernel, 3, TILE, **arguments(tokens=tokens))
-    assert len(common._compiled) <= 4
+    assert len(common._launched) <= 4
+    assert len(kernel.compiled) == 1

@@ -154,13 +154,19 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
             launch(kernel, programs, tile, **arguments)
         return
     key = (kernel.fn, device.index, tile, plan.others(values), *kinds)
-    compiled, hooks = _compiled.get(key), triton.knobs.runtime
+    hooks = triton.knobs.runtime
     # A profiler that is to be told of launches hooks into Triton's own way.
-    if compiled is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-        if len(_compiled) >= MOST_COMPILED:
-            _compiled.clear()
-        _compiled[key] = kernel[(programs,)](**arguments, **compile_options(tile))
-        return
+    watched = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+    compiled = None if watched else _launched.get(key)
+    if compiled is None:
+        asked = (kernel.fn, device.index, tile, plan.asked(values), *kinds)
+        compiled = None if watched else _compiled.get(asked)
+        if len(_launched) >= MOST_LAUNCHED:
+            _launched.clear()
+        if compiled is None:
+            _launched[key] = _compiled[asked] = kernel[(programs,)](**arguments, **compile_options(tile))
+            return
+        _launched[key] = compiled
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses)
 
@@ -173,11 +179,26 @@ class _Plan:
         ordered: takes them by name, gives them in their order.
         pointers: the place of each tensor, and whether it matters that it begins at a multiple of 16 bytes.
         others: takes them in their order, gives those that are no tensors.
+        constants: takes them in their order, gives those that are the kernel's constants.
+        numbers: the places of what is neither.
     """
 
     ordered: Callable[[dict[str, Any]], tuple[Any, ...]]
     pointers: list[tuple[int, bool]]
     others: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    constants: Callable[[tuple[Any, ...]], Any]
+    numbers: list[int]
+
+    def asked(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What Triton asks of arguments that are no tensors: constants, and of each number its type and, of an integer,
+        whether it is 1, a multiple of 16, and within 32 or 64 bits."""
+        found = [self.constants(values)]
+        for place in self.numbers:
+            value = values[place]
+            found.append(type(value))
+            if type(value) is int:
+                found.append((value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31, value < 1 << 63))
+        return tuple(found)
 
 
 def _plan(kernel: Any) -> _Plan:
@@ -189,17 +210,21 @@ def _plan(kernel: Any) -> _Plan:
         if are_pointers[place]
     ]
     others = [place for place, is_pointer in enumerate(are_pointers) if not is_pointer]
-    _plans[kernel.fn] = plan = _Plan(itemgetter(*names), pointers, itemgetter(*others))
+    constants = [place for place in others if kernel.params[place].is_constexpr]
+    numbers = [place for place in others if place not in constants]
+    plan = _Plan(itemgetter(*names), pointers, itemgetter(*others), itemgetter(*constants), numbers)
+    _plans[kernel.fn] = plan
     return plan
 
 
 #: By a kernel's function.
 _plans: dict[Any, _Plan] = {}
-#: Compiled kernels by all that Triton compiles a kernel anew for, and by more: by values of numbers where Triton asks
-#: whether they are 1, a multiple of 16 and within 32 bits. The layers of a model launch the same again and again, and
-#: what another batch launches differently Triton finds on its own way.
+#: Compiled kernels by all that Triton compiles a kernel anew for.
 _compiled: dict[tuple[Any, ...], Any] = {}
-MOST_COMPILED = 4096
+#: The same by the values of all numbers, which takes less time to ask: the layers of a model launch the same again and
+#: again, and only the first launch of a batch of another size looks into `_compiled`.
+_launched: dict[tuple[Any, ...], Any] = {}
+MOST_LAUNCHED = 4096
 
 
 @triton.jit
