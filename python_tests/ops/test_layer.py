@@ -17,7 +17,21 @@ from ticketops.ops.layer.arguments import Inputs, Saved, Settings
 from ticketops.ops.layer.native import FEW_TOKENS, FEW_TOKENS_AMX, FEW_TOKENS_BF16
 
 from .cases import SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
-from .layers import CHANNELS, DIM, DTYPES, HEADS, NEURONS, PARAMETERS, TICKETS, check, composed, inputs, run, whole
+from .layers import (
+    CHANNELS,
+    DIM,
+    DTYPES,
+    HEADS,
+    NEURONS,
+    PARAMETERS,
+    TICKETS,
+    check,
+    composed,
+    inputs,
+    opcheck,
+    run,
+    whole,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +60,14 @@ def test_first_tokens_alone_are_as_good_as_their_parts(ticket, dtype, autocast, 
     for number in (1, 2):
         with threads(number), poisoned():
             check(inputs(rows, ticket), sequences, dtype, autocast, **options)
+
+
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+@pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), (0.1, 0.2, 0.3)])
+def test_a_batch_of_padding_alone(ticket, dtype, autocast, dropouts):
+    sequences, _ = packed_sequences([0, 0])
+    check(inputs(0, ticket), sequences, dtype, autocast, dropouts=dropouts)
 
 
 @pytest.mark.parametrize("ticket", TICKETS)
@@ -270,11 +292,7 @@ def test_only_what_a_ticket_keeps_is_computed():
 @pytest.mark.parametrize("first_tokens", [False, True])
 def test_opcheck(ticket, bf16, first_tokens):
     sequences, rows = packed_sequences(SHORT)
-    x, _, weights = inputs(rows, ticket)
-    tensors = [t.float().requires_grad_() if t is not None and t.is_floating_point() else t for t in (x, *weights)]
-    settings = (sequences.max_length, DIM, 0.3, "gelu", 0.0, 0.2, 0.0, 1e-12, 1e-12, bf16, first_tokens, False)
-    where = (sequences.starts, sequences.lengths, torch.tensor([7]))
-    torch.library.opcheck(torch.ops.ticketops.encoder_layer.default, (*tensors, *where, None, None, None, *settings))
+    opcheck(inputs(rows, ticket), sequences, bf16, first_tokens)
 
 
 def test_frozen_weights_and_second_derivatives():

@@ -24,6 +24,7 @@ from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
 from .cases import SHORT, packed_sequences, padded_sequences
 from .layers import TICKETS, inputs
 from .layers import check as check_layer
+from .layers import opcheck as opcheck_layer
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -810,6 +811,17 @@ def test_layers(ticket, dtype, autocast, per_token, dropouts, layout, first_toke
     check_layer(tensors, _to_device(sequences), dtype, autocast, **options)
 
 
+@pytest.mark.parametrize("ticket", WHOLE, ids=str)
+@pytest.mark.parametrize("autocast", [None] if common.INTERPRETED else [None, torch.bfloat16])
+@pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), (0.1, 0.2, 0.3)])
+@pytest.mark.usefixtures("seeds_one_by_one")
+def test_layers_of_padding_alone(ticket, autocast, dropouts):
+    sequences, _ = packed_sequences([0, 0])
+    x, dout, weights = inputs(0, ticket)
+    tensors = (x.to(DEVICE), dout.to(DEVICE), Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
+    check_layer(tensors, _to_device(sequences), torch.float32, autocast, dropouts=dropouts)
+
+
 def test_what_a_ticket_picks_is_left_to_the_other_ops_where_they_are_faster(monkeypatch):
     x = torch.zeros((2, 3), device=DEVICE)
     monkeypatch.setattr(projection, "_most_indexed_tokens", lambda device, dtype: 2)
@@ -995,13 +1007,9 @@ def test_opcheck():
 @pytest.mark.parametrize("first_tokens", [False, True])
 def test_opcheck_of_layers(ticket, first_tokens):
     sequences, rows = packed_sequences(SHORT)
-    x, _, weights = inputs(rows, ticket)
-    sequences = _to_device(sequences)
-    tensors = [None if t is None else t.to(DEVICE) for t in (x, *weights)]
-    tensors = [t.float().requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
-    settings = (sequences.max_length, 12, 0.3, "gelu", 0.0, 0.2, 0.0, 1e-12, 1e-12, False, first_tokens, False)
-    where = (sequences.starts, sequences.lengths, torch.tensor([7], device=DEVICE))
-    torch.library.opcheck(torch.ops.ticketops.encoder_layer.default, (*tensors, *where, None, None, None, *settings))
+    x, dout, weights = inputs(rows, ticket)
+    tensors = (x.to(DEVICE), dout, Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
+    opcheck_layer(tensors, _to_device(sequences), False, first_tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64] + ([torch.bfloat16] if common.INTERPRETED else []))

@@ -191,6 +191,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     (x, w, starts, lengths, seeds), s = inputs, settings
     w1, b1, w2, b2, heads, neurons = w.w1, w.b1, w.w2, w.b2, w.heads, w.neurons
     tokens, batch, dtype = x.shape[0], lengths.shape[0], inputs.dtype(s)
+    cast = dtype != x.dtype
     all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     parameters: list[Tensor | None] = [None] * PARAMETERS
@@ -221,10 +222,10 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             doutput, dmiddle, db2, dgamma2, dbeta2 = residual.backward(
                 dout, saved.output, saved.middle, b2, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, s.ffn_dropout
             )
-            doutput = doutput if doutput.numel() or not dmiddle.numel() else dmiddle
+            doutput = doutput if doutput.ndim > 1 else dmiddle
             if wanted.ffn_sums:
                 ffn_signed, ffn_absolute = ffn.token_sums(doutput, saved.output, *left, 1.0, b2.float())
-            inner = saved.cast_middle if saved.cast_middle.numel() else saved.middle
+            inner = saved.cast_middle if cast else saved.middle
             dpre = product(doutput, saved.w_2 if saved.w_2.numel() else w2)
             db1, by_neuron = ffn.activate_backward(
                 *(dpre, saved.pre, saved.hidden, None, None, s.activation),
@@ -244,7 +245,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             dmiddle, second = dout, (w.beta1, w.gamma2, saved.mean2, saved.rstd2)
         dprojected, dx, dbo, dgamma1, dbeta1, *of_second = residual.backward(
             dmiddle,
-            saved.projected if saved.projected.numel() else None,
+            saved.projected if count else None,
             select(x, rows),
             w.bo,
             w.gamma1,
@@ -256,7 +257,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         )
         if of_second:
             dgamma2, dbeta2 = of_second
-        dprojected = dprojected if dprojected.numel() or not dx.numel() else dx
+        dprojected = dprojected if dprojected.ndim > 1 else dx
         dx = _scatter(dx, rows, tokens)
         if wanted.weight_gradients:
             for place, gradient, like in (
@@ -292,7 +293,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 dwo = gradient_product(dprojected, select(saved.context.view(tokens, width), rows))
                 keep(6, dwo, w.wo, 1, all_heads, heads)
                 dbiases = ffn.column_sums(flat)
-                dweights = gradient_product(flat, saved.cast_x if saved.cast_x.numel() else x).chunk(3)
+                dweights = gradient_product(flat, saved.cast_x if cast else x).chunk(3)
                 for i, (like, gradient) in enumerate(zip((w.wq, w.wk, w.wv), dweights, strict=True)):
                     keep(i, gradient, like, 0, all_heads, heads, shared=True)
                 for i, (like, gradient) in enumerate(zip((w.bq, w.bk, w.bv), dbiases.chunk(3), strict=True), 3):
@@ -355,7 +356,7 @@ def fake_backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings
 
     def gradient(parameter: Tensor | None, there: bool) -> Tensor:
         there = there and wanted.weight_gradients
-        return torch.empty_like(parameter) if there and parameter is not None else new(0)
+        return parameter.new_empty(parameter.shape) if there and parameter is not None else new(0)
 
     attends, feeds = count != 0, w.w1 is not None
     neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]

@@ -133,6 +133,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     (x, w, starts, lengths, seeds), s = inputs, settings
     w1, b1, w2, b2, heads = w.w1, w.b1, w.w2, w.b2, w.heads
     tokens, batch, dtype = x.shape[0], lengths.shape[0], inputs.dtype(s)
+    cast = dtype != x.dtype
     all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     parameters: list[Tensor | None] = [None] * PARAMETERS
@@ -144,8 +145,8 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             doutput, dmiddle, of_ffn = residual.first_stage(
                 dout, saved.output, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, s.ffn_dropout
             )
-            doutput = doutput if doutput.numel() or not dmiddle.numel() else dmiddle
-            inner = saved.cast_middle if saved.cast_middle.numel() else saved.middle
+            doutput = doutput if doutput.ndim > 1 else dmiddle
+            inner = saved.cast_middle if cast else saved.middle
             dpre, parts, by_neuron = ffn.activation_backward(
                 torch.mm(doutput, saved.w_2 if saved.w_2.numel() else w2),
                 doutput,
@@ -171,7 +172,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 saved.rstd2[:, None],
                 w.gamma2,
                 w.beta2,
-                [True] * 3,
+                [True, wanted.weight_gradients, wanted.weight_gradients],
             )
         stream = select(x, rows)
         projected = saved.projected if count else x.new_zeros(stream.shape, dtype=dtype)
@@ -185,7 +186,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             torch.float32,
             of_attention.flatten(1),
         )
-        dprojected = dprojected if dprojected.numel() or not dx.numel() else dx
+        dprojected = dprojected if dprojected.ndim > 1 else dx
         dx = _scatter(dx, rows, tokens)
         if wanted.weight_gradients:
             parameters[11], after_ffn, after_attention = vectors
@@ -232,7 +233,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 into=dqkv,
             )
             flat, seen = dqkv.view(tokens, 3 * width), select(saved.context.view(tokens, width), rows)
-            taken = saved.cast_x if saved.cast_x.numel() else x
+            taken = saved.cast_x if cast else x
             if heads is None:
                 if wanted.weight_gradients:
                     parameters[6] = _product(dprojected.t(), seen, w.wo.dtype)
