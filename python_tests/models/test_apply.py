@@ -100,6 +100,36 @@ def test_a_step_that_is_cut_short_moves_nothing_that_is_pruned(model, batch):
         assert torch.equal(part, old)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5),
+        lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+    ],
+    ids=["AdamW", "SGD", "LBFGS"],
+)
+def test_a_step_with_a_closure_moves_nothing_that_is_pruned(model, batch, make, by_name):
+    ticket = Ticket(torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]).bool(), torch.tensor([1, 0, 1]).bool())
+    ticketops.patch(model).apply(ticket)
+    before = [part.clone() for part in pruned_parts(model, ticket)]
+    optimizer, calls = make(model.parameters()), []
+
+    def closure():
+        optimizer.zero_grad(set_to_none=bool(calls))
+        loss = model(**batch).loss
+        loss.backward()
+        calls.append(loss.detach())
+        return loss
+
+    for _ in range(3):
+        loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        assert loss in calls
+        assert all(map(torch.equal, pruned_parts(model, ticket), before))
+    assert calls[-1] < calls[0]
+
+
 def test_what_rests_is_copied_into_the_same_memory_at_every_step_until_the_ticket_changes(model, batch):
     handle = ticketops.patch(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)

@@ -87,6 +87,11 @@ class _Resting:
         pairs = zip(parts, self._parts, strict=False)
         return len(parts) == len(self._parts) and all(x is y and a is b for (x, a), (y, b) in pairs)
 
+    @property
+    def stepping(self) -> bool:
+        """Whether a step has begun."""
+        return self._stepping
+
     def save(self) -> None:
         self._saved.save()
         self._stepping = True
@@ -98,11 +103,29 @@ class _Resting:
             self._stepping = False
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Hides wholly frozen parameters from the optimizer and copies the frozen slices of the others, with their
-    state."""
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """Has what is frozen put aside: now, or where the step is given a closure that makes the gradients, behind it."""
     # A step that was cut short has not put back what rests; the next one does.
     _after_step(optimizer, args, kwargs)
+    # The optimizer itself comes first.
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        _put_aside(optimizer)
+        return None
+
+    def then_put_aside() -> Any:
+        loss = closure()
+        _put_aside(optimizer)
+        return loss
+
+    if len(args) > 1:
+        return (args[0], then_put_aside, *args[2:]), kwargs
+    return args, {**kwargs, "closure": then_put_aside}
+
+
+def _put_aside(optimizer: Optimizer) -> None:
+    """Hides wholly frozen parameters from the optimizer and copies the frozen slices of the others, with their
+    state."""
     parts: list[tuple[Tensor, Frozen]] = []
     fresh = []
     for group in optimizer.param_groups:
@@ -122,6 +145,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if not state:
                 fresh.append(frozen.slices(parameter))
     resting: _Resting | None = getattr(optimizer, _RESTING, None)
+    if resting is not None and resting.stepping:
+        # A closure that is called again in one step finds weights that have moved already.
+        return
     if resting is None or not resting.holds(parts):
         resting = _Resting(parts)
         setattr(optimizer, _RESTING, resting)
