@@ -355,7 +355,8 @@ void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
 // Tables of words, token types (or 0) and positions, each with its ids.
 void check_tables(const RowAddresses& tables, const std::array<int64_t, 3>& sizes, int64_t rows) {
   for (int i = 0; i < 3; ++i)
-    if (tables[i][0]) check_ids(pointer<int64_t>(tables[i][1]), rows, sizes[i]);
+    // A table without rows has no address, but ids have: none of them is right.
+    if (tables[i][1]) check_ids(pointer<int64_t>(tables[i][1]), rows, sizes[i]);
 }
 
 void embeddings_forward(bool bf16, const RowAddresses& tables, const std::array<int64_t, 3>& sizes,

@@ -32,8 +32,9 @@ struct Gelu {
 struct GeluTanh {
   TICKETOPS_INLINE static Value at(Float x) {
     constexpr float slope = 1.5957691216057308f;
-    const Float square = x * x, decay = exp(x * (square * 0.044715f + 1.0f) * -slope);
-    const Float gate = 1.0f / (decay + 1.0f);
+    const Float square = x * x, power = x * (square * 0.044715f + 1.0f) * -slope, decay = exp(power);
+    // Where the exponential ends, the gate does: the derivative multiplies it by x^3.
+    const Float gate = power < 88.0f ? 1.0f / (decay + 1.0f) : power == power ? Float{} : power;
     return {x * gate, gate + x * gate * (gate * decay) * (square * (3 * 0.044715f) + 1.0f) * slope};
   }
 };

@@ -119,7 +119,7 @@ void copy_columns(const T* from, const int64_t* places, int64_t depth, Bf16* to,
     for (int64_t lane = 0; lane < min(W, depth - k); ++lane) columns[lane] = element<T>(from, places[k + lane]);
     store(to, ticketops::TICKETOPS_ISA::load(columns));
   });
-  if (depth % 2) to[depth] = {};
+  if (depth % 2) __builtin_memset(to + depth, 0, sizeof(Bf16));
 }
 #else
 constexpr bool in_pairs = false;
@@ -319,7 +319,8 @@ void after_attention(const Encoder& args, float* x, float* middle, float* operan
         });
       });
   normalise<T, half>(args, args.gamma1, args.beta1, args.eps1, middle, cast ? operand : middle, false);
-  if (!args.first.weight) {
+  // Weights of an FFN without neurons have no address, but its last bias has.
+  if (!args.second.bias) {
     normalise<T, half>(args, args.gamma2, args.beta2, args.eps2, middle, middle, true);
     return;
   }

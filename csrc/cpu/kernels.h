@@ -233,7 +233,7 @@ struct Encoder {
   int64_t width, neurons;  // computed: heads * head_dim, and of the FFN
   int64_t all_width, all_neurons;  // those that the weights have
   const int64_t *width_places, *neuron_places;  // the computed ones among these; null: all
-  Linear q, k, v, output, first, second;  // first.weight: null without an FFN
+  Linear q, k, v, output, first, second;  // second.bias: null without an FFN
   const void *gamma1, *beta1, *gamma2, *beta2;
   const Segment* sequences;
   int64_t batch, longest;

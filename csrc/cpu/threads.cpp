@@ -1,7 +1,9 @@
 #include "cpu/threads.h"
 
 #include <dlfcn.h>
+#ifdef __linux__
 #include <link.h>
+#endif
 #include <pthread.h>
 
 #include <atomic>
@@ -13,6 +15,7 @@ namespace {
 // The entry point that GCC's `#pragma omp parallel` calls. libgomp, LLVM's libomp and Intel's libiomp5 all export it.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
+#ifdef __linux__
 int find_in_library(dl_phdr_info* library, size_t, void* result) {
   const char* slash = std::strrchr(library->dlpi_name, '/');
   const char* name = slash ? slash + 1 : library->dlpi_name;
@@ -22,12 +25,15 @@ int find_in_library(dl_phdr_info* library, size_t, void* result) {
   *static_cast<void**>(result) = symbol;
   return symbol != nullptr;
 }
+#endif
 
 // Linking an OpenMP runtime of our own could bring a second one into the process (torch's wheels rename theirs), whose
 // threads would fight with torch's for the cores. So the one that torch has loaded is looked up.
 Parallel find_parallel() {
   void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+#ifdef __linux__
   if (!symbol) dl_iterate_phdr(find_in_library, &symbol);
+#endif
   return reinterpret_cast<Parallel>(symbol);
 }
 

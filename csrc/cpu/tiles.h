@@ -17,6 +17,9 @@ struct Tiles {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } configuration;
+    // Until GCC 14 (and 11.5, 12.4, 13.3) the intrinsic tells the compiler that the first eight bytes are read, no others:
+    // the stores to the rest may be left out.
+    asm volatile("" : : "r"(&configuration) : "memory");
     _tile_loadconfig(&configuration);
   }
   ~Tiles() { _tile_release(); }

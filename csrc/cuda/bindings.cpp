@@ -44,6 +44,8 @@ using Layers = std::vector<std::tuple<Address, int32_t, int32_t>>;
 void importance(int32_t heads, const Layers& head_partials, const Layers& ffn_partials, int32_t group, bool whole,
                 Address head_totals, Address ffn_totals, Address head_scores, Address ffn_scores, Address head_order,
                 Address ffn_order, Address stream) {
+  if (head_partials.size() > cuda::max_layers || ffn_partials.size() > cuda::max_layers)
+    throw std::invalid_argument("importance takes " + std::to_string(cuda::max_layers) + " layers at most");
   cuda::Importance args{};
   args.layers = static_cast<int32_t>(head_partials.size());
   args.heads = heads;

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import Packing, copies, cuda_extension, importance
 from ticketops.ops.copies import Slices
 from ticketops.ops.rows import move_rows, number_tokens
@@ -124,6 +124,13 @@ def test_addresses_beyond_32_bits():
     assert torch.equal(copy, x[last])
     copies.scatter([Slices(x, 0, rows, last)], [copy + 1])
     assert torch.equal(x[last], copy + 1)
+
+
+def test_slices_are_not_copied_into_a_graph():
+    x, index = torch.ones(4, 3, device="cuda"), torch.tensor([1, 2], device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(UnsupportedError, match="step outside the graph"), torch.cuda.graph(graph):
+        copies.gather([Slices(x, 0, 4, index)])
 
 
 def test_packing_equals_indexing_on_the_gpu():

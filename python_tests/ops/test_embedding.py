@@ -150,6 +150,14 @@ def test_only_tables_that_want_a_gradient_get_one():
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_table_without_rows_has_no_row_for_an_id(place):
+    tables, ids, vectors, _ = all_of(torch.float32, 8, 9)
+    tables[place] = tables[place].detach()[:0]
+    with pytest.raises(InputError, match="is not among the 0 rows"):
+        embedding.embeddings(tables, ids, (None, None, None), *vectors, dropout_p=0.0, eps=1e-12)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("wrong", [-1, 130])
 def test_embeddings_refuse_ids_that_are_no_rows(place, wrong):
     tables, ids, vectors, _ = all_of(torch.float32, 8, 9)

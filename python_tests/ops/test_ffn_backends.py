@@ -115,7 +115,8 @@ def test_any_shape(backend, lengths, channels, neurons, activation, masked, weig
 def test_activation_is_exact_to_rounding(backend, activation):
     need(backend, "ffn", torch.float32)
     module = _module("ffn", backend)
-    points = torch.linspace(-14, 14, 200_001)[:, None]
+    far = torch.tensor([20.0, 88.0, 1e4, 1e12, 1e15, 1e18])
+    points = torch.cat([torch.linspace(-14, 14, 200_001), far, -far])[:, None]
     one, zero = torch.ones(1, 1), torch.zeros(1)
     starts, lengths = torch.zeros(1, dtype=torch.int32), torch.tensor([len(points)], dtype=torch.int32)
     out, pre, hidden = module.forward(points, one, zero, one, zero, None, None, activation)

@@ -62,6 +62,15 @@ def test_first_tokens_alone_are_as_good_as_their_parts(ticket, dtype, autocast, 
             check(inputs(rows, ticket), sequences, dtype, autocast, **options)
 
 
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+@pytest.mark.parametrize("first_tokens", [False, True])
+def test_an_ffn_without_neurons_has_its_last_bias(dtype, autocast, first_tokens):
+    sequences, rows = packed_sequences([3, 0, 17])
+    x, dout, weights = inputs(rows, TICKETS[0])
+    weights = weights._replace(w1=weights.w1[:0], b1=weights.b1[:0], w2=weights.w2[:, :0])
+    check_inference((x, dout, weights), sequences, dtype, autocast, first_tokens=first_tokens)
+
+
 @pytest.mark.parametrize("ticket", TICKETS)
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), (0.1, 0.2, 0.3)])

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ticketops.errors import UnsupportedError
 from ticketops.ops import cuda_extension as cuda
 from ticketops.ops.copies import Slices, reference
 
@@ -69,6 +70,12 @@ def _run(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
     if not table:
         return
     device = slices[0].tensor.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A graph would read the table's memory again when it has long been another's.
+        raise UnsupportedError(
+            "slices of weights cannot be copied while a CUDA graph is captured, as for a ticket that is applied an "
+            "optimizer's step copies them: capture forward and backward passes, and step outside the graph"
+        )
     on_host = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
     on_device = cuda.checked("the table", on_host.to(device, non_blocking=True), torch.int64, len(table), _FIELDS)
     cuda.run(cuda.kernels.copy_table, device, on_device.data_ptr(), len(table), blocks)
