@@ -310,6 +310,43 @@ def test_patched_equals_stock_under_tickets(name, encoder, inputs):
     assert [type(module) for module in encoder.modules()] == classes
 
 
+@pytest.mark.parametrize("name", ["BertModel", "DistilBertModel", "ModernBertModel", "ViTModel"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_hook_is_called_or_refused(name, register, pruned):
+    model = make(name)
+    adapter, base = find_adapter(model)
+    batch, layer = draw(model), adapter.layers(base)[0]
+    heads = torch.ones(LAYERS, HEADS, dtype=torch.bool)
+    heads[0, 1] = not pruned
+    ticket = Ticket(heads, torch.ones(LAYERS, dtype=torch.bool))
+    outcomes = set()
+    for place, module in [*layer.named_modules()]:
+        for first in (True, False):
+            calls = []
+            add = lambda module=module, calls=calls: getattr(module, register)(lambda *_, calls=calls: calls.append(1))  # noqa: E731
+            hook = add() if first else None
+            try:
+                with ticketops.patch(model) as handle:
+                    # Looked at once without it.
+                    handle.apply(ticket)
+                    if not first:
+                        model(**batch)
+                        hook = add()
+                    model(**batch)[0].square().sum().backward()
+                refusal = None
+            except UnsupportedError as error:
+                refusal = str(error)
+            hook.remove()
+            assert bool(calls) == (refusal is None), place
+            assert refusal is None or f"layer 0 has hooks on its {place}, which a patched layer does not" in refusal
+            outcomes.add(refusal is None)
+    assert outcomes == {True, False}
+    with ticketops.patch(model) as handle:
+        handle.apply(ticket)
+        model(**batch)
+
+
 def test_importance_equals_its_definition(encoder, inputs):
     with ticketops.patch(encoder) as handle, handle.record_importance() as importance:
         encoder(**inputs).loss.backward()

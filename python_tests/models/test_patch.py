@@ -356,6 +356,51 @@ def test_linear_layers_that_are_not_plain_are_named(model):
     assert type(model.bert.encoder) is transformers.models.bert.modeling_bert.BertEncoder
 
 
+class Lora(torch.nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("place", "other", "reason"),
+    [
+        ("attention.self.query", Lora(48, 48), r"Lora as its query"),
+        ("attention.output.dense", Lora(48, 48), r"Lora as its output"),
+        ("output.dense", Lora(64, 48), r"Lora as its fc2"),
+        ("output.LayerNorm", torch.nn.RMSNorm(48), r"RMSNorm as its ffn_norm"),
+        ("output.dropout", torch.nn.Identity(), r"Identity as its dropout 2"),
+        ("intermediate.intermediate_act_fn", torch.nn.ReLU(), r"another activation \(ReLU\)"),
+    ],
+)
+@pytest.mark.parametrize("pruned", [None, ticket(heads=[(1, 0)])])
+def test_what_replaces_a_part_after_patching_is_named(model, batch, place, other, reason, pruned):
+    with ticketops.patch(model).apply(pruned):
+        model(**batch)
+        model.bert.encoder.layer[1].set_submodule(place, other)
+        with pytest.raises(UnsupportedError, match=f"layer 1 has .*{reason}"):
+            model(**batch)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_ticket_applied_before_layers_are_computed_again_is_refused(model, batch, reentrant):
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with ticketops.patch(model) as handle:
+        handle.apply(ticket(heads=[(1, 0)]))
+        loss = model(**batch).loss
+        handle.apply(ticket(heads=[(1, 1)]))
+        with pytest.raises(UnsupportedError, match=r"apply it after backward\(\)"):
+            loss.backward()
+        handle.apply(ticket(heads=[(1, 0)]))
+        model(**batch).loss.backward()
+
+
+def test_outputs_that_were_captured_once_leave_layers_whole(model, batch, monkeypatch):
+    with ticketops.patch(model):
+        model(**batch, output_hidden_states=True)
+        assert model.bert.encoder.layer[0].attention.self._forward_hooks
+        monkeypatch.setattr(type(model.bert.encoder.layer[0]), "_by_modules", None)
+        model(**batch).loss.backward()
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [

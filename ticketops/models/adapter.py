@@ -1,6 +1,6 @@
 """What ticketops must know of an architecture: where its linear layers live and which classes to swap."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ticketops.errors import UnsupportedError
 from ticketops.models.freezing import Frozen
+from ticketops.models.hooks import is_hooked
 from ticketops.models.indices import Indices
 from ticketops.models.inputs import TEXT, Inputs
 from ticketops.models.record import head_dim
@@ -63,11 +64,20 @@ class LayerParts:
         """How often a head's rows come in a layer of `qkv`, and a neuron's in fc1."""
         return 3 // len(self.qkv), 1 + self.gated
 
+    @property
+    def plain(self) -> bool:
+        """Whether all parts are of the classes that the ops stand for; `refusal` says which is not."""
+        return (
+            all(type(linear) is nn.Linear for linear in (*self.qkv, self.output, self.fc1, self.fc2))
+            and all(norm is None or type(norm) is nn.LayerNorm for norm in (self.attention_norm, self.ffn_norm))
+            and all(type(dropout) is nn.Dropout for dropout in self.dropouts)
+        )
+
     def refusal(self) -> str | None:
         """Says which part is not what the ops assume, or None.
 
         The ops read these modules' parameters and never call the modules, so whatever changes a module's forward (an
-        adapter, quantization, a hook) would be passed over in silence.
+        adapter, quantization) would be passed over in silence.
         """
         modules: dict[str, tuple[nn.Module, type[nn.Module]]] = {n: (m, nn.Linear) for n, m in self.linears().items()}
         norms = {"attention_norm": self.attention_norm, "ffn_norm": self.ffn_norm}
@@ -79,8 +89,6 @@ class LayerParts:
                     f"a {type(module).__module__}.{type(module).__name__} as its {name}, not a plain "
                     f"torch.nn.{expected.__name__}: merge adapters and undo quantization before patching"
                 )
-            if module._forward_hooks or module._forward_pre_hooks:
-                return f"forward hooks on its {name}: remove them before patching"
             removed = name in ("fc1", "fc2") and self.fc1.out_features == 0
             if expected is not nn.Dropout and module.bias is None and not (removed or self.bare):
                 return f"no bias in its {name}, which ticketops does not serve"
@@ -98,6 +106,8 @@ class Adapter:
         parts: finds the prunable parts of a layer.
         resize: tells a layer's attention how many heads its weights have.
         refusal: says what of a configuration is not served, or None.
+        calls: the modules of a layer that its patched class still calls, besides itself and those to queries, keys and
+            values; hooks on the others are refused.
         stack: the name of the list of layers in the encoder; their parameters are "the encoder" of weight counts.
         inputs: what the model reads.
         ops: which ops its layers run on.
@@ -113,6 +123,7 @@ class Adapter:
     parts: Callable[[Any], LayerParts]
     resize: Callable[[Any, int], None]
     refusal: Callable[[Any], str | None]
+    calls: Callable[[Any], tuple[nn.Module, ...]]
     stack: str = "layer"
     inputs: Inputs = TEXT
     ops: tuple[str, ...] = OPS
@@ -134,6 +145,21 @@ class Adapter:
     def windows(self, config: Any) -> list[int | None]:
         """How far each layer's attention reaches; None for the whole sequence."""
         return [self.window(config, layer) for layer in range(config.num_hidden_layers)]
+
+
+def unheard(layer: nn.Module, called: Collection[nn.Module]) -> str | None:
+    """Says on which module of a layer there are hooks that would never be called, or None.
+
+    Args:
+        layer: stock or patched.
+        called: its modules that are called, itself aside.
+    """
+    for name, module in layer.named_modules():
+        if name and is_hooked(module) and not any(module is each for each in called):
+            return (
+                f"hooks on its {name}, which a patched layer does not call: remove them, or revert() to have them run"
+            )
+    return None
 
 
 @dataclass(frozen=True)
@@ -223,6 +249,28 @@ class LayerState:
             frozen_bias=Frozen(0, 1, Indices([] if ffn_places else idle.values)),
         )
 
+    def check(self, parts: LayerParts, call: "Call") -> None:
+        """Makes sure that the layer computes what its forward pass is to compute.
+
+        Args:
+            parts: the layer's, as they are now.
+            call: of the forward pass.
+
+        Raises:
+            UnsupportedError: a part has been replaced by what the ops do not stand for, or another ticket been applied
+                before a backward pass that computes the layer again.
+        """
+        if not parts.plain or ACTIVATIONS.get(type(parts.activation).__name__) != self.activation:
+            reason = (
+                parts.refusal() or f"another activation ({type(parts.activation).__name__}) than when it was patched"
+            )
+            raise UnsupportedError(f"layer {self.index} has {reason}")
+        if call.kept[self.index] is not self.kept:
+            raise UnsupportedError(
+                "another ticket was applied between a forward pass and its backward pass, which under gradient "
+                "checkpointing computes the layers again: apply it after backward()"
+            )
+
     @property
     def num_heads(self) -> int:
         """How many heads the layer's weights have."""
@@ -240,6 +288,7 @@ class Call:
 
     Attributes:
         packing: where the real tokens are.
+        kept: what of each layer is computed.
         head_importance: per layer, the leaf whose gradient becomes the head importance partials; empty when not
             recording.
         ffn_importance: the same for the FFN.
@@ -252,6 +301,7 @@ class Call:
     """
 
     packing: Packing
+    kept: list[Kept]
     head_importance: dict[int, Tensor] = field(default_factory=dict)
     ffn_importance: dict[int, Tensor] = field(default_factory=dict)
     neuron_importance: dict[int, Tensor] = field(default_factory=dict)

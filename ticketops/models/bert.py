@@ -12,6 +12,7 @@ from transformers.models.bert import modeling_bert as bert
 from ticketops import ops
 from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
 from ticketops.models.embeddings import TicketEmbeddings
+from ticketops.models.hooks import is_hooked
 
 
 class TicketEncoder(nn.Module):
@@ -73,9 +74,10 @@ class TicketLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
         """Takes hidden states [.., C]; returns them, or [B, 1, C] where only first tokens are read."""
-        attention = self.attention
+        attention, parts = self.attention, _parts(self)
+        self._ticketops.check(parts, ticketops)
         around = (attention, attention.self, attention.output)
-        done = whole_layer(self._ticketops, _parts(self), around, hidden_states, ticketops)
+        done = whole_layer(self._ticketops, parts, around, hidden_states, ticketops)
         if done is not None:
             return done
         return read_tokens(self._ticketops, self._by_modules(hidden_states, ticketops), ticketops)
@@ -95,8 +97,8 @@ def whole_layer(
 
     Args:
         state: of the layer.
-        parts: the layer's; what is not a plain linear layer of its own any more is left to its module.
-        around: the modules whose forward the op stands for.
+        parts: the layer's.
+        around: the modules that are called where the op does not compute the layer.
         hidden_states: [.., C].
         call: of the forward pass.
 
@@ -115,11 +117,7 @@ def whole_layer(
         hidden_states, query.weight, picked_heads_of=heads_of, picked_neurons=neurons
     ):
         return None
-    if any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in (*around, *linears)
-    ):
-        return None
-    if any(type(linear) is not nn.Linear for linear in linears):
+    if any(map(is_hooked, (*around, *linears))):
         return None
     device = hidden_states.device
     weights = ops.Weights(
@@ -355,6 +353,7 @@ def bert_like(modeling: Any, prefix: str) -> Adapter:
         parts=_parts,
         resize=_resize,
         refusal=_refusal,
+        calls=lambda layer: (layer.attention, layer.attention.self, layer.attention.output),
     )
 
 

@@ -17,7 +17,9 @@ class TicketTransformerBlock(distilbert.TransformerBlock):
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
         """Takes hidden states [.., C]; returns them, or [B, 1, C] where only first tokens are read."""
-        done = whole_layer(self._ticketops, _parts(self), (self.attention, self.ffn), hidden_states, ticketops)
+        parts = _parts(self)
+        self._ticketops.check(parts, ticketops)
+        done = whole_layer(self._ticketops, parts, (), hidden_states, ticketops)
         if done is not None:
             return done
         return read_tokens(self._ticketops, self._by_modules(hidden_states, ticketops), ticketops)
@@ -84,4 +86,5 @@ DISTILBERT = Adapter(
     parts=_parts,
     resize=_resize,
     refusal=_refusal,
+    calls=lambda layer: (),
 )

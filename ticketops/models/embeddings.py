@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ticketops.models.hooks import is_hooked
 from ticketops.ops.embedding import dropout, embedding, embeddings, layer_norm, serves_embedding
 
 
@@ -86,7 +87,7 @@ def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tens
     plain = all(type(table) is TicketEmbedding and table.is_plain() for table in tables)
     if not plain or type(norm) is not TicketLayerNorm or not norm.is_plain() or type(drop) is not TicketDropout:
         return None
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in (*tables, norm, drop)):
+    if any(map(is_hooked, (*tables, norm, drop))):
         return None
     weight, dropout_p = norm.weight, drop.p if drop.training else 0.0
     if any(table.weight.dtype != weight.dtype for table in tables) or dropout_p >= 1 or not serves_embedding(weight):

@@ -21,6 +21,7 @@ class TicketModernBertEncoderLayer(modernbert.ModernBertEncoderLayer):
     ) -> Tensor:
         """Takes and returns hidden states [.., C]; takes cosines and sines [.., head_dim] of the tokens' positions."""
         state, attention = self._ticketops, self.attn
+        state.check(_parts(self), ticketops)
         contexts = attend(
             state,
             (attention.Wqkv,),
@@ -90,6 +91,7 @@ MODERNBERT = Adapter(
     # Its attention takes the number of heads from the weights.
     resize=lambda layer, heads: None,
     refusal=_refusal,
+    calls=lambda layer: (layer.attn_norm, layer.mlp_norm, layer.attn.out_drop),
     stack="layers",
     ops=("attention", "ffn", "projection"),
     gated=True,

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
-from ticketops.models.adapter import Adapter, Call, Kept, LayerParts, LayerState, activation_name
+from ticketops.models.adapter import Adapter, Call, Kept, LayerParts, LayerState, activation_name, unheard
 from ticketops.models.bert import BERT, TicketEncoder
 from ticketops.models.camembert import CAMEMBERT
 from ticketops.models.data2vec_text import DATA2VEC_TEXT
@@ -24,6 +25,7 @@ from ticketops.models.electra import ELECTRA
 from ticketops.models.embeddings import SWAPS
 from ticketops.models.ernie import ERNIE
 from ticketops.models.freezing import freeze, is_frozen, unfreeze
+from ticketops.models.hooks import is_hooked
 from ticketops.models.indices import Indices
 from ticketops.models.modernbert import MODERNBERT
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
@@ -245,9 +247,13 @@ class PatchHandle:
         # Of each ticket that was applied, whether it is full and what it keeps of each layer.
         self._known: dict[Ticket | None, tuple[bool, list[Kept]]] = {}
         self.hold(held_ticket(base.config))
+        layers = self._layers = list(adapter.layers(base))
+        self._called = [adapter.calls(layer) for layer in layers]
+        # The latest hook of all that were seen not to be on what is never called; hooks are numbered.
+        self._latest_hook: int | None = None
+        self._check_hooks()
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
         self._swap(encoder, adapter.swaps, self)
-        layers = list(adapter.layers(base))
         # Whose results are hidden states that a task head may read.
         self._ends = (base, encoder, layers[-1])
         for layer, state in zip(layers, self._states, strict=True):
@@ -295,6 +301,17 @@ class PatchHandle:
         if not self._swapped:
             raise InputError("this model was reverted: patch it again to go on")
 
+    def _check_hooks(self) -> None:
+        """Refuses hooks that would never be called."""
+        if RemovableHandle.next_id == self._latest_hook:
+            return
+        for state, layer, called, parts in zip(self._states, self._layers, self._called, self._parts, strict=True):
+            # Where a ticket picks heads, their weights are read past their modules.
+            reason = unheard(layer, (*called, *parts.qkv) if state.kept.heads is None else called)
+            if reason:
+                raise UnsupportedError(f"layer {state.index} has {reason}")
+        self._latest_hook = RemovableHandle.next_id
+
     def hold(self, held: Ticket) -> None:
         """Notes which structures the model's weights have, after `shrink` has removed the others.
 
@@ -329,6 +346,7 @@ class PatchHandle:
         full, layers = known
         for state, kept in zip(self._states, layers, strict=True):
             state.kept = kept
+        self._latest_hook = None
         self.ticket = None if full else ticket
         self._freeze()
         return self
@@ -425,6 +443,8 @@ class PatchHandle:
                 if places is not None:
                     # Made here, outside of compiled graphs, which then find them ready.
                     places.on(device)
+        if not torch.compiler.is_compiling():
+            self._check_hooks()
         parameters = (p for parts in self._parts for linear in parts.linears().values() for p in linear.parameters())
         if self.ticket is not None and not any(map(is_frozen, parameters)):
             # A deep copy has the ticket but loses the marks on its parameters, and so does another process.
@@ -434,7 +454,7 @@ class PatchHandle:
         weight = self._parts[0].qkv[0].weight
         whole = ops.serves_layer(weight, weight)
         last = self.num_layers - 1 if whole and first_tokens else None
-        call = Call(packing, packed=packed, whole=whole, first_tokens=last)
+        call = Call(packing, [state.kept for state in self._states], packed=packed, whole=whole, first_tokens=last)
         if importance is None or not torch.is_grad_enabled():
             return call
         return self._recording(importance, call, device)
@@ -480,6 +500,8 @@ class PatchHandle:
         # What is pruned away has no backward pass of its own: it scores its 0 when another structure's has run.
         for leaf in [*call.head_importance.values(), *call.ffn_importance.values()][:1]:
             leaf.register_post_accumulate_grad_hook(add_idle)
+        # Since the others were looked at only these were added.
+        self._latest_hook = RemovableHandle.next_id
         return call
 
 
@@ -619,18 +641,7 @@ def _reads_only_first_tokens(handle: PatchHandle, model: PreTrainedModel) -> boo
     heads = [child for child in (*model.children(), *base.children()) if child not in skipped]
     readers = [*handle._ends, *(module for head in heads for module in head.modules())]
     ours = {hook.id for hook in handle._hooks}
-    hooks = (
-        key
-        for module in readers
-        for found in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-        for key in found
-    )
-    return all(map(_is_stock, (model, *readers))) and ours.issuperset(hooks)
+    return all(map(_is_stock, (model, *readers))) and not any(is_hooked(module, ours) for module in readers)
 
 
 def _is_stock(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ class PreNormLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
         """Takes and returns hidden states [B, S, C]."""
         state, attention = self._ticketops, self.attention
+        state.check(_parts(self), ticketops)
         linears = (attention.q_proj, attention.k_proj, attention.v_proj)
         dropout_p, normed = attention.attention_dropout if self.training else 0.0, self.layernorm_before(hidden_states)
         contexts = attend(state, linears, normed, ticketops, attention.scaling, dropout_p)
@@ -71,6 +72,7 @@ def vit_like(modeling: Any, prefix: str, extra: int) -> Adapter:
         parts=_parts,
         resize=_resize,
         refusal=lambda config: None,
+        calls=lambda layer: (layer.layernorm_before, layer.layernorm_after, layer.dropout),
         stack="layers",
         inputs=Images(extra),
         ops=("attention", "ffn", "projection"),
