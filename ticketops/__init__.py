@@ -7,6 +7,7 @@ from ticketops.loading import install as _install
 
 if TYPE_CHECKING:
     from ticketops.api import search, share, transfer
+    from ticketops.errors import InputError, StoreError, TicketopsError, UnsupportedError
     from ticketops.models.checkpoint import load
     from ticketops.models.export import export
     from ticketops.models.patch import PatchHandle, patch
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Importance",
+    "InputError",
     "PatchHandle",
     "SharedModel",
+    "StoreError",
     "Ticket",
+    "TicketopsError",
+    "UnsupportedError",
     "export",
     "load",
     "patch",
@@ -36,9 +41,13 @@ __all__ = [
 
 _HOMES = {
     "Importance": "ticketops.tickets",
+    "InputError": "ticketops.errors",
     "PatchHandle": "ticketops.models",
     "SharedModel": "ticketops.models",
+    "StoreError": "ticketops.errors",
     "Ticket": "ticketops.tickets",
+    "TicketopsError": "ticketops.errors",
+    "UnsupportedError": "ticketops.errors",
     "export": "ticketops.models",
     "load": "ticketops.models",
     "patch": "ticketops.models",
@@ -57,6 +66,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ticketops' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 _install()

@@ -423,6 +423,13 @@ def test_masks_of_query_key_pairs_are_refused(model, batch):
         model(**batch)
 
 
+def test_the_package_and_a_handle_show_what_they_have(model):
+    assert set(ticketops.__all__) <= set(dir(ticketops))
+    with ticketops.patch(model).apply(pruned := ticket(heads=[(0, 1)])) as handle:
+        assert repr(handle) == f"PatchHandle(BertForSequenceClassification, ticket={pruned!r})"
+    assert repr(handle) == "PatchHandle(BertForSequenceClassification, reverted)"
+
+
 def test_weights_are_counted_as_they_are(model):
     counts = weight_counts(model)
     layer = model.bert.encoder.layer[0]

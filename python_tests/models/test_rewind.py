@@ -60,6 +60,17 @@ def test_a_training_graph_hears_of_it(model, batch):
         loss.backward()
 
 
+@pytest.mark.parametrize("patched", [False, True])
+def test_weights_that_were_not_copied_are_named(model, batch, patched):
+    given = [model.state_dict(), model.bert.state_dict()]
+    if patched:
+        ticketops.patch(model)
+    trained(model, batch)
+    for weights in given:
+        with pytest.raises(InputError, match=r"copy\.deepcopy\(model\.state_dict\(\)\)"):
+            ticketops.rewind(model, weights)
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_touched(model):
     before = copy.deepcopy(model.state_dict())
     changed = {name: value + 1 for name, value in before.items() if value.is_floating_point()}

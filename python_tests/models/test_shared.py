@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
-from transformers import BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
+from transformers import (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 import ticketops
 from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
@@ -272,6 +277,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(tmp_path):
         SharedModel(models(), {"sst2": TICKETS["pairs"]})
     with pytest.raises(InputError, match="needs a task"):
         SharedModel({})
+    with pytest.raises(InputError, match=r"task score: a ticket for FFNs of 64 neurons does not fit FFNs of 32"):
+        SharedModel(
+            {"score": BertForSequenceClassification(tiny_config(intermediate_size=32))},
+            {"score": Ticket(torch.ones(LAYERS, HEADS) > 0, torch.ones(LAYERS) > 0, {}, torch.rand(LAYERS, 64) > 0.5)},
+        )
+    with pytest.raises(InputError, match=r"task b has another encoder .*apart in pooler.dense.weight, pooler.dense"):
+        SharedModel({"a": models()["pairs"], "b": BertForTokenClassification(tiny_config())})
     with pytest.raises(InputError, match=r"task b has another encoder .*hidden size 24"):
         SharedModel(
             {"a": models()["pairs"], "b": BertForSequenceClassification(tiny_config(hidden_size=24))},

@@ -82,6 +82,12 @@ def test_winning_and_losing_are_disjoint_up_to_the_stated_number(cut: Any, data:
     assert not (~winning.ffn_mask & ~losing.ffn_mask).any()
 
 
+@pytest.mark.parametrize("counts", [(3,), (3, 1, 1), (3.0, 1), ("3", 1), 3])
+def test_counts_are_two_whole_numbers(counts: Any) -> None:
+    with pytest.raises(InputError, match="are not two whole numbers"):
+        prune(of_scores(torch.rand(3, 4), torch.rand(3)), counts=counts)
+
+
 def test_the_guard_can_make_winning_and_losing_meet() -> None:
     # Layer 0 has the lowest four scores of all. The winning order passes its last head over and so reaches the seventh
     # of twelve ranks with six heads, and the losing order reaches the same one from above.
@@ -187,7 +193,7 @@ def test_a_sparsity_outside_the_range_is_refused(sparsity: float) -> None:
         ({"sparsity": 0.1, "counts": (1, 1)}, "exactly one"),
         ({"sparsity": 0.95}, "cannot prune 136 heads while each of 12 layers keeps 1; the maximum is 132"),
         ({"counts": (-1, 0)}, "cannot prune -1 heads"),
-        ({"counts": (1.5, 0)}, "cannot prune 1.5 heads"),
+        ({"counts": (1.5, 0)}, "are not two whole numbers"),
         ({"counts": (0, 13)}, "cannot prune 13 FFNs; the maximum is 12"),
         ({"sparsity": 0.1, "kind": "lucky"}, "kind 'lucky' is unknown; use one of winning, losing, random"),
         ({"sparsity": 0.1, "min_heads": 13}, "min_heads 13 is impossible with 12 heads a layer; use 0 to 12"),

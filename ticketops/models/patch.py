@@ -289,6 +289,10 @@ class PatchHandle:
         module.__class__ = swaps.get(stock, stock)
         module.__dict__["_ticketops"] = state
 
+    def __repr__(self) -> str:
+        state = f"ticket={self.ticket!r}" if self._swapped else "reverted"
+        return f"PatchHandle({type(self.model).__name__}, {state})"
+
     def __enter__(self) -> "PatchHandle":
         return self
 

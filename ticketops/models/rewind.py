@@ -30,7 +30,8 @@ def rewind(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedM
         The model itself.
 
     Raises:
-        InputError: a name that the model does not know, or a tensor of another shape.
+        InputError: a name that the model does not know, a tensor of another shape, or weights that are the model's own,
+            as those of a state_dict that was not copied.
         UnsupportedError: a model that ticketops does not serve.
 
     Source: arXiv 2105.12002, section 3: a ticket starts again from the pre-trained weights.
@@ -67,6 +68,12 @@ def rewind(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedM
             indices[key] = (torch.zeros(1, dtype=torch.int64) if kept is None else kept).to(target.device)
         slices.append(Slices(value, dim, groups, indices[key]))
         targets.append(target)
+    pairs = [(each.tensor, target) for each, target in zip(slices, targets, strict=True) if target.numel()]
+    if pairs and all(value.data_ptr() == target.data_ptr() for value, target in pairs):
+        raise InputError(
+            "the weights to rewind to are the model's own and have changed along with it: before training, take "
+            "copy.deepcopy(model.state_dict())"
+        )
     with torch.no_grad():
         gather(slices, targets)
     return model

@@ -19,6 +19,7 @@ from ticketops.models.checkpoint import load, read_config, read_json
 from ticketops.models.freezing import Frozen, freeze, unfreeze
 from ticketops.models.indices import Indices
 from ticketops.models.patch import PatchHandle
+from ticketops.models.record import num_neurons
 from ticketops.tickets import Ticket
 
 _NOTE, _HEAD, _TICKET = "shared.json", "head.safetensors", "ticket.safetensors"
@@ -65,10 +66,13 @@ class SharedModel(nn.Module):
         prefix = first.base_model_prefix
         shape = _shape(base)
         for task, model in models.items():
-            if type(model.base_model) is not type(base) or _shape(model.base_model) != shape:
+            other = _shape(model.base_model)
+            if type(model.base_model) is not type(base) or other != shape:
+                apart = [name for name in {**shape, **other} if shape.get(name) != other.get(name)]
                 raise InputError(
                     f"the model of task {task} has another encoder ({_described(model.base_model)}) than the first one "
-                    f"({_described(base)}): give models of one architecture"
+                    f"({_described(base)}), apart in {', '.join(apart[:3]) or 'its class'}: give models of one "
+                    "architecture"
                 )
         given = dict(tickets or {})
         if unknown := [task for task in given if task not in models]:
@@ -77,7 +81,7 @@ class SharedModel(nn.Module):
         full = Ticket.full(base.config.num_hidden_layers, base.config.num_attention_heads)
         self.tickets = {task: given.get(task) or full for task in models}
         for task, ticket in self.tickets.items():
-            _check(task, ticket, full)
+            _check(task, ticket, full, num_neurons(base.config))
         self.handle = PatchHandle(first)
         for model in others:
             setattr(model, prefix, base)
@@ -246,9 +250,9 @@ def _described(base: Any) -> str:
     )
 
 
-def _check(task: str, ticket: Ticket, full: Ticket) -> None:
+def _check(task: str, ticket: Ticket, full: Ticket, neurons: int) -> None:
     try:
-        ticket.check(full.num_layers, full.num_heads)
+        ticket.check(full.num_layers, full.num_heads, neurons)
     except InputError as error:
         raise InputError(f"task {task}: {error}") from error
 

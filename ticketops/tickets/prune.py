@@ -1,6 +1,7 @@
 """From importance to tickets: winning, losing and random ones at any level."""
 
 import math
+import operator
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -93,7 +94,12 @@ def prune(
         raise InputError(f"kind {kind!r} is unknown; use one of {', '.join(get_args(Kind))}")
     if min_heads not in range(heads + 1):
         raise InputError(f"min_heads {min_heads} is impossible with {heads} heads a layer; use 0 to {heads}")
-    num_heads, num_ffns = counts
+    try:
+        num_heads, num_ffns = map(operator.index, counts)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"counts {counts!r} are not two whole numbers; give those of heads and of FFNs, as (72, 5)"
+        ) from None
     what_ffns = "FFNs" if width is None else "neurons"
     ranges = (("heads", num_heads, layers * (heads - min_heads)), (what_ffns, num_ffns, layers * (width or 1)))
     for what, count, most in ranges:
