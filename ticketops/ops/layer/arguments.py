@@ -46,6 +46,12 @@ class Weights(NamedTuple):
     heads: Tensor | None
     neurons: Tensor | None
 
+    def ffn(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """w1, b1, w2 and b2; None where the FFN is not computed."""
+        if self.w1 is None or self.b1 is None or self.w2 is None or self.b2 is None:
+            return None
+        return self.w1, self.b1, self.w2, self.b2
+
 
 #: Of Weights: the parameters, which come first.
 PARAMETERS = 16
@@ -204,6 +210,18 @@ def as_given(x: Tensor) -> AbstractContextManager[Any]:
 def select(x: Tensor, rows: Tensor | None) -> Tensor:
     """x's rows, or all of x."""
     return x if rows is None else x.index_select(0, rows)
+
+
+def in_order(gradients: dict[str, Tensor]) -> Iterator[Tensor | None]:
+    """The gradients of the parameters as a backward pass returns them.
+
+    Args:
+        gradients: by the names of Weights.
+
+    Yields:
+        Each, None where there is none.
+    """
+    return map(gradients.get, Weights._fields[:PARAMETERS])
 
 
 def results(out: Tensor, saved: Saved, none: Tensor) -> tuple[Tensor, ...]:

@@ -10,13 +10,13 @@ from ticketops.ops.embedding import embedding_gradient
 from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
 from ticketops.ops.layer.arguments import (
-    PARAMETERS,
     Inputs,
     Saved,
     Settings,
     Wanted,
     Weights,
     as_given,
+    in_order,
     results,
     seeds_of,
     select,
@@ -116,7 +116,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         [T, C], or [B, C] of `first_tokens`, and Saved; without `keep` only the former.
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
-    w1, b1, w2, b2, heads, neurons = w.w1, w.b1, w.w2, w.b2, w.heads, w.neurons
+    ffn_weights, heads, neurons = w.ffn(), w.heads, w.neurons
     tokens, dtype = x.shape[0], inputs.dtype(s)
     all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
@@ -138,10 +138,12 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             copies.select(source, 0, all_heads, heads, biases.dtype, target)
         if cast or heads is not None:
             w_o = copies.select(w.wo, 1, all_heads, heads, dtype)
-    if w1 is not None and w2 is not None and (cast or neurons is not None):
-        all_neurons = w1.shape[0]
-        w1 = w_1 = copies.select(w1, 0, all_neurons, neurons, dtype)
-        w2 = w_2 = copies.select(w2, 1, all_neurons, neurons, dtype)
+    if ffn_weights is not None:
+        w1, b1, w2, b2 = ffn_weights
+        if cast or neurons is not None:
+            all_neurons = w1.shape[0]
+            w1 = w_1 = copies.select(w1, 0, all_neurons, neurons, dtype)
+            w2 = w_2 = copies.select(w2, 1, all_neurons, neurons, dtype)
     copies.run()
     rows = inputs.rows(s)
     stream = select(x, rows)
@@ -158,9 +160,9 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             projected = product(select(context.view(tokens, width), rows), (w_o if w_o.numel() else w.wo).t())
         else:
             projected = None
-        half = empty(stream.shape, dtype) if cast and w1 is not None else None
+        half = empty(stream.shape, dtype) if cast and ffn_weights is not None else None
         ends = (projected, stream, w.bo, w.gamma1, w.beta1, output_seed, s.output_dropout, s.eps1)
-        if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+        if ffn_weights is not None:
             middle, mean1, rstd1 = residual.forward(*ends, half)
             # The kernels behind the products add the biases: in the products they cost a pass over the results.
             pre = product(middle if half is None else half, w1.t())
@@ -189,12 +191,12 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         in the order of Weights, empty where the parameter has no part in the result.
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
-    w1, b1, w2, b2, heads, neurons = w.w1, w.b1, w.w2, w.b2, w.heads, w.neurons
+    heads, neurons = w.heads, w.neurons
     tokens, batch, dtype = x.shape[0], lengths.shape[0], inputs.dtype(s)
     cast = dtype != x.dtype
     all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
-    parameters: list[Tensor | None] = [None] * PARAMETERS
+    gradients: dict[str, Tensor] = {}
     none = torch.empty(0)
     rows = inputs.rows(s)
     left = inputs.left(s)
@@ -202,22 +204,18 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     copies = Table()
 
     def keep(
-        place: int,
-        gradient: Tensor,
-        like: Tensor,
-        dim: int = 0,
-        groups: int = 1,
-        index: Tensor | None = None,
-        shared: bool = False,
+        name: str, gradient: Tensor, dim: int = 0, groups: int = 1, index: Tensor | None = None, shared: bool = False
     ) -> None:
         """Copies a gradient where it is not yet the whole parameter's, in its dtype and in memory of its own."""
+        like = getattr(w, name)
         if shared or index is not None or gradient.dtype != like.dtype:
             gradient = copies.spread(gradient, like, dim, groups, index)
-        parameters[place] = gradient
+        gradients[name] = gradient
 
     with as_given(x):
         ffn_signed, ffn_absolute, by_neuron = none, none, none
-        if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+        if (ffn_weights := w.ffn()) is not None:
+            w1, b1, w2, b2 = ffn_weights
             second = None
             doutput, dmiddle, db2, dgamma2, dbeta2 = residual.backward(
                 dout, saved.output, saved.middle, b2, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, s.ffn_dropout
@@ -233,10 +231,10 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 bias=_bias(b1, neurons),
             )
             if wanted.weight_gradients:
-                keep(10, gradient_product(dpre, inner), w1, 0, w1.shape[0], neurons)
-                keep(11, db1, b1, 0, w1.shape[0], neurons)
-                keep(12, gradient_product(doutput, saved.hidden), w2, 1, w1.shape[0], neurons)
-                keep(13, db2, b2)
+                keep("w1", gradient_product(dpre, inner), 0, w1.shape[0], neurons)
+                keep("b1", db1, 0, w1.shape[0], neurons)
+                keep("w2", gradient_product(doutput, saved.hidden), 1, w1.shape[0], neurons)
+                keep("b2", db2)
                 copies.run()
                 copies = Table()
             # Only now, since without a dropout and a cast doutput is the same tensor.
@@ -260,11 +258,9 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         dprojected = dprojected if dprojected.ndim > 1 else dx
         dx = _scatter(dx, rows, tokens)
         if wanted.weight_gradients:
-            for place, gradient, like in (
-                *((7, dbo, w.bo), (8, dgamma1, w.gamma1), (9, dbeta1, w.beta1)),
-                *((14, dgamma2, w.gamma2), (15, dbeta2, w.beta2)),
-            ):
-                keep(place, gradient, like)
+            vectors = {"bo": dbo, "gamma1": dgamma1, "beta1": dbeta1, "gamma2": dgamma2, "beta2": dbeta2}
+            for name, gradient in vectors.items():
+                keep(name, gradient)
         signed, absolute = torch.empty((batch, 0)), torch.empty((batch, 0))
         if count:
             width = count * s.head_dim
@@ -291,16 +287,14 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             flat = dqkv.view(tokens, 3 * width)
             if wanted.weight_gradients:
                 dwo = gradient_product(dprojected, select(saved.context.view(tokens, width), rows))
-                keep(6, dwo, w.wo, 1, all_heads, heads)
+                keep("wo", dwo, 1, all_heads, heads)
                 dbiases = ffn.column_sums(flat)
                 dweights = gradient_product(flat, saved.cast_x if cast else x).chunk(3)
-                for i, (like, gradient) in enumerate(zip((w.wq, w.wk, w.wv), dweights, strict=True)):
-                    keep(i, gradient, like, 0, all_heads, heads, shared=True)
-                for i, (like, gradient) in enumerate(zip((w.bq, w.bk, w.bv), dbiases.chunk(3), strict=True), 3):
-                    keep(i, gradient, like, 0, all_heads, heads, shared=True)
+                for name, gradient in zip(w._fields[:6], (*dweights, *dbiases.chunk(3)), strict=True):
+                    keep(name, gradient, 0, all_heads, heads, shared=True)
             dx = _add_product(dx, flat, saved.w_qkv)
         copies.run()
-    results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)
+    results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_order(gradients))
     # An op's results must be tensors of their own.
     return tuple(torch.empty(0) if x is None or x is none else x for x in results)
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
 from ticketops.ops.layer.arguments import (
-    PARAMETERS,
     Inputs,
     Saved,
     Settings,
     Wanted,
     as_given,
+    in_order,
     results,
     seeds_of,
     select,
@@ -58,7 +58,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         [T, C], or [B, C] of `first_tokens`, and Saved; without `keep` only the former.
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
-    w1, b1, w2, b2, heads = w.w1, w.b1, w.w2, w.b2, w.heads
+    ffn_weights, heads = w.ffn(), w.heads
     (tokens, channels), dtype = x.shape, inputs.dtype(s)
     all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
@@ -80,8 +80,10 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             copied(source, target)
         if cast:
             w_o = copied(w.wo)
-    if cast and w1 is not None and b1 is not None and w2 is not None and b2 is not None:
-        w1, b1, w2, b2 = w_1, _, w_2, _ = [copied(p) for p in (w1, b1, w2, b2)]
+    if ffn_weights is not None:
+        w1, b1, w2, b2 = map(copied, ffn_weights) if cast else ffn_weights
+        if cast:
+            w_1, w_2 = w1, w2
     if sources:
         torch._foreach_copy_(copies, sources)
     rows = inputs.rows(s)
@@ -105,11 +107,11 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 projected = projection.out_of([seen], [w.wo.t()], heads, all_heads)
         else:
             projected = x.new_zeros(stream.shape, dtype=dtype)
-        half = x.new_empty(stream.shape, dtype=dtype) if cast and w1 is not None else None
+        half = x.new_empty(stream.shape, dtype=dtype) if cast and ffn_weights is not None else None
         middle, mean1, rstd1 = residual.forward(
             projected, stream, w.bo, w.gamma1, w.beta1, output_seed, s.output_dropout, s.eps1, half
         )
-        if w1 is not None and w2 is not None:
+        if ffn_weights is not None:
             inner = middle if half is None else half
             output, pre, hidden = ffn.forward(inner, w1, b1, w2, b2, None, None, s.activation)
             out, mean2, rstd2 = residual.forward(
@@ -131,17 +133,18 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     """Gradients and importance partials of `forward`; results as the native backend's, some of them parts of one
     tensor."""
     (x, w, starts, lengths, seeds), s = inputs, settings
-    w1, b1, w2, b2, heads = w.w1, w.b1, w.w2, w.b2, w.heads
+    heads = w.heads
     tokens, batch, dtype = x.shape[0], lengths.shape[0], inputs.dtype(s)
     cast = dtype != x.dtype
     all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
-    parameters: list[Tensor | None] = [None] * PARAMETERS
+    gradients: dict[str, Tensor] = {}
     rows = inputs.rows(s)
     left = inputs.left(s)
     parts, by_neuron, of_ffn = ffn.Parts(None, None, None), None, None
     with as_given(x):
-        if w1 is not None and b1 is not None and w2 is not None and b2 is not None:
+        if (ffn_weights := w.ffn()) is not None:
+            w1, _, w2, _ = ffn_weights
             doutput, dmiddle, of_ffn = residual.first_stage(
                 dout, saved.output, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, s.ffn_dropout
             )
@@ -159,12 +162,12 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 ffn.Wanted(wanted.weight_gradients, False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token),
             )
             if wanted.weight_gradients:
-                parameters[10] = _product(dpre.t(), inner, w1.dtype)
-                parameters[12] = _product(doutput.t(), saved.hidden, w2.dtype)
+                gradients["w1"] = _product(dpre.t(), inner, w1.dtype)
+                gradients["w2"] = _product(doutput.t(), saved.hidden, w2.dtype)
             # Only now, since without a dropout and a cast doutput is the same tensor.
             dmiddle = _add_product(dmiddle, dpre, saved.w_1 if saved.w_1.numel() else w1)
         else:
-            dmiddle, parameters[14], parameters[15] = torch.ops.aten.native_layer_norm_backward(
+            dmiddle, dgamma2, dbeta2 = torch.ops.aten.native_layer_norm_backward(
                 dout,
                 saved.middle,
                 [x.shape[1]],
@@ -174,6 +177,8 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 w.beta2,
                 [True, wanted.weight_gradients, wanted.weight_gradients],
             )
+            if wanted.weight_gradients:
+                gradients |= {"gamma2": dgamma2, "beta2": dbeta2}
         stream = select(x, rows)
         projected = saved.projected if count else x.new_zeros(stream.shape, dtype=dtype)
         dprojected, dx, of_attention = residual.first_stage(
@@ -189,23 +194,15 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         dprojected = dprojected if dprojected.ndim > 1 else dx
         dx = _scatter(dx, rows, tokens)
         if wanted.weight_gradients:
-            parameters[11], after_ffn, after_attention = vectors
+            db1, after_ffn, after_attention = vectors
+            if db1 is not None:
+                gradients["b1"] = db1
             if after_attention is not None:
-                parameters[7:10] = after_attention.chunk(3)
+                gradients |= zip(("bo", "gamma1", "beta1"), after_attention.chunk(3), strict=True)
             if after_ffn is not None:
-                parameters[13:16] = after_ffn.chunk(3)
-            for place, like in (
-                (7, w.bo),
-                (8, w.gamma1),
-                (9, w.beta1),
-                (11, b1),
-                (13, b2),
-                (14, w.gamma2),
-                (15, w.beta2),
-            ):
-                gradient = parameters[place]
-                if gradient is not None and like is not None:
-                    parameters[place] = gradient.to(like.dtype)
+                gradients |= zip(("b2", "gamma2", "beta2"), after_ffn.chunk(3), strict=True)
+            # Sums are in float32.
+            gradients = {name: gradient.to(getattr(w, name).dtype) for name, gradient in gradients.items()}
         if not count:
             signed, absolute = (x.new_empty((batch, 0), dtype=torch.float32) for _ in range(2))
         else:
@@ -236,9 +233,10 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             taken = saved.cast_x if cast else x
             if heads is None:
                 if wanted.weight_gradients:
-                    parameters[6] = _product(dprojected.t(), seen, w.wo.dtype)
-                    parameters[:3] = _product(flat.t(), taken, w.wq.dtype).chunk(3)
-                    parameters[3:6] = flat.sum(0, dtype=w.bq.dtype).chunk(3)
+                    gradients["wo"] = _product(dprojected.t(), seen, w.wo.dtype)
+                    qkv_weights = _product(flat.t(), taken, w.wq.dtype).chunk(3)
+                    qkv_biases = flat.sum(0, dtype=w.bq.dtype).chunk(3)
+                    gradients |= zip(w._fields[:6], (*qkv_weights, *qkv_biases), strict=True)
                 dx = _add_product(dx, flat, saved.w_qkv)
             else:
                 dqkv_parts = flat.view(tokens, 3, width).unbind(1)
@@ -246,9 +244,9 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                     new = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in w[:7]]
                     projection.gradients(dqkv_parts, taken, new[:3], new[3:6], heads, all_heads)
                     projection.gradients([seen], dprojected, [new[6].t()], None, heads, all_heads)
-                    parameters[:7] = new
+                    gradients |= zip(w._fields[:7], new, strict=True)
                 dx += projection.out_of(dqkv_parts, [p.contiguous() for p in w[:3]], heads, all_heads)
     return tuple(
         x.new_empty(0, dtype=torch.float32) if result is None else result
-        for result in (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters)
+        for result in (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_order(gradients))
     )
