@@ -79,9 +79,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sdist_holds_all_sources(source):
     for folder in ("csrc", "ticketops"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".typed", ".cpp", ".h", ".cu", ".sh", ".txt"):
+            if path.suffix in (".py", ".typed", ".cpp", ".h", ".cu", ".txt"):
                 assert (source / path.relative_to(ROOT)).is_file(), path
-    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
+    documents = ("LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", *documents):
         assert (source / name).is_file()
 
 

@@ -141,7 +141,7 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    return max(1e-5, 16 * torch.finfo(dtype).eps) if dtype != torch.float32 else 1e-5
+    return max(1e-5, 16 * torch.finfo(dtype).eps)
 
 
 def _compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor], mask: Tensor | None, tolerance: float) -> float:

@@ -168,6 +168,7 @@ def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, An
         "per_device_eval_batch_size": max(config.batch_size, 64),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "linear",
+        # Below 1 it is a share of the steps.
         "warmup_steps": recipe.warmup,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.clip,

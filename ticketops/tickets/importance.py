@@ -221,7 +221,7 @@ class Importance:
         """Writes sums, counts, granularity and metadata to one safetensors file, atomically.
 
         Args:
-            path: the file to write, by custom `*.safetensors`.
+            path: the file to write, conventionally `*.safetensors`.
 
         Raises:
             InputError: the metadata is not JSON.

@@ -256,7 +256,7 @@ class Ticket:
         """Writes the ticket to one safetensors file, atomically.
 
         Args:
-            path: the file to write, by custom `*.safetensors`.
+            path: the file to write, conventionally `*.safetensors`.
 
         Raises:
             StoreError: the file cannot be written.
