@@ -278,6 +278,29 @@ def test_dry_run_of_a_transfer_counts_its_search_and_both_ladders(tiny: dict[str
     assert not run.exists()
 
 
+def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(tiny: dict[str, Any], tmp_path: Path):
+    data, run = tiny["model"].parent, tmp_path / "run"
+    tasks = {
+        "search": {"task": data / "good"},
+        "share": {"tasks": f"{data / 'good'},{data / 'score'}"},
+        "transfer": {"source": data / "good", "target": data / "score", "head": "fresh", "fractions": 1},
+    }
+    dry = lambda verb: invoke(verb, *flags({**tiny, **tasks[verb], "output": run}), "--dry-run")  # noqa: E731
+    run.mkdir()
+    assert [dry(verb).exit_code for verb in tasks] == [0, 0, 0]
+    (run / "notes.txt").touch()
+    for verb in tasks:
+        refused(dry(verb), 1, "notes.txt", "is no ticketops folder")
+    (run / "notes.txt").rename(tmp_path / "notes.txt")
+    identity = dict.fromkeys(("task_fingerprint", "model_fingerprint", "layers", "heads"), 0)
+    Store.create(run, {**identity, "config": {"task": "rte"}}, {}).close()
+    before = (run / "config.json").read_bytes()
+    refused(dry("search"), 1, "holds another search")
+    for verb in ("share", "transfer"):
+        refused(dry(verb), 1, "holds the results of ticketops search")
+    assert (run / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 def test_levels_that_no_search_has_are_refused_before_a_folder_is_made(tiny: dict[str, Any], tmp_path: Path, dry: Any):
     data = tiny["model"].parent

@@ -88,7 +88,8 @@ def test_recipe_fills_in_what_is_not_given_and_flags_win_over_it():
     assert SearchConfig(task="rte").epochs == 3
     paper = SearchConfig(task="rte", recipe="paper")
     assert (paper.epochs, paper.batch_size, paper.learning_rate) == (6, 32, 5e-5)
-    assert SearchConfig(task="mnli", recipe="paper").epochs == 3
+    for task in ("mnli", "QNLI", "q-nli", "path/to/qnli"):
+        assert SearchConfig(task=task, recipe="paper").epochs == 3
     assert SearchConfig(task="rte", recipe="paper", epochs=2).epochs == 2
 
 

@@ -59,11 +59,13 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
     """
     wanted = requested()
     refusals: list[str] = []
+    absent: list[str] = []
     for backend in BACKENDS.get(device.type, ("reference",)):
         if wanted not in ("auto", backend):
             continue
         if not _has_kernels(op, backend, device.type):
             # Not every op has kernels of every backend; plain PyTorch serves beside those that have.
+            absent.append(f"{backend} has no kernels for {op}")
             continue
         try:
             refusal = _module(op, backend, device.type).refusal(device, dtype)
@@ -72,7 +74,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
         if refusal is None:
             if wanted == backend:
                 return backend, "TICKETOPS_BACKEND asks for it"
-            return backend, "; ".join(refusals) or f"the preferred backend on {device.type}"
+            return backend, "; ".join([*refusals, *absent]) or f"the preferred backend on {device.type}"
         refusals.append(f"{backend} is out: {refusal}")
     if wanted != "auto" and (refusals or wanted not in BACKENDS.get(device.type, ())):
         detail = "; ".join(refusals) or f"it does not serve {device.type}"

@@ -9,8 +9,9 @@ from ticketops.models import weight_counts
 from ticketops.searching.config import Config
 from ticketops.searching.plan import SearchConfig, Trial
 from ticketops.searching.setting import Setting, quiet
-from ticketops.searching.sharing import prepare_share
+from ticketops.searching.sharing import prepare_share, share_identity
 from ticketops.searching.sharing_plan import ShareConfig, share_plan
+from ticketops.searching.store import Store
 from ticketops.searching.transfer import prepare_transfer, subset
 from ticketops.searching.transfer_plan import TransferConfig
 from ticketops.tickets import Ticket, WeightCounts
@@ -40,6 +41,7 @@ def outlook(config: Config) -> Outlook:
 
     Raises:
         InputError: model, tasks and configuration do not fit each other, or cannot be loaded.
+        StoreError: the output folder holds something else.
     """
     kinds: Mapping[type[Config], Callable[[Any], Outlook]] = {
         SearchConfig: _search,
@@ -70,12 +72,14 @@ class _Kind:
 
 def _search(config: SearchConfig) -> Outlook:
     setting = Setting.load(config)
+    Store.check(config.output, setting.identity())
     models = len(config.seeds) * len(_levels(setting)) if config.save_models else 0
     return _outlook(config, setting, _levels(setting), [setting.task.describe()], models)
 
 
 def _share(config: ShareConfig) -> Outlook:
     settings, given = prepare_share(config)
+    Store.check(config.output, share_identity(config, settings, given))
     kinds = [] if given else [kind for name, setting in settings.items() for kind in _levels(setting, f"{name}: ")]
     trials = share_plan(config)
     rows = sum(len(setting.splits["train"]) for setting in settings.values())
@@ -91,6 +95,7 @@ def _share(config: ShareConfig) -> Outlook:
 
 def _transfer(config: TransferConfig) -> Outlook:
     ready = prepare_transfer(config)
+    Store.check(config.output, ready.identity)
     source, target, seeds = ready.source, ready.target, len(config.seeds)
     kinds = [] if source.given else _levels(source.setting, "source: ")
     models = seeds * len(kinds)

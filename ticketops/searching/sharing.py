@@ -242,6 +242,22 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def share_identity(config: ShareConfig, settings: Mapping[str, Setting], given: Given | None) -> Record:
+    """What the results of a share depend on.
+
+    Args:
+        config: the run.
+        settings, given: as `prepare_share` returns them.
+    """
+    return {
+        **next(iter(settings.values())).identity(),
+        "kind": "share",
+        "config": without(config, "output", "save_models"),
+        "task_fingerprint": {name: setting.task.fingerprint for name, setting in settings.items()},
+        "tickets": None if given is None else digests(given.tickets),
+    }
+
+
 def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareResult:
     """Runs what is still missing of a share in its output folder.
 
@@ -260,22 +276,14 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
     listener = listener or Listener()
     settings, given = prepare_share(config)
     first = next(iter(settings.values()))
-    identity = first.identity()
     plan = share_plan(config)
-    description = {
-        **identity,
-        "kind": "share",
-        "config": without(config, "output", "save_models"),
-        "task_fingerprint": {name: setting.task.fingerprint for name, setting in settings.items()},
-        "tickets": None if given is None else digests(given.tickets),
-    }
     notes = {
         "versions": environment.versions(),
         "machine": environment.machine(),
         "validation": {name: setting.task.validation_name for name, setting in settings.items()},
         "tasks": {name: setting.task.describe() for name, setting in settings.items()},
     }
-    with Store.create(config.output, description, notes) as store:
+    with Store.create(config.output, share_identity(config, settings, given), notes) as store:
         finished = finished_trials(store, plan, keeps=lambda trial: config.save_models)
         for name, seed in itertools.product(settings, config.seeds):
             store.ticket(TaskTicket(name, seed))

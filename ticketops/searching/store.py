@@ -75,13 +75,7 @@ class Store:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            others = [name for name in sorted(os.listdir(folder)) if name != ".lock"]
-            # What a search killed in its very first write leaves behind is not somebody's file.
-            foreign = [name for name in others if not name.startswith(".config.json.")]
-            if foreign and not (folder / "config.json").exists():
-                raise StoreError(
-                    f"{folder} holds {foreign[0]!r} and is no ticketops folder: choose another --output folder"
-                )
+            _refuse_files_of_others(folder)
             lock = FileLock(folder / ".lock")
             lock.acquire(timeout=0)
         except Timeout as error:
@@ -102,6 +96,26 @@ class Store:
             lock.release()
             raise
         return store
+
+    @classmethod
+    def check(cls, folder: str | Path, identity: Mapping[str, Any]) -> None:
+        """Makes sure that what a folder holds would let `create` open it; nothing is locked or written.
+
+        Args:
+            folder, identity: as `create` takes them.
+
+        Raises:
+            StoreError: the folder holds another search or other files, is corrupt, or is none.
+        """
+        folder = Path(folder)
+        try:
+            if not folder.exists():
+                return
+            _refuse_files_of_others(folder)
+        except OSError as error:
+            raise store_error(folder, error) from error
+        if (folder / "config.json").exists():
+            _refuse_another_search(folder, _read_description(folder)["identity"], json_identity(identity))
 
     @classmethod
     def read(cls, folder: str | Path, kind: str | None = None) -> "Store":
@@ -346,6 +360,14 @@ def _read_description(folder: Path) -> Record:
 
 def _kind(identity: Mapping[str, Any]) -> str:
     return str(identity.get("kind", "search"))
+
+
+def _refuse_files_of_others(folder: Path) -> None:
+    others = [name for name in sorted(os.listdir(folder)) if name != ".lock"]
+    # What a search killed in its very first write leaves behind is not somebody's file.
+    foreign = [name for name in others if not name.startswith(".config.json.")]
+    if foreign and not (folder / "config.json").exists():
+        raise StoreError(f"{folder} holds {foreign[0]!r} and is no ticketops folder: choose another --output folder")
 
 
 def _refuse_another_search(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
