@@ -36,6 +36,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def circumstances() -> dict[str, Any]:
+    """Versions and machine together, as records and runs hold them."""
+    return {"versions": versions(), "machine": machine()}
+
+
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

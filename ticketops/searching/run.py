@@ -94,8 +94,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
     plan = setting.plan()
     ways = WAYS[config.importance]
     notes = {
-        "versions": environment.versions(),
-        "machine": environment.machine(),
+        **environment.circumstances(),
         "validation": setting.task.validation_name,
     }
     with Store.create(config.output, setting.identity(), notes) as store:

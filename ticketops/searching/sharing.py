@@ -43,7 +43,6 @@ from ticketops.searching.trial import (
     Steps,
     Timing,
     check_converged,
-    circumstances,
     predict,
     remaining,
     scored,
@@ -198,7 +197,7 @@ def run_share_trial(
         "train_loss": loss,
         "steps": len(schedule),
         "timing": timing,
-        "environment": circumstances(),
+        "environment": environment.circumstances(),
     }
     return record, shared
 
@@ -278,8 +277,7 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
     first = next(iter(settings.values()))
     plan = share_plan(config)
     notes = {
-        "versions": environment.versions(),
-        "machine": environment.machine(),
+        **environment.circumstances(),
         "validation": {name: setting.task.validation_name for name, setting in settings.items()},
         "tasks": {name: setting.task.describe() for name, setting in settings.items()},
     }

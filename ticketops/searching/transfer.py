@@ -184,8 +184,7 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
     ready = prepare_transfer(config)
     config, source, target, plan = ready.config, ready.source, ready.target, ready.plan
     notes = {
-        "versions": environment.versions(),
-        "machine": environment.machine(),
+        **environment.circumstances(),
         "validation": target.task.validation_name,
         "tasks": {"source": source.setting.task.describe(), "target": target.task.describe()},
     }

@@ -132,7 +132,7 @@ def run_trial(
         "train_loss": loss,
         "steps": trainer.state.global_step,
         "timing": timing,
-        "environment": circumstances(),
+        "environment": environment.circumstances(),
     }
     if len(importance) == 2:
         correlation = importance["pass"].rank_correlation(importance["on_the_fly"])
@@ -271,11 +271,6 @@ def remaining(kept: Ticket, counts: WeightCounts) -> Record:
         "weights_remaining": kept.weights_remaining(counts),
         "weights_remaining_encoder": kept.weights_remaining(counts, embeddings=False),
     }
-
-
-def circumstances() -> Record:
-    """What a record says of versions and machine."""
-    return {"versions": environment.versions(), "machine": environment.machine()}
 
 
 class Timing(dict[str, float]):
