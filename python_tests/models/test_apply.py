@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForSequenceClassification
@@ -13,7 +14,7 @@ from transformers import BertForSequenceClassification
 import ticketops
 from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
 from ticketops import Ticket
-from ticketops.errors import InputError
+from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.record import kept_neurons
 
 FULL = torch.ones(LAYERS, HEADS).bool(), torch.ones(LAYERS).bool()
@@ -98,6 +99,56 @@ def test_a_step_that_is_cut_short_moves_nothing_that_is_pruned(model, batch):
     optimizer.step()
     for part, old in zip(pruned_parts(model, ticket), before, strict=True):
         assert torch.equal(part, old)
+
+
+def test_lbfgs_moves_nothing_that_is_pruned_along_its_history(model, batch):
+    handle, optimizer = ticketops.patch(model), torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    ticket = Ticket(torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool(), torch.tensor([1, 0, 1]).bool())
+    handle.apply(ticket)
+    before = [part.clone() for part in pruned_parts(model, ticket)]
+    optimizer.step(closure)
+    assert all(map(torch.equal, pruned_parts(model, ticket), before))
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """One process of its own."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_ticket_on_sharded_weights_is_refused(model, batch, mesh, by_layer, first):
+    handle = ticketops.patch(model)
+    ticket = Ticket(torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]).bool(), torch.ones(3, dtype=torch.bool))
+    if first:
+        handle.apply(ticket)
+    for layer in model.bert.encoder.layer if by_layer else ():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    run = lambda: model(**batch) if first else handle.apply(ticket)  # noqa: E731
+    with pytest.raises(UnsupportedError, match="shrink the model to the ticket before it is sharded"):
+        run()
+
+
+def test_what_distributes_a_model_may_copy_what_goes_to_its_layers(model, stock, batch, mesh):
+    ticketops.patch(model)
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    torch.testing.assert_close(model(**batch).logits, stock(**batch).logits)
 
 
 @pytest.mark.parametrize("by_name", [False, True])

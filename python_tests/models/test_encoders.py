@@ -311,6 +311,15 @@ def test_patched_equals_stock_under_tickets(name, encoder, inputs):
 
 
 @pytest.mark.parametrize("name", ["BertModel", "DistilBertModel", "ModernBertModel", "ViTModel"])
+def test_a_forward_past_the_hooks_is_refused(name):
+    model = make(name)
+    with ticketops.patch(model):
+        model(**draw(model))
+        with pytest.raises(UnsupportedError, match=r"call model\(\.\.\.\), not model\.forward"):
+            model.forward(**draw(model))
+
+
+@pytest.mark.parametrize("name", ["BertModel", "DistilBertModel", "ModernBertModel", "ViTModel"])
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_hook_is_called_or_refused(name, register, pruned):

@@ -177,6 +177,8 @@ class Kept:
         frozen_fc1: the same of the FFN's first linear layer.
         frozen_fc2: the same of the weight of its second.
         frozen_bias: the same of the second's bias.
+        number: tells the ticket from others that were applied to the model. No identity would do: what distributes a
+            model may copy what goes to its layers.
     """
 
     heads: Indices | None
@@ -189,6 +191,7 @@ class Kept:
     frozen_fc1: Frozen
     frozen_fc2: Frozen
     frozen_bias: Frozen
+    number: int
 
 
 class LayerState:
@@ -217,12 +220,13 @@ class LayerState:
         self.neurons = tuple(neuron for neuron, there in enumerate(neurons) if there)
         self.kept = self.keep(heads, neurons)
 
-    def keep(self, heads: list[bool], neurons: list[bool]) -> Kept:
+    def keep(self, heads: list[bool], neurons: list[bool], number: int = 0) -> Kept:
         """Works out what to compute of the structures that are there.
 
         Args:
             heads: for each head of the architecture, whether to compute it.
             neurons: for each neuron of the architecture's FFN, whether to compute it.
+            number: of the ticket that says so.
 
         Returns:
             What `kept` is to be for that.
@@ -247,6 +251,7 @@ class LayerState:
             frozen_fc1=Frozen(0, in_fc1 * groups, _repeated(idle, groups, in_fc1)),
             frozen_fc2=Frozen(1, groups, idle),
             frozen_bias=Frozen(0, 1, Indices([] if ffn_places else idle.values)),
+            number=number,
         )
 
     def check(self, parts: LayerParts, call: "Call") -> None:
@@ -265,7 +270,7 @@ class LayerState:
                 parts.refusal() or f"another activation ({type(parts.activation).__name__}) than when it was patched"
             )
             raise UnsupportedError(f"layer {self.index} has {reason}")
-        if call.kept[self.index] is not self.kept:
+        if call.number != self.kept.number:
             raise UnsupportedError(
                 "another ticket was applied between a forward pass and its backward pass, which under gradient "
                 "checkpointing computes the layers again: apply it after backward()"
@@ -288,7 +293,7 @@ class Call:
 
     Attributes:
         packing: where the real tokens are.
-        kept: what of each layer is computed.
+        number: of the ticket that it computes, see Kept.
         head_importance: per layer, the leaf whose gradient becomes the head importance partials; empty when not
             recording.
         ffn_importance: the same for the FFN.
@@ -301,7 +306,7 @@ class Call:
     """
 
     packing: Packing
-    kept: list[Kept]
+    number: int
     head_importance: dict[int, Tensor] = field(default_factory=dict)
     ffn_importance: dict[int, Tensor] = field(default_factory=dict)
     neuron_importance: dict[int, Tensor] = field(default_factory=dict)
@@ -309,6 +314,22 @@ class Call:
     packed: bool = False
     whole: bool = False
     first_tokens: int | None = None
+
+
+def given(call: Call | None) -> Call:
+    """What a forward pass was given of its model.
+
+    Args:
+        call: None where nothing was.
+
+    Raises:
+        UnsupportedError: nothing was, since the model's forward was called past its hooks.
+    """
+    if call is None:
+        raise UnsupportedError(
+            "a patched model packs its inputs on the way into its forward: call model(...), not model.forward(...)"
+        )
+    return call
 
 
 def activation_name(module: nn.Module) -> str:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.models.bert import modeling_bert as bert
 
 from ticketops import ops
-from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
+from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState, given
 from ticketops.models.embeddings import TicketEmbeddings
 from ticketops.models.hooks import is_hooked
 
@@ -18,9 +18,10 @@ from ticketops.models.hooks import is_hooked
 class TicketEncoder(nn.Module):
     """Runs the layers on real tokens only: packs on entry, pads again at the exit."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Any:
         """Takes hidden states [B, S, C], or [1, T, C] where the call says they are packed; returns [B, S, C], or
         [B, 1, C] where only first tokens are read."""
+        ticketops = given(ticketops)
         packing = ticketops.packing
         if packing.indices is not None and not ticketops.packed:
             hidden_states = packing.pack(hidden_states)[None]

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import LBFGS
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ticketops.errors import UnsupportedError
 from ticketops.models.indices import Indices
 from ticketops.ops.copies import Saved, Slices, scatter
 
@@ -128,14 +131,22 @@ def _put_aside(optimizer: Optimizer) -> None:
     state."""
     parts: list[tuple[Tensor, Frozen]] = []
     fresh = []
+    # It moves along its history what has no gradient any more.
+    moves_all = isinstance(optimizer, LBFGS)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             frozen: Frozen | None = getattr(parameter, _MARK, None)
-            if frozen is None or parameter.grad is None:
+            if frozen is None or (parameter.grad is None and not moves_all):
                 continue
+            if type(parameter) is not Parameter:
+                raise UnsupportedError(
+                    f"what a ticket prunes of a {type(parameter).__name__} cannot be kept from an optimizer: shrink "
+                    "the model to the ticket before it is sharded"
+                )
             if len(frozen.places) == frozen.groups:
                 parameter.grad = None
-                continue
+                if not moves_all:
+                    continue
             state = optimizer.state.get(parameter, {})
             parts += [
                 (tensor, frozen)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.modernbert import modeling_modernbert as modernbert
 
-from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
+from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState, given
 from ticketops.models.bert import attend, feed_forward, project
 
 
@@ -16,11 +16,9 @@ class TicketModernBertEncoderLayer(modernbert.ModernBertEncoderLayer):
 
     _ticketops: LayerState
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Tensor:
         """Takes and returns hidden states [.., C]; takes cosines and sines [.., head_dim] of the tokens' positions."""
-        state, attention = self._ticketops, self.attn
+        ticketops, state, attention = given(ticketops), self._ticketops, self.attn
         state.check(_parts(self), ticketops)
         contexts = attend(
             state,

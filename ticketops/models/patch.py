@@ -1,6 +1,7 @@
 """Swaps the classes of a model's layers in place, so that they run on ticketops' ops; parameters stay."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -246,6 +247,7 @@ class PatchHandle:
         ]
         # Of each ticket that was applied, whether it is full and what it keeps of each layer.
         self._known: dict[Ticket | None, tuple[bool, list[Kept]]] = {}
+        self._tickets = 0
         self.hold(held_ticket(base.config))
         layers = self._layers = list(adapter.layers(base))
         self._called = [adapter.calls(layer) for layer in layers]
@@ -360,12 +362,19 @@ class PatchHandle:
         if ticket is None:
             ticket = Ticket.full(self.num_layers, self.num_heads)
         ticket.check(self.num_layers, self.num_heads, self.num_neurons)
-        neurons = kept_neurons(ticket, self.num_neurons).tolist()
-        rows = zip(self._states, ticket.head_mask.tolist(), neurons, strict=True)
-        return ticket.is_full, [state.keep(*keep) for state, *keep in rows]
+        masks = ticket.head_mask.tolist(), kept_neurons(ticket, self.num_neurons).tolist()
+        self._tickets += not ticket.is_full
+        number = 0 if ticket.is_full else self._tickets
+        rows = zip(self._states, *masks, strict=True)
+        return ticket.is_full, [state.keep(heads, neurons, number) for state, heads, neurons in rows]
 
     def _freeze(self) -> None:
         """Marks what the applied ticket prunes, so that no optimizer moves it."""
+        if self.ticket is not None and self._is_sharded():
+            raise UnsupportedError(
+                "a ticket is applied to a model whose weights are sharded, as by FSDP, where optimizers would move "
+                "what it prunes: shrink the model to the ticket before it is sharded"
+            )
         for state, parts in zip(self._states, self._parts, strict=True):
             kept = state.kept
             for linear in parts.qkv:
@@ -377,6 +386,16 @@ class PatchHandle:
             freeze(parts.fc2.weight, kept.frozen_fc2)
             if parts.fc2.bias is not None:
                 freeze(parts.fc2.bias, kept.frozen_bias)
+
+    def _is_sharded(self) -> bool:
+        """Whether optimizers see other parameters than the layers' own, as those that FSDP makes of them."""
+        weights = [linear.weight for parts in self._parts for linear in parts.linears().values()]
+        if any(type(weight) is not nn.Parameter or weight.ndim != 2 for weight in weights):
+            return True
+        # While its forward pass runs, weights may look whole.
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        modules = (self.model, *self._ends, *self._layers)
+        return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules)
 
     @contextmanager
     def record_importance(
@@ -458,7 +477,8 @@ class PatchHandle:
         weight = self._parts[0].qkv[0].weight
         whole = ops.serves_layer(weight, weight)
         last = self.num_layers - 1 if whole and first_tokens else None
-        call = Call(packing, [state.kept for state in self._states], packed=packed, whole=whole, first_tokens=last)
+        number = self._states[0].kept.number
+        call = Call(packing, number, packed=packed, whole=whole, first_tokens=last)
         if importance is None or not torch.is_grad_enabled():
             return call
         return self._recording(importance, call, device)

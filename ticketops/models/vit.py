@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.vit import modeling_vit
 
-from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
+from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState, given
 from ticketops.models.bert import attend, feed_forward, project
 from ticketops.models.inputs import Images
 
@@ -20,9 +20,9 @@ class PreNormLayer(nn.Module):
     layernorm_after: nn.LayerNorm
     dropout: nn.Dropout
 
-    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Tensor:
         """Takes and returns hidden states [B, S, C]."""
-        state, attention = self._ticketops, self.attention
+        ticketops, state, attention = given(ticketops), self._ticketops, self.attention
         state.check(_parts(self), ticketops)
         linears = (attention.q_proj, attention.k_proj, attention.v_proj)
         dropout_p, normed = attention.attention_dropout if self.training else 0.0, self.layernorm_before(hidden_states)
