@@ -73,6 +73,9 @@ class _Resting:
 
     Args:
         parts: parameters and their state, each with which of its slices are frozen.
+
+    Attributes:
+        stepping: a step has begun.
     """
 
     def __init__(self, parts: list[tuple[Tensor, Frozen]]) -> None:
@@ -83,27 +86,22 @@ class _Resting:
             for wanted in (True, False)
         )
         self._saved = Saved(parameters, lasting=state)
-        self._stepping = False
+        self.stepping = False
 
     def holds(self, parts: list[tuple[Tensor, Frozen]]) -> bool:
         """Whether it was made for these."""
         pairs = zip(parts, self._parts, strict=False)
         return len(parts) == len(self._parts) and all(x is y and a is b for (x, a), (y, b) in pairs)
 
-    @property
-    def stepping(self) -> bool:
-        """Whether a step has begun."""
-        return self._stepping
-
     def save(self) -> None:
         self._saved.save()
-        self._stepping = True
+        self.stepping = True
 
     def restore(self) -> None:
         """Undoes what a step has done since `save`."""
-        if self._stepping:
+        if self.stepping:
             self._saved.restore()
-            self._stepping = False
+            self.stepping = False
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
