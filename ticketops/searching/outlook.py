@@ -12,7 +12,7 @@ from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing import prepare_share, share_identity
 from ticketops.searching.sharing_plan import ShareConfig, share_plan
 from ticketops.searching.store import Store
-from ticketops.searching.transfer import prepare_transfer, subset
+from ticketops.searching.transfer import keeps_model, prepare_transfer, subset
 from ticketops.searching.transfer_plan import TransferConfig
 from ticketops.tickets import Ticket, WeightCounts
 
@@ -105,7 +105,7 @@ def _transfer(config: TransferConfig) -> Outlook:
         known = trial.as_in_search if trial.ladder == "source" or trial.kind == "full" else None
         name = f"{trial.ladder}, {100 * trial.fraction:g} %: {trial.kind}"
         kinds.append(_Kind(name, len(part.splits["train"]), _steps(part), seeds, known))
-        models += seeds * (config.save_models and trial.ladder == "target")
+        models += seeds * keeps_model(trial, config)
     lines = [f"{role}, {setting.task.describe()}" for role, setting in (("source", source.setting), ("target", target))]
     if source.given:
         level, _ = source.level(config)

@@ -189,7 +189,9 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
         "tasks": {"source": source.setting.task.describe(), "target": target.task.describe()},
     }
     with Store.create(config.output, ready.identity, notes) as store:
-        finished = finished_trials(store, plan, lambda trial: _ways(trial, source), lambda trial: _keeps(trial, config))
+        finished = finished_trials(
+            store, plan, lambda trial: _ways(trial, source), lambda trial: keeps_model(trial, config)
+        )
         searches, done = ([], 0) if source.given else stages(source.setting, "source")
         listener.planned([*searches, *plan], done + len(finished))
         if not source.given:
@@ -297,7 +299,8 @@ def _ways(trial: TransferTrial, source: Source) -> tuple[str, ...]:
     return (_way(trial, source),) if scored else ()
 
 
-def _keeps(trial: TransferTrial, config: TransferConfig) -> bool:
+def keeps_model(trial: TransferTrial, config: TransferConfig) -> bool:
+    """Whether a trial's model is kept: of the target's trials, since the source has a search of its own."""
     return config.save_models and trial.ladder == "target"
 
 
@@ -334,7 +337,7 @@ def _run(
     outcome = run_trial(part, origin, ticket, ways, listener)
     for importance in outcome.importance.values():
         store.write_importance(trial.seed, _way(trial, source), importance)
-    if _keeps(trial, config):
+    if keeps_model(trial, config):
         keep_model(store, trial, outcome.model, target.tokenizer, ticket)
     rows = {"fraction": trial.fraction, "train_rows": len(part.splits["train"]), "epochs": part.config.epochs}
     return {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows}
