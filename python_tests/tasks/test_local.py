@@ -264,7 +264,7 @@ GOOD = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
         ("a.csv", "text,label\n" + "".join(f"t{i},1\n" for i in range(9)), r"every training row .* has the label 1"),
         ("a.xlsx", "x", r"a\.xlsx has an unknown extension: use one of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
         ("a.parquet", "PAR1 nonsense", r"a\.parquet is not a whole Parquet file"),
-        ("a.csv", b"text,label\ncaf\xe9,0\n", r"a\.csv is not UTF-8 .*: convert it"),
+        ("a.csv", b"text,label\ncaf\xe9,0\n", r"a\.csv is not UTF-8 .*: say what it is with --encoding"),
     ],
 )
 def test_bad_files_are_one_line_errors(tmp_path, name, content, message):

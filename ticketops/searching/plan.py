@@ -1,5 +1,6 @@
 """What a search does, before anything is loaded: its configuration and the list of its trials. Imports no torch."""
 
+import codecs
 import json
 import math
 from collections import Counter
@@ -149,6 +150,9 @@ class SearchConfig(Config):
     task_kind: Literal["classification", "regression"] | None = option(
         None, "Local data: classification or regression.", DATA, shown="as the labels look"
     )
+    encoding: str | None = option(
+        None, "Local data: encoding of text files, such as latin-1 or utf-16.", DATA, shown="utf-8"
+    )
     max_length: int = option(128, "Longest input in tokens; longer ones are cut.", DATA, int)
     train_rows: int | None = option(None, "Training rows used.", DATA, int, shown="recipe, else all")
     validation_rows: int | None = option(None, "Validation rows used.", DATA, int, shown="all")
@@ -187,6 +191,8 @@ class SearchConfig(Config):
             put("label_column", text("label_column", self.label_column))
         if self.task_kind is not None:
             check_choice("task_kind", self.task_kind, ("classification", "regression"))
+        if self.encoding is not None:
+            put("encoding", _encoding(text("encoding", self.encoding)))
         for name in ("epochs", "batch_size", "max_length"):
             put(name, whole(name, getattr(self, name), 1))
         put("min_heads", whole("min_heads", self.min_heads, 0))
@@ -321,6 +327,15 @@ def search_plan(config: SearchConfig, identity: Mapping[str, Any]) -> list[Trial
 def json_identity(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as JSON gives them back, so that a fresh configuration compares with a stored one."""
     return json.loads(json.dumps(values))
+
+
+def _encoding(name: str) -> str:
+    """Python's own name of a text encoding, so that two spellings of one are equal."""
+    try:
+        "".encode(name)
+    except (LookupError, ValueError) as error:
+        raise InputError(f"encoding {name!r} is unknown: give utf-8, latin-1, utf-16, cp1252 or the like") from error
+    return codecs.lookup(name).name
 
 
 def _kind(entry: Any) -> str:

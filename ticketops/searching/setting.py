@@ -73,6 +73,7 @@ class Setting:
                 text_columns=config.text_columns,
                 label_column=config.label_column,
                 kind=config.task_kind,
+                encoding=config.encoding,
                 train_rows=config.train_rows,
                 validation_rows=config.validation_rows,
                 report_fraction=config.report_fraction,

@@ -1,11 +1,13 @@
 """What ticket sharing does, before anything is loaded: its configuration and the list of its trials. No torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ticketops.errors import InputError
 from ticketops.searching.config import PLAN, TRAINING, WHAT, Config, check_choice, list_of, option, text
 from ticketops.searching.plan import SearchConfig
+from ticketops.searching.task_options import DATA_OPTIONS, option_of, read_option
 
 Mixing = Literal["proportional", "annealed", "uniform"]
 MIXINGS: tuple[str, ...] = get_args(Mixing)
@@ -47,6 +49,29 @@ def as_in_search(name: str, **changes: Any) -> Any:
     """
     field = SearchConfig.__dataclass_fields__[name]
     return option(**{"default": field.default, **field.metadata, **changes})
+
+
+def per_task(name: str) -> Any:
+    """A configuration's field whose value may differ from task to task.
+
+    Args:
+        name: field of a search's configuration.
+    """
+    help = SearchConfig.__dataclass_fields__[name].metadata["help"]
+    return as_in_search(name, help=f"{help} TASK=VALUE for one task, VALUE for all.", flag_type=str)
+
+
+def task_names(spec: str) -> tuple[str, ...]:
+    """What a task may be called in options of single tasks.
+
+    Args:
+        spec: the task as the user names it: a name or a path.
+
+    Returns:
+        The whole of it, and the name of its file or folder with and without the ending.
+    """
+    path = Path(spec)
+    return tuple(dict.fromkeys(filter(None, (spec, path.name, path.name.split(".")[0]))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +123,10 @@ class ShareConfig(Config):
         "without its model trains again.",
     )
     granularity: Literal["example", "token", "batch"] = as_in_search("granularity")
+    text_columns: tuple[str, ...] | None = per_task("text_columns")
+    label_column: tuple[str, ...] | None = per_task("label_column")
+    task_kind: tuple[str, ...] | None = per_task("task_kind")
+    encoding: tuple[str, ...] | None = per_task("encoding")
     max_length: int = as_in_search("max_length")
     train_rows: int | None = as_in_search("train_rows", help="Training rows of each task at most.")
     validation_rows: int | None = as_in_search("validation_rows", help="Validation rows of each task at most.")
@@ -111,6 +140,8 @@ class ShareConfig(Config):
         if len(tasks) < 2:
             raise InputError(f"sharing takes two tasks or more, not {tasks[0]!r} alone: use ticketops search for one")
         put("tasks", tasks)
+        for name in DATA_OPTIONS:
+            put(name, read_option(name, getattr(self, name), self._names()))
         common = self.search(",".join(tasks))
         for name in COMMON:
             put(name, getattr(common, name))
@@ -120,6 +151,11 @@ class ShareConfig(Config):
         for arm in self.arms:
             check_choice("arms", arm, ARMS)
         check_choice("mixing", self.mixing, MIXINGS)
+        for task in tasks:
+            self.search(task)
+
+    def _names(self) -> list[str]:
+        return [name for task in self.tasks for name in task_names(task)]
 
     def search(self, task: str, **changes: Any) -> SearchConfig:
         """The search of one of the tasks alone, for its tickets.
@@ -129,6 +165,8 @@ class ShareConfig(Config):
             changes: of the search's fields.
         """
         common = {name: getattr(self, name) for name in COMMON}
+        for name in DATA_OPTIONS:
+            common[name] = option_of(name, getattr(self, name), task_names(task), self._names())
         return SearchConfig(**{**common, "task": task, "kinds": ("winning",), **changes})
 
 

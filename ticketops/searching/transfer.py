@@ -228,6 +228,9 @@ def load_source(config: TransferConfig) -> Source:
             f"{folder} searched {store.config.model}, not {config.model}: leave --model out, or name the source "
             "task itself"
         )
+    if config.source_options:
+        names = ", ".join(config.source_options)
+        raise InputError(f"{names} of the source: the search in {folder} says that already; give it for target= alone")
     setting = Setting.load(store.config)
     identity, there = setting.identity(), store.description["identity"]
     for what, name in (("rows of its task", "task_fingerprint"), ("pre-trained weights", "model_fingerprint")):

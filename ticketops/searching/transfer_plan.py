@@ -19,7 +19,8 @@ from ticketops.searching.config import (
     whole,
 )
 from ticketops.searching.plan import SearchConfig, Trial, search_plan
-from ticketops.searching.sharing_plan import COMMON, as_in_search
+from ticketops.searching.sharing_plan import COMMON, as_in_search, per_task, task_names
+from ticketops.searching.task_options import DATA_OPTIONS, option_of, read_option
 
 #: The folder of the source's search, inside a transfer's own, and the file of what it scored.
 SOURCE, SCORES = "source", "source.json"
@@ -75,6 +76,10 @@ class TransferConfig(Config):
         "model trains again.",
     )
     granularity: Literal["example", "token", "batch"] = as_in_search("granularity")
+    text_columns: tuple[str, ...] | None = per_task("text_columns")
+    label_column: tuple[str, ...] | None = per_task("label_column")
+    task_kind: tuple[str, ...] | None = per_task("task_kind")
+    encoding: tuple[str, ...] | None = per_task("encoding")
     max_length: int = as_in_search("max_length")
     train_rows: int | None = as_in_search(
         "train_rows", help="Training rows of source and target at most; the fractions are of these."
@@ -88,6 +93,8 @@ class TransferConfig(Config):
 
         for name in ("source", "target"):
             put(name, text(name, getattr(self, name)))
+        for name in DATA_OPTIONS:
+            put(name, read_option(name, getattr(self, name), self._names()))
         common = self.search(f"{self.source},{self.target}")
         for name in COMMON:
             if name != "model":
@@ -105,6 +112,24 @@ class TransferConfig(Config):
         put("min_steps", whole("min_steps", self.min_steps, 0))
         if not isinstance(self.source_ladder, bool):
             raise InputError(f"source_ladder {self.source_ladder!r} is neither true nor false")
+        for task in (self.source, self.target):
+            self.search(task)
+
+    @property
+    def source_options(self) -> list[str]:
+        """Names of the data options that are given for the source alone, rather than for both tasks."""
+        entries = {name: getattr(self, name) for name in DATA_OPTIONS}
+        own, names = self._names(self.source), self._names()
+        return [
+            name
+            for name, given in entries.items()
+            if option_of(name, given, own, names) != option_of(name, given, (), names)
+        ]
+
+    def _names(self, task: str | None = None) -> list[str]:
+        """Names of the task, or of both, in options of single tasks."""
+        roles = {"source": self.source, "target": self.target}
+        return [name for role, spec in roles.items() if task in (None, spec) for name in (role, *task_names(spec))]
 
     def search(self, task: str, **changes: Any) -> SearchConfig:
         """A search of one task with this run's values.
@@ -114,6 +139,8 @@ class TransferConfig(Config):
             changes: of the search's fields.
         """
         common = {name: getattr(self, name) for name in COMMON}
+        for name in DATA_OPTIONS:
+            common[name] = option_of(name, getattr(self, name), self._names(task), self._names())
         model = {"model": self.model or SearchConfig.__dataclass_fields__["model"].default}
         return SearchConfig(**{**common, **model, "task": task, "kinds": ("winning",), **changes})
 

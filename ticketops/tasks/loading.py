@@ -25,6 +25,7 @@ def load_task(
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
     kind: Kind | None = None,
+    encoding: str | None = None,
     train_rows: int | None = None,
     validation_rows: int | None = None,
     report_fraction: float = 0.0,
@@ -38,6 +39,7 @@ def load_task(
         text_columns: local data only: the one or two text columns, where their names do not say so.
         label_column: local data only: the label column.
         kind: local data only: classification or regression, where the labels do not say so.
+        encoding: local data only: encoding of text files; UTF-8 when left out.
         train_rows: how many training rows to use; a seeded, stratified choice that a larger one contains.
         validation_rows: likewise for the validation rows, before any report rows are cut from them.
         report_fraction: share of the validation rows in [0, 1) that is set apart only to report.
@@ -53,7 +55,8 @@ def load_task(
     if not 0.0 <= report_fraction < 1.0:
         raise InputError(f"report_fraction {report_fraction} is outside [0, 1): give the share of validation rows")
     with _no_progress_bars():
-        task = _whole_task(spec, {"text_columns": text_columns, "label_column": label_column, "kind": kind}, seed)
+        local = {"text_columns": text_columns, "label_column": label_column, "kind": kind, "encoding": encoding}
+        task = _whole_task(spec, local, seed)
         if train_rows and "train_rows" in at_most:
             train_rows = min(train_rows, len(task.train))
         if validation_rows and "validation_rows" in at_most:

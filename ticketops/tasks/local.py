@@ -50,6 +50,7 @@ def load_local(
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
     kind: Kind | None = None,
+    encoding: str | None = None,
     seed: int = 0,
 ) -> Task:
     """Loads a task from a file or a folder and never writes there.
@@ -63,6 +64,7 @@ def load_local(
         text_columns: one or two text columns; found by name when left out.
         label_column: the label column; `label` or `labels` when left out.
         kind: overrides what the labels say: numbers that are not all whole mean regression.
+        encoding: of text files; UTF-8 when left out.
         seed: chooses the held-out rows.
 
     Returns:
@@ -74,7 +76,9 @@ def load_local(
     if kind not in (None, "classification", "regression"):
         raise InputError(f"kind {kind!r} is unknown: choose classification or regression")
     train_files, validation_files, validation_name = _split_files(path) if path.is_dir() else ([path], [], "")
-    tables = [[row for file in files for row in _read(file)] for files in (train_files, validation_files) if files]
+    tables = [
+        [row for file in files for row in _read(file, encoding)] for files in (train_files, validation_files) if files
+    ]
 
     texts: tuple[str, ...] = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
     label = label_column or ""
@@ -150,14 +154,16 @@ def _split_files(folder: Path) -> tuple[list[Path], list[Path], str]:
     return splits["train"], splits.get(validation, []), validation
 
 
-def _read(file: Path) -> list[Row]:
+def _read(file: Path, encoding: str | None) -> list[Row]:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise InputError(f"file {file} has an unknown extension: use one of {', '.join(_READERS)}")
     try:
-        rows = list(reader(file))
-    except UnicodeDecodeError as error:
-        raise InputError(f"file {file} is not UTF-8 (byte {error.start}): convert it, such as with iconv") from error
+        rows = list(reader(file, encoding or "utf-8-sig"))
+    except UnicodeError as error:
+        raise InputError(
+            f"file {file} is not {encoding or 'UTF-8'} ({error}): say what it is with --encoding"
+        ) from error
     except OSError as error:
         raise InputError(f"file {file} cannot be read: {error.strerror or error}") from error
     if not rows:
@@ -165,9 +171,9 @@ def _read(file: Path) -> list[Row]:
     return rows
 
 
-def _read_json(file: Path) -> Iterator[Row]:
+def _read_json(file: Path, encoding: str) -> Iterator[Row]:
     """One array of objects, or one object a line; both go by either extension."""
-    content = file.read_text(encoding="utf-8-sig")
+    content = file.read_text(encoding=encoding)
     if content.lstrip().startswith("["):
         values = [(f"{file}, row {i}", value) for i, value in enumerate(_parse(content, str(file)), start=1)]
     else:
@@ -188,10 +194,10 @@ def _parse(content: str, where: str) -> Any:
         raise InputError(f"{where}: not valid JSON ({error}): repair or remove it") from error
 
 
-def _read_delimited(file: Path) -> Iterator[Row]:
+def _read_delimited(file: Path, encoding: str) -> Iterator[Row]:
     # Tab-separated files have no quoting: GLUE's own are full of unbalanced quotes.
     tabs = file.suffix.lower() == ".tsv"
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with file.open(encoding=encoding, newline="") as stream:
         reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream, strict=True)
         # The module's limit is of the whole process, and lower than texts are long.
         limit = csv.field_size_limit(2**31 - 1)
@@ -212,7 +218,7 @@ def _read_delimited(file: Path) -> Iterator[Row]:
             csv.field_size_limit(limit)
 
 
-def _read_parquet(file: Path) -> Iterator[Row]:
+def _read_parquet(file: Path, encoding: str) -> Iterator[Row]:
     try:
         rows = pq.read_table(file).to_pylist()
     except pa.ArrowException as error:
@@ -220,7 +226,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
     return ((f"{file}, row {i}", row) for i, row in enumerate(rows, start=1))
 
 
-_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: Mapping[str, Callable[[Path, str], Iterator[Row]]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_delimited,

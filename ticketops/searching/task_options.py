@@ -1,0 +1,82 @@
+"""How the tasks' data are read, in a run of several tasks: `a,b` for every task, `TASK=a,b` for one. No torch."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ticketops.errors import InputError
+from ticketops.searching.config import list_of
+
+#: Fields of `SearchConfig` that say how a task's files are read.
+DATA_OPTIONS = ("text_columns", "label_column", "task_kind", "encoding")
+
+
+def read_option(name: str, value: Any, tasks: Iterable[str]) -> tuple[str, ...] | None:
+    """Reads an option whose value may differ from task to task.
+
+    Args:
+        name: field of the option, for the error message.
+        value: "a,b" for every task, "reviews=title,body,mails=text" for single ones, a list of such entries, or a
+            mapping such as {"reviews": ["title", "body"]}; None for no value.
+        tasks: names of the tasks that may stand before the equals sign.
+
+    Returns:
+        The entries, "TASK=" before the first of each single task.
+
+    Raises:
+        InputError: it is empty, or an equals sign follows something else than a task.
+    """
+    if value is None:
+        return None
+    tasks = tuple(dict.fromkeys(tasks))
+    if isinstance(value, Mapping):
+        value = [
+            f"{task}={entry}" if position == 0 else entry
+            for task, entries in value.items()
+            for position, entry in enumerate(list_of(name, entries))
+        ]
+    entries = tuple(str(entry) for entry in list_of(name, value))
+    for entry in entries:
+        if "=" in entry and not _is_named(entry, tasks):
+            raise InputError(f"{name} {entry!r} names none of the tasks {', '.join(tasks)}: write TASK=VALUE")
+    return entries
+
+
+def option_of(name: str, entries: tuple[str, ...] | None, own: Iterable[str], tasks: Iterable[str]) -> Any:
+    """The value of an option for one task.
+
+    Args:
+        name: field of the option.
+        entries: as `read_option` gives them.
+        own: names of this task.
+        tasks: names of all tasks.
+
+    Returns:
+        A value of `SearchConfig`'s field: the task's own, else the one for every task, else None.
+
+    Raises:
+        InputError: an option other than `text_columns` has several values.
+    """
+    if entries is None:
+        return None
+    tasks, own = tuple(tasks), set(own)
+    values: dict[bool, list[str]] = {False: [], True: []}
+    # The plain values come first; each name starts the values of that task.
+    task: str | None = None
+    for entry in entries:
+        named = _is_named(entry, tasks)
+        task, value = (named, entry[len(named) + 1 :]) if named else (task, entry)
+        if task is None or task in own:
+            values[task is not None].append(value)
+    found = values[True] or values[False]
+    if not found:
+        return None
+    if name == "text_columns":
+        return tuple(found)
+    if len(found) > 1:
+        raise InputError(f"{name} {','.join(found)} gives one task several values: write VALUE, or TASK=VALUE for each")
+    return found[0]
+
+
+def _is_named(entry: str, tasks: Iterable[str]) -> str:
+    """The task before an entry's equals sign; empty where there is none."""
+    return max((task for task in tasks if entry.startswith(f"{task}=")), key=len, default="")
