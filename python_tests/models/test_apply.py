@@ -16,6 +16,7 @@ from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
 from ticketops import Ticket
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.record import kept_neurons
+from ticketops.optim import Adamax
 
 FULL = torch.ones(LAYERS, HEADS).bool(), torch.ones(LAYERS).bool()
 
@@ -215,6 +216,7 @@ def test_what_rests_is_copied_into_the_same_memory_at_every_step_until_the_ticke
         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, fused=True),
         lambda p: torch.optim.Adamax(p, lr=0.1, weight_decay=0.5),
+        lambda p: Adamax(p, lr=0.1, weight_decay=0.5),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5),
     ],
 )

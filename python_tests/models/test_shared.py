@@ -19,6 +19,7 @@ from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
 from models.test_apply import NewTensors, masked
 from ticketops import SharedModel, Ticket
 from ticketops.errors import InputError
+from ticketops.optim import Adamax
 
 # Heads and FFNs of every sort: kept by both tasks, by one of them, by none; a layer without heads for one task.
 HEAD_MASKS = {
@@ -85,6 +86,7 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3),
     "adamw, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3, fused=True),
     "adamax": lambda p: torch.optim.Adamax(p, lr=1e-2, weight_decay=0.3),
+    "authors' adamax": lambda p: Adamax(p, lr=1e-2, eps=1e-8, weight_decay=0.3, max_grad_norm=0),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.3),
 }
 
@@ -145,7 +147,14 @@ def adamax(value, gradient, state, step, lr=1e-2, decay=0.3):
     return value - lr / (1 - 0.9**step) * mean / largest, (mean, largest)
 
 
-@pytest.mark.parametrize(("name", "rule"), [("adamw", adamw), ("adamax", adamax)])
+def authors_adamax(value, gradient, state, step, lr=1e-2, decay=0.3):
+    mean, largest = state
+    mean = 0.9 * mean + 0.1 * gradient
+    largest = torch.maximum(0.999 * largest, gradient.abs() + EPS)
+    return value - lr * (mean / (largest + EPS) + decay * value), (mean, largest)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("adamw", adamw), ("adamax", adamax), ("authors' adamax", authors_adamax)])
 def test_shared_structures_receive_the_updates_of_both_tasks_as_computed_by_hand(name, rule):
     shared = SharedModel(models(), TICKETS)
     optimizer = OPTIMIZERS[name](shared.parameters())

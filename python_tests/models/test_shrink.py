@@ -18,6 +18,7 @@ from ticketops import Ticket
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models import weight_counts
 from ticketops.models.record import held_ticket, kept_neurons
+from ticketops.optim import Adamax
 
 # Uneven heads; a layer without heads; one without FFN; one without either.
 TICKETS = {
@@ -156,6 +157,7 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
     "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
     "adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
+    "authors' adamax": lambda p: Adamax(p, lr=1e-2, weight_decay=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
 }
 

@@ -11,6 +11,7 @@ from transformers import AutoModel, Trainer
 
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models import patch, shrink
+from ticketops.optim import Adamax
 from ticketops.searching import SearchConfig, Setting, Trial, run_trial
 from ticketops.searching.plan import RECIPES
 from ticketops.searching.scoring import score_pass
@@ -105,8 +106,9 @@ def test_the_paper_recipe_reaches_the_optimizer(setting: Setting, monkeypatch: p
     config = SearchConfig(model=setting.config.model, task=setting.config.task, recipe="paper", **fields)
     run_trial(Setting.load(config), FULL)
     optimizer, args, model = seen["optimizer"], seen["args"], seen["model"]
-    assert type(optimizer) is torch.optim.Adamax
+    assert type(optimizer) is Adamax
     decayed, plain = optimizer.param_groups
+    assert decayed["max_grad_norm"] == plain["max_grad_norm"] == 1.0
     assert (decayed["betas"], decayed["eps"], decayed["weight_decay"]) == ((0.9, 0.999), 1e-6, 0.01)
     assert plain["weight_decay"] == 0
     bare = {id(parameter) for parameter in plain["params"]}

@@ -1,5 +1,6 @@
 """Keeps pruned weights still: no optimizer of torch.optim moves them, whatever its momentum or weight decay."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,26 @@ def is_frozen(parameter: Tensor) -> bool:
         parameter: the weight or bias.
     """
     return _installed and hasattr(parameter, _MARK)
+
+
+def trainable_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of what an optimizer may move.
+
+    Args:
+        parameters: weights and biases, each with a gradient.
+
+    Returns:
+        Their gradients: the very tensors, or where slices are frozen copies with zeros in these.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    frozen = []
+    for place, parameter in enumerate(parameters):
+        mark: Frozen | None = getattr(parameter, _MARK, None)
+        if mark is not None:
+            gradients[place] = gradients[place].clone()
+            frozen.append(mark.slices(gradients[place]))
+    scatter(frozen, [each.tensor.new_zeros(each.shape) for each in frozen])
+    return gradients
 
 
 class _Resting:

@@ -36,7 +36,7 @@ class Recipe:
     """How a trial trains where the configuration does not say otherwise.
 
     Attributes:
-        optimizer: "adamw" or "adamax".
+        optimizer: "adamw", or "adamax" for the authors' (`ticketops.optim.Adamax`).
         betas: decay rates of the two moment estimates.
         eps: added to the denominator of the update.
         learning_rate: peak step size.
@@ -45,7 +45,8 @@ class Recipe:
         train_rows: rows of the training split used at most; None for all.
         warmup: share of the steps over which the step size rises from zero; it then falls linearly back to zero.
         weight_decay: of all weights but biases and LayerNorm.
-        clip: largest l2 norm of a step's gradient.
+        clip: largest l2 norm of a step's gradient over all parameters.
+        parameter_clip: largest l2 norm of each parameter's gradient after that; for adamax only.
         dropout: of hidden states and attention; None leaves the checkpoint's.
         long_tasks: tasks that train for `long_epochs` instead, since they have many rows.
         long_epochs: passes over the training split of `long_tasks`.
@@ -61,6 +62,7 @@ class Recipe:
     warmup: float = 0.1
     weight_decay: float = 0.01
     clip: float = 1.0
+    parameter_clip: float = 1.0
     dropout: float | None = None
     long_tasks: tuple[str, ...] = ()
     long_epochs: int = 3
@@ -120,7 +122,7 @@ class SearchConfig(Config):
     )
     recipe: str = option(
         None,
-        "default (AdamW), paper (its Adamax) or demo (1 epoch of at most 3000 rows).",
+        "default (AdamW), paper (its authors' Adamax) or demo (1 epoch of at most 3000 rows).",
         TRAINING,
         shown="demo for task demo, else default",
     )
