@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ticketops.errors import InputError
-from ticketops.searching import SearchConfig, make_plan
+from ticketops.searching import SearchConfig, ShareConfig, TransferConfig, make_plan
 
 configs = st.builds(
     SearchConfig,
@@ -168,3 +168,21 @@ def test_neurons_in_place_of_ffns() -> None:
         SearchConfig(sparsities="paper", prune_neurons=True)
     with pytest.raises(InputError, match="neither true nor false"):
         SearchConfig(prune_neurons="yes")
+
+
+@pytest.mark.parametrize("epochs", [None, 4])
+def test_a_task_trains_as_long_in_a_share_or_transfer_as_in_its_own_search(epochs: int | None):
+    alone = {task: SearchConfig(task=task, recipe="paper", epochs=epochs).epochs for task in ("rte", "MNLI", "qnli")}
+    assert alone == (dict.fromkeys(alone, 4) if epochs else {"rte": 6, "MNLI": 3, "qnli": 3})
+    share = ShareConfig(tasks=list(alone), recipe="paper", epochs=epochs)
+    transfer = TransferConfig(source="MNLI", target="rte", recipe="paper", epochs=epochs)
+    for config, tasks in ((share, alone), (transfer, ("MNLI", "rte"))):
+        again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
+        assert again == config
+        assert ("--epochs" in config.command()) == (epochs is not None)
+        for task in tasks:
+            assert config.search(task).epochs == again.search(task).epochs == alone[task]
+    assert share.joint_epochs == (epochs or 6)
+    # One number where all tasks agree, the demo's own recipe not among them.
+    assert ShareConfig(tasks="mnli,qnli", recipe="paper").epochs == 3
+    assert (ShareConfig(tasks="demo,rte").recipe, ShareConfig(tasks="demo,rte").epochs) == ("default", 3)

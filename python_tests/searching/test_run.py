@@ -12,7 +12,7 @@ from ticketops.errors import StoreError
 from ticketops.files import write_atomically
 from ticketops.models import load
 from ticketops.reporting import report
-from ticketops.searching import Listener, SearchConfig, SearchResult, Store, run_search
+from ticketops.searching import Listener, SearchConfig, SearchResult, Setting, Store, run_search
 from ticketops.searching.release import release
 
 from .test_trial import reproducible
@@ -44,6 +44,10 @@ def test_a_search_finds_a_super_ticket_and_its_gain(found: SearchResult):
     full = {r["seed"]: r["score"] for r in found.records if r["kind"] == "full"}
     gains = [found.super_level.scores[seed] - full[seed] for seed in (0, 1)]
     assert found.gain.mean == pytest.approx(sum(gains) / 2)
+    # Exports are read by what the task calls its labels.
+    model = load(Store.read(found.folder).model_path(Store.read(found.folder).plan[0]))
+    assert model.config.id2label == {0: "0", 1: "1"}
+    assert model.config.label2id == {"0": 0, "1": 1}
     # Each seed has its own importance, and so its own tickets.
     store = Store.read(found.folder)
     assert store.importance(0, "pass") != store.importance(1, "pass")
@@ -63,6 +67,18 @@ def test_models_are_kept_with_their_ticket(found: SearchResult):
     assert folders == sorted(record["id"] for record in found.records)
     assert (found.folder / "models" / "winning-0.5-seed-0" / "ticket.safetensors").is_file()
     assert (found.folder / "models" / "winning-0.5-seed-0" / "model.safetensors").is_file()
+
+
+def test_each_trials_predictions_are_kept_and_give_its_scores(found: SearchResult, setting: Setting):
+    store = Store.read(found.folder)
+    labels = setting.splits["validation"]["labels"]
+    for trial, record in zip(store.plan, found.records, strict=True):
+        predictions = store.predictions(trial)
+        assert predictions is not None
+        assert predictions.keys() == record["predictions"].keys() == {"validation"}
+        assert record["rows"] == {"validation": len(labels)} == {"validation": len(predictions["validation"])}
+        assert setting.task.compute(predictions["validation"], labels) == record["scores"]["validation"]
+        assert (found.folder / record["predictions"]["validation"]["file"]).is_file()
 
 
 def test_a_finished_search_runs_nothing_again(found: SearchResult):
@@ -128,7 +144,7 @@ def interrupt(kind: str, fields: dict[str, Any], tmp_path: Path, trials: int, li
     interrupted, undisturbed = (Store.read(folder) for folder in folders)
     assert len(undisturbed.records()) == len(undisturbed.plan) == trials
     assert list(map(reproducible, interrupted.records())) == list(map(reproducible, undisturbed.records()))
-    for path in sorted([*folders[1].rglob("tickets/*"), *folders[1].rglob("importance/*")]):
+    for path in sorted([*folders[1].rglob("tickets/*"), *folders[1].rglob("importance/*"), *folders[1].rglob("*.npy")]):
         assert (folders[0] / path.relative_to(folders[1])).read_bytes() == path.read_bytes()
     assert not list(folders[0].rglob("*.part"))
 

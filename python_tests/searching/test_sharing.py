@@ -122,7 +122,7 @@ def test_pruned_by_every_task_stays_pretrained_through_a_whole_training(tasks: d
         config = ShareConfig(**tasks, **{**FIELDS, "epochs": 2}, recipe=recipe)
         settings = load_settings(config)
         tickets = {"task": KEPT, "pairs": Ticket(KEPT.head_mask.flip(1), KEPT.ffn_mask)}
-        _, model = run_share_trial(config, settings, ShareTrial("tickets", 0), tickets)
+        _, model, _ = run_share_trial(config, settings, ShareTrial("tickets", 0), tickets)
         trained, start = model.select("task").base_model.state_dict(), settings["task"].pretrained
         for layer, (one, other) in enumerate(zip(KEPT.head_mask, KEPT.head_mask.flip(1), strict=True)):
             name = f"encoder.layer.{layer}.attention.self.query.weight"

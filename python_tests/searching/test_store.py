@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -235,3 +236,28 @@ def test_reading_what_is_no_store(tmp_path: Path):
             Store.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(whole))
     assert Store.read(tmp_path).kind == "search"
+
+
+def test_predictions_are_named_by_the_record_and_checked_against_it(store: Store):
+    trial = store.plan[0]
+    logits = {"validation": np.float32([[0.5, -1.0], [2.0, 3.0]]), "report": np.float32([[1.0, 0.0]])}
+    kept = store.write_predictions(trial, logits)
+    assert store.predictions(trial) is None, "a trial without a record is not finished"
+    # As versions of ticketops wrote it that kept no predictions.
+    store.write_record(trial, {"id": trial.id})
+    assert store.predictions(trial) == {}
+    store.write_record(trial, {"id": trial.id, "predictions": kept})
+    found = store.predictions(trial)
+    assert found is not None
+    assert found.keys() == logits.keys()
+    for name, expected in logits.items():
+        np.testing.assert_array_equal(found[name], expected)
+        np.testing.assert_array_equal(np.load(store.folder / kept[name]["file"]), expected)
+    path = store.folder / kept["report"]["file"]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=rf"{path} is truncated or damaged: delete it"):
+        store.predictions(trial)
+    path.unlink()
+    assert store.predictions(trial) is None

@@ -83,7 +83,7 @@ def _share(config: ShareConfig) -> Outlook:
     kinds = [] if given else [kind for name, setting in settings.items() for kind in _levels(setting, f"{name}: ")]
     trials = share_plan(config)
     rows = sum(len(setting.splits["train"]) for setting in settings.values())
-    steps = sum(_steps(setting) for setting in settings.values())
+    steps = sum(_steps(setting, config.joint_epochs) for setting in settings.values())
     arms = dict.fromkeys(trial.kind for trial in trials)
     kinds += [_Kind(f"shared: {arm}", rows, steps, len(config.seeds), None) for arm in arms]
     lines = [setting.task.describe() for setting in settings.values()]
@@ -113,8 +113,8 @@ def _transfer(config: TransferConfig) -> Outlook:
     return _outlook(ready.config, source.setting, kinds, lines, models)
 
 
-def _steps(setting: Setting) -> int:
-    return setting.config.epochs * math.ceil(len(setting.splits["train"]) / setting.config.batch_size)
+def _steps(setting: Setting, epochs: int | None = None) -> int:
+    return (epochs or setting.config.epochs) * math.ceil(len(setting.splits["train"]) / setting.config.batch_size)
 
 
 def _levels(setting: Setting, prefix: str = "") -> list[_Kind]:

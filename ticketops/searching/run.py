@@ -112,7 +112,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
                 store.write_importance(trial.seed, way, importance)
             if config.save_models:
                 keep_model(store, trial, outcome.model, setting.tokenizer, ticket)
-            return outcome.record
+            return {**outcome.record, "predictions": store.write_predictions(trial, outcome.predictions)}
 
         finished = _finished(store, plan, config)
         listener.planned(plan, len(finished))
@@ -147,12 +147,12 @@ def finished_trials(
         store: of the run.
         plan: its trials.
         ways: how a trial scores its model, as `Store.importance` takes it; without these scores it is not finished.
-        keeps: whether a trial's model is kept; without it the trial is not finished.
+        keeps: whether a trial's model is kept; without it, or without its predictions, the trial is not finished.
 
     Raises:
         StoreError: a file is damaged.
     """
-    finished = {trial for trial in plan if store.record(trial) is not None}
+    finished = {trial for trial in plan if store.predictions(trial) is not None}
     for trial in plan:
         store.ticket(trial)
     finished = {trial for trial in finished if store.model_path(trial).is_dir() or not keeps(trial)}

@@ -122,6 +122,9 @@ class Setting:
                 )
 
             model_config.num_labels = task.num_labels
+            if task.labels:
+                model_config.id2label = dict(enumerate(task.labels))
+                model_config.label2id = {label: number for number, label in enumerate(task.labels)}
             model_config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
             dropout = RECIPES[config.recipe].dropout
             for field in _DROPOUTS if dropout is not None else ():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, set_seed
 
@@ -129,7 +130,7 @@ def run_share_trial(
     trial: ShareTrial,
     tickets: Mapping[str, Ticket | None],
     listener: Listener | None = None,
-) -> tuple[Record, SharedModel]:
+) -> tuple[Record, SharedModel, dict[str, np.ndarray]]:
     """Trains all tasks on one encoder from the pre-trained weights, each on its ticket, and scores every task on its.
 
     It seeds everything it draws on, so the same arguments give the same record on the same machine and number of
@@ -144,7 +145,7 @@ def run_share_trial(
         listener: hears about the steps.
 
     Returns:
-        The record and the trained model.
+        The record, the trained model, and its logits [rows, labels] by "TASK.SPLIT".
 
     Raises:
         TicketopsError: training diverged.
@@ -152,7 +153,7 @@ def run_share_trial(
     timing = Timing()
     first = next(iter(settings.values()))
     sizes = [len(setting.splits["train"]) for setting in settings.values()]
-    schedule = make_schedule(sizes, config.batch_size, config.epochs, config.mixing, trial.seed)
+    schedule = make_schedule(sizes, config.batch_size, config.joint_epochs, config.mixing, trial.seed)
     with quiet():
         shared = SharedModel({name: own.fresh_model(trial.seed) for name, own in settings.items()}, tickets)
         counts = {name: weight_counts(shared.select(name)) for name in settings}
@@ -199,7 +200,8 @@ def run_share_trial(
         "timing": timing,
         "environment": environment.circumstances(),
     }
-    return record, shared
+    logits = {f"{name}.{split}": found for name, splits in predictions.items() for split, found in splits.items()}
+    return record, shared, logits
 
 
 class MixedSteps(Dataset):
@@ -302,14 +304,14 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
 
         def run(trial: ShareTrial, _: Ticket | None) -> Record:
             kept = arm_tickets(trial, {name: by_seed[trial.seed] for name, by_seed in found.tickets.items()})
-            record, model = run_share_trial(config, settings, trial, kept, listener)
+            record, model, predictions = run_share_trial(config, settings, trial, kept, listener)
             if config.save_models:
                 with quiet():
                     model.save(store.clear_model(trial), first.tokenizer)
             # The next trial's model should not have to share the device with this one's; its parts hold each other.
             del model
             gc.collect()
-            return record
+            return {**record, "predictions": store.write_predictions(trial, predictions)}
 
         run_missing(store, plan, finished, run, listener)
         return ShareResult(store.folder, config, store.records(), found.tickets)

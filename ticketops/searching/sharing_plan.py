@@ -1,12 +1,13 @@
 """What ticket sharing does, before anything is loaded: its configuration and the list of its trials. No torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ticketops.errors import InputError
 from ticketops.searching.config import PLAN, TRAINING, WHAT, Config, check_choice, list_of, option, text
-from ticketops.searching.plan import SearchConfig
+from ticketops.searching.plan import RECIPES, SearchConfig
 from ticketops.searching.task_options import DATA_OPTIONS, option_of, read_option
 
 Mixing = Literal["proportional", "annealed", "uniform"]
@@ -74,6 +75,24 @@ def task_names(spec: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, (spec, path.name, path.name.split(".")[0]))))
 
 
+def put_common(config: Any, tasks: Sequence[str]) -> None:
+    """Gives a run of several tasks the values that its tasks' searches normalise and fill in.
+
+    Where the recipe trains these tasks for different numbers of epochs, the run's `epochs` stays None, so that each
+    task has its own number, as its search alone would.
+
+    Args:
+        config: the run, changed in place.
+        tasks: as its `search` takes them.
+    """
+    object.__setattr__(config, "recipe", config.recipe or "default")
+    searches = [config.search(task) for task in tasks]
+    epochs = {search.epochs for search in searches}
+    for name in COMMON:
+        value = getattr(searches[0], name) if name != "epochs" or len(epochs) == 1 else None
+        object.__setattr__(config, name, value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShareConfig(Config):
     """Everything that sharing tickets among tasks depends on; each field is a flag of `ticketops share`.
@@ -113,7 +132,11 @@ class ShareConfig(Config):
     seeds: tuple[int, ...] = as_in_search("seeds")
     min_heads: int = as_in_search("min_heads")
     recipe: str = as_in_search("recipe", shown="default")
-    epochs: int = as_in_search("epochs", help="Passes over all training rows, of sharing and of single-task searches.")
+    epochs: int | None = as_in_search(
+        "epochs",
+        help="Passes over all training rows, of sharing and of single-task searches.",
+        shown="recipe, for each task its own",
+    )
     batch_size: int = as_in_search("batch_size", help="Examples a step, all of one task.")
     learning_rate: float = as_in_search("learning_rate")
     dtype: Literal["fp32", "bf16"] = as_in_search("dtype")
@@ -142,20 +165,21 @@ class ShareConfig(Config):
         put("tasks", tasks)
         for name in DATA_OPTIONS:
             put(name, read_option(name, getattr(self, name), self._names()))
-        common = self.search(",".join(tasks))
-        for name in COMMON:
-            put(name, getattr(common, name))
+        put_common(self, tasks)
         if self.tickets is not None:
             put("tickets", tuple(text("tickets", entry) for entry in list_of("tickets", self.tickets)))
         put("arms", tuple(dict.fromkeys(str(arm) for arm in list_of("arms", self.arms))))
         for arm in self.arms:
             check_choice("arms", arm, ARMS)
         check_choice("mixing", self.mixing, MIXINGS)
-        for task in tasks:
-            self.search(task)
 
     def _names(self) -> list[str]:
         return [name for task in self.tasks for name in task_names(task)]
+
+    @property
+    def joint_epochs(self) -> int:
+        """Passes over all tasks' rows of a multi-task training: `epochs`, else the recipe's."""
+        return self.epochs or RECIPES[self.recipe].epochs
 
     def search(self, task: str, **changes: Any) -> SearchConfig:
         """The search of one of the tasks alone, for its tickets.

@@ -1,6 +1,7 @@
 """The output folder of a search: one atomically written file per finished thing, so that a killed search resumes."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from ticketops.errors import InputError, StoreError
@@ -50,9 +52,9 @@ class Named(Protocol):
 class Store:
     """The folder in which a search, or another run of trials, keeps what it has finished.
 
-    `config.json` says which search it is, `trials/` has one record a trial, `importance/` and `tickets/` what was
-    scored and drawn, `latency.json` what was timed in the end. Use `Store.create` to search (it holds the folder's lock
-    until closed) and `Store.read` to report.
+    `config.json` says which search it is, `trials/` has one record a trial, `predictions/` each trial's logits,
+    `importance/` and `tickets/` what was scored and drawn, `latency.json` what was timed in the end. Use `Store.create`
+    to search (it holds the folder's lock until closed) and `Store.read` to report.
     """
 
     def __init__(self, folder: Path, description: Record, lock: FileLock | None = None):
@@ -224,6 +226,51 @@ class Store:
         record = {**record, "checksum": _checksum(record)}
         write_atomically(self.record_path(trial), json.dumps(record, indent=2) + "\n")
 
+    def write_predictions(self, trial: Named, predictions: Mapping[str, np.ndarray]) -> Record:
+        """Writes what a trial's model answers, one .npy file a split, before the record that names them.
+
+        Args:
+            trial: names the folder.
+            predictions: "validation" and the like, of a share "TASK.validation" -> logits [rows, labels].
+
+        Returns:
+            The same names -> path in the run's folder and sha256, for the trial's record.
+        """
+        kept = {}
+        for name, logits in predictions.items():
+            content = io.BytesIO()
+            np.save(content, logits, allow_pickle=False)
+            file = f"predictions/{trial.id}/{name}.npy"
+            write_atomically(self.folder / file, content.getvalue())
+            kept[name] = {"file": file, "sha256": hashlib.sha256(content.getvalue()).hexdigest()}
+        return kept
+
+    def predictions(self, trial: Named) -> dict[str, np.ndarray] | None:
+        """What a finished trial's model answers, as `write_predictions` takes it.
+
+        Returns:
+            Logits by name; empty where the record is of a version of ticketops that kept none. None where the trial is
+            not finished, or a file is missing.
+
+        Raises:
+            StoreError: a file is damaged, or not the one that the record names.
+        """
+        record, found = self.record(trial), {}
+        if record is None:
+            return None
+        for name, kept in record.get("predictions", {}).items():
+            path = self.folder / "predictions" / trial.id / f"{name}.npy"
+            if not path.exists():
+                return None
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise StoreError(f"cannot read {path}: {error.strerror}") from error
+            if hashlib.sha256(content).hexdigest() != kept["sha256"]:
+                raise StoreError(f"{path} is truncated or damaged: {_REMEDY}")
+            found[name] = np.load(io.BytesIO(content), allow_pickle=False)
+        return found
+
     def importance(self, seed: int, way: str) -> Importance | None:
         """The importance of a seed's full model, or None where it was not scored yet."""
         path = self.importance_path(seed, way)
@@ -297,7 +344,8 @@ def _remove_leftovers(folder: Path) -> None:
     Folders stay: one of that name is an export that somebody writes beside the run's own files.
     """
     try:
-        for place in (folder, *(folder / name for name in ("trials", "importance", "tickets"))):
+        parts = (folder / name for name in ("trials", "importance", "tickets"))
+        for place in (folder, *parts, *(folder / "predictions").glob("*")):
             for leftover in place.glob(".*.part"):
                 if leftover.is_file():
                     leftover.unlink()

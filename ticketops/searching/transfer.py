@@ -342,8 +342,9 @@ def _run(
         store.write_importance(trial.seed, _way(trial, source), importance)
     if keeps_model(trial, config):
         keep_model(store, trial, outcome.model, target.tokenizer, ticket)
+    kept = {"predictions": store.write_predictions(trial, outcome.predictions)}
     rows = {"fraction": trial.fraction, "train_rows": len(part.splits["train"]), "epochs": part.config.epochs}
-    return {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows}
+    return {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows, **kept}
 
 
 def _adapted(target: Setting, source: Source, origin: Trial, head: str) -> tuple[Setting, Ticket | None]:

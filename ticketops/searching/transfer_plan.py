@@ -19,7 +19,7 @@ from ticketops.searching.config import (
     whole,
 )
 from ticketops.searching.plan import SearchConfig, Trial, search_plan
-from ticketops.searching.sharing_plan import COMMON, as_in_search, per_task, task_names
+from ticketops.searching.sharing_plan import COMMON, as_in_search, per_task, put_common, task_names
 from ticketops.searching.task_options import DATA_OPTIONS, option_of, read_option
 
 #: The folder of the source's search, inside a transfer's own, and the file of what it scored.
@@ -66,7 +66,7 @@ class TransferConfig(Config):
     seeds: tuple[int, ...] = as_in_search("seeds")
     min_heads: int = as_in_search("min_heads")
     recipe: str = as_in_search("recipe", shown="default")
-    epochs: int = as_in_search("epochs")
+    epochs: int | None = as_in_search("epochs", shown="recipe, for each task its own")
     batch_size: int = as_in_search("batch_size")
     learning_rate: float = as_in_search("learning_rate")
     dtype: Literal["fp32", "bf16"] = as_in_search("dtype")
@@ -95,12 +95,10 @@ class TransferConfig(Config):
             put(name, text(name, getattr(self, name)))
         for name in DATA_OPTIONS:
             put(name, read_option(name, getattr(self, name), self._names()))
-        common = self.search(f"{self.source},{self.target}")
-        for name in COMMON:
-            if name != "model":
-                put(name, getattr(common, name))
-        if self.model is not None:
-            put("model", common.model)
+        model = self.model
+        put_common(self, (self.source, self.target))
+        # Left out, it is that of the source's search.
+        put("model", None if model is None else self.model)
         fractions = set()
         for entry in list_of("fractions", self.fractions):
             fraction = real("fractions", entry)
@@ -112,8 +110,6 @@ class TransferConfig(Config):
         put("min_steps", whole("min_steps", self.min_steps, 0))
         if not isinstance(self.source_ladder, bool):
             raise InputError(f"source_ladder {self.source_ladder!r} is neither true nor false")
-        for task in (self.source, self.target):
-            self.search(task)
 
     @property
     def source_options(self) -> list[str]:

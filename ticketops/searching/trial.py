@@ -57,11 +57,13 @@ class Outcome:
     Attributes:
         record: what the store keeps as JSON; all but its `timing` and `environment` is reproducible.
         model: the trained model, reverted to the stock classes; pruned structures have their pre-trained weights.
+        predictions: split ("validation", "report") -> the trained model's logits [rows, labels].
         importance: way ("pass", "on_the_fly") -> importance, as asked for.
     """
 
     record: Record
     model: PreTrainedModel
+    predictions: dict[str, np.ndarray]
     importance: dict[str, Importance] = field(default_factory=dict)
 
 
@@ -140,7 +142,7 @@ def run_trial(
         record["rank_correlation"] = {
             name: value if math.isfinite(value) else None for name, value in correlation.items()
         }
-    return Outcome(record, model, importance)
+    return Outcome(record, model, predictions, importance)
 
 
 def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, Any]:
@@ -255,7 +257,9 @@ def scored(setting: Setting, predictions: Mapping[str, np.ndarray]) -> Record:
         "score": scores["validation"][metric],
         "report_score": scores["report"][metric] if "report" in scores else None,
         "scores": scores,
+        "rows": {split: len(logits) for split, logits in predictions.items()},
         "majority": task.majority(),
+        "constant_scores": {split: task.majority(getattr(task, split)) for split in predictions},
         # Tells two runs of a trial apart where their scores happen to be equal.
         "predictions_sha256": hashlib.sha256(b"".join(map(np.ndarray.tobytes, predictions.values()))).hexdigest(),
     }
