@@ -79,7 +79,7 @@ def test_a_single_file_has_a_stratified_tenth_held_out(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev", "test"])
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
 def test_validation_split_names(tmp_path, name):
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / f"{name}.csv", ROWS[:6])
@@ -133,10 +133,15 @@ def test_columns_can_be_named(tmp_path):
     path = write(tmp_path / "data.csv", rows)
     assert load_task(path, text_columns=["title", "body"], label_column="stars").columns == ("title", "body")
     assert load_task(path, text_columns="title", label_column="stars").columns == ("title",)
-    with pytest.raises(InputError, match=r"no text column boddy: .* has the columns title, body, text, stars; correct"):
+    with pytest.raises(
+        InputError, match=r"no text column boddy: .* has the columns title, body, text, stars; name the"
+    ):
         load_task(path, text_columns=["boddy"], label_column="stars")
+    for columns in (["title", "stars"], ["title", "title"], ["title", "body", "text"]):
+        with pytest.raises(InputError, match="one or two text columns"):
+            load_task(path, text_columns=columns, label_column="stars")
     with pytest.raises(InputError, match="one or two text columns"):
-        load_task(path, text_columns=["title", "stars"], label_column="stars")
+        load_task(path, text_columns=["TITLE", "Stars"], label_column="stars")
 
 
 @pytest.mark.parametrize(
@@ -188,6 +193,8 @@ def test_folder_named_after_a_glue_task(tmp_path):
     assert load_task(tmp_path / "cola").metrics == ("accuracy", "f1")
     write(tmp_path / "rte" / "train.jsonl", PAIRS)
     write(tmp_path / "rte" / "test.jsonl", [row | {"label": -1} for row in PAIRS])
+    assert load_task(tmp_path / "rte").test.column_names == ["sentence1", "sentence2"]
+    write(tmp_path / "rte" / "test.jsonl", [row | {"label": row["idx"] % 3 - 1} for row in PAIRS])
     with pytest.raises(InputError, match=r"test.jsonl, line 1: label -1 means a hidden label"):
         load_task(tmp_path / "rte")
 
@@ -234,9 +241,9 @@ GOOD = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
         ("a.csv", 'text,label\n"a,0\nb,1\n', r"a\.csv, line 3: malformed .*quotes"),
         ("a.csv", "text,label\na,0\nb,c,1\n", r"line 3: 3 fields where the header has 2: quote texts"),
         ("a.csv", "text,text\na,0\n", r"a column name twice"),
-        ("a.tsv", "text\tlabel\na\tb\t0\n", r"line 2: 3 fields .* CSV instead"),
+        ("a.tsv", "text\tlabel\na\tb\t0\n", r"line 2: 3 fields .* a tab inside a text needs quotes"),
         ("a.csv", "a great film,1\na bad film,0\n", r"no known text column: .*the columns a great film, 1; name the"),
-        ("a.jsonl", '{"text": "a", "y": 0}\n', r"no known label column: .* has the columns text, y; .* label_column"),
+        ("a.jsonl", '{"text": "a", "z": 0}\n', r"no known label column: .* has the columns text, z; .* --label-column"),
         ("a.jsonl", '{"text": "a", "sentence": "a", "label": 0}\n', r"more than one choice of text column"),
         ("a.jsonl", GOOD + '{"label": 0}\n', r"a\.jsonl, line 3: no text in column text"),
         ("a.jsonl", GOOD + '{"text": null, "label": 0}\n', r"line 3: no text in column text"),
@@ -262,9 +269,9 @@ GOOD = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
         ("a.jsonl", GOOD + '{"text": "c", "label": [0, 1]}\n', r"line 3: label \[0, 1\] .* give one number"),
         ("a.jsonl", '{"text": "c", "label": 1}\n' * 9, r"has no training rows left"),
         ("a.csv", "text,label\n" + "".join(f"t{i},1\n" for i in range(9)), r"every training row .* has the label 1"),
-        ("a.xlsx", "x", r"a\.xlsx has an unknown extension: use one of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
-        ("a.parquet", "PAR1 nonsense", r"a\.parquet is not a whole Parquet file"),
-        ("a.csv", b"text,label\ncaf\xe9,0\n", r"a\.csv is not UTF-8 .*: say what it is with --encoding"),
+        ("a.xlsx", "x", r"a\.xlsx has an unknown extension: use one of \.jsonl, .*\.csv, \.tsv, \.parquet"),
+        ("a.parquet", "PAR1 nonsense", r"a\.parquet is damaged, or not what its name says"),
+        ("a.csv", b"text,label\ncaf\xe9,0\n", r"a\.csv is not UTF-8 \(byte 0xe9 at offset 14\): .* --encoding latin-1"),
     ],
 )
 def test_bad_files_are_one_line_errors(tmp_path, name, content, message):

@@ -72,7 +72,7 @@ def task_names(spec: str) -> tuple[str, ...]:
         The whole of it, and the name of its file or folder with and without the ending.
     """
     path = Path(spec)
-    return tuple(dict.fromkeys(filter(None, (spec, path.name, path.name.split(".")[0]))))
+    return tuple(dict.fromkeys(filter(None, (spec, path.name, path.stem, Path(path.stem).stem))))
 
 
 def put_common(config: Any, tasks: Sequence[str]) -> None:

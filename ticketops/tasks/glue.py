@@ -19,12 +19,21 @@ _CONTACT_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One GLUE task: text columns, label names by id (none for regression), metrics (the selecting one first)."""
+    """One GLUE task.
+
+    Attributes:
+        columns: the text columns as the hub calls them.
+        labels: label names by id; none for regression.
+        metrics: the selecting one first.
+        validation: the split that selects.
+        original_columns: what GLUE's own files call the text columns, where that differs.
+    """
 
     columns: tuple[str, ...]
     labels: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     validation: str = "validation"
+    original_columns: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Kind:
@@ -38,11 +47,19 @@ _ENTAILMENT = ("entailment", "not_entailment")
 GLUE: Mapping[str, GlueTask] = {
     "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
     "sst2": GlueTask(("sentence",), ("negative", "positive")),
-    "mrpc": GlueTask(_PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "mrpc": GlueTask(
+        _PAIR,
+        ("not_equivalent", "equivalent"),
+        ("accuracy", "f1"),
+        original_columns=("#1 String", "#2 String"),
+    ),
     "stsb": GlueTask(_PAIR, (), ("pearson", "spearman")),
     "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
     "mnli": GlueTask(
-        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), validation="validation_matched"
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        validation="validation_matched",
+        original_columns=_PAIR,
     ),
     "qnli": GlueTask(("question", "sentence"), _ENTAILMENT),
     "rte": GlueTask(_PAIR, _ENTAILMENT),

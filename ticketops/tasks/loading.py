@@ -1,6 +1,7 @@
 """From what the user names to a task, and from a task's rows to tokens."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ticketops.errors import InputError
 from ticketops.tasks.demo import load_demo
+from ticketops.tasks.formats import FORMATS
 from ticketops.tasks.glue import GLUE, glue_name, load_glue
 from ticketops.tasks.local import load_local
 from ticketops.tasks.sampling import hold_out, take
 from ticketops.tasks.task import Kind, Task
+
+logger = logging.getLogger(__name__)
+
+# The share of a split's rows that may stand among the training rows without a word.
+_MOST_SHARED = 0.05
 
 
 def load_task(
@@ -71,12 +78,41 @@ def load_task(
     for role, rows in (("training", train), ("validation", validation)):
         if not len(rows):
             raise InputError(f"task {task.name} has no {role} rows left: give it more distinct rows")
-    if task.kind == "classification" and len(set(train["label"][:])) < 2:
-        only = task.labels[train["label"][0]]
+    if task.kind == "classification" and (only := _only_label(task, train)):
         raise InputError(
             f"every training row of task {task.name} has the label {only}: give rows of two labels or more"
         )
-    return dataclasses.replace(task, train=train, validation=validation, report=report)
+    task = dataclasses.replace(task, train=train, validation=validation, report=report)
+    doubts = _doubts(task)
+    for doubt in doubts:
+        logger.warning("task %s: %s", task.name, doubt)
+    return dataclasses.replace(task, remarks=(*task.remarks, *doubts))
+
+
+def _doubts(task: Task) -> list[str]:
+    """What makes the scores of a task worth less than they seem."""
+    doubts = []
+    splits = {"validation": task.validation, "report": task.report, "test": task.test}
+    texts = set(_texts(task, task.train))
+    for split, rows in splits.items():
+        if rows is None:
+            continue
+        if task.kind == "classification" and "label" in rows.column_names and (only := _only_label(task, rows)):
+            doubts.append(f"every {split} row has the label {only}, so all answers of that kind score the same")
+        shared = sum(text in texts for text in _texts(task, rows))
+        if shared >= _MOST_SHARED * len(rows):
+            doubts.append(f"{shared:,} of {len(rows):,} {split} rows have a text of the training rows")
+    return doubts
+
+
+def _texts(task: Task, rows: datasets.Dataset) -> Iterator[tuple[str, ...]]:
+    return zip(*(rows[column][:] for column in task.columns), strict=True)
+
+
+def _only_label(task: Task, rows: datasets.Dataset) -> str:
+    """The one label that all rows have; empty where they have several."""
+    labels = set(rows["label"][:])
+    return task.labels[labels.pop()] if len(labels) == 1 else ""
 
 
 def tokenize(
@@ -121,14 +157,19 @@ def tokenize(
 
 
 def _whole_task(spec: str | os.PathLike[str], local: Mapping[str, Any], seed: int) -> Task:
-    path = Path(spec).expanduser()
+    try:
+        path = Path(spec).expanduser()
+        there = os.path.lexists(path)
+    # A user that is not known, a zero byte, or a name that is too long.
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"task {os.fspath(spec)!r} is no path ({error}): name an existing file or folder") from error
     named = None if isinstance(spec, os.PathLike) else "demo" if spec == "demo" else glue_name(spec)
-    if named is None and path.exists():
+    if named is None and there:
         return load_local(path, **local, seed=seed)
     if named is None:
         raise InputError(
-            f"unknown task {os.fspath(spec)!r}: name one of demo, {', '.join(GLUE)}, or an existing file (.jsonl, "
-            f".json, .csv, .tsv, .parquet) or a folder with train.* and validation.*"
+            f"unknown task {os.fspath(spec)!r}: name one of demo, {', '.join(GLUE)}, or an existing file "
+            f"({', '.join(FORMATS)}) or a folder with train.* and validation.*"
         )
     if given := [name for name, value in local.items() if value is not None]:
         raise InputError(

@@ -83,6 +83,9 @@ class Task:
         validation: rows that select.
         validation_name: where the validation rows came from, such as `validation`, `dev` or `held out of reviews.csv`.
         report: rows that only report, cut from the validation rows; None when the validation rows do both.
+        test: rows of the data's own test split, without a column `label` where its labels are hidden; they never
+            select. None where there is no such split.
+        remarks: how the data were read where that is not plain, and what looks wrong with them, a sentence each.
     """
 
     name: str
@@ -94,6 +97,8 @@ class Task:
     validation: datasets.Dataset
     validation_name: str
     report: datasets.Dataset | None = None
+    test: datasets.Dataset | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def metric(self) -> str:
@@ -109,10 +114,12 @@ class Task:
     def fingerprint(self) -> str:
         """The sha256 over every row used and its role, so that a trial's identity includes its data."""
         digest = hashlib.sha256(json.dumps([self.kind, self.labels, self.columns, self.metrics]).encode())
-        for role, rows in (("train", self.train), ("validation", self.validation), ("report", self.report)):
+        splits = {"train": self.train, "validation": self.validation, "report": self.report}
+        for role, rows in (splits | ({"test": self.test} if self.test is not None else {})).items():
             digest.update(f"\n{role}\n".encode())
             for batch in rows.iter(batch_size=1_000) if rows is not None else ():
-                digest.update(json.dumps([batch[column] for column in (*self.columns, "label")]).encode())
+                columns = [column for column in (*self.columns, "label") if column in batch]
+                digest.update(json.dumps([batch[column] for column in columns]).encode())
         return digest.hexdigest()
 
     def compute(self, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
@@ -165,10 +172,13 @@ class Task:
         rows = f"{len(self.train):,} training and {len(self.validation):,} validation rows ({self.validation_name})"
         if self.report is not None:
             rows += f", {len(self.report):,} report rows"
+        if self.test is not None:
+            rows += f", {len(self.test):,} test rows{'' if 'label' in self.test.column_names else ' without labels'}"
+        remarks = "".join(f"; {remark}" for remark in self.remarks)
         if self.kind == "regression":
-            return f"{self.name}: {rows}, regression, metrics {', '.join(self.metrics)}"
+            return f"{self.name}: {rows}, regression, metrics {', '.join(self.metrics)}{remarks}"
         names = ", ".join(self.labels[:6]) + (", ..." if self.num_labels > 6 else "")
         return (
             f"{self.name}: {rows}, {self.num_labels} labels ({names}), metrics {', '.join(self.metrics)}, "
-            f"majority {self.metric} {self.majority():.3f}"
+            f"majority {self.metric} {self.majority():.3f}{remarks}"
         )

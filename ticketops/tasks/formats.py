@@ -1,0 +1,552 @@
+"""Files of rows: CSV, TSV, JSON, JSON lines, Parquet, Arrow, saved data sets; the wanted columns, a batch at a time.
+
+Text files may be compressed (.gz, .bz2, .xz). Fields of a .csv or .tsv file end where its header says: at commas, tabs,
+semicolons or bars. Quotes of a tab-separated file are either text, as in GLUE's own files, or RFC 4180's, as
+`_is_quoted` decides.
+"""
+
+import bz2
+import codecs
+import contextlib
+import csv
+import gzip
+import itertools
+import json
+import lzma
+import re
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ticketops.errors import InputError
+
+#: Rows that are held as Python objects at a time.
+BATCH = 1_000
+#: The file by which a folder is known that `datasets.Dataset.save_to_disk` has made.
+SAVED = "state.json"
+
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+# A field that is quoted as RFC 4180 says: quotes inside are doubled.
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
+# Columns of CoLA's own files, which have no header.
+_COLA = ("source", "label", "annotation", "sentence")
+_BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_LFS_POINTER = b"version https://git-lfs."
+_COMPRESSIONS: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive rows of a file.
+
+    Attributes:
+        numbers: the line in which each row ends, or its number, from 1 on.
+        columns: column name -> its values, None where there is none.
+    """
+
+    numbers: Sequence[int]
+    columns: Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open file of rows.
+
+    Attributes:
+        path: the file, or the folder of a saved data set.
+        columns: names of all columns.
+        read: gives the batches of the named columns, from the first row on.
+        unit: what `Batch.numbers` count: "line" or "row".
+        typed: whether labels have types of their own; CSV has only text.
+        classes: column name -> label names by id, where the file itself says so.
+        encoded: whether the file is text, in some encoding.
+        remark: how the file is read where that is not what its extension says.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    read: Callable[[Sequence[str]], Iterator[Batch]]
+    unit: str = "row"
+    typed: bool = True
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    encoded: bool = False
+    remark: str = ""
+
+
+def extension(path: Path) -> str:
+    """The extension that says how a file is read, such as `.csv` of `train.csv.gz`; empty where there is none.
+
+    Args:
+        path: the file.
+    """
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    if last in _COMPRESSIONS:
+        return before if before in _TEXT_FORMATS else ""
+    return last if last in FORMATS else ""
+
+
+def bare_name(path: Path) -> str:
+    """A file's name without the extensions that say how it is read, such as `train` of `train.csv.gz`.
+
+    Args:
+        path: the file; other extensions stay.
+    """
+    kind = extension(path)
+    return path.name[: path.name.lower().rindex(kind)] if kind else path.name
+
+
+def open_source(path: Path, encoding: str | None = None) -> Source:
+    """Opens a file of rows, or the folder of a saved data set.
+
+    Args:
+        path: the file or folder.
+        encoding: of a text file; UTF-8 when left out.
+
+    Returns:
+        The file. Its rows are read later, which raises the same errors.
+
+    Raises:
+        InputError: it is no file, cannot be read or decoded, is damaged, or has an unknown extension.
+    """
+    try:
+        encoding = codecs.lookup(encoding or "utf-8").name.removesuffix("-sig")
+    except LookupError as error:
+        raise InputError(f"encoding {encoding!r} is unknown: give utf-8, latin-1, utf-16 or the like") from error
+    opener: Callable[[Path, str], Source] = _open_saved
+    if not path.is_dir():
+        check_regular(path)
+        kind = extension(path)
+        if not kind:
+            names = ", ".join(FORMATS)
+            raise InputError(f"file {path} has an unknown extension: use one of {names}; text may be compressed (.gz)")
+        opener = FORMATS[kind]
+    with _refusing(path, encoding):
+        if path.is_file():
+            with path.open("rb") as stream:
+                if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    raise InputError(f"file {path} is a pointer of Git LFS, without the rows: run git lfs pull")
+        return opener(path, encoding)
+
+
+def check_regular(path: Path) -> None:
+    """Refuses a file whose content might never come or never end.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: it is a pipe, a socket, a device or an endless link, or cannot be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise InputError(f"file {path} cannot be read: {error.strerror or error}") from error
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise InputError(f"{path} is {kind}, not a file: write the rows to a file")
+
+
+@contextlib.contextmanager
+def _refusing(path: Path, encoding: str) -> Iterator[None]:
+    """Turns whatever the readers raise on a damaged file into an error of one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UnicodeError as error:
+        raise InputError(_undecodable(path, encoding)) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise InputError(f"file {path} is damaged, or not all of it is there ({error}): compress it again") from error
+    except (pa.ArrowException, LookupError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is damaged, or not what its name says ({reason}): write it again") from error
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise InputError(f"file {path} cannot be read: {reason}") from error
+
+
+def _undecodable(path: Path, encoding: str) -> str:
+    with _bytes(path) as stream:
+        content = stream.read()
+    problem = "it has changed while it was read"
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        problem = f"byte 0x{content[error.start]:02x} at offset {error.start}"
+    except UnicodeError as error:
+        problem = str(error)
+    return f"file {path} is not {encoding.upper()} ({problem}): name its encoding, such as --encoding latin-1"
+
+
+def _bytes(path: Path) -> IO[bytes]:
+    stream: IO[bytes] = _COMPRESSIONS.get(path.suffix.lower(), open)(path, "rb")
+    return stream
+
+
+@contextlib.contextmanager
+def _text(path: Path, encoding: str, newline: str) -> Iterator[IO[str]]:
+    """The decoded file, without its byte-order mark."""
+    with _bytes(path) as raw:
+        start = raw.read(3)
+    for mark, name in _BYTE_ORDER_MARKS.items():
+        if start.startswith(mark) and not encoding.startswith((name, "utf-32")):
+            raise InputError(
+                f"file {path} is not {encoding.upper()} (it starts with the mark of {name}): --encoding {name}"
+            )
+    opener: Callable[..., Any] = _COMPRESSIONS.get(path.suffix.lower(), open)
+    with opener(path, "rt", encoding=encoding, newline=newline) as stream:
+        if stream.read(1) != "\ufeff":
+            stream.seek(0)
+        yield stream
+
+
+def _batched(rows: Iterable[tuple[int, Sequence[Any]]], columns: Sequence[str]) -> Iterator[Batch]:
+    """Batches of rows whose values stand in the order of the columns."""
+    for part in itertools.batched(rows, BATCH) if hasattr(itertools, "batched") else _chunks(rows):
+        numbers, values = zip(*part, strict=True)
+        yield Batch(numbers, dict(zip(columns, zip(*values, strict=True), strict=True)))
+
+
+def _chunks(rows: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    rows = iter(rows)
+    while part := tuple(itertools.islice(rows, BATCH)):
+        yield part
+
+
+# Delimited text.
+
+
+def _open_delimited(path: Path, encoding: str) -> Source:
+    usual = "\t" if extension(path) == ".tsv" else ","
+    delimiter = _delimiter(path, encoding, usual)
+    quoting = csv.QUOTE_MINIMAL
+    remarks = [f"fields separated by {_DELIMITERS[delimiter]}"] if delimiter != usual else []
+    if delimiter == "\t":
+        if _is_quoted(path, encoding):
+            remarks.append("quotes read as those of CSV")
+        else:
+            quoting = csv.QUOTE_NONE
+    options = {"delimiter": delimiter, "quoting": quoting}
+    _, header = next(_records(path, encoding, **options), (0, []))
+    if any("\0" in name for name in header):
+        raise InputError(f"file {path} has zero bytes in its header: if it is UTF-16, say --encoding utf-16-le")
+    headed = not (delimiter == "\t" and len(header) == 4 and header[1] in ("0", "1") and header[2] in ("", "*"))
+    if not headed:
+        header = list(_COLA)
+        remarks.append("no header: the columns of CoLA")
+    named = [name.strip() for name in header]
+    if twice := [name for name in dict.fromkeys(named) if name and named.count(name) > 1]:
+        raise InputError(f"file {path} has a column name twice ({twice[0]}): rename one")
+
+    def read(columns: Sequence[str]) -> Iterator[Batch]:
+        places = [named.index(column) for column in columns]
+
+        def rows() -> Iterator[tuple[int, list[str | None]]]:
+            records = _records(path, encoding, **options)
+            for line, fields in itertools.islice(records, headed, None):
+                if len(fields) != len(named):
+                    hint = (
+                        "a tab inside a text needs quotes" if delimiter == "\t" else "quote texts that hold a delimiter"
+                    )
+                    raise InputError(
+                        f"{path}, line {line}: {len(fields)} fields where the header has {len(named)}: {hint}"
+                    )
+                yield line, [fields[place] or None for place in places]
+
+        with _refusing(path, encoding):
+            yield from _batched(rows(), columns)
+
+    return Source(path, tuple(named), read, unit="line", typed=False, encoded=True, remark=", ".join(remarks))
+
+
+def _records(path: Path, encoding: str, **options: Any) -> Iterator[tuple[int, list[str]]]:
+    """The line in which each record ends, and its fields; blank lines are none."""
+    with _text(path, encoding, newline="") as stream:
+        reader = csv.reader(stream, strict=True, **options)
+        try:
+            while True:
+                # The module's limit is of the whole process, and lower than texts are long.
+                limit = csv.field_size_limit(2**31 - 1)
+                try:
+                    records = [(reader.line_num, fields) for fields in itertools.islice(reader, BATCH)]
+                finally:
+                    csv.field_size_limit(limit)
+                if not records:
+                    return
+                yield from (record for record in records if record[1])
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: malformed ({error}): repair the quotes") from error
+
+
+def _delimiter(path: Path, encoding: str, usual: str) -> str:
+    """The delimiter that divides the header; of several, the first that divides every row into as many fields.
+
+    Args:
+        path: the file.
+        encoding: its own.
+        usual: what its extension says, which is tried first.
+    """
+    dividing = []
+    for delimiter in dict.fromkeys((usual, *_DELIMITERS)):
+        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        with contextlib.suppress(InputError):
+            _, header = next(_records(path, encoding, delimiter=delimiter, quoting=quoting), (0, []))
+            if len(header) > 1:
+                dividing.append((delimiter, quoting, len(header)))
+    if len(dividing) > 1:
+        for delimiter, quoting, width in dividing:
+            with contextlib.suppress(InputError):
+                records = _records(path, encoding, delimiter=delimiter, quoting=quoting)
+                if all(len(fields) == width for _, fields in records):
+                    return delimiter
+    return dividing[0][0] if dividing else usual
+
+
+def _is_quoted(path: Path, encoding: str) -> bool:
+    """Whether the quotes of a tab-separated file are RFC 4180's, and no part of its texts.
+
+    Where only one of the two readings gives every row as many fields as the header, it is that one. Where both do, the
+    quotes are RFC 4180's if a quoted field holds doubled quotes or a whole column is quoted: a file that is written so
+    has no other reason for quotes. Else they are text.
+
+    Args:
+        path: the file.
+        encoding: its own.
+
+    Raises:
+        InputError: ten or more fields are quoted by the standard for each one that is not.
+    """
+    marked = doubled = malformed = first_malformed = width = 0
+    even = True
+    # Of each column: whether its fields are quoted or empty, and how many are quoted.
+    wholly: list[bool] = []
+    counts: list[int] = []
+    with _text(path, encoding, newline="") as stream:
+        for number, line in enumerate(stream, start=1):
+            fields = line.rstrip("\r\n").split("\t")
+            if fields == [""]:
+                continue
+            even &= width in (0, len(fields))
+            for place, entry in enumerate(fields):
+                match = _QUOTED.fullmatch(entry)
+                marked += entry.startswith('"')
+                doubled += match is not None and '""' in match[1]
+                if entry.startswith('"') and match is None:
+                    malformed += 1
+                    first_malformed = first_malformed or number
+                if place < width:
+                    wholly[place] &= match is not None or not entry
+                    counts[place] += match is not None
+            if not width:
+                width = len(fields)
+                wholly, counts = [True] * width, [0] * width
+    if not marked:
+        return False
+    standard, across = _standard_reading(path, encoding)
+    if standard and even:
+        return not across and (doubled > 0 or any(map(all, zip(wholly, counts, strict=True))))
+    if not standard and malformed and doubled >= 10 * malformed:
+        raise InputError(f"{path}, line {first_malformed}: malformed quotes, in a file that quotes: repair them")
+    return standard
+
+
+def _standard_reading(path: Path, encoding: str) -> tuple[bool, bool]:
+    """Whether a tab-separated file is well-formed by RFC 4180, and whether a field then holds tabs or line breaks."""
+    width, across = 0, False
+    try:
+        for _, fields in _records(path, encoding, delimiter="\t"):
+            width = width or len(fields)
+            if len(fields) != width:
+                return False, across
+            across |= any("\t" in entry or "\n" in entry or "\r" in entry for entry in fields)
+    except InputError:
+        return False, across
+    return True, across
+
+
+# JSON.
+
+
+def _open_json(path: Path, encoding: str) -> Source:
+    """Opens an array of objects, one object a line, or what pandas writes; all of them go by any of the extensions."""
+    with _text(path, encoding, newline="\n") as stream:
+        lines = (line.lstrip() for line in stream if line.strip())
+        first, second = next(lines, ""), next(lines, "")
+    if not first:
+        return Source(path, (), lambda _: iter(()))
+    if first.startswith("{") and second and (second.startswith("{") or _is_valid(first, path)):
+        return _open_lines(path, encoding)
+    with _text(path, encoding, newline="\n") as stream:
+        rows = _rows_of(_parse(stream.read(), path), path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise _no_object(row, f"{path}, row {number}")
+
+    def read(columns: Sequence[str]) -> Iterator[Batch]:
+        values = ((number, [row.get(column) for column in columns]) for number, row in enumerate(rows, start=1))
+        return _batched(values, columns)
+
+    return Source(path, tuple(dict.fromkeys(column for row in rows for column in row)), read, encoded=True)
+
+
+def _open_lines(path: Path, encoding: str) -> Source:
+    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        # JSON strings may hold the other line separators of Unicode bare.
+        with _text(path, encoding, newline="\n") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    row = _parse(line, path, number)
+                    if not isinstance(row, dict):
+                        raise _no_object(row, f"{path}, line {number}")
+                    yield number, row
+
+    def read(columns: Sequence[str]) -> Iterator[Batch]:
+        with _refusing(path, encoding):
+            yield from _batched(((number, [row.get(column) for column in columns]) for number, row in rows()), columns)
+
+    columns = tuple(dict.fromkeys(column for _, row in rows() for column in row))
+    return Source(path, columns, read, unit="line", encoded=True)
+
+
+def _parse(content: str, path: Path, line: int | None = None) -> Any:
+    try:
+        return _JSON.decode(content)
+    # A number of more than 4,300 digits is a ValueError, too.
+    except (ValueError, RecursionError) as error:
+        where = str(path) if line is None else f"{path}, line {line}"
+        raise InputError(f"{where}: not valid JSON ({error}): repair or remove it") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
+
+
+# Making one costs as much as decoding a row.
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _is_valid(line: str, path: Path) -> bool:
+    with contextlib.suppress(InputError):
+        return bool(_parse(line, path))
+    return False
+
+
+def _no_object(value: Any, where: str) -> InputError:
+    return InputError(f"{where}: a {type(value).__name__} where an object of columns belongs: repair the row")
+
+
+def _rows_of(value: Any, path: Path) -> list[Any]:
+    """The rows in the one value of a JSON file: an array of them, or one of pandas' forms (`orient` of `to_json`)."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else [value]
+    if value.keys() == {"schema", "data"}:
+        return list(value["data"])
+    if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}:
+        return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]
+    entries = list(value.values())
+    if entries and all(isinstance(entry, list) for entry in entries):
+        return [dict(zip(value, row, strict=True)) for row in zip(*entries, strict=True)]
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        return [value]
+    if any(entry.keys() != entries[0].keys() for entry in entries):
+        raise InputError(f"{path}: one object of objects with different keys: write an array of rows")
+    # "columns" is {column: {row: value}}, "index" is {row: {column: value}}; pandas counts the rows.
+    counted = [all(key.lstrip("-").isdigit() for key in keys) for keys in (value, entries[0])]
+    if counted[0] == counted[1]:
+        raise InputError(f"{path}: one object of objects, of which rows and columns look alike: write an array of rows")
+    if counted[0]:
+        return entries
+    return [dict(zip(value, row, strict=True)) for row in zip(*(entry.values() for entry in entries), strict=True)]
+
+
+# Columnar files.
+
+
+def _open_parquet(path: Path, _: str) -> Source:
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+
+    def tables(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=BATCH, columns=list(columns))
+
+    return _columnar(path, schema, tables)
+
+
+def _open_arrow(path: Path, _: str) -> Source:
+    """Opens an Arrow file, with random access (Feather) or as a stream (as `datasets` caches)."""
+    with path.open("rb") as stream:
+        seekable = stream.read(6) == b"ARROW1"
+
+    def tables(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(path)) as mapped:
+            if seekable:
+                reader = pa.ipc.open_file(mapped)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                batches = reader = pa.ipc.open_stream(mapped)
+            for batch in batches:
+                part = batch.select(list(columns))
+                yield from (part.slice(start, BATCH) for start in range(0, part.num_rows, BATCH))
+
+    with pa.memory_map(str(path)) as mapped:
+        schema = (pa.ipc.open_file if seekable else pa.ipc.open_stream)(mapped).schema
+    return _columnar(path, schema, tables)
+
+
+def _open_saved(path: Path, _: str) -> Source:
+    """Opens the folder of a data set that `save_to_disk` has made."""
+    rows = datasets.load_from_disk(str(path))
+
+    def tables(columns: Sequence[str]) -> Iterator[pa.Table]:
+        return rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=BATCH)
+
+    return _columnar(path, rows.features.arrow_schema, tables)
+
+
+def _columnar(path: Path, schema: pa.Schema, tables: Callable[[Sequence[str]], Iterable[Any]]) -> Source:
+    def read(columns: Sequence[str]) -> Iterator[Batch]:
+        start = 1
+        with _refusing(path, ""):
+            for table in tables(columns):
+                found = {name: table.column(name).to_pylist() for name in columns}
+                yield Batch(range(start, start + table.num_rows), found)
+                start += table.num_rows
+
+    if twice := [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]:
+        raise InputError(f"file {path} has a column name twice ({twice[0]}): rename one")
+    try:
+        types = datasets.Features.from_arrow_schema(schema)
+    # What a column is called by another library need not be known to this one.
+    except Exception:
+        types = {}
+    classes = {name: tuple(kind.names) for name, kind in types.items() if isinstance(kind, datasets.ClassLabel)}
+    return Source(path, tuple(schema.names), read, classes=classes)
+
+
+_TEXT_FORMATS: Mapping[str, Callable[[Path, str], Source]] = {
+    ".jsonl": _open_json,
+    ".ndjson": _open_json,
+    ".json": _open_json,
+    ".csv": _open_delimited,
+    ".tsv": _open_delimited,
+}
+#: Extension -> what opens a file of it.
+FORMATS: Mapping[str, Callable[[Path, str], Source]] = {
+    **_TEXT_FORMATS,
+    ".parquet": _open_parquet,
+    ".arrow": _open_arrow,
+    ".feather": _open_arrow,
+}

@@ -1,0 +1,274 @@
+"""What the labels of a file mean: classes or numbers, names and ids of the classes, and which splits have no labels."""
+
+import math
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from ticketops.errors import InputError
+from ticketops.tasks.task import Kind
+
+# A class is taken for a number where at least this share of the training labels are fractions.
+_FRACTIONS = 0.25
+# So many different whole numbers may be classes, however few rows there are.
+_FEW = 20
+# Of the float32 that a regression's labels are.
+_LARGEST = float(np.finfo(np.float32).max)
+# As programs write numbers: 1, -2.5, 1e-05; neither 01 nor +1 nor 1_000.
+_NUMBER = re.compile(r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+
+Label = str | bool | int | float
+
+
+class Untyped(str):
+    """A label from a file that has only text, where "1" may be a number."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a split as its files have them.
+
+    Attributes:
+        split: "train", "validation" or "test".
+        column: the label column, for error messages.
+        values: one a row; None where a row has none.
+        where: says where a row stands, for error messages.
+    """
+
+    split: str
+    column: str
+    values: Sequence[Label | None]
+    where: Callable[[int], str]
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the split has no labels: there are none, or all are -1, as the hub marks them."""
+        return all(value is None for value in self.values) or all(str(value) == "-1" for value in self.values)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What labels mean.
+
+    Attributes:
+        kind: classification or regression.
+        names: of the classes by id; empty for regression.
+        remark: what a user should know of it; often nothing.
+    """
+
+    kind: Kind
+    names: tuple[str, ...]
+    remark: str = ""
+
+
+def read_label(value: Any, column: str, where: Callable[[], str]) -> Label | None:
+    """Brings one value of a label column into Python's own types, whole numbers as int.
+
+    Args:
+        value: as the file has it; `Untyped` from files that have only text.
+        column: the label column.
+        where: says where the row stands.
+
+    Returns:
+        The label; None where there is none.
+
+    Raises:
+        InputError: it is not finite, or no text, number or truth value.
+    """
+    if isinstance(value, str):
+        value = type(value)(value.strip())
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where()}: column {column} is not valid Unicode ({error.reason}): repair it") from error
+        unreal = isinstance(value, Untyped) and value.lower().lstrip("+-") in ("nan", "inf", "infinity")
+        if not unreal:
+            return value or None
+    elif value is None or isinstance(value, bool):
+        return value
+    elif isinstance(value, int | np.integer):
+        return int(value)
+    elif isinstance(value, float | Decimal | np.floating):
+        # Decimals are as large as they like, and may have no float.
+        if math.isfinite(value):
+            return int(value) if value % 1 == 0 else float(value)
+    else:
+        shown = reprlib.repr(value)
+        raise InputError(f"{where()}: label {shown} in column {column}: give one number, string or true/false a row")
+    raise InputError(f"{where()}: label {value} in column {column} is not a number: fill it in or remove the row")
+
+
+def number(value: Label | None) -> int | float | None:
+    """The number that a label is, or is spelt as in a file that has only text; None where it is no number."""
+    if isinstance(value, Untyped):
+        return _parse(value) if _NUMBER.fullmatch(value) else None
+    return None if isinstance(value, str | bool) else value
+
+
+def find_scheme(splits: Sequence[Labels], kind: Kind | None, names: tuple[str, ...] | None) -> Scheme:
+    """Finds out what the labels of a task mean.
+
+    Args:
+        splits: those with labels, the training split first.
+        kind: what the user says they are, if anything.
+        names: of the classes by id, where they are known beforehand.
+
+    Returns:
+        The kind, and the names of the classes: of the training split, numbers in their order before words.
+
+    Raises:
+        InputError: a row has no label, or the labels can be read in two ways.
+    """
+    for labels in splits:
+        _check_present(labels)
+    if names is not None and kind != "regression":
+        return Scheme("classification", names)
+    rows = [(labels, row, number(value)) for labels in splits for row, value in enumerate(labels.values)]
+    numeric = all(value is not None for _, _, value in rows)
+    train = splits[0]
+    if kind is None and numeric:
+        fractions = [(labels, row, value) for labels, row, value in rows if isinstance(value, float)]
+        if sum(labels is train for labels, *_ in fractions) >= _FRACTIONS * len(train.values):
+            kind = "regression"
+        elif fractions:
+            labels, row, value = fractions[0]
+            raise InputError(
+                f"{labels.where(row)}: label {value} in column {labels.column} is a fraction, like "
+                f"{len(fractions):,} of {len(rows):,} labels: correct it, or say --task-kind regression (or "
+                "classification)"
+            )
+    if kind == "regression":
+        return Scheme("regression", ())
+    if not numeric:
+        _refuse_decimal_commas(splits)
+    hidden = [(labels, row) for labels, row, value in rows if value == -1] if numeric else []
+    remark = ""
+    if hidden:
+        labels, row = hidden[0]
+        if kind is None and any(value == 0 for *_, value in rows):
+            raise InputError(
+                f"{labels.where(row)}: label -1, like {len(hidden):,} of {len(rows):,}, may mean that there is none: "
+                "remove these rows, or say --task-kind classification where -1 is a class"
+            )
+        remark = f"{len(hidden):,} labels of -1 are a class"
+    known = sorted(set(class_names(splits)[0]), key=_rank)
+    if kind is None and numeric and len(known) > max(_FEW, len(train.values) // 2):
+        raise InputError(
+            f"column {train.column} holds {len(known):,} different numbers in {len(train.values):,} training rows: say "
+            "--task-kind regression (or classification), or name the label column with --label-column"
+        )
+    return Scheme("classification", tuple(known), remark)
+
+
+def class_names(splits: Sequence[Labels]) -> list[list[str]]:
+    """The name of each row's class, split by split.
+
+    Args:
+        splits: with a label in every row. Untyped labels are numbers where all labels of all splits are.
+    """
+    values = [value for labels in splits for value in labels.values]
+    numeric = all(number(value) is not None for value in values)
+    # pandas writes True and False, JSON true and false.
+    truth = all(str(value).lower() in ("true", "false") for value in values if not isinstance(value, bool))
+
+    def name(value: Label | None) -> str:
+        found = number(value) if numeric else value
+        text = repr(found) if isinstance(found, float) else str(found)
+        return text.lower() if isinstance(value, bool) or (truth and isinstance(value, Untyped)) else text
+
+    return [[name(value) for value in labels.values] for labels in splits]
+
+
+def encode(splits: Sequence[Labels], scheme: Scheme, by_id: bool) -> list[np.ndarray]:
+    """Turns the labels of every split into what a model learns.
+
+    Args:
+        splits: those with labels, the training split first.
+        scheme: what they mean.
+        by_id: the names were known beforehand, so whole numbers are ids.
+
+    Returns:
+        Of each split class ids int64 [rows], or numbers float32 [rows].
+
+    Raises:
+        InputError: a label is no number, or its class unknown.
+    """
+    if scheme.kind == "regression":
+        return [np.array([_real(labels, row) for row in range(len(labels.values))], np.float32) for labels in splits]
+    ids = {name: i for i, name in enumerate(scheme.names)}
+    encoded = []
+    for labels, found in zip(splits, class_names(splits), strict=True):
+        if by_id and all(isinstance(number(value), int) for value in labels.values):
+            ids_here: Mapping[str, int] = {str(i): i for i in range(len(scheme.names))}
+        else:
+            ids_here = ids
+        for row, name in enumerate(found):
+            if name not in ids_here:
+                raise _unknown(labels, row, name, ids_here)
+        encoded.append(np.array([ids_here[name] for name in found], np.int64))
+    return encoded
+
+
+def _check_present(labels: Labels) -> None:
+    for row, value in enumerate(labels.values):
+        if value is None:
+            raise InputError(f"{labels.where(row)}: no label in column {labels.column}: fill it in or remove the row")
+
+
+def _refuse_decimal_commas(splits: Iterable[Labels]) -> None:
+    values = {value for labels in splits for value in labels.values}
+    commas = [value for value in values if isinstance(value, Untyped) and _DECIMAL_COMMA.fullmatch(value)]
+    if commas and all(value in commas or number(value) is not None for value in values):
+        raise InputError(f"label {commas[0]!r}: write numbers with a point, such as 0.5")
+
+
+def _unknown(labels: Labels, row: int, name: str, ids: Iterable[str]) -> InputError:
+    where = labels.where(row)
+    if name == "-1":
+        return InputError(f"{where}: label -1 means a hidden label: use a split with labels")
+    known = ", ".join(ids)
+    return InputError(f"{where}: label {name!r} is not one of the training labels ({known}): correct or remove the row")
+
+
+def _real(labels: Labels, row: int) -> float:
+    label = labels.values[row]
+    value = _parse(label) if isinstance(label, str) else label
+    if value is None or isinstance(value, bool):
+        raise InputError(
+            f"{labels.where(row)}: label {label!r} is no number: regression needs one, or say --task-kind "
+            "classification"
+        )
+    if abs(value) > _LARGEST:
+        shown = f"{value!r:.20}"
+        raise InputError(
+            f"{labels.where(row)}: label {shown}... is beyond what float32 holds, {_LARGEST:.1e}: scale the labels"
+        )
+    return float(value)
+
+
+def _parse(text: str) -> int | float | None:
+    """The finite number that a text spells, whole ones as int; None where it spells none."""
+    # Python would read 1_0 as 10.
+    if "_" in text:
+        return None
+    try:
+        value = int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else float(text)
+    # An integer of more than 4,300 digits is a ValueError, too.
+    except ValueError:
+        return None
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return int(value) if value.is_integer() else value
+    return value
+
+
+def _rank(name: str) -> tuple[bool, Decimal, str]:
+    is_number = _NUMBER.fullmatch(name) is not None
+    return (not is_number, Decimal(name) if is_number else Decimal(0), name)

@@ -1,0 +1,191 @@
+"""Which files of a folder are which split: named by it, sharded, numbered, in subfolders, or saved by `datasets`."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ticketops.errors import InputError
+from ticketops.tasks.formats import SAVED, bare_name, check_regular, extension
+
+#: Split -> what its files or its folder may be called, the preferred name first.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "validation_matched", "valid", "val", "dev", "dev_matched"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+# The hub's parts of a split: train-00000-of-00004, and after that a hash where a data set is older.
+_SHARD = re.compile(r"[-_.](\d+)-of-(\d+)(?:-[0-9a-f]{8,})?$")
+_MARKER = re.compile(r"[-_.]?\d+$")
+# What `datasets` and the hub write beside the rows.
+_DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json"}
+# Subfolders of subfolders are looked at: data/english/train.csv.
+_DEPTH = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of a task.
+
+    Attributes:
+        train: files to train on, in the order of their rows; a file may be the folder of a saved data set.
+        validation: files of the split that selects; none where it is to be held out.
+        test: files of the split that never selects; often none.
+        validation_name: the name by which the validation files were found.
+        unread: names of the files of rows that belong to none of these.
+    """
+
+    train: tuple[Path, ...]
+    validation: tuple[Path, ...] = ()
+    test: tuple[Path, ...] = ()
+    validation_name: str = ""
+    unread: tuple[str, ...] = ()
+
+
+def find_splits(path: Path) -> Layout:
+    """Finds a task's files.
+
+    Args:
+        path: a file, the folder of a saved data set, or a folder with files of splits: in it, in a folder for each, or
+            in a subfolder such as `data`, as in clones of the hub's data sets.
+
+    Returns:
+        The files, looked at by name alone.
+
+    Raises:
+        InputError: no file is of the training split, several files could be a split, or a shard is missing.
+    """
+    if not path.is_dir() or (path / SAVED).is_file():
+        if (shard := _SHARD.search(bare_name(path))) and int(shard[2]) > 1:
+            raise InputError(
+                f"file {path} is one of {int(shard[2])} shards: give their folder, or rename it to use it alone"
+            )
+        return Layout((path,))
+    layouts = _layouts(path, _DEPTH, {path.resolve()})
+    if len(layouts) == 1:
+        return next(iter(layouts.values()))
+    if layouts:
+        names = ", ".join(str(folder.relative_to(path)) for folder in layouts)
+        raise InputError(
+            f"folder {path} holds several data sets ({names}): give the folder of one, such as {next(iter(layouts))}"
+        )
+    found = ", ".join(entry.name for entry in _entries(path) if _is_data(entry)) or "no data files"
+    raise InputError(
+        f"folder {path} has no training split (found: {found}): call the file train.jsonl (or .csv, ...), or give the "
+        "path of a single file"
+    )
+
+
+def _layouts(folder: Path, depth: int, seen: set[Path]) -> dict[Path, Layout]:
+    """The folder's own splits, or else those of the folders in it."""
+    if (layout := _layout(folder)) is not None:
+        return {folder: layout}
+    found: dict[Path, Layout] = {}
+    for entry in _entries(folder) if depth else ():
+        # A link to a folder above would be looked at for ever.
+        if entry.is_dir() and not (entry / SAVED).is_file() and (place := entry.resolve()) not in seen:
+            seen.add(place)
+            found |= _layouts(entry, depth - 1, seen)
+    return found
+
+
+def _layout(folder: Path) -> Layout | None:
+    """The splits in a folder; None where it has none to train on."""
+    groups: dict[str, list[Path]] = {}
+    for entry in _entries(folder):
+        if _is_data(entry):
+            groups.setdefault(_group(entry), []).append(entry)
+    chosen = {split: _choose(folder, split, groups) for split in SPLIT_NAMES}
+    if not chosen["train"]:
+        return None
+    files = {split: _files(folder, name, groups[name]) if name else () for split, name in chosen.items()}
+    unread = [entry.name for name, entries in groups.items() if name not in chosen.values() for entry in entries]
+    return Layout(files["train"], files["validation"], files["test"], chosen["validation"], tuple(unread))
+
+
+def _choose(folder: Path, split: str, groups: Iterable[str]) -> str:
+    """The group of files that is the split: of its very name, or the one with its name among other words."""
+    for name in SPLIT_NAMES[split]:
+        if name in groups:
+            return name
+    others = {name for key in SPLIT_NAMES if key != split for name in SPLIT_NAMES[key]}
+    found = [
+        name
+        for name in groups
+        if (words := set(re.split(r"[^a-z]+", name))) & {*SPLIT_NAMES[split]} and not words & others
+    ]
+    if len(found) > 1 and split != "test":
+        raise InputError(
+            f"folder {folder} has several files that could be the {split} split ({', '.join(found)}): call the right "
+            f"one {split}"
+        )
+    return found[0] if len(found) == 1 else ""
+
+
+def _files(folder: Path, name: str, entries: Sequence[Path]) -> tuple[Path, ...]:
+    """The files of a split in order: one, numbered parts or shards, or all in its folder."""
+    if len(entries) == 1 and entries[0].is_dir() and not (entries[0] / SAVED).is_file():
+        inside = [entry for entry in _entries(entries[0]) if _is_rows(entry)]
+        parts: dict[str, list[Path]] = {}
+        for entry in inside:
+            parts.setdefault(_group(entry), []).append(entry)
+        kinds = {extension(entry) for entry in inside}
+        if len(kinds) > 1:
+            raise InputError(
+                f"folder {entries[0]} holds files of several kinds ({', '.join(sorted(kinds))}): keep one kind"
+            )
+        return tuple(file for group in parts for file in _files(entries[0], group, parts[group]))
+    stems = [bare_name(entry) for entry in entries]
+    plain = [entry for entry, stem in zip(entries, stems, strict=True) if stem.lower() == name]
+    if len(entries) > 1 and (plain or len({extension(entry) for entry in entries}) > 1):
+        names = ", ".join(entry.name for entry in entries)
+        raise InputError(f"folder {folder} has several files for split {name} ({names}): keep one of them")
+    shards = [(int(match[1]), int(match[2])) for stem in stems if (match := _SHARD.search(stem))]
+    if shards:
+        count = shards[0][1]
+        # Most count from 0.
+        first = 1 if (count, count) in shards else 0
+        missing = sorted({*range(first, first + count)} - {place for place, _ in shards})
+        if len(shards) != len(entries) or len(shards) != count or missing or {total for _, total in shards} != {count}:
+            what = f"without number {missing[0]}" if missing else "with others beside them"
+            raise InputError(
+                f"folder {folder} has {len(entries)} of the {count} shards of split {name}, {what}: fetch all, or "
+                f"remove what is left of an older set"
+            )
+    for entry in entries:
+        if not entry.is_dir():
+            check_regular(entry)
+    return tuple(entries)
+
+
+def _group(entry: Path) -> str:
+    """What the parts of a split have in common: the name without a shard's or a part's number, in lower case."""
+    stem = _SHARD.sub("", bare_name(entry)).lower()
+    return _MARKER.sub("", stem) or stem
+
+
+def _is_data(entry: Path) -> bool:
+    """Whether an entry of a folder is a file of rows by its name, or a folder of a split."""
+    if not entry.is_dir():
+        return _is_rows(entry)
+    named = any(bare_name(entry).lower() in names for names in SPLIT_NAMES.values())
+    return named and ((entry / SAVED).is_file() or any(map(_is_rows, _entries(entry))))
+
+
+def _is_rows(entry: Path) -> bool:
+    return bool(extension(entry)) and not entry.is_dir() and entry.name not in _DESCRIPTIONS
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What stands in a folder, hidden files left out, with numbers in names in their own order."""
+    try:
+        found = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be read: {error.strerror or error}") from error
+    return sorted(found, key=lambda entry: (_in_words(entry.name), entry.name))
+
+
+def _in_words(name: str) -> list[tuple[int, str]]:
+    """The words and numbers of a name, so that part-10 comes after part-9."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(int(part), "") if part[0].isascii() and part[0].isdigit() else (-1, part) for part in parts]
