@@ -20,6 +20,7 @@ from ticketops.searching.config import Config
 from ticketops.searching.plan import SearchConfig
 from ticketops.searching.sharing_plan import ShareConfig
 from ticketops.searching.transfer_plan import TransferConfig
+from ticketops.text import count, printable
 
 if TYPE_CHECKING:
     from ticketops.searching.store import Named, Record
@@ -54,7 +55,7 @@ def main() -> None:
             raise
         message = " ".join(error.format_message().split())
         if message:
-            typer.echo(f"ticketops: error: {message.rstrip('.')}; see ticketops --help", err=True)
+            _say(f"ticketops: error: {message.rstrip('.')}; see ticketops --help", err=True)
         else:
             # No arguments at all: the help is the answer.
             error.show()  # type: ignore[attr-defined]
@@ -153,10 +154,10 @@ def _search(
             from ticketops.api import search
 
             result = search(settings, listener=listener)
-        from ticketops.reporting.report import headline
+        from ticketops.reporting.report import headline, warnings
 
-        split = "report" if settings.report_fraction else "validation"
-        _print_result(result, headline(result.selection, result.records[0]["metric"], split))
+        metric = result.records[0]["metric"]
+        _print_result(result, [headline(result.selection, metric), *warnings(result.selection, metric)])
 
 
 @_configured(ShareConfig)
@@ -174,10 +175,9 @@ def _share(config: ConfigFile = None, dry_run: DryRun = False, traceback: Trace 
             from ticketops.api import share
 
             result = share(settings, listener=listener)
-        from ticketops.reporting.sharing import headline, scores
-        from ticketops.searching import Store
+        from ticketops.reporting.sharing import headline, warnings
 
-        _print_result(result, headline(scores(Store.read(result.folder))))
+        _print_result(result, [headline(result.records), *warnings(result.records)])
 
 
 @_configured(TransferConfig)
@@ -195,20 +195,29 @@ def _transfer(config: ConfigFile = None, dry_run: DryRun = False, traceback: Tra
             from ticketops.api import transfer
 
             result = transfer(settings, listener=listener)
-        _print_result(result)
+        from ticketops.reporting.transfer import headlines
+        from ticketops.searching import Store
+
+        _print_result(result, headlines(Store.read(result.folder)))
 
 
-def _print_result(result: Any, finding: str = "") -> None:
+def _print_result(result: Any, findings: Sequence[str]) -> None:
+    """Prints the table, the finding and its warnings, and where the report is."""
     from ticketops.reporting import overview
 
     _print_table(overview(result.folder))
-    if finding:
-        _console().print(finding)
+    for finding in findings:
+        _say(finding)
     _print_report(result.report_path)
 
 
 def _print_report(path: Path) -> None:
-    _console().print(f"Report: {path}", soft_wrap=True)
+    _say(f"Report: {path}")
+
+
+def _say(line: str, err: bool = False) -> None:
+    """Prints a line of text that may hold names from files: nothing in it controls the terminal."""
+    typer.echo(printable(line), err=err)
 
 
 @app.command("report")
@@ -270,7 +279,7 @@ def _export(
         from ticketops.searching.release import release
 
         path = release(source, output, format.value, ticket=ticket, trial=trial, task=task, push_to_hub=push_to_hub)
-        typer.echo(f"{path}: verified, {sum(file.stat().st_size for file in path.iterdir()):,} bytes")
+        _say(f"{path}: verified, {sum(file.stat().st_size for file in path.iterdir()):,} bytes")
 
 
 @app.command("show")
@@ -307,7 +316,7 @@ def _show(
             return
         typer.echo(str(found))
         for name, value in found.metadata.items():
-            typer.echo(f"{name}: {value}")
+            _say(f"{name}: {value}")
         if costs:
             from ticketops.reporting.tables import cost_rows
 
@@ -416,7 +425,7 @@ def _print_support(model: str, as_json: bool) -> None:
         return
     rows = facts.pop("backends")
     for name, value in ({"model": model, "supported": "yes"} | facts).items():
-        typer.echo(f"{name.replace('_', ' '):<18} {value}")
+        _say(f"{name.replace('_', ' '):<18} {value}")
     _print_backends(rows)
 
 
@@ -461,7 +470,7 @@ def _errors(traceback: bool, interrupted: str = "") -> Iterator[None]:
         message = " ".join(str(error).split())
         if not isinstance(error, TicketopsError):
             message = f"unexpected {type(error).__name__}: {message}: run again with --traceback to see where"
-        typer.echo(f"ticketops: error: {message}", err=True)
+        _say(f"ticketops: error: {message}", err=True)
         raise typer.Exit(2 if isinstance(error, InputError | UnsupportedError) else 1) from error
 
 
@@ -475,9 +484,9 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for position, title in enumerate(rows[0]):
         numeric = len(rows) > 1 and position > 0 and rows[1][position].lstrip("-")[:1].isdigit()
-        table.add_column(title, justify="right" if numeric else "left")
+        table.add_column(printable(title), justify="right" if numeric else "left")
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console.print(table)
 
 
@@ -487,7 +496,7 @@ def _print_outlook(settings: Config) -> None:
     found = outlook(settings)
     _print_table(found.table)
     for line in found.lines:
-        typer.echo(line)
+        _say(line)
 
 
 class _Lines:
@@ -500,7 +509,7 @@ class _Lines:
     def planned(self, trials: "Sequence[Named]", finished: int) -> None:
         self.total, self.done = len(trials), finished
         kept = f", {finished} finished before" if finished else ""
-        self.say(f"{len(trials)} trials{kept}")
+        self.say(f"{count(len(trials), 'trial')}{kept}")
 
     def started(self, trial: "Named") -> None:
         pass
@@ -514,7 +523,7 @@ class _Lines:
         self.say(f"[{self.done}/{self.total}] {trial.id}: {score} ({seconds:.0f} s)")
 
     def say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True)
+        self.console.print(printable(line), soft_wrap=True)
 
 
 class _Bars(_Lines):
@@ -531,7 +540,7 @@ class _Bars(_Lines):
         self.progress.update(self.trials, description="trials", total=len(trials), completed=finished)
 
     def started(self, trial: "Named") -> None:
-        self.progress.reset(self.steps, description=trial.id, total=None, visible=True)
+        self.progress.reset(self.steps, description=printable(trial.id), total=None, visible=True)
 
     def stepped(self, step: int, steps: int) -> None:
         self.progress.update(self.steps, completed=step, total=steps)

@@ -69,7 +69,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 @pytest.mark.parametrize("seeds", [1, 5])
 def test_phase_transition_shows_every_level_with_its_spread(drawn: Drawn, seeds: int):
     selection = select(level_records(seeds), range(seeds))
-    plots.phase_transition(selection, "accuracy", "validation", io.BytesIO())
+    plots.phase_transition(selection, "accuracy", io.BytesIO())
     (axes,) = drawn.figures[0].axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert set(labels) == {"full model", "winning tickets", "random tickets", "losing tickets", "super ticket"}

@@ -1,13 +1,17 @@
 import csv
+import re
 import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
+from test_text import HOSTILE
 
 from ticketops.errors import InputError, StoreError
 from ticketops.reporting import report
-from ticketops.searching import SearchConfig, Store
+from ticketops.searching import SearchConfig, Store, Trial
 from ticketops.tickets import Importance, WeightCounts, prune
 
 COUNTS = WeightCounts(head=100, ffn=800, encoder=6_000, total=10_000)
@@ -22,12 +26,19 @@ def importance(seed: int) -> Importance:
     return scores
 
 
-def make_store(folder: Path, gain: float = 0.02, leave_out: tuple[str, ...] = (), **fields: object) -> Store:
+def make_store(
+    folder: Path,
+    gain: float = 0.02,
+    leave_out: tuple[str, ...] = (),
+    notes: Mapping[str, str] = MappingProxyType({}),
+    **fields: object,
+) -> Store:
     """A finished search without any training: winning tickets gain `gain` at sparsity 0.25 and lose beyond."""
-    config = SearchConfig(model="m", task="t", sparsities="0.25,0.5", kinds="winning,random,losing", seeds=3, **fields)
+    given = {"model": "m", "task": "t", "seeds": 3, **fields}
+    config = SearchConfig(sparsities="0.25,0.5", kinds="winning,random,losing", **given)
     values = {name: value for name, value in config.to_dict().items() if name not in ("output", "save_models")}
     identity = {"config": values, "task_fingerprint": "feed", "model_fingerprint": "beef", "layers": 3, "heads": 4}
-    notes = {"versions": {"python": "3"}, "machine": {"device": "cpu"}, "validation": "dev"}
+    notes = {"versions": {"python": "3"}, "machine": {"device": "cpu"}, "validation": "dev", **notes}
     held_out = bool(config.report_fraction)
     with Store.create(folder, identity, notes) as store:
         for trial in store.plan:
@@ -47,12 +58,14 @@ def make_store(folder: Path, gain: float = 0.02, leave_out: tuple[str, ...] = ()
             if held_out:
                 split_scores["report"] = {"accuracy": score - 0.05, "f1": score}
             record = {
-                "id": trial.id, "task": "t", "model": "m", "kind": trial.kind, "sparsity": trial.sparsity,
+                "id": trial.id, "task": config.task, "model": config.model, "kind": trial.kind,
+                "sparsity": trial.sparsity,
                 "seed": trial.seed, "heads_pruned": ticket.heads_pruned, "ffns_pruned": ticket.ffns_pruned,
                 "weights_remaining": ticket.weights_remaining(COUNTS),
                 "weights_remaining_encoder": ticket.weights_remaining(COUNTS, embeddings=False),
                 "split": "validation", "metric": "accuracy", "score": score,
                 "report_score": score - 0.05 if held_out else None, "scores": split_scores, "majority": 0.5,
+                "rows": dict.fromkeys(split_scores, 1000), "constant_scores": dict.fromkeys(split_scores, 0.5),
                 "costs": {
                     "whole": {"parameters": 1000, "macs_per_token": 800, "bytes": 4000},
                     "left": {"parameters": 970, "macs_per_token": 600, "bytes": 3880},
@@ -77,7 +90,10 @@ def test_report_names_the_finding_its_spread_and_how_to_reproduce_it(tmp_path: P
     text = path.read_text()
     assert path == store.folder / "report.md"
     assert "beats the full model: sparsity 0.25 (3 heads and 0 FFNs pruned, 97.0 % of the weights left)" in text
-    assert "accuracy 83.0 ± 1.0 against 81.0 ± 1.0, a gain of +2.0 ± 0.0 points over 3 seeds" in text
+    assert "accuracy 83.0 ± 1.0 against 81.0 ± 1.0, +2.0 ± 0.0 points over 3 seeds (95 % interval +1.8 to +2.2," in text
+    assert "corrected for 2 levels). Of the same size, random ones 61.0 ± 1.0 and losing ones 61.0 ± 1.0." in text
+    assert "Scored on 1,000 rows of the split validation, which selected too." in text
+    assert "Warning" not in text
     assert "| winning ★ | 0.25 | 3 | 0 | 97.0 | 95.0 | 3 | 83.0 ± 1.0 |" in text
     assert "same split, `validation` (dev), both selects" in text
     assert "one constant answer scores 50.0" in text
@@ -114,29 +130,75 @@ def test_results_have_one_row_a_trial(tmp_path: Path):
     assert rows[0]["validation_f1"] == rows[0]["score"]
 
 
-def test_a_loss_is_reported_as_a_loss(tmp_path: Path):
-    text = report(make_store(tmp_path / "run", gain=-0.03).folder).read_text()
-    assert "No winning ticket beats the full model here" in text
-    assert "a gain of -3.0 ± 0.0 points" in text
+def rescored(store: Store, score: Callable[[Trial], float]) -> str:
+    """The report after every trial's score was replaced."""
+    for trial in store.plan:
+        record = store.record(trial)
+        if record is not None:
+            store.write_record(trial, {**record, "score": score(trial)})
+    return report(store.folder).read_text()
 
 
-def test_a_super_ticket_that_loses_where_another_level_wins_is_not_called_the_best(tmp_path: Path):
-    store = make_store(tmp_path / "run", report_fraction=0.5)
-
-    def lift(sparsity: float, by: float) -> None:
-        for trial in store.plan:
-            record = store.record(trial)
-            assert record is not None
-            if (trial.kind, trial.sparsity) == ("winning", sparsity):
-                store.write_record(trial, {**record, "report_score": record["report_score"] + by})
-
-    lift(0.25, -0.06)
-    assert "No winning ticket beats the full model here" in report(store.folder).read_text()
-    lift(0.5, 0.13)
+def test_a_loss_is_reported_as_a_loss_where_the_interval_excludes_0(tmp_path: Path):
+    store = make_store(tmp_path / "run", gain=-0.03)
     text = report(store.folder).read_text()
-    assert "The super ticket does not beat the full model on `report`: sparsity 0.25 " in text
-    assert "a gain of -4.0 ± 0.0 points" in text
-    assert "No winning ticket" not in text
+    assert "The super ticket is worse than the full model: " in text
+    assert "-3.0 ± 0.0 points over 3 seeds (95 % interval -3." in text
+    noise = {"full": (0.0, 0.05, 0.0), "winning": (0.0, 0.0, 0.02)}
+    text = rescored(store, lambda trial: 0.8 + noise.get(trial.kind, (0,) * 3)[trial.seed])
+    assert "No difference shown between the super ticket and the full model" in text
+    assert "worse" not in text
+
+
+def test_noise_is_no_win(tmp_path: Path):
+    store = make_store(tmp_path / "run")
+    noise = {"full": (0.0, 0.05, 0.0), "winning": (0.03, 0.02, 0.05)}
+    text = rescored(store, lambda trial: 0.8 + noise.get(trial.kind, (0,) * 3)[trial.seed])
+    assert "No difference shown between the super ticket and the full model" in text
+    assert "beats" not in text
+    # One row of a thousand, in each seed alike.
+    text = rescored(store, lambda trial: 0.8 + 0.001 * (trial.kind == "winning"))
+    assert "No difference shown" in text
+
+
+def test_one_seed_and_records_that_do_not_say_their_rows_give_no_verdict(tmp_path: Path):
+    text = report(make_store(tmp_path / "one", seeds=1).folder).read_text()
+    assert "No verdict from one seed (--seeds 5 allows one): sparsity 0.25 " in text
+    assert "reaches accuracy 82.0 against 80.0, +2.0 points with one seed." in text
+    assert "beats" not in text
+    store = make_store(tmp_path / "old")
+    for trial in store.plan:
+        record = store.record(trial)
+        assert record is not None
+        store.write_record(trial, {name: record[name] for name in record if name not in ("rows", "constant_scores")})
+    text = report(store.folder).read_text()
+    assert "+2.0 ± 0.0 points over 3 seeds, without a spread to judge it by." in text
+    assert "How many rows were scored is not in the records." in text
+    assert "one constant answer scores 50.0 on `validation`" in text
+
+
+def test_a_model_that_learned_nothing_is_named(tmp_path: Path):
+    store = make_store(tmp_path / "run")
+    text = rescored(store, lambda trial: {"full": 0.51, "winning": 0.6}.get(trial.kind, 0.5))
+    assert "The full model has not been shown to learn more than a constant answer: its accuracy of 51.0 ± 0.0" in text
+    assert "The super ticket has not" not in text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_from_files_are_text_in_the_report_and_its_table(name: str, tmp_path: Path):
+    store = make_store(tmp_path / "run", model=name, task=name, notes={"validation": name})
+    page = report(store.folder).read_text()
+    page.encode()
+    for block in re.findall(r"^(`{3,})\w*\n.*?\n\1$", page, re.DOTALL | re.MULTILINE):
+        assert block
+    prose = re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", page, flags=re.DOTALL | re.MULTILINE)
+    assert "<" not in prose
+    assert "\x1b" not in page
+    assert re.findall(r"\]\((.*?)\)", prose.replace("\\]", "")) == ["phase_transition.png", "importance.png"]
+    assert prose.count("\n# ") == 0
+    with open(store.folder / "results.csv", newline="", encoding="utf-8") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not any(cell.startswith(("=", "@")) or not cell.isprintable() for cell in cells)
 
 
 def test_without_a_common_seed_there_is_no_finding(tmp_path: Path):

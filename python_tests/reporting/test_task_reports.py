@@ -31,7 +31,8 @@ def scored(score: float, metric: str, held_out: bool = False) -> dict[str, Any]:
     scores = {"validation": {metric: score}} | ({"report": {metric: score - 0.1}} if held_out else {})
     return {
         "split": "validation", "metric": metric, "score": score, "report_score": score - 0.1 if held_out else None,
-        "scores": scores, "majority": 0.4, "heads_pruned": 3, "ffns_pruned": 1, "neurons_pruned": 0,
+        "scores": scores, "majority": 0.4, "rows": dict.fromkeys(scores, 10_000),
+        "heads_pruned": 3, "ffns_pruned": 1, "neurons_pruned": 0,
         "weights_remaining": 0.9, "weights_remaining_encoder": 0.8, "train_rows": 100, "steps": 4,
     }  # fmt: skip
 
@@ -108,8 +109,12 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_a_share_is_reported_by_arm_and_task_with_paired_differences(tmp_path: Path):
     store = make_share(tmp_path / "run")
     text = report(store.folder).read_text()
-    assert "Ticket sharing averages 83.0 ± 1.0 over the tasks: +2.0 ± 0.0 points against plain multi-task" in text
-    assert "and +3.0 ± 0.0 points against random tickets of the same counts, over 3 seeds." in text
+    assert (
+        "Ticket sharing averages 83.0 ± 1.0 over the tasks: it beats plain multi-task training, +2.0 ± 0.0 points over "
+        "3 seeds (95 % interval +2.0 to +2.0, corrected for 2 arms); it beats random tickets of the same counts, +3.0 "
+    ) in text
+    assert "Scored on 10,000 rows of validation of rte, 10,000 rows of validation of stsb." in text
+    assert "Warning" not in text
     assert "| shared, each task its ticket | 83.0 ± 1.0 | 83.0 ± 1.0 | 83.0 ± 1.0 | 3 |" in text
     assert "| one model a task, full | 71.0 ± 1.0 | 71.0 ± 1.0 | 71.0 ± 1.0 | 3 |" in text
     assert "| shared, random tickets | -1.0 ± 0.0 | -1.0 ± 0.0 | -1.0 ± 0.0 |" in text
@@ -150,9 +155,20 @@ def test_overlap_and_agreement_stand_beside_chance(tmp_path: Path):
     assert kept == other.head_mask.sum(1).tolist()
 
 
-def test_a_difference_within_its_spread_says_so_and_a_report_split_reports(tmp_path: Path):
-    text = report(make_share(tmp_path / "none", gain=0.0).folder).read_text()
-    assert "+0.0 ± 0.0 points, within one standard deviation, against plain multi-task training" in text
+def test_noise_is_no_finding_of_a_share_and_a_report_split_reports(tmp_path: Path):
+    store = make_share(tmp_path / "none", gain=0.0)
+    assert "no difference is shown to plain multi-task training, +0.0 ± 0.0" in report(store.folder).read_text()
+    for trial in store.plan:
+        record = store.record(trial)
+        assert record is not None
+        noise = {"tickets": (0.05, 0.01, 0.02), "random": (0.9, 0.8, 0.7)}.get(trial.kind, (0.0,) * 3)[trial.seed]
+        for task in record["tasks"].values():
+            task["score"] = 0.42 - noise if trial.kind == "random" else 0.4 + noise
+        store.write_record(trial, record)
+    text = report(store.folder).read_text()
+    # Its mean is larger than its standard deviation, which shows nothing.
+    assert "no difference is shown to plain multi-task training, +2.7 ± 2.1 points over 3 seeds" in text
+    assert "On rte, the arm shared, no tickets has not been shown to learn more than a constant answer" in text
     text = report(make_share(tmp_path / "held", report_fraction=0.5).folder).read_text()
     assert "| shared, each task its ticket | 73.0 ± 1.0 |" in text
     assert "| one model a task, full | 60.0 ± 0.0 |" in text
@@ -179,21 +195,31 @@ def test_an_unfinished_share_is_reported_with_what_is_missing(tmp_path: Path):
     text = report(store.folder).read_text()
     assert "3 of 9 trials are missing (tickets-seed-0, plain-seed-1, random-seed-2)" in text
     # Seed 2 alone has both.
-    assert "+2.0 points against plain multi-task training" in text
+    assert (
+        "one seed gives no verdict (--seeds 5 allows one) against plain multi-task training, +2.0 points with one seed"
+    ) in text
     bare = make_share(tmp_path / "bare", leave_out=tuple(trial.id for trial in store.plan))
     assert "9 of 9 trials are missing" in report(bare.folder).read_text()
     one = make_share(tmp_path / "one", seeds=1, arms="tickets")
     text = report(one.folder).read_text()
-    assert "Ticket sharing averages 82.0 over the tasks, with one seed, so without a spread." in text
+    assert "Ticket sharing averages 82.0 over the tasks. Scored on" in text
 
 
 def test_a_transfer_is_reported_rung_by_rung(tmp_path: Path):
     store = make_transfer(tmp_path / "run")
     text = report(store.folder).read_text()
-    assert (
-        "Gain of the super ticket over the full model on the target film, in points: +2.0 ± 0.0 with 0.1 % (1 rows), "
-        "+2.0 ± 0.0 with 1 % (10 rows), +2.0 ± 0.0 with 10 % (100 rows), -1.0 ± 0.0 with 100 % (1,000 rows)."
-    ) in text
+    assert "The super ticket against the full model on the target film: with 0.1 % (1 row) it beats the full " in text
+    assert "model, +2.0 ± 0.0 points over 2 seeds (95 % interval +1." in text
+    assert "corrected for 4 comparisons); with 1 % (10 rows) it beats" in text
+    assert "; with 100 % (1,000 rows) it is worse than the full model, -1.0 ± 0.0 points over 2 seeds" in text
+    assert "Scored on 10,000 rows of the split validation." in text
+    # Four rungs, at each of which the better of two levels is taken.
+    assert "corrected for 8 comparisons" in text
+    text = report(make_transfer(tmp_path / "one", seeds=1).folder).read_text()
+    assert "with 1 % (10 rows) no verdict from one seed (--seeds 5 allows one), +2.0 points with one seed" in text
+    target = text.partition("on the source sst2")[0]
+    assert "beats" not in target
+    assert "worse" not in target
     assert "| target | 10 | 100 | 2 | 61.5 ± 0.7 | 63.5 ± 0.7 | +2.0 ± 0.0 | 0.25 |" in text
     assert "| source | 10 | 100 | 2 | 61.5 ± 0.7 | 63.5 ± 0.7 | +2.0 ± 0.0 | 0.25 |" in text
     # The search itself is the last rung of the source's ladder.

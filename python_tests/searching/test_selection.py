@@ -3,7 +3,7 @@ import math
 import pytest
 
 from ticketops.searching import select
-from ticketops.searching.selection import Spread
+from ticketops.searching.statistics import Spread
 
 
 def record(kind: str, sparsity: float, seed: int, score: float, report_score: float | None = None) -> dict:
@@ -34,6 +34,21 @@ def test_best_mean_of_the_winning_levels_is_super_and_gains_are_paired_by_seed()
     assert Spread.of(selection.gains.values()).std == pytest.approx(0.02 / math.sqrt(2))
 
 
+def test_the_best_of_several_levels_is_corrected_for_all_of_them():
+    def records(levels: int) -> list[dict]:
+        found = []
+        for seed, gain in enumerate((0.01, 0.02, 0.03)):
+            found.append(record("full", 0.0, seed, 0.8))
+            found += [record("winning", 0.1 * (n + 1), seed, 0.8 + gain if n == 0 else 0.7) for n in range(levels)]
+        return found
+
+    alone, several = (select(records(levels), range(3)).comparison for levels in (1, 4))
+    assert alone is not None
+    assert several is not None
+    assert (alone.tried, several.tried) == (1, 4)
+    assert several.low < alone.low
+
+
 def test_ties_go_to_the_sparser_level():
     selection = select([record("winning", s, 0, 0.8) for s in (0.1, 0.3, 0.2)], [0])
     assert selection.super_level is not None
@@ -49,7 +64,7 @@ def test_report_scores_do_not_select():
     selection = select(records, [0])
     assert selection.super_level is not None
     assert selection.super_level.sparsity == 0.1
-    assert selection.report_gains == pytest.approx({0: -0.2})
+    assert (selection.split, selection.gains) == ("report", pytest.approx({0: -0.2}))
 
 
 def test_levels_that_lack_seeds_compete_only_among_themselves():
@@ -65,5 +80,4 @@ def test_levels_that_lack_seeds_compete_only_among_themselves():
 def test_nothing_yet():
     selection = select([], [0])
     assert (selection.full, selection.super_level, selection.gains) == (None, None, {})
-    assert math.isnan(Spread.of([]).mean)
-    assert Spread.of([0.5]) == Spread(0.5, None, 1)
+    assert (selection.comparison, selection.comparisons) == (None, {})

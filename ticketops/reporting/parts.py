@@ -1,14 +1,18 @@
 """What the reports of all runs have in common: what is missing, how to reproduce, figures."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import yaml
 
 from ticketops.files import write_atomically
+from ticketops.reporting.tables import points
+from ticketops.searching.statistics import Comparison, Spread, is_like_a_constant
 from ticketops.searching.store import Record, Store
+from ticketops.text import count, fenced, markdown
 
 
 def missing(store: Store, records: Sequence[Record]) -> list[str]:
@@ -25,9 +29,10 @@ def missing(store: Store, records: Sequence[Record]) -> list[str]:
     absent = [trial.id for trial in store.plan if trial.id not in done]
     if not absent:
         return []
-    names = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+    names = ", ".join(map(markdown, absent[:8])) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
     return [
-        f"> **Unfinished:** {len(absent)} of {len(store.plan)} trials are missing ({names}). Resume: see below.",
+        f"> **Unfinished:** {len(absent)} of {count(len(store.plan), 'trial')} are missing ({names}). "
+        "Resume: see below.",
         "",
     ]
 
@@ -52,20 +57,75 @@ def reproduction(store: Store, records: Sequence[Record]) -> list[str]:
     return [
         "## How to reproduce",
         "",
-        "```sh",
-        store.config.command(),
-        "```",
+        fenced(store.config.command(), "sh"),
         "",
-        "```yaml",
-        yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100).rstrip(),
-        "```",
+        fenced(yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100).rstrip(), "yaml"),
         "",
-        f"- versions: {listed(notes['versions'])}",
-        f"- machine: {listed(notes['machine'])}",
-        f"- time: {seconds:,.0f} s in {len(records)} trials",
-        f"- data, sha256: {data}",
-        f"- pre-trained weights: sha256 {identity['model_fingerprint']}",
+        f"- versions: {markdown(listed(notes['versions']))}",
+        f"- machine: {markdown(listed(notes['machine']))}",
+        f"- time: {seconds:,.0f} s in {count(len(records), 'trial')}",
+        f"- data, sha256: {markdown(data)}",
+        f"- pre-trained weights: sha256 {markdown(identity['model_fingerprint'])}",
     ]
+
+
+def shown(comparison: Comparison, family: str) -> str:
+    """A difference with its interval: "+1.2 ± 0.4 points over 5 seeds (95 % interval +0.3 to +2.1, ...)".
+
+    Args:
+        comparison: of scores.
+        family: noun in the plural for what it was corrected for, such as "levels".
+    """
+    difference, low, high = comparison.difference, comparison.low, comparison.high
+    text = f"{points(difference, sign=True)} points"
+    if low is None or high is None:
+        return f"{text} with one seed"
+    number = f"over {count(difference.count, 'seed')}"
+    if low == high:
+        return f"{text} {number}, without a spread to judge it by"
+    tried = f", corrected for {comparison.tried} {family}" if comparison.tried > 1 else ""
+    return f"{text} {number} (95 % interval {100 * low:+.1f} to {100 * high:+.1f}{tried})"
+
+
+def scored_rows(rows: Mapping[str, int]) -> str:
+    """Says how many rows the scores are of, and what one of them is worth.
+
+    Args:
+        rows: name of a task or split, as text -> rows scored; 0 where the records are of a version that did not say.
+    """
+    known = [f"{count(number, 'row')} of {name}" for name, number in rows.items() if number]
+    return f"Scored on {', '.join(known)}." if known else "How many rows were scored is not in the records."
+
+
+def warning_of_a_constant(what: str, metric: str, scores: Collection[float], constant: float, rows: int) -> list[str]:
+    """Warns of a model that may have learned nothing.
+
+    Args:
+        what: the model, as the subject of a sentence.
+        metric: of its scores.
+        scores: one a seed.
+        constant: what one constant answer scores.
+        rows: that were scored; 0 where that is not known.
+
+    Returns:
+        A sentence, or none.
+    """
+    if not scores or not is_like_a_constant(scores, constant, rows):
+        return []
+    return [
+        f"{what} has not been shown to learn more than a constant answer: its {metric} of "
+        f"{points(Spread.of(scores))} is within the noise of the {100 * constant:.1f} that the best of these scores, "
+        "so differences between tickets say little; train longer, or on more rows."
+    ]
+
+
+def quoted(warnings: Iterable[str]) -> list[str]:
+    """Warnings as lines of Markdown.
+
+    Args:
+        warnings: text.
+    """
+    return [line for warning in warnings for line in (f"> **Warning:** {markdown(warning)}", "")]
 
 
 def listed(values: dict[str, Any]) -> str:
@@ -86,5 +146,7 @@ def figure(path: Path, draw: Any, *arguments: Any) -> None:
         arguments: its others.
     """
     image = io.BytesIO()
-    draw(*arguments, image)
+    # A name may hold dollar signs, which would be mathematics.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        draw(*arguments, image)
     write_atomically(path, image.getvalue())

@@ -11,7 +11,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from ticketops.searching.selection import Level, Selection, Spread
+from ticketops.searching.selection import Level, Selection
+from ticketops.searching.statistics import Spread
 from ticketops.tickets import Importance, Ticket
 
 # Okabe and Ito's palette; markers differ too, for print in black and white.
@@ -24,18 +25,17 @@ FULL, SUPER = "#404040", "#009E73"
 KEPT = LinearSegmentedColormap.from_list("kept", ["#ECECEC", "#0072B2"])
 
 
-def phase_transition(selection: Selection, metric: str, split: str, file: IO[bytes]) -> None:
+def phase_transition(selection: Selection, metric: str, file: IO[bytes]) -> None:
     """Draws the metric against the weights remaining: mean and standard deviation over seeds, one line a kind.
 
     Args:
         selection: the levels.
         metric: its name.
-        split: "validation" or "report": which scores to draw.
         file: where to write the PNG.
     """
 
     def spread(level: Level) -> Spread:
-        return level.report_spread if split == "report" else level.spread
+        return Spread.of(selection.scores(level).values())
 
     figure = new_figure(7.0, 4.3)
     axes = figure.subplots()
@@ -68,7 +68,7 @@ def phase_transition(selection: Selection, metric: str, split: str, file: IO[byt
         axes.plot(*point, "o", markersize=14, fillstyle="none", color=SUPER, markeredgewidth=2, label="super ticket")
     seeds = max((len(level.scores) for level in selection.levels), default=0)
     axes.set_xlabel("weights remaining, embeddings included (%)")
-    axes.set_ylabel(f"{metric} on {split} (x 100)")
+    axes.set_ylabel(f"{metric} on {selection.split} (x 100)")
     axes.set_title(
         f"Mean over {seeds} seeds, bars and band: one standard deviation" if seeds > 1 else "One seed", fontsize=10
     )

@@ -2,13 +2,24 @@
 
 import itertools
 from pathlib import Path
-from typing import Literal
 
 from ticketops.files import write_atomically
 from ticketops.reporting import plots, sharing, tables, transfer
-from ticketops.reporting.parts import figure, listed, missing, reproduction
-from ticketops.searching.selection import Selection, Spread, select
+from ticketops.reporting.parts import (
+    figure,
+    listed,
+    missing,
+    quoted,
+    reproduction,
+    scored_rows,
+    shown,
+    warning_of_a_constant,
+)
+from ticketops.reporting.tables import points
+from ticketops.searching.selection import Level, Selection, select
+from ticketops.searching.statistics import ADVISED_SEEDS, Spread
 from ticketops.searching.store import Record, Store
+from ticketops.text import code, count, fenced, markdown
 from ticketops.tickets import Importance, Ticket, chance_jaccard
 
 
@@ -54,73 +65,95 @@ def _search(store: Store) -> list[str]:
     level = selection.super_level
     tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
     write_atomically(store.folder / "results.csv", tables.results_csv(records))
-    text = [f"# Super tickets of {config.model} on {config.task}", ""]
+    text = [f"# Super tickets of {markdown(config.model)} on {markdown(config.task)}", ""]
     text += missing(store, records)
     if records:
-        split = "report" if config.report_fraction else "validation"
+        split = selection.split
         metric = records[0]["metric"]
-        text += [*_summary(selection, metric, split), "", *_splits(store, split), ""]
-        figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric, split)
+        text += [*_summary(selection, metric), "", *_splits(store, split), ""]
+        figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric)
         text += [f"![{metric} against weights remaining](phase_transition.png)", ""]
-        text += [tables.markdown(tables.level_rows(selection)), ""]
-        majority = f"{100 * records[0]['majority']:.1f}"
+        text += [tables.markdown_table(tables.level_rows(selection)), ""]
+        constant = f"{100 * selection.constants.get(split, 0.0):.1f}"
         text += [f"Scores are {metric} x 100, mean ± standard deviation over seeds; ★ marks the super ticket."]
-        text += [f"Without learning anything, one constant answer scores {majority} on `validation`.", ""]
+        text += [f"Without learning anything, one constant answer scores {constant} on `{split}`.", ""]
         text += _importance(store, records, selection, tickets)
         text += _ticket(store, selection, tickets)
         text += _costs(store, records, selection)
     return [*text, *reproduction(store, records)]
 
 
-def headline(selection: Selection, metric: str, split: str) -> str:
-    """The finding of a search in one sentence, with the gain over the full model and its spread over seeds.
+_VERDICTS = {
+    "better": "The super ticket beats the full model",
+    "worse": "The super ticket is worse than the full model",
+    "no difference shown": "No difference shown between the super ticket and the full model",
+    "no verdict": f"No verdict from one seed (--seeds {ADVISED_SEEDS} allows one)",
+}
+
+
+def headline(selection: Selection, metric: str) -> str:
+    """The finding of a search: the super ticket against the full model, and beside the controls of its level.
 
     Args:
         selection: of the search's records.
         metric: its name.
-        split: the split that reports, "report" or "validation".
     """
-    best, full = selection.super_level, selection.full
-    gains = selection.report_gains if split == "report" else selection.gains
-    if best is None or full is None or not gains:
+    best, full, comparison = selection.super_level, selection.full, selection.comparison
+    if best is None or full is None or comparison is None:
         return "No super ticket yet: that takes the full model and a winning ticket of the same seed."
-    gain = Spread.of(gains.values())
-    theirs, ours = (full.report_spread, best.report_spread) if split == "report" else (full.spread, best.spread)
-    scores: Literal["scores", "report_scores"] = "report_scores" if split == "report" else "scores"
-    others = (selection.gains_of(level, scores).values() for level in selection.levels if level.kind == "winning")
-    verdict = (
-        "The super ticket beats the full model"
-        if gain.mean > 0
-        else "The super ticket equals the full model"
-        if gain.mean == 0
-        # What is best on the split that selects need not be best on the other.
-        else f"The super ticket does not beat the full model on `{split}`"
-        if any(Spread.of(other).mean > 0 for other in others)
-        else "No winning ticket beats the full model here; the best one, taken as the super ticket, is"
-    )
-    ffns = f"{best.ffns_pruned} FFNs"
+
+    def reached(level: Level) -> str:
+        return points(Spread.of(selection.scores(level).values()))
+
+    pruned = [count(best.heads_pruned, "head"), count(best.ffns_pruned, "FFN")]
     if best.neurons_pruned:
-        ffns += f" and {best.neurons_pruned:,} neurons"
-    seeds = f"over {gain.count} seeds" if gain.count > 1 else "with one seed, so without a spread"
-    return (
-        f"{verdict}: sparsity {best.sparsity:g} ({best.heads_pruned} heads and {ffns} pruned, "
-        f"{100 * best.weights_remaining:.1f} % of the weights left) reaches {metric} {tables.points(ours)} against "
-        f"{tables.points(theirs)}, a gain of {tables.points(gain, sign=True)} points {seeds}."
+        pruned.append(count(best.neurons_pruned, "neuron"))
+    controls = [
+        f"{level.kind} ones {reached(level)}"
+        for level in selection.levels
+        if level.kind in ("random", "losing") and level.sparsity == best.sparsity
+    ]
+    split = f"the split {selection.split}" + (", which selected too" if selection.split == "validation" else "")
+    return " ".join(
+        [
+            f"{_VERDICTS[comparison.outcome]}: sparsity {best.sparsity:g} ({', '.join(pruned[:-1])} and {pruned[-1]} "
+            f"pruned, {100 * best.weights_remaining:.1f} % of the weights left) reaches {metric} {reached(best)} "
+            f"against {reached(full)}, {shown(comparison, 'levels')}.",
+            f"Of the same size, {' and '.join(controls)}."
+            if controls
+            else "No random or losing tickets of that level were tried.",
+            scored_rows({split: selection.rows.get(selection.split, 0)}),
+        ]
     )
 
 
-def _summary(selection: Selection, metric: str, split: str) -> list[str]:
-    text = [headline(selection, metric, split)]
-    gains = selection.report_gains if split == "report" else selection.gains
-    if len(gains) > 1:
-        text.append("Gain by seed: " + ", ".join(f"{seed}: {100 * gain:+.1f}" for seed, gain in gains.items()) + ".")
+def warnings(selection: Selection, metric: str) -> list[str]:
+    """What a reader must know before the finding of a search counts.
+
+    Args:
+        selection: of the search's records.
+        metric: its name.
+    """
+    text = []
+    for what, level in (("The full model", selection.full), ("The super ticket", selection.super_level)):
+        if level is not None:
+            constant, rows = selection.constants.get(selection.split, 0.0), selection.rows.get(selection.split, 0)
+            text += warning_of_a_constant(what, metric, selection.scores(level).values(), constant, rows)
     if selection.super_level is not None and not selection.complete:
         text.append("No winning level has all its seeds yet, so this choice is provisional.")
     return text
 
 
+def _summary(selection: Selection, metric: str) -> list[str]:
+    text = [markdown(headline(selection, metric)), "", *quoted(warnings(selection, metric))]
+    gains = selection.gains
+    if len(gains) > 1:
+        text.append("Gain by seed: " + ", ".join(f"{seed}: {100 * gain:+.1f}" for seed, gain in gains.items()) + ".")
+    return text
+
+
 def _splits(store: Store, split: str) -> list[str]:
-    name = store.description["notes"].get("validation", "validation")
+    name = markdown(store.description["notes"].get("validation", "validation"))
     if split == "report":
         share = f"{100 * store.config.report_fraction:g} % of the validation rows"
         return [f"The split `validation` ({name}) selects; the split `report`, {share} held out of it, reports."]
@@ -145,8 +178,8 @@ def _importance(store: Store, records: list[Record], selection: Selection, ticke
         "",
         "![importance of each head and FFN, and what the super ticket keeps](importance.png)",
         "",
-        f"Scored {how}, absolute value per {store.config.granularity}, mean over {len(scored)} seed(s); a layer's "
-        "head scores are divided by their l2 norm, FFN scores by that of all FFNs.",
+        f"Scored {how}, absolute value per {store.config.granularity}, mean over {count(len(scored), 'seed')}; a "
+        "layer's head scores are divided by their l2 norm, FFN scores by that of all FFNs.",
     ]
     both = [record["rank_correlation"] for record in records if "rank_correlation" in record]
     for name, label in (("head", "heads"), ("ffn", "FFNs")):
@@ -168,8 +201,8 @@ def _ticket(store: Store, selection: Selection, tickets: dict[int, Ticket]) -> l
     path = store.ticket_path(
         next(t for t in store.plan if (t.kind, t.sparsity, t.seed) == ("winning", level.sparsity, seed))
     )
-    text = ["## The super ticket", "", f"Of the best seed, {seed}: `{path.relative_to(store.folder)}`", ""]
-    text += ["```text", str(tickets[seed]), "```", ""]
+    text = ["## The super ticket", "", f"Of the best seed, {seed}: {code(path.relative_to(store.folder))}", ""]
+    text += [fenced(str(tickets[seed]), "text"), ""]
     if len(tickets) > 1:
         pairs = list(itertools.combinations(tickets.values(), 2))
         overlap = Spread.of(one.jaccard(other) for one, other in pairs).mean
@@ -189,11 +222,11 @@ def _costs(store: Store, records: list[Record], selection: Selection) -> list[st
         return []
     found = store.latencies() or {"rows": []}
     text = ["## What the super ticket costs", ""]
-    text += [tables.markdown(tables.cost_rows(record["costs"], found["rows"])), ""]
+    text += [tables.markdown_table(tables.cost_rows(record["costs"], found["rows"])), ""]
     if found["rows"]:
         text += [
             "Medians of a few turns of both models in one process, patched, float32, in evaluation mode, on "
-            f"{listed(found['machine'])}.",
+            f"{markdown(listed(found['machine']))}.",
             "",
         ]
     return text

@@ -1,18 +1,20 @@
 """The report of ticket sharing, and what tickets say about tasks."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ticketops.files import write_atomically
 from ticketops.reporting import task_plots
-from ticketops.reporting.parts import figure, missing, reproduction
-from ticketops.reporting.tables import csv_text, markdown, points
-from ticketops.searching.selection import Spread
+from ticketops.reporting.parts import figure, missing, quoted, reproduction, scored_rows, shown, warning_of_a_constant
+from ticketops.reporting.tables import csv_text, markdown_table, points
+from ticketops.searching.selection import compare_arms, constant_scores
 from ticketops.searching.sharing_plan import ARMS, SEARCHES, SINGLE, TaskTicket
+from ticketops.searching.statistics import ADVISED_SEEDS, Spread
 from ticketops.searching.store import Record, Store
+from ticketops.text import count, markdown
 from ticketops.tickets import Ticket, chance_jaccard
 
 #: Stands for all tasks among the scores; no task, which is called after a file or a folder, has this name.
@@ -47,7 +49,7 @@ def lines(store: Store) -> list[str]:
     tasks = list(store.description["notes"]["tasks"])
     searches = [Store.read(store.folder / SEARCHES / name) for name in tasks if _searched(store, name)]
     inner = [record for search in searches for record in search.records()]
-    text = [f"# Ticket sharing of {config.model} over {', '.join(tasks)}", ""]
+    text = [f"# Ticket sharing of {markdown(config.model)} over {markdown(', '.join(tasks))}", ""]
     text += missing(store, records)
     tickets = {
         name: {seed: found for seed in config.seeds if (found := store.ticket(TaskTicket(name, seed))) is not None}
@@ -55,9 +57,9 @@ def lines(store: Store) -> list[str]:
     }
     write_atomically(store.folder / "results.csv", _results(records))
     if records:
-        split = "report" if config.report_fraction else "validation"
         arms = scores(store)
-        text += [headline(arms), "", *_splits(split), ""]
+        text += [markdown(headline(records)), "", *quoted(warnings(records))]
+        text += [*_splits(_reports(records)), ""]
         figure(
             store.folder / "sharing.png",
             task_plots.arms,
@@ -66,16 +68,21 @@ def lines(store: Store) -> list[str]:
             "plain" in arms,
         )
         text += ["![each arm, by task](sharing.png)", ""]
-        text += [markdown(overview(store)), ""]
+        text += [markdown_table(overview(store)), ""]
         text += ["Scores are each task's own metric x 100 ("]
-        text[-1] += ", ".join(f"{name}: {task['metric']}" for name, task in records[0]["tasks"].items())
+        text[-1] += ", ".join(f"{markdown(name)}: {task['metric']}" for name, task in records[0]["tasks"].items())
         text[-1] += "), mean ± standard deviation over seeds."
         if "plain" in arms and len(arms) > 1:
-            text += ["", "Differences to plain multi-task training, seed by seed:", "", markdown(_gains(arms))]
+            text += ["", "Differences to plain multi-task training, seed by seed:", "", markdown_table(_gains(arms))]
         text += ["", *_sizes(records), ""]
     if any(tickets.values()):
         text += _tickets(store, tickets)
-    text += ["## Tasks", "", *(f"- {described}" for described in store.description["notes"]["tasks"].values()), ""]
+    text += [
+        "## Tasks",
+        "",
+        *(f"- {markdown(described)}" for described in store.description["notes"]["tasks"].values()),
+        "",
+    ]
     return [*text, *reproduction(store, [*inner, *records])]
 
 
@@ -106,7 +113,7 @@ def scores(store: Store) -> dict[str, Scores]:
     Returns:
         Arm -> task, or AVERAGE -> seed -> score; single-task trainings first, under "alone".
     """
-    held_out = bool(store.config.report_fraction)
+    held_out = _reports(store.records()) == "report"
     tasks = list(store.description["notes"]["tasks"])
     arms: dict[str, Scores] = {}
     single: dict[str, Record] = store.facts(SINGLE) or {}
@@ -132,26 +139,60 @@ def scores(store: Store) -> dict[str, Scores]:
     return {arm: arms[arm] for arm in dict.fromkeys(order)}
 
 
-def headline(arms: Mapping[str, Scores]) -> str:
-    """The finding in one sentence, with its spread over seeds.
+_VERDICTS = {
+    "better": "it beats {}",
+    "worse": "it is worse than {}",
+    "no difference shown": "no difference is shown to {}",
+    "no verdict": f"one seed gives no verdict (--seeds {ADVISED_SEEDS} allows one) against {{}}",
+}
+
+
+def headline(records: Sequence[Record]) -> str:
+    """The finding of a share: task averages of sharing with tickets against plain sharing and random tickets.
 
     Args:
-        arms: as `scores` makes them.
+        records: of its finished trials.
     """
-    if not arms.get("tickets", {}).get(AVERAGE):
+    ours = [record for record in records if record["kind"] == "tickets"]
+    if not ours:
         return "No finding yet: that takes the arm tickets on all tasks."
-    ours = arms["tickets"][AVERAGE]
-    text = f"Ticket sharing averages {points(Spread.of(ours.values()))} over the tasks"
-    against = []
-    for arm, name in (("plain", "plain multi-task training"), ("random", "random tickets of the same counts")):
-        pairs = [ours[seed] - score for seed, score in arms.get(arm, {}).get(AVERAGE, {}).items() if seed in ours]
-        if pairs:
-            spread = Spread.of(pairs)
-            unsure = spread.std is not None and abs(spread.mean) <= spread.std
-            note = ", within one standard deviation," if unsure else ""
-            against.append(f"{points(spread, sign=True)} points{note} against {name}")
-    seeds = f"over {len(ours)} seeds" if len(ours) > 1 else "with one seed, so without a spread"
-    return f"{text}: {' and '.join(against)}, {seeds}." if against else f"{text}, {seeds}."
+    split = _reports(records)
+    score = "report_score" if split == "report" else "score"
+    averages = Spread.of(float(np.mean([task[score] for task in record["tasks"].values()])) for record in ours)
+    text = f"Ticket sharing averages {points(averages)} over the tasks"
+    names = {"plain": "plain multi-task training", "random": "random tickets of the same counts"}
+    found = {arm: one for arm, one in compare_arms(records).items() if arm in names and one.difference.count}
+    against = [f"{_VERDICTS[one.outcome].format(names[arm])}, {shown(one, 'arms')}" for arm, one in found.items()]
+    rows = {f"{split} of {name}": task.get("rows", {}).get(split, 0) for name, task in _tasks(ours[0])}
+    return " ".join([f"{text}: {'; '.join(against)}." if against else f"{text}.", scored_rows(rows)])
+
+
+def warnings(records: Sequence[Record]) -> list[str]:
+    """Which arms have not been shown to learn which tasks.
+
+    Args:
+        records: of the finished trials.
+    """
+    split, text = _reports(records), []
+    score = "report_score" if split == "report" else "score"
+    for arm in ("plain", "tickets"):
+        of_arm = [record["tasks"] for record in records if record["kind"] == arm]
+        for name, task in of_arm[0].items() if of_arm else ():
+            scores = [tasks[name][score] for tasks in of_arm]
+            constant, rows = constant_scores(task).get(split, 0.0), task.get("rows", {}).get(split, 0)
+            what = f"On {name}, the arm {NAMES[arm]}"
+            text += warning_of_a_constant(what, task["metric"], scores, constant, rows)
+    return text
+
+
+def _reports(records: Sequence[Record]) -> str:
+    """The split that reports."""
+    held_out = records and all(task["report_score"] is not None for _, task in _tasks(records[0]))
+    return "report" if held_out else "validation"
+
+
+def _tasks(record: Record) -> Iterable[tuple[str, Record]]:
+    return record["tasks"].items()
 
 
 def _title(task: str) -> str:
@@ -208,7 +249,7 @@ def _sizes(records: Sequence[Record]) -> list[str]:
             counts = [f"{mean(name):.3g}" for name in ("heads_pruned", "ffns_pruned")]
             left = f"{100 * mean('weights_remaining'):.1f}"
             rows.append([arm, task, *counts, left, f"{mean('train_rows'):,.0f}", f"{mean('steps'):,.0f}"])
-    return [markdown(rows)] if len(rows) > 1 else []
+    return [markdown_table(rows)] if len(rows) > 1 else []
 
 
 def _results(records: Sequence[Record]) -> str:
@@ -261,8 +302,8 @@ def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]]) -> list[
         if some:
             ours, theirs, deviation = np.mean(some, axis=0)
             found.append(
-                f"Tickets {what} share {100 * ours:.1f} % of what either keeps (mean of {len(some)} pairs); random "
-                f"tickets of the same sizes would share {100 * theirs:.1f} % ± {100 * deviation:.1f}."
+                f"Tickets {what} share {100 * ours:.1f} % of what either keeps (mean of {count(len(some), 'pair')}); "
+                f"random tickets of the same sizes would share {100 * theirs:.1f} % ± {100 * deviation:.1f}."
             )
     return [
         "## What tickets say about tasks",

@@ -5,7 +5,9 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ticketops.searching.selection import Selection, Spread
+from ticketops.searching.selection import Selection
+from ticketops.searching.statistics import Spread
+from ticketops.text import cell, markdown
 
 COLUMNS = (
     "id",
@@ -52,7 +54,7 @@ def results_csv(records: Iterable[Mapping[str, Any]]) -> str:
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     """Rows of cells as the text of a CSV file, header first."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([cell(value) for value in row] for row in rows)
     return text.getvalue()
 
 
@@ -87,9 +89,9 @@ def level_rows(selection: Selection) -> list[list[str]]:
     return rows
 
 
-def markdown(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
     """A Markdown table of rows of cells, header first, numbers to the right."""
-    head, *body = rows
+    head, *body = ([markdown(text) for text in row] for row in rows)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

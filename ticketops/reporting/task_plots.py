@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ticketops.reporting.plots import FULL, KEPT, SUPER, new_figure
-from ticketops.searching.selection import Spread
+from ticketops.searching.statistics import Spread
 from ticketops.tickets import Ticket
 
 # Okabe and Ito's palette; markers differ too, for print in black and white.

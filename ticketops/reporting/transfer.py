@@ -1,15 +1,16 @@
 """The report of domain transfer and of low data: super ticket against full model on growing shares of the rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from ticketops.files import write_atomically
 from ticketops.reporting import task_plots
-from ticketops.reporting.parts import figure, missing, reproduction
-from ticketops.reporting.tables import csv_text, markdown, points
-from ticketops.searching.selection import Spread, select
+from ticketops.reporting.parts import figure, missing, reproduction, scored_rows, shown, warning_of_a_constant
+from ticketops.reporting.tables import csv_text, markdown_table, points
+from ticketops.searching.ladder import compare_rungs, read_ladders
+from ticketops.searching.statistics import ADVISED_SEEDS, Spread
 from ticketops.searching.store import Record, Store
-from ticketops.searching.transfer_plan import SCORES, SOURCE
+from ticketops.searching.transfer_plan import SOURCE
+from ticketops.text import count, markdown
 
 COLUMNS = (
     "id",
@@ -32,32 +33,6 @@ COLUMNS = (
 )
 
 
-@dataclass
-class Rung:
-    """One share of a ladder's rows.
-
-    Attributes:
-        ladder: "target" or "source".
-        fraction: of the training rows.
-        rows: how many these are.
-        sparsity: of the super ticket here; None where there is none yet.
-        full: seed -> the full model's score.
-        super: seed -> the super ticket's.
-    """
-
-    ladder: str
-    fraction: float
-    rows: int
-    sparsity: float | None = None
-    full: dict[int, float] = field(default_factory=dict)
-    super: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def gain(self) -> Spread:
-        """The super ticket's score minus the full model's, seed by seed."""
-        return Spread.of(score - self.full[seed] for seed, score in self.super.items() if seed in self.full)
-
-
 def lines(store: Store) -> list[str]:
     """Writes a transfer's CSV file and figure, and the text of its report.
 
@@ -71,30 +46,28 @@ def lines(store: Store) -> list[str]:
         StoreError: one of its files is damaged, or the folder cannot be written.
     """
     config, records, notes = store.config, store.records(), store.description["notes"]
-    names = {role: described.partition(":")[0] for role, described in notes["tasks"].items()}
+    names = _names(store)
     inner = Store.read(store.folder / SOURCE).records() if (store.folder / SOURCE / "config.json").is_file() else []
-    text = [f"# Transfer of {config.model} from {names['source']} to {names['target']}", ""]
-    text += missing(store, records)
+    title = f"Transfer of {config.model} from {names['source']} to {names['target']}"
+    text = [f"# {markdown(title)}", "", *missing(store, records)]
     write_atomically(store.folder / "results.csv", _results(records))
-    rungs = ladder(store)
+    rungs = read_ladders(store)
     if rungs:
-        for role in ("target", "source"):
-            text += headline(role, names[role], rungs)
-        split = "report" if config.report_fraction else "validation"
+        for line in headlines(store):
+            text += [markdown(line), ""]
         panels = {}
-        for role in ("target", "source"):
+        for role in names:
             own = [rung for rung in rungs if rung.ladder == role]
             if own:
-                metric, majority = _measure(store, records, role)
                 title = (
                     f"Target {names[role]}, from {names['source']}"
                     if role == "target"
                     else f"Source {names[role]} alone"
                 )
                 found = {rung.rows: (Spread.of(rung.full.values()), Spread.of(rung.super.values())) for rung in own}
-                panels[title] = (metric, found, majority)
-        figure(store.folder / "ladder.png", task_plots.ladders, panels, split)
-        text += ["![score against training rows](ladder.png)", "", markdown(overview(store)), ""]
+                panels[title] = (own[0].metric, found, own[0].constant)
+        figure(store.folder / "ladder.png", task_plots.ladders, panels, rungs[0].split)
+        text += ["![score against training rows](ladder.png)", "", markdown_table(overview(store)), ""]
         text += [
             "Scores are x 100, mean ± standard deviation over seeds, which draw the rows too; a larger share contains "
             "a smaller one's rows. Target: both start from their own fine-tuned source model, and the super ticket "
@@ -103,8 +76,8 @@ def lines(store: Store) -> list[str]:
             "",
         ]
         head = {"keep": "keeps the source's task head", "fresh": "starts with a fresh task head"}[config.head]
-        text += [f"The target {head}. Each trial takes {config.min_steps} optimizer steps at least.", ""]
-    text += ["## Tasks", "", *(f"- {role}: {described}" for role, described in notes["tasks"].items()), ""]
+        text += [f"The target {head}. Each trial takes {count(config.min_steps, 'optimizer step')} at least.", ""]
+    text += ["## Tasks", "", *(f"- {role}: {markdown(described)}" for role, described in notes["tasks"].items()), ""]
     return [*text, *reproduction(store, [*inner, *records])]
 
 
@@ -118,7 +91,7 @@ def overview(store: Store) -> list[list[str]]:
         Rows of cells, header first.
     """
     rows = [["ladder", "rows (%)", "rows", "seeds", "full model", "super ticket", "gain", "its sparsity"]]
-    for rung in ladder(store):
+    for rung in read_ladders(store):
         spreads = [points(Spread.of(rung.full.values())), points(Spread.of(rung.super.values()))]
         level = "–" if rung.sparsity is None else f"{rung.sparsity:g}"
         share = f"{100 * rung.fraction:g}"
@@ -128,63 +101,48 @@ def overview(store: Store) -> list[list[str]]:
     return rows
 
 
-def ladder(store: Store) -> list[Rung]:
-    """The rungs of both ladders, on the split that reports.
+_VERDICTS = {
+    "better": "it beats the full model",
+    "worse": "it is worse than the full model",
+    "no difference shown": "no difference shown",
+    "no verdict": f"no verdict from one seed (--seeds {ADVISED_SEEDS} allows one)",
+}
+
+
+def headlines(store: Store) -> list[str]:
+    """The findings of both ladders, one sentence a rung, and what a reader must know before they count.
 
     Args:
         store: of the run.
 
     Returns:
-        The target's rungs, then the source's, by growing share.
+        Lines of text; none where nothing can be compared yet.
     """
-    config, held_out = store.config, bool(store.config.report_fraction)
-    groups: dict[tuple[str, float], list[Record]] = {}
-    for record in store.records():
-        groups.setdefault((record["ladder"], record["fraction"]), []).append(record)
-    rungs = []
-    for (role, fraction), group in groups.items():
-        selection = select(group, config.seeds)
-        rung = Rung(role, fraction, max(record["train_rows"] for record in group))
-        for name, level in (("full", selection.full), ("super", selection.super_level)):
-            if level is not None:
-                getattr(rung, name).update(level.report_scores if held_out else level.scores)
-        rung.sparsity = None if selection.super_level is None else selection.super_level.sparsity
-        rungs.append(rung)
-    whole = store.facts(SCORES)
-    if config.source_ladder and 1.0 in config.fractions and whole is not None:
-        rung = Rung("source", 1.0, whole["train_rows"], whole["sparsity"])
-        for name, kind in (("full", "full"), ("super", "winning")):
-            pairs = {int(seed): pair[held_out] for seed, pair in whole["scores"].get(kind, {}).items()}
-            getattr(rung, name).update({seed: score for seed, score in pairs.items() if score is not None})
-        rungs.append(rung)
-    return sorted(rungs, key=lambda rung: (rung.ladder != "target", rung.fraction))
+    rungs, text = read_ladders(store), []
+    for role, name in _names(store).items():
+        found = {fraction: one for fraction, one in compare_rungs(store, rungs, role).items() if one.difference.count}
+        own = [rung for rung in rungs if rung.ladder == role and rung.fraction in found]
+        if not own:
+            continue
+        gains = "; ".join(
+            f"with {100 * rung.fraction:g} % ({count(rung.rows, 'row')}) {_VERDICTS[found[rung.fraction].outcome]}, "
+            f"{shown(found[rung.fraction], 'comparisons')}"
+            for rung in own
+        )
+        text.append(
+            f"The super ticket against the full model on the {role} {name}: {gains}. "
+            + scored_rows({f"the split {own[0].split}": own[0].scored})
+        )
+        for rung in own:
+            what = f"On the {role} {name} with {count(rung.rows, 'row')}, the full model"
+            text += warning_of_a_constant(what, rung.metric, rung.full.values(), rung.constant, rung.scored)
+    return text
 
 
-def headline(role: str, name: str, rungs: Sequence[Rung]) -> list[str]:
-    """A ladder's finding in one sentence, where there is one yet.
-
-    Args:
-        role: "target" or "source".
-        name: of the task.
-        rungs: of all ladders.
-    """
-    found = [rung for rung in rungs if rung.ladder == role and rung.gain.count]
-    if not found:
-        return []
-    gains = ", ".join(
-        f"{points(rung.gain, sign=True)} with {100 * rung.fraction:g} % ({rung.rows:,} rows)" for rung in found
-    )
-    return [f"Gain of the super ticket over the full model on the {role} {name}, in points: {gains}.", ""]
-
-
-def _measure(store: Store, records: Sequence[Record], role: str) -> tuple[str, float]:
-    """The metric of a ladder's task, and what one constant answer scores."""
-    for record in records:
-        if record["ladder"] == role:
-            return record["metric"], record["majority"]
-    whole = store.facts(SCORES)
-    assert whole is not None, "a rung without records is of these scores"
-    return whole["metric"], whole["majority"]
+def _names(store: Store) -> dict[str, str]:
+    """Role -> name of its task, the target first."""
+    tasks = store.description["notes"]["tasks"]
+    return {role: tasks[role].partition(":")[0] for role in ("target", "source")}
 
 
 def _results(records: Sequence[Record]) -> str:

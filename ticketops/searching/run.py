@@ -12,8 +12,9 @@ from ticketops.files import new_folder
 from ticketops.models import latencies, patch, shrink
 from ticketops.searching import environment
 from ticketops.searching.plan import SearchConfig, Trial
-from ticketops.searching.selection import Level, Selection, Spread, select
+from ticketops.searching.selection import Level, Selection, select
 from ticketops.searching.setting import Setting, quiet
+from ticketops.searching.statistics import Comparison, Spread
 from ticketops.searching.store import Named, Record, Store
 from ticketops.searching.trial import Listener, run_trial
 from ticketops.tickets import Importance, Ticket, prune
@@ -61,7 +62,12 @@ class SearchResult:
     @property
     def gain(self) -> Spread:
         """Super ticket minus full model over seeds, on the split that reports (else the one that selects)."""
-        return Spread.of((self.selection.report_gains or self.selection.gains).values())
+        return Spread.of(self.selection.gains.values())
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What that gain shows, corrected for the number of levels tried; None without a seed that both have."""
+        return self.selection.comparison
 
 
 def run_search(config: SearchConfig, listener: Listener | None = None) -> SearchResult:

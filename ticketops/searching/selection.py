@@ -1,32 +1,11 @@
 """Which sparsity makes the super ticket: arithmetic over records, nothing else."""
 
-import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation over seeds.
-
-    Attributes:
-        mean: of the values; NaN where there is none.
-        std: of the values, with n - 1 in the denominator; None for fewer than two of them.
-        count: how many values there are.
-    """
-
-    mean: float
-    std: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
-        """The spread of these values."""
-        values = list(values)
-        mean = statistics.fmean(values) if values else math.nan
-        return cls(mean, statistics.stdev(values) if len(values) > 1 else None, len(values))
+from ticketops.searching.statistics import Comparison, Spread, compare, differences
 
 
 @dataclass(frozen=True)
@@ -75,33 +54,54 @@ class Selection:
         full: the level of the whole model; None while no full trial is finished.
         super_level: the winning level with the best mean (the sparser one of equals); None while there is none.
         complete: whether `super_level` was chosen among levels with all their seeds.
+        rows: split -> rows that its scores are of; empty where the records are of a version that did not count them.
+        constants: split -> what one constant answer scores.
     """
 
     levels: list[Level]
     full: Level | None
     super_level: Level | None
     complete: bool
+    rows: Mapping[str, int] = field(default_factory=dict)
+    constants: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def split(self) -> str:
+        """The split that reports: "report" where one was held out, else "validation"."""
+        return "report" if any(level.report_scores for level in self.levels) else "validation"
 
     @property
     def gains(self) -> dict[int, float]:
-        """Seed -> super ticket's score minus the full model's, on the split that selects."""
-        return {} if self.super_level is None else self.gains_of(self.super_level)
+        """Seed -> super ticket's score minus the full model's, on the split that reports."""
+        if self.super_level is None or self.full is None:
+            return {}
+        ours, theirs = self.scores(self.super_level), self.scores(self.full)
+        return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
     @property
-    def report_gains(self) -> dict[int, float]:
-        """Seed -> super ticket's score minus the full model's, on the split that reports."""
-        return {} if self.super_level is None else self.gains_of(self.super_level, "report_scores")
+    def comparisons(self) -> dict[float, Comparison]:
+        """Sparsity -> winning tickets against the full model, on the split that reports, corrected for all levels."""
+        theirs = {} if self.full is None else self.scores(self.full)
+        winning = [level for level in self.levels if level.kind == "winning"]
+        rows = self.rows.get(self.split, 0)
+        pairs = {level.sparsity: differences(self.scores(level), theirs) for level in winning}
+        return compare(pairs, 1 / rows if rows else 0.0)
 
-    def gains_of(self, level: Level, scores: Literal["scores", "report_scores"] = "scores") -> dict[int, float]:
-        """Seed -> a level's score minus the full model's.
+    @property
+    def comparison(self) -> Comparison | None:
+        """The super ticket against the full model; None without a seed that both have.
+
+        It stands among all winning levels, since the best of them was taken: that is corrected for.
+        """
+        return self.comparisons[self.super_level.sparsity] if self.super_level is not None and self.gains else None
+
+    def scores(self, level: Level) -> dict[int, float]:
+        """Seed -> score on the split that reports.
 
         Args:
             level: one of `levels`.
-            scores: of which split, as `Level` names them.
         """
-        reference: dict[int, float] = {} if self.full is None else getattr(self.full, scores)
-        ours: dict[int, float] = getattr(level, scores)
-        return {seed: ours[seed] - reference[seed] for seed in ours if seed in reference}
+        return level.report_scores if self.split == "report" else level.scores
 
 
 def select(records: Iterable[Mapping[str, Any]], seeds: Iterable[int]) -> Selection:
@@ -115,7 +115,11 @@ def select(records: Iterable[Mapping[str, Any]], seeds: Iterable[int]) -> Select
         The levels and the winner. Levels that lack seeds compete only where no level is complete.
     """
     levels: dict[tuple[str, float], Level] = {}
+    rows: dict[str, int] = {}
+    constants: dict[str, float] = {}
     for record in records:
+        rows.update(record.get("rows", {}))
+        constants.update(constant_scores(record))
         key = (record["kind"], record["sparsity"])
         names = ("kind", "sparsity", "heads_pruned", "ffns_pruned", "weights_remaining", "weights_remaining_encoder")
         found = {name: record[name] for name in names} | {"neurons_pruned": record.get("neurons_pruned", 0)}
@@ -128,4 +132,40 @@ def select(records: Iterable[Mapping[str, Any]], seeds: Iterable[int]) -> Select
     winning = [level for level in ordered if level.kind == "winning"]
     complete = [level for level in winning if set(seeds) <= set(level.scores)]
     best = max(complete or winning, key=lambda level: (level.spread.mean, level.sparsity), default=None)
-    return Selection(ordered, levels.get(("full", 0.0)), best, bool(complete))
+    return Selection(ordered, levels.get(("full", 0.0)), best, bool(complete), rows, constants)
+
+
+def constant_scores(record: Mapping[str, Any]) -> dict[str, float]:
+    """What one constant answer scores on each split that a record has scores of.
+
+    Args:
+        record: of a search's trial, or of one task of a share's.
+    """
+    # Versions that did not count them knew it of the validation rows alone.
+    found: dict[str, float] = record.get("constant_scores") or dict.fromkeys(
+        record.get("scores", ()), record.get("majority", 0.0)
+    )
+    return found
+
+
+def compare_arms(records: Iterable[Mapping[str, Any]]) -> dict[str, Comparison]:
+    """Compares sharing with tickets with the other arms of a share: task averages, on the split that reports.
+
+    Args:
+        records: finished trials of one share.
+
+    Returns:
+        Arm -> tickets minus that arm, corrected for the number of arms.
+    """
+    averages: dict[str, dict[int, float]] = {}
+    steps = [0.0]
+    for record in records:
+        tasks: Sequence[Mapping[str, Any]] = list(record["tasks"].values())
+        split = "validation" if any(task["report_score"] is None for task in tasks) else "report"
+        score = "score" if split == "validation" else "report_score"
+        averages.setdefault(record["kind"], {})[record["seed"]] = statistics.fmean(task[score] for task in tasks)
+        if all("rows" in task for task in tasks):
+            # One row of one task, whichever moves the average most.
+            steps.append(max(1 / task["rows"][split] for task in tasks) / len(tasks))
+    ours = averages.pop("tickets", {})
+    return compare({arm: differences(ours, theirs) for arm, theirs in averages.items()}, max(steps))

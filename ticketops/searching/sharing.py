@@ -20,6 +20,7 @@ from ticketops.models import SharedModel, weight_counts
 from ticketops.searching import environment
 from ticketops.searching.mixing import Step, make_schedule
 from ticketops.searching.run import Inner, finished_trials, run_missing, search_in, stages
+from ticketops.searching.selection import compare_arms
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing_plan import (
     SEARCHES,
@@ -30,6 +31,7 @@ from ticketops.searching.sharing_plan import (
     share_plan,
     without,
 )
+from ticketops.searching.statistics import Comparison
 from ticketops.searching.store import Record, Store
 from ticketops.searching.task_tickets import (
     Given,
@@ -69,6 +71,11 @@ class ShareResult:
     records: list[Record]
     tickets: Tickets
     report_path: Path | None = None
+
+    @property
+    def comparisons(self) -> dict[str, Comparison]:
+        """Arm -> what each task on its ticket gains over it on the task average, corrected for the number of arms."""
+        return compare_arms(self.records)
 
 
 def load_settings(config: ShareConfig) -> dict[str, Setting]:

@@ -140,6 +140,8 @@ def single_scores(records: Sequence[Record], selection: Selection) -> Record:
     return {
         "metric": records[0]["metric"],
         "majority": records[0]["majority"],
+        "rows": dict(selection.rows),
+        "constant_scores": dict(selection.constants),
         "sparsity": None if best is None else best.sparsity,
         "scores": scores,
     }

@@ -13,6 +13,7 @@ from ticketops.errors import InputError
 from ticketops.files import write_atomically
 from ticketops.models import load
 from ticketops.searching import environment
+from ticketops.searching.ladder import compare_rungs, read_ladders
 from ticketops.searching.plan import Trial, check_names
 from ticketops.searching.run import (
     WAYS,
@@ -27,6 +28,7 @@ from ticketops.searching.run import (
 from ticketops.searching.selection import Level, select
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing_plan import without
+from ticketops.searching.statistics import Comparison
 from ticketops.searching.store import Record, Store
 from ticketops.searching.task_tickets import single_scores
 from ticketops.searching.transfer_plan import SCORES, SOURCE, TransferConfig, TransferTrial, transfer_plan
@@ -44,6 +46,7 @@ class TransferResult:
         config: the run.
         records: one a trial, in the plan's order.
         level: the source's super ticket's level.
+        comparisons: ladder, "target" or "source" -> fraction of its rows -> super ticket against full model there.
         report_path: the report, where one was written.
     """
 
@@ -51,6 +54,7 @@ class TransferResult:
     config: TransferConfig
     records: list[Record]
     level: Level
+    comparisons: dict[str, dict[float, Comparison]]
     report_path: Path | None = None
 
 
@@ -205,7 +209,9 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
             return _run(store, trial, config, source, target, level, ticket, listener)
 
         run_missing(store, plan, finished, run, listener, lambda trial: _drawn(store, trial, source))
-        return TransferResult(store.folder, config, store.records(), level)
+        rungs = read_ladders(store)
+        comparisons = {ladder: compare_rungs(store, rungs, ladder) for ladder in ("target", "source")}
+        return TransferResult(store.folder, config, store.records(), level, comparisons)
 
 
 def load_source(config: TransferConfig) -> Source:
