@@ -11,9 +11,12 @@ OLDEST_TESTS := python_tests/models $(addprefix python_tests/searching/, \
 	test_run.py::test_a_search_finds_a_super_ticket_and_its_gain \
 	test_sharing.py::test_each_arm_is_one_record_with_every_tasks_own_metric \
 	test_transfer.py::test_both_ladders_are_climbed)
+# Tests run in this many processes, of one thread each outside python_tests/ops.
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
+PYTEST := -m pytest -q --numprocesses $(WORKERS) --dist loadgroup
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-oldest lint bench sanitize gpu clean
+.PHONY: setup demo test test-long test-oldest lint bench sanitize gpu clean
 
 setup: $(VENV)/.installed
 
@@ -35,8 +38,12 @@ lint: setup
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter has a test run of its own.
 test: lint
-	$(BIN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q python_tests/ops/test_triton.py
+	$(BIN)/python $(PYTEST)
+	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) python_tests/ops/test_triton.py
+
+# Fuzzing, kills and random walks, minutes each. pytest ends with 5 where no test is marked so.
+test-long: setup
+	$(BIN)/python $(PYTEST) -m long || test $$? -eq 5
 
 # A second environment that has its own transformers and sees .venv for everything else.
 $(OLDEST)/.installed: $(VENV)/.installed
@@ -48,7 +55,7 @@ $(OLDEST)/.installed: $(VENV)/.installed
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -q $(OLDEST_TESTS)
+	$(OLDEST)/bin/python $(PYTEST) $(OLDEST_TESTS)
 
 bench: setup
 	$(BIN)/python -m pytest bench/bench_step.py

@@ -1,20 +1,86 @@
 import importlib.util
 import os
+import random
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from filelock import FileLock
 from hypothesis import settings
+
+# Tests' tensors are tiny, so more threads only wait for each other; python_tests/ops has several, since kernels divide
+# their work among them. Child processes inherit this, and torch reads it once, when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait sleep: a parallel run has more of them than cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
 
 # Examples are derived from the test alone, so that a failure on one machine is a failure on every machine.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What torch compiles is kept for all processes of this run, and for no other run."""
+    if not hasattr(config, "workerinput") and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="ticketops-inductor-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps tests that share a fixture of their module in one process of a parallel run, and starts with the slow."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        module, _, _ = item.nodeid.partition("::")
+        if not item.get_closest_marker("xdist_group") and _shares_fixtures(item):
+            item.add_marker(pytest.mark.xdist_group(module))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def _shares_fixtures(item: pytest.Item) -> bool:
+    definitions = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+    return any(each.scope in ("class", "module", "package") for each in (found[-1] for found in definitions))
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> None:
+    """No test depends on what those before it, in the same process, have drawn at random or compiled."""
+    random.seed(0)
+    torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Path]:
+    """Makes a folder that all processes of a parallel run share: the first that asks fills it, and nobody changes it.
+
+    Call it with a name and a function that fills an empty folder.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, fill: Callable[[Path], Any]) -> Path:
+        folder, part = shared / f"once-{name}", shared / f"once-{name}.part"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                part.mkdir()
+                fill(part)
+                part.rename(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +122,11 @@ def emulated_kernels() -> Any:
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     definitions = [f"-D{key}={value}" for key, value in options.items()]
-    for command in (["-S", root / "csrc" / "cuda", "-B", build, "-G", "Ninja", *definitions], ["--build", build]):
-        done = subprocess.run(["cmake", *command], env=os.environ | {"PATH": path}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    build.mkdir(parents=True, exist_ok=True)
+    with FileLock(build / ".lock"):
+        for command in (["-S", root / "csrc" / "cuda", "-B", build, "-G", "Ninja", *definitions], ["--build", build]):
+            done = subprocess.run(["cmake", *command], env=os.environ | {"PATH": path}, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     return _load_kernels(build)
 
 
