@@ -362,6 +362,10 @@ def _doctor(
             show_default=False,
         ),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="With --model: a branch, tag or commit of it on the Hugging Face hub.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -377,8 +381,10 @@ def _doctor(
         if output is not None and not kernels:
             raise InputError("--output keeps the kernels' table: add --kernels")
         if model is not None:
-            _print_support(model, as_json)
+            _print_support(model, revision, as_json)
             return
+        if revision is not None:
+            raise InputError("--revision is of a model: add --model")
         if kernels:
             _print_kernels(as_json, output)
             return
@@ -407,14 +413,14 @@ def _print_backends(rows: list[dict[str, str]]) -> None:
     _print_table([titles, *([row[title] for title in titles] for row in rows)])
 
 
-def _print_support(model: str, as_json: bool) -> None:
+def _print_support(model: str, revision: str | None, as_json: bool) -> None:
     """Prints how a model would be served; UnsupportedError says why it would not."""
     from ticketops.models import describe
     from ticketops.searching.setting import load_config, quiet
 
     try:
         with quiet():
-            facts = describe(load_config(model))
+            facts = describe(load_config(model, revision))
     except UnsupportedError as error:
         if not as_json:
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ticketops.errors import StoreError
+from ticketops.errors import InputError, StoreError
 
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again; finished work is kept",
@@ -22,6 +22,37 @@ _REMEDIES = {
     errno.EEXIST: "a file of that name is in the way: choose another --output folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output folder",
 }
+
+
+def user_path(path: str | os.PathLike[str], name: str) -> Path:
+    """Expands a path that a user gave, and refuses one that no file could have.
+
+    Args:
+        path: as given; "~" and "~user" are expanded.
+        name: what the path is of, for the error message.
+
+    Returns:
+        The path, whether or not something is there.
+
+    Raises:
+        InputError: its user is unknown, or the operating system does not take it: too long, a loop of links, a folder
+            that may not be entered.
+    """
+    shown = ascii(os.fspath(path))
+    if len(shown) > 100:
+        shown = f"{shown[:100]}...'"
+    try:
+        found = Path(path).expanduser()
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return found
+    except RuntimeError as error:
+        raise InputError(f"{name} {shown}: there is no such user whose home folder it could be in") from error
+    # A null character in it is a ValueError.
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name} {shown} cannot be used: {reason}") from error
+    return found
 
 
 def store_error(path: Path, error: OSError) -> StoreError:

@@ -160,11 +160,11 @@ def test_hostile_configurations_are_refused(bad, good):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "damaged"),
-        ("[" * 100_000, "damaged"),
+        ("", "not a valid JSON file"),
+        ("[" * 100_000, "not a valid JSON file"),
         ("null", "NoneType"),
         ('{"architectures": ["Trainer"]}', "names no model class"),
-        ("\x00" * 9, "damaged"),
+        ("\x00" * 9, "not a valid JSON file"),
         ("1" * 5000, "larger than any"),
         ('{"layer_norm_eps": NaN}', "not finite"),
         ('{"layer_norm_eps": -Infinity}', "not finite"),

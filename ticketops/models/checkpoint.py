@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -28,8 +30,19 @@ _MAX_INDEX_BYTES = 2**26
 _MAX_SIZE = 10**7
 _MAX_LABELS = 10**5
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-#: What has from_pretrained run code, or read files, that are not the folder's own weights.
-_REFUSED_KEYS = ("auto_map", "quantization_config", "transformers_weights")
+#: Arguments with which every from_pretrained of ticketops reads a folder: no download, no foreign code, no question.
+LOCAL: Mapping[str, Any] = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
+#: Files in which a folder can name code of its own, under this key.
+_CODE_FILES = (
+    "config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+_CODE_KEY = "auto_map"
+#: What has from_pretrained read files that are not the folder's own weights.
+_REFUSED_KEYS = ("quantization_config", "transformers_weights")
 _REFUSED_FILE = "adapter_config.json"
 
 
@@ -67,6 +80,39 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Refuses a model's folder that brings code, names other models, or holds files that never end.
+
+    Done before transformers reads anything of the folder.
+
+    Args:
+        folder: with config.json.
+
+    Returns:
+        The content of config.json.
+
+    Raises:
+        InputError: one of its files is missing, damaged or hostile.
+    """
+    for path in folder.iterdir():
+        # A pipe, a device, a socket; or a link that leads nowhere.
+        if not path.is_file() and not path.is_dir():
+            raise InputError(f"{path.name!r:.80} is no regular file; remove it")
+    content = read_json(folder / "config.json")
+    for name in _CODE_FILES:
+        found = content if name == "config.json" else read_json(folder / name) if (folder / name).exists() else {}
+        if found.get(_CODE_KEY) is not None:
+            raise InputError(
+                f'{name} has "{_CODE_KEY}": it is made for custom code, which ticketops never runs; give a model of '
+                "transformers' own"
+            )
+    if bad := [key for key in _REFUSED_KEYS if content.get(key) is not None]:
+        raise InputError(f'config.json has "{bad[0]}", which would read more than this folder\'s weights; remove it')
+    if (folder / _REFUSED_FILE).exists():
+        raise InputError(f"{_REFUSED_FILE} names another model to load; merge the adapter and save the whole model")
+    return content
+
+
 def read_config(folder: Path) -> tuple[Any, Any]:
     """Reads which model a folder holds, and refuses what would run code, read other files or build endlessly.
 
@@ -79,20 +125,16 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     Raises:
         InputError: the file is missing, damaged or hostile.
     """
-    content = read_json(folder / "config.json")
+    content = check_folder(folder)
     names = content.get("architectures")
     kind: Any = getattr(transformers, names[0], None) if isinstance(names, list) and len(names) == 1 else None
     is_model: bool = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
     if not is_model:
         raise InputError(f"config.json names no model class of transformers ({names!r:.60}); export it again")
-    if bad := [key for key in _REFUSED_KEYS if content.get(key) is not None]:
-        raise InputError(f'config.json has "{bad[0]}", which would read more than this folder\'s weights; remove it')
     labels = content.get("num_labels")
     if isinstance(labels, int) and labels > _MAX_LABELS:
         raise InputError(f"config.json has {labels} labels, each of which is given a name; correct it")
-    if (folder / _REFUSED_FILE).exists():
-        raise InputError(f"{_REFUSED_FILE} names another model to load; merge the adapter and save the whole model")
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config: Any = AutoConfig.from_pretrained(folder, **LOCAL)
     if kind.config_class is None or not isinstance(config, kind.config_class):
         raise InputError(f"config.json is a {type(config).__name__}, which is none of {kind.__name__}")
     # Another name of an attention would be that of a kernel to download.
@@ -124,9 +166,8 @@ def _load(folder: Path) -> PreTrainedModel:
         folder,
         config=config,
         use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
         output_loading_info=True,
+        **LOCAL,
     )
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[problem]:
@@ -176,13 +217,21 @@ def read_json(path: Path, most: int = _MAX_JSON_BYTES) -> dict[str, Any]:
 
     # The sizes in an index are of files, in bytes, and those in a note are of a run.
     whole = size if path.name == "config.json" else int
-    content = json.loads(
-        path.read_text(encoding="utf-8"),
-        parse_int=whole,
-        parse_float=number,
-        parse_constant=refuse,
-        object_pairs_hook=once,
-    )
+    try:
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_int=whole,
+            parse_float=number,
+            parse_constant=refuse,
+            object_pairs_hook=once,
+        )
+    except InputError:
+        raise
+    # Too deep nesting is a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path.name} is not a valid JSON file ({' '.join(str(error).split())}); correct it"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path.name} is a {type(content).__name__}, not an object; export it again")
     return content

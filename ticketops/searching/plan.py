@@ -95,6 +95,9 @@ class SearchConfig(Config):
     model: str = option(
         "demo", "Pre-trained encoder: a folder, a Hugging Face name, or 'demo' (MiniLM, 6 layers x 12 heads).", WHAT
     )
+    revision: str | None = option(
+        None, "Branch, tag or commit of a model on the Hugging Face hub.", WHAT, shown="its main branch"
+    )
     task: str = option(
         "demo",
         "A GLUE task by name, a data file or folder (jsonl, csv, tsv, parquet), or 'demo' (movie sentiment).",
@@ -168,6 +171,8 @@ class SearchConfig(Config):
 
         for name in ("model", "task", "output"):
             put(name, text(name, getattr(self, name)))
+        if self.revision is not None:
+            put("revision", text("revision", self.revision))
         put("recipe", self.recipe if self.recipe is not None else ("demo" if self.task == "demo" else "default"))
         check_choice("recipe", self.recipe, tuple(RECIPES))
         recipe = RECIPES[self.recipe]

@@ -8,6 +8,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models import Format, SharedModel, export, load
+from ticketops.models.checkpoint import LOCAL, check_folder
 from ticketops.searching.selection import select
 from ticketops.searching.setting import find_model, quiet
 from ticketops.searching.store import Store
@@ -65,16 +66,20 @@ def release(
         elif trial is not None:
             raise InputError(f"{folder} is no finished run: --trial goes with a run's --output folder")
         # A shared model has it beside its first task's weights.
-        vocabulary = next((at for at in (folder, folder / "task-0") if (at / "tokenizer_config.json").is_file()), None)
-        if vocabulary is not None:
-            tokenizer = AutoTokenizer.from_pretrained(vocabulary, local_files_only=True)
+        vocabulary = folder / "task-0" if (folder / "task-0").is_dir() else folder
+        try:
+            check_folder(vocabulary)
+        except (InputError, OSError) as error:
+            raise InputError(f"cannot export {source}: {error}") from error
+        if (vocabulary / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(vocabulary, **LOCAL)
         elif run:
             # Earlier versions of ticketops kept a model without it.
-            name, options = find_model(run["config"]["model"])
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            place = find_model(run["config"]["model"], run["config"].get("revision"))
+            tokenizer = AutoTokenizer.from_pretrained(place, **LOCAL)
         elif (folder / "preprocessor_config.json").is_file():
             try:
-                tokenizer = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+                tokenizer = AutoImageProcessor.from_pretrained(folder, **LOCAL)
             except ImportError as error:
                 raise UnsupportedError(
                     f"{folder} has an image processor, for which this transformers needs torchvision: pip install it"

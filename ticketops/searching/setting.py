@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from ticketops.errors import InputError
+from ticketops.files import user_path
+from ticketops.hub import HubError, fetch_model
 from ticketops.models import check_supported
+from ticketops.models.checkpoint import LOCAL, check_folder
 from ticketops.models.inputs import positions
 from ticketops.models.record import held_ticket, num_neurons
 from ticketops.searching.plan import RECIPES, SearchConfig, Trial, check_names, make_plan
 from ticketops.tasks import Task, demo_model, load_task, tokenize
 
-# The hub's own client tries for half a minute before it gives up; one short request tells as much.
-_HUB_TIMEOUT = 5.0
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
 
@@ -80,24 +80,25 @@ class Setting:
                 at_most=bounds,
             )
             config = _with_rows(config, task)
-            model_config = load_config(config.model)
+            folder = find_model(config.model, config.revision)
+            with _loading(config.model):
+                model_config = _read_config(config.model, folder)
             if getattr(model_config, "vocab_size", None) is None:
                 raise InputError(
                     f"model {config.model!r} reads no text, and tasks of a search are text: use ticketops.patch, prune "
                     "and shrink in Python"
                 )
-            name, options = find_model(config.model)
             with _loading(config.model):
-                tokenizer = AutoTokenizer.from_pretrained(name, **options)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
                 # Only what the checkpoint has is pre-trained; a pooler it lacks belongs to each trial's fresh head.
                 encoder, report = AutoModel.from_pretrained(
-                    name,
+                    folder,
                     config=model_config,
                     dtype=torch.float32,
                     output_loading_info=True,
                     # Reported here, where the error would point to a report that nobody sees.
                     ignore_mismatched_sizes=True,
-                    **options,
+                    **LOCAL,
                 )
             check_supported(encoder)
             # A search cuts tickets from all heads and FFNs of the architecture, and counts what is left of these.
@@ -238,59 +239,66 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def find_model(name: str) -> tuple[str, dict[str, Any]]:
-    """Tells where `from_pretrained` finds a search's model, and with which options.
+def find_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
+    """Finds a search's model, downloads it where it is on the hub and not in the cache, and checks its folder.
 
     Args:
-        name: "demo", a local folder, or an id of the Hugging Face hub.
+        name: "demo", a local folder, or a repository of the Hugging Face hub.
+        revision: of the repository: a branch, tag or commit; by default its main branch.
+        weights: fetch tokenizer and weights too, not the configuration alone.
+
+    Returns:
+        The folder for `from_pretrained`.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or its folder holds what would run code or never end.
     """
-    if name == "demo":
-        return str(demo_model()), {"local_files_only": True}
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"model folder {name} has no config.json: give a folder made by save_pretrained")
-        return str(folder), {"local_files_only": True}
-    remedy = "give a local folder made by save_pretrained, or --model demo"
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"model {name!r} is not a folder: {remedy}")
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        return name, {"local_files_only": True}
-    try:
-        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT)
-    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError) as error:
-        raise InputError(f"model {name!r} is neither a folder here nor on the Hugging Face hub: {remedy}") from error
-    except Exception as error:
-        raise InputError(
-            f"model {name!r} is no folder here, and the Hugging Face hub cannot be reached: {remedy}"
-        ) from error
-    return name, {}
+    remedy = "give a local folder made by save_pretrained, or demo"
+    folder = demo_model() if name == "demo" else user_path(name, "model")
+    if not folder.is_dir():
+        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError(f"model {name!r} is not a folder: {remedy}")
+        try:
+            folder = fetch_model(name, revision, weights)
+        except HubError as error:
+            raise InputError(f"model {name!r} is no folder here, and {error}; or {remedy}") from error
+    elif revision is not None:
+        raise InputError(f"revision {revision!r} is of a model on the Hugging Face hub, and {name!r} is a folder")
+    elif not (folder / "config.json").is_file():
+        raise InputError(f"model folder {name} has no config.json: give a folder made by save_pretrained")
+    with _loading(name):
+        check_folder(folder)
+    return folder
 
 
-def load_config(name: str) -> transformers.PretrainedConfig:
+def load_config(name: str, revision: str | None = None) -> transformers.PretrainedConfig:
     """Reads a model's configuration, and nothing of its weights; code that comes with a model is never run.
 
     Args:
-        name: "demo", a local folder, or an id of the Hugging Face hub.
+        name: "demo", a local folder, or a repository of the Hugging Face hub.
+        revision: of the repository: a branch, tag or commit; by default its main branch.
 
     Raises:
         InputError: there is no such model, or its configuration is damaged.
     """
-    place, options = find_model(name)
+    folder = find_model(name, revision, weights=False)
     with _loading(name):
-        found: transformers.PretrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
-    return found
+        return _read_config(name, folder)
+
+
+def _read_config(name: str, folder: Path) -> transformers.PretrainedConfig:
+    config: transformers.PretrainedConfig = AutoConfig.from_pretrained(folder, **LOCAL)
+    # The cache's folder is another on every machine.
+    config._name_or_path = name
+    return config
 
 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"model {name!r} cannot be loaded: {error}") from error
     # A damaged checkpoint surfaces as any of a dozen exception types of four libraries.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,6 +18,7 @@ ARMS: tuple[str, ...] = get_args(Arm)
 #: What a single-task search and sharing have in common.
 COMMON = (
     "model",
+    "revision",
     "output",
     "sparsities",
     "prune_neurons",
@@ -107,6 +108,7 @@ class ShareConfig(Config):
     decisive = ("tasks",)
 
     model: str = as_in_search("model")
+    revision: str | None = as_in_search("revision")
     tasks: tuple[str, ...] = option(
         None, "Two tasks or more, comma-separated: GLUE names, data files or folders.", WHAT, shown="none"
     )

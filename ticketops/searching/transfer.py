@@ -148,7 +148,7 @@ def prepare_transfer(config: TransferConfig) -> Prepared:
         InputError: model, tasks, labels, fractions and configuration do not fit each other, or cannot be loaded.
     """
     source = load_source(config)
-    config = replace(config, model=source.setting.config.model)
+    config = replace(config, model=source.setting.config.model, revision=source.setting.config.revision)
     target = Setting.load(config.search(config.target), at_most=True)
     _check_head(config, source.setting, target)
     for setting in (target, *([source.setting] if config.source_ladder else [])):
@@ -237,6 +237,11 @@ def load_source(config: TransferConfig) -> Source:
     if config.source_options:
         names = ", ".join(config.source_options)
         raise InputError(f"{names} of the source: the search in {folder} says that already; give it for target= alone")
+    if config.revision not in (None, store.config.revision):
+        raise InputError(
+            f"{folder} searched revision {store.config.revision or 'main'}, not {config.revision}: leave --revision "
+            "out, or name the source task itself"
+        )
     setting = Setting.load(store.config)
     identity, there = setting.identity(), store.description["identity"]
     for what, name in (("rows of its task", "task_fingerprint"), ("pre-trained weights", "model_fingerprint")):

@@ -42,6 +42,7 @@ class TransferConfig(Config):
     decisive = ("source", "target")
 
     model: str | None = as_in_search("model", default=None, shown="that of the source's search, else demo")
+    revision: str | None = as_in_search("revision")
     source: str = option(
         None, "The task to come from, or the output folder of its search, made with --save-models.", WHAT, shown="none"
     )

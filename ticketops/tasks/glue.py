@@ -1,20 +1,17 @@
 """The nine GLUE tasks by name: their columns, labels, official metrics, and their rows from the hub."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import datasets
 import huggingface_hub
 
 from ticketops.errors import InputError
+from ticketops.hub import contact, explain
 from ticketops.tasks.task import Kind, Task
 
 HUB_DATASET = "nyu-mll/glue"
-
-# We knock once before the hub's client is let loose: it tries six times with growing pauses (23 s where the name does
-# not resolve, minutes where packets vanish). Without an answer it is told to be offline, which leaves it its cache.
-_CONTACT_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -96,16 +93,22 @@ def load_glue(name: str) -> Task:
             are hidden.
     """
     glue = GLUE[name]
+    refusal: Exception | None = None
     try:
-        with _reachable_hub_or_cache():
+        contact(HUB_DATASET, "dataset")
+    # Whatever kept the hub from answering, the cache may still hold the task.
+    except Exception as error:
+        refusal = error
+    try:
+        with _offline() if refusal is not None else nullcontext():
             splits = datasets.load_dataset(HUB_DATASET, name)
     # The hub's client has raised half a dozen unrelated classes for a missing connection, and changes them.
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = explain(refusal or error, HUB_DATASET, "dataset")
         raise InputError(
-            f"GLUE task {name} cannot be loaded from the hub ({reason}): check the connection, or get the rows "
-            f"elsewhere and use a folder: --task path/to/{name} with train.jsonl and validation.jsonl "
-            f"(columns {', '.join(glue.columns)}, label)"
+            f"GLUE task {name} cannot be loaded from {HUB_DATASET}: {reason}; or get the rows elsewhere and use a "
+            f"folder: --task path/to/{name} with train.jsonl and validation.jsonl (columns {', '.join(glue.columns)}, "
+            "label)"
         ) from error
     train, validation = (splits[split].select_columns([*glue.columns, "label"]) for split in ("train", glue.validation))
     for split, rows in (("train", train), (glue.validation, validation)):
@@ -115,15 +118,12 @@ def load_glue(name: str) -> Task:
 
 
 @contextmanager
-def _reachable_hub_or_cache() -> Iterator[None]:
+def _offline() -> Iterator[None]:
+    """Leaves the hub's client its cache alone: without an answer it would wait and try again for minutes."""
     constants = huggingface_hub.constants
-    offline = constants.HF_HUB_OFFLINE
-    try:
-        huggingface_hub.HfApi().dataset_info(HUB_DATASET, timeout=_CONTACT_SECONDS)
-    # Whatever kept the hub from answering, the cache may still hold the task.
-    except Exception:
-        constants.HF_HUB_OFFLINE = True
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = offline
+        constants.HF_HUB_OFFLINE = before

@@ -1,0 +1,237 @@
+"""From a name on the Hugging Face hub to files in its local cache: all of what is needed, or one line that says why."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ticketops.errors import InputError
+
+# The hub's own client waits and tries again for minutes where packets vanish. One short request tells as much: without
+# an answer the cache alone is used.
+_CONTACT_SECONDS = 5.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# What from_pretrained reads of a repository besides its weights; never its code.
+_CONFIGURATION = {".json", ".txt", ".model", ".jinja", ".codes", ".bpe", ".spm", ".vocab", ".tokenizer"}
+# In the order of preference; shards come with an index.
+_WEIGHTS = (
+    ("model.safetensors", re.compile(r"model-\d{5}-of-\d{5}\.safetensors")),
+    ("pytorch_model.bin", re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin")),
+)
+
+
+class HubError(InputError):
+    """A repository that the hub does not give, or that is neither reached nor cached; the message is the reason."""
+
+
+def fetch_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
+    """Brings a model of the hub into the local cache, where it is not there already.
+
+    Where the hub gives no answer, or refuses, a cached copy that is whole serves.
+
+    Args:
+        name: the repository, such as "google-bert/bert-base-uncased".
+        revision: a branch, tag or commit; by default the main branch.
+        weights: fetch tokenizer and weights too, not the configuration alone.
+
+    Returns:
+        The folder of the cached snapshot; it holds code of the repository only if somebody else has put it there.
+
+    Raises:
+        HubError: there is no such repository or revision, it is closed to this account, its files are not those of a
+            model, or the hub cannot be reached and the cache does not hold all of it.
+    """
+    check_name(name)
+    cached = _cached(name, revision)
+    if cached is not None and revision and _COMMIT.fullmatch(revision) and not missing_files(cached, weights):
+        return cached
+    try:
+        info = contact(name, "model", revision)
+        return _download(name, revision, info, weights)
+    except RevisionNotFoundError as error:
+        raise HubError(explain(error, name, revision=revision)) from error
+    except HubError:
+        raise
+    # Besides the hub's own errors there are those of its HTTP client, which has changed, and the disk's.
+    except Exception as error:
+        if cached is not None and not (gaps := missing_files(cached, weights)):
+            return cached
+        reason = explain(error, name, revision=revision)
+        if cached is not None:
+            reason = f"its copy in the cache lacks {gaps}, and {reason}"
+        raise HubError(reason) from error
+
+
+def contact(name: str, kind: Literal["model", "dataset"], revision: str | None = None) -> Any:
+    """Asks the hub about a repository, once and for a few seconds.
+
+    Args:
+        name: the repository.
+        kind: what it holds.
+        revision: a branch, tag or commit; by default the main branch.
+
+    Returns:
+        What huggingface_hub knows about it.
+
+    Raises:
+        Exception: of huggingface_hub, or of the HTTP client below it; `explain` puts it into words.
+    """
+    return huggingface_hub.HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_CONTACT_SECONDS)
+
+
+def check_name(name: str) -> None:
+    """Makes sure that a text can be the name of a repository.
+
+    Args:
+        name: the repository.
+
+    Raises:
+        HubError: it cannot.
+    """
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except HFValidationError as error:
+        raise HubError("that is no name that the Hugging Face hub could have") from error
+
+
+def explain(
+    error: BaseException, name: str, kind: Literal["model", "dataset"] = "model", revision: str | None = None
+) -> str:
+    """Puts into words why the hub did not give a repository, and what to do.
+
+    Args:
+        error: what was raised; the errors that it came from are looked at too.
+        name: the repository.
+        kind: what it holds.
+        revision: the one that was asked for.
+
+    Returns:
+        The reason and the remedy.
+    """
+    endpoint = huggingface_hub.constants.ENDPOINT
+    page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    chain = [error]
+    while (cause := _cause(chain[-1])) is not None and cause not in chain:
+        chain.append(cause)
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    if has(OfflineModeIsEnabled) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return "downloads are switched off by HF_HUB_OFFLINE: unset it"
+    if has(GatedRepoError):
+        return f"it is gated on the Hugging Face hub: ask for access at {page}, and log in with 'hf auth login'"
+    if has(RevisionNotFoundError):
+        return f"it has no revision {revision!r} on the Hugging Face hub: give a branch, tag or commit of {page}"
+    if has(RepositoryNotFoundError):
+        return (
+            f"the Hugging Face hub ({endpoint}) has no such repository that this account can read: check the name, and "
+            "where it is private log in with 'hf auth login'"
+        )
+    for link in chain:
+        if isinstance(link, HfHubHTTPError):
+            status = link.response.status_code
+            remedy = "log in anew with 'hf auth login'" if status in (401, 403) else "try again later"
+            return f"the Hugging Face hub ({endpoint}) answered {status}: {remedy}"
+    words = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:200]
+    if "onsistency check" in words or "peer closed" in words:
+        return f"its download broke off ({words}): run the same command again"
+    # The hub's HTTP client has been another library before, and its errors are no built-in ones.
+    if has(ConnectionError, TimeoutError) or any("httpx" in type(link).__module__ for link in chain):
+        return f"the Hugging Face hub ({endpoint}) cannot be reached ({words}): check the connection"
+    return f"it cannot be downloaded ({words}): check {page} and the cache in {huggingface_hub.constants.HF_HOME}"
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def missing_files(folder: Path, weights: bool) -> str:
+    """Names what a cached model lacks; empty where it is whole.
+
+    Args:
+        folder: the snapshot.
+        weights: whether tokenizer and weights are wanted, not the configuration alone.
+    """
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    if "config.json" not in names:
+        return "config.json"
+    if not weights:
+        return ""
+    for single, _ in _WEIGHTS:
+        index = f"{single}.index.json"
+        if single in names or (index in names and _shards(folder / index) <= names):
+            return ""
+    return "its weights"
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise HubError(f"{index} is damaged: delete it, and run the same command again") from error
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _download(name: str, revision: str | None, info: Any, weights: bool) -> Path:
+    listed = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
+    if "config.json" not in listed:
+        raise HubError("its repository has no config.json: give one that holds a model of transformers")
+
+    def fetch(file: str, revision: str | None) -> Path:
+        found = huggingface_hub.hf_hub_download(name, file, revision=revision, etag_timeout=_CONTACT_SECONDS)
+        return Path(found)
+
+    # By the revision's name, under which the cache finds the commit again without the hub; all else by the commit.
+    folder = fetch("config.json", revision).parent
+    if not weights:
+        return folder
+    large = next(
+        (
+            found
+            for single, shard in _WEIGHTS
+            if (found := [file for file in listed if file == single])
+            or (found := [file for file in listed if shard.fullmatch(file)])
+        ),
+        None,
+    )
+    if large is None:
+        raise HubError(
+            "its repository has no weights that are read here (model.safetensors or pytorch_model.bin): give another"
+        )
+    # The weights come last, so that a snapshot that has them has all the rest.
+    for file in [file for file in listed if Path(file).suffix in _CONFIGURATION] + large:
+        known = isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=info.sha), str)
+        path = fetch(file, info.sha)
+        if not known:
+            _verify(path)
+    return path.parent
+
+
+def _verify(path: Path) -> None:
+    """Compares a fresh download with its checksum, which is the name that the cache gives to large files."""
+    blob = path.resolve()
+    if not _SHA256.fullmatch(blob.name):
+        return
+    with blob.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != blob.name:
+        blob.unlink()
+        path.unlink(missing_ok=True)
+        raise HubError(f"the download of {path.name} does not have the checksum that the hub gives: run it again")
