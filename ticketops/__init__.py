@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ticketops.errors import InputError, StoreError, TicketopsError, UnsupportedError
     from ticketops.models.checkpoint import load
     from ticketops.models.export import export
-    from ticketops.models.patch import PatchHandle, patch
+    from ticketops.models.handle import PatchHandle, patch
     from ticketops.models.rewind import rewind
     from ticketops.models.shared import SharedModel
     from ticketops.models.shrink import shrink

@@ -14,19 +14,10 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_ENCODERS = {
-    "transformers.models.bert.modeling_bert": "BertEncoder",
-    "transformers.models.camembert.modeling_camembert": "CamembertEncoder",
-    "transformers.models.data2vec.modeling_data2vec_text": "Data2VecTextEncoder",
-    "transformers.models.deit.modeling_deit": "DeiTModel",
-    "transformers.models.distilbert.modeling_distilbert": "Transformer",
-    "transformers.models.electra.modeling_electra": "ElectraEncoder",
-    "transformers.models.ernie.modeling_ernie": "ErnieEncoder",
-    "transformers.models.modernbert.modeling_modernbert": "ModernBertModel",
-    "transformers.models.roberta.modeling_roberta": "RobertaEncoder",
-    "transformers.models.vit.modeling_vit": "ViTModel",
-    "transformers.models.xlm_roberta.modeling_xlm_roberta": "XLMRobertaEncoder",
-}
+from ticketops.architectures import ARCHITECTURES
+
+#: Modeling module -> its class that holds the list of layers.
+_STACKS = {each.module: each.stack for each in ARCHITECTURES}
 
 
 class _Finder(MetaPathFinder):
@@ -35,7 +26,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _ENCODERS:
+        if fullname not in _STACKS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -55,7 +46,7 @@ def _teach_after_import(loader: Loader) -> None:
 
 def _teach(module: ModuleType) -> None:
     """Has the module's encoder take the shapes that a configuration records."""
-    encoder = getattr(module, _ENCODERS[module.__name__])
+    encoder = getattr(module, _STACKS[module.__name__])
     make = encoder.__init__
     if hasattr(make, "__wrapped__"):
         return
@@ -76,6 +67,6 @@ def install() -> None:
     """Lets transformers load shrunk models, imported or not; called by `import ticketops`."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    for name in _ENCODERS:
+    for name in _STACKS:
         if name in sys.modules:
             _teach(sys.modules[name])

@@ -197,7 +197,7 @@ def test_what_rests_is_copied_into_the_same_memory_at_every_step_until_the_ticke
             optimizer.zero_grad()
             model(**batch).loss.backward()
             optimizer.step()
-            kept.append(optimizer._ticketops_resting)
+            kept.append(optimizer._ticketops_frozen_slices)
         assert all(map(torch.equal, pruned_parts(model, tickets[turn]), before))
     # The first step makes the state.
     assert kept[1] is kept[2]

@@ -16,8 +16,8 @@ from models.test_shrink import TICKETS, close
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models import costs, weight_counts
 from ticketops.models.inputs import positions
-from ticketops.models.patch import ADAPTERS, find_adapter
 from ticketops.models.record import kept_neurons
+from ticketops.models.registry import ADAPTERS, find_adapter
 from ticketops.models.shrink import cut_indices
 from ticketops.searching.release import release
 from ticketops.tickets import Ticket

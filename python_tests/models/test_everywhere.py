@@ -19,7 +19,7 @@ import ticketops
 from models.test_encoders import MODELS, make, masked
 from models.test_shrink import close
 from ticketops.models.inputs import SENTENCES
-from ticketops.models.patch import find_adapter
+from ticketops.models.registry import find_adapter
 from ticketops.tickets import Ticket
 
 # A layer without heads and with some neurons, one with nothing left, an uneven one without its FFN.

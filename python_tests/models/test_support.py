@@ -8,7 +8,7 @@ from models.conftest import tiny_config
 from models.test_shrink import TICKETS
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models import describe
-from ticketops.models.patch import ADAPTERS
+from ticketops.models.registry import ADAPTERS
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.base.__name__)

@@ -3,7 +3,8 @@
 from ticketops.models.checkpoint import load
 from ticketops.models.cost import Cost, costs, latencies
 from ticketops.models.export import Format, expand, export
-from ticketops.models.patch import PatchHandle, check_supported, patch, weight_counts
+from ticketops.models.handle import PatchHandle, patch
+from ticketops.models.registry import check_supported, weight_counts
 from ticketops.models.rewind import rewind
 from ticketops.models.shared import SharedModel
 from ticketops.models.shrink import put_back, shrink

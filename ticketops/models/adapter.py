@@ -1,35 +1,40 @@
 """What ticketops must know of an architecture: where its linear layers live and which classes to swap."""
 
-from collections.abc import Callable, Collection, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import activations
 
 from ticketops.errors import UnsupportedError
-from ticketops.models.freezing import Frozen
-from ticketops.models.hooks import is_hooked
-from ticketops.models.indices import Indices
 from ticketops.models.inputs import TEXT, Inputs
 from ticketops.models.record import head_dim
-from ticketops.ops import Packing
+from ticketops.models.swapping import unsharded_class
 from ticketops.ops.backends import OPS
 
-#: Activation modules of transformers and torch, by class name, and what the FFN op calls them.
-ACTIVATIONS = {
-    "GELUActivation": "gelu",
-    "GELU": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "ReLU": "relu",
-}
+#: Activation modules and what the FFN op calls them. A class of the same name from elsewhere may compute anything.
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    getattr(activations, name): kind
+    for name, kind in {
+        "GELUActivation": "gelu",
+        "NewGELUActivation": "gelu_tanh",
+        "GELUTanh": "gelu_tanh",
+        "PytorchGELUTanh": "gelu_tanh",
+        "FastGELUActivation": "gelu_tanh",
+    }.items()
+    if hasattr(activations, name)
+} | {nn.ReLU: "relu"}
+
+#: Classes of torch that occur in the layers of some architecture.
+_TORCH_CLASSES = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.GELU)
 
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The prunable parts of one encoder layer.
+    """The prunable parts of one encoder layer, as they are now.
 
     Attributes:
         qkv: the linear layers from the hidden size to heads * head_dim of queries, keys and values, or one that has the
@@ -39,6 +44,9 @@ class LayerParts:
         activation: the module between them.
         attention_norm, ffn_norm: the LayerNorm of each sublayer; None where there is none.
         dropouts: the dropout modules inside the layer.
+        scale: factor of the attention scores.
+        rates: dropout probabilities in force, of the attention weights, the attention's output and the FFN's output;
+            0 for a module in evaluation mode.
         gated: fc1 has the rows of a gate behind those of the neurons.
         bare: nothing of it needs a bias.
     """
@@ -51,6 +59,8 @@ class LayerParts:
     attention_norm: nn.LayerNorm | None
     ffn_norm: nn.LayerNorm
     dropouts: tuple[nn.Dropout, ...]
+    scale: float
+    rates: tuple[float, float, float]
     gated: bool = False
     bare: bool = False
 
@@ -64,35 +74,61 @@ class LayerParts:
         """How often a head's rows come in a layer of `qkv`, and a neuron's in fc1."""
         return 3 // len(self.qkv), 1 + self.gated
 
-    @property
-    def plain(self) -> bool:
-        """Whether all parts are of the classes that the ops stand for; `refusal` says which is not."""
-        return (
-            all(type(linear) is nn.Linear for linear in (*self.qkv, self.output, self.fc1, self.fc2))
-            and all(norm is None or type(norm) is nn.LayerNorm for norm in (self.attention_norm, self.ffn_norm))
-            and all(type(dropout) is nn.Dropout for dropout in self.dropouts)
-        )
+    def tensors(self) -> list[Tensor | None]:
+        """Weights and biases of all parts in a fixed order; None where a part has none as a parameter of its own."""
+        modules = (*self.qkv, self.output, self.attention_norm, self.fc1, self.fc2, self.ffn_norm)
+        there = [module._parameters for module in modules if module is not None]
+        return [parameters.get(name) for parameters in there for name in ("weight", "bias")]
 
-    def refusal(self) -> str | None:
-        """Says which part is not what the ops assume, or None.
+    def fault(self) -> str | None:
+        """Says which part is not what the ops compute, or None.
 
         The ops read these modules' parameters and never call the modules, so whatever changes a module's forward (an
         adapter, quantization) would be passed over in silence.
         """
-        modules: dict[str, tuple[nn.Module, type[nn.Module]]] = {n: (m, nn.Linear) for n, m in self.linears().items()}
-        norms = {"attention_norm": self.attention_norm, "ffn_norm": self.ffn_norm}
-        modules |= {name: (norm, nn.LayerNorm) for name, norm in norms.items() if norm is not None}
-        modules |= {f"dropout {index}": (module, nn.Dropout) for index, module in enumerate(self.dropouts)}
-        for name, (module, expected) in modules.items():
+        for name, module, expected in self._expected():
             if type(module) is not expected:
                 return (
                     f"a {type(module).__module__}.{type(module).__name__} as its {name}, not a plain "
                     f"torch.nn.{expected.__name__}: merge adapters and undo quantization before patching"
                 )
+        return None
+
+    def weights_fault(self) -> str | None:
+        """Says which part has weights that the ops cannot read, or None."""
+        for name, module, expected in self._expected():
+            if expected is nn.Dropout:
+                continue
+            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+            if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+                kind = type(getattr(module, "weight", None))
+                return (
+                    f"a {kind.__module__}.{kind.__name__} as the weight of its {name}, not a plain parameter: undo "
+                    "quantization before patching"
+                )
             removed = name in ("fc1", "fc2") and self.fc1.out_features == 0
-            if expected is not nn.Dropout and module.bias is None and not (removed or self.bare):
+            if bias is None and not (removed or self.bare):
                 return f"no bias in its {name}, which ticketops does not serve"
         return None
+
+    def _expected(self) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+        for name, linear in self.linears().items():
+            yield name, linear, nn.Linear
+        if self.attention_norm is not None:
+            yield "attention_norm", self.attention_norm, nn.LayerNorm
+        yield "ffn_norm", self.ffn_norm, nn.LayerNorm
+        for index, dropout in enumerate(self.dropouts):
+            yield f"dropout {index}", dropout, nn.Dropout
+
+
+def rate(dropout: Any, training: bool | None = None) -> float:
+    """The probability with which a dropout module drops now.
+
+    Args:
+        dropout: the module; one of another class is found to be a fault later.
+        training: whether it does; by default what the module says of itself.
+    """
+    return getattr(dropout, "p", 0.0) if (dropout.training if training is None else training) else 0.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +136,7 @@ class Adapter:
     """How ticketops meets one architecture.
 
     Attributes:
+        modeling: the architecture's module in transformers.
         base: the bare model's class, to which every task head gives access as `model.base_model`.
         swaps: the stock class of each module whose class is swapped, and its replacement, a subclass.
         encoder: finds the module in the bare model that has the list of layers.
@@ -108,6 +145,9 @@ class Adapter:
         refusal: says what of a configuration is not served, or None.
         calls: the modules of a layer that its patched class still calls, besides itself and those to queries, keys and
             values; hooks on the others are refused.
+        first_token_heads: task heads that read nothing but each row's first token, and for each the class of its
+            `classifier` where that takes the token from the row; None where the pooler or the head's forward does.
+        pooler: the class of the bare model's pooler, which reads each row's first token.
         stack: the name of the list of layers in the encoder; their parameters are "the encoder" of weight counts.
         inputs: what the model reads.
         ops: which ops its layers run on.
@@ -117,6 +157,7 @@ class Adapter:
         no_mask: what the bare model takes for an attention mask that was seen to already.
     """
 
+    modeling: ModuleType
     base: type[nn.Module]
     swaps: dict[type[nn.Module], type[nn.Module]]
     encoder: Callable[[Any], nn.Module]
@@ -124,6 +165,8 @@ class Adapter:
     resize: Callable[[Any, int], None]
     refusal: Callable[[Any], str | None]
     calls: Callable[[Any], tuple[nn.Module, ...]]
+    first_token_heads: Mapping[type[nn.Module], type[nn.Module] | None] = field(default_factory=dict)
+    pooler: type[nn.Module] | None = None
     stack: str = "layer"
     inputs: Inputs = TEXT
     ops: tuple[str, ...] = OPS
@@ -133,7 +176,7 @@ class Adapter:
     no_mask: Mapping[str, None] | None = None
 
     def layers(self, base: Any) -> list[Any]:
-        """The layers of the bare model's encoder."""
+        """The layers of the bare model's encoder, as they are now."""
         return list(getattr(self.encoder(base), self.stack))
 
     def weights(self, config: Any) -> tuple[int, int, int]:
@@ -146,190 +189,40 @@ class Adapter:
         """How far each layer's attention reaches; None for the whole sequence."""
         return [self.window(config, layer) for layer in range(config.num_hidden_layers)]
 
+    @functools.cached_property
+    def _forwards(self) -> dict[type[nn.Module], Any]:
+        """The stock classes that layers are made of, each with its forward as it was when ticketops was imported."""
+        own = [kind for kind in vars(self.modeling).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
+        own = [kind for kind in own if kind.__module__ == self.modeling.__name__]
+        kinds = (*own, *self.swaps, *_ACTIVATIONS, *_TORCH_CLASSES)
+        return {kind: kind.forward for kind in kinds}
 
-def unheard(layer: nn.Module, called: Collection[nn.Module]) -> str | None:
-    """Says on which module of a layer there are hooks that would never be called, or None.
+    @functools.cached_property
+    def _known(self) -> frozenset[type[nn.Module]]:
+        return frozenset((*self._forwards, *self.swaps.values()))
 
-    Args:
-        layer: stock or patched.
-        called: its modules that are called, itself aside.
-    """
-    for name, module in layer.named_modules():
-        if name and is_hooked(module) and not any(module is each for each in called):
-            return (
-                f"hooks on its {name}, which a patched layer does not call: remove them, or revert() to have them run"
-            )
-    return None
+    def knows(self, module: nn.Module) -> bool:
+        """True if a module's class is one that a stock model of the architecture is made of, or stands in for one."""
+        kind = type(module)
+        return kind in self._known or unsharded_class(kind) in self._known
 
+    def foreign(self, layer: nn.Module) -> str | None:
+        """Says which module of a layer is not of the architecture's own classes, or None."""
+        for name, module in layer.named_modules():
+            if not self.knows(module):
+                kind = type(module)
+                return (
+                    f"a {kind.__module__}.{kind.__name__} as its {name}, no class of {self.modeling.__name__}: its "
+                    "forward would not be called"
+                )
+        return None
 
-@dataclass(frozen=True)
-class Kept:
-    """What a ticket keeps of one layer; made once a ticket, so that applying it again makes no tensor.
-
-    Attributes:
-        heads: places of the computed heads among those that are there; None for all, on the path without indexing.
-        numbers: the computed heads by their numbers in the architecture; None for all of the architecture.
-        ffn: whether the FFN is computed.
-        neurons: places of the FFN's computed neurons among those that are there; None for all.
-        neuron_numbers: the computed neurons by their numbers in the architecture; None for all of the architecture.
-        frozen_rows: what no optimizer moves of the weights and biases of q, k and v.
-        frozen_columns: the same of the output projection's weight.
-        frozen_fc1: the same of the FFN's first linear layer.
-        frozen_fc2: the same of the weight of its second.
-        frozen_bias: the same of the second's bias.
-        number: tells the ticket from others that were applied to the model. No identity would do: what distributes a
-            model may copy what goes to its layers.
-    """
-
-    heads: Indices | None
-    numbers: Indices | None
-    ffn: bool
-    neurons: Indices | None
-    neuron_numbers: Indices | None
-    frozen_rows: Frozen
-    frozen_columns: Frozen
-    frozen_fc1: Frozen
-    frozen_fc2: Frozen
-    frozen_bias: Frozen
-    number: int
-
-
-class LayerState:
-    """What a swapped layer needs to know of the ticket; one object a layer, shared by the layer's swapped modules.
-
-    Attributes:
-        index: of the layer.
-        activation: the FFN op's name for its activation.
-        repeats: how often a head's rows come in a layer to queries, keys and values, and a neuron's in the FFN's first.
-        kept: what of the layer is computed.
-    """
-
-    def __init__(self, index: int, activation: str, repeats: tuple[int, int] = (1, 1)) -> None:
-        self.index = index
-        self.activation = activation
-        self.repeats = repeats
-
-    def hold(self, heads: list[bool], neurons: list[bool]) -> None:
-        """Sets which structures the layer's weights have; all of them are computed.
-
-        Args:
-            heads: for each head of the architecture, whether it is there.
-            neurons: for each neuron of the architecture's FFN, whether it is there; all False where the FFN is not.
-        """
-        self.heads = tuple(head for head, there in enumerate(heads) if there)
-        self.neurons = tuple(neuron for neuron, there in enumerate(neurons) if there)
-        self.kept = self.keep(heads, neurons)
-
-    def keep(self, heads: list[bool], neurons: list[bool], number: int = 0) -> Kept:
-        """Works out what to compute of the structures that are there.
-
-        Args:
-            heads: for each head of the architecture, whether to compute it.
-            neurons: for each neuron of the architecture's FFN, whether to compute it.
-            number: of the ticket that says so.
-
-        Returns:
-            What `kept` is to be for that.
-        """
-        places = [place for place, head in enumerate(self.heads) if heads[head]]
-        pruned = Indices(place for place, head in enumerate(self.heads) if not heads[head])
-        ffn_places = [place for place, neuron in enumerate(self.neurons) if neurons[neuron]]
-        in_qkv, in_fc1 = self.repeats
-        if ffn_places:
-            groups, idle = len(self.neurons), Indices(p for p, neuron in enumerate(self.neurons) if not neurons[neuron])
-        else:
-            # The FFN goes as a whole, with the bias of its output, if it is there.
-            groups, idle, in_fc1 = 1, Indices([0] if self.neurons else []), 1
-        return Kept(
-            heads=None if places and not pruned else Indices(places),
-            numbers=None if len(places) == len(heads) else Indices(self.heads[place] for place in places),
-            ffn=bool(ffn_places),
-            neurons=Indices(ffn_places) if ffn_places and idle else None,
-            neuron_numbers=None if all(neurons) else Indices(self.neurons[place] for place in ffn_places),
-            frozen_rows=Frozen(0, in_qkv * self.num_heads, _repeated(pruned, self.num_heads, in_qkv)),
-            frozen_columns=Frozen(1, self.num_heads, pruned),
-            frozen_fc1=Frozen(0, in_fc1 * groups, _repeated(idle, groups, in_fc1)),
-            frozen_fc2=Frozen(1, groups, idle),
-            frozen_bias=Frozen(0, 1, Indices([] if ffn_places else idle.values)),
-            number=number,
-        )
-
-    def check(self, parts: LayerParts, call: "Call") -> None:
-        """Makes sure that the layer computes what its forward pass is to compute.
-
-        Args:
-            parts: the layer's, as they are now.
-            call: of the forward pass.
-
-        Raises:
-            UnsupportedError: a part has been replaced by what the ops do not stand for, or another ticket been applied
-                before a backward pass that computes the layer again.
-        """
-        if not parts.plain or ACTIVATIONS.get(type(parts.activation).__name__) != self.activation:
-            reason = (
-                parts.refusal() or f"another activation ({type(parts.activation).__name__}) than when it was patched"
-            )
-            raise UnsupportedError(f"layer {self.index} has {reason}")
-        if call.number != self.kept.number:
-            raise UnsupportedError(
-                "another ticket was applied between a forward pass and its backward pass, which under gradient "
-                "checkpointing computes the layers again: apply it after backward()"
-            )
-
-    @property
-    def num_heads(self) -> int:
-        """How many heads the layer's weights have."""
-        return len(self.heads)
-
-
-def _repeated(places: Indices, groups: int, times: int) -> Indices:
-    """Places among groups that come several times, one set behind the other."""
-    return Indices(place + turn * groups for turn in range(times) for place in places.values)
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one forward pass of the whole model hands to its layers.
-
-    Attributes:
-        packing: where the real tokens are.
-        number: of the ticket that it computes, see Kept.
-        head_importance: per layer, the leaf whose gradient becomes the head importance partials; empty when not
-            recording.
-        ffn_importance: the same for the FFN.
-        neuron_importance: the same for its computed neurons; empty also when these are not recorded.
-        per_token: the granularity is "token".
-        packed: the encoder's input is packed already.
-        whole: one op computes each layer whose input has its weights' dtype.
-        first_tokens: number of the layer of whose result only the first token of each row is read; None where all may
-            be.
-    """
-
-    packing: Packing
-    number: int
-    head_importance: dict[int, Tensor] = field(default_factory=dict)
-    ffn_importance: dict[int, Tensor] = field(default_factory=dict)
-    neuron_importance: dict[int, Tensor] = field(default_factory=dict)
-    per_token: bool = False
-    packed: bool = False
-    whole: bool = False
-    first_tokens: int | None = None
-
-
-def given(call: Call | None) -> Call:
-    """What a forward pass was given of its model.
-
-    Args:
-        call: None where nothing was.
-
-    Raises:
-        UnsupportedError: nothing was, since the model's forward was called past its hooks.
-    """
-    if call is None:
-        raise UnsupportedError(
-            "a patched model packs its inputs on the way into its forward: call model(...), not model.forward(...)"
-        )
-    return call
+    def altered(self) -> str | None:
+        """Names a stock class whose forward somebody has replaced since ticketops was imported, or None."""
+        for kind, forward in self._forwards.items():
+            if kind.forward is not forward:
+                return f"{kind.__name__}.forward has been replaced by other code"
+        return None
 
 
 def activation_name(module: nn.Module) -> str:
@@ -344,9 +237,12 @@ def activation_name(module: nn.Module) -> str:
     Raises:
         UnsupportedError: any other activation.
     """
-    name = type(module).__name__
-    if name not in ACTIVATIONS:
+    kind = type(module)
+    if kind is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    if kind not in _ACTIVATIONS:
         raise UnsupportedError(
-            f"the activation {name} is not supported: ticketops serves gelu (erf), its tanh approximations and relu"
+            f"the activation {kind.__name__} is not supported: ticketops serves gelu (erf), its tanh approximations "
+            "and relu"
         )
-    return ACTIVATIONS[name]
+    return _ACTIVATIONS[kind]

@@ -1,27 +1,35 @@
 """BERT and the encoders of its class pattern: the bare models and every task head of transformers."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig
-from transformers.models.bert import modeling_bert as bert
 
 from ticketops import ops
-from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState, given
+from ticketops.architectures import Architecture
+from ticketops.models.adapter import Adapter, LayerParts, rate
+from ticketops.models.boundary import TicketModel
 from ticketops.models.embeddings import TicketEmbeddings
 from ticketops.models.hooks import is_hooked
+from ticketops.models.state import Call, LayerState
+from ticketops.models.swapping import stand_in
 
 
 class TicketEncoder(nn.Module):
     """Runs the layers on real tokens only: packs on entry, pads again at the exit."""
 
+    _ticketops: Any
+
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Any:
         """Takes hidden states [B, S, C], or [1, T, C] where the call says they are packed; returns [B, S, C], or
         [B, 1, C] where only first tokens are read."""
-        ticketops = given(ticketops)
+        if ticketops is None:
+            self._ticketops.refuse_stock("its encoder was called past the model's own forward")
+            return super().forward(hidden_states, *args, **kwargs)
         packing = ticketops.packing
         if packing.indices is not None and not ticketops.packed:
             hidden_states = packing.pack(hidden_states)[None]
@@ -44,11 +52,30 @@ class TicketSelfAttention(nn.Module):
     key: nn.Linear
     value: nn.Linear
 
-    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Any:
         """Takes [.., C] hidden states, returns the kept heads' contexts [.., heads * head_dim] and no attention
         weights."""
+        if ticketops is None:
+            self._ticketops.refuse_stock()
+            return super().forward(hidden_states, *args, **kwargs)
         linears, dropout_p = (self.query, self.key, self.value), self.dropout.p if self.training else 0.0
         return attend(self._ticketops, linears, hidden_states, ticketops, self.scaling, dropout_p), None
+
+
+class TicketAttention(nn.Module):
+    """Attention, its output projection over the kept heads' columns, and what ends the sublayer."""
+
+    _ticketops: LayerState
+    self: Any
+    output: Any
+
+    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Any:
+        """Takes [.., C] hidden states, returns [.., C] and no attention weights."""
+        if ticketops is None:
+            self._ticketops.refuse_stock()
+            return super().forward(hidden_states, *args, **kwargs)
+        contexts, _ = self.self(hidden_states, ticketops=ticketops)
+        return self.output(contexts, hidden_states, ticketops=ticketops), None
 
 
 class TicketSelfOutput(nn.Module):
@@ -59,8 +86,12 @@ class TicketSelfOutput(nn.Module):
     LayerNorm: nn.LayerNorm
     dropout: nn.Dropout
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor, ticketops: Call | None = None) -> Tensor:
         """Takes contexts [.., heads * head_dim] and the residual [.., C]; returns [.., C]."""
+        if ticketops is None:
+            self._ticketops.refuse_stock()
+            stock: Tensor = super().forward(hidden_states, input_tensor)
+            return stock
         projected = project(self._ticketops, self.dense, hidden_states, input_tensor)
         return residual_norm(self.LayerNorm, projected, input_tensor, self.dense.bias, self.dropout)
 
@@ -73,10 +104,13 @@ class TicketLayer(nn.Module):
     intermediate: Any
     output: Any
 
-    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Any:
         """Takes hidden states [.., C]; returns them, or [B, 1, C] where only first tokens are read."""
+        if ticketops is None:
+            self._ticketops.refuse_stock()
+            return super().forward(hidden_states, *args, **kwargs)
         attention, parts = self.attention, _parts(self)
-        self._ticketops.check(parts, ticketops)
+        self._ticketops.check(ticketops)
         around = (attention, attention.self, attention.output)
         done = whole_layer(self._ticketops, parts, around, hidden_states, ticketops)
         if done is not None:
@@ -130,16 +164,15 @@ def whole_layer(
         None if kept.heads is None else kept.heads.on(device),
         None if kept.neurons is None else kept.neurons.on(device),
     )
-    first, *between, last = (dropout.p if dropout.training else 0.0 for dropout in parts.dropouts)
     first_tokens = call.first_tokens == index
     out = ops.encoder_layer(
         hidden_states.flatten(0, -2),
         weights,
         call.packing.sequences,
         head_dim=head_dim,
-        scale=head_dim**-0.5,
+        scale=parts.scale,
         activation=state.activation,
-        dropouts=(first, between[0] if between else 0.0, last),
+        dropouts=parts.rates,
         eps=(norm.eps, parts.ffn_norm.eps),
         head_importance=call.head_importance.get(index),
         ffn_importance=call.ffn_importance.get(index),
@@ -288,7 +321,7 @@ def residual_norm(
         norm.weight,
         norm.bias,
         bias=bias,
-        dropout_p=dropout.p if dropout is not None and dropout.training else 0.0,
+        dropout_p=0.0 if dropout is None else rate(dropout),
         eps=norm.eps,
     ).view_as(residual)
 
@@ -306,6 +339,9 @@ def _parts(layer: Any) -> LayerParts:
         attention_norm=output.LayerNorm,
         ffn_norm=last.LayerNorm,
         dropouts=(inner.dropout, output.dropout, last.dropout),
+        scale=inner.scaling,
+        # transformers asks the attention itself, not its dropout, whether it trains.
+        rates=(rate(inner.dropout, inner.training), rate(output.dropout), rate(last.dropout)),
     )
 
 
@@ -326,36 +362,37 @@ def _refusal(config: PretrainedConfig) -> str | None:
 
 
 _MIXINS = {
+    "Model": TicketModel,
     "Embeddings": TicketEmbeddings,
     "Encoder": TicketEncoder,
     "Layer": TicketLayer,
+    "Attention": TicketAttention,
     "SelfAttention": TicketSelfAttention,
     "SelfOutput": TicketSelfOutput,
 }
 
 
-def bert_like(modeling: Any, prefix: str) -> Adapter:
+def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
     """Makes the adapter of an architecture whose modules are named and built as BERT's.
 
     Args:
         modeling: its module in transformers.
-        prefix: of its class names.
+        architecture: its row in the table.
     """
-    swaps: dict[type[nn.Module], type[nn.Module]] = {}
-    for name, mixin in _MIXINS.items():
-        stock = getattr(modeling, prefix + name)
-        swapped = type(f"Ticket{prefix}{name}", (mixin, stock), {"__doc__": mixin.__doc__, "__module__": __name__})
-        # Pickle looks a class up by its name in its module.
-        globals()[swapped.__name__] = swaps[stock] = swapped
+
+    def stock(name: str) -> Any:
+        return getattr(modeling, architecture.prefix + name, None)
+
+    heads = {stock("ForSequenceClassification"): stock("ClassificationHead"), stock("ForNextSentencePrediction"): None}
     return Adapter(
-        base=getattr(modeling, f"{prefix}Model"),
-        swaps=swaps,
+        modeling=modeling,
+        base=stock("Model"),
+        swaps={stock(name): stand_in(mixin, stock(name)) for name, mixin in _MIXINS.items()},
         encoder=lambda base: base.encoder,
         parts=_parts,
         resize=_resize,
         refusal=_refusal,
         calls=lambda layer: (layer.attention, layer.attention.self, layer.attention.output),
+        first_token_heads={head: reader for head, reader in heads.items() if head is not None},
+        pooler=stock("Pooler"),
     )
-
-
-BERT = bert_like(bert, "Bert")

@@ -18,8 +18,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
-from ticketops.models.patch import check_supported, find_adapter
 from ticketops.models.record import held_ticket
+from ticketops.models.registry import check_supported, find_adapter
 
 #: The file of an export that says how it was made and what its weights' checksums are.
 NOTE = "ticketops.json"

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ticketops.models.inputs import Inputs
-from ticketops.models.patch import find_adapter
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
+from ticketops.models.registry import find_adapter
 from ticketops.tickets import Ticket
 
 

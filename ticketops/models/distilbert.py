@@ -1,65 +1,75 @@
 """DistilBERT: BERT's mathematics under other names, and no dropout after attention."""
 
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.distilbert import modeling_distilbert as distilbert
 
-from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState
+from ticketops.architectures import Architecture
+from ticketops.models.adapter import Adapter, LayerParts, rate
 from ticketops.models.bert import TicketEncoder, attend, feed_forward, project, read_tokens, residual_norm, whole_layer
+from ticketops.models.boundary import TicketModel
 from ticketops.models.embeddings import embed
+from ticketops.models.state import Call, LayerState
+from ticketops.models.swapping import stand_in
 
 
-class TicketTransformerBlock(distilbert.TransformerBlock):
+class TicketTransformerBlock(nn.Module):
     """A layer over the kept heads, with its FFN or without."""
 
     _ticketops: LayerState
+    attention: Any
+    ffn: Any
+    sa_layer_norm: nn.LayerNorm
+    output_layer_norm: nn.LayerNorm
 
-    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Any:
         """Takes hidden states [.., C]; returns them, or [B, 1, C] where only first tokens are read."""
+        if ticketops is None:
+            self._ticketops.refuse_stock()
+            return super().forward(hidden_states, *args, **kwargs)
         parts = _parts(self)
-        self._ticketops.check(parts, ticketops)
+        self._ticketops.check(ticketops)
         done = whole_layer(self._ticketops, parts, (), hidden_states, ticketops)
         if done is not None:
             return done
-        return read_tokens(self._ticketops, self._by_modules(hidden_states, ticketops), ticketops)
+        return read_tokens(self._ticketops, self._by_modules(hidden_states, parts, ticketops), ticketops)
 
-    def _by_modules(self, hidden_states: Tensor, ticketops: Call) -> Tensor:
-        state, attention = self._ticketops, self.attention
-        linears = (attention.q_lin, attention.k_lin, attention.v_lin)
-        dropout_p = attention.dropout.p if self.training else 0.0
-        contexts = attend(state, linears, hidden_states, ticketops, attention.scaling, dropout_p)
-        projected = project(state, attention.out_lin, contexts, hidden_states)
-        hidden_states = residual_norm(self.sa_layer_norm, projected, hidden_states, attention.out_lin.bias, None)
+    def _by_modules(self, hidden_states: Tensor, parts: LayerParts, ticketops: Call) -> Tensor:
+        state, output = self._ticketops, parts.output
+        contexts = attend(state, parts.qkv, hidden_states, ticketops, parts.scale, parts.rates[0])
+        projected = project(state, output, contexts, hidden_states)
+        hidden_states = residual_norm(self.sa_layer_norm, projected, hidden_states, output.bias, None)
         if not state.kept.ffn:
             return self.output_layer_norm(hidden_states)
-        output = feed_forward(state, self.ffn.lin1, self.ffn.lin2, hidden_states, ticketops)
-        return residual_norm(self.output_layer_norm, output, hidden_states, None, self.ffn.dropout)
+        projected = feed_forward(state, parts.fc1, parts.fc2, hidden_states, ticketops)
+        return residual_norm(self.output_layer_norm, projected, hidden_states, None, self.ffn.dropout)
 
 
-class TicketTransformer(TicketEncoder, distilbert.Transformer):
-    """Runs the layers on real tokens only."""
-
-
-class TicketDistilBertEmbeddings(distilbert.Embeddings):
+class TicketDistilBertEmbeddings(nn.Module):
     """Words and positions, by one op where `embed` can."""
 
     def forward(self, input_ids: Any, inputs_embeds: Any = None, position_ids: Any = None) -> Tensor:
         """Takes ids [B, S], or without them embeddings of words [B, S, C]; returns [B, S, C]."""
         done = embed(self, input_ids, position_ids)
-        return super().forward(input_ids, inputs_embeds, position_ids) if done is None else done
+        if done is None:
+            done = super().forward(input_ids, inputs_embeds, position_ids)
+        return done
 
 
 def _parts(layer: Any) -> LayerParts:
+    attention = layer.attention
     return LayerParts(
-        qkv=(layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin),
-        output=layer.attention.out_lin,
+        qkv=(attention.q_lin, attention.k_lin, attention.v_lin),
+        output=attention.out_lin,
         fc1=layer.ffn.lin1,
         fc2=layer.ffn.lin2,
         activation=layer.ffn.activation,
         attention_norm=layer.sa_layer_norm,
         ffn_norm=layer.output_layer_norm,
-        dropouts=(layer.attention.dropout, layer.ffn.dropout),
+        dropouts=(attention.dropout, layer.ffn.dropout),
+        scale=attention.scaling,
+        rates=(rate(attention.dropout, attention.training), 0.0, rate(layer.ffn.dropout)),
     )
 
 
@@ -74,17 +84,27 @@ def _refusal(config: Any) -> str | None:
     return None
 
 
-_SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    distilbert.Embeddings: TicketDistilBertEmbeddings,
-    distilbert.Transformer: TicketTransformer,
-    distilbert.TransformerBlock: TicketTransformerBlock,
-}
-DISTILBERT = Adapter(
-    base=distilbert.DistilBertModel,
-    swaps=_SWAPS,
-    encoder=lambda base: base.transformer,
-    parts=_parts,
-    resize=_resize,
-    refusal=_refusal,
-    calls=lambda layer: (),
-)
+def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
+    """Makes DistilBERT's adapter.
+
+    Args:
+        modeling: its module in transformers.
+        architecture: its row in the table.
+    """
+    mixins = {
+        modeling.DistilBertModel: TicketModel,
+        modeling.Embeddings: TicketDistilBertEmbeddings,
+        modeling.Transformer: TicketEncoder,
+        modeling.TransformerBlock: TicketTransformerBlock,
+    }
+    return Adapter(
+        modeling=modeling,
+        base=modeling.DistilBertModel,
+        swaps={stock: stand_in(mixin, stock) for stock, mixin in mixins.items()},
+        encoder=lambda base: base.transformer,
+        parts=_parts,
+        resize=_resize,
+        refusal=_refusal,
+        calls=lambda layer: (),
+        first_token_heads={modeling.DistilBertForSequenceClassification: None},
+    )

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ticketops.models.hooks import is_hooked
+from ticketops.models.hooks import is_hooked, transform
+from ticketops.models.swapping import stand_in
 from ticketops.ops.embedding import dropout, embedding, embeddings, layer_norm, serves_embedding
 
 
@@ -15,7 +16,7 @@ class TicketEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Takes ids [..], returns rows [.., C]."""
-        if not self.is_plain() or not serves_embedding(self.weight):
+        if not self.is_plain() or transform() or not serves_embedding(self.weight):
             return super().forward(input)
         return embedding(self.weight, input, self.padding_idx)
 
@@ -29,7 +30,7 @@ class TicketLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Takes and returns [.., C]."""
-        if not self.is_plain() or input.dtype != self.weight.dtype or not serves_embedding(input):
+        if not self.is_plain() or transform() or input.dtype != self.weight.dtype or not serves_embedding(input):
             return super().forward(input)
         return layer_norm(input, self.weight, self.bias, self.eps)
 
@@ -43,7 +44,7 @@ class TicketDropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Takes and returns [.., C]."""
-        if not self.training or not 0 < self.p < 1 or not serves_embedding(input):
+        if not self.training or not 0 < self.p < 1 or transform() or not serves_embedding(input):
             return super().forward(input)
         return dropout(input, self.p)
 
@@ -76,7 +77,7 @@ def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tens
     """
     words, places, kinds = module.word_embeddings, module.position_embeddings, None
     norm, drop = module.LayerNorm, module.dropout
-    if ids is None or positions is None or positions.shape != ids.shape:
+    if transform() or ids is None or positions is None or positions.shape != ids.shape:
         return None
     if hasattr(module, "token_type_embeddings"):
         kinds = module.token_type_embeddings
@@ -84,8 +85,8 @@ def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tens
         if types.shape != ids.shape:
             return None
     tables = [table for table in (words, kinds, places) if table is not None]
-    plain = all(type(table) is TicketEmbedding and table.is_plain() for table in tables)
-    if not plain or type(norm) is not TicketLayerNorm or not norm.is_plain() or type(drop) is not TicketDropout:
+    plain = all(type(table) is SWAPS[nn.Embedding] and table.is_plain() for table in tables)
+    if not plain or type(norm) is not SWAPS[nn.LayerNorm] or not norm.is_plain() or type(drop) is not SWAPS[nn.Dropout]:
         return None
     if any(map(is_hooked, (*tables, norm, drop))):
         return None
@@ -104,8 +105,8 @@ def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tens
 
 
 #: The stock class of a module among the embeddings, and its replacement.
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Embedding: TicketEmbedding,
-    nn.LayerNorm: TicketLayerNorm,
-    nn.Dropout: TicketDropout,
+SWAPS: dict[type[nn.Module], Any] = {
+    nn.Embedding: stand_in(TicketEmbedding, nn.Embedding),
+    nn.LayerNorm: stand_in(TicketLayerNorm, nn.LayerNorm),
+    nn.Dropout: stand_in(TicketDropout, nn.Dropout),
 }

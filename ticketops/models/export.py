@@ -16,9 +16,11 @@ from ticketops.errors import InputError, TicketopsError
 from ticketops.files import new_folder
 from ticketops.models.checkpoint import NOTE, load, sha256
 from ticketops.models.cost import costs
-from ticketops.models.patch import PatchHandle, check_supported, find_adapter
+from ticketops.models.handle import PatchHandle, find_handle
 from ticketops.models.record import held_ticket, num_neurons, write_record
+from ticketops.models.registry import check_supported, find_adapter
 from ticketops.models.shrink import cut_indices, put_back, shrink
+from ticketops.models.swapping import stock_class
 from ticketops.tickets import Ticket
 
 Format = Literal["compact", "dense", "onnx"]
@@ -100,7 +102,7 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     full = Ticket.full(held.num_layers, held.num_heads)
     config = copy.deepcopy(model.config)
     write_record(config, full)
-    twin = type(model)._from_config(config, dtype=model.dtype)
+    twin = stock_class(model)._from_config(config, dtype=model.dtype)
     for name in cut_indices(twin, full, held):
         twin.get_parameter(name).data.zero_()
     put_back(model, twin)
@@ -113,7 +115,7 @@ def _small(
     """A shrunk copy, what it keeps, a batch of text, and what the model itself answers under the ticket."""
     adapter, base = find_adapter(model)
     check_supported(model)
-    handle: PatchHandle | None = getattr(adapter.encoder(base), "_ticketops", None)
+    handle = find_handle(model)
     held = held_ticket(base.config)
     applied = handle.ticket if handle is not None else None
     ticket = ticket or applied or held
@@ -129,7 +131,7 @@ def _small(
         own.apply(applied)
         if handle is None:
             own.revert()
-    small = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    small = stock_class(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     small.load_state_dict(model.state_dict())
     return shrink(small.eval(), left), left, batch, want
 

@@ -14,7 +14,7 @@ from ticketops.models.indices import Indices
 from ticketops.ops.copies import Saved, Slices, scatter
 
 _MARK = "_ticketops_frozen"
-_RESTING = "_ticketops_resting"
+_FROZEN_SLICES = "_ticketops_frozen_slices"
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,14 @@ def unfreeze(parameter: Tensor) -> None:
         delattr(parameter, _MARK)
 
 
-def is_frozen(parameter: Tensor) -> bool:
-    """Tells whether any of a parameter is held still, in this process.
+def is_frozen_as(parameter: Tensor, frozen: Frozen) -> bool:
+    """True if a parameter has the mark of these slices, in this process.
 
     Args:
         parameter: the weight or bias.
+        frozen: which slices; none is no mark.
     """
-    return _installed and hasattr(parameter, _MARK)
+    return getattr(parameter, _MARK, None) is (frozen if frozen.places else None) and (_installed or not frozen.places)
 
 
 def trainable_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -89,7 +90,7 @@ def trainable_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return gradients
 
 
-class _Resting:
+class FrozenSlices:
     """What an optimizer's steps must leave alone, and its copy, which stays from step to step.
 
     Args:
@@ -115,6 +116,7 @@ class _Resting:
         return len(parts) == len(self._parts) and all(x is y and a is b for (x, a), (y, b) in pairs)
 
     def save(self) -> None:
+        """Copies what a step is to leave alone."""
         self._saved.save()
         self.stepping = True
 
@@ -174,22 +176,22 @@ def _put_aside(optimizer: Optimizer) -> None:
             ]
             if not state:
                 fresh.append(frozen.slices(parameter))
-    resting: _Resting | None = getattr(optimizer, _RESTING, None)
-    if resting is not None and resting.stepping:
+    slices: FrozenSlices | None = getattr(optimizer, _FROZEN_SLICES, None)
+    if slices is not None and slices.stepping:
         # A closure that is called again in one step finds weights that have moved already.
         return
-    if resting is None or not resting.holds(parts):
-        resting = _Resting(parts)
-        setattr(optimizer, _RESTING, resting)
-    resting.save()
+    if slices is None or not slices.holds(parts):
+        slices = FrozenSlices(parts)
+        setattr(optimizer, _FROZEN_SLICES, slices)
+    slices.save()
     # Momentum that this step makes must not begin with the decay of weights at rest: it decays zeros.
     scatter(fresh, [each.tensor.new_zeros(each.shape) for each in fresh])
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    resting: _Resting | None = getattr(optimizer, _RESTING, None)
-    if resting is not None:
-        resting.restore()
+    slices: FrozenSlices | None = getattr(optimizer, _FROZEN_SLICES, None)
+    if slices is not None:
+        slices.restore()
 
 
 _installed = False

@@ -1,26 +1,54 @@
-"""Whether anybody looks at what a module does: patched layers compute without calling most of their modules."""
+"""Who looks on while a model computes: hooks on modules, tracers, transforms. Patched layers call few of their
+modules, and kernels read raw memory."""
 
-from collections.abc import Collection
-
+import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_hooked(module: nn.Module, known: Collection[int] = ()) -> bool:
-    """Whether a module has hooks, forward or backward.
+def is_hooked(module: nn.Module) -> bool:
+    """True if a module has hooks, forward or backward, or a forward method of its own in place of its class's.
 
-    Those with which transformers captures outputs do not count: they are on every attention once any output was asked
-    for, and wait for what a patched model refuses or hands out by itself.
+    Three kinds of hooks do not count. Those with which transformers captures outputs are on every layer and attention
+    once any output was asked for, and wait until it is again. FSDP's gather weights, and the FLOP counter's note which
+    module runs; they look at no values.
 
     Args:
         module: itself, not what is inside it.
-        known: ids of hooks that do not count either.
     """
+    state = module.__dict__
+    if "forward" in state:
+        return True
     # Most modules have none, and each is asked in every forward pass.
-    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
-        return False
-    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(
-        key not in known and not str(getattr(hook, "__module__", "")).startswith("transformers.")
-        for hooks in kinds
-        for key, hook in hooks.items()
-    )
+    return any(hooks and not all(map(_is_neutral, hooks.values())) for hooks in map(state.__getitem__, _KINDS))
+
+
+def any_module_is_hooked() -> bool:
+    """True if torch's hooks for all modules of the process are in use."""
+    kinds = (getattr(torch_module, f"_global{name}", None) or {} for name in _KINDS)
+    return any(not all(map(_is_neutral, hooks.values())) for hooks in kinds)
+
+
+def _is_neutral(hook: object) -> bool:
+    """True for transformers' hook that captures outputs, FSDP's own and those of torch's module tracker."""
+    module, name = getattr(hook, "__module__", None) or "", getattr(hook, "__qualname__", "")
+    captures = module == "transformers.utils.output_capturing" and name.endswith(".output_capturing_hook")
+    return captures or module.startswith(("torch.distributed.fsdp.", "torch.utils.module_tracker"))
+
+
+def transform() -> str | None:
+    """Names what follows a forward pass in ways that kernels on raw memory cannot serve, or None."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None

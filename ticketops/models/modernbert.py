@@ -2,31 +2,44 @@
 biases, and attention within a window in most layers."""
 
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.modernbert import modeling_modernbert as modernbert
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState, given
+from ticketops.architectures import Architecture
+from ticketops.models.adapter import Adapter, LayerParts
 from ticketops.models.bert import attend, feed_forward, project
+from ticketops.models.boundary import TicketModel
+from ticketops.models.state import Call, LayerState
+from ticketops.models.swapping import stand_in
 
 
-class TicketModernBertEncoderLayer(modernbert.ModernBertEncoderLayer):
+class TicketModernBertEncoderLayer(nn.Module):
     """A layer over the kept heads, with its FFN or without."""
 
     _ticketops: LayerState
+    attn: Any
+    attn_norm: nn.Module
+    mlp: Any
+    mlp_norm: nn.Module
 
-    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Any:
         """Takes and returns hidden states [.., C]; takes cosines and sines [.., head_dim] of the tokens' positions."""
-        ticketops, state, attention = given(ticketops), self._ticketops, self.attn
-        state.check(_parts(self), ticketops)
+        state, attention = self._ticketops, self.attn
+        if ticketops is None:
+            state.refuse_stock()
+            return super().forward(hidden_states, *args, **kwargs)
+        parts = _parts(self)
+        state.check(ticketops)
         contexts = attend(
             state,
-            (attention.Wqkv,),
+            parts.qkv,
             self.attn_norm(hidden_states),
             ticketops,
-            attention.head_dim**-0.5,
-            attention.attention_dropout if self.training else 0.0,
+            parts.scale,
+            parts.rates[0],
             window=_window(attention.config, state.index),
             turn=partial(_turn, hidden_states, kwargs["position_embeddings"]),
         )
@@ -45,7 +58,7 @@ def _turn(
 ) -> tuple[Tensor, Tensor]:
     """Turns q and k [tokens, heads, head_dim] by their tokens' positions, which one row of a batch may give for all."""
     cosines, sines = (x.expand(*hidden_states.shape[:-1], -1).flatten(0, 1) for x in embeddings)
-    turned: tuple[Tensor, Tensor] = modernbert.apply_rotary_pos_emb(query, key, cosines, sines)
+    turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query, key, cosines, sines)
     return turned
 
 
@@ -55,17 +68,20 @@ def _window(config: Any, layer: int) -> int | None:
 
 def _parts(layer: Any) -> LayerParts:
     # The first layer's input is normed by the embeddings already.
-    norm = None if isinstance(layer.attn_norm, nn.Identity) else layer.attn_norm
-    dropouts = [layer.attn.out_drop, layer.mlp.drop]
+    norm, attention = None if isinstance(layer.attn_norm, nn.Identity) else layer.attn_norm, layer.attn
+    dropouts = [attention.out_drop, layer.mlp.drop]
     return LayerParts(
-        qkv=(layer.attn.Wqkv,),
-        output=layer.attn.Wo,
+        qkv=(attention.Wqkv,),
+        output=attention.Wo,
         fc1=layer.mlp.Wi,
         fc2=layer.mlp.Wo,
         activation=layer.mlp.act,
         attention_norm=norm,
         ffn_norm=layer.mlp_norm,
         dropouts=tuple(dropout for dropout in dropouts if not isinstance(dropout, nn.Identity)),
+        scale=attention.head_dim**-0.5,
+        # Its own modules apply the other dropouts.
+        rates=(attention.attention_dropout if attention.training else 0.0, 0.0, 0.0),
         gated=True,
         bare=True,
     )
@@ -81,19 +97,28 @@ def _refusal(config: Any) -> str | None:
     return None
 
 
-MODERNBERT = Adapter(
-    base=modernbert.ModernBertModel,
-    swaps={modernbert.ModernBertEncoderLayer: TicketModernBertEncoderLayer},
-    encoder=lambda base: base,
-    parts=_parts,
-    # Its attention takes the number of heads from the weights.
-    resize=lambda layer, heads: None,
-    refusal=_refusal,
-    calls=lambda layer: (layer.attn_norm, layer.mlp_norm, layer.attn.out_drop),
-    stack="layers",
-    ops=("attention", "ffn", "projection"),
-    gated=True,
-    biases=lambda config: (config.attention_bias, config.mlp_bias),
-    window=_window,
-    no_mask={"full_attention": None, "sliding_attention": None},
-)
+def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
+    """Makes ModernBERT's adapter.
+
+    Args:
+        modeling: its module in transformers.
+        architecture: its row in the table.
+    """
+    mixins = {modeling.ModernBertModel: TicketModel, modeling.ModernBertEncoderLayer: TicketModernBertEncoderLayer}
+    return Adapter(
+        modeling=modeling,
+        base=modeling.ModernBertModel,
+        swaps={stock: stand_in(mixin, stock) for stock, mixin in mixins.items()},
+        encoder=lambda base: base,
+        parts=_parts,
+        # Its attention takes the number of heads from the weights.
+        resize=lambda layer, heads: None,
+        refusal=_refusal,
+        calls=lambda layer: (layer.attn_norm, layer.mlp_norm, layer.attn.out_drop),
+        stack="layers",
+        ops=("attention", "ffn", "projection"),
+        gated=True,
+        biases=lambda config: (config.attention_bias, config.mlp_bias),
+        window=_window,
+        no_mask={"full_attention": None, "sliding_attention": None},
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ticketops.errors import UnsupportedError
-from ticketops.models.patch import find_adapter
+from ticketops.models.registry import find_adapter
 
 _FILE = "model.onnx"
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ticketops.errors import InputError
-from ticketops.models.patch import find_adapter
 from ticketops.models.record import held_ticket
+from ticketops.models.registry import find_adapter
 from ticketops.models.shrink import cut_indices
 from ticketops.ops.copies import Slices, gather
 from ticketops.tickets import Ticket

@@ -17,9 +17,10 @@ from ticketops.errors import InputError, TicketopsError
 from ticketops.files import new_folder
 from ticketops.models.checkpoint import load, read_config, read_json
 from ticketops.models.freezing import Frozen, freeze, unfreeze
+from ticketops.models.handle import PatchHandle
 from ticketops.models.indices import Indices
-from ticketops.models.patch import PatchHandle
 from ticketops.models.record import num_neurons
+from ticketops.models.swapping import stock_class
 from ticketops.tickets import Ticket
 
 _NOTE, _HEAD, _TICKET = "shared.json", "head.safetensors", "ticket.safetensors"
@@ -67,7 +68,7 @@ class SharedModel(nn.Module):
         shape = _shape(base)
         for task, model in models.items():
             other = _shape(model.base_model)
-            if type(model.base_model) is not type(base) or other != shape:
+            if stock_class(model.base_model) is not stock_class(base) or other != shape:
                 apart = [name for name in {**shape, **other} if shape.get(name) != other.get(name)]
                 raise InputError(
                     f"the model of task {task} has another encoder ({_described(model.base_model)}) than the first one "
@@ -146,7 +147,7 @@ class SharedModel(nn.Module):
             InputError: there is no such task.
         """
         model = self.select(task)
-        twin = type(model)._from_config(model.config, dtype=model.dtype)
+        twin = stock_class(model)._from_config(model.config, dtype=model.dtype)
         twin.load_state_dict(model.state_dict())
         return twin.eval()
 
@@ -276,7 +277,7 @@ def _with_head(base: Any, folder: Path) -> PreTrainedModel:
         raise InputError(f"{folder.name} is not of this encoder; save it again")
     with torch.device("meta"), no_init_weights():
         skeleton = kind(config)
-    if type(skeleton.base_model) is not type(base) or _shape(skeleton.base_model) != _shape(base):
+    if type(skeleton.base_model) is not stock_class(base) or _shape(skeleton.base_model) != _shape(base):
         raise InputError(f"{folder.name} is not of this encoder; save it again")
     head = load_file(folder / _HEAD)
     wanted = {key: (value.shape, base.dtype) for key, value in _head(skeleton).items()}

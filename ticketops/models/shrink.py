@@ -12,8 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ticketops.errors import UnsupportedError
 from ticketops.models.adapter import Adapter, LayerParts
-from ticketops.models.patch import ADAPTERS, check_supported, find_adapter
+from ticketops.models.handle import find_handle
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons, write_record
+from ticketops.models.registry import ADAPTERS, check_supported, find_adapter
 from ticketops.ops.copies import Slices, gather
 from ticketops.tickets import Ticket
 
@@ -45,7 +46,7 @@ def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | Non
     left = held & ticket
     cuts = list(_cuts(adapter, adapter.encoder(base), base.config, held, left))
     state = {} if optimizer is None else _states(optimizer, cuts)
-    handle = getattr(adapter.encoder(base), "_ticketops", None)
+    handle = find_handle(model)
     applied = None if handle is None else handle.ticket
     if handle is not None:
         handle.apply(None)
@@ -62,7 +63,7 @@ def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | Non
         if getattr(module, "config", None) is old:
             module.config = config
     if handle is not None:
-        handle.hold(left)
+        handle.set_present(left)
         handle.apply(applied)
     return model
 

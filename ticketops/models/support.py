@@ -9,8 +9,8 @@ from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.adapter import activation_name
-from ticketops.models.patch import check_supported, find_adapter
 from ticketops.models.record import MAX_LAYERS, head_dim, held_ticket, kept_neurons, num_neurons
+from ticketops.models.registry import check_supported, find_adapter
 from ticketops.ops import backends
 
 

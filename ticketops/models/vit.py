@@ -1,13 +1,17 @@
 """ViT: LayerNorm before each sublayer, other names, and images that need no packing."""
 
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.vit import modeling_vit
 
-from ticketops.models.adapter import Adapter, Call, LayerParts, LayerState, given
+from ticketops.architectures import Architecture
+from ticketops.models.adapter import Adapter, LayerParts
 from ticketops.models.bert import attend, feed_forward, project
+from ticketops.models.boundary import TicketModel
 from ticketops.models.inputs import Images
+from ticketops.models.state import Call, LayerState
+from ticketops.models.swapping import stand_in
 
 
 class PreNormLayer(nn.Module):
@@ -20,18 +24,20 @@ class PreNormLayer(nn.Module):
     layernorm_after: nn.LayerNorm
     dropout: nn.Dropout
 
-    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Any:
         """Takes and returns hidden states [B, S, C]."""
-        ticketops, state, attention = given(ticketops), self._ticketops, self.attention
-        state.check(_parts(self), ticketops)
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-        dropout_p, normed = attention.attention_dropout if self.training else 0.0, self.layernorm_before(hidden_states)
-        contexts = attend(state, linears, normed, ticketops, attention.scaling, dropout_p)
-        projected = project(state, attention.o_proj, contexts, hidden_states) + attention.o_proj.bias
+        state = self._ticketops
+        if ticketops is None:
+            state.refuse_stock()
+            return super().forward(hidden_states, *args, **kwargs)
+        parts, normed = _parts(self), self.layernorm_before(hidden_states)
+        state.check(ticketops)
+        contexts = attend(state, parts.qkv, normed, ticketops, parts.scale, parts.rates[0])
+        projected = project(state, parts.output, contexts, hidden_states) + parts.output.bias
         hidden_states = hidden_states + self.dropout(projected)
         if not state.kept.ffn:
             return hidden_states
-        output = feed_forward(state, self.mlp.fc1, self.mlp.fc2, self.layernorm_after(hidden_states), ticketops)
+        output = feed_forward(state, parts.fc1, parts.fc2, self.layernorm_after(hidden_states), ticketops)
         return hidden_states + self.dropout(output.view_as(hidden_states))
 
 
@@ -46,6 +52,9 @@ def _parts(layer: Any) -> LayerParts:
         attention_norm=layer.layernorm_before,
         ffn_norm=layer.layernorm_after,
         dropouts=(layer.dropout,),
+        scale=attention.scaling,
+        # The layer's own modules apply the other dropouts.
+        rates=(attention.attention_dropout if attention.training else 0.0, 0.0, 0.0),
     )
 
 
@@ -53,30 +62,24 @@ def _resize(layer: Any, heads: int) -> None:
     layer.attention.num_attention_heads = heads
 
 
-def vit_like(modeling: Any, prefix: str, extra: int) -> Adapter:
+def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
     """Makes the adapter of an architecture whose modules are named and built as ViT's.
 
     Args:
         modeling: its module in transformers.
-        prefix: of its class names.
-        extra: tokens in front of the patches.
+        architecture: its row in the table.
     """
-    stock = getattr(modeling, f"{prefix}Layer")
-    names = {"__doc__": PreNormLayer.__doc__, "__module__": __name__}
-    # Pickle looks a class up by its name in its module.
-    swapped = globals()[f"Ticket{stock.__name__}"] = type(f"Ticket{stock.__name__}", (PreNormLayer, stock), names)
+    base, layer = (getattr(modeling, architecture.prefix + name) for name in ("Model", "Layer"))
     return Adapter(
-        base=getattr(modeling, f"{prefix}Model"),
-        swaps={stock: swapped},
+        modeling=modeling,
+        base=base,
+        swaps={base: stand_in(TicketModel, base), layer: stand_in(PreNormLayer, layer)},
         encoder=lambda base: base,
         parts=_parts,
         resize=_resize,
         refusal=lambda config: None,
         calls=lambda layer: (layer.layernorm_before, layer.layernorm_after, layer.dropout),
         stack="layers",
-        inputs=Images(extra),
+        inputs=Images(architecture.extra_tokens),
         ops=("attention", "ffn", "projection"),
     )
-
-
-VIT = vit_like(modeling_vit, "ViT", extra=1)

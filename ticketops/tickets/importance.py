@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,6 +31,9 @@ class Importance:
         metadata: JSON values to save with the scores.
         neurons: of each FFN, whose importance is recorded too; None for none.
 
+    Attributes:
+        skipped: batches that a recording has left out since a gradient was not finite.
+
     Raises:
         InputError: an argument is out of range.
 
@@ -58,6 +61,9 @@ class Importance:
         self.granularity = granularity
         self.sequences_per_example = sequences_per_example
         self.metadata: dict[str, Any] = dict(metadata or {})
+        self.skipped = 0
+        # While a recording is under way: adds what it has not added yet.
+        self._bring: Callable[[], None] | None = None
         self._heads = _Sums("head", torch.zeros(layers, heads, dtype=torch.float64), [0] * layers)
         self._ffns = _Sums("FFN", torch.zeros(layers, dtype=torch.float64), [0] * layers)
         # Of no neurons where none are recorded.
@@ -162,6 +168,7 @@ class Importance:
 
         Source: arXiv 2105.12002, section 3.
         """
+        self.complete()
         others = self._neurons if neurons else self._ffns
         for sums in (self._heads, others):
             sums.check_recorded()
@@ -274,6 +281,7 @@ class Importance:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
+        self.complete()
         return f"<Importance: {self._meaning}, {max(self._heads.counts)} recorded>"
 
     @property
@@ -285,8 +293,27 @@ class Importance:
     @property
     def _sums(self) -> "tuple[_Sums, _Sums, _Sums]":
         """All that was recorded so far."""
+        self.complete()
         self._settle()
         return self._heads, self._ffns, self._neurons
+
+    def feed_from(self, bring: Callable[[], None] | None) -> None:
+        """Has scores brought here before they are read.
+
+        Args:
+            bring: adds what a recording has not added yet; None where none is under way.
+        """
+        self._bring = bring
+
+    def complete(self) -> None:
+        """Adds what a recording under way has not added yet; every method that reads scores does so."""
+        if self._bring is not None:
+            self._bring()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.complete()
+        # A copy is not what is recorded into.
+        return {**vars(self), "_bring": None}
 
     def _settle(self) -> None:
         """Adds what waits to the heads' and FFNs' sums."""
@@ -303,6 +330,7 @@ class Importance:
         return ops.Partials(heads, ffns, self.sequences_per_example, self.granularity == "batch")
 
     def _average(self, sums: "_Sums") -> Tensor:
+        self.complete()
         self._settle()
         return sums.average()
 

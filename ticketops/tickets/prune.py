@@ -139,7 +139,10 @@ def _orders(importance: Importance, kind: Kind, seed: int, width: int | None) ->
     for name, (scores, _) in zip(("head", "FFN" if width is None else "neuron"), ranked, strict=True):
         if not scores.isfinite().all():
             bad = int((~scores.isfinite()).sum())
-            raise InputError(f"{bad} of {scores.numel()} {name} scores are NaN or infinite; record again in float32")
+            raise InputError(
+                f"{bad} of {scores.numel()} {name} scores are NaN or infinite: a gradient overflowed; record "
+                "again in float32, or with record_importance(skip_overflow=True)"
+            )
     ascending = [order for _, order in ranked]
     # The same ranking from its other end, ties included, so that losing does not take what winning takes.
     head_order, ffn_order = ascending if kind == "winning" else [order.flip(0) for order in ascending]

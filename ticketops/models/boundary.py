@@ -1,0 +1,339 @@
+"""What happens around a forward pass: whether the ops can compute it, packing on the way in, padding on the way out."""
+
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ticketops.models.adapter import Adapter, LayerParts
+from ticketops.models.embeddings import SWAPS
+from ticketops.models.hooks import any_module_is_hooked, is_hooked, transform
+from ticketops.models.state import Call, LayerState
+from ticketops.models.swapping import unsharded_class
+from ticketops.ops import Packing
+from ticketops.ops.products import compute_dtype
+
+if TYPE_CHECKING:
+    from ticketops.models.handle import PatchHandle
+
+#: By this argument a task head's hook tells the base model's forward that nothing but first tokens is read.
+ONLY_FIRST = "ticketops_only_first"
+
+#: Arguments of a forward pass that stock layers honour and ticketops' layers do not.
+_STOCK_ARGUMENTS = (
+    "output_attentions",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "cache",
+    "past_key_values",
+    "use_cache",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "is_causal",
+)
+
+#: Inputs of a model that have a value, or a vector, for each token.
+_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "task_type_ids")
+
+#: Attention functions that compute what ops.attention computes.
+_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+#: Classes among the embeddings that treat each token alone, where they have no hooks.
+_TOKENWISE = frozenset((nn.Linear, nn.Identity, *SWAPS, *SWAPS.values()))
+
+
+class TicketModel(nn.Module):
+    """The bare model: a forward pass that the ops can compute runs on packed tokens, any other on the stock code."""
+
+    # Its PatchHandle. transformers evaluates annotations when a class is made.
+    _ticketops: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the stock model does; hidden states at padding are zeros."""
+        handle: PatchHandle = self._ticketops
+        entered = (_enter_packed if handle.unpad else _enter)(handle, self, args, kwargs)
+        if entered is None:
+            kwargs.pop(ONLY_FIRST, None)
+            return super().forward(*args, **kwargs)
+        call: Call = entered["ticketops"]
+        output = super().forward(**entered)
+        if call.packing.indices is not None:
+            output = _padded(handle.packs, call.packing, output)
+        if call.recorded is not None:
+            call.recorded.follow(output[0])
+        return output
+
+
+class Look(NamedTuple):
+    """What stands between a model's modules and the ops.
+
+    Attributes:
+        obstacle: why the ops cannot compute the layers, or None.
+        watched: somebody has hooks on modules that patched layers call; these must see padded tensors.
+        front_packs: what is in front of the layers takes packed tokens, and nobody looks on.
+    """
+
+    obstacle: str | None
+    watched: bool = False
+    front_packs: bool = True
+
+
+def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Turns a forward pass's arguments into those of the packed one.
+
+    Args:
+        handle: the model's.
+        base: the bare model; a copy of the handle's where a wrapper runs replicas of it.
+        args, kwargs: of its forward.
+
+    Returns:
+        Keyword arguments with the Call as `ticketops`; None where the stock code computes the pass from the arguments
+        as they are.
+
+    Raises:
+        UnsupportedError: the stock code would have to compute it, and would ignore a ticket or a recording.
+        InputError: an attention mask that is not served.
+    """
+    given = dict(zip(handle.arguments, args, strict=False)) | kwargs
+    shape = handle.inputs.shape(base.config, given)
+    if shape is None or len(given) < len(args) + len(kwargs):
+        # The stock model has the right words for missing and surplus arguments.
+        return None
+    batch, width, device = shape
+    mask = given.get("attention_mask")
+    obstacle, look = transform() or stock_argument(base, given), Look(None)
+    if obstacle is None and mask is not None:
+        obstacle = _mask_obstacle(handle, base, mask, batch, width, device)
+    if obstacle is None and not torch.compiler.is_compiling():
+        look = examine(handle, base)
+        obstacle = look.obstacle
+    if obstacle is None and look.watched and not handle.restricts:
+        obstacle = "hooks inside its layers"
+    if obstacle is not None:
+        handle.refuse_stock(obstacle)
+        return None
+    only_first = given.pop(ONLY_FIRST, False)
+    unpad, bucket = handle.unpad and not look.watched, handle.bucket
+    if mask is not None and device.type == "cpu" and unpad and not bucket and mask.all():
+        # Nothing to pack, as in a batch of one; where shapes are to repeat themselves, values are not asked for.
+        mask = None
+    dtype = compute_dtype(handle.weight(base))
+    packing = Packing.from_mask(mask, batch, width, device, unpad, bucket if unpad else None, handle.holes, dtype)
+    # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one.
+    given["attention_mask"] = handle.adapter.no_mask
+    embeds_positions = "position_ids" in handle.arguments and hasattr(base.embeddings, "position_embeddings")
+    # On a GPU the embeddings of padding are no time worth a further launch.
+    packed = packing.indices is not None and (
+        handle.packs or (device.type == "cpu" and embeds_positions and look.front_packs)
+    )
+    rows = batch * width if packing.indices is None else len(packing.indices)
+    hidden = given.get("output_hidden_states")
+    hidden = base.config.output_hidden_states if hidden is None else hidden
+    only_first = only_first and rows > 0 and hidden in (None, False)
+    given["ticketops"] = handle.call(base, packing, device, packed, only_first)
+    if packing.indices is not None and packed:
+        _pack_inputs(base.embeddings, packing, packing.indices.clamp_min(0), given)
+    return given
+
+
+# Packing asks for the number of real tokens, which a compiler cannot know: it runs outside of compiled graphs.
+@torch.compiler.disable
+def _enter_packed(
+    handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    return _enter(handle, base, args, kwargs)
+
+
+def stock_argument(base: Any, given: dict[str, Any]) -> str | None:
+    """Names an argument, or a setting of the configuration, that asks for what only stock layers do, or None."""
+    for name in _STOCK_ARGUMENTS:
+        value = given.get(name)
+        if value is not None and value is not False:
+            return f"the argument {name}"
+    config = base.config
+    if config.output_attentions and given.get("output_attentions") is None:
+        return "config.output_attentions"
+    if config._attn_implementation not in _ATTENTIONS:
+        return f"the attention implementation {config._attn_implementation!r}"
+    for name in ("input_ids", "inputs_embeds", "attention_mask", "pixel_values"):
+        value = given.get(name)
+        if value is not None and type(value) not in (Tensor, nn.Parameter):
+            return f"{name} of type {type(value).__name__}"
+    return None
+
+
+def _mask_obstacle(
+    handle: "PatchHandle", base: Any, mask: Tensor, batch: int, width: int, device: torch.device
+) -> str | None:
+    """Says why an attention mask needs the stock code, or None."""
+    if not handle.inputs.ragged:
+        return "an attention_mask of images"
+    if mask.shape != (batch, width):
+        return (
+            f"an attention_mask of shape {list(mask.shape)}, where one of shape {[batch, width]} has one value a token"
+        )
+    if torch.compiler.is_compiling() or not handle.unpad:
+        return None
+    if handle.reads_first and not (mask[:, 0].bool() | ~mask.bool().any(1)).all():
+        return "padding in front of a row, where its first token is read: pad on the right (padding_side='right')"
+    return None
+
+
+def examine(handle: "PatchHandle", base: Any) -> Look:
+    """Looks at a patched model's modules as they are now: anything may have been changed since the last forward pass.
+
+    Args:
+        handle: the model's.
+        base: the bare model.
+    """
+    if any_module_is_hooked():
+        return Look("hooks for all modules of the process")
+    adapter = handle.adapter
+    if reason := adapter.refusal(base.config) or adapter.altered():
+        return Look(reason)
+    encoder = adapter.encoder(base)
+    if not adapter.knows(encoder):
+        return Look(f"an encoder of class {type(encoder).__name__}")
+    layers = adapter.layers(base)
+    if len(layers) != handle.num_layers:
+        return Look(f"{len(layers)} layers where there were {handle.num_layers} when it was patched")
+    watched, first = False, None
+    for index, layer in enumerate(layers):
+        state = layer.__dict__.get("_ticketops")
+        if not isinstance(state, LayerState) or state.index != index:
+            return Look(f"a layer {index} that was put there after it was patched")
+        modules = list(_inside(layer))
+        try:
+            parts = adapter.parts(layer)
+        except AttributeError as error:
+            return Look(f"layer {index} without the parts of a stock layer ({error})")
+        first = first or parts
+        fault = state.fault(parts) or _weights_fault(state, layer, parts, first)
+        if fault is None and not all(map(adapter.knows, modules)):
+            fault = adapter.foreign(layer)
+        if fault is not None:
+            return Look(f"layer {index} has {fault}")
+        if hooked := list(filter(is_hooked, modules)):
+            # Where a ticket picks heads, their weights are read past their modules.
+            called = [layer, *adapter.calls(layer), *(parts.qkv if state.kept.heads is None else ())]
+            for module in hooked:
+                if "forward" in module.__dict__ or not any(module is each for each in called):
+                    return Look(f"layer {index} has {_interest(layer, module)}")
+            watched = True
+    front = not is_hooked(encoder)
+    for name, child in base.named_children():
+        if child is encoder or name == "pooler" or (handle.packs and name == adapter.stack):
+            continue
+        tokenwise = all(
+            (type(module) in _TOKENWISE or adapter.knows(module)) and not is_hooked(module) for module in _inside(child)
+        )
+        if handle.packs and not tokenwise:
+            return Look(f"hooks or other modules than the stock ones in its {name}")
+        front = front and tokenwise
+    return Look(None, watched, front)
+
+
+def _interest(layer: nn.Module, module: nn.Module) -> str:
+    """What somebody has attached to a module of a layer."""
+    name = next(name for name, each in layer.named_modules() if each is module) or type(layer).__name__
+    if "forward" in module.__dict__:
+        return f"a forward method of its own on its {name}"
+    return f"hooks on its {name}, which a patched layer does not call"
+
+
+def _weights_fault(state: LayerState, layer: nn.Module, parts: LayerParts, first: LayerParts) -> str | None:
+    """Says which weights of a layer are not as the ops would read them, or None."""
+    # Replicas and sharded layers have their weights at hand in their forward pass only.
+    if getattr(layer, "_is_replica", False) or unsharded_class(type(layer)) is not type(layer):
+        return None
+    if fault := parts.weights_fault():
+        return fault
+    tensors = parts.tensors()
+    weight = first.output._parameters.get("weight")
+    assert weight is not None
+    dtype, device = weight.dtype, weight.device
+    for tensor, shape in zip(tensors, state.shapes, strict=True):
+        if tensor is None:
+            if shape is not None:
+                return "no weights of its own where it had some"
+        elif tensor.shape != shape:
+            return f"weights of shape {list(tensor.shape)} where they had {None if shape is None else list(shape)}"
+        elif tensor.dtype != dtype or tensor.device != device:
+            return f"weights of {tensor.dtype} on {tensor.device} beside others of {dtype} on {device}"
+    return None
+
+
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all inside it, each as often as it occurs; `Module.modules` takes longer."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _inside(child)
+
+
+def _pack_inputs(embeddings: Any, packing: Packing, indices: Tensor, kwargs: dict[str, Any]) -> None:
+    """Takes the real tokens out of a model's inputs, so that no padding is embedded either."""
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        # RoBERTa and its kin count positions from the ids.
+        if not hasattr(embeddings, "create_position_ids_from_input_ids"):
+            positions = torch.arange(packing.width, device=indices.device)
+        elif ids is not None:
+            positions = embeddings.create_position_ids_from_input_ids(ids, embeddings.padding_idx)
+        else:
+            positions = embeddings.create_position_ids_from_inputs_embeds(embeds, embeddings.padding_idx)
+    kwargs["position_ids"] = positions.expand(packing.batch, packing.width)
+    for name in _TOKEN_INPUTS:
+        value = kwargs.get(name)
+        if value is not None:
+            # One row may stand for all, and a multiple choice's may still be in groups, as stock models allow.
+            vector = value.shape[-1:] if name == "inputs_embeds" else ()
+            rows = value.reshape(-1, packing.width, *vector).expand(packing.batch, packing.width, *vector)
+            kwargs[name] = rows.flatten(0, 1).index_select(0, indices)[None]
+
+
+def _padded(packs: bool, packing: Packing, output: Any) -> Any:
+    """Pads hidden states that were captured between packed layers, and the last one where no encoder has (`packs`)."""
+    # The encoder has padded this one, and it is the last of the captured states. Shapes would not tell: one sequence
+    # in a bucket as long as its row has the same packed and padded.
+    last = None if packs else output[0]
+
+    def padded(state: Tensor | None) -> Tensor | None:
+        return state if state is None or state is last else packing.unpack(state[0])
+
+    if isinstance(output, tuple):
+        output = tuple(tuple(map(padded, x)) if isinstance(x, tuple) else x for x in output)
+        return (padded(output[0]), *output[1:]) if packs else output
+    if packs:
+        output["last_hidden_state"] = padded(output["last_hidden_state"])
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = tuple(map(padded, output["hidden_states"]))
+    return output
+
+
+def only_first_tokens(adapter: Adapter, model: PreTrainedModel) -> bool:
+    """True if a task head reads nothing of the last layer but each row's first token, and nobody else looks on.
+
+    Args:
+        adapter: of the encoder.
+        model: with the head, which is known by its class.
+    """
+    # A compiler would have to follow all this; what it compiles computes every token.
+    if torch.compiler.is_compiling() or type(model) not in adapter.first_token_heads:
+        return False
+    own = model.__dict__.get("forward")
+    # Accelerate wraps a model's forward, which still is the same inside.
+    if own is not None and inspect.unwrap(own) is not inspect.unwrap(type(model).forward):
+        return False
+    base: Any = model.base_model
+    pooler, classifier = getattr(base, "pooler", None), adapter.first_token_heads[type(model)]
+    readers: list[Any] = [base, adapter.encoder(base), adapter.layers(base)[-1]]
+    readers += [] if pooler is None else [pooler]
+    readers += [] if classifier is None else [model.classifier]
+    stock = pooler is None or type(pooler) is adapter.pooler
+    stock = stock and (classifier is None or type(model.classifier) is classifier)
+    return stock and not any(map(is_hooked, readers))

@@ -1,0 +1,210 @@
+"""Importance from backward passes: what each one leaves of |dL/d mask|, put together where it belongs together."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ticketops.errors import UnsupportedError
+from ticketops.models.indices import Indices
+from ticketops.models.state import LayerState
+from ticketops.tickets import Importance
+
+#: Of a pass: (kind of structure, layer) -> partials [B, structures] or [B].
+_Partials = dict[tuple[str, int], Tensor]
+
+
+class Recording:
+    """Collects importance partials and adds them to an Importance.
+
+    A structure's mask is one number for an example in all forward passes of a backward pass, as two views of a sentence
+    or the two sides of a pair are. So signed partials of passes that share a backward pass are added up, example by
+    example, and so are those that one pass gets of several backward passes; only then is the absolute value taken.
+
+    Args:
+        importance: where to add to.
+        skip_overflow: leave out a batch with a gradient that is not finite, which waits for the device.
+    """
+
+    def __init__(self, importance: Importance, skip_overflow: bool) -> None:
+        self.importance = importance
+        self._skip_overflow = skip_overflow
+        self._groups: list[_Group] = []
+
+    def start(self, layers: list[LayerState], batch: int, device: torch.device) -> "Pass":
+        """Begins a forward pass, with a leaf for each importance partial.
+
+        Args:
+            layers: the states of the model's layers.
+            batch: rows.
+            device: where the model computes.
+        """
+        # What the backward passes before it have left is complete now.
+        self.settle()
+        return Pass(self, layers, batch, device)
+
+    def join(self, one: "Pass", task: int) -> None:
+        """Notes that a backward pass brings gradients to a forward pass.
+
+        Args:
+            one: the forward pass.
+            task: number of the backward pass.
+        """
+        if any(one in group.passes and task in group.tasks for group in self._groups):
+            return
+        mine = [group for group in self._groups if one in group.passes or task in group.tasks]
+        joined = _Group([*dict.fromkeys([p for group in mine for p in group.passes] + [one])], {task})
+        joined.tasks.update(*(group.tasks for group in mine))
+        self._groups = [group for group in self._groups if group not in mine] + [joined]
+        if len(joined.passes) > 1:
+            self._check(joined)
+
+    def _check(self, group: "_Group") -> None:
+        if self.importance.granularity == "token":
+            raise UnsupportedError(
+                "importance per token of several forward passes before one backward pass has no meaning, since their "
+                'tokens are not the same: record with granularity "example" or "batch"'
+            )
+        rows = sorted({each.batch for each in group.passes})
+        if len(rows) > 1 and self.importance.granularity == "example":
+            raise UnsupportedError(
+                f"forward passes of {' and '.join(map(str, rows))} rows share a backward pass, so their rows are not "
+                'the same examples: give them the same rows in the same order, or record with granularity "batch"'
+            )
+
+    def settle(self) -> None:
+        """Adds what has come of all backward passes so far."""
+        groups, self._groups = self._groups, []
+        for group in groups:
+            self._add(group.partials(self.importance.granularity == "batch"))
+
+    def _add(self, partials: _Partials) -> None:
+        if self._skip_overflow and not torch.stack([each.isfinite().all() for each in partials.values()]).all():
+            self.importance.skipped += 1
+            return
+        for (kind, layer), each in partials.items():
+            add: Callable[..., None] = getattr(self.importance, f"add_{kind}")
+            options = {} if kind == "neuron" else {"defer": True}
+            add(layer, signed=each, absolute=each, **options)
+
+
+class _Group:
+    """Forward passes that belong together, and the backward passes that joined them."""
+
+    def __init__(self, passes: "list[Pass]", tasks: set[int]) -> None:
+        self.passes, self.tasks = passes, tasks
+
+    def partials(self, per_batch: bool) -> _Partials:
+        """The partials of all passes together."""
+        first, *others = [each.collect() for each in self.passes]
+        for other in others:
+            for key, value in other.items():
+                mine = first.get(key)
+                if mine is None:
+                    first[key] = value
+                elif per_batch:
+                    # The rows are added up later anyway, and there may be other numbers of them.
+                    first[key] = torch.cat([mine, value])
+                else:
+                    first[key] = mine + value
+        return first
+
+
+class Pass:
+    """The importance partials of one forward pass.
+
+    Attributes:
+        batch: rows.
+        head_importance, ffn_importance, neuron_importance: per layer, the leaf whose gradient becomes its partials.
+    """
+
+    def __init__(self, recording: Recording, layers: list[LayerState], batch: int, device: torch.device) -> None:
+        self.recording, self.batch, self._device = recording, batch, device
+        self._task: int | None = None
+        self._partials: _Partials = {}
+        #: What is pruned has no backward pass of its own: it scores its 0 when another structure's has run.
+        self._idle: list[tuple[tuple[str, int], tuple[int, ...]]] = []
+        # To spread partials of computed structures over all: their numbers, and how many there are.
+        self._spread: dict[tuple[str, int], tuple[Tensor, int]] = {}
+        importance = recording.importance
+        self.head_importance = {
+            state.index: leaf
+            for state in layers
+            if (leaf := self._leaf("head", state, state.kept.numbers, importance.num_heads)) is not None
+        }
+        self.ffn_importance = {
+            state.index: leaf
+            for state in layers
+            if (leaf := self._leaf("ffn", state, None if state.kept.ffn else Indices([]), None)) is not None
+        }
+        self.neuron_importance: dict[int, Tensor] = {}
+        if importance.num_neurons is not None:
+            self.neuron_importance = {
+                state.index: leaf
+                for state in layers
+                if (leaf := self._leaf("neuron", state, state.kept.neuron_numbers, importance.num_neurons)) is not None
+            }
+
+    def _leaf(self, kind: str, state: LayerState, numbers: Indices | None, total: int | None) -> Tensor | None:
+        """A tensor whose gradient, the importance partials, is taken as soon as a backward pass has formed it.
+
+        Args:
+            kind: of structure.
+            state: of the layer.
+            numbers: of the computed structures; None for all.
+            total: of the layer's structures; None where there is one, whose partials have no dimension for it.
+
+        Returns:
+            None where nothing is computed.
+        """
+        key = kind, state.index
+        shape = (self.batch,) if total is None else (self.batch, total)
+        if numbers is not None:
+            if not numbers:
+                self._idle.append((key, shape))
+                return None
+            assert total is not None
+            self._spread[key] = numbers.on(self._device), total
+            shape = (self.batch, len(numbers))
+        # Nobody reads its values, so nothing is launched to write them.
+        leaf = torch.empty(shape, device=self._device).requires_grad_()
+        leaf.register_post_accumulate_grad_hook(partial(self._take, key))
+        return leaf
+
+    def _take(self, key: tuple[str, int], leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        # No result that needs a gradient was followed where the model's own is not differentiated.
+        self.recording.join(self, torch._C._current_graph_task_id() if self._task is None else self._task)
+        there = self._partials.get(key)
+        self._partials[key] = gradient if there is None else there + gradient
+
+    @torch.compiler.disable
+    def follow(self, output: Tensor) -> None:
+        """Watches for the backward passes of the model's result.
+
+        Args:
+            output: of the whole model. Reentrant checkpointing computes the layers' gradients in backward passes within
+                the one that comes by here.
+        """
+        if output.requires_grad:
+            output.register_hook(self._arrive)
+
+    def _arrive(self, _: Tensor) -> None:
+        self._task = torch._C._current_graph_task_id()
+        self.recording.join(self, self._task)
+
+    def collect(self) -> _Partials:
+        """All partials so far, of every structure of the layers that had a backward pass."""
+        found = {}
+        for key, value in self._partials.items():
+            if key in self._spread:
+                index, total = self._spread[key]
+                value = value.new_zeros(len(value), total).index_copy_(1, index, value)
+            found[key] = value
+        if found:
+            for key, shape in self._idle:
+                found[key] = torch.zeros(shape, device=self._device)
+        self._partials = {}
+        return found

@@ -1,0 +1,207 @@
+"""What a patched layer knows: what of it a ticket keeps, and what a forward pass of the whole model hands to it."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ticketops.errors import UnsupportedError
+from ticketops.models.adapter import LayerParts, activation_name
+from ticketops.models.freezing import Frozen
+from ticketops.models.indices import Indices
+from ticketops.ops import Packing
+
+if TYPE_CHECKING:
+    from ticketops.models.handle import PatchHandle
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a ticket keeps of one layer; made once a ticket, so that applying it again makes no tensor.
+
+    Attributes:
+        heads: places of the computed heads among those that are there; None for all, on the path without indexing.
+        numbers: the computed heads by their numbers in the architecture; None for all of the architecture.
+        ffn: whether the FFN is computed.
+        neurons: places of the FFN's computed neurons among those that are there; None for all.
+        neuron_numbers: the computed neurons by their numbers in the architecture; None for all of the architecture.
+        frozen_rows: what no optimizer moves of the weights and biases of q, k and v.
+        frozen_columns: the same of the output projection's weight.
+        frozen_fc1: the same of the FFN's first linear layer.
+        frozen_fc2: the same of the weight of its second.
+        frozen_bias: the same of the second's bias.
+        number: tells the ticket from others that were applied to the model. No identity would do: what distributes a
+            model may copy what goes to its layers.
+    """
+
+    heads: Indices | None
+    numbers: Indices | None
+    ffn: bool
+    neurons: Indices | None
+    neuron_numbers: Indices | None
+    frozen_rows: Frozen
+    frozen_columns: Frozen
+    frozen_fc1: Frozen
+    frozen_fc2: Frozen
+    frozen_bias: Frozen
+    number: int
+
+    def frozen(self, parts: LayerParts) -> list[tuple[nn.Linear, str, Frozen]]:
+        """Each prunable parameter of a layer, by its module and name, with what of it no optimizer may move.
+
+        Args:
+            parts: the layer's.
+        """
+        return [
+            *((linear, name, self.frozen_rows) for linear in parts.qkv for name in ("weight", "bias")),
+            (parts.output, "weight", self.frozen_columns),
+            *((parts.fc1, name, self.frozen_fc1) for name in ("weight", "bias")),
+            (parts.fc2, "weight", self.frozen_fc2),
+            (parts.fc2, "bias", self.frozen_bias),
+        ]
+
+
+class LayerState:
+    """What a patched layer needs to know of the ticket; one object a layer, shared by the layer's patched modules.
+
+    Attributes:
+        handle: of the whole model.
+        index: of the layer.
+        activation: the FFN op's name for its activation.
+        repeats: how often a head's rows come in a layer to queries, keys and values, and a neuron's in the FFN's first.
+        shapes: of all parameters of its parts, in their order.
+        kept: what of the layer is computed.
+    """
+
+    kept: Kept
+
+    def __init__(self, handle: "PatchHandle", index: int, parts: LayerParts) -> None:
+        self.handle = handle
+        self.index = index
+        self.activation = activation_name(parts.activation)
+        self.repeats = parts.repeats
+
+    def set_present(self, heads: list[bool], neurons: list[bool], parts: LayerParts) -> None:
+        """Sets which structures the layer's weights have; all of them are computed.
+
+        Args:
+            heads: for each head of the architecture, whether it is there.
+            neurons: for each neuron of the architecture's FFN, whether it is there; all False where the FFN is not.
+            parts: the layer's.
+        """
+        self.heads = tuple(head for head, there in enumerate(heads) if there)
+        self.neurons = tuple(neuron for neuron, there in enumerate(neurons) if there)
+        self.shapes = [None if each is None else each.shape for each in parts.tensors()]
+        self.kept = self.keep(heads, neurons)
+
+    def keep(self, heads: list[bool], neurons: list[bool], number: int = 0) -> Kept:
+        """Works out what to compute of the structures that are there.
+
+        Args:
+            heads: for each head of the architecture, whether to compute it.
+            neurons: for each neuron of the architecture's FFN, whether to compute it.
+            number: of the ticket that says so.
+
+        Returns:
+            What `kept` is to be for that.
+        """
+        places = [place for place, head in enumerate(self.heads) if heads[head]]
+        pruned = Indices(place for place, head in enumerate(self.heads) if not heads[head])
+        ffn_places = [place for place, neuron in enumerate(self.neurons) if neurons[neuron]]
+        in_qkv, in_fc1 = self.repeats
+        if ffn_places:
+            groups, idle = len(self.neurons), Indices(p for p, neuron in enumerate(self.neurons) if not neurons[neuron])
+        else:
+            # The FFN goes as a whole, with the bias of its output, if it is there.
+            groups, idle, in_fc1 = 1, Indices([0] if self.neurons else []), 1
+        return Kept(
+            heads=None if places and not pruned else Indices(places),
+            numbers=None if len(places) == len(heads) else Indices(self.heads[place] for place in places),
+            ffn=bool(ffn_places),
+            neurons=Indices(ffn_places) if ffn_places and idle else None,
+            neuron_numbers=None if all(neurons) else Indices(self.neurons[place] for place in ffn_places),
+            frozen_rows=Frozen(0, in_qkv * self.num_heads, _repeated(pruned, self.num_heads, in_qkv)),
+            frozen_columns=Frozen(1, self.num_heads, pruned),
+            frozen_fc1=Frozen(0, in_fc1 * groups, _repeated(idle, groups, in_fc1)),
+            frozen_fc2=Frozen(1, groups, idle),
+            frozen_bias=Frozen(0, 1, Indices([] if ffn_places else idle.values)),
+            number=number,
+        )
+
+    def fault(self, parts: LayerParts) -> str | None:
+        """Says what of the layer is no longer what the ops compute for it, or None.
+
+        Args:
+            parts: the layer's, as they are now.
+        """
+        if fault := parts.fault():
+            return fault
+        try:
+            activation = activation_name(parts.activation)
+        except UnsupportedError as error:
+            return f"another activation than when it was patched: {error}"
+        if activation != self.activation:
+            return f"another activation ({type(parts.activation).__name__}) than when it was patched"
+        if any(dropout.p >= 1 for dropout in parts.dropouts) or max(parts.rates) >= 1:
+            return "a dropout of everything"
+        return None
+
+    def check(self, call: "Call") -> None:
+        """Makes sure that a layer that is computed again computes what it did before.
+
+        Args:
+            call: of the forward pass.
+
+        Raises:
+            UnsupportedError: another ticket was applied before a backward pass that computes the layer again.
+        """
+        if call.number != self.kept.number:
+            raise UnsupportedError(
+                "another ticket was applied between a forward pass and its backward pass, which under gradient "
+                "checkpointing computes the layers again: apply it after backward()"
+            )
+
+    def refuse_stock(self) -> None:
+        """Refuses a call past the model's own forward, where a ticket would be ignored."""
+        self.handle.refuse_stock(f"layer {self.index} was called past the model's own forward")
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads the layer's weights have."""
+        return len(self.heads)
+
+
+def _repeated(places: Indices, groups: int, times: int) -> Indices:
+    """Places among groups that come several times, one set behind the other."""
+    return Indices(place + turn * groups for turn in range(times) for place in places.values)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward pass of the whole model hands to its layers.
+
+    Attributes:
+        packing: where the real tokens are.
+        number: of the ticket that it computes, see Kept.
+        head_importance: per layer, the leaf whose gradient becomes the head importance partials; empty when not
+            recording.
+        ffn_importance: the same for the FFN.
+        neuron_importance: the same for its computed neurons; empty also when these are not recorded.
+        per_token: the granularity is "token".
+        packed: the encoder's input is packed already.
+        whole: one op computes each layer whose input has its weights' dtype.
+        first_tokens: number of the layer of whose result only the first token of each row is read; None where all may
+            be.
+        recorded: notes in which backward pass the forward pass's gradients arrive; None when not recording.
+    """
+
+    packing: Packing
+    number: int
+    head_importance: dict[int, Tensor] = field(default_factory=dict)
+    ffn_importance: dict[int, Tensor] = field(default_factory=dict)
+    neuron_importance: dict[int, Tensor] = field(default_factory=dict)
+    per_token: bool = False
+    packed: bool = False
+    whole: bool = False
+    first_tokens: int | None = None
+    recorded: Any = None
