@@ -100,7 +100,7 @@ class LayerParts:
             if expected is nn.Dropout:
                 continue
             weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-            if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+            if weight is None or type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
                 kind = type(getattr(module, "weight", None))
                 return (
                     f"a {kind.__module__}.{kind.__name__} as the weight of its {name}, not a plain parameter: undo "
@@ -194,7 +194,7 @@ class Adapter:
         """The stock classes that layers are made of, each with its forward as it was when ticketops was imported."""
         own = [kind for kind in vars(self.modeling).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
         own = [kind for kind in own if kind.__module__ == self.modeling.__name__]
-        kinds = (*own, *self.swaps, *_ACTIVATIONS, *_TORCH_CLASSES)
+        kinds: tuple[Any, ...] = (*own, *self.swaps, *_ACTIVATIONS, *_TORCH_CLASSES)
         return {kind: kind.forward for kind in kinds}
 
     @functools.cached_property

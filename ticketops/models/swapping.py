@@ -23,7 +23,8 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy or a pickle finds the class by its two parts, since its name leads to the stock class.
-        _, _, *state = super().__reduce_ex__(protocol)
+        parts: Any = super().__reduce_ex__(protocol)
+        _, _, *state = parts
         return _new, (self._ticketops_mixin, self._ticketops_stock), *state
 
 
@@ -34,7 +35,7 @@ def _new(mixin: type, stock: type[nn.Module]) -> nn.Module:
 
 
 @functools.cache
-def stand_in(mixin: type, stock: type[nn.Module]) -> type[nn.Module]:
+def stand_in(mixin: Any, stock: Any) -> type[nn.Module]:
     """Makes the class that replaces a stock one.
 
     Args:
@@ -56,7 +57,7 @@ def stand_in(mixin: type, stock: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return ours(self, *args, **kwargs)
 
-    ours: Any = mixin.forward  # type: ignore[attr-defined]
+    ours = mixin.forward
     namespace["forward"] = forward
     return type(stock.__name__, (Swapped, mixin, stock), namespace)
 
