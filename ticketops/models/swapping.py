@@ -28,7 +28,7 @@ class Swapped:
         return _new, (self._ticketops_mixin, self._ticketops_stock), *state
 
 
-def _new(mixin: type, stock: type[nn.Module]) -> nn.Module:
+def _new(mixin: Any, stock: Any) -> nn.Module:
     kind = stand_in(mixin, stock)
     module: nn.Module = kind.__new__(kind)
     return module
