@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from searching.tiny import make_model, make_task
 
+from bench import step
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -50,8 +52,9 @@ def test_one_json_object_with_medians_and_ratios(tmp_path):
     ("size", "rows", "remedy"),
     [(32, 768, "--batches to 1"), (16, 384, "--batches to 2"), (64, 1536, "--batch-size to 32")],
 )
-def test_too_few_rows_is_one_line(tmp_path, size, rows, remedy):
+def test_too_few_rows_is_one_line(tmp_path, size, rows, remedy, monkeypatch, capsys):
     make_task(tmp_path / "words")
-    done = run("--data", tmp_path, "--task", "words", "--batch-size", size)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == f"error: words has 64 training rows of {rows}: lower {remedy}"
+    words = ["--data", str(tmp_path), "--task", "words", "--batch-size", str(size)]
+    monkeypatch.setattr(sys, "argv", ["bench.step", "--no-compile", *words])
+    assert step.main() == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: words has 64 training rows of {rows}: lower {remedy}"
