@@ -6,7 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,27 +60,6 @@ def same_start() -> None:
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-@pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Path]:
-    """Makes a folder that all processes of a parallel run share: the first that asks fills it, and nobody changes it.
-
-    Call it with a name and a function that fills an empty folder.
-    """
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def make(name: str, fill: Callable[[Path], Any]) -> Path:
-        folder, part = shared / f"once-{name}", shared / f"once-{name}.part"
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                part.mkdir()
-                fill(part)
-                part.rename(folder)
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="session")
