@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _shares_fixtures(item: pytest.Item) -> bool:
-    definitions = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+    definitions = item._fixtureinfo.name2fixturedefs.values()
     return any(each.scope in ("class", "module", "package") for each in (found[-1] for found in definitions))
 
 

@@ -13,7 +13,7 @@ run() {
     -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >/dev/null
   cmake --build "$build"
   # Leaks are not looked for: the interpreter keeps memory to its end. Nor are races of libraries that are not built so.
-  TICKETOPS_TEST_EMULATED="$build" OMP_NUM_THREADS=1 \
+  TICKETOPS_TEST_EMULATED="$build" OMP_NUM_THREADS=1 TICKETOPS_TEST_THREADS=1 \
   LD_PRELOAD="$(c++ -print-file-name="lib$3.so") $(c++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \

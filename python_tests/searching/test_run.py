@@ -114,6 +114,7 @@ def test_a_damaged_record_is_reported_before_anything_runs(found: SearchResult):
     assert heard.ran == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["tiny", pytest.param("sst2", marks=pytest.mark.data)])
 def test_a_search_killed_at_several_points_gives_the_records_of_an_undisturbed_one(
     task: str, inputs: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest

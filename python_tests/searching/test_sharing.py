@@ -189,6 +189,7 @@ def test_a_shared_model_is_kept_and_any_task_leaves_it(shared: ShareResult, tmp_
         release(tmp_path / "pairs", tmp_path / "none", task="pairs")
 
 
+@pytest.mark.slow
 def test_a_share_killed_at_several_points_gives_the_records_of_an_undisturbed_one(tasks: Any, tmp_path: Path):
     interrupt("share", {**tasks, **FIELDS, "arms": "tickets,plain"}, tmp_path, 2, lives=6)
 

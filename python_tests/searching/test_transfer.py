@@ -131,6 +131,7 @@ def test_another_seed_draws_other_rows_and_few_rows_take_more_epochs(setting: Se
     assert all(words[label] in ids for ids, label in zip(part["input_ids"], part["labels"], strict=True))
 
 
+@pytest.mark.slow
 def test_a_transfer_killed_at_several_points_gives_the_records_of_an_undisturbed_one(
     inputs: dict[str, str], tmp_path: Path
 ):
