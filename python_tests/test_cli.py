@@ -256,7 +256,7 @@ def test_dry_run_of_a_share_counts_its_searches_and_arms(tiny: dict[str, Any], t
     tickets = ",".join(f"{name}={tmp_path / 't.safetensors'}" for name in ("good", "score"))
     result = invoke("share", *words, "--dry-run", "--tickets", tickets)
     assert "6 trials of 4 steps, 24 in all" in result.stdout
-    assert "score: the ticket of seed 1 prunes 2 heads, 1 FFNs" in result.stdout
+    assert "score: the ticket of seed 1 prunes 2 heads and 1 FFN" in result.stdout
 
 
 def test_dry_run_of_a_transfer_counts_its_search_and_both_ladders(tiny: dict[str, Any], tmp_path: Path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ticketops.reporting.tables import csv_text
-from ticketops.text import cell, code, count, fenced, markdown, printable
+from ticketops.text import cell, code, count, fenced, markdown, printable, structures
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -28,6 +28,7 @@ HOSTILE = [
 
 def test_counted_nouns():
     assert [count(number, "FFN") for number in (0, 1, 2, 1234)] == ["0 FFNs", "1 FFN", "2 FFNs", "1,234 FFNs"]
+    assert (structures(21, 1), structures(1, 2, 30)) == ("21 heads and 1 FFN", "1 head, 2 FFNs and 30 neurons")
     assert count(2, "row of data", "rows of data") == "2 rows of data"
 
 

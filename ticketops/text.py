@@ -22,6 +22,17 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def structures(heads: int, ffns: int, neurons: int | None = None) -> str:
+    """Counted heads and FFNs, and neurons where they are given: "21 heads, 1 FFN and 30 neurons".
+
+    Args:
+        heads, ffns: how many.
+        neurons: of other FFNs.
+    """
+    parts = [count(heads, "head"), count(ffns, "FFN"), *([] if neurons is None else [count(neurons, "neuron")])]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
 def printable(text: Any) -> str:
     """Text for a terminal or a figure: in one line, without escape codes or characters that reorder or hide text.
 

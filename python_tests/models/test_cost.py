@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -47,7 +48,13 @@ def test_show_prints_a_models_costs(model, tmp_path):
     assert found["costs"] == {"whole": asdict(whole), "left": asdict(left)}
     # 40 positions: 128 tokens do not fit.
     assert [(row["batch"], row["length"]) for row in found["latencies"]] == [(1, 32), (8, 32), (32, 32)]
-    assert all(row["whole_ms"] > 0 and row["left_ms"] > 0 for row in found["latencies"])
+    for row in found["latencies"]:
+        times = np.array(row["turns"])
+        assert times.shape[1] == 2
+        for place, name in enumerate(("whole", "left")):
+            quartiles = row[f"{name}_quartiles_ms"]
+            assert 0 < quartiles[0] <= row[f"{name}_ms"] <= quartiles[1]
+            assert row[f"{name}_ms"] == pytest.approx(np.median(times[:, place]), abs=1e-3)
     for name in ("head_mask", "ffn_mask", "neuron_mask"):
         assert found[name] == getattr(ticket, name).tolist()
     refused = CliRunner().invoke(app, ["show", str(folder / "ticket.safetensors"), "--latency"])

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 import ticketops
 from models.conftest import tiny_batch
 from models.test_apply import masked
 from models.test_shrink import TICKETS
+from ticketops.errors import InputError
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -27,7 +29,42 @@ def test_onnx_equals_masked(name, model, tmp_path):
         torch.testing.assert_close(got, stock(**batch).logits, rtol=1e-4, atol=1e-4)
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
+        "config.json",
         "model.onnx",
         "ticket.safetensors",
         "ticketops.json",
     ]
+
+
+def test_onnx_says_its_labels_and_calls_its_axes_by_name(model, tmp_path):
+    import onnxruntime
+
+    names = dict(enumerate(("bad", "good", "odd")))
+    model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
+    folder = ticketops.export(model, tmp_path / "out", "onnx", ticket=TICKETS["uneven"])
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert {tuple(node.shape) for node in session.get_inputs()} == {("batch", "sequence")}
+    assert [node.shape for node in session.get_outputs()] == [["batch", 3]]
+    assert transformers.AutoConfig.from_pretrained(folder).id2label == names
+    with pytest.raises(InputError, match=r"has no weights|model.safetensors"):
+        ticketops.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "outputs"),
+    [
+        ("MultipleChoice", ("batch", "choice", "sequence"), [["batch", "choice"]]),
+        ("TokenClassification", ("batch", "sequence"), [["batch", "sequence", 2]]),
+        ("QuestionAnswering", ("batch", "sequence"), [["batch", "sequence"]] * 2),
+    ],
+)
+def test_axes_of_other_heads(kind, inputs, outputs, model, tmp_path):
+    import onnxruntime
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = 2
+    other = getattr(transformers, f"BertFor{kind}")(config).eval()
+    folder = ticketops.export(other, tmp_path / "out", "onnx")
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert {tuple(node.shape) for node in session.get_inputs()} == {inputs}
+    assert [node.shape for node in session.get_outputs()] == outputs

@@ -258,12 +258,20 @@ def test_report_says_what_the_super_ticket_costs(tmp_path: Path):
     text = report(store.folder).read_text()
     assert "| parameters | 1,000 | 970 | 97.0 % |" in text
     assert "| MACs a token of 128 | 800 | 600 | 75.0 % |" in text
-    assert "Medians of" not in text
+    assert "Times are medians" not in text
     rows = [{"batch": 32, "length": 128, "whole_ms": 30.0, "left_ms": 20.0}]
     store.write_latencies({"machine": {"processor": "some chip", "device_capability": None}, "rows": rows})
     text = report(store.folder).read_text()
-    assert "| ms for a batch of 32 x 128 tokens | 30.0 | 20.0 | 1.50x as fast |" in text
-    assert "on processor some chip." in text
+    # A file of a version that kept medians alone.
+    assert "| ms for a batch of 32 x 128 tokens | 30.0 | 20.0 | not judged: the turns were not kept |" in text
+    assert "On processor some chip." in text
+    turns = [[30 + 0.1 * n, 20 - 0.1 * n] for n in range(9)]
+    rows = [{**rows[0], "whole_quartiles_ms": [30.2, 30.6], "left_quartiles_ms": [19.4, 19.8], "turns": turns}]
+    rows.append({**rows[0], "batch": 1, "turns": [[20, 30], [30, 20], [21, 29], [28, 21], [20, 28]]})
+    store.write_latencies({"machine": {"processor": "some chip"}, "rows": rows})
+    text = report(store.folder).read_text()
+    assert "| 30.0 (30.2 to 30.6) | 20.0 (19.4 to 19.8) | 1.55x as fast (" in text
+    assert re.search(r"batch of 1 x 128 tokens \|.*\| no difference shown \(0\.\d\dx to \d\.\d\dx\) \|", text)
     for damaged in ({"rows": rows}, {"machine": {}, "rows": [{"batch": 32}]}, {"machine": {}, "rows": [3]}):
         store.write_latencies(damaged)
         with pytest.raises(StoreError, match=r"latency.json is damaged: delete it"):

@@ -15,7 +15,13 @@ from ticketops.searching import SearchConfig, run_search
 @pytest.fixture(scope="module")
 def search(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
-    fields = FIELDS | {"sparsities": "0.5", "kinds": "winning", "save_models": True, "epochs": 1}
+    fields = FIELDS | {
+        "sparsities": "0.5",
+        "kinds": "winning",
+        "save_models": True,
+        "epochs": 1,
+        "report_fraction": 0.4,
+    }
     model, task = make_model(folder / "model"), make_task(folder / "task")
     config = SearchConfig.from_dict(fields | {"model": str(model), "task": str(task), "output": str(folder / "run")})
     run_search(config)
@@ -34,6 +40,12 @@ def test_a_searchs_super_ticket_leaves(format, search, tmp_path):
     note = json.loads((tmp_path / "out" / "ticketops.json").read_text())
     assert note["run"]["kind"] == "winning"
     assert note["run"]["config"]["sparsities"] == [0.5]
+    record = json.loads((search / "trials" / "winning-0.5-seed-0.json").read_text())
+    assert record["score"] != record["report_score"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| score | {record['report_score']} |\n| split | report |" in card
+    assert f"| score that selected | {record['score']} |" in card
+    assert f"| rows scored | {record['rows']['report']} |" in card
     assert (tmp_path / "out" / "tokenizer_config.json").exists()
     # An export is a model's folder itself; its ticket is found in it.
     again = invoke(tmp_path / "out", "--output", tmp_path / "again")

@@ -196,11 +196,11 @@ def test_models_whose_files_contradict_each_other_are_refused(
     [
         (
             Ticket(torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]).bool(), torch.tensor([True, False])),
-            "1 heads, 1 FFNs and 0",
+            "1 head, 1 FFN and 0 neurons are gone",
         ),
         (
             Ticket(torch.ones(2, 4).bool(), torch.tensor([True, True]), None, torch.arange(128).reshape(2, 64) % 4 > 0),
-            "0 heads, 0 FFNs and 32 other neurons are gone",
+            "0 heads, 0 FFNs and 32 neurons are gone",
         ),
     ],
 )

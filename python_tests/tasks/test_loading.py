@@ -1,5 +1,6 @@
 import json
 import time
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -172,3 +173,30 @@ def test_a_large_folder_loads_quickly(glue_folder):
     start = time.monotonic()
     load_task(glue_folder / "sst2", train_rows=2_000)
     assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_labelled_test_split_reports_and_never_selects(validation: bool, tmp_path: Path):
+    def write(split: str, rows: int, labels: bool = True) -> None:
+        found = [{"text": f"{split} {n}"} | ({"label": n % 2} if labels else {}) for n in range(rows)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+
+    write("train", 40)
+    write("test", 12)
+    if validation:
+        write("validation", 10)
+    task = load_task(tmp_path)
+    assert not any(text.startswith("test") for text in task.validation["text"])
+    assert task.report is not None
+    assert (task.report["text"][:2], len(task.report), task.test) == (["test 0", "test 1"], 12, None)
+    assert "12 report rows (the data's own test split)" in task.describe()
+    assert len(load_task(tmp_path, validation_rows=4).report) == 4
+    # Somebody who holds rows out gets these; hidden labels cannot report.
+    held_out = load_task(tmp_path, report_fraction=0.5)
+    assert held_out.report is not None
+    assert not any(text.startswith("test") for text in held_out.report["text"])
+    assert "12 test rows, which are not used" in held_out.describe()
+    write("test", 12, labels=False)
+    hidden = load_task(tmp_path)
+    assert hidden.report is None
+    assert "12 test rows without labels, which are not used" in hidden.describe()

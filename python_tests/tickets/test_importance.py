@@ -217,7 +217,7 @@ def test_equality_is_of_what_was_measured() -> None:
     assert record(Importance(1, 2, "batch"), parts) != one
     two.add_ffn(0, torch.ones(1), None)
     assert one != two
-    assert repr(one) == "<Importance: 1 layers x 2 heads per example, 2 recorded>"
+    assert repr(one) == "<Importance: 1 layer x 2 heads per example, 2 recorded>"
     with pytest.raises(TypeError):
         hash(one)
 

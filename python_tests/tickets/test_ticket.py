@@ -172,7 +172,7 @@ def test_print_out() -> None:
         "    1  · · ·   ■",
         "■ kept, · pruned: 4 of 6 heads and 1 of 2 FFNs pruned",
     ]
-    assert repr(ticket(["101", "000"], "01")) == "<Ticket: 2 layers x 3 heads, 4 heads and 1 FFNs pruned>"
+    assert repr(ticket(["101", "000"], "01")) == "<Ticket: 2 layers x 3 heads, 4 heads and 1 FFN pruned>"
 
 
 @given(tickets())
@@ -203,7 +203,7 @@ def test_neurons_have_one_form() -> None:
         "    1  ■       ·   0/3",
         "■ kept, · pruned: 0 of 2 heads and 1 of 2 FFNs pruned, and 1 of the 3 neurons of the others",
     ]
-    assert repr(made) == "<Ticket: 2 layers x 1 heads, 0 heads, 1 FFNs and 1 neurons pruned>"
+    assert repr(made) == "<Ticket: 2 layers x 1 head, 0 heads, 1 FFN and 1 neuron pruned>"
     made.check(2, 1, 3)
     with pytest.raises(InputError, match="FFNs of 3 neurons does not fit FFNs of 4"):
         made.check(2, 1, 4)

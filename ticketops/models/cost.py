@@ -1,10 +1,11 @@
 """What a model costs: parameters, multiply-accumulates, bytes, time; of the whole model and of what a ticket left."""
 
-import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -87,8 +88,8 @@ def latencies(
     left: PreTrainedModel,
     batches: Iterable[int] = (1, 8, 32),
     lengths: Iterable[int] = (32, 128),
-    turns: int = 5,
-) -> list[dict[str, float]]:
+    turns: int = 9,
+) -> list[dict[str, Any]]:
     """Measures how long two models take for a batch without padding, in turns, since a machine's speed drifts.
 
     Args:
@@ -98,25 +99,31 @@ def latencies(
         turns: of each model at most; after 5 seconds no more are begun.
 
     Returns:
-        One row a batch and length: `batch`, `length`, and the medians `whole_ms` and `left_ms` in milliseconds.
+        One row a batch and length: `batch`, `length`; the medians `whole_ms` and `left_ms` in milliseconds and their
+        lower and upper quartiles over the turns, `whole_quartiles_ms` and `left_quartiles_ms`; and `turns`, each turn's
+        pair of times.
     """
     inputs: Inputs = find_adapter(whole)[0].inputs
     rows = []
     for length in inputs.lengths(whole.base_model, lengths):
         for batch in batches:
             arguments = inputs.draw(whole.config, batch, length, whole.device)
-            times: dict[str, list[float]] = {"whole_ms": [], "left_ms": []}
+            models = list(enumerate((whole, left)))
+            for _, model in models:
+                # The first time warms up.
+                _milliseconds(model, arguments)
+            times: list[list[float]] = []
             end = time.perf_counter() + 5
-            for turn in range(turns + 1):
-                for name, model in (("whole_ms", whole), ("left_ms", left)):
-                    taken = _milliseconds(model, arguments)
-                    # The first turn warms up.
-                    if turn:
-                        times[name].append(taken)
-                if turn and time.perf_counter() > end:
-                    break
-            medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
-            rows.append({"batch": batch, "length": length, **medians})
+            while not times or (len(times) < turns and time.perf_counter() < end):
+                times.append([0.0, 0.0])
+                # Either is first in every other turn: what one leaves in the caches touches the next.
+                for place, model in models if len(times) % 2 else models[::-1]:
+                    times[-1][place] = _milliseconds(model, arguments)
+            row: dict[str, Any] = {"batch": batch, "length": length}
+            for name, values in zip(("whole", "left"), np.array(times).T, strict=True):
+                low, median, high = np.percentile(values, (25, 50, 75)).round(3).tolist()
+                row |= {f"{name}_ms": median, f"{name}_quartiles_ms": [low, high]}
+            rows.append({**row, "turns": np.array(times).round(4).tolist()})
     return rows
 
 

@@ -21,6 +21,7 @@ from ticketops.models.record import held_ticket, num_neurons, write_record
 from ticketops.models.registry import check_supported, find_adapter
 from ticketops.models.shrink import cut_indices, put_back, shrink
 from ticketops.models.swapping import stock_class
+from ticketops.text import count, fenced, markdown
 from ticketops.tickets import Ticket
 
 Format = Literal["compact", "dense", "onnx"]
@@ -72,6 +73,8 @@ def export(
             from ticketops.models.onnx import run_onnx, save_onnx
 
             save_onnx(small, batch, temporary)
+            # Labels and architecture, for what serves the graph.
+            small.config.save_pretrained(temporary)
             got, tolerance = run_onnx(temporary, batch), 1e-4
         else:
             (small if format == "compact" else expand(small)).save_pretrained(temporary)
@@ -197,16 +200,17 @@ def _card(model: PreTrainedModel, ticket: Ticket, format: str, difference: float
         if format == "onnx"
         else f'{need}from transformers import {name}\n\nmodel = {name}.from_pretrained("path/to/this/folder")'
     )
-    rows = "\n".join(f"| {key} | {value} |" for key, value in run.items() if isinstance(value, str | int | float))
+    facts = [(key, value) for key, value in run.items() if isinstance(value, str | int | float) and key != "command"]
+    rows = "\n".join(f"| {markdown(key.replace('_', ' '))} | {markdown(value)} |" for key, value in facts)
     came = f"\n## Where it comes from\n\n| | |\n| --- | --- |\n{rows}\n" if rows else ""
     if isinstance(run.get("command"), str):
-        came += f"\nMade by\n\n```sh\n{run['command']}\n```\n"
+        came += f"\nMade by\n\n{fenced(run['command'], 'sh')}\n"
     shapes = {
         "compact": "Pruned structures are gone from the weights.",
         "dense": "Pruned structures are zeros at full shape: the same outputs as the small model's, at the full cost.",
         "onnx": f"Pruned structures are gone; {'batch and length are' if inputs.ragged else 'the batch is'} dynamic.",
     }[format]
-    neurons = f", and {ticket.neurons_pruned:,} neurons of the other FFNs" if ticket.neurons_pruned else ""
+    neurons = f", and {count(ticket.neurons_pruned, 'neuron')} of the other FFNs" if ticket.neurons_pruned else ""
     titles = {
         "parameters": "parameters",
         "macs_per_token": f"multiply-accumulates a token of {whole.length}",
@@ -224,8 +228,8 @@ tags: [ticketops, super-ticket, pruned]
 
 # {name}, pruned
 
-{ticket.heads_pruned} of {ticket.num_layers * ticket.num_heads} attention heads and {ticket.ffns_pruned} of \
-{ticket.num_layers} FFNs were pruned{neurons}. {shapes}
+{ticket.heads_pruned} of {count(ticket.num_layers * ticket.num_heads, "attention head")} and {ticket.ffns_pruned} of \
+{count(ticket.num_layers, "FFN")} were pruned{neurons}. {shapes}
 
 | | whole model | left | |
 | --- | ---: | ---: | ---: |

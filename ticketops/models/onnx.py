@@ -44,15 +44,25 @@ def save_onnx(model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path)
         raise UnsupportedError(f"weights are {model.dtype}, and ONNX is verified in float32: call model.float() first")
     accepted = inspect.signature(model.forward).parameters
     inputs = [name for name in batch if name in accepted]
-    with torch.no_grad():
-        outputs = [name for name, value in model(**{n: batch[n] for n in inputs}).items() if isinstance(value, Tensor)]
     ragged = find_adapter(model)[0].inputs.ragged
-    axes = {name: {dim: f"axis{dim}" for dim in range(batch[name].ndim if ragged else 1)} for name in inputs}
+    traced = {name: batch[name][-3:, ..., :8] if ragged else batch[name][-3:] for name in inputs}
+    names = ("batch", "choice", "sequence") if batch[inputs[0]].ndim == 3 else ("batch", "sequence")
+    axes = {name: dict(enumerate(names if ragged else names[:1])) for name in inputs}
+    with torch.no_grad():
+        answers, others = model(**{name: batch[name] for name in inputs}), model(**traced)
+    outputs = [name for name, value in answers.items() if isinstance(value, Tensor)]
+    for name in outputs:
+        axes[name] = {0: "batch"}
+        for dim, (size, other) in enumerate(zip(answers[name].shape, others[name].shape, strict=True)):
+            if dim and size != other:
+                axes[name][dim] = "sequence"
+            elif dim == 1 and "choice" in names:
+                axes[name][dim] = "choice"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _Graph(model, inputs),
-            tuple(batch[name][-3:, ..., :8] if ragged else batch[name][-3:] for name in inputs),
+            tuple(traced.values()),
             str(folder / _FILE),
             input_names=inputs,
             output_names=outputs,

@@ -19,7 +19,7 @@ from ticketops.reporting.tables import points
 from ticketops.searching.selection import Level, Selection, select
 from ticketops.searching.statistics import ADVISED_SEEDS, Spread
 from ticketops.searching.store import Record, Store
-from ticketops.text import code, count, fenced, markdown
+from ticketops.text import code, count, fenced, markdown, structures
 from ticketops.tickets import Importance, Ticket, chance_jaccard
 
 
@@ -105,9 +105,7 @@ def headline(selection: Selection, metric: str) -> str:
     def reached(level: Level) -> str:
         return points(Spread.of(selection.scores(level).values()))
 
-    pruned = [count(best.heads_pruned, "head"), count(best.ffns_pruned, "FFN")]
-    if best.neurons_pruned:
-        pruned.append(count(best.neurons_pruned, "neuron"))
+    pruned = structures(best.heads_pruned, best.ffns_pruned, best.neurons_pruned or None)
     controls = [
         f"{level.kind} ones {reached(level)}"
         for level in selection.levels
@@ -116,8 +114,8 @@ def headline(selection: Selection, metric: str) -> str:
     split = f"the split {selection.split}" + (", which selected too" if selection.split == "validation" else "")
     return " ".join(
         [
-            f"{_VERDICTS[comparison.outcome]}: sparsity {best.sparsity:g} ({', '.join(pruned[:-1])} and {pruned[-1]} "
-            f"pruned, {100 * best.weights_remaining:.1f} % of the weights left) reaches {metric} {reached(best)} "
+            f"{_VERDICTS[comparison.outcome]}: sparsity {best.sparsity:g} ({pruned} pruned, "
+            f"{100 * best.weights_remaining:.1f} % of the weights left) reaches {metric} {reached(best)} "
             f"against {reached(full)}, {shown(comparison, 'levels')}.",
             f"Of the same size, {' and '.join(controls)}."
             if controls
@@ -155,8 +153,10 @@ def _summary(selection: Selection, metric: str) -> list[str]:
 def _splits(store: Store, split: str) -> list[str]:
     name = markdown(store.description["notes"].get("validation", "validation"))
     if split == "report":
-        share = f"{100 * store.config.report_fraction:g} % of the validation rows"
-        return [f"The split `validation` ({name}) selects; the split `report`, {share} held out of it, reports."]
+        # Earlier versions knew of report rows held out of the validation rows alone.
+        held_out = f"{100 * store.config.report_fraction:g} % of the validation rows, held out"
+        source = markdown(store.description["notes"].get("report") or held_out)
+        return [f"The split `validation` ({name}) selects; the split `report`, {source}, reports."]
     return [
         f"The same split, `validation` ({name}), both selects the super ticket and reports, which flatters the best of "
         "several levels; `--report-fraction 0.5` holds a report split out."
@@ -225,7 +225,9 @@ def _costs(store: Store, records: list[Record], selection: Selection) -> list[st
     text += [tables.markdown_table(tables.cost_rows(record["costs"], found["rows"])), ""]
     if found["rows"]:
         text += [
-            "Medians of a few turns of both models in one process, patched, float32, in evaluation mode, on "
+            "Times are medians (and quartiles) of turns that both models take in one process, patched, float32, in "
+            "evaluation mode; a ratio is given where its 95 % interval over the turns, corrected for the number of "
+            "rows, excludes 1. On "
             f"{markdown(listed(found['machine']))}.",
             "",
         ]

@@ -205,7 +205,10 @@ def _searched(store: Store, task: str) -> bool:
 
 def _splits(split: str) -> list[str]:
     if split == "report":
-        return ["The split `validation` chooses each task's super ticket; the split `report`, held out of it, reports."]
+        return [
+            "The split `validation` chooses each task's super ticket; the split `report`, held out of it or the "
+            "data's own test split, reports."
+        ]
     return [
         "The same split, `validation`, chooses each task's super ticket, trained alone, and reports here; "
         "`--report-fraction 0.5` holds a report split out."

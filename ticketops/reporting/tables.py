@@ -2,11 +2,12 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ticketops.searching.selection import Selection
-from ticketops.searching.statistics import Spread
+from ticketops.searching.statistics import Comparison, Spread, compare
 from ticketops.text import cell, markdown
 
 COLUMNS = (
@@ -104,7 +105,9 @@ def cost_rows(costs: Mapping[str, Mapping[str, int]], latencies: Iterable[Mappin
         latencies: as `ticketops.models.latencies` gives them; may be empty.
 
     Returns:
-        Cells as text, with the share that is left; for latencies how many times as fast.
+        Cells as text, with the share that is left; for latencies the quartiles over the turns and, where the turns show
+        a difference, how many times as fast: the interval of the geometric mean of the turns' ratios, corrected for
+        the number of batches that were timed.
     """
     whole, left = costs["whole"], costs["left"]
     macs = f"MACs a token of {whole.get('length', 128)}"
@@ -114,8 +117,28 @@ def cost_rows(costs: Mapping[str, Mapping[str, int]], latencies: Iterable[Mappin
         [title, f"{whole[key]:,}", f"{left[key]:,}", f"{100 * left[key] / whole[key]:.1f} %"]
         for key, title in titles.items()
     ]
-    for row in latencies:
-        before, after = row["whole_ms"], row["left_ms"]
+    timed = list(latencies)
+    pairs = [[math.log(before / after) for before, after in row.get("turns", ())] for row in timed]
+    found = compare(dict(enumerate(pairs)))
+    for place, row in enumerate(timed):
         title = f"ms for a batch of {row['batch']} x {row['length']} tokens"
-        rows.append([title, f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f}x as fast"])
+        times = [_time(row[f"{name}_ms"], row.get(f"{name}_quartiles_ms")) for name in ("whole", "left")]
+        rows.append([title, *times, _speed(found[place]) if pairs[place] else "not judged: the turns were not kept"])
     return rows
+
+
+def _time(median: float, quartiles: Sequence[float] | None) -> str:
+    """A median, and its quartiles where they are known, in milliseconds: `20.1 (19.8 to 20.6)`."""
+    digits = 1 if median >= 10 else 2
+    spread = f" ({quartiles[0]:.{digits}f} to {quartiles[1]:.{digits}f})" if quartiles else ""
+    return f"{median:.{digits}f}{spread}"
+
+
+def _speed(comparison: Comparison) -> str:
+    """How many times as fast the smaller model is, where the turns show a difference."""
+    if comparison.low is None or comparison.high is None:
+        return "not judged: one turn"
+    low, mean, high = (math.exp(value) for value in (comparison.low, comparison.difference.mean, comparison.high))
+    if comparison.outcome == "no difference shown":
+        return f"no difference shown ({low:.2f}x to {high:.2f}x)"
+    return f"{mean:.2f}x as fast ({low:.2f}x to {high:.2f}x)"

@@ -144,14 +144,12 @@ def profiles(tickets: Mapping[str, Mapping[int, Ticket]], file: IO[bytes]) -> No
     figure.savefig(file, format="png", dpi=150)
 
 
-def ladders(
-    panels: Mapping[str, tuple[str, Mapping[int, tuple[Spread, Spread]], float]], split: str, file: IO[bytes]
-) -> None:
+def ladders(panels: Mapping[str, tuple[str, Mapping[int, tuple[Spread, Spread]], float]], file: IO[bytes]) -> None:
     """Draws scores against the number of training rows, full model and super ticket.
 
     Args:
-        panels: title -> (metric, training rows -> (full model, super ticket), what one constant answer scores).
-        split: the split that the scores are on.
+        panels: title -> (metric and its split, training rows -> (full model, super ticket), what one constant answer
+            scores).
         file: where to write the PNG.
     """
     figure = new_figure(4.6 * len(panels) + 0.6, 4.1)
@@ -179,7 +177,7 @@ def ladders(
         axes.set_xticks(rows, [f"{count:,}" for count in rows])
         axes.minorticks_off()
         axes.set_xlabel("training rows")
-        axes.set_ylabel(f"{metric} on {split} (x 100)")
+        axes.set_ylabel(f"{metric} (x 100)")
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9)

@@ -65,8 +65,8 @@ def lines(store: Store) -> list[str]:
                     else f"Source {names[role]} alone"
                 )
                 found = {rung.rows: (Spread.of(rung.full.values()), Spread.of(rung.super.values())) for rung in own}
-                panels[title] = (own[0].metric, found, own[0].constant)
-        figure(store.folder / "ladder.png", task_plots.ladders, panels, rungs[0].split)
+                panels[title] = (f"{own[0].metric} on {own[0].split}", found, own[0].constant)
+        figure(store.folder / "ladder.png", task_plots.ladders, panels)
         text += ["![score against training rows](ladder.png)", "", markdown_table(overview(store)), ""]
         text += [
             "Scores are x 100, mean ± standard deviation over seeds, which draw the rows too; a larger share contains "

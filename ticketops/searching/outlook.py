@@ -14,6 +14,7 @@ from ticketops.searching.sharing_plan import ShareConfig, share_plan
 from ticketops.searching.store import Store
 from ticketops.searching.transfer import keeps_model, prepare_transfer, subset
 from ticketops.searching.transfer_plan import TransferConfig
+from ticketops.text import count, structures
 from ticketops.tickets import Ticket, WeightCounts
 
 
@@ -125,8 +126,8 @@ def _levels(setting: Setting, prefix: str = "") -> list[_Kind]:
 
 
 def _pruned(ticket: Ticket) -> str:
-    parts = [f"{ticket.heads_pruned} heads", f"{ticket.ffns_pruned} FFNs", f"{ticket.neurons_pruned} neurons"]
-    return ", ".join(parts if ticket.neuron_mask is not None else parts[:2])
+    neurons = None if ticket.neuron_mask is None else ticket.neurons_pruned
+    return structures(ticket.heads_pruned, ticket.ffns_pruned, neurons)
 
 
 def _left(trial: Trial, counts: WeightCounts) -> list[str]:
@@ -156,16 +157,16 @@ def _outlook(
         table.append([kind.name, *known, f"{kind.rows:,}", f"{kind.steps:,}", str(kind.seeds)])
     trials, steps = sum(kind.seeds for kind in kinds), {kind.steps for kind in kinds}
     total = f"{sum(kind.steps * kind.seeds for kind in kinds):,}"
-    amount = f"of {steps.pop():,} steps, {total} in all" if len(steps) == 1 else f"of {total} steps in all"
+    amount = f"of {count(steps.pop(), 'step')}, {total} in all" if len(steps) == 1 else f"of {total} steps in all"
     unknown = ["– depends on tickets that are found on the way, or on each task's own"]
     bytes_each = 4 * counts.total
-    kept = f"{models} models kept, {models * bytes_each / 1e6:,.0f} MB" if models else "no model kept"
+    kept = f"{count(models, 'model')} kept, {models * bytes_each / 1e6:,.0f} MB" if models else "no model kept"
     return Outlook(
         table,
         [
             *(unknown if any(kind.trial is None for kind in kinds) else ()),
             *lines,
-            f"{trials:,} trials {amount}, batch {config.batch_size}, into {config.output}",
+            f"{count(trials, 'trial')} {amount}, batch {config.batch_size}, into {config.output}",
             f"{counts.total:,} weights a model, {bytes_each / 1e6:,.0f} MB; {kept}",
             config.command(),
         ],

@@ -26,6 +26,7 @@ from ticketops.searching.config import (
     text,
     whole,
 )
+from ticketops.text import count
 
 TicketKind = Literal["winning", "random", "losing"]
 TICKET_KINDS: tuple[str, ...] = get_args(TicketKind)
@@ -281,13 +282,13 @@ def make_plan(config: SearchConfig, layers: int, heads: int, neurons: int | None
         most = layers * max(heads - config.min_heads, 0)
         if not any(found):
             raise InputError(
-                f"sparsity {sparsity:g} prunes nothing of {layers} layers x {heads} heads: "
+                f"sparsity {sparsity:g} prunes nothing of {count(layers, 'layer')} x {count(heads, 'head')}: "
                 f"give at least {math.ceil(1e4 / (layers * heads)) / 1e4:g}"
             )
         if found[0] > most:
             raise InputError(
-                f"sparsity {sparsity:g} prunes {found[0]} heads, and min_heads {config.min_heads} leaves at most "
-                f"{most} of {layers * heads} to prune: lower one of them"
+                f"sparsity {sparsity:g} prunes {count(found[0], 'head')}, and min_heads {config.min_heads} leaves at "
+                f"most {most} of {layers * heads} to prune: lower one of them"
             )
         return (found[0], 0, found[1]) if config.prune_neurons else found
 
@@ -313,8 +314,8 @@ def check_names(trials: Iterable[Any]) -> None:
     Raises:
         InputError: two do.
     """
-    for name, count in Counter(trial.id for trial in trials).items():
-        if count > 1:
+    for name, number in Counter(trial.id for trial in trials).items():
+        if number > 1:
             raise InputError(
                 f"two trials would be called {name}, since sparsities and fractions are named to six digits: leave one "
                 "of them out"

@@ -1,6 +1,7 @@
 """From a run's folder, or a model's, to an export."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ def release(
                 raise InputError(
                     f"{store.folder} has no model of {record['id']}: run the same command with --save-models"
                 )
-            names = ("task", "model", "kind", "sparsity", "seed", "metric", "score", "steps")
+            names = ("task", "model", "kind", "sparsity", "seed", "steps")
             run = {name: record[name] for name in names if name in record}
+            if task is None or task in record.get("tasks", ()):
+                run |= _scores(record if task is None else record["tasks"][task])
             run |= {"config": store.config.to_dict(), "command": store.config.command()}
         elif trial is not None:
             raise InputError(f"{folder} is no finished run: --trial goes with a run's --output folder")
@@ -97,6 +100,23 @@ def release(
         keep = Ticket.load(path) if ticket is not None or path.is_file() else None
         options = {"ticket": keep, "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
         return export(load(folder), output, format, **options)
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model card says of a model's score: that of the split that reports, and of the one that selected apart."""
+    split = "validation" if record.get("report_score") is None else "report"
+    found = {"metric": record["metric"], "score": record["score"], "split": f"{split}, which selected too"}
+    if split == "report":
+        found |= {
+            "score": record["report_score"],
+            "split": split,
+            "score that selected": record["score"],
+        }
+    if rows := record.get("rows", {}).get(split):
+        found["rows scored"] = rows
+    if constant := record.get("constant_scores", {}).get(split):
+        found["score of one constant answer"] = constant
+    return found
 
 
 def _record(store: Store, trial: str | None) -> dict[str, Any]:

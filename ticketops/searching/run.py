@@ -102,6 +102,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
     notes = {
         **environment.circumstances(),
         "validation": setting.task.validation_name,
+        "report": setting.task.report_name,
     }
     with Store.create(config.output, setting.identity(), notes) as store:
 

@@ -25,6 +25,7 @@ from ticketops.models.inputs import positions
 from ticketops.models.record import held_ticket, num_neurons
 from ticketops.searching.plan import RECIPES, SearchConfig, Trial, check_names, make_plan
 from ticketops.tasks import Task, demo_model, load_task, tokenize
+from ticketops.text import structures
 
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
@@ -39,7 +40,7 @@ class Setting:
         tokenizer: of the model.
         model_config: the model's, with the task's labels and the recipe's dropout.
         pretrained: the encoder's weights as the checkpoint has them, float32, on the CPU.
-        splits: split name -> tokenised rows: "train", "validation" and, where held out, "report".
+        splits: split name -> tokenised rows: "train", "validation" and, where there is one, "report".
         head: weights of the task head to start from; empty for one drawn from each trial's seed.
     """
 
@@ -103,9 +104,10 @@ class Setting:
             check_supported(encoder)
             # A search cuts tickets from all heads and FFNs of the architecture, and counts what is left of these.
             if not (held := held_ticket(encoder.config)).is_full:
+                gone = structures(held.heads_pruned, held.ffns_pruned, held.neurons_pruned)
                 raise InputError(
-                    f"model {config.model!r} is pruned already ({held.heads_pruned} heads, {held.ffns_pruned} FFNs and "
-                    f"{held.neurons_pruned} other neurons are gone): give the whole model that it was made from"
+                    f"model {config.model!r} is pruned already ({gone} are gone): give the whole model that it was "
+                    "made from"
                 )
             # Where its files are missing, transformers makes up a tokenizer to which every word is unknown.
             if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -209,7 +211,7 @@ class Setting:
 def _with_rows(config: SearchConfig, task: Task) -> SearchConfig:
     found: dict[str, Any] = {
         "train_rows": len(task.train),
-        "validation_rows": len(task.validation) + len(task.report or ()),
+        "validation_rows": len(task.validation) + (len(task.report or ()) if config.report_fraction else 0),
     }
     return dataclasses.replace(config, **{name: n for name, n in found.items() if getattr(config, name) is not None})
 

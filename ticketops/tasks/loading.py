@@ -49,7 +49,8 @@ def load_task(
         encoding: local data only: encoding of text files; UTF-8 when left out.
         train_rows: how many training rows to use; a seeded, stratified choice that a larger one contains.
         validation_rows: likewise for the validation rows, before any report rows are cut from them.
-        report_fraction: share of the validation rows in [0, 1) that is set apart only to report.
+        report_fraction: share of the validation rows in [0, 1) that is set apart only to report; 0 lets the data's own
+            test split report, where it has labels, and of that as many rows as `validation_rows` at most.
         seed: chooses all of these rows.
         at_most: which of `train_rows` and `validation_rows` are upper bounds: a task that has fewer uses all of them.
 
@@ -70,11 +71,16 @@ def load_task(
             validation_rows = min(validation_rows, len(task.validation))
         train = _limit(task.train, train_rows, "train_rows", "training", seed)
         validation = _limit(task.validation, validation_rows, "validation_rows", "validation", seed)
-        report = None
+        report, test, report_name = None, task.test, ""
         if report_fraction:
+            report_name = f"{100 * report_fraction:g} % of the validation rows, held out"
             validation, report = hold_out(
                 validation, task.columns, max(1, round(report_fraction * len(validation))), seed
             )
+        elif test is not None and "label" in test.column_names:
+            report, test, report_name = test, None, "the data's own test split"
+            if validation_rows is not None:
+                report = take(report, min(validation_rows, len(report)), seed)
     for role, rows in (("training", train), ("validation", validation)):
         if not len(rows):
             raise InputError(f"task {task.name} has no {role} rows left: give it more distinct rows")
@@ -82,7 +88,9 @@ def load_task(
         raise InputError(
             f"every training row of task {task.name} has the label {only}: give rows of two labels or more"
         )
-    task = dataclasses.replace(task, train=train, validation=validation, report=report)
+    task = dataclasses.replace(
+        task, train=train, validation=validation, report=report, report_name=report_name, test=test
+    )
     doubts = _doubts(task)
     for doubt in doubts:
         logger.warning("task %s: %s", task.name, doubt)

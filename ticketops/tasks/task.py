@@ -82,9 +82,10 @@ class Task:
         train: rows to train on: the text columns and `label`.
         validation: rows that select.
         validation_name: where the validation rows came from, such as `validation`, `dev` or `held out of reviews.csv`.
-        report: rows that only report, cut from the validation rows; None when the validation rows do both.
-        test: rows of the data's own test split, without a column `label` where its labels are hidden; they never
-            select. None where there is no such split.
+        report: rows that only report; None when the validation rows do both.
+        report_name: where the report rows came from.
+        test: rows of the data's own test split that are not used: its labels are hidden (it has no column `label`), or
+            others report. None where there are none.
         remarks: how the data were read where that is not plain, and what looks wrong with them, a sentence each.
     """
 
@@ -97,6 +98,7 @@ class Task:
     validation: datasets.Dataset
     validation_name: str
     report: datasets.Dataset | None = None
+    report_name: str = ""
     test: datasets.Dataset | None = None
     remarks: tuple[str, ...] = ()
 
@@ -171,9 +173,10 @@ class Task:
         """Says in one line what the task is: rows, which split does what, labels, metrics, the majority's score."""
         rows = f"{len(self.train):,} training and {len(self.validation):,} validation rows ({self.validation_name})"
         if self.report is not None:
-            rows += f", {len(self.report):,} report rows"
+            rows += f", {len(self.report):,} report rows" + (f" ({self.report_name})" if self.report_name else "")
         if self.test is not None:
-            rows += f", {len(self.test):,} test rows{'' if 'label' in self.test.column_names else ' without labels'}"
+            hidden = "" if "label" in self.test.column_names else " without labels"
+            rows += f", {len(self.test):,} test rows{hidden}, which are not used"
         remarks = "".join(f"; {remark}" for remark in self.remarks)
         if self.kind == "regression":
             return f"{self.name}: {rows}, regression, metrics {', '.join(self.metrics)}{remarks}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from ticketops.errors import InputError
 from ticketops.ops import importance as ops
 from ticketops.ops.importance.reference import normalized
+from ticketops.text import count
 from ticketops.tickets import storage
 
 Granularity = Literal["example", "token", "batch"]
@@ -287,8 +288,9 @@ class Importance:
     @property
     def _meaning(self) -> str:
         rows = f", {self.sequences_per_example} sequences an example" if self.sequences_per_example > 1 else ""
-        neurons = f" and {self.num_neurons} neurons" if self.num_neurons is not None else ""
-        return f"{self.num_layers} layers x {self.num_heads} heads{neurons} per {self.granularity}{rows}"
+        neurons = f" and {count(self.num_neurons, 'neuron')}" if self.num_neurons is not None else ""
+        shape = f"{count(self.num_layers, 'layer')} x {count(self.num_heads, 'head')}{neurons}"
+        return f"{shape} per {self.granularity}{rows}"
 
     @property
     def _sums(self) -> "tuple[_Sums, _Sums, _Sums]":

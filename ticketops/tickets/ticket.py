@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
+from ticketops.text import count, structures
 from ticketops.tickets import storage
 from ticketops.tickets.weights import WeightCounts
 
@@ -166,13 +167,13 @@ class Ticket:
         """
         if (self.num_layers, self.num_heads) != (layers, heads):
             raise InputError(
-                f"a ticket for {self.num_layers} layers x {self.num_heads} heads does not fit {layers} layers x "
-                f"{heads} heads; use a ticket made for this architecture"
+                f"a ticket for {count(self.num_layers, 'layer')} x {count(self.num_heads, 'head')} does not fit "
+                f"{count(layers, 'layer')} x {count(heads, 'head')}; use a ticket made for this architecture"
             )
         mine = self._neuron_mask
         if mine is not None and neurons is not None and mine.shape[1] != neurons:
             raise InputError(
-                f"a ticket for FFNs of {mine.shape[1]} neurons does not fit FFNs of {neurons}; use a "
+                f"a ticket for FFNs of {count(mine.shape[1], 'neuron')} does not fit FFNs of {neurons}; use a "
                 "ticket made for this architecture"
             )
 
@@ -326,20 +327,19 @@ class Ticket:
         return self._head_mask, self._ffn_mask, self._neuron_mask
 
     def __repr__(self) -> str:
-        pruned = f"{self.heads_pruned} heads and {self.ffns_pruned} FFNs pruned"
-        if self._neuron_mask is not None:
-            pruned = f"{self.heads_pruned} heads, {self.ffns_pruned} FFNs and {self.neurons_pruned} neurons pruned"
-        return f"<Ticket: {self.num_layers} layers x {self.num_heads} heads, {pruned}>"
+        neurons = None if self._neuron_mask is None else self.neurons_pruned
+        pruned = f"{structures(self.heads_pruned, self.ffns_pruned, neurons)} pruned"
+        return f"<Ticket: {count(self.num_layers, 'layer')} x {count(self.num_heads, 'head')}, {pruned}>"
 
     def __str__(self) -> str:
         width = max(len("heads"), 2 * self.num_heads - 1)
         neurons = [""] * self.num_layers
-        pruned = f"{self.ffns_pruned} of {self.num_layers} FFNs pruned"
+        pruned = f"{self.ffns_pruned} of {count(self.num_layers, 'FFN')} pruned"
         if self._neuron_mask is not None:
             each = self._neuron_mask.shape[1]
             neurons = [f"  {kept}/{each}" for kept in self._neuron_mask.sum(1).tolist()]
             left = int(self._ffn_mask.sum()) * each
-            pruned += f", and {self.neurons_pruned} of the {left} neurons of the others"
+            pruned += f", and {self.neurons_pruned} of the {count(left, 'neuron')} of the others"
         rows = [f"layer  {'heads':<{width}}  FFN{'  neurons' * (self._neuron_mask is not None)}"]
         for layer, (heads, ffn) in enumerate(zip(self._head_mask.tolist(), self._ffn_mask.tolist(), strict=True)):
             blocks = " ".join("■" if kept else "·" for kept in heads)
@@ -347,5 +347,5 @@ class Ticket:
                 f"{layer:>5}  {blocks:<{width}}  {' ■' if ffn else ' ·'}{neurons[layer] and ' '}{neurons[layer]}"
             )
         heads_total = self.num_layers * self.num_heads
-        rows.append(f"■ kept, · pruned: {self.heads_pruned} of {heads_total} heads and {pruned}")
+        rows.append(f"■ kept, · pruned: {self.heads_pruned} of {count(heads_total, 'head')} and {pruned}")
         return "\n".join(rows)
