@@ -120,6 +120,7 @@ def open_source(path: Path, encoding: str | None = None) -> Source:
     except LookupError as error:
         raise InputError(f"encoding {encoding!r} is unknown: give utf-8, latin-1, utf-16 or the like") from error
     opener: Callable[[Path, str], Source] = _open_saved
+    kind = ""
     if not path.is_dir():
         check_regular(path)
         kind = extension(path)
@@ -127,7 +128,7 @@ def open_source(path: Path, encoding: str | None = None) -> Source:
             names = ", ".join(FORMATS)
             raise InputError(f"file {path} has an unknown extension: use one of {names}; text may be compressed (.gz)")
         opener = FORMATS[kind]
-    with _refusing(path, encoding):
+    with _refusing(path, encoding if kind in _TEXT_FORMATS else ""):
         if path.is_file():
             with path.open("rb") as stream:
                 if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
@@ -155,17 +156,18 @@ def check_regular(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _refusing(path: Path, encoding: str) -> Iterator[None]:
-    """Turns whatever the readers raise on a damaged file into an error of one line."""
+def _refusing(path: Path, encoding: str = "") -> Iterator[None]:
+    """Turns whatever the readers raise on a damaged file into an error of one line; only text has an encoding."""
     try:
         yield
     except InputError:
         raise
     except UnicodeError as error:
-        raise InputError(_undecodable(path, encoding)) from error
+        problem = _undecodable(path, encoding) if encoding else f"{path} is damaged ({error}): write it again"
+        raise InputError(problem) from error
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise InputError(f"file {path} is damaged, or not all of it is there ({error}): compress it again") from error
-    except (pa.ArrowException, LookupError, ValueError, TypeError) as error:
+    except (pa.ArrowException, LookupError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is damaged, or not what its name says ({reason}): write it again") from error
     except OSError as error:
@@ -174,14 +176,14 @@ def _refusing(path: Path, encoding: str) -> Iterator[None]:
 
 
 def _undecodable(path: Path, encoding: str) -> str:
-    with _bytes(path) as stream:
-        content = stream.read()
-    problem = "it has changed while it was read"
+    problem = "somewhere"
     try:
-        content.decode(encoding)
+        with _bytes(path) as stream:
+            stream.read().decode(encoding)
     except UnicodeDecodeError as error:
-        problem = f"byte 0x{content[error.start]:02x} at offset {error.start}"
-    except UnicodeError as error:
+        problem = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+    # What comes after may be damaged, too.
+    except (UnicodeError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         problem = str(error)
     return f"file {path} is not {encoding.upper()} ({problem}): name its encoding, such as --encoding latin-1"
 
@@ -254,7 +256,9 @@ def _open_delimited(path: Path, encoding: str) -> Source:
             for line, fields in itertools.islice(records, headed, None):
                 if len(fields) != len(named):
                     hint = (
-                        "a tab inside a text needs quotes" if delimiter == "\t" else "quote texts that hold a delimiter"
+                        "a tab inside a text needs quotes"
+                        if delimiter == "\t"
+                        else "quote texts that hold a delimiter or a line break"
                     )
                     raise InputError(
                         f"{path}, line {line}: {len(fields)} fields where the header has {len(named)}: {hint}"
@@ -519,8 +523,10 @@ def _open_saved(path: Path, _: str) -> Source:
 def _columnar(path: Path, schema: pa.Schema, tables: Callable[[Sequence[str]], Iterable[Any]]) -> Source:
     def read(columns: Sequence[str]) -> Iterator[Batch]:
         start = 1
-        with _refusing(path, ""):
+        with _refusing(path):
             for table in tables(columns):
+                # Lengths and offsets of a damaged file may point anywhere.
+                table.validate(full=True)
                 found = {name: table.column(name).to_pylist() for name in columns}
                 yield Batch(range(start, start + table.num_rows), found)
                 start += table.num_rows
