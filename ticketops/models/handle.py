@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.adapter import Adapter
-from ticketops.models.boundary import ONLY_FIRST, only_first_tokens
+from ticketops.models.boundary import ONLY_FIRST, Snapshot, only_first_tokens
 from ticketops.models.embeddings import SWAPS
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
 from ticketops.models.inputs import Inputs
@@ -102,6 +102,7 @@ class PatchHandle:
         parameters = inspect.signature(base.forward).parameters.values()
         self.arguments = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._recording: Recording | None = None
+        self.snapshot: Snapshot | None = None
         self._states = [LayerState(self, index, each) for index, each in enumerate(parts)]
         # Of each ticket that was applied, whether it is full and what it keeps of each layer.
         self._known: dict[Ticket | None, tuple[bool, list[Kept]]] = {}
@@ -207,6 +208,7 @@ class PatchHandle:
         Args:
             held: keeps what is there.
         """
+        self.snapshot = None
         neurons = kept_neurons(held, self.num_neurons).tolist()
         parts = map(self.adapter.parts, self.adapter.layers(self._base))
         for state, heads, there, each in zip(self._states, held.head_mask.tolist(), neurons, parts, strict=True):
@@ -299,7 +301,7 @@ class PatchHandle:
         """Marks again where marks are gone: copies, other processes and new parameters have none."""
         if self._has_fsdp(base):
             raise UnsupportedError(_SHARDED)
-        prunable = ((getattr(linear, name, None), frozen) for linear, name, frozen in self._prunable(base))
+        prunable = ((linear._parameters.get(name), frozen) for linear, name, frozen in self._prunable(base))
         if not all(parameter is None or is_frozen_as(parameter, frozen) for parameter, frozen in prunable):
             self._freeze(base)
 
@@ -372,8 +374,8 @@ class PatchHandle:
             importance.feed_from(None)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy that is made while importance is recorded does not record.
-        return {**vars(self), "_recording": None}
+        # A copy that is made while importance is recorded does not record, and has modules of its own.
+        return {**vars(self), "_recording": None, "snapshot": None}
 
     def revert(self) -> None:
         """Gives every module its stock class back; the weights are untouched. Reverting twice is allowed."""
