@@ -100,6 +100,9 @@ class CMakeBuild(build_ext):
             subprocess.run(["cmake", *command], check=True, env=environment)
 
 
+for variable in ("TICKETOPS_NATIVE", "TICKETOPS_CUDA"):
+    if os.environ.get(variable) not in (None, "", "0", "1"):
+        raise SystemExit(f"ticketops: {variable}={os.environ[variable]} is neither 0 nor 1: use one or unset it")
 names = []
 if os.environ.get("TICKETOPS_NATIVE") != "0":
     names = ["_native"] if os.environ.get("TICKETOPS_CUDA") == "0" else ["_native", "_cuda"]

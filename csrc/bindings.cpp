@@ -18,6 +18,7 @@
 #include <unistd.h>
 #endif
 
+#include "built_from.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"
@@ -44,32 +45,44 @@ bool may_use_amx() {
 }
 #endif
 
-// The highest that the processor has and that was compiled, TICKETOPS_ISA at most.
-Isa choose_isa() {
+// Those that were compiled and that the processor has, the lowest first.
+std::vector<Isa> find_isas() {
 #ifdef TICKETOPS_WIDE
-  return Isa::avx512;
+  return {Isa::avx512};
 #endif
-  const char* given = std::getenv("TICKETOPS_ISA");
-  Isa most = Isa::amx;
-  for (Isa each : {Isa::avx2, Isa::avx512, Isa::avx512bf16})
-    if (given && std::string(given) == isa_names[static_cast<int>(each)]) most = each;
-  if (most == Isa::avx2 || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+  std::vector<Isa> found;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(Isa::avx2);
+  if (found.empty() || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-    return Isa::avx2;
+    return found;
+  found.push_back(Isa::avx512);
 #ifdef TICKETOPS_AVX512BF16
-  if (most == Isa::avx512 || !__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return found;
+  found.push_back(Isa::avx512bf16);
 #ifdef TICKETOPS_AMX
-  if (most == Isa::amx && may_use_amx()) return Isa::amx;
+  if (may_use_amx()) found.push_back(Isa::amx);
 #endif
-  return Isa::avx512bf16;
-#else
-  return Isa::avx512;
 #endif
+  return found;
 }
 
-const Isa chosen = choose_isa();
-const char* isa() { return isa_names[static_cast<int>(chosen)]; }
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+const std::vector<Isa> available = find_isas();
+Isa chosen = available.empty() ? Isa::avx2 : available.back();
+const char* name(Isa isa) { return isa_names[static_cast<int>(isa)]; }
+const char* isa() { return name(chosen); }
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (Isa each : available) names.push_back(name(each));
+  return names;
+}
+void use_isa(const std::string& wanted) {
+  for (Isa each : available)
+    if (wanted == name(each)) {
+      chosen = each;
+      return;
+    }
+  throw std::invalid_argument("no instruction set " + wanted);
+}
 bool is_intel() { return __builtin_cpu_is("intel"); }
 #ifdef TICKETOPS_AMX
 #define AMX_KERNEL(...) chosen == Isa::amx ? &amx::__VA_ARGS__:
@@ -86,7 +99,10 @@ bool is_intel() { return __builtin_cpu_is("intel"); }
                                                                                 : &avx2::__VA_ARGS__)
 #else
 const char* isa() { return "generic"; }
-bool supported() { return true; }
+std::vector<std::string> isas() { return {"generic"}; }
+void use_isa(const std::string& wanted) {
+  if (wanted != isa()) throw std::invalid_argument("no instruction set " + wanted);
+}
 bool is_intel() { return false; }
 #define KERNEL(...) (&generic::__VA_ARGS__)
 #endif
@@ -579,8 +595,10 @@ py::capsule new_tensor(const std::vector<int64_t>& shape, bool bf16) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of ticketops that take addresses; use ticketops.ops.";
+  m.attr("built_from") = TICKETOPS_BUILT_FROM;
   m.def("isa", isa, "The instruction set that the kernels use.");
-  m.def("supported", supported, "Whether this processor has what the kernels need.");
+  m.def("isas", isas, "Those that were compiled and that this processor has, the lowest first.");
+  m.def("use_isa", use_isa, "Chooses one of `isas`; the highest is chosen by itself.");
   m.def("is_intel", is_intel, "Whether Intel made the processor.");
   m.def("threads_available", threads_available, "Whether torch's OpenMP runtime was found.");
   const py::call_guard<py::gil_scoped_release> release;

@@ -388,24 +388,15 @@ def _doctor(
         if kernels:
             _print_kernels(as_json, output)
             return
-        from ticketops.ops import cuda_extension, extension, products
-        from ticketops.ops.backends import explain
-        from ticketops.searching import environment
+        from ticketops.inspection import installation
 
-        versions, machine, backends = environment.versions(), environment.machine(), explain()
-        kernels_built = {
-            "native_kernels": extension.status,
-            "cuda_kernels": cuda_extension.status,
-            "float32_products": products.explain(),
-        }
+        found = dataclasses.asdict(installation())
         if as_json:
-            typer.echo(
-                json.dumps({"versions": versions, "machine": machine, "built": kernels_built, "backends": backends})
-            )
+            typer.echo(json.dumps(found))
             return
-        for name, value in {**versions, **machine, **kernels_built}.items():
+        for name, value in {**found["versions"], **found["machine"], **found["built"]}.items():
             typer.echo(f"{name:<18} {'none' if value is None else value}")
-        _print_backends(backends)
+        _print_backends(found["backends"])
 
 
 def _print_backends(rows: list[dict[str, str]]) -> None:
@@ -436,10 +427,10 @@ def _print_support(model: str, revision: str | None, as_json: bool) -> None:
 
 
 def _print_kernels(as_json: bool, output: Path | None) -> None:
-    from ticketops.ops.cuda_report import cuda_table
+    from ticketops.inspection.cuda_report import cuda_table
 
     try:
-        from ticketops.ops.kernel_report import kernel_table, write_table
+        from ticketops.inspection.kernel_report import kernel_table, write_table
     except ModuleNotFoundError as missing:
         raise UnsupportedError(f"--kernels needs {missing.name}: pip install {missing.name}") from missing
     try:

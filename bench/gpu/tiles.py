@@ -151,7 +151,7 @@ def _pointwise_cases() -> Iterator[Case]:
         def ffn_backward(
             x: tuple = (x, *results, x, w1, w2), spans: tuple = (lengths.starts, lengths.lengths)
         ) -> object:
-            return ffn.backward(*x, *spans, None, None, "gelu", True, True, False, False)
+            return ffn.backward(*x, *spans, None, None, "gelu", [True] * 5, True, False, False)
 
         name = f"{tokens} tokens"
         for kernel, call in (("forward_kernel", ffn_forward), ("backward_kernel", ffn_backward)):

@@ -62,7 +62,7 @@ void ffn_backward(const FfnBackward& args) {
           const T* pre = static_cast<const T*>(args.pre) + row * width + first;
           const T* gate = args.gated ? pre + args.neurons : nullptr;
           T* target = static_cast<T*>(args.target) + row * width + first;
-          const T* hidden = static_cast<const T*>(args.hidden) + at;
+          const T* hidden = args.hidden ? static_cast<const T*>(args.hidden) + at : nullptr;
           T* masked = args.masked ? static_cast<T*>(args.masked) + at : nullptr;
           for_row(columns, [&](int64_t i, auto load, auto store) {
             fetch(gradient + i + args.neurons);

@@ -7,7 +7,12 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <condition_variable>
 #include <cstring>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
 
 namespace ticketops {
 namespace {
@@ -42,10 +47,6 @@ Parallel parallel() {
   return found;
 }
 
-// The team of threads does not survive a fork, and waiting for it would hang: a forked child works alone.
-std::atomic<bool> forked{false};
-[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
 struct Job {
   int64_t tasks;
   Body body;
@@ -60,15 +61,66 @@ void work(void* data) {
   for (int64_t task; (task = job.next_task++) < job.tasks;) job.body(job.context, task, thread);
 }
 
+// A fork copies the calling thread, and with it the runtime's note of the team that this thread commands, but none of the
+// team: the first parallel region would wait for it for ever. A thread that is made afterwards commands none yet. So the
+// thread that forked has a deputy, which gets a team of its own.
+class Deputy {
+ public:
+  void run(Job& job, unsigned threads) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    job_ = &job;
+    threads_ = threads;
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return !job_; });
+  }
+
+  // Serves to the end of the process.
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [this] { return job_; });
+      parallel()(work, job_, threads_, 0);
+      job_ = nullptr;
+      changed_.notify_all();
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  Job* job_ = nullptr;
+  unsigned threads_ = 0;
+};
+
+// Of the calling thread. A deputy is never destroyed: after another fork nobody knows who held its mutex.
+thread_local bool has_forked = false;
+thread_local Deputy* deputy = nullptr;
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+  has_forked = true;
+  deputy = nullptr;
+});
+
+// None where the system grants no thread.
+Deputy* find_deputy() {
+  if (deputy) return deputy;
+  auto made = std::make_unique<Deputy>();
+  try {
+    std::thread([made = made.get()] { made->serve(); }).detach();
+  } catch (const std::system_error&) {
+    return nullptr;
+  }
+  return deputy = made.release();
+}
+
 }  // namespace
 
 void run_tasks(int64_t tasks, int threads, Body body, void* context) {
   Job job{tasks, body, context};
   if (threads > tasks) threads = static_cast<int>(tasks);
-  if (threads > 1 && parallel() && !forked)
-    parallel()(work, &job, static_cast<unsigned>(threads), 0);
-  else
-    work(&job);
+  if (threads <= 1 || !parallel()) return work(&job);
+  if (!has_forked) return parallel()(work, &job, static_cast<unsigned>(threads), 0);
+  if (Deputy* found = find_deputy()) return found->run(job, static_cast<unsigned>(threads));
+  work(&job);
 }
 
 bool threads_available() { return parallel() != nullptr; }

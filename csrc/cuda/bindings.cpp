@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "built_from.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -81,6 +82,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("device") = "cuda";
 #endif
   m.attr("built_for") = TICKETOPS_BUILT_FOR;
+  m.attr("built_from") = TICKETOPS_BUILT_FROM;
   m.attr("max_layers") = cuda::max_layers;
   m.attr("max_structures") = cuda::max_structures;
   m.attr("block_vectors") = cuda::block_vectors;

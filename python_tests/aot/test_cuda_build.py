@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from ticketops.errors import UnsupportedError
+from ticketops.inspection.cuda_report import _cuobjdump, cuda_table
 from ticketops.ops import cuda_extension
-from ticketops.ops.cuda_report import _cuobjdump, cuda_table
 
 SWITCHED_OFF = "0" in (os.environ.get("TICKETOPS_NATIVE"), os.environ.get("TICKETOPS_CUDA"))
 NVCC = shutil.which("nvcc") or os.access("/usr/local/cuda/bin/nvcc", os.X_OK)

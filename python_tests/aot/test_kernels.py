@@ -19,7 +19,8 @@ if importlib.util.find_spec("triton") is None:
 import triton
 
 from ticketops import cli
-from ticketops.ops import kernel_report, triton_configs
+from ticketops.inspection import kernel_report
+from ticketops.ops import triton_configs
 from ticketops.ops.triton_common import INTERPRETED
 
 if INTERPRETED:

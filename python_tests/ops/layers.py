@@ -141,13 +141,13 @@ def check(tensors, sequences, dtype, autocast=None, **options):
             assert_as_good(value, plain[name], exact[name], 2 if name == "out" else 3, name, terms)
 
 
-def opcheck(tensors, sequences, bf16, first_tokens):
+def opcheck(tensors, sequences, dtype, first_tokens):
     """What torch checks of an op: of the layer's all, of its gradient's what does not need a formula of its own, with
     weights of another layout and with frozen ones."""
     x, _, weights = tensors
     # Layouts that differ among q, k and v.
     weights = weights._replace(wk=weights.wk.t().contiguous().t())
-    settings = (sequences.max_length, DIM, 0.3, "gelu", 0.0, 0.2, 0.0, 1e-12, 1e-12, bf16, first_tokens)
+    settings = (sequences.max_length, DIM, 0.3, "gelu", 0.0, 0.2, 0.0, 1e-12, 1e-12, dtype, first_tokens)
     where = (sequences.starts, sequences.lengths, torch.tensor([7], device=x.device))
     given = [t.float() if t is not None and t.is_floating_point() else t for t in (x, *weights)]
     leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in given]
@@ -156,6 +156,8 @@ def opcheck(tensors, sequences, bf16, first_tokens):
     given = [t if t is None else t.detach() for t in leaves]
     out, *saved = layer(*given, *where, None, None, None, *settings, False)
     for trained in (False, True):
-        wanted = (trained, trained and weights.w1 is not None, False, False)
+        # Beside all and nothing, some of each kind.
+        some = [trained or name in ("wk", "bo", "b1", "gamma2") for name in PARAMETERS]
+        wanted = (trained, some, trained, trained and weights.w1 is not None, False, False)
         arguments = (torch.randn_like(out), *given, *where, *saved, *settings, *wanted)
         torch.library.opcheck(backward.default, arguments, test_utils=("test_schema", "test_faketensor"))

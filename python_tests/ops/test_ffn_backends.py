@@ -36,7 +36,7 @@ def run(
     out, pre, hidden = module.forward(x, w1, b1, w2, b2, *masks, activation)
     where = (sequences.starts, sequences.lengths)
     gradients = module.backward(
-        dout, out, pre, hidden, x, w1, w2, *where, *masks, activation, weights, True, True, absolute
+        dout, out, pre, hidden, x, w1, w2, *where, *masks, activation, [True] + [weights] * 4, True, True, absolute
     )
     return out, pre, hidden, *gradients
 
@@ -122,7 +122,7 @@ def test_activation_is_exact_to_rounding(backend, activation):
     out, pre, hidden = module.forward(points, one, zero, one, zero, None, None, activation)
     gradient = module.backward(
         torch.ones_like(points), out, pre, hidden, points, one, one, starts, lengths, None, None, activation,
-        False, False, False, False,
+        [True] + [False] * 4, False, False, False,
     )[0]  # fmt: skip
     exact = points.double().requires_grad_()
     want = reference._activate(exact, activation)

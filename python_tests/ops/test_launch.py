@@ -12,6 +12,7 @@ if importlib.util.find_spec("triton") is None:
 
 from triton.backends.compiler import BaseBackend
 
+from ticketops.ops import private
 from ticketops.ops import triton_common as common
 from ticketops.ops.triton_configs import Tile
 
@@ -45,7 +46,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     for name in ("_compiled", "_launched"):
         monkeypatch.setattr(common, name, {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+    monkeypatch.setattr(private, "raw_stream", lambda device: 77)
     return Kernel()
 
 

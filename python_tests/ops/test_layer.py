@@ -288,7 +288,7 @@ def test_only_what_a_ticket_keeps_is_computed():
     sequences, rows = packed_sequences(SHORT)
     x, _, w = inputs(rows, ([1], [3, 4], True))
     w = [t.float() if t is not None and t.is_floating_point() else t for t in w]
-    settings = Settings(13, DIM, 0.3, "gelu", 0.0, 0.0, 0.0, 1e-12, 1e-12, False, False)
+    settings = Settings(13, DIM, 0.3, "gelu", 0.0, 0.0, 0.0, 1e-12, 1e-12, torch.float32, False)
     _, *saved = layer.forward(Inputs(x.float(), Weights(*w), sequences.starts, sequences.lengths, None), settings)
     saved = Saved(*saved)
     assert saved.qkv.shape == (rows, 3, 1, DIM)
@@ -297,11 +297,11 @@ def test_only_what_a_ticket_keeps_is_computed():
 
 
 @pytest.mark.parametrize("ticket", TICKETS)
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("first_tokens", [False, True])
-def test_opcheck(ticket, bf16, first_tokens):
+def test_opcheck(ticket, dtype, first_tokens):
     sequences, rows = packed_sequences(SHORT)
-    opcheck(inputs(rows, ticket), sequences, bf16, first_tokens)
+    opcheck(inputs(rows, ticket), sequences, dtype, first_tokens)
 
 
 def test_frozen_weights_and_second_derivatives():

@@ -794,7 +794,7 @@ def seeds_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("ticket", WHOLE, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
-    [(torch.float32, None), (torch.float16, None)]
+    [(torch.float32, None), (torch.float16, None), (torch.float32, torch.float16)]
     + ([] if common.INTERPRETED else [(torch.float32, torch.bfloat16), (torch.bfloat16, None)]),
 )
 @pytest.mark.parametrize(("per_token", "dropouts"), [(False, (0.1, 0.2, 0.3)), (True, (0.0, 0.0, 0.0))])
@@ -812,7 +812,7 @@ def test_layers(ticket, dtype, autocast, per_token, dropouts, layout, first_toke
 
 
 @pytest.mark.parametrize("ticket", WHOLE, ids=str)
-@pytest.mark.parametrize("autocast", [None] if common.INTERPRETED else [None, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [None, torch.float16] + ([] if common.INTERPRETED else [torch.bfloat16]))
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), (0.1, 0.2, 0.3)])
 @pytest.mark.usefixtures("seeds_one_by_one")
 def test_layers_of_padding_alone(ticket, autocast, dropouts):
@@ -1004,12 +1004,12 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("ticket", WHOLE, ids=str)
-@pytest.mark.parametrize("first_tokens", [False, True])
-def test_opcheck_of_layers(ticket, first_tokens):
+@pytest.mark.parametrize(("first_tokens", "dtype"), [(False, torch.float32), (True, torch.float16)])
+def test_opcheck_of_layers(ticket, first_tokens, dtype):
     sequences, rows = packed_sequences(SHORT)
     x, dout, weights = inputs(rows, ticket)
     tensors = (x.to(DEVICE), dout, Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
-    opcheck_layer(tensors, _to_device(sequences), False, first_tokens)
+    opcheck_layer(tensors, _to_device(sequences), dtype, first_tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64] + ([torch.bfloat16] if common.INTERPRETED else []))

@@ -2,13 +2,13 @@
 
 import importlib
 import importlib.util
-import os
 from functools import cache
 from types import ModuleType
 
 import torch
 
 from ticketops.errors import UnsupportedError
+from ticketops.ops.building import switch
 
 OPS = ("attention", "ffn", "projection", "residual", "rows", "importance", "copies")
 #: Those of them that do the same for every dtype.
@@ -21,6 +21,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference", "triton"),
     "cuda": ("triton", "native", "reference"),
 }
+_NAMES = ("auto", *sorted({name for names in BACKENDS.values() for name in names}))
 #: The native extension's kernels for GPUs stand in modules of their own.
 _MODULES = {("native", "cuda"): "cuda"}
 
@@ -34,13 +35,7 @@ def requested() -> str:
     Raises:
         UnsupportedError: the variable names no backend.
     """
-    name = os.environ.get("TICKETOPS_BACKEND", "auto") or "auto"
-    if name != "auto" and not any(name in names for names in BACKENDS.values()):
-        known = {"auto", "reference", *(backend for backends in BACKENDS.values() for backend in backends)}
-        raise UnsupportedError(
-            f"TICKETOPS_BACKEND={name} is no backend of this build: use one of {', '.join(sorted(known))}"
-        )
-    return name
+    return switch("TICKETOPS_BACKEND", _NAMES) or "auto"
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -134,7 +129,12 @@ def explain() -> list[dict[str, str]]:
     Returns:
         One row a combination, with keys op, device, dtype, backend, why; backend is "none" where a call would be
         refused.
+
+    Raises:
+        UnsupportedError: TICKETOPS_BACKEND names no backend.
     """
+    # A name of no backend is an error of its own, not one of each op.
+    requested()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
     for device in devices:

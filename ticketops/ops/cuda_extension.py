@@ -1,8 +1,6 @@
 """The CUDA part of the native extension, or why it is not there, and how tensors reach it: as addresses, after
 everything about them has been checked."""
 
-import importlib
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,23 +9,14 @@ import torch
 from torch import Tensor
 
 from ticketops.errors import InputError, TicketopsError
+from ticketops.ops.building import load
 
 
 def _load() -> tuple[Any, str]:
-    for variable in ("TICKETOPS_NATIVE", "TICKETOPS_CUDA"):
-        if os.environ.get(variable) == "0":
-            return None, f"{variable}=0 turns the CUDA kernels off"
-    try:
-        extension: Any = importlib.import_module("ticketops._cuda")
-    except ModuleNotFoundError:
-        return None, (
-            "the CUDA kernels are not built: install ticketops again with nvcc at hand and without TICKETOPS_CUDA=0"
-        )
-    except ImportError as error:
-        return None, f"the CUDA kernels cannot be loaded ({error}): install ticketops again"
-    if not hasattr(extension, "built_for"):
-        return None, "the CUDA kernels were built from other sources: install ticketops again"
-    return extension, f"built for {extension.built_for}"
+    extension, reason = load(
+        "ticketops._cuda", ["TICKETOPS_NATIVE", "TICKETOPS_CUDA"], "the CUDA kernels", "with nvcc at hand"
+    )
+    return extension, reason or f"built for {extension.built_for}"
 
 
 #: The module, whose attribute `device` is the type of device that it runs on: "cuda", but "cpu" where tests emulate it.
@@ -65,12 +54,15 @@ def refusal(device: torch.device) -> str | None:
     return problem and f"its kernels cannot run on this GPU ({problem})"
 
 
-def checked(name: str, x: Tensor, dtypes: torch.dtype | tuple[torch.dtype, ...], *shape: int) -> Tensor:
+def checked(
+    name: str, x: Tensor, device: torch.device, dtypes: torch.dtype | tuple[torch.dtype, ...], *shape: int
+) -> Tensor:
     """Makes sure that a tensor is what a kernel will take it for.
 
     Args:
         name: what to call it in a message.
         x: the tensor.
+        device: where the kernel is to run.
         dtypes: what it may have.
         shape: what it must have.
 
@@ -81,10 +73,11 @@ def checked(name: str, x: Tensor, dtypes: torch.dtype | tuple[torch.dtype, ...],
         InputError: it is something else.
     """
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
-    if x.device.type != kernels.device or x.dtype not in dtypes or x.shape != shape or x.layout != torch.strided:
+    there = x.device == device and device.type == kernels.device and x.layout == torch.strided
+    if not there or x.dtype not in dtypes or x.shape != shape:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise InputError(
-            f"the CUDA kernel needs {name} as {kinds} {list(shape)} on {kernels.device}, got {x.dtype} "
+            f"the CUDA kernel needs {name} as {kinds} {list(shape)} on {device}, got {x.dtype} "
             f"{list(x.shape)} on {x.device}"
         )
     # A dimension of one element may have any stride, which then means nothing.

@@ -16,7 +16,7 @@ from ticketops.ops import backends
 from ticketops.ops.dropout import draw_seed
 from ticketops.ops.extension import address, checked, dropout_arguments, native, run
 from ticketops.ops.memory import empty
-from ticketops.ops.registration import define
+from ticketops.ops.registration import check_devices, define
 from ticketops.ops.residual import native as residual
 
 
@@ -61,7 +61,7 @@ def embeddings(
         tables: [V, C] of words, of token types or None, and of positions; float32 or bfloat16, on the CPU.
         ids: int64 or int32, all of one shape [..]; None where the table is.
         padding: of each table a row without a gradient; None for none.
-        weight, bias: [C], of the LayerNorm.
+        weight, bias: [C], of the LayerNorm; any floating dtype.
         dropout_p: in [0, 1).
         eps: added to the variance.
 
@@ -69,8 +69,10 @@ def embeddings(
         [.., C].
 
     Raises:
-        InputError: an id that no row of its table has.
+        InputError: an id that no row of its table has, or tensors on several devices.
     """
+    names = (*_SOURCES, "ids", "token_type_ids", "position_ids", "weight", "bias")
+    check_devices("embeddings", names, (*tables, *ids, weight, bias))
     seed = draw_seed(weight.device) if dropout_p else None
     skipped = [-1 if row is None else row for row in padding]
     return _embeddings_op(*tables, *ids, weight, bias, seed, skipped, dropout_p, eps)[0]
@@ -133,69 +135,76 @@ def embedding_gradient(dout: Tensor, ids: Tensor, rows: int, padding_idx: int) -
 
 
 def _embed(weight: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
-    out = empty((ids.numel(), weight.shape[1]), weight.dtype)
-    return torch.index_select(weight, 0, ids.flatten(), out=out).view(*ids.shape, weight.shape[1])
+    out = empty((*ids.shape, weight.shape[1]), weight.dtype)
+    torch.index_select(weight, 0, ids.flatten(), out=out.view(-1, weight.shape[1]))
+    return out
+
+
+_SOURCES = ("word", "token_type", "position")
 
 
 def _sources(
-    tables: Sequence[Tensor | None], ids: Sequence[Any], weight: Tensor
-) -> tuple[list[Tensor], list[tuple[int, int]], list[int], int]:
-    """Checked tables and ids, to be held while their addresses are used, those addresses, the tables' numbers of rows,
-    and how many tokens there are."""
-    channels, tokens = weight.shape[0], ids[0].numel()
+    tables: Sequence[Tensor | None], ids: Sequence[Any]
+) -> tuple[list[Tensor], list[tuple[int, int]], list[int]]:
+    """Checked tables and ids, to be held while their addresses are used, those addresses, and the tables' numbers of
+    rows."""
+    word = tables[0]
+    assert word is not None
     held: list[Tensor] = []
     addresses, sizes = [], []
-    for table, places in zip(tables, ids, strict=True):
+    for name, table, places in zip(_SOURCES, tables, ids, strict=True):
         if table is None:
             addresses.append((0, 0))
             sizes.append(0)
             continue
-        table = checked("an embedding table", table, weight.dtype, table.shape[0], channels)
-        places = checked("ids", places.flatten().long(), torch.int64, tokens)
+        table = checked(f"the {name} table", table, word.dtype, table.shape[0], word.shape[1])
+        places = checked(f"ids of the {name} table", places.flatten().long(), torch.int64, ids[0].numel())
         held += [table, places]
         addresses.append((address(table), address(places)))
         sizes.append(table.shape[0])
-    return held, addresses, sizes, tokens
+    return held, addresses, sizes
 
 
 def _embed_all(*arguments):
     *sources, weight, bias, seed, _, dropout_p, eps = arguments
-    _held, addresses, sizes, tokens = _sources(sources[:3], sources[3:], weight)
-    channels = weight.shape[0]
-    out = empty((tokens, channels), weight.dtype)
+    (_, channels), dtype, tokens = sources[0].shape, sources[0].dtype, sources[3].numel()
+    _held, addresses, sizes = _sources(sources[:3], sources[3:])
+    out = empty((*sources[3].shape, channels), dtype)
     mean, rstd = empty(tokens), empty(tokens)
+    # The LayerNorm may have another dtype than the tables.
     gamma, beta = (checked("gamma and beta", vector.float(), torch.float32, channels) for vector in (weight, bias))
     run(
         native.embeddings_forward,
-        *(weight.dtype == torch.bfloat16, addresses, sizes, residual.norm(gamma, beta, mean, rstd), address(out)),
+        *(dtype == torch.bfloat16, addresses, sizes, residual.norm(gamma, beta, mean, rstd), address(out)),
         *(tokens, channels, eps, *dropout_arguments(seed, dropout_p)),
     )
-    return out.view(*sources[3].shape, channels), mean, rstd
+    return out, mean, rstd
 
 
 def _embed_all_backward(dout, *arguments):
     *sources, weight, mean, rstd, seed, skipped, dropout_p, wanted = arguments
-    _held, addresses, sizes, tokens = _sources(sources[:3], sources[3:], weight)
-    channels = weight.shape[0]
+    (_, channels), dtype, tokens = sources[0].shape, sources[0].dtype, sources[3].numel()
+    _held, addresses, sizes = _sources(sources[:3], sources[3:])
     gamma = checked("gamma", weight.float(), torch.float32, channels)
     mean, rstd = (checked("mean and rstd", vector, torch.float32, tokens) for vector in (mean, rstd))
-    dout = checked("dout", dout.reshape(-1, channels), weight.dtype, tokens, channels)
-    dz = empty((tokens, channels), weight.dtype)
+    dout = checked("dout", dout.reshape(-1, channels), dtype, tokens, channels)
+    dz = empty((tokens, channels), dtype)
     dgamma, dbeta = empty(channels), empty(channels)
     run(
         native.embeddings_backward,
-        *(weight.dtype == torch.bfloat16, address(dout), addresses, sizes, residual.norm(gamma, None, mean, rstd)),
+        *(dtype == torch.bfloat16, address(dout), addresses, sizes, residual.norm(gamma, None, mean, rstd)),
         *(address(dz), address(dgamma), address(dbeta), tokens, channels, *dropout_arguments(seed, dropout_p)),
     )
     gradients = [
-        embedding_gradient(dz, ids, size, row) if table_wanted else torch.empty(0, dtype=weight.dtype)
+        embedding_gradient(dz, ids, size, row) if table_wanted else dz.new_empty(0)
         for ids, size, row, table_wanted in zip(sources[3:], sizes, skipped, wanted, strict=True)
     ]
     return *gradients, dgamma.to(weight.dtype), dbeta.to(weight.dtype)
 
 
 def _save_sources(ctx, inputs, output):
-    *sources, weight, _, seed, ctx.skipped, ctx.dropout_p, _ = inputs
+    *sources, weight, bias, seed, ctx.skipped, ctx.dropout_p, _ = inputs
+    ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(*sources, weight, *output[1:], seed)
 
 
@@ -205,6 +214,12 @@ def _all_gradients(ctx, dout, *_):
         dout, *ctx.saved_tensors, ctx.skipped, ctx.dropout_p, list(wanted)
     )
     gradients = (table if there else None for table, there in zip(tables, wanted, strict=True))
+    dweight, dbias = (
+        x.to(dtype) if there else None
+        for x, dtype, there in zip(
+            (dweight, dbias), (dweight.dtype, ctx.bias_dtype), ctx.needs_input_grad[6:8], strict=True
+        )
+    )
     return *gradients, None, None, None, dweight, dbias, None, None, None, None
 
 
@@ -229,12 +244,15 @@ def _norm_backward(dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: 
 
 
 def _save_statistics(ctx, inputs, output):
-    x, weight, _, _ = inputs
+    x, weight, bias, _ = inputs
+    ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(x, weight, *output[1:])
 
 
 def _norm_gradients(ctx, dout, *_):
-    return *_layer_norm_backward_op(dout, *ctx.saved_tensors), None
+    dx, dweight, dbias = _layer_norm_backward_op(dout, *ctx.saved_tensors)
+    gradients = zip((dx, dweight, dbias.to(ctx.bias_dtype)), ctx.needs_input_grad[:3], strict=True)
+    return *(gradient if there else None for gradient, there in gradients), None
 
 
 def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:

@@ -1,15 +1,14 @@
 """The native extension, or why it is not there, and how tensors reach it: as addresses, after everything about them has
 been checked."""
 
-import importlib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, UnsupportedError
+from ticketops.ops.building import load, switch
 from ticketops.ops.dropout import keep_threshold
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
@@ -17,19 +16,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
 
 
 def _load() -> tuple[Any, str]:
-    if os.environ.get("TICKETOPS_NATIVE") == "0":
-        return None, "TICKETOPS_NATIVE=0 turns the native extension off"
-    try:
-        extension: Any = importlib.import_module("ticketops._native")
-    except ModuleNotFoundError:
-        return None, (
-            "the native extension is not built: install ticketops again with a C++ compiler at hand and without "
-            "TICKETOPS_NATIVE=0"
-        )
-    except ImportError as error:
-        return None, f"the native extension cannot be loaded ({error}): install ticketops again"
-    if not extension.supported():
+    extension, reason = load(
+        "ticketops._native", ["TICKETOPS_NATIVE"], "the native extension", "with a C++ compiler at hand"
+    )
+    if reason is not None:
+        return None, reason
+    if not extension.isas():
         return None, "the native extension needs a processor with AVX2 and FMA"
+    if isa := switch("TICKETOPS_ISA", extension.isas()):
+        extension.use_isa(isa)
     threads = "torch's threads" if extension.threads_available() else "one thread, since no OpenMP runtime was found"
     return extension, f"{extension.isa()}, {threads}"
 
@@ -92,8 +87,22 @@ def address(x: Tensor | None) -> int:
 
     Returns:
         The address, 0 for None.
+
+    Raises:
+        InputError: it does not lie in the CPU's memory.
+        UnsupportedError: it has no memory, as under a tracer.
     """
-    return 0 if x is None else x.data_ptr()
+    if x is None:
+        return 0
+    if not x.is_cpu or x.layout is not torch.strided:
+        raise InputError(f"the native kernels need strided tensors on the CPU, got {list(x.shape)} on {x.device}")
+    try:
+        return x.data_ptr()
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"the native kernels cannot read a {type(x).__name__} without memory of its own, as under a tracer or a "
+            "transform: set TICKETOPS_BACKEND=reference"
+        ) from error
 
 
 def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ticketops.ops.extension import native
+from ticketops.ops.private import from_dlpack
 
-# What torch.from_dlpack comes to for a capsule, which every result of a kernel is.
-from_dlpack = torch._C._from_dlpack
 _HOST = torch.device("cpu")
 
 

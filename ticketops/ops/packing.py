@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
+from ticketops.ops import private
 from ticketops.ops.products import granule
 from ticketops.ops.rows import move_rows, number_tokens
 
@@ -204,4 +205,4 @@ def check_rows(fine: Tensor, problem: str, wait: bool) -> None:
         if len(bad):
             raise InputError(f"row {int(bad[0])} of the attention mask {problem}")
     else:
-        torch._assert_async(fine.all(), f"a row of the attention mask {problem}")
+        private.assert_on_device(fine.all(), f"a row of the attention mask {problem}")

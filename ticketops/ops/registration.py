@@ -1,17 +1,18 @@
 """How an op enters torch: one schema, one implementation for all devices, one fake for tracing, one autograd
 formula."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ticketops.errors import InputError, UnsupportedError
+from ticketops.ops import private
 
 _library = torch.library.Library("ticketops", "FRAGMENT")
 #: Types of an op's arguments behind which nobody can watch.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype})
 
 
 def _no_second_derivative(name: str) -> Callable:
@@ -38,8 +39,9 @@ def _formula(backward: Callable, setup_context: Callable) -> tuple[Callable, Cal
 
 
 def is_watched(*arguments: object) -> bool:
-    """Whether somebody follows which ops are called: a compiler, a tracer, a dispatch mode, or a tensor of another
-    class or without values. Then the registered op must run; otherwise its implementation may be called as it is.
+    """True if something follows which ops are called: a compiler, a tracer, a transform, a dispatch mode, or a tensor
+    of another class or without values. Then the registered op must run; otherwise its implementation may be called as
+    it is.
 
     Args:
         arguments: of the op.
@@ -47,10 +49,53 @@ def is_watched(*arguments: object) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or private.has_modes()
+        or private.in_transform()
+        or private.in_forward_ad()
         or not _PLAIN.issuperset(map(type, arguments))
         or any(isinstance(x, Tensor) and x.is_meta for x in arguments[:1])
     )
+
+
+def _refuse_transforms(name: str, arguments: tuple[object, ...]) -> None:
+    """Refuses what an op of addresses cannot follow."""
+    if private.in_transform():
+        raise UnsupportedError(
+            f"{name} does not run under torch.func's transforms (vmap, grad, jvp, ...): take gradients with backward() "
+            "or use the stock model"
+        )
+    if private.in_forward_ad() and any(isinstance(x, Tensor) and private.has_tangent(x) for x in arguments):
+        raise UnsupportedError(
+            f"{name} has no forward-mode derivative: take gradients with backward(), or use the stock model"
+        )
+
+
+def check_devices(op: str, names: Iterable[str], arguments: Iterable[object]) -> None:
+    """Checks that all tensors of a call lie on one device and have memory that a kernel can read. Every call needs it:
+    a module may have been moved since the last one, and the kernels get addresses, which say nothing of that.
+
+    Args:
+        op: the op's name, for the message.
+        names: of the arguments.
+        arguments: in the same order; those that are no tensors are passed over.
+
+    Raises:
+        InputError: a tensor on another device than the first, or of a layout that is not strided.
+    """
+    device, first = None, ""
+    for name, x in zip(names, arguments, strict=True):
+        if not isinstance(x, Tensor):
+            continue
+        if device is None:
+            device, first = x.device, name
+        if x.device != device:
+            raise InputError(
+                f"{op} needs all its tensors on one device, got {first} on {device} and {name} on {x.device}: move the "
+                "module and its inputs to one"
+            )
+        if x.layout is not torch.strided:
+            kind = str(x.layout).removeprefix("torch.")
+            raise InputError(f"{op} needs {name} as a dense, strided tensor, got a {kind} one: convert it first")
 
 
 def _differentiable(name: str, below: Callable, backward: Callable, setup_context: Callable) -> Callable:
@@ -73,13 +118,29 @@ def _differentiable(name: str, below: Callable, backward: Callable, setup_contex
     return call
 
 
+def _own(function: Callable) -> Callable:
+    """The same with results that autograd takes for tensors of their own: a view made inside an autograd.Function
+    refuses to be changed in place, as users change what torch's own ops return."""
+
+    def whole(x: object) -> object:
+        if not isinstance(x, Tensor) or x._base is None:
+            return x
+        return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+    def call(*arguments):
+        results = function(*arguments)
+        return whole(results) if isinstance(results, Tensor) else tuple(map(whole, results))
+
+    return call
+
+
 def _apart(function: Callable) -> Callable:
     """The same with results in memory of their own."""
 
     def call(*arguments):
         results, found = function(*arguments), set()
         for x in results:
-            storage = x.untyped_storage()._cdata
+            storage = x.untyped_storage().data_ptr()
             yield x.clone() if x.numel() and storage in found else x
             found.add(storage)
 
@@ -111,6 +172,7 @@ def define(
         ways there and back take as long as a small layer's kernels.
     """
     name = schema.partition("(")[0]
+    forward = _own(forward)
     _library.define(schema)
     _library.impl(name, _apart(forward) if shares else forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ticketops::{name}", fake, lib=_library)
@@ -121,14 +183,25 @@ def define(
     op = getattr(torch.ops.ticketops, name).default
 
     def dispatched(*arguments):
-        with torch._C._AutoDispatchBelowAutograd():
+        with private.below_autograd():
             return op(*arguments)
 
-    _library.impl(name, _differentiable(name, dispatched, backward, setup_context), "Autograd")
+    if private.can_dispatch_below_autograd():
+        _library.impl(name, _differentiable(name, dispatched, backward, setup_context), "Autograd")
+    else:
+        torch.library.register_autograd(f"ticketops::{name}", backward, setup_context=setup_context, lib=_library)
     direct = _differentiable(name, forward, backward, setup_context)
 
+    names = [argument.name for argument in op._schema.arguments]
+
     def call(*arguments):
-        return op(*arguments) if is_watched(*arguments) else direct(*arguments)
+        if not is_watched(*arguments):
+            check_devices(name, names, arguments)
+            return direct(*arguments)
+        if not torch.compiler.is_compiling():
+            check_devices(name, names, arguments)
+            _refuse_transforms(name, arguments)
+        return op(*arguments)
 
     return call
 
@@ -143,7 +216,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         The inputs, cast where needed.
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # On the meta device there is none to ask for.
+    if tensors[0].is_meta or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

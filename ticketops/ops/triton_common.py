@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ticketops.ops import private
+from ticketops.ops.registration import check_devices
 from ticketops.ops.triton_configs import Tile
 
 #: Triton reads TRITON_INTERPRET where a kernel is decorated, so it is fixed once this module is imported.
@@ -126,12 +128,16 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         programs: size of the grid; one flat axis, because the others end at 65535.
         tile: gives warps and stages.
         arguments: the kernel's arguments by name.
+
+    Raises:
+        InputError: a tensor that lies on another device than the first, or has no memory that a kernel could read.
     """
     recording = _recorder.get()
     if recording is not None:
         recording[1](kernel, tile, arguments)
         return
     if INTERPRETED:
+        _check(kernel, arguments)
         kernel[(programs,)](**arguments, **compile_options(tile))
         return
     plan = _plans.get(kernel.fn) or _plan(kernel)
@@ -144,7 +150,12 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         if tensor is None:
             kinds.append(None)
             continue
-        device, address = tensor.device, tensor.data_ptr()
+        # Every time: a module may have been moved since it was launched first, and an address says nothing of that.
+        if device is None:
+            device = tensor.device
+        if tensor.device != device or tensor.layout is not torch.strided:
+            _check(kernel, arguments)
+        address = tensor.data_ptr()
         addresses[place] = address
         kinds.append(tensor.dtype)
         if aligned and address % 16:
@@ -154,9 +165,8 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
             launch(kernel, programs, tile, **arguments)
         return
     key = (kernel.fn, device.index, tile, plan.others(values), *kinds)
-    hooks = triton.knobs.runtime
     # A profiler that is to be told of launches hooks into Triton's own way.
-    watched = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+    watched = private.follows_launches()
     compiled = None if watched else _launched.get(key)
     if compiled is None:
         asked = (kernel.fn, device.index, tile, plan.asked(values), *kinds)
@@ -164,11 +174,17 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         if len(_launched) >= MOST_LAUNCHED:
             _launched.clear()
         if compiled is None:
-            _launched[key] = _compiled[asked] = kernel[(programs,)](**arguments, **compile_options(tile))
+            compiled = kernel[(programs,)](**arguments, **compile_options(tile))
+            if private.can_launch(compiled):
+                _launched[key] = _compiled[asked] = compiled
             return
         _launched[key] = compiled
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses)
+    private.launch_compiled(compiled, programs, private.raw_stream(device.index), addresses)
+
+
+def _check(kernel: Any, arguments: dict[str, Any]) -> None:
+    names = (name.removeprefix("p_") for name in arguments)
+    check_devices(f"the Triton kernel {getattr(kernel.fn, '__name__', '')}", names, arguments.values())
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ def _gradients(ctx, dout, _):
     partial = None
     if ctx.importance_dtype is not None:
         partial = (absolute if ctx.per_token else signed).to(ctx.importance_dtype)
+    dq, dk, dv = (x if there else None for x, there in zip((dq, dk, dv), ctx.needs_input_grad[:3], strict=True))
     return dq, dk, dv, None, None, dmask, partial, None, None, None, None, None, None
 
 

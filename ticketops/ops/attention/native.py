@@ -16,7 +16,7 @@ def _view(name: str, x: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int, i
     if x.dtype == torch.bfloat16 and (x.data_ptr() | 2 * x.stride(0) | 2 * x.stride(1)) % 4 and x.shape[2] % 2 == 0:
         # The kernels read pairs.
         x = x.clone(memory_format=torch.contiguous_format)
-    return x, (x.data_ptr(), x.stride(0), x.stride(1))
+    return x, (address(x), x.stride(0), x.stride(1))
 
 
 def forward(

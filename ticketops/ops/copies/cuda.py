@@ -50,6 +50,7 @@ def prepared(slices: list[Slices], parts: list[Tensor], back: bool) -> Callable[
 def _run(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
     table: list[list[int]] = []
     blocks = 0
+    device = slices[0].tensor.device
     # Tensors whose addresses are in the table live until the kernel is queued.
     alive: list[Tensor] = []
     for each, part in zip(slices, parts, strict=True):
@@ -63,13 +64,15 @@ def _run(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
             else:
                 reference.gather([each], [part])
             continue
+        # A prepared copy runs long after its parts were checked.
+        for name, x in (("a tensor", each.tensor), ("its slices", part), ("their index", each.index)):
+            cuda.checked(name, x, device, x.dtype, *x.shape)
         index = each.index.contiguous()
         alive.append(index)
         table.append([*row[:2], index.data_ptr(), *row[2:], blocks])
         blocks += -(-row[4] // cuda.kernels.block_vectors)
     if not table:
         return
-    device = slices[0].tensor.device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A graph would read the table's memory again when it has long been another's.
         raise UnsupportedError(
@@ -77,7 +80,8 @@ def _run(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
             "optimizer's step copies them: capture forward and backward passes, and step outside the graph"
         )
     on_host = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
-    on_device = cuda.checked("the table", on_host.to(device, non_blocking=True), torch.int64, len(table), _FIELDS)
+    copied = on_host.to(device, non_blocking=True)
+    on_device = cuda.checked("the table", copied, device, torch.int64, len(table), _FIELDS)
     cuda.run(cuda.kernels.copy_table, device, on_device.data_ptr(), len(table), blocks)
 
 

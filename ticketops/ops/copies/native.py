@@ -10,6 +10,7 @@ from torch import Tensor
 from ticketops.errors import InputError
 from ticketops.ops import extension
 from ticketops.ops.copies import Slices, reference
+from ticketops.ops.extension import address
 from ticketops.ops.memory import empty
 
 # csrc/cpu/kernels.h, enum Elements; all else is moved as bytes.
@@ -135,15 +136,13 @@ class Table:
                 target.zero_()
             return
         if index is None:
-            rows, groups, count, address = 1, 1, 1, 0
+            rows, groups, count = 1, 1, 1
         else:
             rows, count = math.prod(part.shape[:dim]), index.shape[0]
             index = index.contiguous()
-            address = index.data_ptr()
         slice_size = size // (rows * count) * (1 if elements else part.element_size())
-        self._rows.extend(
-            (source.data_ptr(), target.data_ptr(), address, rows, groups, count, slice_size, elements, way)
-        )
+        addresses = (address(source), address(target), address(index))
+        self._rows.extend((*addresses, rows, groups, count, slice_size, elements, way))
         self._alive += (source, target, index)
 
     def run(self) -> None:
@@ -153,8 +152,8 @@ class Table:
             InputError: an index is of no slice; nothing is copied then.
         """
         if self._rows:
-            address, numbers = self._rows.buffer_info()
-            extension.run(extension.native.copy_slices, address, numbers // _FIELDS)
+            table, numbers = self._rows.buffer_info()
+            extension.run(extension.native.copy_slices, table, numbers // _FIELDS)
 
 
 def _part_shape(whole: Tensor, dim: int, groups: int, index: Tensor | None) -> list[int]:

@@ -188,12 +188,10 @@ def _fake_forward(x, w1, b1, w2, *others):
     return x.new_empty(x.shape), x.new_empty((x.shape[0], first)), x.new_empty((x.shape[0], neurons))
 
 
-def _backward(dout, out, pre, hidden, x, *others):
+def _backward(dout, *others):
     *others, blocks, count = others
-    with torch.autocast(x.device.type, enabled=False):
-        return implementation("ffn", x.device, x.dtype).backward(
-            dout, out, pre, hidden, x, *others, **_selected(blocks, count)
-        )
+    with torch.autocast(dout.device.type, enabled=False):
+        return implementation("ffn", dout.device, dout.dtype).backward(dout, *others, **_selected(blocks, count))
 
 
 def _fake_backward(
@@ -209,32 +207,28 @@ def _fake_backward(
     ffn_mask,
     neuron_mask,
     activation,
-    weight_gradients,
+    wanted,
     token_sums,
     neuron_sums,
     neuron_absolute,
     blocks,
     count,
 ):
-    first, channels = w1.shape
-    batch = lengths.shape[0]
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    batch, neurons = lengths.shape[0], w2.shape[1] if blocks is None else blocks.shape[0] * (w2.shape[1] // count)
+    statistics = torch.float64 if dout.dtype == torch.float64 else torch.float32
 
-    def sums(wanted, *shape):
-        return x.new_empty(shape if wanted else (0,), dtype=statistics)
+    def sums(there, *shape):
+        return dout.new_empty(shape if there else (0,), dtype=statistics)
 
-    def weight(*shape):
-        return w1.new_empty(shape if weight_gradients else (0,))
-
+    shapes = (dout.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     return (
-        x.new_empty(x.shape),
-        weight(first, channels),
-        weight(first),
-        weight(channels, w2.shape[1]),
-        weight(channels),
+        *(
+            (dout if like is dout.shape else w1).new_empty(like if there else (0,))
+            for like, there in zip(shapes, wanted, strict=True)
+        ),
         sums(token_sums, batch),
         sums(token_sums, batch),
-        sums(neuron_sums, batch, hidden.shape[1]),
+        sums(neuron_sums, batch, neurons),
     )
 
 
@@ -242,9 +236,9 @@ def _setup_context(ctx, inputs, output):
     (
         x,
         w1,
-        b1,
+        _,
         w2,
-        b2,
+        _,
         starts,
         lengths,
         ffn_mask,
@@ -257,14 +251,20 @@ def _setup_context(ctx, inputs, output):
         ctx.count,
     ) = inputs
     out, pre, hidden = output
-    ctx.biased = b1 is not None, b2 is not None
     ctx.recording = importance is not None
     ctx.neuron_recording = neuron_importance is not None
-    # The output is kept only where a mask gradient will be formed from it.
-    keep_out = ctx.recording or ffn_mask is not None
-    ctx.save_for_backward(
-        out if keep_out else None, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, blocks
+    needs = ctx.needs_input_grad
+    # Each is kept only for the gradients that will be formed from it.
+    kept = {
+        "out": ctx.recording or needs[7],
+        "pre": any(needs[:3]) or ctx.neuron_recording or needs[8],
+        "hidden": needs[3] or ctx.neuron_recording or needs[8],
+        "x": needs[1],
+    }
+    out, pre, hidden, x = (
+        tensor if there else None for tensor, there in zip((out, pre, hidden, x), kept.values(), strict=True)
     )
+    ctx.save_for_backward(out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, blocks)
     ctx.importance_dtypes = [None if sink is None else sink.dtype for sink in (importance, neuron_importance)]
 
 
@@ -276,7 +276,7 @@ def _gradients(ctx, dout, *_):
         raise UnsupportedError(
             "per-token neuron importance and a trainable neuron_mask need two passes: record without training the mask"
         )
-    dx, dw1, db1, dw2, db2, signed, absolute, by_neuron = _ffn_backward_op(
+    *gradients, signed, absolute, by_neuron = _ffn_backward_op(
         dout,
         out,
         pre,
@@ -289,23 +289,20 @@ def _gradients(ctx, dout, *_):
         ffn_mask,
         neuron_mask,
         ctx.activation,
-        any(needs[1:5]),
+        list(needs[:5]),
         ctx.recording or mask_wanted,
         ctx.neuron_recording or neuron_mask_wanted,
         ctx.per_token and ctx.neuron_recording,
         blocks,
         ctx.count,
     )
-    weights = (None, None, None, None)
-    if any(needs[1:5]):
-        db1, db2 = (bias if there else None for bias, there in zip((db1, db2), ctx.biased, strict=True))
-        weights = (dw1, db1, dw2, db2)
     dmask = signed.sum() if mask_wanted else None
     dneuron_mask = by_neuron.sum(0) if neuron_mask_wanted else None
     dtype, neuron_dtype = ctx.importance_dtypes
     partial = (absolute if ctx.per_token else signed).to(dtype) if ctx.recording else None
     neuron_partial = by_neuron.to(neuron_dtype) if ctx.neuron_recording else None
-    return dx, *weights, None, None, dmask, dneuron_mask, partial, neuron_partial, None, None, None, None
+    gradients = [gradient if there else None for gradient, there in zip(gradients, needs[:5], strict=True)]
+    return *gradients, None, None, dmask, dneuron_mask, partial, neuron_partial, None, None, None, None
 
 
 _ffn_op = define(
@@ -318,9 +315,9 @@ _ffn_op = define(
     _setup_context,
 )
 _ffn_backward_op = define(
-    "ffn_backward(Tensor dout, Tensor? out, Tensor pre, Tensor hidden, Tensor x, Tensor w1, Tensor w2, Tensor starts, "
-    "Tensor lengths, Tensor? ffn_mask, Tensor? neuron_mask, str activation, bool weight_gradients, bool token_sums, "
-    "bool neuron_sums, bool neuron_absolute, Tensor? blocks, int count) "
+    "ffn_backward(Tensor dout, Tensor? out, Tensor? pre, Tensor? hidden, Tensor? x, Tensor w1, Tensor w2, "
+    "Tensor starts, Tensor lengths, Tensor? ffn_mask, Tensor? neuron_mask, str activation, bool[] wanted, "
+    "bool token_sums, bool neuron_sums, bool neuron_absolute, Tensor? blocks, int count) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,

@@ -1,11 +1,13 @@
 """The masked FFN on the CPU: csrc/cpu/ffn.cpp between torch's matrix products."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
 from ticketops.ops.extension import address, checked, native, refusal, run
-from ticketops.ops.ffn.reference import first_places
+from ticketops.ops.ffn.reference import first_places, zeros
 from ticketops.ops.memory import empty
 from ticketops.ops.products import gradient_product, product
 
@@ -69,7 +71,7 @@ def activate(
 def activate_backward(
     gradient: Tensor,
     pre: Tensor,
-    hidden: Tensor,
+    hidden: Tensor | None,
     masked: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
@@ -86,7 +88,7 @@ def activate_backward(
     Args:
         gradient: contiguous [T, N], changed.
         pre: [T, N], the activation's input; [T, 2N] with the gate.
-        hidden: [T, N], what came of it before the mask.
+        hidden: [T, N], what came of it before the mask; None where neither `masked` nor the sums of neurons are wanted.
         masked: [T, N] to receive hidden * neuron_mask, or None.
         neuron_mask: float32 [N], or None for ones.
         activation: "gelu", "gelu_tanh" or "relu".
@@ -109,6 +111,7 @@ def activate_backward(
     pre = checked("pre", pre, pre.dtype, tokens, first)
     target = gradient if target is None else checked("target", target, pre.dtype, tokens, first)
     hidden = checked("hidden", hidden, pre.dtype, tokens, neurons)
+    masked = checked("masked", masked, pre.dtype, tokens, neurons)
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
     neuron_mask = checked("neuron_mask", neuron_mask, torch.float32, neurons)
@@ -232,9 +235,9 @@ def forward(
 def backward(
     dout: Tensor,
     out: Tensor | None,
-    pre: Tensor,
-    hidden: Tensor,
-    x: Tensor,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+    x: Tensor | None,
     w1: Tensor,
     w2: Tensor,
     starts: Tensor,
@@ -242,65 +245,61 @@ def backward(
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
-    weight_gradients: bool,
+    wanted: Sequence[bool],
     token_wanted: bool,
     neuron_sums: bool,
     neuron_absolute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ticketops.ops.ffn.reference.backward.
-
-    Returns:
-        dx; dw1, db1, dw2, db2; the signed and absolute sums of <dOut, Y> over each sequence's tokens; the sums of G * H
-        over each sequence's tokens.
-    """
-    (tokens, channels), first, neurons, batch = x.shape, w1.shape[0], w2.shape[1], lengths.shape[0]
-    dout = checked("dout", dout, x.dtype, tokens, channels)
+    """See ticketops.ops.ffn.reference.backward."""
+    (tokens, channels), first, neurons, batch = dout.shape, w1.shape[0], w2.shape[1], lengths.shape[0]
+    dout = checked("dout", dout, dout.dtype, tokens, channels)
     scale = 1.0 if ffn_mask is None else float(ffn_mask)
-    signed = absolute = torch.empty(0, dtype=torch.float32)
+    signed, absolute, by_neuron = (torch.empty(0, dtype=torch.float32, device=dout.device) for _ in range(3))
     if not scale:
-        dw1, db1, dw2, db2 = (
-            x.new_zeros(shape if weight_gradients else (0,))
-            for shape in ((first, channels), (first,), (channels, neurons), (channels,))
-        )
-        by_neuron = torch.zeros((batch, neurons) if neuron_sums else (0,), dtype=torch.float32)
-        signed, absolute = (torch.zeros(batch if token_wanted else 0, dtype=torch.float32) for _ in range(2))
-        return torch.zeros_like(x), dw1, db1, dw2, db2, signed, absolute, by_neuron
+        by_neuron = dout.new_zeros((batch, neurons) if neuron_sums else (0,), dtype=torch.float32)
+        signed, absolute = (dout.new_zeros(batch if token_wanted else 0, dtype=torch.float32) for _ in range(2))
+        return *zeros(dout, w1, w2, wanted), signed, absolute, by_neuron
     if token_wanted:
-        out = checked("out", out, x.dtype, tokens, channels)
+        out = checked("out", out, dout.dtype, tokens, channels)
         assert out is not None
         signed, absolute = token_sums(dout, out, starts, lengths, scale)
-    else:
-        absolute = torch.empty_like(signed)
 
     active = _active(neuron_mask)
     rows = None if active is None else first_places(active, neurons, first != neurons)
     if neuron_mask is not None and active is not None:
-        pre, hidden, w1, w2, neuron_mask = (
-            pre[:, rows],
-            hidden[:, active],
-            w1[rows],
-            w2[:, active],
-            neuron_mask[active],
-        )
+        w1, w2, neuron_mask = w1[rows], w2[:, active], neuron_mask[active]
+        pre = None if pre is None else pre[:, rows]
+        hidden = None if hidden is None else hidden[:, active]
     dy = dout if scale == 1 else dout * scale
-    # [T, n], turned from dY W2 into the gradient of `pre`, in place where that has the same shape.
-    gradient = product(dy, w2)
-    dpre = gradient if first == neurons else torch.empty_like(pre, memory_format=torch.contiguous_format)
+    dx, dw1, db1, dw2, db2 = (dout.new_empty(0) for _ in range(5))
+    through = neuron_sums or any(wanted[:3])
     masked = None
-    if weight_gradients and neuron_mask is not None:
+    if wanted[3] and neuron_mask is not None and hidden is not None:
         masked = empty(hidden.shape, hidden.dtype)
-    db1, by_neuron = activate_backward(
-        *(gradient, pre, hidden, masked, neuron_mask, activation, weight_gradients, neuron_sums, neuron_absolute),
-        *(starts, lengths, None if first == neurons else dpre),
-    )
-    if neuron_sums:
-        by_neuron = _spread(by_neuron, active, 1, neurons)
-    dx = product(dpre, w1)
-    dw1, dw2, db2 = (x.new_empty(0) for _ in range(3))
-    db1 = db1.to(x.dtype)
-    if weight_gradients:
-        dw1 = _spread(gradient_product(dpre, x), rows, 0, first)
-        db1 = _spread(db1, rows, 0, first)
-        dw2 = _spread(gradient_product(dy, hidden if masked is None else masked), active, 1, neurons)
-        db2 = column_sums(dy).to(x.dtype)
+        if not through:
+            masked.copy_(hidden.float() * neuron_mask)
+    if through:
+        assert pre is not None
+        # [T, n], turned from dY W2 into the gradient of `pre`, in place where that has the same shape.
+        gradient = product(dy, w2)
+        dpre = gradient if first == neurons else torch.empty_like(pre, memory_format=torch.contiguous_format)
+        sums, by_neuron = activate_backward(
+            *(gradient, pre, hidden, masked, neuron_mask, activation, wanted[2], neuron_sums, neuron_absolute),
+            *(starts, lengths, None if first == neurons else dpre),
+        )
+        if neuron_sums:
+            by_neuron = _spread(by_neuron, active, 1, neurons)
+        if wanted[0]:
+            dx = product(dpre, w1)
+        if wanted[1]:
+            assert x is not None
+            dw1 = _spread(gradient_product(dpre, x), rows, 0, first)
+        if wanted[2]:
+            db1 = _spread(sums.to(dout.dtype), rows, 0, first)
+    if wanted[3]:
+        hidden = hidden if masked is None else masked
+        assert hidden is not None
+        dw2 = _spread(gradient_product(dy, hidden), active, 1, neurons)
+    if wanted[4]:
+        db2 = column_sums(dy).to(dout.dtype)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron

@@ -1,5 +1,7 @@
 """The definition of the masked FFN in plain PyTorch: what every other backend is tested against."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -97,9 +99,9 @@ def forward(
 def backward(
     dout: Tensor,
     out: Tensor | None,
-    pre: Tensor,
-    hidden: Tensor,
-    x: Tensor,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+    x: Tensor | None,
     w1: Tensor,
     w2: Tensor,
     starts: Tensor,
@@ -107,7 +109,7 @@ def backward(
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
-    weight_gradients: bool,
+    wanted: Sequence[bool],
     token_sums: bool,
     neuron_sums: bool,
     neuron_absolute: bool,
@@ -120,25 +122,27 @@ def backward(
     Of a gated FFN, with U = x V^T + c and H = act(A) * U:
         dA = G n U act'(A),   dU = G n act(A),   and [dA, dU] stands for dA in what follows from it.
 
+    Args:
+        pre: None where no more than dw2, db2 and `token_sums` is wanted.
+        hidden: None where neither dw2 nor the sums of neurons are.
+        x: None where dw1 is not wanted.
+        wanted: which of dx, dw1, db1, dw2 and db2 are.
+
     Returns:
-        dx; dw1, db1, dw2, db2 (empty unless `weight_gradients`); the signed and absolute sums of <dOut, Y> over each
+        dx, dw1, db1, dw2, db2 (each empty unless wanted); the signed and absolute sums of <dOut, Y> over each
         sequence's tokens [B] (empty unless `token_sums`); the sums of G * H over each sequence's tokens [B, N], of its
         absolute value with `neuron_absolute` (empty unless `neuron_sums`).
     """
     first, channels = w1.shape
     neurons, batch = w2.shape[1], len(lengths)
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    statistics = torch.float64 if dout.dtype == torch.float64 else torch.float32
 
-    def sums(wanted: bool, *shape: int) -> Tensor:
-        return x.new_zeros(shape if wanted else (0,), dtype=statistics)
+    def sums(there: bool, *shape: int) -> Tensor:
+        return dout.new_zeros(shape if there else (0,), dtype=statistics)
 
     signed, absolute, by_neuron = sums(token_sums, batch), sums(token_sums, batch), sums(neuron_sums, batch, neurons)
     if ffn_mask is not None and not ffn_mask:
-        dw1, db1, dw2, db2 = (
-            x.new_zeros(shape if weight_gradients else (0,))
-            for shape in ((first, channels), (first,), (channels, neurons), (channels,))
-        )
-        return torch.zeros_like(x), dw1, db1, dw2, db2, signed, absolute, by_neuron
+        return *zeros(dout, w1, w2, wanted), signed, absolute, by_neuron
     if token_sums:
         assert out is not None
         # [T]
@@ -151,29 +155,53 @@ def backward(
     active, scale = _select_neurons(neuron_mask)
     rows = None if active is None else first_places(active, neurons, first != neurons)
     if active is not None:
-        pre, hidden, w1, w2 = pre[:, rows], hidden[:, active], w1[rows], w2[:, active]
+        w1, w2 = w1[rows], w2[:, active]
+        pre = None if pre is None else pre[:, rows]
+        hidden = None if hidden is None else hidden[:, active]
     dy = dout if ffn_mask is None else dout * ffn_mask.to(dout.dtype)
-    # [T, n]
-    gradient = dy @ w2
+    dx = dw1 = db1 = dw2 = db2 = dout.new_empty(0)
+    if neuron_sums or any(wanted[:3]):
+        # [T, n]
+        gradient = dy @ w2
     if neuron_sums:
+        assert hidden is not None
         terms = gradient.to(statistics) * hidden.to(statistics)
         some = _sequence_sums(terms.abs() if neuron_absolute else terms, starts, lengths)
         by_neuron = some if active is None else by_neuron.index_copy_(1, active, some)
-    if scale is not None:
-        gradient = gradient * scale.to(gradient.dtype)
-    if first == neurons:
-        dpre = _activate_backward(gradient, pre, activation)
-    else:
-        value, gate = pre.chunk(2, 1)
-        dvalue = _activate_backward(gradient * gate, value, activation)
-        dpre = torch.cat((dvalue, gradient * _activate(value, activation)), 1)
-    dx = dpre @ w1
-    dw1 = db1 = dw2 = db2 = x.new_empty(0)
-    if weight_gradients:
-        masked = hidden if scale is None else hidden * scale.to(hidden.dtype)
-        dw1, db1, dw2, db2 = dpre.t() @ x, dpre.sum(0), dy.t() @ masked, dy.sum(0)
-        if active is not None and rows is not None:
-            dw1 = x.new_zeros((first, channels)).index_copy_(0, rows, dw1)
-            db1 = x.new_zeros(first).index_copy_(0, rows, db1)
-            dw2 = x.new_zeros((channels, neurons)).index_copy_(1, active, dw2)
+    if any(wanted[:3]):
+        assert pre is not None
+        if scale is not None:
+            gradient = gradient * scale.to(gradient.dtype)
+        if first == neurons:
+            dpre = _activate_backward(gradient, pre, activation)
+        else:
+            value, gate = pre.chunk(2, 1)
+            dvalue = _activate_backward(gradient * gate, value, activation)
+            dpre = torch.cat((dvalue, gradient * _activate(value, activation)), 1)
+        if wanted[0]:
+            dx = dpre @ w1
+        if wanted[1]:
+            assert x is not None
+            dw1 = dpre.t() @ x
+        if wanted[2]:
+            db1 = dpre.sum(0)
+    if wanted[3]:
+        assert hidden is not None
+        dw2 = dy.t() @ (hidden if scale is None else hidden * scale.to(hidden.dtype))
+    if wanted[4]:
+        db2 = dy.sum(0)
+    if active is not None and rows is not None:
+        if wanted[1]:
+            dw1 = dout.new_zeros((first, channels)).index_copy_(0, rows, dw1)
+        if wanted[2]:
+            db1 = dout.new_zeros(first).index_copy_(0, rows, db1)
+        if wanted[3]:
+            dw2 = dout.new_zeros((channels, neurons)).index_copy_(1, active, dw2)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron
+
+
+def zeros(dout: Tensor, w1: Tensor, w2: Tensor, wanted: Sequence[bool]) -> Iterator[Tensor]:
+    """The gradients of an FFN whose mask is 0: zeros, empty where they are not wanted."""
+    shapes = (dout.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    for shape, there in zip(shapes, wanted, strict=True):
+        yield dout.new_zeros(shape if there else (0,))

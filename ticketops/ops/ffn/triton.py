@@ -15,6 +15,7 @@ products are those of ops.projection's kernels, and nothing else is touched. A g
 product's columns.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -393,9 +394,9 @@ def forward(
 def backward(
     dout: Tensor,
     out: Tensor | None,
-    pre: Tensor,
-    hidden: Tensor,
-    x: Tensor,
+    pre: Tensor | None,
+    hidden: Tensor | None,
+    x: Tensor | None,
     w1: Tensor,
     w2: Tensor,
     starts: Tensor,
@@ -403,47 +404,60 @@ def backward(
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
-    weight_gradients: bool,
+    wanted: Sequence[bool],
     token_sums: bool,
     neuron_sums: bool,
     neuron_absolute: bool,
     blocks: Tensor | None = None,
     count: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients and importance partials of `forward`; four products (two without weight gradients) and two launches
-    (one where no sum is wanted). With `blocks`, N is the number of selected neurons, but for dw1, db1 and dw2.
-
-    Returns:
-        dx; dw1, db1, dw2, db2 (empty unless `weight_gradients`); the signed and absolute sums of <dOut, Y> over each
-        sequence's tokens [B] (empty unless `token_sums`); the sums of G * H over each sequence's tokens [B, N], of its
-        absolute value with `neuron_absolute` (empty unless `neuron_sums`).
-    """
-    gated, own_db1 = w1.shape[0] != w2.shape[1], weight_gradients and blocks is None
-    if blocks is None:
+    """See ticketops.ops.ffn.reference.backward; a product for each of the gradient of the activations, dx, dw1 and dw2,
+    and two launches (one where no sum is wanted). With `blocks`, N is the number of selected neurons, but for dw1, db1
+    and dw2."""
+    gated, indexed = w1.shape[0] != w2.shape[1], blocks is not None
+    through = neuron_sums or any(wanted[:3])
+    rows, groups = (None, 1) if blocks is None else (first_places(blocks, count, gated), (1 + gated) * count)
+    w1, w2 = (w1.contiguous(), w2.contiguous()) if indexed else (w1, w2)
+    dx, dw1, dw2 = (dout.new_empty(0), *(w1.new_empty(0) for _ in range(2)))
+    if not through:
+        # The kernel still has the sums over tokens to form.
+        gradient = pre = dout.new_empty((dout.shape[0], 0))
+    elif blocks is None:
         gradient = torch.mm(dout, w2)
     else:
-        w1, w2 = w1.contiguous(), w2.contiguous()
         (gradient,) = projection.into(dout, [w2.t()], None, blocks, count)
-    wanted = Wanted(own_db1, weight_gradients, token_sums, neuron_sums, neuron_absolute)
+    assert pre is not None
+    # Of selected neurons, the indexed gradient of w1 sums b1's, too.
+    sums = Wanted(wanted[2] and not (indexed and wanted[1]), wanted[4], token_sums, neuron_sums, neuron_absolute)
+    if not through:
+        neuron_mask = None
     dpre, parts, by_neuron = activation_backward(
-        gradient, dout, out, pre, starts, lengths, ffn_mask, neuron_mask, activation, wanted
+        gradient, dout, out, pre, starts, lengths, ffn_mask, neuron_mask, activation, sums
     )
     (*vectors, _), signed, absolute = finish(parts, starts, lengths, ffn_mask, w1.dtype)
     db1, db2 = (w1.new_empty(0) if vector is None else vector for vector in vectors)
-    if blocks is None:
-        dx = torch.mm(dpre, w1)
-    else:
-        rows, groups = first_places(blocks, count, gated), (1 + gated) * count
-        dx = projection.out_of([dpre], [w1], rows, groups)
-    if not weight_gradients:
-        return dx, w1.new_empty(0), db1, w1.new_empty(0), db2, signed, absolute, by_neuron
-    if blocks is None:
-        return dx, torch.mm(dpre.t(), x), db1, torch.mm(dout.t(), hidden), db2, signed, absolute, by_neuron
-    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
-    # Of selected neurons, the indexed gradient of w1 sums b1's, too.
-    db1 = torch.empty(len(w1), dtype=w1.dtype, device=x.device)
-    projection.gradients([dpre], x, [dw1], [db1], rows, groups)
-    projection.gradients([hidden], dout, [dw2.t()], None, blocks, count)
+    if wanted[0]:
+        dx = torch.mm(dpre, w1) if rows is None else projection.out_of([dpre], [w1], rows, groups)
+    if rows is None or blocks is None:
+        if wanted[1]:
+            assert x is not None
+            dw1 = torch.mm(dpre.t(), x)
+        if wanted[3]:
+            assert hidden is not None
+            dw2 = torch.mm(dout.t(), hidden)
+        return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron
+    if wanted[1]:
+        assert x is not None
+        dw1 = torch.empty_like(w1)
+        both = torch.empty(len(w1), dtype=w1.dtype, device=dout.device) if wanted[2] else None
+        projection.gradients([dpre], x, [dw1], None if both is None else [both], rows, groups)
+        db1 = db1 if both is None else both
+    elif wanted[2]:
+        db1 = db1.new_zeros((groups, len(w1) // groups)).index_copy_(0, rows, db1.view(len(rows), -1)).flatten()
+    if wanted[3]:
+        assert hidden is not None
+        dw2 = torch.empty_like(w2)
+        projection.gradients([hidden], dout, [dw2.t()], None, blocks, count)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ticketops.errors import InputError
 from ticketops.ops import cuda_extension as cuda
 from ticketops.ops.importance import Partials, Ranking, Sums, reference
 
@@ -23,8 +24,8 @@ def score(sums: Sums, partials: Partials, rank: bool) -> Ranking | None:
     device = sums.heads.device
     shapes = {"heads": (layers, heads), "ffns": (len(sums.ffn_counts),)}
     for (name, shape), totals in zip(shapes.items(), (sums.heads, sums.ffns), strict=True):
-        if not cuda.checked(name, totals, torch.float64, *shape).is_contiguous() or totals.device != device:
-            raise ValueError(f"the totals of {name} must be contiguous and on {device}")
+        if not cuda.checked(f"the totals of {name}", totals, device, torch.float64, *shape).is_contiguous():
+            raise InputError(f"the CUDA kernel needs the totals of {name} contiguous, since they are changed in place")
     # The tensors that the addresses are of live until the kernel is queued.
     head_partials = [_checked(x, heads, device) for x in partials.heads]
     ffn_partials = [_checked(x, None, device) for x in partials.ffns]
@@ -55,7 +56,7 @@ def _checked(partial: Tensor | None, heads: int | None, device: torch.device) ->
     shape = (len(partial),) if heads is None else (len(partial), heads)
     if partial.device != device:
         partial = partial.to(device)
-    return cuda.checked("a partial", partial.float(), torch.float32, *shape).contiguous()
+    return cuda.checked("a partial", partial.float(), device, torch.float32, *shape).contiguous()
 
 
 def _table(partials: list[Tensor | None], counts: list[int]) -> list[tuple[int, int, int]]:

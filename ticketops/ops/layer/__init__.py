@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ticketops.errors import InputError
 from ticketops.ops import backends, projection
 from ticketops.ops.dropout import draw_seed
 from ticketops.ops.layer import native
-from ticketops.ops.layer.arguments import GRADIENTS, PARAMETERS, Inputs, Saved, Settings, Wanted, Weights
+from ticketops.ops.layer.arguments import GRADIENTS, PARAMETERS, Inputs, Saved, Settings, Wanted, Weights, needed
 from ticketops.ops.packing import Sequences
 from ticketops.ops.products import compute_dtype
-from ticketops.ops.registration import define, is_watched
+from ticketops.ops.registration import check_devices, define, is_watched
 
 
 def serves_layer(
@@ -37,9 +38,6 @@ def serves_layer(
     """
     dtype = compute_dtype(x)
     if x.dtype != weights.dtype or x.dtype not in (torch.float32, dtype):
-        return False
-    # Of half precision autocast knows two kinds, and `encoder_layer` one.
-    if x.dtype != dtype != torch.bfloat16:
         return False
     backend = backends.common("attention", "ffn", "residual", device=x.device, dtype=dtype)
     if backend == "triton":
@@ -77,8 +75,9 @@ def encoder_layer(
     """Computes one post-LayerNorm encoder layer, where `serves_layer` says so.
 
     Args:
-        x: [T, C] tokens; float32, or bfloat16 in a bfloat16 model.
-        weights: the layer's, in x's dtype; the matrix products run in autocast's.
+        x: [T, C] tokens; float32, or half precision in a model of half precision.
+        weights: the layer's, in x's dtype but for LayerNorms, which may have another; the matrix products run in
+            autocast's.
         sequences: which rows belong together.
         head_dim: D.
         scale: multiplies the scores of attention.
@@ -96,23 +95,46 @@ def encoder_layer(
     Returns:
         [T, C] in x's dtype; [B, C] of `first_tokens`, where the rows of empty sequences hold anything finite and must
         get no gradient.
+
+    Raises:
+        InputError: tensors on several devices, or a parameter of another dtype than the tokens.
     """
+    check_devices("encoder_layer", _NAMES, (x, *weights, sequences.starts, sequences.lengths))
+    _check_dtypes(x, weights)
     computed = (weights.heads is None or len(weights.heads) > 0, True, weights.w1 is not None)
     drops = [p if there else 0.0 for p, there in zip(dropouts, computed, strict=True)]
     seeds = draw_seed(x.device, sum(p > 0 for p in drops)) if any(drops) else None
-    bf16 = compute_dtype(x) == torch.bfloat16
-    fixed: tuple[Any, ...] = (head_dim, scale, activation, *drops, *eps, bf16, first_tokens)
+    dtype = compute_dtype(x)
+    fixed: tuple[Any, ...] = (head_dim, scale, activation, *drops, *eps, dtype, first_tokens)
     settings = Settings(sequences.max_length, *fixed)
     inputs = Inputs(x, weights, sequences.starts, sequences.lengths, seeds)
     if not (torch.is_grad_enabled() or is_watched(x, *weights, *inputs[2:])):
         module = _module(x)
         same = all(p is None or p.dtype == x.dtype for p in weights[:PARAMETERS])
-        if module is native and same and seeds is None and native.is_few(len(x), bf16):
+        if module is native and same and seeds is None and native.is_few(len(x), dtype == torch.bfloat16):
             return native.infer(inputs, settings)
         out: Tensor = module.forward(inputs, settings, keep=False)[0]
         return out
     sinks = (head_importance, ffn_importance, neuron_importance)
     return _encoder_layer_op(x, *weights, *inputs[2:], *sinks, *settings, per_token)[0]
+
+
+#: Of the tensors that a caller gives.
+_NAMES = ("x", *Weights._fields, "starts", "lengths")
+#: LayerNorms may have another dtype than the rest, as where a model in half precision keeps them in float32.
+_NORMS = ("gamma1", "beta1", "gamma2", "beta2")
+
+
+def _check_dtypes(x: Tensor, weights: Weights) -> None:
+    """Raises InputError where a parameter has a dtype that the layer's products cannot take."""
+    for name, parameter in zip(Weights._fields, weights[:PARAMETERS], strict=False):
+        if parameter is None or parameter.dtype == x.dtype:
+            continue
+        if name not in _NORMS or not parameter.is_floating_point() or parameter.dtype == torch.float64:
+            raise InputError(
+                f"encoder_layer needs {name} in the dtype of its tokens, {x.dtype}, got {parameter.dtype}: convert the "
+                "layer to one dtype, of which only LayerNorms may be left out"
+            )
 
 
 #: Where an op's arguments lie: its tensors, the sinks of importance, its settings, and whether sums are of each token's
@@ -157,16 +179,16 @@ def _setup_context(ctx, inputs, output):
     ctx.per_token = inputs[-1]
     ctx.sinks = [None if sink is None else sink.dtype for sink in inputs[_TENSORS:_SINKS]]
     ctx.settings = inputs[_SINKS:-1]
-    ctx.save_for_backward(*inputs[:_TENSORS], *output[1:])
+    tokens, *parameters = ctx.needs_input_grad[: 1 + PARAMETERS]
+    ctx.wanted = Wanted(tokens, parameters, *(sink is not None for sink in ctx.sinks), ctx.per_token)
+    saved = needed(Saved(*output[1:]), ctx.wanted, output[0].new_empty(0))
+    ctx.save_for_backward(*inputs[:_TENSORS], *saved)
 
 
 def _gradients(ctx, dout, *_):
-    # The parameters, behind the residual stream.
-    trained = any(ctx.needs_input_grad[1 : 1 + PARAMETERS])
     heads, ffn, neurons = ctx.sinks
-    wanted = Wanted(trained, ffn is not None, neurons is not None, ctx.per_token)
     dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *parameters = _encoder_layer_backward_op(
-        dout, *ctx.saved_tensors, *ctx.settings, *wanted
+        dout, *ctx.saved_tensors, *ctx.settings, *ctx.wanted
     )
     partials = (
         None if heads is None else (absolute if ctx.per_token else signed).to(heads),
@@ -174,14 +196,15 @@ def _gradients(ctx, dout, *_):
         None if neurons is None else by_neuron.to(neurons),
     )
     # What is not computed has no gradient: None, so that no optimizer sees it.
-    gradients = [p if trained and p.numel() else None for p in parameters]
+    gradients = [p if there and p.numel() else None for p, there in zip(parameters, ctx.wanted.parameters, strict=True)]
     indices = (None,) * (_TENSORS - 1 - PARAMETERS)
-    return dx, *gradients, *indices, *partials, *(None,) * (len(Settings._fields) + 1)
+    return dx if ctx.wanted.tokens else None, *gradients, *indices, *partials, *(None,) * (len(Settings._fields) + 1)
 
 
 def _schema(fields: type) -> str:
     """The fields of a NamedTuple as arguments in torch's schema language."""
     names = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", str: "str", bool: "bool"}
+    names |= {list[bool]: "bool[]", torch.dtype: "ScalarType"}
     return ", ".join(f"{names[hint]} {name}" for name, hint in fields.__annotations__.items())
 
 

@@ -68,7 +68,7 @@ class Settings(NamedTuple):
         attention_dropout, output_dropout, ffn_dropout: probabilities, of attention weights and the results of attention
             and FFN.
         eps1, eps2: of the two LayerNorms.
-        bf16: the products are in bfloat16.
+        dtype: of the products.
         first_tokens: only each sequence's first token is wanted.
     """
 
@@ -81,7 +81,7 @@ class Settings(NamedTuple):
     ffn_dropout: float
     eps1: float
     eps2: float
-    bf16: bool
+    dtype: torch.dtype
     first_tokens: bool
 
 
@@ -100,10 +100,6 @@ class Inputs(NamedTuple):
     starts: Tensor
     lengths: Tensor
     seeds: Tensor | None
-
-    def dtype(self, settings: Settings) -> torch.dtype:
-        """Of the products."""
-        return torch.bfloat16 if settings.bf16 else self.x.dtype
 
     def heads(self, settings: Settings) -> tuple[int, int]:
         """How many heads the weights have, and how many of them are computed."""
@@ -163,19 +159,64 @@ class Saved(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What is wanted of a backward pass beside the gradient of the tokens and the importance of heads.
+    """What is wanted of a backward pass; nothing else is computed.
 
     Attributes:
-        weight_gradients: those of the parameters.
-        ffn_sums: the importance of the FFN.
+        tokens: the gradient of x.
+        parameters: for each of the parameters its gradient.
+        head_sums: the importance of heads.
+        ffn_sums: that of the FFN.
         neuron_sums: that of its neurons.
         per_token: neurons' importance sums absolute values.
     """
 
-    weight_gradients: bool
+    tokens: bool
+    parameters: list[bool]
+    head_sums: bool
     ffn_sums: bool
     neuron_sums: bool
     per_token: bool
+
+    def any(self, *names: str) -> bool:
+        """True if the gradient of any of some parameters is wanted, by their names in Weights."""
+        return any(self.parameters[Weights._fields.index(name)] for name in names)
+
+    def attention(self) -> bool:
+        """True if the gradients of q, k and v are wanted, or the importance of heads, which is found with them."""
+        return self.tokens or self.head_sums or any(self.parameters[:6])
+
+    def projected(self) -> bool:
+        """True if the gradient of what attention adds to the residual stream is wanted, or that of the stream."""
+        return self.attention() or any(self.parameters[6:10])
+
+    def inner(self) -> bool:
+        """True if the gradient of the activation's input is wanted, or the importance of neurons, which is found with
+        it."""
+        return self.projected() or self.neuron_sums or self.any("w1", "b1")
+
+
+def needed(saved: Saved, wanted: Wanted, none: Tensor) -> Saved:
+    """What a backward pass will read of what a forward pass keeps.
+
+    Args:
+        saved: all of it.
+        wanted: of the backward pass.
+        none: stands in for the rest.
+    """
+    read = {
+        "cast_x": wanted.any("wq", "wk", "wv"),
+        "qkv": wanted.attention(),
+        "context": wanted.attention() or wanted.any("wo"),
+        "lse": wanted.attention(),
+        "cast_middle": wanted.any("w1"),
+        "pre": wanted.inner(),
+        "hidden": wanted.neuron_sums or wanted.any("w2"),
+        "w_qkv": wanted.tokens,
+        "w_o": wanted.attention(),
+        "w_1": wanted.projected(),
+        "w_2": wanted.inner(),
+    }
+    return saved._replace(**{name: none for name, there in read.items() if not there})
 
 
 #: Results of a backward pass: dx, five importance partials, the gradients of the parameters.

@@ -10,11 +10,11 @@ from ticketops.ops.embedding import embedding_gradient
 from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
 from ticketops.ops.layer.arguments import (
+    PARAMETERS,
     Inputs,
     Saved,
     Settings,
     Wanted,
-    Weights,
     as_given,
     in_order,
     results,
@@ -80,6 +80,7 @@ def infer(inputs: Inputs, settings: Settings) -> Tensor:
         [T, C], or [B, C] of `first_tokens`.
     """
     (x, weights, starts, lengths, _), s = inputs, settings
+    bf16 = s.dtype == torch.bfloat16
     wq, w1, heads, neurons = weights.wq, weights.w1, weights.heads, weights.neurons
     (tokens, channels), dtype, batch = x.shape, x.dtype, starts.shape[0]
     all_heads, neuron_count = wq.shape[0] // s.head_dim, 0 if w1 is None else w1.shape[0]
@@ -97,7 +98,7 @@ def infer(inputs: Inputs, settings: Settings) -> Tensor:
     out = empty((batch if s.first_tokens else tokens, channels), dtype)
     run(
         native.encoder,
-        *(dtype == torch.bfloat16, s.bf16, ffn.ACTIVATIONS[s.activation], address(x), address(out)),
+        *(dtype == torch.bfloat16, bf16, ffn.ACTIVATIONS[s.activation], address(x), address(out)),
         *([address(p) for p in parameters], address(heads), address(neurons), address(starts), address(lengths)),
         *(batch, tokens, channels, all_heads, s.head_dim, all_heads if heads is None else heads.shape[0]),
         *(neuron_count, neuron_count if neurons is None else neurons.shape[0], s.max_length, s.first_tokens),
@@ -117,7 +118,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
     ffn_weights, heads, neurons = w.ffn(), w.heads, w.neurons
-    tokens, dtype = x.shape[0], inputs.dtype(s)
+    tokens, dtype, bf16 = x.shape[0], s.dtype, s.dtype == torch.bfloat16
     all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     none = x.new_empty(0)
@@ -131,7 +132,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         # one and 2.98 together with the copies (420 tokens; 1.60 and 1.44 with half of the heads), and 18.1 and 16.9
         # of 2,400 tokens (two cores of an Intel Xeon).
         w_qkv = empty((3 * width, x.shape[1]), dtype)
-        biases = empty(3 * width, torch.float32 if s.bf16 else dtype)
+        biases = empty(3 * width, torch.float32)
         for source, target in zip((w.wq, w.wk, w.wv), w_qkv.chunk(3), strict=True):
             copies.select(source, 0, all_heads, heads, dtype, target)
         for source, target in zip((w.bq, w.bk, w.bv), biases.chunk(3), strict=True):
@@ -150,7 +151,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     with as_given(x):
         if count:
             # [T, 3 K D]
-            flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if s.bf16 else product(cast_x, w_qkv.t(), biases)
+            flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if bf16 else product(cast_x, w_qkv.t(), biases)
             qkv = flat.view(tokens, 3, count, s.head_dim)
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
@@ -186,18 +187,18 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     """Gradients and importance partials of `forward`: the chain of those of its parts.
 
     Returns:
-        dx; the signed and absolute partials of the computed heads [B, K]; those of the FFN [B] (empty unless
-        `ffn_sums`); those of its computed neurons [B, N] (empty unless `neuron_sums`); the gradients of the parameters
-        in the order of Weights, empty where the parameter has no part in the result.
+        dx; the signed and absolute partials of the computed heads [B, K]; those of the FFN [B]; those of its computed
+        neurons [B, N]; the gradients of the parameters in the order of Weights. Each is empty unless wanted (partials
+        of heads come with whatever needs attention's gradients), and where the parameter has no part in the result.
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
     heads, neurons = w.heads, w.neurons
-    tokens, batch, dtype = x.shape[0], lengths.shape[0], inputs.dtype(s)
+    tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
     cast = dtype != x.dtype
     all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     gradients: dict[str, Tensor] = {}
-    none = torch.empty(0)
+    none = torch.empty(0, dtype=torch.float32, device=x.device)
     rows = inputs.rows(s)
     left = inputs.left(s)
 
@@ -207,10 +208,18 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         name: str, gradient: Tensor, dim: int = 0, groups: int = 1, index: Tensor | None = None, shared: bool = False
     ) -> None:
         """Copies a gradient where it is not yet the whole parameter's, in its dtype and in memory of its own."""
+        if not wanted.any(name):
+            return
         like = getattr(w, name)
         if shared or index is not None or gradient.dtype != like.dtype:
             gradient = copies.spread(gradient, like, dim, groups, index)
         gradients[name] = gradient
+
+    def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor, ...]:
+        copies.run()
+        results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_order(gradients))
+        # An op's results must be tensors of their own.
+        return tuple(torch.empty_like(none) if x is None or x is none else x for x in results)
 
     with as_given(x):
         ffn_signed, ffn_absolute, by_neuron = none, none, none
@@ -223,20 +232,25 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             doutput = doutput if doutput.ndim > 1 else dmiddle
             if wanted.ffn_sums:
                 ffn_signed, ffn_absolute = ffn.token_sums(doutput, saved.output, *left, 1.0, b2.float())
-            inner = saved.cast_middle if cast else saved.middle
+            if wanted.any("w2"):
+                keep("w2", gradient_product(doutput, saved.hidden), 1, w1.shape[0], neurons)
+            for name, gradient in (("b2", db2), ("gamma2", dgamma2), ("beta2", dbeta2)):
+                keep(name, gradient)
+            if not wanted.inner():
+                return finish()
             dpre = product(doutput, saved.w_2 if saved.w_2.numel() else w2)
             db1, by_neuron = ffn.activate_backward(
-                *(dpre, saved.pre, saved.hidden, None, None, s.activation),
-                *(wanted.weight_gradients, wanted.neuron_sums, wanted.per_token, *left),
+                *(dpre, saved.pre, saved.hidden if wanted.neuron_sums else None, None, None, s.activation),
+                *(wanted.any("b1"), wanted.neuron_sums, wanted.per_token, *left),
                 bias=_bias(b1, neurons),
             )
-            if wanted.weight_gradients:
-                keep("w1", gradient_product(dpre, inner), 0, w1.shape[0], neurons)
-                keep("b1", db1, 0, w1.shape[0], neurons)
-                keep("w2", gradient_product(doutput, saved.hidden), 1, w1.shape[0], neurons)
-                keep("b2", db2)
-                copies.run()
-                copies = Table()
+            if wanted.any("w1"):
+                keep("w1", gradient_product(dpre, saved.cast_middle if cast else saved.middle), 0, w1.shape[0], neurons)
+            keep("b1", db1, 0, w1.shape[0], neurons)
+            copies.run()
+            copies = Table()
+            if not wanted.projected():
+                return finish()
             # Only now, since without a dropout and a cast doutput is the same tensor.
             dmiddle = _add_product(dmiddle, dpre, saved.w_1 if saved.w_1.numel() else w1)
         else:
@@ -253,17 +267,19 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             s.output_dropout,
             second,
         )
-        if of_second:
-            dgamma2, dbeta2 = of_second
         dprojected = dprojected if dprojected.ndim > 1 else dx
-        dx = _scatter(dx, rows, tokens)
-        if wanted.weight_gradients:
-            vectors = {"bo": dbo, "gamma1": dgamma1, "beta1": dbeta1, "gamma2": dgamma2, "beta2": dbeta2}
-            for name, gradient in vectors.items():
-                keep(name, gradient)
-        signed, absolute = torch.empty((batch, 0)), torch.empty((batch, 0))
+        after = ("bo", "gamma1", "beta1", "gamma2", "beta2")
+        for name, gradient in zip(after, (dbo, dgamma1, dbeta1, *of_second), strict=False):
+            keep(name, gradient)
+        width = count * s.head_dim
+        if count and wanted.any("wo"):
+            dwo = gradient_product(dprojected, select(saved.context.view(tokens, width), rows))
+            keep("wo", dwo, 1, all_heads, heads)
+        if not wanted.attention():
+            return finish()
+        dx = _scatter(dx, rows, tokens) if wanted.tokens else none
+        signed, absolute = (none.new_empty((batch, 0)) for _ in range(2))
         if count:
-            width = count * s.head_dim
             dcontext = _scatter(product(dprojected, saved.w_o if saved.w_o.numel() else w.wo), rows, tokens)
             dqkv = empty((tokens, 3, count, s.head_dim), dtype)
             q, k, v = saved.qkv.unbind(1)
@@ -285,25 +301,27 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 first_tokens=s.first_tokens,
             )
             flat = dqkv.view(tokens, 3 * width)
-            if wanted.weight_gradients:
-                dwo = gradient_product(dprojected, select(saved.context.view(tokens, width), rows))
-                keep("wo", dwo, 1, all_heads, heads)
-                dbiases = ffn.column_sums(flat)
-                dweights = gradient_product(flat, saved.cast_x if cast else x).chunk(3)
-                for name, gradient in zip(w._fields[:6], (*dweights, *dbiases.chunk(3)), strict=True):
+            # Where all of q's, k's and v's are wanted one product serves them.
+            taken, parts = saved.cast_x if cast else x, flat.split(width, 1)
+            whole = wanted.parameters[:3] == [True] * 3
+            dweights = gradient_product(flat, taken).chunk(3) if whole else (None,) * 3
+            for name, part, dweight in zip(w._fields[:3], parts, dweights, strict=True):
+                if wanted.any(name):
+                    dweight = gradient_product(part, taken) if dweight is None else dweight
+                    keep(name, dweight, 0, all_heads, heads, shared=whole)
+            if any(wanted.parameters[3:6]):
+                for name, gradient in zip(w._fields[3:6], ffn.column_sums(flat).chunk(3), strict=True):
                     keep(name, gradient, 0, all_heads, heads, shared=True)
-            dx = _add_product(dx, flat, saved.w_qkv)
-        copies.run()
-    results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_order(gradients))
-    # An op's results must be tensors of their own.
-    return tuple(torch.empty(0) if x is None or x is none else x for x in results)
+            if wanted.tokens:
+                dx = _add_product(dx, flat, saved.w_qkv)
+        return finish(dx, signed, absolute)
 
 
 def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tuple[Tensor, ...]:
     """Shapes and dtypes of `forward`'s results, or with `on_gpu` those of the Triton backend, which also keeps `middle`
     where there is no FFN, and copies no weights of heads that are picked."""
     x, w, starts, _, _ = inputs
-    (tokens, channels), dtype = x.shape, inputs.dtype(settings)
+    (tokens, channels), dtype = x.shape, settings.dtype
     cast, head_dim, (_, count) = dtype != x.dtype, settings.head_dim, inputs.heads(settings)
     neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]
 
@@ -348,16 +366,16 @@ def fake_backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings
     def new(*shape: int, there: bool = True) -> Tensor:
         return x.new_empty(shape if there else (0,), dtype=torch.float32)
 
-    def gradient(parameter: Tensor | None, there: bool) -> Tensor:
-        there = there and wanted.weight_gradients
-        return parameter.new_empty(parameter.shape) if there and parameter is not None else new(0)
-
     attends, feeds = count != 0, w.w1 is not None
     neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]
-    parts = dict(zip(Weights._fields, [attends] * 7 + [True] * 3 + [feeds] * 4 + [True] * 2, strict=False))
+    parts = [attends] * 7 + [True] * 3 + [feeds] * 4 + [True] * 2
     return (
-        *(x.new_empty(x.shape), new(batch, count), new(batch, count)),
-        *(new(batch, there=feeds and wanted.ffn_sums), new(batch, there=feeds and wanted.ffn_sums)),
+        x.new_empty(x.shape) if wanted.tokens else new(0),
+        *(new(batch, count, there=wanted.attention()) for _ in range(2)),
+        *(new(batch, there=feeds and wanted.ffn_sums) for _ in range(2)),
         new(batch, neuron_count, there=feeds and wanted.neuron_sums),
-        *(gradient(getattr(w, name), there) for name, there in parts.items()),
+        *(
+            new(0) if p is None or not (part and there) else p.new_empty(p.shape)
+            for p, part, there in zip(w[:PARAMETERS], parts, wanted.parameters, strict=True)
+        ),
     )

@@ -10,6 +10,7 @@ read where they lie, by the kernels of ops.projection.
 import torch
 from torch import Tensor
 
+from ticketops.ops import private
 from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
 from ticketops.ops.layer.arguments import (
@@ -17,12 +18,14 @@ from ticketops.ops.layer.arguments import (
     Saved,
     Settings,
     Wanted,
+    Weights,
     as_given,
     in_order,
     results,
     seeds_of,
     select,
 )
+from ticketops.ops.projection import picked_gradients
 from ticketops.ops.projection import triton as projection
 from ticketops.ops.residual import triton as residual
 
@@ -59,7 +62,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
     ffn_weights, heads = w.ffn(), w.heads
-    (tokens, channels), dtype = x.shape, inputs.dtype(s)
+    (tokens, channels), dtype = x.shape, s.dtype
     all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     cast, width, none = dtype != x.dtype, count * s.head_dim, x.new_empty(0)
@@ -85,7 +88,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         if cast:
             w_1, w_2 = w1, w2
     if sources:
-        torch._foreach_copy_(copies, sources)
+        private.copy_all(copies, sources)
     rows = inputs.rows(s)
     stream = select(x, rows)
     with as_given(x):
@@ -118,7 +121,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 output, middle, None, w.gamma2, w.beta2, ffn_seed, s.ffn_dropout, s.eps2
             )
         else:
-            out, mean2, rstd2 = torch.native_layer_norm(middle, [channels], w.gamma2, w.beta2, s.eps2)
+            out, mean2, rstd2 = _norm(middle, w, s.eps2)
     if not keep:
         return (out,)
     saved = Saved(
@@ -134,119 +137,140 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     tensor."""
     (x, w, starts, lengths, seeds), s = inputs, settings
     heads = w.heads
-    tokens, batch, dtype = x.shape[0], lengths.shape[0], inputs.dtype(s)
+    tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
     cast = dtype != x.dtype
     all_heads, count = inputs.heads(s)
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     gradients: dict[str, Tensor] = {}
     rows = inputs.rows(s)
     left = inputs.left(s)
-    parts, by_neuron, of_ffn = ffn.Parts(None, None, None), None, None
+    none = x.new_empty(0, dtype=torch.float32)
+    by_neuron, parts = none, ffn.Parts(None, None, None)
+    #: Sums over rows, [parts, 3, C], of which the gradients of three vectors each are still to be formed.
+    after_ffn: Tensor | None = None
+    after_attention: Tensor | None = None
+
+    def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor, ...]:
+        named = {("b2", "gamma2", "beta2"): after_ffn, ("bo", "gamma1", "beta1"): after_attention}
+        sums = [x.flatten(1) if x is not None and wanted.any(*names) else None for names, x in named.items()]
+        (db1, *vectors), *of_ffn = ffn.finish(parts._replace(db2=sums[0]), *left, None, torch.float32, sums[1])
+        if db1 is not None:
+            gradients["b1"] = db1
+        for names, three in zip(named, vectors, strict=True):
+            if three is not None:
+                gradients.update(zip(names, three.chunk(3), strict=True))
+        # Sums are in float32.
+        found = {name: gradient.to(getattr(w, name).dtype) for name, gradient in gradients.items() if wanted.any(name)}
+        results = (dx, signed, absolute, *of_ffn, by_neuron, *in_order(found))
+        return tuple(torch.empty_like(none) if result is None or result is none else result for result in results)
+
     with as_given(x):
         if (ffn_weights := w.ffn()) is not None:
             w1, _, w2, _ = ffn_weights
-            doutput, dmiddle, of_ffn = residual.first_stage(
+            doutput, dmiddle, after_ffn = residual.first_stage(
                 dout, saved.output, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, s.ffn_dropout
             )
             doutput = doutput if doutput.ndim > 1 else dmiddle
-            inner = saved.cast_middle if cast else saved.middle
-            dpre, parts, by_neuron = ffn.activation_backward(
-                torch.mm(doutput, saved.w_2 if saved.w_2.numel() else w2),
-                doutput,
-                saved.output,
-                saved.pre,
-                *left,
-                None,
-                None,
-                s.activation,
-                ffn.Wanted(wanted.weight_gradients, False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token),
-            )
-            if wanted.weight_gradients:
-                gradients["w1"] = _product(dpre.t(), inner, w1.dtype)
+            if wanted.any("w2"):
                 gradients["w2"] = _product(doutput.t(), saved.hidden, w2.dtype)
+            if wanted.inner():
+                gradient, pre = torch.mm(doutput, saved.w_2 if saved.w_2.numel() else w2), saved.pre
+            else:
+                gradient = pre = doutput.new_empty((len(doutput), 0))
+            if wanted.inner() or wanted.ffn_sums:
+                sums = ffn.Wanted(wanted.any("b1"), False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token)
+                dpre, parts, by_neuron = ffn.activation_backward(
+                    gradient, doutput, saved.output, pre, *left, None, None, s.activation, sums
+                )
+            if wanted.any("w1"):
+                gradients["w1"] = _product(dpre.t(), saved.cast_middle if cast else saved.middle, w1.dtype)
+            if not wanted.projected():
+                return finish()
             # Only now, since without a dropout and a cast doutput is the same tensor.
             dmiddle = _add_product(dmiddle, dpre, saved.w_1 if saved.w_1.numel() else w1)
         else:
-            dmiddle, dgamma2, dbeta2 = torch.ops.aten.native_layer_norm_backward(
-                dout,
-                saved.middle,
-                [x.shape[1]],
-                saved.mean2[:, None],
-                saved.rstd2[:, None],
-                w.gamma2,
-                w.beta2,
-                [True, wanted.weight_gradients, wanted.weight_gradients],
-            )
-            if wanted.weight_gradients:
-                gradients |= {"gamma2": dgamma2, "beta2": dbeta2}
+            dmiddle, dgamma2, dbeta2 = _norm_backward(dout, saved, w, wanted)
+            gradients |= {"gamma2": dgamma2, "beta2": dbeta2}
+            if not wanted.projected():
+                return finish()
         stream = select(x, rows)
         projected = saved.projected if count else x.new_zeros(stream.shape, dtype=dtype)
-        dprojected, dx, of_attention = residual.first_stage(
+        dprojected, dx, after_attention = residual.first_stage(
             dmiddle, projected, stream, w.bo, w.gamma1, saved.mean1, saved.rstd1, output_seed, s.output_dropout
         )
-        vectors, ffn_signed, ffn_absolute = ffn.finish(
-            parts._replace(db2=None if of_ffn is None else of_ffn.flatten(1)),
-            *left,
-            None,
-            torch.float32,
-            of_attention.flatten(1),
-        )
         dprojected = dprojected if dprojected.ndim > 1 else dx
-        dx = _scatter(dx, rows, tokens)
-        if wanted.weight_gradients:
-            db1, after_ffn, after_attention = vectors
-            if db1 is not None:
-                gradients["b1"] = db1
-            if after_attention is not None:
-                gradients |= zip(("bo", "gamma1", "beta1"), after_attention.chunk(3), strict=True)
-            if after_ffn is not None:
-                gradients |= zip(("b2", "gamma2", "beta2"), after_ffn.chunk(3), strict=True)
-            # Sums are in float32.
-            gradients = {name: gradient.to(getattr(w, name).dtype) for name, gradient in gradients.items()}
+        width = count * s.head_dim
+        if count and wanted.any("wo"):
+            seen = select(saved.context.view(tokens, width), rows)
+            if heads is None:
+                gradients["wo"] = _product(dprojected.t(), seen, w.wo.dtype)
+            else:
+                gradients["wo"] = torch.empty(w.wo.shape, dtype=w.wo.dtype, device=x.device)
+                projection.gradients([seen], dprojected, [gradients["wo"].t()], None, heads, all_heads)
+        if not wanted.attention():
+            return finish()
+        dx = _scatter(dx, rows, tokens) if wanted.tokens else none
         if not count:
-            signed, absolute = (x.new_empty((batch, 0), dtype=torch.float32) for _ in range(2))
+            return finish(dx, *(none.new_empty((batch, 0)) for _ in range(2)))
+        if heads is None:
+            dseen = torch.mm(dprojected, saved.w_o if saved.w_o.numel() else w.wo)
         else:
-            width = count * s.head_dim
-            if heads is None:
-                dseen = torch.mm(dprojected, saved.w_o if saved.w_o.numel() else w.wo)
+            (dseen,) = projection.into(dprojected, [w.wo.t()], None, heads, all_heads)
+        dqkv = torch.empty_like(saved.qkv)
+        q, k, v = saved.qkv.unbind(1)
+        *_, signed, absolute = attention.backward(
+            _scatter(dseen, rows, tokens).view(tokens, count, s.head_dim),
+            q,
+            k,
+            v,
+            saved.context,
+            saved.lse,
+            starts,
+            lengths,
+            None,
+            attention_seed,
+            s.max_length,
+            s.scale,
+            s.attention_dropout,
+            into=dqkv,
+        )
+        flat, taken = dqkv.view(tokens, 3 * width), saved.cast_x if cast else x
+        dparts = flat.view(tokens, 3, width).unbind(1)
+        if heads is None:
+            if all(wanted.parameters[:3]):
+                gradients |= zip(w._fields[:3], _product(flat.t(), taken, w.wq.dtype).chunk(3), strict=True)
             else:
-                (dseen,) = projection.into(dprojected, [w.wo.t()], None, heads, all_heads)
-            dqkv = torch.empty_like(saved.qkv)
-            q, k, v = saved.qkv.unbind(1)
-            *_, signed, absolute = attention.backward(
-                _scatter(dseen, rows, tokens).view(tokens, count, s.head_dim),
-                q,
-                k,
-                v,
-                saved.context,
-                saved.lse,
-                starts,
-                lengths,
-                None,
-                attention_seed,
-                s.max_length,
-                s.scale,
-                s.attention_dropout,
-                into=dqkv,
-            )
-            flat, seen = dqkv.view(tokens, 3 * width), select(saved.context.view(tokens, width), rows)
-            taken = saved.cast_x if cast else x
-            if heads is None:
-                if wanted.weight_gradients:
-                    gradients["wo"] = _product(dprojected.t(), seen, w.wo.dtype)
-                    qkv_weights = _product(flat.t(), taken, w.wq.dtype).chunk(3)
-                    qkv_biases = flat.sum(0, dtype=w.bq.dtype).chunk(3)
-                    gradients |= zip(w._fields[:6], (*qkv_weights, *qkv_biases), strict=True)
+                for name, dpart in zip(w._fields[:3], dparts, strict=True):
+                    if wanted.any(name):
+                        gradients[name] = _product(dpart.t(), taken, w.wq.dtype)
+            if any(wanted.parameters[3:6]):
+                gradients |= zip(w._fields[3:6], flat.sum(0, dtype=w.bq.dtype).chunk(3), strict=True)
+            if wanted.tokens:
                 dx = _add_product(dx, flat, saved.w_qkv)
-            else:
-                dqkv_parts = flat.view(tokens, 3, width).unbind(1)
-                if wanted.weight_gradients:
-                    new = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in w[:7]]
-                    projection.gradients(dqkv_parts, taken, new[:3], new[3:6], heads, all_heads)
-                    projection.gradients([seen], dprojected, [new[6].t()], None, heads, all_heads)
-                    gradients |= zip(w._fields[:7], new, strict=True)
-                dx += projection.out_of(dqkv_parts, [p.contiguous() for p in w[:3]], heads, all_heads)
-    return tuple(
-        x.new_empty(0, dtype=torch.float32) if result is None else result
-        for result in (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_order(gradients))
+        else:
+            six = picked_gradients(dparts, taken, w[:3], heads, all_heads, wanted.parameters[:6])
+            gradients |= {name: g for name, g in zip(w._fields[:6], six, strict=True) if g is not None}
+            if wanted.tokens:
+                dx += projection.out_of(dparts, [p.contiguous() for p in w[:3]], heads, all_heads)
+        return finish(dx, signed, absolute)
+
+
+def _norm(x: Tensor, w: Weights, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The second LayerNorm, right behind the first. torch takes parameters of another dtype than x on no GPU."""
+    out, mean, rstd = torch.native_layer_norm(*_one_dtype(x, w.gamma2, w.beta2), eps)
+    return out.to(x.dtype), mean, rstd
+
+
+def _norm_backward(dout: Tensor, saved: Saved, w: Weights, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+    x, shape, gamma, beta = _one_dtype(saved.middle, w.gamma2, w.beta2)
+    dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
+        *(dout.to(x.dtype), x, shape, saved.mean2[:, None], saved.rstd2[:, None], gamma, beta),
+        [wanted.projected(), wanted.any("gamma2"), wanted.any("beta2")],
     )
+    return dx if dx is None else dx.to(dout.dtype), dgamma, dbeta
+
+
+def _one_dtype(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    if gamma.dtype != x.dtype or beta.dtype != x.dtype:
+        x, gamma, beta = x.float(), gamma.float(), beta.float()
+    return x, [x.shape[1]], gamma, beta

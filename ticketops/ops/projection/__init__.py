@@ -24,7 +24,7 @@ from ticketops.errors import InputError
 from ticketops.ops import backends
 from ticketops.ops.products import compute_dtype
 from ticketops.ops.projection import reference
-from ticketops.ops.registration import autocast, define, same_dtype
+from ticketops.ops.registration import autocast, check_devices, define, same_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: Narrower groups would be read in pieces below the 32 bytes that a GPU's memory moves at once.
@@ -88,6 +88,8 @@ def project_rows(
         InputError: shapes or dtypes that do not fit together.
         UnsupportedError: a dtype that no backend serves.
     """
+    names = ("x", "wq", "wk", "wv", "bq", "bk", "bv", "groups")
+    check_devices("project_rows", names, (x, *weights, *biases, groups))
     rows, channels = weights[0].shape
     _check("project_rows", x, channels, rows, groups, count)
     if not indexed(x, rows // count):
@@ -115,6 +117,7 @@ def project_columns(x: Tensor, weight: Tensor, groups: Tensor, count: int) -> Te
         InputError: shapes or dtypes that do not fit together.
         UnsupportedError: a dtype that no backend serves.
     """
+    check_devices("project_columns", ("x", "weight", "groups"), (x, weight, groups))
     channels, columns = weight.shape
     _check("project_columns", x, len(groups) * (columns // count), columns, groups, count)
     if not indexed(x, columns // count):
@@ -163,30 +166,61 @@ def _fake_rows(x, wq, wk, wv, bq, bk, bv, groups, count):
     return tuple(x.new_empty((x.shape[0], groups.shape[0] * width)) for _ in range(3))
 
 
-def _rows_backward(dq, dk, dv, x, wq, wk, wv, groups, count, weight_gradients):
+def _rows_backward(dq, dk, dv, x, wq, wk, wv, groups, count, wanted):
     gradients, weights = (dq, dk, dv), [w.contiguous() for w in (wq, wk, wv)]
-    dx = _kernels().out_of(gradients, weights, groups, count)
-    shape = weights[0].shape if weight_gradients else (0,)
-    dweights = [torch.empty(shape, dtype=w.dtype, device=x.device) for w in weights]
-    dbiases = [torch.empty(shape[:1], dtype=w.dtype, device=x.device) for w in weights]
-    if weight_gradients:
-        _kernels().gradients(gradients, x, dweights, dbiases, groups, count)
-    return dx, *dweights, *dbiases
+    dx = _kernels().out_of(gradients, weights, groups, count) if wanted[0] else x.new_empty(0)
+    parameters = picked_gradients(gradients, x, weights, groups, count, wanted[1:])
+    return dx, *(wq.new_empty(0) if parameter is None else parameter for parameter in parameters)
 
 
-def _fake_rows_backward(dq, dk, dv, x, wq, wk, wv, groups, count, weight_gradients):
-    shape = wq.shape if weight_gradients else (0,)
-    weights = (wq, wk, wv)
-    return (
-        x.new_empty(x.shape),
-        *(w.new_empty(shape) for w in weights),
-        *(w.new_empty(shape[:1]) for w in weights),
+def picked_gradients(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Tensor,
+    count: int,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of three weights, and of their biases, of which some groups were selected, by the indexed kernels.
+
+    Args:
+        dys: of the projections, each [T, K * D].
+        x: [T, C].
+        weights: each [count * D, C].
+        groups: int64 [K].
+        count: groups that the weights have.
+        wanted: which of the three weights' gradients and of the three biases' are.
+
+    Returns:
+        Those, None for the others.
+    """
+    found: list[Tensor | None] = [None] * 6
+    places = [i for i in range(3) if wanted[i]]
+    if places:
+        new = [torch.empty(weights[i].shape, dtype=weights[i].dtype, device=x.device) for i in places]
+        # The sums of biases come along.
+        sums = [torch.empty(len(w), dtype=w.dtype, device=x.device) for w in new]
+        _kernels().gradients([dys[i] for i in places], x, new, sums, groups, count)
+        for i, weight, bias in zip(places, new, sums, strict=True):
+            found[i], found[3 + i] = weight, bias if wanted[3 + i] else None
+    for i in range(3):
+        if wanted[3 + i] and not wanted[i]:
+            some = dys[i].sum(0, dtype=torch.float32).view(len(groups), -1)
+            whole = some.new_zeros((count, some.shape[1])).index_copy_(0, groups, some)
+            found[3 + i] = whole.flatten().to(weights[i].dtype)
+    return found
+
+
+def _fake_rows_backward(dq, dk, dv, x, wq, wk, wv, groups, count, wanted):
+    shapes = (x.shape, *(wq.shape,) * 3, *(wq.shape[:1],) * 3)
+    tensors = (x, *(wq, wk, wv) * 2)
+    return tuple(
+        like.new_empty(shape if there else (0,)) for like, shape, there in zip(tensors, shapes, wanted, strict=True)
     )
 
 
 def _setup_rows(ctx, inputs, output):
-    x, wq, wk, wv, bq, _, _, groups, ctx.count = inputs
-    ctx.biased = bq is not None
+    x, wq, wk, wv, _, _, _, groups, ctx.count = inputs
     ctx.save_for_backward(x, wq, wk, wv, groups)
 
 
@@ -195,13 +229,9 @@ def _rows_gradients(ctx, *gradients):
     width = weights[0].shape[0] // ctx.count
     # One of q, k and v may have no part in what is differentiated.
     gradients = [x.new_zeros((x.shape[0], groups.shape[0] * width)) if g is None else g for g in gradients]
-    trained = any(ctx.needs_input_grad[1:7])
-    dx, *parameters = _project_rows_backward_op(*gradients, x, *weights, groups, ctx.count, trained)
-    if not trained:
-        parameters = [None] * 6
-    elif not ctx.biased:
-        parameters[3:] = [None] * 3
-    return dx, *parameters, None, None
+    wanted = list(ctx.needs_input_grad[:7])
+    found = _project_rows_backward_op(*gradients, x, *weights, groups, ctx.count, wanted)
+    return *(gradient if there else None for gradient, there in zip(found, wanted, strict=True)), None, None
 
 
 def _columns(x, weight, groups, count):
@@ -212,17 +242,17 @@ def _fake_columns(x, weight, groups, count):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-def _columns_backward(dout, x, weight, groups, count, weight_gradients):
+def _columns_backward(dout, x, weight, groups, count, wanted):
     weight = weight.contiguous()
-    (dx,) = _kernels().into(dout, [weight.t()], None, groups, count)
-    dweight = torch.empty(weight.shape if weight_gradients else (0,), dtype=weight.dtype, device=x.device)
-    if weight_gradients:
+    dx = _kernels().into(dout, [weight.t()], None, groups, count)[0] if wanted[0] else x.new_empty(0)
+    dweight = torch.empty(weight.shape if wanted[1] else (0,), dtype=weight.dtype, device=x.device)
+    if wanted[1]:
         _kernels().gradients([x], dout, [dweight.t()], None, groups, count)
     return dx, dweight
 
 
-def _fake_columns_backward(dout, x, weight, groups, count, weight_gradients):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape if weight_gradients else (0,))
+def _fake_columns_backward(dout, x, weight, groups, count, wanted):
+    return tuple(like.new_empty(like.shape if there else (0,)) for like, there in zip((x, weight), wanted, strict=True))
 
 
 def _setup_columns(ctx, inputs, output):
@@ -231,9 +261,9 @@ def _setup_columns(ctx, inputs, output):
 
 
 def _columns_gradients(ctx, dout):
-    trained = ctx.needs_input_grad[1]
-    dx, dweight = _project_columns_backward_op(dout, *ctx.saved_tensors, ctx.count, trained)
-    return dx, dweight if trained else None, None, None
+    wanted = list(ctx.needs_input_grad[:2])
+    found = _project_columns_backward_op(dout, *ctx.saved_tensors, ctx.count, wanted)
+    return *(gradient if there else None for gradient, there in zip(found, wanted, strict=True)), None, None
 
 
 _WEIGHTS = "Tensor wq, Tensor wk, Tensor wv"
@@ -247,7 +277,7 @@ _project_rows_op = define(
 )
 _project_rows_backward_op = define(
     f"project_rows_backward(Tensor dq, Tensor dk, Tensor dv, Tensor x, {_WEIGHTS}, Tensor groups, int count, "
-    "bool weight_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _rows_backward,
     _fake_rows_backward,
 )
@@ -259,8 +289,8 @@ _project_columns_op = define(
     _setup_columns,
 )
 _project_columns_backward_op = define(
-    "project_columns_backward(Tensor dout, Tensor x, Tensor weight, Tensor groups, int count, "
-    "bool weight_gradients) -> (Tensor, Tensor)",
+    "project_columns_backward(Tensor dout, Tensor x, Tensor weight, Tensor groups, int count, bool[] wanted) "
+    "-> (Tensor, Tensor)",
     _columns_backward,
     _fake_columns_backward,
 )

@@ -84,9 +84,9 @@ def _fake_forward(x, residual, bias, gamma, beta, seed, dropout_p, eps):
     return residual.new_empty(residual.shape), mean, torch.empty_like(mean)
 
 
-def _backward(dout, x, residual, bias, gamma, mean, rstd, seed, dropout_p):
+def _backward(dout, x, residual, bias, gamma, mean, rstd, seed, dropout_p, vectors):
     return implementation("residual", x.device, x.dtype).backward(
-        dout, x, residual, bias, gamma, mean, rstd, seed, dropout_p
+        dout, x, residual, bias, gamma, mean, rstd, seed, dropout_p, vectors=vectors
     )
 
 
@@ -95,8 +95,8 @@ def _own_dx(x: Tensor, residual: Tensor, dropout_p: float) -> bool:
     return bool(dropout_p) or x.dtype != residual.dtype
 
 
-def _fake_backward(dout, x, residual, bias, gamma, mean, rstd, seed, dropout_p):
-    vector = mean.new_empty(x.shape[1:])
+def _fake_backward(dout, x, residual, bias, gamma, mean, rstd, seed, dropout_p, vectors):
+    vector = mean.new_empty(x.shape[1:] if vectors else (0,))
     dx = x.new_empty(x.shape if _own_dx(x, residual, dropout_p) else (0,))
     return dx, residual.new_empty(residual.shape), vector, torch.empty_like(vector), torch.empty_like(vector)
 
@@ -111,12 +111,14 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, dout, *_):
     # Unpacked once: under gradient checkpointing a second look is an error.
     saved = ctx.saved_tensors
-    x, residual, bias = saved[:3]
-    dx, dresidual, *vectors = _residual_norm_backward_op(dout, *saved, ctx.dropout_p)
-    dbias, dgamma, dbeta = (vector.to(dtype) for vector, dtype in zip(vectors, ctx.vector_dtypes, strict=True))
+    x, residual = saved[:2]
+    wanted = ctx.needs_input_grad[:5]
+    dx, dresidual, *vectors = _residual_norm_backward_op(dout, *saved, ctx.dropout_p, any(wanted[2:]))
     if not _own_dx(x, residual, ctx.dropout_p):
         dx = dresidual
-    return dx, dresidual, None if bias is None else dbias, dgamma, dbeta, None, None, None
+    vectors = (vector.to(dtype) for vector, dtype in zip(vectors, ctx.vector_dtypes, strict=True))
+    gradients = zip((dx, dresidual, *vectors), wanted, strict=True)
+    return *(gradient if there else None for gradient, there in gradients), None, None, None
 
 
 _residual_norm_op = define(
@@ -129,7 +131,7 @@ _residual_norm_op = define(
 )
 _residual_norm_backward_op = define(
     "residual_norm_backward(Tensor dout, Tensor x, Tensor residual, Tensor? bias, Tensor gamma, Tensor mean, "
-    "Tensor rstd, Tensor? seed, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor rstd, Tensor? seed, float dropout_p, bool vectors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

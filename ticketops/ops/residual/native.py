@@ -112,16 +112,19 @@ def backward(
     seed: Tensor | None,
     dropout_p: float,
     second: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    vectors: bool = True,
 ) -> tuple[Tensor, ...]:
     """See ticketops.ops.residual.reference.backward.
 
     Args:
         x: what `forward` took.
+        vectors: whether any of the sums over rows is wanted.
         second: beta of the first norm, gamma of the second, its mean and its 1 / sqrt(variance + eps); None without it.
 
     Returns:
         dx [T, C], empty where it equals dresidual or x is None; dresidual [T, C]; dbias, dgamma, dbeta [C] in float32;
-        dbias, the sum of dx, also where x has its bias already; dgamma and dbeta of the second norm behind them.
+        dbias, the sum of dx, also where x has its bias already; dgamma and dbeta of the second norm behind them; all
+        of these empty unless `vectors`.
     """
     rows, channels = residual.shape
     x, residual = _pair(x, residual)
@@ -132,17 +135,18 @@ def backward(
     own_dx = x is not None and (bool(dropout_p) or x.dtype != residual.dtype)
     dx = empty((rows, channels) if own_dx else (0,), residual.dtype if x is None else x.dtype)
     dresidual = empty((rows, channels), residual.dtype)
-    sums = [empty(channels) for _ in range(3 if second is None else 5)]
+    sums = [empty(channels if vectors else 0) for _ in range(3 if second is None else 5)]
     beta = gamma2 = mean2 = rstd2 = None
     if second is not None:
         beta, gamma2, mean2, rstd2 = second
         beta, gamma2 = _vector("beta", beta, channels), _vector("gamma", gamma2, channels)
         mean2, rstd2 = (checked("statistics", vector, torch.float32, rows) for vector in (mean2, rstd2))
+    addresses = [*map(address, sums if vectors else ()), *[0] * 5][:5]
     run(
         native.residual_backward,
         *(_is_bf16(x, residual), residual.dtype == torch.bfloat16, address(dout), address(x), address(residual)),
         *(address(bias), (norm(gamma, beta, mean, rstd), norm(gamma2, None, mean2, rstd2))),
-        *(address(dx if own_dx else None), address(dresidual), [*map(address, sums), 0, 0][:5], rows, channels),
+        *(address(dx if own_dx else None), address(dresidual), addresses, rows, channels),
         *dropout_arguments(seed, dropout_p),
     )
     return dx, dresidual, *sums

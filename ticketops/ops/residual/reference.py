@@ -61,6 +61,7 @@ def backward(
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
+    vectors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `forward`, which stores neither z nor the dropout mask: both are formed again.
 
@@ -68,9 +69,12 @@ def backward(
         dz = rstd (G - mean(G) - N mean(G N)),   dresidual = dz,   dx = R dz,
         dbias = sum dx,   dgamma = sum dOut N,   dbeta = sum dOut.
 
+    Args:
+        vectors: whether any of dbias, dgamma and dbeta is wanted.
+
     Returns:
         dx [T, C], empty where it equals dresidual: no dropout and one dtype; dresidual [T, C]; dbias, dgamma and dbeta
-        [C] in the dtype of the statistics (dbias is of no meaning without a bias).
+        [C] in the dtype of the statistics (dbias is of no meaning without a bias), empty unless `vectors`.
     """
     normal = (_sum(x, residual, bias, seed, dropout_p) - mean[:, None]) * rstd[:, None]
     dout = dout.to(normal.dtype)
@@ -78,6 +82,8 @@ def backward(
     dz = scaled - scaled.mean(1, keepdim=True) - normal * (scaled * normal).mean(1, keepdim=True)
     dz.mul_(rstd[:, None])
     dx = _drop(dz, seed, dropout_p)
-    dbias, dgamma, dbeta = dx.sum(0), (dout * normal).sum(0), dout.sum(0)
+    dbias = dgamma = dbeta = dout.new_empty(0)
+    if vectors:
+        dbias, dgamma, dbeta = dx.sum(0), (dout * normal).sum(0), dout.sum(0)
     own_dx = bool(dropout_p) or x.dtype != residual.dtype
     return dx.to(x.dtype) if own_dx else x.new_empty(0), dz.to(residual.dtype), dbias, dgamma, dbeta

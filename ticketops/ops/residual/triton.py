@@ -302,16 +302,23 @@ def backward(
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
+    vectors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `forward`; two launches.
+    """Gradients of `forward`; two launches, one without `vectors`.
+
+    Args:
+        vectors: whether any of dbias, dgamma and dbeta is wanted.
 
     Returns:
         dx [T, C], empty where it equals dresidual: no dropout and one dtype; dresidual [T, C]; dbias, dgamma and dbeta
-        [C] in float32.
+        [C] in float32, empty unless `vectors`.
     """
     channels = x.shape[1]
     dx, dresidual, sums = first_stage(dout, x, residual, bias, gamma, mean, rstd, seed, dropout_p)
-    dbias, dgamma, dbeta = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(3))
+    shape = (channels if vectors else 0,)
+    dbias, dgamma, dbeta = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(3))
+    if not vectors:
+        return dx, dresidual, dbias, dgamma, dbeta
     tile = triton_configs.NORM_FINISH
     launch(
         finish_kernel,

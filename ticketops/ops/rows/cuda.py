@@ -15,8 +15,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def move_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """See ticketops.ops.rows.move_rows."""
-    x = cuda.checked("x", x, x.dtype, *x.shape)
-    index = cuda.checked("index", index, torch.int64, len(index)).contiguous()
+    x = cuda.checked("x", x, x.device, x.dtype, *x.shape)
+    index = cuda.checked("index", index, x.device, torch.int64, len(index)).contiguous()
     out = torch.empty((len(index), x.shape[1]), dtype=x.dtype, device=x.device)
     if out.numel():
         size = x.element_size()
@@ -31,7 +31,7 @@ def number_tokens(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ticketops.ops.rows.number_tokens."""
     batch, width = mask.shape
     # The kernel asks of integers only whether they are nonzero; of floats that is not in their bits alone.
-    mask = cuda.checked("mask", mask if mask.dtype in _INTEGERS else mask != 0, _INTEGERS, batch, width)
+    mask = cuda.checked("mask", mask if mask.dtype in _INTEGERS else mask != 0, mask.device, _INTEGERS, batch, width)
     starts, lengths = (torch.empty(batch, dtype=torch.int32, device=mask.device) for _ in range(2))
     indices, numbers = (torch.empty(batch * width, dtype=torch.int64, device=mask.device) for _ in range(2))
     if batch:

@@ -164,7 +164,7 @@ def ffn_launches(
     ffn_mask = torch.empty((), device="meta") if masks else None
     neuron_mask = torch.empty(hidden.shape[1], device="meta") if masks else None
     selected = (torch.empty(24, dtype=torch.int64, device="meta"), 48) if blocks else ()
-    wanted = (weight_gradients, token_sums, neuron_sums, False, *selected)
+    wanted = ([True] + [weight_gradients] * 4, token_sums, neuron_sums, False, *selected)
     case = {"dtype": _name(dtype), "case": activation + (", gated" if gated else "") + (", blocks" if blocks else "")}
     if weight_dtype is not None:
         case["case"] += f" of {_name(weight_dtype)} weights"
