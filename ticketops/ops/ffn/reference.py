@@ -1,6 +1,6 @@
 """The definition of the masked FFN in plain PyTorch: what every other backend is tested against."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -200,8 +200,12 @@ def backward(
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron
 
 
-def zeros(dout: Tensor, w1: Tensor, w2: Tensor, wanted: Sequence[bool]) -> Iterator[Tensor]:
+def zeros(
+    dout: Tensor, w1: Tensor, w2: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of an FFN whose mask is 0: zeros, empty where they are not wanted."""
     shapes = (dout.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
-    for shape, there in zip(shapes, wanted, strict=True):
-        yield dout.new_zeros(shape if there else (0,))
+    dx, dw1, db1, dw2, db2 = (
+        dout.new_zeros(shape if there else (0,)) for shape, there in zip(shapes, wanted, strict=True)
+    )
+    return dx, dw1, db1, dw2, db2

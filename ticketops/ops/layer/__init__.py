@@ -203,8 +203,8 @@ def _gradients(ctx, dout, *_):
 
 def _schema(fields: type) -> str:
     """The fields of a NamedTuple as arguments in torch's schema language."""
-    names = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", str: "str", bool: "bool"}
-    names |= {list[bool]: "bool[]", torch.dtype: "ScalarType"}
+    names: dict[Any, str] = {kind: kind.__name__ for kind in (Tensor, int, float, str, bool)}
+    names |= {Tensor | None: "Tensor?", list[bool]: "bool[]", torch.dtype: "ScalarType"}
     return ", ".join(f"{names[hint]} {name}" for name, hint in fields.__annotations__.items())
 
 

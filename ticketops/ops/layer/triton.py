@@ -261,13 +261,13 @@ def _norm(x: Tensor, w: Weights, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return out.to(x.dtype), mean, rstd
 
 
-def _norm_backward(dout: Tensor, saved: Saved, w: Weights, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_backward(dout: Tensor, saved: Saved, w: Weights, wanted: Wanted) -> tuple[Tensor, ...]:
     x, shape, gamma, beta = _one_dtype(saved.middle, w.gamma2, w.beta2)
     dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
         *(dout.to(x.dtype), x, shape, saved.mean2[:, None], saved.rstd2[:, None], gamma, beta),
         [wanted.projected(), wanted.any("gamma2"), wanted.any("beta2")],
     )
-    return dx if dx is None else dx.to(dout.dtype), dgamma, dbeta
+    return dout if dx is None else dx.to(dout.dtype), dgamma, dbeta
 
 
 def _one_dtype(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, list[int], Tensor, Tensor]:
