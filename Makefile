@@ -16,7 +16,7 @@ WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 PYTEST := -m pytest -q --numprocesses $(WORKERS) --dist loadgroup
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-long test-oldest lint bench sanitize gpu clean
+.PHONY: setup demo test test-isa test-long test-oldest lint bench sanitize gpu clean
 
 setup: $(VENV)/.installed
 
@@ -39,7 +39,13 @@ lint: setup
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter has a test run of its own.
 test: lint
 	$(BIN)/python $(PYTEST)
-	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) python_tests/ops/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) python_tests/ops/test_triton.py python_tests/ops/test_guards.py
+
+# Each instruction set that the processor has beside its best, of the kernels and of torch, whose results differ by
+# roundings: as many runs of the tests of ops and models.
+test-isa: setup
+	@set -e; $(BIN)/python python_tests/instruction_sets.py | while read setting; do \
+		echo "$$setting"; env $$setting $(BIN)/python $(PYTEST) python_tests/ops python_tests/models < /dev/null; done
 
 # Fuzzing, kills and random walks, minutes each. pytest ends with 5 where no test is marked so.
 test-long: setup

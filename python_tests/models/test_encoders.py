@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
+from bounds import roundings
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from sklearn.datasets import load_digits
 from torch import nn
@@ -95,11 +96,11 @@ def compare(model, stock, batch):
     got, want = both
     assert got.keys() == want.keys()
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[name], want[name], **roundings(100))
     scale = max(parameter.grad.abs().max().item() for parameter in stock.parameters() if parameter.grad is not None)
     for (name, parameter), other in zip(model.named_parameters(), stock.parameters(), strict=True):
         gradient, wanted = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, other))
-        assert (gradient - wanted).abs().max() <= 1e-5 * scale, name
+        assert (gradient - wanted).abs().max() <= roundings(100)["atol"] * scale, name
 
 
 @pytest.fixture(params=CLASSIFIERS)
@@ -281,7 +282,7 @@ def test_a_cut_optimizer_goes_on_as_a_masked_models_and_rewinds(encoder, inputs)
                     _ = ticketops.shrink(model, ticket, optimizer=optimizer) if cut else handle.apply(ticket)
         models.append(model if cut else ticketops.shrink(model, ticket))
     for (name, value), other in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
-        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(value, other, **roundings(1000, 100), msg=lambda text, name=name: f"{name}: {text}")
     ticketops.rewind(models[0], pretrained)
     for value, other in zip(models[0].state_dict().values(), small.state_dict().values(), strict=True):
         assert torch.equal(value, other)
@@ -374,8 +375,8 @@ def test_importance_equals_its_definition(encoder, inputs):
             hook.remove()
         head += torch.stack([heads.grad.abs() for heads, _ in masks]) / 4
         ffn += torch.stack([whole.grad.abs() for _, whole in masks]) / 4
-    torch.testing.assert_close(importance.head.float(), head, rtol=1e-4, atol=1e-5 * head.max().item())
-    torch.testing.assert_close(importance.ffn.float(), ffn, rtol=1e-4, atol=1e-5 * ffn.max().item())
+    torch.testing.assert_close(importance.head.float(), head, **roundings(1000, 100 * head.max().item()))
+    torch.testing.assert_close(importance.ffn.float(), ffn, **roundings(1000, 100 * ffn.max().item()))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +406,7 @@ def test_checkpointing_and_compiling_give_the_same(name, way):
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             results.append([importance.head, importance.ffn, *gradients])
     for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got, want, **roundings(1000, 10))
 
 
 @pytest.mark.parametrize("format", ["compact", "dense"])
@@ -446,7 +447,7 @@ def test_onnx_equals_masked(name, tmp_path):
     folder = ticketops.export(model, tmp_path / "out", "onnx", ticket=TICKETS["neither"])
     for rows in (4, 1):
         some = {key: value[:rows] for key, value in batch.items()}
-        torch.testing.assert_close(run_onnx(folder, some)["logits"], stock(**some).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run_onnx(folder, some)["logits"], stock(**some).logits, **roundings(1000))
 
 
 @pytest.mark.parametrize("processed", [True, False])

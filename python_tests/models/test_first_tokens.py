@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
+from bounds import roundings
 from ops.cases import need
 from torch import nn
 from transformers import BertForPreTraining, BertForSequenceClassification, BertForTokenClassification
@@ -64,9 +65,9 @@ def test_every_classifier_of_bert_s_kind_is_served(encoder, padding):
     with ticketops.patch(model):
         said = watched(model)
         for got, want in zip(step(model, batch)[0], step(stock, batch)[0], strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got, want, **roundings(1000, 100))
         with torch.no_grad():
-            torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, **roundings(1000, 100))
     assert said == [LAYERS - 1] * 2
 
 
@@ -83,7 +84,7 @@ def test_importance_and_tickets_are_those_of_all_tokens(model, batch, ffn):
                 each.bert.register_forward_hook(lambda *_: None)
             results.append(step(each, batch, handle))
         assert said == [LAYERS - 1 if each is model else None]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*results, **roundings(1000, 10))
 
 
 def test_a_row_without_tokens_is_zeros(model, batch):
@@ -143,7 +144,7 @@ def test_whoever_may_see_the_other_tokens_gets_them(model, stock, batch, change)
         batch["attention_mask"][:] = 1
         got, want = (each(**batch).logits for each in (model, stock))
     assert said == [None]
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, **roundings(1000))
 
 
 def test_hidden_states_are_whole(model, stock, batch):
@@ -155,7 +156,7 @@ def test_hidden_states_are_whole(model, stock, batch):
         model(**batch)
     assert said == [None, None]
     for ours, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(ours[keep], theirs[keep], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[keep], theirs[keep], **roundings(1000, 100))
 
 
 @pytest.mark.parametrize("kind", [BertForTokenClassification, BertForPreTraining])
@@ -184,7 +185,7 @@ def test_a_layer_by_its_modules_leaves_first_tokens_too(model, stock, batch):
         # Somebody looks at its attention while importance is recorded, so its modules compute the layer.
         model.bert.encoder.layer[-1].attention.self.register_forward_hook(lambda *_: None)
         for got, want in zip(step(model, batch, handle)[0], step(stock, batch)[0], strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got, want, **roundings(1000, 100))
     assert said == [LAYERS - 1]
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from bounds import roundings
 from torch.nn.utils import clip_grad_norm_
 from transformers import (
     BertForSequenceClassification,
@@ -236,7 +237,7 @@ def test_a_shared_model_is_saved_and_loaded_with_all_its_tickets(tmp_path):
             batch_ = {key: value for key, value in batch(task).items() if key != "labels"}
             # MKL's product for the task head's single output depends on where in memory the weights begin.
             expected = shared(task, **batch_).logits
-            torch.testing.assert_close(again(task, **batch_).logits, expected, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(again(task, **batch_).logits, expected, **roundings(10))
     # The encoder is there once.
     assert (folder / "task-1" / "head.safetensors").stat().st_size < 10_000
     assert not list(tmp_path.glob(".*.part"))
@@ -253,7 +254,7 @@ def test_any_one_task_leaves_as_a_compact_checkpoint(task, tmp_path):
     small = ticketops.load(tmp_path / task)
     rows = {key: value for key, value in batch(task).items() if key != "labels"}
     with torch.no_grad():
-        torch.testing.assert_close(small(**rows).logits, shared(task, **rows).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(small(**rows).logits, shared(task, **rows).logits, **roundings(0, 100))
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in single.parameters())
     ticketops.shrink(single, shared.tickets[task])
     assert all(torch.equal(value, before[name]) for name, value in shared.state_dict().items())

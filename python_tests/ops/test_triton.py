@@ -31,6 +31,7 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 import triton.language as tl
+from bounds import roundings
 
 from ticketops.ops import triton_common as common
 from ticketops.ops.projection import triton as projection_kernels
@@ -547,7 +548,7 @@ def test_ffn_without_weight_gradients():
     weights = (w1.double(), b1.double(), w2.double(), b2.double())
     hidden = functional.gelu(functional.linear(expected, *weights[:2]))
     functional.linear(hidden, *weights[2:]).square().sum().backward()
-    torch.testing.assert_close(x.grad.double(), expected.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), expected.grad, **roundings(1000))
 
 
 def test_ffn_of_no_tokens():
@@ -1047,4 +1048,4 @@ def test_a_whole_model_agrees_with_the_reference(monkeypatch, heads):
         gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
         results.append([importance.head, importance.ffn, *gradients])
     for ours, reference in zip(*results, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours, reference, **roundings(1000, 10))
