@@ -141,7 +141,7 @@ def _apart(function: Callable) -> Callable:
         results, found = function(*arguments), set()
         for x in results:
             storage = x.untyped_storage().data_ptr()
-            yield x.clone() if x.numel() and storage in found else x
+            yield x.clone() if x.numel() and (storage in found or x.storage_offset()) else x
             found.add(storage)
 
     return lambda *arguments: tuple(call(*arguments))
