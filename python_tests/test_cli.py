@@ -321,7 +321,7 @@ def test_bad_input_is_one_line_with_the_remedy(inputs: dict[str, Any], tmp_path:
     refused(search(kinds="lucky"), 2, "lucky", "winning, random, losing")
     refused(search(model=tmp_path / "nowhere"), 2, "nowhere", "local folder")
     refused(search(task="no-such-task"), 2, "no-such-task", "sst2")
-    refused(search(max_length=1000), 2, "max_length 1000")
+    refused(search(max_length=1000), 2, "--max-length 1000")
     refused(search(sparsities="0.01"), 2, "prunes nothing")
     (tmp_path / "empty.jsonl").write_text("")
     refused(search(task=tmp_path / "empty.jsonl"), 2, "empty.jsonl")

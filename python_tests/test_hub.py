@@ -295,7 +295,7 @@ def test_data_sets_that_are_not_given_say_why(hub: Hub, glue: Path, monkeypatch:
         gone(hub, monkeypatch)
         message = refusal(load)
         assert words in message
-        assert "--task path/to/rte" in message
+        assert "task='path/to/rte'" in message
     back(hub, monkeypatch)
     assert len(load().train) == 20
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, TypeVar
 
+from ticketops.errors import InputError, shown
 from ticketops.reporting import report
 from ticketops.searching.config import Config
 from ticketops.searching.plan import SearchConfig
@@ -87,6 +88,11 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 def _configured(kind: type[AnyConfig], config: AnyConfig | None, fields: dict[str, Any]) -> AnyConfig:
     """The configuration itself, or one with these fields."""
+    if config is not None and not isinstance(config, kind):
+        raise InputError(
+            f"{kind.verb}() takes a {kind.__name__}, or its fields as keywords such as output='runs/one', and not "
+            f"{shown(config)}"
+        )
     if config is not None and not fields:
         return config
     values = config.to_dict() if config is not None else {}

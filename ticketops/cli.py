@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ticketops.errors import InputError, TicketopsError, UnsupportedError
-from ticketops.searching.config import Config
+from ticketops.errors import InputError, TicketopsError, UnsupportedError, as_flag, spelling
+from ticketops.files import user_path
+from ticketops.searching.config import Config, nearest
 from ticketops.searching.plan import SearchConfig
 from ticketops.searching.sharing_plan import ShareConfig
 from ticketops.searching.transfer_plan import TransferConfig
@@ -53,12 +54,16 @@ def main() -> None:
         # A wrong flag or value is click's exception, whose home has moved between versions of typer.
         if not hasattr(error, "format_message"):
             raise
+        wrong: Any = error
         message = " ".join(error.format_message().split())
+        if type(error).__name__ == "NoSuchOption":
+            near = nearest(wrong.option_name.strip("-"), [str(option.name) for option in wrong.ctx.command.params])
+            message = f"there is no flag {wrong.option_name}" + (f": did you mean {as_flag(near)}?" if near else "")
         if message:
             _say(f"ticketops: error: {message.rstrip('.')}; see ticketops --help", err=True)
         else:
             # No arguments at all: the help is the answer.
-            error.show()  # type: ignore[attr-defined]
+            wrong.show()
         sys.exit(2)
     sys.exit(code)
 
@@ -300,6 +305,7 @@ def _show(
     with _errors(traceback):
         from ticketops.tickets import Ticket
 
+        ticket = user_path(ticket, "the path")
         costs: dict[str, Any] = {}
         if ticket.is_dir():
             found, costs = _model_ticket(ticket, latency)
@@ -439,7 +445,7 @@ def _print_kernels(as_json: bool, output: Path | None) -> None:
         built, why = [], str(missing)
     rows = kernel_table(lambda what: typer.echo(f"compiling {what}", err=True))
     if output is not None:
-        write_table(rows, output)
+        write_table(rows, user_path(output, "--output"))
     if as_json:
         typer.echo(json.dumps({"kernels": rows, "cuda_kernels": built, "cuda_kernels_missing": why}))
         return
@@ -454,7 +460,8 @@ def _print_kernels(as_json: bool, output: Path | None) -> None:
 def _errors(traceback: bool, interrupted: str = "") -> Iterator[None]:
     """Turns errors into one line on stderr and an exit code: 2 bad input, 1 failure while running, 130 Ctrl-C."""
     try:
-        yield
+        with spelling(as_flag):
+            yield
     except KeyboardInterrupt:
         typer.echo(f"\nInterrupted. {interrupted}".rstrip(), err=True)
         raise typer.Exit(130) from None

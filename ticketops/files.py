@@ -11,16 +11,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ticketops.errors import InputError, StoreError
+from ticketops.errors import InputError, StoreError, spelled
 
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again; finished work is kept",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again; finished work is kept",
-    errno.EROFS: "the file system is read-only: choose another --output folder",
-    errno.EACCES: "permission denied: choose another --output folder or change its permissions",
-    errno.EPERM: "not permitted: choose another --output folder or change its permissions",
-    errno.EEXIST: "a file of that name is in the way: choose another --output folder",
-    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output folder",
+    errno.EROFS: "the file system is read-only: choose another OUTPUT folder",
+    errno.EACCES: "permission denied: choose another OUTPUT folder or change its permissions",
+    errno.EPERM: "not permitted: choose another OUTPUT folder or change its permissions",
+    errno.EEXIST: "a file of that name is in the way: choose another OUTPUT folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another OUTPUT folder",
 }
 
 
@@ -43,11 +43,14 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
         shown = f"{shown[:100]}...'"
     try:
         found = Path(path).expanduser()
+        # Accounts of services have homes that are not there.
+        if found != Path(path) and not Path(Path(path).parts[0]).expanduser().is_dir():
+            raise RuntimeError
         found.stat()
     except (FileNotFoundError, NotADirectoryError):
         return found
     except RuntimeError as error:
-        raise InputError(f"{name} {shown}: there is no such user whose home folder it could be in") from error
+        raise InputError(f"{name} {shown}: there is no such user, or that user has no home folder") from error
     # A null character in it is a ValueError.
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -65,7 +68,9 @@ def store_error(path: Path, error: OSError) -> StoreError:
     Returns:
         The error to raise.
     """
-    remedy = _REMEDIES.get(error.errno or 0, f"{error.strerror or error}: choose another --output folder")
+    remedy = _REMEDIES.get(error.errno or 0, f"{error.strerror or error}: choose another OUTPUT folder").replace(
+        "OUTPUT", spelled("output")
+    )
     return StoreError(f"cannot write {path}: {remedy}")
 
 
@@ -117,7 +122,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary = None
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise StoreError(f"{folder} is there already: choose another --output folder, or remove it")
+            raise StoreError(f"{folder} is there already: choose another {spelled('output')} folder, or remove it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         yield temporary

@@ -114,7 +114,7 @@ def test_an_earlier_share_gives_the_tickets_of_some_of_its_tasks(shared: ShareRe
     _, given = prepare_share(ShareConfig(**fields, tickets=f"{shared.folder},other={ticket}"))
     assert given is not None
     assert given.tickets == {"pairs": shared.tickets["pairs"], "other": {0: KEPT}}
-    with pytest.raises(InputError, match="there is no ticket for task other in --tickets: add other=PATH"):
+    with pytest.raises(InputError, match="there is no ticket for task other in tickets: add other=PATH"):
         prepare_share(ShareConfig(**fields, tickets=str(shared.folder)))
 
 
@@ -182,7 +182,7 @@ def test_a_shared_model_is_kept_and_any_task_leaves_it(shared: ShareResult, tmp_
     assert (note["run"]["task"], note["run"]["kind"]) == ("pairs", "tickets")
     assert (tmp_path / "pairs" / "tokenizer.json").is_file()
     release(folder, tmp_path / "dense", "dense", task="pairs")
-    with pytest.raises(InputError, match=r"is a shared model: name one of its tasks, --task task"):
+    with pytest.raises(InputError, match=r"is a shared model: name one of its tasks, task='task'"):
         release(shared.folder, tmp_path / "none")
     with pytest.raises(InputError, match="no task 'rte'"):
         release(folder, tmp_path / "none", task="rte")
@@ -253,7 +253,7 @@ def test_tickets_that_do_not_fit_are_refused(refused: Any, shared: ShareResult, 
         r"task task, .*wide.safetensors: a ticket for 12 layers x 12 heads does not fit 2 layers x 4 heads",
         tickets=both,
     )
-    refused("there is no ticket for task pairs in --tickets: add pairs=PATH", tickets=f"task={fits}")
+    refused("there is no ticket for task pairs in tickets: add pairs=PATH", tickets=f"task={fits}")
     refused("there are two tickets for task task", tickets=f"{fits},task={fits},pairs={fits}")
     refused("there is no .*nowhere; give a search's output folder", tickets=str(tmp_path / "nowhere"))
     KEPT.described({"task": "some/where"}).save(fits)
@@ -270,7 +270,7 @@ def test_tickets_that_do_not_fit_are_refused(refused: Any, shared: ShareResult, 
 
 
 def test_runs_of_another_kind_are_told_apart(shared: ShareResult, inputs: dict[str, str]):
-    with pytest.raises(StoreError, match="holds the results of ticketops share: choose another --output folder"):
+    with pytest.raises(StoreError, match="holds the results of ticketops share: choose another output folder"):
         run_search(SearchConfig(**inputs, **FIELDS, output=str(shared.folder)))
     with pytest.raises(InputError, match="holds the results of ticketops share, and a search is needed here"):
         Store.read(shared.folder, "search")

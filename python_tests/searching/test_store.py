@@ -204,7 +204,7 @@ def test_room_is_made_for_a_trials_model_and_for_no_other(store: Store):
 
 def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="is in the way: choose another --output"):
+    with pytest.raises(StoreError, match="is in the way: choose another output"):
         Store.create(tmp_path / "file", identity(), {})
     with pytest.raises(StoreError, match=r"not a folder|is a file"):
         Store.create(tmp_path / "file" / "run", identity(), {})
@@ -213,7 +213,7 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: p
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(StoreError, match="permission denied: choose another --output"):
+    with pytest.raises(StoreError, match="permission denied: choose another output"):
         Store.create(tmp_path / "run", identity(), {})
 
 
@@ -221,7 +221,7 @@ def test_reading_what_is_no_store(tmp_path: Path):
     with pytest.raises(InputError, match="no ticketops folder"):
         Store.read(tmp_path)
     (tmp_path / "config.json").write_text('{"format": 1')
-    with pytest.raises(StoreError, match="truncated or damaged: restore it, or choose another --output"):
+    with pytest.raises(StoreError, match="truncated or damaged: restore it, or choose another output"):
         Store.read(tmp_path)
     whole = {"format": 1, "identity": identity(), "notes": {}}
     lacking = {name: {key: value for key, value in identity().items() if key != name} for name in identity()}

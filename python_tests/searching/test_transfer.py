@@ -179,12 +179,12 @@ def test_what_cannot_be_done_is_refused_before_any_training(
         assert not (tmp_path / "out").exists()
 
     refused(
-        "0.1 % of the 32 training rows of task task leave no row: give --fractions from 0.0625 on",
+        "0.1 % of the 32 training rows of task task leave no row: give fractions from 0.0625 on",
         fractions="0.001,1",
     )
     refused("fractions 0.51 and 0.52 are both 16 of the 32 training rows of task task: leave", fractions="0.51,0.52,1")
-    refused("leave 1 of one label: give larger --fractions", fractions="0.04")
-    refused(r"labels of source task \(0, 1\) are not those of target pairs \(a number\).*--head fresh", target=pairs)
+    refused("leave 1 of one label: give larger fractions", fractions="0.04")
+    refused(r"labels of source task \(0, 1\) are not those of target pairs \(a number\).*head='fresh'", target=pairs)
     make_task(tmp_path / "reviews")
     for name in ("train", "validation"):
         file = tmp_path / "reviews" / f"{name}.jsonl"
@@ -192,11 +192,11 @@ def test_what_cannot_be_done_is_refused_before_any_training(
         file.write_text("".join(json.dumps({**row, "label": ["no", "yes"][row["label"]]}) + "\n" for row in rows))
     refused(r"\(0, 1\) are not those of target reviews \(no, yes\)", target=str(tmp_path / "reviews"))
     source = moved.folder / "source"
-    refused("searched .*, not demo: leave --model out", source=str(source), model="demo")
-    refused("has no finished trials of seed 1: give --seeds that it has", source=str(source), seeds=2)
+    refused("searched .*, not demo: leave model out", source=str(source), model="demo")
+    refused("has no finished trials of seed 1: give seeds that it has", source=str(source), seeds=2)
     model = source / "models" / "full-seed-0"
     model.rename(tmp_path / "away")
-    refused("has no model of full-seed-0: repeat that search with --save-models", source=str(source))
+    refused("has no model of full-seed-0: repeat that search with save_models=True", source=str(source))
     (tmp_path / "away").rename(model)
 
 

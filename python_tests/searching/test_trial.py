@@ -136,7 +136,7 @@ def test_bf16_trains(setting: Setting):
 
 def test_divergence_is_an_error_with_a_remedy(setting: Setting):
     broken = dataclasses.replace(setting, pretrained={k: v * float("nan") for k, v in setting.pretrained.items()})
-    with pytest.raises(TicketopsError, match=r"diverged in trial full-seed-3 .*lower --learning-rate"):
+    with pytest.raises(TicketopsError, match=r"diverged in trial full-seed-3 .*lower learning_rate"):
         run_trial(broken, FULL)
 
 
@@ -149,7 +149,7 @@ def test_models_that_cannot_be_used_are_refused(setting: Setting, tmp_path: Any,
     def load(model: str, **fields: Any) -> None:
         with_fields(setting, model=model, **fields)
 
-    with pytest.raises(InputError, match=r"is not a folder: give a local folder.*--model demo"):
+    with pytest.raises(InputError, match=r"is not a folder: give a local folder.*model='demo'"):
         load("/no/such/folder")
     with pytest.raises(InputError, match=r"no config.json"):
         load(str(tmp_path))

@@ -88,7 +88,7 @@ def test_hidden_labels_of_the_hub_are_refused(hub):
 
 
 def test_unreachable_hub_names_the_folder_way(hub):
-    with pytest.raises(InputError, match=r"GLUE task rte cannot be loaded .*--task path/to/rte") as caught:
+    with pytest.raises(InputError, match=r"GLUE task rte cannot be loaded .*task='path/to/rte'") as caught:
         load_task("rte")
     assert "\n" not in str(caught.value)
 

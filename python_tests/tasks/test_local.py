@@ -243,7 +243,7 @@ GOOD = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
         ("a.csv", "text,text\na,0\n", r"a column name twice"),
         ("a.tsv", "text\tlabel\na\tb\t0\n", r"line 2: 3 fields .* a tab inside a text needs quotes"),
         ("a.csv", "a great film,1\na bad film,0\n", r"no known text column: .*the columns a great film, 1; name the"),
-        ("a.jsonl", '{"text": "a", "z": 0}\n', r"no known label column: .* has the columns text, z; .* --label-column"),
+        ("a.jsonl", '{"text": "a", "z": 0}\n', r"no known label column: .* has the columns text, z; .* label_column"),
         ("a.jsonl", '{"text": "a", "sentence": "a", "label": 0}\n', r"more than one choice of text column"),
         ("a.jsonl", GOOD + '{"label": 0}\n', r"a\.jsonl, line 3: no text in column text"),
         ("a.jsonl", GOOD + '{"text": null, "label": 0}\n', r"line 3: no text in column text"),
@@ -271,7 +271,7 @@ GOOD = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
         ("a.csv", "text,label\n" + "".join(f"t{i},1\n" for i in range(9)), r"every training row .* has the label 1"),
         ("a.xlsx", "x", r"a\.xlsx has an unknown extension: use one of \.jsonl, .*\.csv, \.tsv, \.parquet"),
         ("a.parquet", "PAR1 nonsense", r"a\.parquet is damaged, or not what its name says"),
-        ("a.csv", b"text,label\ncaf\xe9,0\n", r"a\.csv is not UTF-8 \(byte 0xe9 at offset 14\): .* --encoding latin-1"),
+        ("a.csv", b"text,label\ncaf\xe9,0\n", r"a\.csv is not UTF-8 \(byte 0xe9 at offset 14\): .* encoding='latin-1'"),
     ],
 )
 def test_bad_files_are_one_line_errors(tmp_path, name, content, message):

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
+from ticketops.files import user_path
 from ticketops.models.record import held_ticket
 from ticketops.models.registry import check_supported, find_adapter
 
@@ -63,7 +64,7 @@ def load(folder: str | os.PathLike[str]) -> PreTrainedModel:
         InputError: a file is missing, damaged, or does not fit the others.
         UnsupportedError: a model that ticketops does not serve.
     """
-    folder = Path(folder)
+    folder = user_path(folder, "the folder of the model")
     try:
         return _load(folder)
     except TicketopsError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ticketops.errors import InputError, TicketopsError
-from ticketops.files import new_folder
+from ticketops.files import new_folder, user_path
 from ticketops.models.checkpoint import NOTE, load, sha256
 from ticketops.models.cost import costs
 from ticketops.models.handle import PatchHandle, find_handle
@@ -64,7 +64,7 @@ def export(
         TicketopsError: what was written does not compute what the model does; nothing is left behind. Or the hub did
             not take it; the folder is there.
     """
-    folder = Path(folder)
+    folder = user_path(folder, "the folder to write")
     if format not in get_args(Format):
         raise InputError(f"format {format!r} is unknown; use one of {', '.join(get_args(Format))}")
     small, left, batch, want = _small(model, ticket, tokenizer)

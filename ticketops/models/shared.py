@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
-from ticketops.files import new_folder
+from ticketops.files import new_folder, user_path
 from ticketops.models.checkpoint import load, read_config, read_json
 from ticketops.models.freezing import Frozen, freeze, unfreeze
 from ticketops.models.handle import PatchHandle
@@ -164,7 +164,8 @@ class SharedModel(nn.Module):
         Raises:
             StoreError: the folder is not empty, or cannot be written.
         """
-        with new_folder(Path(folder)) as temporary:
+        folder = user_path(folder, "the folder to write")
+        with new_folder(folder) as temporary:
             for place, task in enumerate(self.tasks):
                 model, own = self.select(task), temporary / f"task-{place}"
                 if place == 0:
@@ -178,7 +179,7 @@ class SharedModel(nn.Module):
                 self.tickets[task].save(own / _TICKET)
             note = {"format": _FORMAT, "version": _VERSION, "tasks": self.tasks}
             (temporary / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        return Path(folder)
+        return folder
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
@@ -193,7 +194,7 @@ class SharedModel(nn.Module):
         Raises:
             InputError: a file is missing, damaged, or does not fit the others.
         """
-        folder = Path(folder)
+        folder = user_path(folder, "the folder of the shared model")
         try:
             return cls._load(folder)
         except TicketopsError as error:

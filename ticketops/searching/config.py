@@ -7,12 +7,40 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import yaml
-
-from ticketops.errors import InputError
+from ticketops.errors import InputError, as_keyword, current_spelling, shown, spelled, spelling
+from ticketops.searching.yaml_file import read_yaml
 
 #: A larger number is one seed that somebody wants to name.
 _MOST_SEEDS = 1_000
+#: What other tools call an option: the Trainer's arguments, its example scripts, and short forms.
+_ALIASES = {
+    "lr": ("learning_rate",),
+    "rate": ("learning_rate",),
+    "bs": ("batch_size",),
+    "per_device_train_batch_size": ("batch_size",),
+    "train_batch_size": ("batch_size",),
+    "num_train_epochs": ("epochs",),
+    "num_epochs": ("epochs",),
+    "max_seq_length": ("max_length",),
+    "max_len": ("max_length",),
+    "max_train_samples": ("train_rows",),
+    "max_eval_samples": ("validation_rows",),
+    "output_dir": ("output",),
+    "out": ("output",),
+    "model_name_or_path": ("model",),
+    "model_name": ("model",),
+    "model_revision": ("revision",),
+    "dataset": ("task", "tasks", "target"),
+    "dataset_name": ("task", "tasks", "target"),
+    "data": ("task", "tasks", "target"),
+    "task_name": ("task", "tasks", "target"),
+    "train_file": ("task", "tasks", "target"),
+    "levels": ("sparsities",),
+    "bf16": ("dtype",),
+    "precision": ("dtype",),
+    "optimizer": ("recipe",),
+    "optim": ("recipe",),
+}
 #: The groups of flags in a command's help.
 WHAT, PLAN, TRAINING, SCORING, DATA = "What", "Which tickets", "Training", "Importance", "Data"
 
@@ -63,8 +91,9 @@ class Config:
         fields = _by_name(values, source)
         for key in fields:
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-                raise InputError(f"{source} has an unknown key {key!r}: did you mean {near!r}?")
+                near = nearest(key, names)
+                remedy = f"did you mean {near!r}?" if near else f"its keys are {', '.join(names)}"
+                raise InputError(f"{source} has an unknown key {shown(key)}: {remedy}")
         return cls(**fields)
 
     @classmethod
@@ -78,21 +107,21 @@ class Config:
         Raises:
             InputError: the file cannot be read, is not a mapping, or has an unknown key or a bad value.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read the configuration file {path}: {getattr(error, 'strerror', error)}"
-            ) from error
-        except yaml.YAMLError as error:
-            problem = " ".join(str(error).split())
-            raise InputError(
-                f"the configuration file {path} is not YAML ({problem}): write 'flag: value' lines"
-            ) from error
+        values = read_yaml(path)
         if not isinstance(values, Mapping | None):
             raise InputError(f"the configuration file {path} holds no mapping: write 'flag: value' lines")
         source = f"the configuration file {path}"
-        return cls.from_dict({**_by_name(values or {}, source), **overrides}, source)
+        values = _by_name(values or {}, source)
+
+        def spell(option: str, value: Any) -> str:
+            """Of the file where it has the option, else as before."""
+            if option in values and option not in overrides:
+                return f"{as_keyword(option, value)} (in {path})"
+            return outside(option, value)
+
+        outside = current_spelling()
+        with spelling(spell):
+            return cls.from_dict({**values, **overrides}, source)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and YAML hold and `from_dict` reads back to an equal configuration."""
@@ -118,13 +147,30 @@ class Config:
         return shlex.join(map(str, words))
 
 
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Finds the option that an unknown name means: by what other tools call it, else by a similar spelling.
+
+    Args:
+        name: unknown, in any case, with dashes or underscores.
+        names: of the options.
+
+    Returns:
+        One of the names, or None where none is near.
+    """
+    names = tuple(names)
+    plain = name.lower().replace("-", "_")
+    found = [other for other in (plain, *_ALIASES.get(plain, ())) if other in names]
+    found += difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
+    return found[0] if found else None
+
+
 def _by_name(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The values by the names of the fields, whose words a flag or key may join by dashes."""
     fields: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name in fields:
-            raise InputError(f"{source} has {name!r} twice, with dashes and without: keep one")
+            raise InputError(f"{source} has {shown(name)} twice, with dashes and without: keep one")
         fields[name] = value
     return fields
 
@@ -148,7 +194,7 @@ def list_of(name: str, value: Any) -> list[Any]:
         entries = [entries]
     entries = [entry for entry in entries if entry != ""]
     if not entries:
-        raise InputError(f"{name} is empty: give at least one value")
+        raise InputError(f"{spelled(name)} is empty: give at least one value")
     return entries
 
 
@@ -166,7 +212,7 @@ def read_sparsities(name: str, value: Any) -> tuple[float, ...]:
     for entry in list_of(name, value):
         level = real(name, entry)
         if not 0 <= level < 1:
-            raise InputError(f"sparsity {level:g} is outside [0, 1): give the fraction to prune, such as 0.3")
+            raise InputError(f"{spelled(name)} {level:g} is outside [0, 1): give the fraction to prune, such as 0.3")
         levels.add(level)
     return tuple(sorted(levels))
 
@@ -185,7 +231,8 @@ def read_seeds(value: Any) -> tuple[int, ...]:
         count = whole("seeds", entries[0], 1)
         if count > _MOST_SEEDS:
             raise InputError(
-                f"seeds {count} asks for that many seeds, and {_MOST_SEEDS:,} are the most: to name a seed write "
+                f"{spelled('seeds')} {count} asks for that many seeds, and {_MOST_SEEDS:,} are the most: to name a "
+                "seed write "
                 f"'{count},'"
             )
         return tuple(range(count))
@@ -203,7 +250,9 @@ def text(name: str, value: Any) -> str:
         InputError: it is empty or no text.
     """
     if not isinstance(value, str | Path) or not str(value).strip():
-        raise InputError(f"{name} {value!r} is not a name or a path")
+        # A model in memory.
+        remedy = ": save it with save_pretrained and give the folder" if hasattr(value, "state_dict") else ""
+        raise InputError(f"{spelled(name)} {shown(value)} is not a name or a path{remedy}")
     return str(value)
 
 
@@ -220,7 +269,7 @@ def whole(name: str, value: Any, least: int) -> int:
     """
     number: int = _number(int, "whole number", name, value)
     if not least <= number < 2**32:
-        raise InputError(f"{name} {number} is out of range: give a whole number from {least} on")
+        raise InputError(f"{spelled(name)} {number} is out of range: give a whole number from {least} on")
     return number
 
 
@@ -249,7 +298,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         InputError: it is none of them.
     """
     if value not in choices:
-        raise InputError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")
+        raise InputError(f"{spelled(name)} {shown(value)} is unknown: choose from {', '.join(choices)}")
 
 
 def _number(convert: Callable[[Any], Any], noun: str, name: str, value: Any) -> Any:
@@ -258,5 +307,5 @@ def _number(convert: Callable[[Any], Any], noun: str, name: str, value: Any) -> 
         if isinstance(value, bool) or (not isinstance(value, str) and number != value):
             raise ValueError
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{name} {value!r} is not a {noun}") from error
+        raise InputError(f"{spelled(name)} {shown(value)} is not a {noun}") from error
     return number

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, shown, spelled
+from ticketops.files import user_path
 from ticketops.searching.config import (
     DATA,
     PLAN,
@@ -170,8 +171,9 @@ class SearchConfig(Config):
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        for name in ("model", "task", "output"):
+        for name in ("model", "task"):
             put(name, text(name, getattr(self, name)))
+        put("output", str(user_path(text("output", self.output), spelled("output"))))
         if self.revision is not None:
             put("revision", text("revision", self.revision))
         put("recipe", self.recipe if self.recipe is not None else ("demo" if self.task == "demo" else "default"))
@@ -209,20 +211,25 @@ class SearchConfig(Config):
                 put(name, whole(name, getattr(self, name), 1))
         rate = real("learning_rate", self.learning_rate)
         if not 0 < rate < 1:
-            raise InputError(f"learning_rate {rate:g} is not between 0 and 1: 5e-5 suits most encoders")
+            raise InputError(f"{spelled('learning_rate')} {rate:g} is not between 0 and 1: 5e-5 suits most encoders")
         put("learning_rate", rate)
         fraction = real("report_fraction", self.report_fraction)
         if not 0 <= fraction < 1:
-            raise InputError(f"report_fraction {fraction:g} is outside [0, 1): give the share to hold out, such as 0.5")
+            raise InputError(
+                f"{spelled('report_fraction')} {fraction:g} is outside [0, 1): give the share, such as 0.5"
+            )
         put("report_fraction", fraction)
         check_choice("dtype", self.dtype, ("fp32", "bf16"))
         check_choice("importance", self.importance, ("pass", "on_the_fly", "both"))
         check_choice("granularity", self.granularity, ("example", "token", "batch"))
         for name in ("save_models", "prune_neurons"):
             if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} {getattr(self, name)!r} is neither true nor false")
+                raise InputError(f"{spelled(name)} {shown(getattr(self, name))} is neither true nor false")
         if self.prune_neurons and self.sparsities == "paper":
-            raise InputError("the paper's levels prune whole FFNs: give fractions with prune_neurons, such as 0.1,0.3")
+            raise InputError(
+                "the paper's levels prune whole FFNs: give fractions with "
+                f"{spelled('prune_neurons', True)}, such as 0.1,0.3"
+            )
 
 
 @dataclass(frozen=True)
@@ -271,7 +278,7 @@ def make_plan(config: SearchConfig, layers: int, heads: int, neurons: int | None
         if (layers, heads) != (12, 12):
             raise InputError(
                 f"the paper's levels are for 12 layers x 12 heads, and {config.model} has {layers} x {heads}: "
-                "give fractions, such as --sparsities 0.1,0.3,0.5"
+                f"give fractions, such as {spelled('sparsities', '0.1,0.3,0.5')}"
             )
         levels = dict(PAPER_LEVELS)
 
@@ -287,8 +294,8 @@ def make_plan(config: SearchConfig, layers: int, heads: int, neurons: int | None
             )
         if found[0] > most:
             raise InputError(
-                f"sparsity {sparsity:g} prunes {count(found[0], 'head')}, and min_heads {config.min_heads} leaves at "
-                f"most {most} of {layers * heads} to prune: lower one of them"
+                f"sparsity {sparsity:g} prunes {count(found[0], 'head')}, and {spelled('min_heads')} "
+                f"{config.min_heads} leaves at most {most} of {layers * heads} to prune: lower one of them"
             )
         return (found[0], 0, found[1]) if config.prune_neurons else found
 
@@ -353,5 +360,5 @@ def _kind(entry: Any) -> str:
         return kind
     sparsity = read_sparsities("kinds", level)[0] if level else 0.0
     if not sparsity:
-        raise InputError(f"kinds entry {entry!r} needs a sparsity in (0, 1) after '@', such as {kind}@0.3")
+        raise InputError(f"{spelled('kinds')} {entry!r} needs a sparsity in (0, 1) after '@', such as {kind}@0.3")
     return f"{kind}@{sparsity:g}"

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from ticketops.errors import InputError, TicketopsError, UnsupportedError
+from ticketops.errors import InputError, TicketopsError, UnsupportedError, spelled
+from ticketops.files import user_path
 from ticketops.models import Format, SharedModel, export, load
 from ticketops.models.checkpoint import LOCAL, check_folder
 from ticketops.searching.selection import select
@@ -47,19 +48,25 @@ def release(
         StoreError: the folder cannot be written.
         TicketopsError: what was written does not compute what the model does.
     """
-    folder = Path(source)
+    folder = user_path(source, "the folder to export")
+    if not folder.is_dir():
+        raise InputError(f"{source} is no folder: give a run's {spelled('output')} folder, or a model's")
     run: dict[str, Any] = {}
     tokenizer: Any = None
     with quiet():
         if (folder / "trials").is_dir():
             if ticket is not None:
-                raise InputError("--ticket goes with a model's folder: name a trial of the run with --trial instead")
+                raise InputError(
+                    f"{spelled('ticket')} goes with a model's folder: name a trial of the run with "
+                    f"{spelled('trial')} instead"
+                )
             store = Store.read(folder)
             record = _record(store, trial)
             folder = folder / "models" / record["id"]
             if not folder.is_dir():
                 raise InputError(
-                    f"{store.folder} has no model of {record['id']}: run the same command with --save-models"
+                    f"{store.folder} has no model of {record['id']}: run the same command with "
+                    f"{spelled('save_models', True)}"
                 )
             names = ("task", "model", "kind", "sparsity", "seed", "steps")
             run = {name: record[name] for name in names if name in record}
@@ -67,7 +74,9 @@ def release(
                 run |= _scores(record if task is None else record["tasks"][task])
             run |= {"config": store.config.to_dict(), "command": store.config.command()}
         elif trial is not None:
-            raise InputError(f"{folder} is no finished run: --trial goes with a run's --output folder")
+            raise InputError(
+                f"{folder} is no finished run: {spelled('trial')} goes with a run's {spelled('output')} folder"
+            )
         # A shared model has it beside its first task's weights.
         vocabulary = folder / "task-0" if (folder / "task-0").is_dir() else folder
         try:
@@ -90,13 +99,18 @@ def release(
         if (folder / "shared.json").is_file():
             shared = SharedModel.load(folder)
             if task is None or ticket is not None:
-                raise InputError(f"{folder} is a shared model: name one of its tasks, --task {shared.tasks[0]}")
+                raise InputError(
+                    f"{folder} is a shared model: name one of its tasks, {spelled('task', shared.tasks[0])}"
+                )
             single, run = shared.single(task), {**run, "task": task}
             options = {"ticket": shared.tickets[task], "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
             return export(single, output, format, **options)
         if task is not None:
-            raise InputError(f"{folder} is no shared model: --task goes with one, or with a share's --output folder")
-        path = Path(ticket) if ticket is not None else folder / "ticket.safetensors"
+            raise InputError(
+                f"{folder} is no shared model: {spelled('task')} goes with one, or with a share's "
+                f"{spelled('output')} folder"
+            )
+        path = user_path(ticket, spelled("ticket")) if ticket is not None else folder / "ticket.safetensors"
         keep = Ticket.load(path) if ticket is not None or path.is_file() else None
         options = {"ticket": keep, "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
         return export(load(folder), output, format, **options)
@@ -131,15 +145,17 @@ def _record(store: Store, trial: str | None) -> dict[str, Any]:
         return found[0]
     if store.kind == "transfer":
         raise InputError(
-            f"{store.folder} is a transfer: name one of its trials with --trial, such as {store.plan[0].id}"
+            f"{store.folder} is a transfer: name one of its trials with {spelled('trial')}, such as {store.plan[0].id}"
         )
     if store.kind == "share":
         own = [record for record in records if record["kind"] == "tickets"]
         if not own:
-            raise TicketopsError(f"{store.folder} has no trial with tickets yet: finish it, or name a --trial")
+            raise TicketopsError(
+                f"{store.folder} has no trial with tickets yet: finish it, or name a {spelled('trial')}"
+            )
         return max(own, key=lambda record: record["score"])
     level = select(records, store.config.seeds).super_level
     if level is None:
-        raise TicketopsError(f"{store.folder} has no super ticket yet: finish the search, or name a --trial")
+        raise TicketopsError(f"{store.folder} has no super ticket yet: finish the search, or name a {spelled('trial')}")
     of_level = [r for r in records if (r["kind"], r["sparsity"]) == (level.kind, level.sparsity)]
     return max(of_level, key=lambda record: record["score"])

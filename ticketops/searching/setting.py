@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, spelled
 from ticketops.files import user_path
 from ticketops.hub import HubError, fetch_model
 from ticketops.models import check_supported
@@ -136,7 +136,7 @@ class Setting:
             longest = positions(encoder)
             if config.max_length > longest:
                 raise InputError(
-                    f"max_length {config.max_length} exceeds the {longest} positions of {config.model!r}: "
+                    f"{spelled('max_length')} {config.max_length} exceeds the {longest} positions of {config.model!r}: "
                     f"give at most {longest}"
                 )
             rows = {"train": task.train, "validation": task.validation, "report": task.report}
@@ -255,8 +255,8 @@ def find_model(name: str, revision: str | None = None, weights: bool = True) -> 
     Raises:
         InputError: there is no such model, or its folder holds what would run code or never end.
     """
-    remedy = "give a local folder made by save_pretrained, or demo"
-    folder = demo_model() if name == "demo" else user_path(name, "model")
+    remedy = f"give a local folder made by save_pretrained, or {spelled('model', 'demo')}"
+    folder = demo_model() if name == "demo" else user_path(name, spelled("model"))
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InputError(f"model {name!r} is not a folder: {remedy}")

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ticketops.errors import InputError, StoreError
-from ticketops.files import store_error, write_atomically
+from ticketops.errors import InputError, StoreError, spelled
+from ticketops.files import store_error, user_path, write_atomically
 from ticketops.searching.config import Config
 from ticketops.searching.plan import SearchConfig, json_identity, search_plan
 from ticketops.searching.sharing_plan import ShareConfig, share_plan
@@ -74,7 +74,7 @@ class Store:
         Raises:
             StoreError: the folder is in use, holds another search or other files, is corrupt, or cannot be written.
         """
-        folder = Path(folder)
+        folder = user_path(folder, spelled("output"))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _refuse_files_of_others(folder)
@@ -82,7 +82,7 @@ class Store:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise StoreError(
-                f"another process is working in {folder}: wait for it, or choose another --output folder"
+                f"another process is working in {folder}: wait for it, or choose another {spelled('output')} folder"
             ) from error
         except OSError as error:
             raise store_error(folder, error) from error
@@ -109,7 +109,7 @@ class Store:
         Raises:
             StoreError: the folder holds another search or other files, is corrupt, or is none.
         """
-        folder = Path(folder)
+        folder = user_path(folder, spelled("output"))
         try:
             if not folder.exists():
                 return
@@ -131,9 +131,11 @@ class Store:
             InputError: there is no such run in the folder.
             StoreError: its `config.json` is corrupt.
         """
-        folder = Path(folder)
+        folder = user_path(folder, spelled("output"))
         if not (folder / "config.json").is_file():
-            raise InputError(f"{folder} is no ticketops folder (no config.json): give the --output folder of a search")
+            raise InputError(
+                f"{folder} is no ticketops folder (no config.json): give the {spelled('output')} folder of a search"
+            )
         store = cls(folder, _read_description(folder))
         if kind is not None and store.kind != kind:
             raise InputError(f"{folder} holds the results of ticketops {store.kind}, and a {kind} is needed here")
@@ -392,7 +394,7 @@ def _read_json(path: Path, remedy: str = _REMEDY) -> Record:
 def _read_description(folder: Path) -> Record:
     path = folder / "config.json"
     # Not to be deleted, as other files are: without it the folder's records are nobody's.
-    description = _read_json(path, "restore it, or choose another --output folder")
+    description = _read_json(path, f"restore it, or choose another {spelled('output')} folder")
     identity = description.get("identity")
     known = (
         isinstance(identity, dict)
@@ -402,7 +404,9 @@ def _read_description(folder: Path) -> Record:
         and isinstance(description.get("notes"), dict)
     )
     if description.get("format") != FORMAT or not known:
-        raise StoreError(f"{path} is damaged or of another version of ticketops: choose another --output folder")
+        raise StoreError(
+            f"{path} is damaged or of another version of ticketops: choose another {spelled('output')} folder"
+        )
     return description
 
 
@@ -415,13 +419,16 @@ def _refuse_files_of_others(folder: Path) -> None:
     # What a search killed in its very first write leaves behind is not somebody's file.
     foreign = [name for name in others if not name.startswith(".config.json.")]
     if foreign and not (folder / "config.json").exists():
-        raise StoreError(f"{folder} holds {foreign[0]!r} and is no ticketops folder: choose another --output folder")
+        raise StoreError(
+            f"{folder} holds {foreign[0]!r} and is no ticketops folder: choose another {spelled('output')} folder"
+        )
 
 
 def _refuse_another_search(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if _kind(stored) != _kind(wanted):
         raise StoreError(
-            f"{folder} holds the results of ticketops {_kind(stored)}: choose another --output folder for those of "
+            f"{folder} holds the results of ticketops {_kind(stored)}: choose another {spelled('output')} folder for "
+            "those of "
             f"ticketops {_kind(wanted)}"
         )
 
@@ -433,5 +440,6 @@ def _refuse_another_search(folder: Path, stored: Mapping[str, Any], wanted: Mapp
     if differing:
         fields = "; ".join(f"{name} is {old.get(name)!r} there and {new.get(name)!r} here" for name in differing)
         raise StoreError(
-            f"{folder} holds another {_kind(stored)} ({fields}): choose another --output folder, or the same values"
+            f"{folder} holds another {_kind(stored)} ({fields}): choose another {spelled('output')} folder, or the "
+            "same values"
         )

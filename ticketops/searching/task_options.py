@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, spelled
 from ticketops.searching.config import list_of
 
 #: Fields of `SearchConfig` that say how a task's files are read.
@@ -37,7 +37,7 @@ def read_option(name: str, value: Any, tasks: Iterable[str]) -> tuple[str, ...] 
     entries = tuple(str(entry) for entry in list_of(name, value))
     for entry in entries:
         if "=" in entry and not _is_named(entry, tasks):
-            raise InputError(f"{name} {entry!r} names none of the tasks {', '.join(tasks)}: write TASK=VALUE")
+            raise InputError(f"{spelled(name)} {entry!r} names none of the tasks {', '.join(tasks)}: write TASK=VALUE")
     return entries
 
 
@@ -73,7 +73,9 @@ def option_of(name: str, entries: tuple[str, ...] | None, own: Iterable[str], ta
     if name == "text_columns":
         return tuple(found)
     if len(found) > 1:
-        raise InputError(f"{name} {','.join(found)} gives one task several values: write VALUE, or TASK=VALUE for each")
+        raise InputError(
+            f"{spelled(name)} {','.join(found)} gives one task several values: write VALUE, or TASK=VALUE for each"
+        )
     return found[0]
 
 

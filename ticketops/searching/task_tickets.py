@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, spelled
+from ticketops.files import user_path
 from ticketops.searching.selection import Selection, select
 from ticketops.searching.setting import Setting
 from ticketops.searching.sharing_plan import SEARCHES, ShareConfig, ShareTrial
@@ -51,7 +52,7 @@ def given_tickets(config: ShareConfig, settings: Mapping[str, Setting]) -> Given
     for entry in config.tickets:
         name, _, rest = entry.partition("=")
         task = name if name in settings else None
-        path = Path(rest if task else entry).expanduser()
+        path = user_path(rest if task else entry, spelled("tickets"))
         if not path.exists():
             raise InputError(
                 f"tickets entry {entry!r}: there is no {path}; give a search's output folder or a ticket's file, "
@@ -66,7 +67,7 @@ def given_tickets(config: ShareConfig, settings: Mapping[str, Setting]) -> Given
                     f"{', '.join(settings)}: say whose it is with TASK={folder}"
                 )
             if own in found.tickets:
-                raise InputError(f"there are two tickets for task {own} in --tickets: give one")
+                raise InputError(f"there are two tickets for task {own} in {spelled('tickets')}: give one")
             for ticket in tickets.values():
                 try:
                     ticket.check(settings[own].num_layers, settings[own].num_heads, settings[own].num_neurons)
@@ -82,7 +83,8 @@ def given_tickets(config: ShareConfig, settings: Mapping[str, Setting]) -> Given
                 found.single[own] = single
     if missing := [task for task in settings if task not in found.tickets]:
         raise InputError(
-            f"there is no ticket for task {missing[0]} in --tickets: add {missing[0]}=PATH, or leave --tickets out to "
+            f"there is no ticket for task {missing[0]} in {spelled('tickets')}: add {missing[0]}=PATH, or leave that "
+            "out to "
             "find all of them on the way"
         )
     return found
@@ -104,12 +106,14 @@ def _read_tickets(path: Path, config: ShareConfig) -> tuple[str, dict[int, Ticke
     selection = select(records, store.config.seeds)
     level = selection.super_level
     if level is None:
-        raise InputError(f"{path} has no super ticket yet: finish that search, with winning among its --kinds")
+        raise InputError(
+            f"{path} has no super ticket yet: finish that search, with winning among its {spelled('kinds')}"
+        )
     tickets = store.tickets(level.kind, level.sparsity)
     if missing := [seed for seed in config.seeds if seed not in tickets]:
         raise InputError(
             f"{path} has no super ticket of seed {missing[0]}, only of {', '.join(map(str, tickets))}: search with "
-            "that seed, or give --seeds that it has"
+            f"that seed, or give {spelled('seeds')} that it has"
         )
     return (
         records[0]["task"],

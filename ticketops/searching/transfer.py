@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ticketops.errors import InputError
-from ticketops.files import write_atomically
+from ticketops.errors import InputError, spelled
+from ticketops.files import user_path, write_atomically
 from ticketops.models import load
 from ticketops.searching import environment
 from ticketops.searching.ladder import compare_rungs, read_ladders
@@ -86,17 +86,20 @@ class Source:
         level = select(records, store.config.seeds).super_level
         if level is None:
             raise InputError(
-                f"{self.folder} has no super ticket yet: finish that search, with winning among its --kinds"
+                f"{self.folder} has no super ticket yet: finish that search, with winning among its {spelled('kinds')}"
             )
         done = {record["id"] for record in records}
         for seed in config.seeds:
             for kind in ("full", "winning"):
                 trial = self.trial(kind, level, seed)
                 if trial.id not in done:
-                    raise InputError(f"{self.folder} has no finished trials of seed {seed}: give --seeds that it has")
+                    raise InputError(
+                        f"{self.folder} has no finished trials of seed {seed}: give {spelled('seeds')} that it has"
+                    )
                 if not store.model_path(trial).is_dir():
                     raise InputError(
-                        f"{self.folder} has no model of {trial.id}: repeat that search with --save-models, or name the "
+                        f"{self.folder} has no model of {trial.id}: repeat that search with "
+                        f"{spelled('save_models', True)}, or name the "
                         "source task itself"
                     )
         return level, records
@@ -223,7 +226,7 @@ def load_source(config: TransferConfig) -> Source:
     Raises:
         InputError: it cannot be loaded, or the search in the folder was made with other rows or another model.
     """
-    folder = Path(config.source).expanduser()
+    folder = user_path(config.source, spelled("source"))
     if not (folder / "config.json").is_file():
         search = config.search(config.source, output=str(Path(config.output) / SOURCE), save_models=True)
         setting = Setting.load(search, at_most=True)
@@ -231,7 +234,8 @@ def load_source(config: TransferConfig) -> Source:
     store = Store.read(folder, "search")
     if config.model not in (None, store.config.model):
         raise InputError(
-            f"{folder} searched {store.config.model}, not {config.model}: leave --model out, or name the source "
+            f"{folder} searched {store.config.model}, not {config.model}: leave {spelled('model')} out, or name the "
+            "source "
             "task itself"
         )
     if config.source_options:
@@ -239,7 +243,8 @@ def load_source(config: TransferConfig) -> Source:
         raise InputError(f"{names} of the source: the search in {folder} says that already; give it for target= alone")
     if config.revision not in (None, store.config.revision):
         raise InputError(
-            f"{folder} searched revision {store.config.revision or 'main'}, not {config.revision}: leave --revision "
+            f"{folder} searched revision {store.config.revision or 'main'}, not {config.revision}: leave "
+            f"{spelled('revision')} "
             "out, or name the source task itself"
         )
     setting = Setting.load(store.config)
@@ -267,14 +272,15 @@ def subset(setting: Setting, fraction: float, seed: int, min_steps: int = 0) -> 
     count = math.floor(round(fraction * rows, 6))
     if not count:
         raise InputError(
-            f"{100 * fraction:g} % of the {rows:,} training rows of task {name} leave no row: give --fractions from "
+            f"{100 * fraction:g} % of the {rows:,} training rows of task {name} leave no row: give "
+            f"{spelled('fractions')} from "
             f"{min(1.0, math.ceil(2e5 / rows) / 1e5):g} on, or more rows"
         )
     chosen = np.sort(spread(setting.task.train, seed)[:count])
     if setting.task.kind == "classification" and len({*np.asarray(setting.task.train["label"][:])[chosen]}) < 2:
         raise InputError(
             f"{100 * fraction:g} % of the {rows:,} training rows of task {name} leave {count} of one label: give "
-            "larger --fractions"
+            f"larger {spelled('fractions')}"
         )
     config = setting.config
     epochs = max(config.epochs, math.ceil(min_steps / math.ceil(count / config.batch_size)))
@@ -303,7 +309,8 @@ def _check_head(config: TransferConfig, source: Setting, target: Setting) -> Non
         described = [", ".join(task.labels) if task.kind == "classification" else "a number" for task in (one, other)]
         raise InputError(
             f"the labels of source {one.name} ({described[0]}) are not those of target {other.name} ({described[1]}), "
-            "so its task head cannot be kept: start the target with a new one, --head fresh, or give both the same ones"
+            f"so its task head cannot be kept: start the target with a new one, {spelled('head', 'fresh')}, or give "
+            "both the same ones"
         )
 
 

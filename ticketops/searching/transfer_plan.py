@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, shown, spelled
 from ticketops.searching.config import (
     DATA,
     PLAN,
@@ -104,13 +104,15 @@ class TransferConfig(Config):
         for entry in list_of("fractions", self.fractions):
             fraction = real("fractions", entry)
             if not 0 < fraction <= 1:
-                raise InputError(f"fraction {fraction:g} is outside (0, 1]: give shares of the rows, such as 0.01")
+                raise InputError(
+                    f"{spelled('fractions')} {fraction:g} is outside (0, 1]: give shares of the rows, such as 0.01"
+                )
             fractions.add(fraction)
         put("fractions", tuple(sorted(fractions)))
         check_choice("head", self.head, ("keep", "fresh"))
         put("min_steps", whole("min_steps", self.min_steps, 0))
         if not isinstance(self.source_ladder, bool):
-            raise InputError(f"source_ladder {self.source_ladder!r} is neither true nor false")
+            raise InputError(f"{spelled('source_ladder')} {shown(self.source_ladder)} is neither true nor false")
 
     @property
     def source_options(self) -> list[str]:

@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from ticketops.errors import TicketopsError
+from ticketops.errors import TicketopsError, spelled
 from ticketops.models import costs, patch, put_back, shrink, weight_counts
 from ticketops.optim import Adamax
 from ticketops.searching import environment
@@ -235,7 +235,8 @@ def check_converged(name: str, config: Any, loss: float, predictions: Mapping[st
     """
     if not math.isfinite(loss) or not all(np.isfinite(logits).all() for logits in predictions.values()):
         raise TicketopsError(
-            f"training diverged in trial {name} (loss {loss:g}): lower --learning-rate, now {config.learning_rate:g}"
+            f"training diverged in trial {name} (loss {loss:g}): lower {spelled('learning_rate')}, now "
+            f"{config.learning_rate:g}"
         )
 
 

@@ -25,7 +25,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, spelled
 
 #: Rows that are held as Python objects at a time.
 BATCH = 1_000
@@ -185,7 +185,8 @@ def _undecodable(path: Path, encoding: str) -> str:
     # What comes after may be damaged, too.
     except (UnicodeError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         problem = str(error)
-    return f"file {path} is not {encoding.upper()} ({problem}): name its encoding, such as --encoding latin-1"
+    remedy = f"name its encoding, such as {spelled('encoding', 'latin-1')}"
+    return f"file {path} is not {encoding.upper()} ({problem}): {remedy}"
 
 
 def _bytes(path: Path) -> IO[bytes]:
@@ -201,7 +202,8 @@ def _text(path: Path, encoding: str, newline: str) -> Iterator[IO[str]]:
     for mark, name in _BYTE_ORDER_MARKS.items():
         if start.startswith(mark) and not encoding.startswith((name, "utf-32")):
             raise InputError(
-                f"file {path} is not {encoding.upper()} (it starts with the mark of {name}): --encoding {name}"
+                f"file {path} is not {encoding.upper()} (it starts with the mark of {name}): say "
+                f"{spelled('encoding', name)}"
             )
     opener: Callable[..., Any] = _COMPRESSIONS.get(path.suffix.lower(), open)
     with opener(path, "rt", encoding=encoding, newline=newline) as stream:
@@ -239,7 +241,9 @@ def _open_delimited(path: Path, encoding: str) -> Source:
     options = {"delimiter": delimiter, "quoting": quoting}
     _, header = next(_records(path, encoding, **options), (0, []))
     if any("\0" in name for name in header):
-        raise InputError(f"file {path} has zero bytes in its header: if it is UTF-16, say --encoding utf-16-le")
+        raise InputError(
+            f"file {path} has zero bytes in its header: if it is UTF-16, say {spelled('encoding', 'utf-16-le')}"
+        )
     headed = not (delimiter == "\t" and len(header) == 4 and header[1] in ("0", "1") and header[2] in ("", "*"))
     if not headed:
         header = list(_COLA)

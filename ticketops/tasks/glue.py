@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import datasets
 import huggingface_hub
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, spelled
 from ticketops.hub import contact, explain
 from ticketops.tasks.task import Kind, Task
 
@@ -107,7 +107,8 @@ def load_glue(name: str) -> Task:
         reason = explain(refusal or error, HUB_DATASET, "dataset")
         raise InputError(
             f"GLUE task {name} cannot be loaded from {HUB_DATASET}: {reason}; or get the rows elsewhere and use a "
-            f"folder: --task path/to/{name} with train.jsonl and validation.jsonl (columns {', '.join(glue.columns)}, "
+            f"folder: {spelled('task', f'path/to/{name}')} with train.jsonl and validation.jsonl (columns "
+            f"{', '.join(glue.columns)}, "
             "label)"
         ) from error
     train, validation = (splits[split].select_columns([*glue.columns, "label"]) for split in ("train", glue.validation))

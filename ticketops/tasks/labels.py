@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, spelled
 from ticketops.tasks.task import Kind
 
 # A class is taken for a number where at least this share of the training labels are fractions.
@@ -140,8 +140,8 @@ def find_scheme(splits: Sequence[Labels], kind: Kind | None, names: tuple[str, .
             labels, row, value = fractions[0]
             raise InputError(
                 f"{labels.where(row)}: label {value} in column {labels.column} is a fraction, like "
-                f"{len(fractions):,} of {len(rows):,} labels: correct it, or say --task-kind regression (or "
-                "classification)"
+                f"{len(fractions):,} of {len(rows):,} labels: correct it, or say "
+                f"{spelled('task_kind', 'regression')} (or classification)"
             )
     if kind == "regression":
         return Scheme("regression", ())
@@ -154,14 +154,15 @@ def find_scheme(splits: Sequence[Labels], kind: Kind | None, names: tuple[str, .
         if kind is None and any(value == 0 for *_, value in rows):
             raise InputError(
                 f"{labels.where(row)}: label -1, like {len(hidden):,} of {len(rows):,}, may mean that there is none: "
-                "remove these rows, or say --task-kind classification where -1 is a class"
+                f"remove these rows, or say {spelled('task_kind', 'classification')} where -1 is a class"
             )
         remark = f"{len(hidden):,} labels of -1 are a class"
     known = sorted(set(class_names(splits)[0]), key=_rank)
     if kind is None and numeric and len(known) > max(_FEW, len(train.values) // 2):
         raise InputError(
             f"column {train.column} holds {len(known):,} different numbers in {len(train.values):,} training rows: say "
-            "--task-kind regression (or classification), or name the label column with --label-column"
+            f"{spelled('task_kind', 'regression')} (or classification), or name the label column with "
+            f"{spelled('label_column')}"
         )
     return Scheme("classification", tuple(known), remark)
 
@@ -241,8 +242,8 @@ def _real(labels: Labels, row: int) -> float:
     value = _parse(label) if isinstance(label, str) else label
     if value is None or isinstance(value, bool):
         raise InputError(
-            f"{labels.where(row)}: label {label!r} is no number: regression needs one, or say --task-kind "
-            "classification"
+            f"{labels.where(row)}: label {label!r} is no number: regression needs one, or say "
+            f"{spelled('task_kind', 'classification')}"
         )
     if abs(value) > _LARGEST:
         shown = f"{value!r:.20}"

@@ -5,14 +5,14 @@ import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, spelled
+from ticketops.files import user_path
 from ticketops.tasks.demo import load_demo
 from ticketops.tasks.formats import FORMATS
 from ticketops.tasks.glue import GLUE, glue_name, load_glue
@@ -61,7 +61,9 @@ def load_task(
         InputError: there is no such task or file, its rows are unusable, or fewer rows exist than are asked for.
     """
     if not 0.0 <= report_fraction < 1.0:
-        raise InputError(f"report_fraction {report_fraction} is outside [0, 1): give the share of validation rows")
+        raise InputError(
+            f"{spelled('report_fraction')} {report_fraction} is outside [0, 1): give the share of validation rows"
+        )
     with _no_progress_bars():
         local = {"text_columns": text_columns, "label_column": label_column, "kind": kind, "encoding": encoding}
         task = _whole_task(spec, local, seed)
@@ -146,7 +148,7 @@ def tokenize(
     if not least <= max_length <= most:
         # A tokenizer without a limit says 1e30.
         choices = f"from {least} to {most}" if most < 2**31 else f"at least {least}"
-        raise InputError(f"max_length {max_length} does not suit the tokenizer and task: choose {choices}")
+        raise InputError(f"{spelled('max_length')} {max_length} does not suit the tokenizer and task: choose {choices}")
     dtype = np.int64 if task.kind == "classification" else np.float32
 
     def encode(batch: Mapping[str, list]) -> dict[str, Any]:
@@ -165,14 +167,9 @@ def tokenize(
 
 
 def _whole_task(spec: str | os.PathLike[str], local: Mapping[str, Any], seed: int) -> Task:
-    try:
-        path = Path(spec).expanduser()
-        there = os.path.lexists(path)
-    # A user that is not known, a zero byte, or a name that is too long.
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"task {os.fspath(spec)!r} is no path ({error}): name an existing file or folder") from error
+    path = user_path(spec, spelled("task"))
     named = None if isinstance(spec, os.PathLike) else "demo" if spec == "demo" else glue_name(spec)
-    if named is None and there:
+    if named is None and os.path.lexists(path):
         return load_local(path, **local, seed=seed)
     if named is None:
         raise InputError(
@@ -181,7 +178,8 @@ def _whole_task(spec: str | os.PathLike[str], local: Mapping[str, Any], seed: in
         )
     if given := [name for name, value in local.items() if value is not None]:
         raise InputError(
-            f"{', '.join(given)} given for task {named}: only local files and folders take it; leave it out"
+            f"{', '.join(spelled('task_kind' if name == 'kind' else name) for name in given)} given for task "
+            f"{named}: only local files and folders take it; leave it out"
         )
     return load_demo() if named == "demo" else load_glue(named)
 
@@ -190,7 +188,9 @@ def _limit(rows: datasets.Dataset, count: int | None, option: str, role: str, se
     if count is None:
         return rows
     if not 1 <= count <= len(rows):
-        raise InputError(f"{option} {count} of {len(rows)} {role} rows: choose from 1 to {len(rows)}, or leave it out")
+        raise InputError(
+            f"{spelled(option)} {count} of {len(rows)} {role} rows: choose from 1 to {len(rows)}, or leave it out"
+        )
     return take(rows, count, seed)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ticketops.errors import InputError
-from ticketops.files import write_atomically
+from ticketops.files import user_path, write_atomically
 
 VERSION = 1
 # Scores of a thousand layers of a thousand heads fit; anything larger is not one of our files.
@@ -88,7 +88,7 @@ def load(
         InputError: the file is missing, not such a file, damaged, too large, or of another version.
     """
     try:
-        return build(*_read(Path(path), kind, layout, optional or {}))
+        return build(*_read(user_path(path, "the path"), kind, layout, optional or {}))
     except (InputError, OSError) as error:
         raise InputError(f"cannot load the {kind} {path}: {error}") from error
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
