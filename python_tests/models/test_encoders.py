@@ -148,14 +148,16 @@ def test_positions_count_as_stock_counts_them(name):
     "name",
     ["BertForPreTraining", "ErnieForNextSentencePrediction", "RobertaForMultipleChoice", "XLMRobertaForCausalLM"],
 )
-def test_padding_where_the_task_head_reads_is_refused(name):
+def test_padding_where_the_task_head_reads_is_left_to_the_stock_code(name):
     model = make(name)
-    batch = draw(model, "left")
-    with ticketops.patch(model):
+    stock, batch = copy.deepcopy(model), draw(model, "left")
+    with ticketops.patch(model) as handle:
+        compare(model, stock, batch)
+        handle.apply(TICKETS["neither"])
         if name.endswith("CausalLM"):
             model(**batch)
             return
-        with pytest.raises(InputError, match=r"row 1 of the attention mask begins with padding, which \w+ would read"):
+        with pytest.raises(UnsupportedError, match=r"padding in front of a row.*ignore the applied ticket"):
             model(**batch)
         # A row without any token has no first one.
         model(
@@ -312,12 +314,14 @@ def test_patched_equals_stock_under_tickets(name, encoder, inputs):
 
 
 @pytest.mark.parametrize("name", ["BertModel", "DistilBertModel", "ModernBertModel", "ViTModel"])
-def test_a_forward_past_the_hooks_is_refused(name):
+def test_a_forward_that_is_called_by_hand_is_served_too(name):
     model = make(name)
-    with ticketops.patch(model):
-        model(**draw(model))
-        with pytest.raises(UnsupportedError, match=r"call model\(\.\.\.\), not model\.forward"):
-            model.forward(**draw(model))
+    batch = draw(model)
+    with ticketops.patch(model).apply(TICKETS["neither"]):
+        assert torch.equal(model(**batch)[0], model.forward(**batch)[0])
+        layer = find_adapter(model)[0].layers(model)[0]
+        with pytest.raises(UnsupportedError, match="layer 0 was called past the model's own forward"):
+            layer(torch.zeros(1, 2, 48))
 
 
 @pytest.mark.parametrize("name", ["BertModel", "DistilBertModel", "ModernBertModel", "ViTModel"])
@@ -335,7 +339,14 @@ def test_a_hook_is_called_or_refused(name, register, pruned):
         for first in (True, False):
             calls = []
             add = lambda module=module, calls=calls: getattr(module, register)(lambda *_, calls=calls: calls.append(1))  # noqa: E731
-            hook = add() if first else None
+            hook = add()
+            model(**batch)[0].square().sum().backward()
+            hook.remove()
+            # Attention's dropout is called by no stock model either.
+            in_stock, hook = bool(calls), None
+            calls.clear()
+            if first:
+                hook = add()
             try:
                 with ticketops.patch(model) as handle:
                     # Looked at once without it.
@@ -348,10 +359,11 @@ def test_a_hook_is_called_or_refused(name, register, pruned):
             except UnsupportedError as error:
                 refusal = str(error)
             hook.remove()
-            assert bool(calls) == (refusal is None), place
+            assert bool(calls) == (in_stock and refusal is None), place
             assert refusal is None or f"layer 0 has hooks on its {place}, which a patched layer does not" in refusal
             outcomes.add(refusal is None)
-    assert outcomes == {True, False}
+    # Without a ticket the stock code calls them all.
+    assert outcomes == ({True, False} if pruned else {True})
     with ticketops.patch(model) as handle:
         handle.apply(ticket)
         model(**batch)
@@ -427,9 +439,17 @@ def test_dropout_is_where_stock_has_it(encoder):
     assert {id(module) for module in parts.dropouts} == {id(module) for module in inside}
 
 
-def test_attention_weights_are_refused(encoder, inputs):
-    with ticketops.patch(encoder), pytest.raises(UnsupportedError, match="output_attentions"):
-        encoder(**inputs, output_attentions=True)
+def test_attention_weights_are_the_stock_code_s(encoder, inputs):
+    stock = copy.deepcopy(encoder)
+    for each in (encoder, stock):
+        each.set_attn_implementation("eager")
+    with ticketops.patch(encoder) as handle:
+        got, want = (each(**inputs, output_attentions=True).attentions for each in (encoder, stock))
+        assert len(got) == LAYERS
+        torch.testing.assert_close(got, want, **close)
+        handle.apply(TICKETS["neither"])
+        with pytest.raises(UnsupportedError, match=r"output_attentions.*ignore the applied ticket"):
+            encoder(**inputs, output_attentions=True)
 
 
 @pytest.mark.parametrize(
@@ -467,11 +487,14 @@ def test_an_export_of_images_is_verified_on_photographs(processed, tmp_path):
 def test_images_of_another_size_and_masks():
     model = make("ViTForImageClassification")
     stock, pixels = copy.deepcopy(model), torch.randn(2, 3, 48, 32)
-    with ticketops.patch(model):
-        got, want = (run(pixel_values=pixels, interpolate_pos_encoding=True).logits for run in (model, stock))
-        torch.testing.assert_close(got, want, **close)
-        with pytest.raises(UnsupportedError, match="attention_mask: give whole images"):
-            model(pixel_values=pixels, interpolate_pos_encoding=True, attention_mask=torch.ones(2, 25))
+    with ticketops.patch(model) as handle:
+        given = {"pixel_values": pixels, "interpolate_pos_encoding": True}
+        torch.testing.assert_close(model(**given).logits, stock(**given).logits, **close)
+        given["attention_mask"] = torch.arange(25) < torch.tensor([[25], [9]])
+        torch.testing.assert_close(model(**given).logits, stock(**given).logits, **close)
+        handle.apply(TICKETS["neither"])
+        with pytest.raises(UnsupportedError, match=r"an attention_mask of images.*ignore the applied ticket"):
+            model(**given)
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ticketops.models.adapter import Adapter, LayerParts
 from ticketops.models.embeddings import SWAPS
-from ticketops.models.hooks import any_module_is_hooked, is_hooked, transform
+from ticketops.models.hooks import any_module_is_hooked, is_hooked, minds_packing, transform
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import unsharded_class
 from ticketops.ops import Packing
@@ -111,7 +111,7 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
         look = examine(handle, base)
         obstacle = look.obstacle
     if obstacle is None and look.watched and not handle.restricts:
-        obstacle = "hooks inside its layers"
+        obstacle = "hooks inside it"
     if obstacle is not None:
         handle.refuse_stock(obstacle)
         return None
@@ -303,11 +303,12 @@ def _examine_modules(handle: "PatchHandle", base: Any) -> Look:
         if child is encoder or name == "pooler" or (handle.packs and name == adapter.stack):
             continue
         tokenwise = all(
-            (type(module) in _TOKENWISE or adapter.knows(module)) and not is_hooked(module) for module in _inside(child)
+            (type(module) in _TOKENWISE or adapter.knows(module)) and not minds_packing(module)
+            for module in _inside(child)
         )
-        if handle.packs and not tokenwise:
-            return Look(f"hooks or other modules than the stock ones in its {name}")
         front = front and tokenwise
+        # Where the model is its own encoder, its other modules get what the layers get.
+        watched = watched or (handle.packs and not tokenwise)
     return Look(None, watched, front)
 
 

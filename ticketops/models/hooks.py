@@ -26,10 +26,30 @@ def is_hooked(module: nn.Module) -> bool:
     return any(hooks and not all(map(_is_neutral, hooks.values())) for hooks in map(state.__getitem__, _KINDS))
 
 
+def minds_packing(module: nn.Module) -> bool:
+    """True if a hook on a module, or its own forward, could tell packed tokens from a padded batch.
+
+    Beside the hooks that `is_hooked` passes over, transformers' for gradient checkpointing could not: it only has a
+    module's result require a gradient. It must be called all the same.
+
+    Args:
+        module: itself, not what is inside it.
+    """
+    state = module.__dict__
+    hooks = [hook for kind in _KINDS for hook in state[kind].values()]
+    return "forward" in state or not all(_is_neutral(hook) or _requires_gradients(hook) for hook in hooks)
+
+
 def any_module_is_hooked() -> bool:
     """True if torch's hooks for all modules of the process are in use."""
     kinds = (getattr(torch_module, f"_global{name}", None) or {} for name in _KINDS)
     return any(not all(map(_is_neutral, hooks.values())) for hooks in kinds)
+
+
+def _requires_gradients(hook: object) -> bool:
+    """True for the hook of PreTrainedModel.enable_input_require_grads."""
+    module, name = getattr(hook, "__module__", None), getattr(hook, "__qualname__", "")
+    return module == "transformers.modeling_utils" and name.endswith(".make_inputs_require_grads")
 
 
 def _is_neutral(hook: object) -> bool:
