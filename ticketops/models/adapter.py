@@ -12,6 +12,7 @@ from transformers import activations
 from ticketops.errors import UnsupportedError
 from ticketops.models.inputs import TEXT, Inputs
 from ticketops.models.record import head_dim
+from ticketops.models.removed import RemovedLinear
 from ticketops.models.swapping import unsharded_class
 from ticketops.ops.backends import OPS
 
@@ -28,8 +29,8 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     if hasattr(activations, name)
 } | {nn.ReLU: "relu"}
 
-#: Classes of torch that occur in the layers of some architecture.
-_TORCH_CLASSES = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.GELU)
+#: Classes from elsewhere that occur in the layers of some architecture.
+_OTHER_CLASSES = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.GELU, RemovedLinear)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class LayerParts:
 
     Attributes:
         qkv: the linear layers from the hidden size to heads * head_dim of queries, keys and values, or one that has the
-            rows of all three, one behind the other.
+            rows of all three, one behind the other. Each linear layer is a RemovedLinear where nothing of it is left.
         output: linear layer from heads * head_dim back to the hidden size; its bias stays when heads go.
         fc1, fc2: the two linear layers of the FFN.
         activation: the module between them.
@@ -106,14 +107,15 @@ class LayerParts:
                     f"a {kind.__module__}.{kind.__name__} as the weight of its {name}, not a plain parameter: undo "
                     "quantization before patching"
                 )
-            removed = name in ("fc1", "fc2") and self.fc1.out_features == 0
-            if bias is None and not (removed or self.bare):
+            if bias is None and not self.bare:
                 return f"no bias in its {name}, which ticketops does not serve"
         return None
 
     def _expected(self) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
         for name, linear in self.linears().items():
-            yield name, linear, nn.Linear
+            # What `shrink` left of one has no weight to read.
+            if type(linear) is not RemovedLinear:
+                yield name, linear, nn.Linear
         if self.attention_norm is not None:
             yield "attention_norm", self.attention_norm, nn.LayerNorm
         yield "ffn_norm", self.ffn_norm, nn.LayerNorm
@@ -194,7 +196,7 @@ class Adapter:
         """The stock classes that layers are made of, each with its forward as it was when ticketops was imported."""
         own = [kind for kind in vars(self.modeling).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
         own = [kind for kind in own if kind.__module__ == self.modeling.__name__]
-        kinds: tuple[Any, ...] = (*own, *self.swaps, *_ACTIVATIONS, *_TORCH_CLASSES)
+        kinds: tuple[Any, ...] = (*own, *self.swaps, *_ACTIVATIONS, *_OTHER_CLASSES)
         return {kind: kind.forward for kind in kinds}
 
     @functools.cached_property

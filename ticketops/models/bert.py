@@ -142,23 +142,24 @@ def whole_layer(
     """
     kept, index = state.kept, state.index
     linears, fc1, fc2 = parts.qkv, parts.fc1, parts.fc2
-    query, norm = linears[0], parts.attention_norm
+    norm = parts.attention_norm
     assert norm is not None
-    if not call.whole or hidden_states.dtype != query.weight.dtype:
+    if not call.whole or hidden_states.dtype != norm.weight.dtype:
         return None
-    head_dim = query.out_features // state.num_heads if state.num_heads else 1
+    head_dim = linears[0].out_features // state.num_heads if state.num_heads else 1
     heads_of, neurons = head_dim if kept.heads else None, kept.neurons is not None
     if (heads_of or neurons) and not ops.serves_layer(
-        hidden_states, query.weight, picked_heads_of=heads_of, picked_neurons=neurons
+        hidden_states, norm.weight, picked_heads_of=heads_of, picked_neurons=neurons
     ):
         return None
     if any(map(is_hooked, (*around, *linears))):
         return None
     device = hidden_states.device
     weights = ops.Weights(
-        *(linear.weight for linear in linears),
-        *(linear.bias for linear in linears),
-        *(parts.output.weight, parts.output.bias, norm.weight, norm.bias),
+        *(linear.weight if state.num_heads else norm.weight.new_empty(0, len(norm.weight)) for linear in linears),
+        *(linear.bias if state.num_heads else norm.weight.new_empty(0) for linear in linears),
+        parts.output.weight if state.num_heads else norm.weight.new_empty(len(norm.weight), 0),
+        *(parts.output.bias, norm.weight, norm.bias),
         *((fc1.weight, fc1.bias, fc2.weight, fc2.bias) if kept.ffn else (None,) * 4),
         *(parts.ffn_norm.weight, parts.ffn_norm.bias),
         None if kept.heads is None else kept.heads.on(device),
@@ -271,6 +272,21 @@ def project(state: LayerState, linear: nn.Linear, contexts: Tensor, residual: Te
     if heads:
         return ops.project_columns(contexts, linear.weight, heads.on(contexts.device), state.num_heads)
     return torch.zeros_like(residual)
+
+
+def with_unread(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Keeps the parameters of a LayerNorm in the graph where nothing is left of the sublayer behind it.
+
+    Their gradients are zeros, as in stock code: what distributes a model waits for a gradient of every parameter.
+
+    Args:
+        norm: in front of the sublayer.
+        hidden_states: the residual stream behind it.
+    """
+    trained = [parameter for parameter in norm.parameters() if parameter.requires_grad]
+    if not trained or not torch.is_grad_enabled():
+        return hidden_states
+    return hidden_states + torch.stack([parameter[:0].sum() for parameter in trained]).sum()
 
 
 def feed_forward(state: LayerState, fc1: nn.Linear, fc2: nn.Linear, hidden_states: Tensor, call: Call) -> Tensor:

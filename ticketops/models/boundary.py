@@ -328,8 +328,7 @@ def _weights_fault(state: LayerState, layer: nn.Module, parts: LayerParts, first
     if fault := parts.weights_fault():
         return fault
     tensors = parts.tensors()
-    weight = first.output._parameters.get("weight")
-    assert weight is not None
+    weight = first.ffn_norm.weight
     dtype, device = weight.dtype, weight.device
     for tensor, shape in zip(tensors, state.shapes, strict=True):
         if tensor is None:

@@ -10,7 +10,7 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts
-from ticketops.models.bert import attend, feed_forward, project
+from ticketops.models.bert import attend, feed_forward, project, with_unread
 from ticketops.models.boundary import TicketModel
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
@@ -47,8 +47,10 @@ class TicketModernBertEncoderLayer(nn.Module):
         if attention.Wo.bias is not None:
             projected = projected + attention.Wo.bias
         hidden_states = hidden_states + attention.out_drop(projected)
+        if not state.num_heads:
+            hidden_states = with_unread(self.attn_norm, hidden_states)
         if not state.kept.ffn:
-            return hidden_states
+            return hidden_states if state.neurons else with_unread(self.mlp_norm, hidden_states)
         output = feed_forward(state, self.mlp.Wi, self.mlp.Wo, self.mlp_norm(hidden_states), ticketops)
         return hidden_states + output.view_as(hidden_states)
 

@@ -1,6 +1,7 @@
 """Physical removal of what a ticket prunes: rows, columns and whole sublayers go, and nothing else changes."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from ticketops.errors import UnsupportedError
 from ticketops.models.adapter import Adapter, LayerParts
 from ticketops.models.handle import find_handle
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons, write_record
 from ticketops.models.registry import ADAPTERS, check_supported, find_adapter
+from ticketops.models.removed import RemovedLinear, drop_removed, remove_linear
 from ticketops.ops.copies import Slices, gather
 from ticketops.tickets import Ticket
 
@@ -25,7 +27,7 @@ def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | Non
     What is left keeps its numbers: tickets and importances of a shrunk model have the architecture's shape. The model
     runs in stock transformers code; it can be patched, trained, saved and shrunk further, and `save_pretrained` folders
     of it load with `AutoModel` wherever ticketops is imported. Parameters stay the same objects, with smaller data; the
-    biases of a removed FFN are gone.
+    biases of a removed FFN are gone. Of sublayers with nothing left no parameter or module of size 0 stays behind.
 
     Args:
         model: stock or patched; a ticket applied to a patched one stays applied to what is left.
@@ -102,6 +104,19 @@ def narrow(encoder: nn.Module, config: Any) -> None:
         left = held_ticket(config)
         full = Ticket.full(left.num_layers, left.num_heads)
         _cut(adapter, encoder, list(_cuts(adapter, encoder, config, full, left)), left, {})
+    removed = [
+        (f"{name}.{key}", child)
+        for name, module in encoder.named_modules()
+        for key, child in _children(module)
+        if isinstance(child, RemovedLinear)
+    ]
+    for _, linear in removed:
+        # transformers' initialisation knows linear layers only.
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    # Files of earlier versions hold tensors of size 0 under these names, and transformers would warn of them.
+    ignored = [rf"{re.escape(name)}\.(weight|bias)$" for name, _ in removed]
+    setattr(encoder, _IGNORED, {*(getattr(encoder, _IGNORED, None) or ()), *ignored})
 
 
 def cut_indices(model: PreTrainedModel, held: Ticket, left: Ticket) -> dict[str, tuple[int, Tensor]]:
@@ -117,7 +132,7 @@ def cut_indices(model: PreTrainedModel, held: Ticket, left: Ticket) -> dict[str,
         one that would be gone.
     """
     adapter, base = find_adapter(model)
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(child): f"{name}.{key}" for name, module in model.named_modules() for key, child in _children(module)}
     none = torch.empty(0, dtype=torch.int64)
     cuts = _cuts(adapter, adapter.encoder(base), base.config, held, left)
     return {f"{names[id(linear)]}.{name}": (dim, none if kept is None else kept) for linear, name, dim, kept in cuts}
@@ -134,23 +149,28 @@ def _cuts(adapter: Adapter, encoder: Any, config: Any, held: Ticket, left: Ticke
         parts: LayerParts = adapter.parts(layer)
         if not torch.equal(heads, left_heads):
             kept = left_heads[heads].repeat_interleave(dim).nonzero().flatten()
-            rows = _repeated(kept, dim * int(heads.sum()), parts.repeats[0])
+            rows = _repeated(kept, dim * int(heads.sum()), parts.repeats[0]) if len(kept) else None
             for linear in parts.qkv:
                 yield linear, "weight", 0, rows
                 if around_attention:
                     yield linear, "bias", 0, rows
-            yield parts.output, "weight", 1, kept
+            yield parts.output, "weight", 1, kept if len(kept) else None
         if not torch.equal(there, left_there):
             kept = left_there[there].nonzero().flatten()
-            rows = _repeated(kept, int(there.sum()), parts.repeats[1])
+            rows = _repeated(kept, int(there.sum()), parts.repeats[1]) if len(kept) else None
             yield parts.fc1, "weight", 0, rows
-            yield parts.fc2, "weight", 1, kept
-            if not around_ffn:
-                continue
-            # An empty product plus a bias would not be nothing: both go with the FFN.
-            yield parts.fc1, "bias", 0, rows if len(kept) else None
-            if not len(kept):
-                yield parts.fc2, "bias", 0, None
+            yield parts.fc2, "weight", 1, kept if len(kept) else None
+            if around_ffn:
+                yield parts.fc1, "bias", 0, rows
+                # The bias of the output goes with the FFN.
+                if rows is None:
+                    yield parts.fc2, "bias", 0, None
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The submodules of a module by name, and what `shrink` left of some."""
+    yield from module.named_children()
+    yield from ((name, value) for name, value in vars(module).items() if isinstance(value, RemovedLinear))
 
 
 def _repeated(kept: Tensor, structures: int, times: int) -> Tensor:
@@ -206,22 +226,38 @@ def _cut(adapter: Adapter, encoder: Any, cuts: list[Cut], left: Ticket, states: 
                 keep(value, dim, kept, partial(state.__setitem__, key))
     for put, copy_ in zip(places, gather(slices), strict=True):
         put(copy_)
-    for linear, name, _, _ in cuts:
+    for linear, name, dim, kept in cuts:
         if name == "weight":
-            linear.out_features, linear.in_features = linear.weight.shape
+            if kept is None:
+                remove_linear(linear, dim)
+            else:
+                linear.out_features, linear.in_features = linear.weight.shape
     for layer, heads in zip(getattr(encoder, adapter.stack), left.head_mask.sum(1).tolist(), strict=True):
         adapter.resize(layer, heads)
+        drop_removed(layer)
         if not heads:
             _attend_without_heads(layer)
     return gone
 
 
 def _attend_without_heads(layer: nn.Module) -> None:
-    """Takes a layer without heads off fused attention: torch 2.11's divides by their number on a CPU, which ends the
-    process."""
+    """Has a layer without heads compute no attention: fused functions divide by their number, and quantizers stumble
+    over products of size 0."""
     for module in layer.modules():
         config: Any = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig):
             config = copy.copy(config)
-            config._attn_implementation = "eager"
+            config._attn_implementation = _NO_HEADS
             module.config = config
+
+
+def _attention_of_no_heads(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """An attention function of transformers, for [B, 0, S, D]: contexts [B, S, 0, D] and weights [B, 0, S, S]."""
+    return query.transpose(1, 2), query.new_empty(*query.shape[:3], key.shape[2])
+
+
+_IGNORED = "_keys_to_ignore_on_load_unexpected"
+_NO_HEADS = "ticketops_no_heads"
+AttentionInterface.register(_NO_HEADS, _attention_of_no_heads)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts
-from ticketops.models.bert import attend, feed_forward, project
+from ticketops.models.bert import attend, feed_forward, project, with_unread
 from ticketops.models.boundary import TicketModel
 from ticketops.models.inputs import Images
 from ticketops.models.state import Call, LayerState
@@ -35,8 +35,10 @@ class PreNormLayer(nn.Module):
         contexts = attend(state, parts.qkv, normed, ticketops, parts.scale, parts.rates[0])
         projected = project(state, parts.output, contexts, hidden_states) + parts.output.bias
         hidden_states = hidden_states + self.dropout(projected)
+        if not state.num_heads:
+            hidden_states = with_unread(self.layernorm_before, hidden_states)
         if not state.kept.ffn:
-            return hidden_states
+            return hidden_states if state.neurons else with_unread(self.layernorm_after, hidden_states)
         output = feed_forward(state, parts.fc1, parts.fc2, self.layernorm_after(hidden_states), ticketops)
         return hidden_states + self.dropout(output.view_as(hidden_states))
 
