@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from searching.tiny import FIELDS, make_model, make_pairs, make_task
+from test_text import HOSTILE
 from typer.testing import CliRunner, Result
 
 from ticketops import cli
@@ -494,3 +495,16 @@ def test_help_of_share_and_transfer_names_every_field(verb: str, kind: Any):
     assert result.exit_code == 0
     for field in kind.__dataclass_fields__.values():
         assert f"--{field.name.replace('_', '-')}" in result.stdout
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_from_files_do_not_control_the_terminal(name: str, tmp_path: Path):
+    path = tmp_path / "ticket.safetensors"
+    Ticket.full(2, 4).described({"task": name.encode(errors="replace").decode()}).save(path)
+    shown = invoke("show", path)
+    assert shown.exit_code == 0
+    refused_ = invoke("search", "--task", name.replace("\0", ""), "--output", tmp_path / "run")
+    assert refused_.exit_code == 2
+    for text in (shown.output, refused_.output):
+        assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert refused_.stderr.count("\n") == 2

@@ -168,7 +168,7 @@ def test_noise_is_no_finding_of_a_share_and_a_report_split_reports(tmp_path: Pat
     text = report(store.folder).read_text()
     # Its mean is larger than its standard deviation, which shows nothing.
     assert "no difference is shown to plain multi-task training, +2.7 ± 2.1 points over 3 seeds" in text
-    assert "On rte, the arm shared, no tickets has not been shown to learn more than a constant answer" in text
+    assert 'On rte, "shared, no tickets" has not been shown to learn more than a constant answer' in text
     text = report(make_share(tmp_path / "held", report_fraction=0.5).folder).read_text()
     assert "| shared, each task its ticket | 73.0 ± 1.0 |" in text
     assert "| one model a task, full | 60.0 ± 0.0 |" in text

@@ -88,7 +88,7 @@ def latencies(
     left: PreTrainedModel,
     batches: Iterable[int] = (1, 8, 32),
     lengths: Iterable[int] = (32, 128),
-    turns: int = 9,
+    turns: int = 7,
 ) -> list[dict[str, Any]]:
     """Measures how long two models take for a batch without padding, in turns, since a machine's speed drifts.
 

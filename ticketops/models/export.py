@@ -73,7 +73,8 @@ def export(
             from ticketops.models.onnx import run_onnx, save_onnx
 
             save_onnx(small, batch, temporary)
-            # Labels and architecture, for what serves the graph.
+            # For what serves the graph: labels, and which class it was.
+            small.config.architectures = [type(small).__name__]
             small.config.save_pretrained(temporary)
             got, tolerance = run_onnx(temporary, batch), 1e-4
         else:

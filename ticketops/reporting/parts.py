@@ -114,8 +114,8 @@ def warning_of_a_constant(what: str, metric: str, scores: Collection[float], con
         return []
     return [
         f"{what} has not been shown to learn more than a constant answer: its {metric} of "
-        f"{points(Spread.of(scores))} is within the noise of the {100 * constant:.1f} that the best of these scores, "
-        "so differences between tickets say little; train longer, or on more rows."
+        f"{points(Spread.of(scores))} is within the noise of the {100 * constant:.1f} of such an answer, so "
+        "differences say little here; train longer, or on more rows."
     ]
 
 

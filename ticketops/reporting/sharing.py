@@ -180,7 +180,7 @@ def warnings(records: Sequence[Record]) -> list[str]:
         for name, task in of_arm[0].items() if of_arm else ():
             scores = [tasks[name][score] for tasks in of_arm]
             constant, rows = constant_scores(task).get(split, 0.0), task.get("rows", {}).get(split, 0)
-            what = f"On {name}, the arm {NAMES[arm]}"
+            what = f'On {name}, "{NAMES[arm]}"'
             text += warning_of_a_constant(what, task["metric"], scores, constant, rows)
     return text
 
