@@ -156,7 +156,8 @@ def test_one_class_of_validation_or_test_rows_is_said(tmp_path, caplog):
     task = load_task(tmp_path)
     assert [remark.split(",")[0] for remark in task.remarks] == [
         "every validation row has the label good",
-        "every test row has the label bad",
+        # A labelled test split reports.
+        "every report row has the label bad",
     ]
     assert all(remark in caplog.text for remark in task.remarks)
     (tmp_path / "test.jsonl").unlink()

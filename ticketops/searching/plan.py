@@ -102,7 +102,7 @@ class SearchConfig(Config):
     )
     task: str = option(
         "demo",
-        "A GLUE task by name, a data file or folder (jsonl, csv, tsv, parquet, arrow, ...), or 'demo' (movie sentiment).",
+        "A GLUE task by name, a data file or folder (jsonl, csv, tsv, parquet, arrow), or 'demo' (movie sentiment).",
         WHAT,
     )
     output: str = option(
