@@ -48,6 +48,8 @@ class LayerParts:
         scale: factor of the attention scores.
         rates: dropout probabilities in force, of the attention weights, the attention's output and the FFN's output;
             0 for a module in evaluation mode.
+        head_dim: width of a head.
+        causal: no token attends to later ones, where there is no padding.
         gated: fc1 has the rows of a gate behind those of the neurons.
         bare: nothing of it needs a bias.
     """
@@ -62,6 +64,8 @@ class LayerParts:
     dropouts: tuple[nn.Dropout, ...]
     scale: float
     rates: tuple[float, float, float]
+    head_dim: int
+    causal: bool
     gated: bool = False
     bare: bool = False
 
@@ -147,6 +151,7 @@ class Adapter:
         refusal: says what of a configuration is not served, or None.
         calls: the modules of a layer that its patched class still calls, besides itself and those to queries, keys and
             values; hooks on the others are refused.
+        calls_with_heads: those of them that see what they see in a stock layer where a ticket picks heads.
         first_token_heads: task heads that read nothing but each row's first token, and for each the class of its
             `classifier` where that takes the token from the row; None where the pooler or the head's forward does.
         pooler: the class of the bare model's pooler, which reads each row's first token.
@@ -167,6 +172,7 @@ class Adapter:
     resize: Callable[[Any, int], None]
     refusal: Callable[[Any], str | None]
     calls: Callable[[Any], tuple[nn.Module, ...]]
+    calls_with_heads: Callable[[Any], tuple[nn.Module, ...]]
     first_token_heads: Mapping[type[nn.Module], type[nn.Module] | None] = field(default_factory=dict)
     pooler: type[nn.Module] | None = None
     stack: str = "layer"

@@ -358,6 +358,8 @@ def _parts(layer: Any) -> LayerParts:
         scale=inner.scaling,
         # transformers asks the attention itself, not its dropout, whether it trains.
         rates=(rate(inner.dropout, inner.training), rate(output.dropout), rate(last.dropout)),
+        head_dim=inner.attention_head_size,
+        causal=inner.is_causal,
     )
 
 
@@ -409,6 +411,7 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         resize=_resize,
         refusal=_refusal,
         calls=lambda layer: (layer.attention, layer.attention.self, layer.attention.output),
+        calls_with_heads=lambda layer: (layer.attention,),
         first_token_heads={head: reader for head, reader in heads.items() if head is not None},
         pooler=stock("Pooler"),
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ticketops.models.adapter import Adapter, LayerParts
-from ticketops.models.embeddings import SWAPS
+from ticketops.models.embeddings import SWAPS, counts_no_tokens
 from ticketops.models.hooks import any_module_is_hooked, is_hooked, minds_packing, transform
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import unsharded_class
@@ -292,8 +292,10 @@ def _examine_modules(handle: "PatchHandle", base: Any) -> Look:
         if fault is not None:
             return Look(f"layer {index} has {fault}")
         if hooked := list(filter(is_hooked, modules)):
-            # Where a ticket picks heads, their weights are read past their modules.
-            called = [layer, *adapter.calls(layer), *(parts.qkv if state.kept.heads is None else ())]
+            called = [layer, *adapter.calls(layer), *parts.qkv]
+            if state.kept.heads is not None:
+                # Where a ticket picks heads, their weights are read past their modules, and contexts are narrower.
+                called = [layer, *adapter.calls_with_heads(layer)]
             for module in hooked:
                 if "forward" in module.__dict__ or not any(module is each for each in called):
                     return Look(f"layer {index} has {_interest(layer, module)}")
@@ -303,7 +305,9 @@ def _examine_modules(handle: "PatchHandle", base: Any) -> Look:
         if child is encoder or name == "pooler" or (handle.packs and name == adapter.stack):
             continue
         tokenwise = all(
-            (type(module) in _TOKENWISE or adapter.knows(module)) and not minds_packing(module)
+            (type(module) in _TOKENWISE or adapter.knows(module))
+            and not minds_packing(module)
+            and counts_no_tokens(module)
             for module in _inside(child)
         )
         front = front and tokenwise
@@ -354,9 +358,11 @@ def _pack_inputs(embeddings: Any, packing: Packing, indices: Tensor, kwargs: dic
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     positions = kwargs.get("position_ids")
     if positions is None:
-        # RoBERTa and its kin count positions from the ids.
+        # RoBERTa and its kin count positions from the ids; others may have them in a buffer.
         if not hasattr(embeddings, "create_position_ids_from_input_ids"):
-            positions = torch.arange(packing.width, device=indices.device)
+            buffer = getattr(embeddings, "position_ids", None)
+            positions = torch.arange(packing.width, device=indices.device) if buffer is None else buffer
+            positions = positions[..., : packing.width]
         elif ids is not None:
             positions = embeddings.create_position_ids_from_input_ids(ids, embeddings.padding_idx)
         else:

@@ -70,6 +70,8 @@ def _parts(layer: Any) -> LayerParts:
         dropouts=(attention.dropout, layer.ffn.dropout),
         scale=attention.scaling,
         rates=(rate(attention.dropout, attention.training), 0.0, rate(layer.ffn.dropout)),
+        head_dim=attention.attention_head_size,
+        causal=attention.is_causal,
     )
 
 
@@ -106,5 +108,6 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         resize=_resize,
         refusal=_refusal,
         calls=lambda layer: (),
+        calls_with_heads=lambda layer: (),
         first_token_heads={modeling.DistilBertForSequenceClassification: None},
     )

@@ -22,7 +22,7 @@ class TicketEmbedding(nn.Embedding):
 
     def is_plain(self) -> bool:
         """Whether it does no more than look rows up."""
-        return self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
+        return counts_no_tokens(self) and not self.sparse
 
 
 class TicketLayerNorm(nn.LayerNorm):
@@ -62,6 +62,15 @@ class TicketEmbeddings(nn.Module):
         return embedded
 
 
+def counts_no_tokens(module: nn.Module) -> bool:
+    """True unless a module is a table for which it matters what else is looked up, padding included.
+
+    Args:
+        module: of any class.
+    """
+    return not isinstance(module, nn.Embedding) or (module.max_norm is None and not module.scale_grad_by_freq)
+
+
 def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tensor | None = None) -> Tensor | None:
     """Embeds words, their positions and token types, with LayerNorm and dropout behind them, by one op.
 
@@ -81,7 +90,9 @@ def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tens
         return None
     if hasattr(module, "token_type_embeddings"):
         kinds = module.token_type_embeddings
-        types = torch.zeros_like(ids) if types is None else types
+        if types is None:
+            buffer = getattr(module, "token_type_ids", None)
+            types = torch.zeros_like(ids) if buffer is None else buffer.expand(len(ids), -1).gather(1, positions)
         if types.shape != ids.shape:
             return None
     tables = [table for table in (words, kinds, places) if table is not None]

@@ -84,6 +84,8 @@ def _parts(layer: Any) -> LayerParts:
         scale=attention.head_dim**-0.5,
         # Its own modules apply the other dropouts.
         rates=(attention.attention_dropout if attention.training else 0.0, 0.0, 0.0),
+        head_dim=attention.head_dim,
+        causal=attention.is_causal,
         gated=True,
         bare=True,
     )
@@ -117,6 +119,7 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         resize=lambda layer, heads: None,
         refusal=_refusal,
         calls=lambda layer: (layer.attn_norm, layer.mlp_norm, layer.attn.out_drop),
+        calls_with_heads=lambda layer: (layer.attn_norm, layer.mlp_norm, layer.attn.out_drop),
         stack="layers",
         ops=("attention", "ffn", "projection"),
         gated=True,

@@ -68,6 +68,7 @@ class LayerState:
         handle: of the whole model.
         index: of the layer.
         activation: the FFN op's name for its activation.
+        head_dim: width of a head.
         repeats: how often a head's rows come in a layer to queries, keys and values, and a neuron's in the FFN's first.
         shapes: of all parameters of its parts, in their order.
         kept: what of the layer is computed.
@@ -79,7 +80,7 @@ class LayerState:
         self.handle = handle
         self.index = index
         self.activation = activation_name(parts.activation)
-        self.repeats = parts.repeats
+        self.repeats, self.head_dim = parts.repeats, parts.head_dim
 
     def set_present(self, heads: list[bool], neurons: list[bool], parts: LayerParts) -> None:
         """Sets which structures the layer's weights have; all of them are computed.
@@ -142,6 +143,10 @@ class LayerState:
             return f"another activation than when it was patched: {error}"
         if activation != self.activation:
             return f"another activation ({type(parts.activation).__name__}) than when it was patched"
+        if parts.head_dim != self.head_dim:
+            return f"heads of width {parts.head_dim} where they had {self.head_dim} when it was patched"
+        if parts.causal:
+            return "causal attention (is_causal=True)"
         if any(dropout.p >= 1 for dropout in parts.dropouts) or max(parts.rates) >= 1:
             return "a dropout of everything"
         return None

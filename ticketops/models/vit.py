@@ -57,6 +57,8 @@ def _parts(layer: Any) -> LayerParts:
         scale=attention.scaling,
         # The layer's own modules apply the other dropouts.
         rates=(attention.attention_dropout if attention.training else 0.0, 0.0, 0.0),
+        head_dim=attention.head_dim,
+        causal=attention.is_causal,
     )
 
 
@@ -81,6 +83,7 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         resize=_resize,
         refusal=lambda config: None,
         calls=lambda layer: (layer.layernorm_before, layer.layernorm_after, layer.dropout),
+        calls_with_heads=lambda layer: (layer.layernorm_before, layer.layernorm_after, layer.dropout),
         stack="layers",
         inputs=Images(architecture.extra_tokens),
         ops=("attention", "ffn", "projection"),
