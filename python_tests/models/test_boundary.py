@@ -86,7 +86,6 @@ def test_heads_of_torch_s_modules_read_what_they_read(name, place):
 
 
 def cut(model):
-    find_adapter(model)[0].encoder(model.base_model)
     owner, name = stack(model)
     setattr(owner, name, getattr(owner, name)[:2])
 
@@ -334,5 +333,5 @@ def test_functional_call_takes_the_parameters_it_is_given(model, stock, batch):
         ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         handle.apply(ticket(heads=[(0, 1)]))
-        mine = {name: value.detach().clone() for name, value in model.named_parameters()}
-        torch.testing.assert_close(torch.func.functional_call(model, mine, (), batch).logits, model(**batch).logits)
+        own = {name: value.detach().clone() for name, value in model.named_parameters()}
+        torch.testing.assert_close(torch.func.functional_call(model, own, (), batch).logits, model(**batch).logits)
