@@ -210,10 +210,11 @@ def test_settings_of_a_table_hold_for_padding_too(text, setting):
     # Padding is looked up as often as it stands there.
     text["input_ids"] = text["input_ids"].masked_fill(text["attention_mask"] == 0, 3)
     text["input_ids"][:, 0] = 3
-    for each in (model, stock):
-        for name, value in setting.items():
-            setattr(each.bert.embeddings.word_embeddings, name, value)
     with ticketops.patch(model):
+        compare(model, stock, text)
+        for each in (model, stock):
+            for name, value in setting.items():
+                setattr(each.bert.embeddings.word_embeddings, name, value)
         compare(model, stock, text)
     assert torch.equal(*(each.bert.embeddings.word_embeddings.weight for each in (model, stock)))
 
@@ -227,6 +228,7 @@ def test_attention_is_causal_where_it_is_told_to_be(name):
     stock, batch = copy.deepcopy(model), draw(model, "none")
     batch.pop("attention_mask", None)
     with ticketops.patch(model) as handle:
+        compare(model, stock, batch)
         for each in (model, stock):
             module = next(module for module in layers(each)[1].modules() if hasattr(module, "is_causal"))
             module.is_causal = True
@@ -239,6 +241,7 @@ def test_attention_is_causal_where_it_is_told_to_be(name):
 def test_heads_of_another_width_are_computed_so(text):
     model, stock = twins()
     with ticketops.patch(model) as handle:
+        compare(model, stock, text)
         for each in (model, stock):
             attention = each.bert.encoder.layer[1].attention.self
             attention.num_attention_heads, attention.attention_head_size = 2, 24

@@ -67,6 +67,19 @@ class TicketModel(nn.Module):
         return output
 
 
+#: What `examine` reads of modules besides their parts and weights: of dropouts, activations, attention and tables.
+_SETTINGS = (
+    "p",
+    "approximate",
+    "attention_dropout",
+    "is_causal",
+    "attention_head_size",
+    "head_dim",
+    "max_norm",
+    "scale_grad_by_freq",
+)
+
+
 class Look(NamedTuple):
     """What stands between a model's modules and the ops.
 
@@ -202,7 +215,7 @@ class Snapshot:
         """
         if base is not self._base:
             return False
-        for module, state, kind, children, hooks, parameters, setting in self._modules:
+        for module, state, kind, children, hooks, parameters, settings in self._modules:
             if (
                 module.__class__ is not kind
                 or "forward" in state
@@ -215,8 +228,9 @@ class Snapshot:
                 now = state["_parameters"].get(name)
                 if now is not parameter or (now is not None and (now.dtype is not dtype or now.shape != shape)):
                     return False
-            if setting is not None and state.get(setting[0]) != setting[1]:
-                return False
+            for name, value in settings:
+                if state.get(name) != value:
+                    return False
         return True
 
 
@@ -230,8 +244,10 @@ def _noted(module: nn.Module) -> tuple[Any, ...]:
     if unsharded_class(type(module)) is not type(module):
         # FSDP puts others there for the time of each pass.
         parameters = []
-    setting = next(((name, state[name]) for name in ("p", "approximate") if name in state), None)
-    return module, state, type(module), tuple(state["_modules"].values()), _hook_numbers(state), parameters, setting
+    settings = [(name, state[name]) for name in _SETTINGS if name in state]
+    if "attention_dropout" in state:
+        settings.append(("training", module.training))
+    return module, state, type(module), tuple(state["_modules"].values()), _hook_numbers(state), parameters, settings
 
 
 def _hook_numbers(state: dict[str, Any]) -> tuple[int, ...]:

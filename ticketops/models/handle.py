@@ -97,8 +97,6 @@ class PatchHandle:
         self.ticket: Ticket | None = None
         # A model that is its own encoder takes packed inputs, and its outputs are padded behind it.
         self.packs = adapter.inputs.ragged and encoder is base
-        # Packing closes holes in a mask, and what was too far apart would come within reach.
-        self.holes = not any(window is not None for window in adapter.windows(base.config))
         parameters = inspect.signature(base.forward).parameters.values()
         self.arguments = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._recording: Recording | None = None
@@ -166,6 +164,11 @@ class PatchHandle:
     def adapter(self) -> Adapter:
         """The architecture's."""
         return adapter_of(self._architecture)
+
+    @property
+    def holes(self) -> bool:
+        """True if packing may close holes in a mask: within a window, what was too far apart would come near."""
+        return not any(window is not None for window in self.adapter.windows(self._base.config))
 
     @property
     def inputs(self) -> Inputs:
