@@ -8,6 +8,7 @@ than the stock ones, and its per-layer sizes would have to repeat what the recor
 
 import functools
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -59,6 +60,12 @@ def _teach(module: ModuleType) -> None:
             from ticketops.models.shrink import narrow
 
             narrow(self, config)
+        if getattr(config, "ticketops_applied", None) is not None:
+            warnings.warn(
+                "this model was saved with a ticket applied, and stock code computes all of it: ticketops.patch(model) "
+                "applies the ticket again",
+                stacklevel=2,
+            )
 
     encoder.__init__ = __init__
 

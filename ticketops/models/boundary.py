@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ticketops.errors import InputError
 from ticketops.models.adapter import Adapter, LayerParts
 from ticketops.models.embeddings import SWAPS, counts_no_tokens
 from ticketops.models.hooks import any_module_is_hooked, is_hooked, minds_packing, transform
+from ticketops.models.record import APPLIED
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import unsharded_class
 from ticketops.ops import Packing
@@ -65,6 +67,30 @@ class TicketModel(nn.Module):
         if call.recorded is not None:
             call.recorded.follow(output[0])
         return output
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        handle: PatchHandle = self._ticketops
+        # What is said beside the tensors disturbs no model that loads them, and torch.save keeps it.
+        if handle.note.record is not None and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][APPLIED] = handle.note.record
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if (record := local_metadata.get(APPLIED)) is not None:
+            try:
+                self._ticketops.load_note(record)
+            except InputError as error:
+                errors.append(str(error))
 
 
 #: What `examine` reads of modules besides their parts and weights: of dropouts, activations, attention and tables.

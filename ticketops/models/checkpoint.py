@@ -19,7 +19,8 @@ from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
 from ticketops.files import user_path
-from ticketops.models.record import held_ticket
+from ticketops.models.note import without_note
+from ticketops.models.record import applied_ticket, held_ticket
 from ticketops.models.registry import check_supported, find_adapter
 
 #: The file of an export that says how it was made and what its weights' checksums are.
@@ -141,6 +142,7 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     # Another name of an attention would be that of a kernel to download.
     config._attn_implementation = None
     held_ticket(config)
+    applied_ticket(config)
     return kind, config
 
 
@@ -156,7 +158,7 @@ def _load(folder: Path) -> PreTrainedModel:
             f"{config.hidden_size} in config.json; export it again"
         )
     with torch.device("meta"), no_init_weights():
-        skeleton = kind(config)
+        skeleton = kind(without_note(config))
     find_adapter(skeleton)
     _check_weights(files, skeleton)
     if (folder / NOTE).is_file():

@@ -1,6 +1,5 @@
 """Three ways out of ticketops: compact and dense transformers folders, and ONNX; each verified before it is there."""
 
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +16,8 @@ from ticketops.files import new_folder, user_path
 from ticketops.models.checkpoint import NOTE, load, sha256
 from ticketops.models.cost import costs
 from ticketops.models.handle import PatchHandle, find_handle
-from ticketops.models.record import held_ticket, num_neurons, write_record
+from ticketops.models.note import without_note
+from ticketops.models.record import applied_ticket, held_ticket, num_neurons, write_record
 from ticketops.models.registry import check_supported, find_adapter
 from ticketops.models.shrink import cut_indices, put_back, shrink
 from ticketops.models.swapping import stock_class
@@ -47,7 +47,8 @@ def export(
         model: stock, patched or shrunk.
         folder: to be made; must not exist, or be empty.
         format: `compact`, `dense` or `onnx`.
-        ticket: what to keep; by default what is applied to a patched model.
+        ticket: what to keep; by default what is applied to a patched model, or was applied to a stock one when it was
+            saved.
         tokenizer: saved along and used on the verification's sentences; without it token ids are drawn. An image
             processor for models that read images.
         run: where the model comes from, as JSON values, for `ticketops.json` and the card.
@@ -104,7 +105,7 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     """
     held = held_ticket(model.base_model.config)
     full = Ticket.full(held.num_layers, held.num_heads)
-    config = copy.deepcopy(model.config)
+    config = without_note(model.config)
     write_record(config, full)
     twin = stock_class(model)._from_config(config, dtype=model.dtype)
     for name in cut_indices(twin, full, held):
@@ -121,21 +122,22 @@ def _small(
     check_supported(model)
     handle = find_handle(model)
     held = held_ticket(base.config)
-    applied = handle.ticket if handle is not None else None
+    applied = handle.ticket if handle is not None else applied_ticket(base.config)
     ticket = ticket or applied or held
     ticket.check(held.num_layers, held.num_heads, num_neurons(base.config))
     left = (held & ticket).described(ticket.metadata)
     batch, training = adapter.inputs.sample(model, tokenizer), model.training
     own = handle or PatchHandle(model)
     try:
-        own.apply(left)
+        own.restrict(left, noted=False)
         want = _outputs(model.eval(), batch)
     finally:
         model.train(training)
-        own.apply(applied)
         if handle is None:
             own.revert()
-    small = stock_class(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+        else:
+            handle.restrict(applied)
+    small = stock_class(model)._from_config(without_note(model.config), dtype=model.dtype)
     small.load_state_dict(model.state_dict())
     return shrink(small.eval(), left), left, batch, want
 

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,13 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ticketops import ops
-from ticketops.errors import InputError, UnsupportedError
+from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models.adapter import Adapter
 from ticketops.models.boundary import ONLY_FIRST, Snapshot, only_first_tokens
 from ticketops.models.embeddings import SWAPS
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
 from ticketops.models.inputs import Inputs
-from ticketops.models.record import held_ticket, kept_neurons, num_neurons
+from ticketops.models.note import Note
+from ticketops.models.record import applied_ticket, held_ticket, kept_neurons, num_neurons, read_applied, record_of
 from ticketops.models.recording import Recording
 from ticketops.models.registry import adapter_of, check_layers, find_adapter
 from ticketops.models.state import Call, Kept, LayerState
@@ -64,7 +66,13 @@ def patch(model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = No
         UnsupportedError: a model, configuration or layer that is not served; the message names it.
         InputError: the model is patched already, or a bucket that is none.
     """
-    return PatchHandle(model, unpad=unpad, bucket=bucket)
+    handle = PatchHandle(model, unpad=unpad, bucket=bucket)
+    try:
+        handle.restore()
+    except TicketopsError:
+        handle.revert()
+        raise
+    return handle
 
 
 class PatchHandle:
@@ -76,6 +84,8 @@ class PatchHandle:
         num_heads: attention heads a layer of the architecture; a shrunk layer has fewer, under their old numbers.
         num_neurons: the same of the neurons of an FFN.
         ticket: the ticket applied, None for the whole model.
+        note: what is saved of it along with the model.
+        loads_tickets: load_state_dict applies the ticket that was applied where the weights come from.
     """
 
     def __init__(self, model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = None) -> None:
@@ -102,8 +112,11 @@ class PatchHandle:
         self._recording: Recording | None = None
         self.snapshot: Snapshot | None = None
         self._states = [LayerState(self, index, each) for index, each in enumerate(parts)]
-        # Of each ticket that was applied, whether it is full and what it keeps of each layer.
-        self._known: dict[Ticket | None, tuple[bool, list[Kept]]] = {}
+        self.note, self.loads_tickets = Note(), True
+        # Whether somebody has called `apply`.
+        self._chosen = False
+        # Of each ticket that was applied: whether it is full, what it keeps of each layer, what is noted of it.
+        self._known: dict[Ticket | None, tuple[bool, list[Kept], dict[str, Any] | None]] = {}
         self._tickets = 0
         self.set_present(held_ticket(base.config))
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -127,6 +140,7 @@ class PatchHandle:
         Args:
             model: the patched model, or another with the same encoder.
         """
+        self.note.add(model)
         names = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")]
         pooling = getattr(model.config, "classifier_pooling", None)
         if pooling is None:
@@ -225,6 +239,9 @@ class PatchHandle:
         shape. Applying a ticket once more is cheap enough for every training step: it copies nothing, makes no tensor
         and does not wait for the device.
 
+        The model's configuration and state_dict say which ticket is applied: `patch` applies it again to a model that
+        `from_pretrained` loads, and so does `load_state_dict` of a patched model to which nobody has applied another.
+
         Args:
             ticket: which heads, FFNs and neurons to keep; None for the whole model.
 
@@ -235,10 +252,21 @@ class PatchHandle:
             InputError: a ticket for another number of layers, heads or neurons, or a reverted model.
         """
         self._check_live()
+        self.restrict(ticket)
+        self._chosen = True
+        return self
+
+    def restrict(self, ticket: Ticket | None, *, noted: bool = True) -> None:
+        """Applies a ticket, and leaves it to what is loaded later to apply another one.
+
+        Args:
+            ticket: see `apply`.
+            noted: whether what is saved of the model is to say so.
+        """
         known = self._known.get(ticket)
         if known is None:
             known = self._known[ticket] = self._keep(ticket)
-        full, layers = known
+        full, layers, record = known
         if not full and self._is_sharded():
             raise UnsupportedError(_SHARDED)
         before = [state.kept for state in self._states]
@@ -251,10 +279,38 @@ class PatchHandle:
                 state.kept = kept
             raise
         self.ticket = None if full else ticket
-        return self
+        if noted:
+            self.note.write(record)
 
-    def _keep(self, ticket: Ticket | None) -> tuple[bool, list[Kept]]:
-        """Whether a ticket is full, and what it keeps of each layer."""
+    def restore(self) -> None:
+        """Applies the ticket that the model's configuration says was applied when it was saved."""
+        if (ticket := applied_ticket(self._base.config)) is not None:
+            self.restrict(ticket)
+
+    def load_note(self, record: Any) -> None:
+        """Applies the ticket that was applied where a state_dict comes from, if nobody has applied another.
+
+        Args:
+            record: of the ticket.
+
+        Raises:
+            InputError: it is damaged, or of another architecture.
+        """
+        ticket = read_applied(record, self._base.config)
+        if ticket == self.ticket or not self.loads_tickets:
+            return
+        if not self._chosen:
+            self.restrict(ticket)
+            return
+        stays = "no ticket" if self.ticket is None else repr(self.ticket)
+        warnings.warn(
+            f"these weights were saved with {ticket!r} applied, and {stays} stays applied here, as handle.apply has "
+            "set it: apply the other one where it is meant",
+            stacklevel=2,
+        )
+
+    def _keep(self, ticket: Ticket | None) -> tuple[bool, list[Kept], dict[str, Any] | None]:
+        """Whether a ticket is full, what it keeps of each layer, and what is noted of it."""
         if ticket is None:
             ticket = Ticket.full(self.num_layers, self.num_heads)
         ticket.check(self.num_layers, self.num_heads, self.num_neurons)
@@ -262,7 +318,10 @@ class PatchHandle:
         self._tickets += not ticket.is_full
         number = 0 if ticket.is_full else self._tickets
         rows = zip(self._states, *masks, strict=True)
-        return ticket.is_full, [state.keep(heads, neurons, number) for state, heads, neurons in rows]
+        kept = [state.keep(heads, neurons, number) for state, heads, neurons in rows]
+        held = held_ticket(self._base.config)
+        # Of what is there it may prune nothing.
+        return ticket.is_full, kept, None if held & ticket == held else record_of(ticket)
 
     def _prunable(self, base: Any) -> Iterator[tuple[nn.Linear, str, Frozen]]:
         """Each prunable parameter by its module and name, with the slices of it that no optimizer may move."""
@@ -385,6 +444,8 @@ class PatchHandle:
         if not self._swapped:
             return
         self.ticket = None
+        if self.note.record is not None:
+            self.note.write(None)
         for hook in self._hooks:
             hook.remove()
         for module, stock in self._swapped:

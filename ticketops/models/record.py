@@ -11,6 +11,8 @@ from ticketops.errors import InputError
 from ticketops.tickets import Ticket
 
 KEY = "ticketops"
+#: The ticket applied to a patched model, whose weights have more than it keeps; in the same form.
+APPLIED = "ticketops_applied"
 #: What transformers 4.x wrote after `prune_heads`: layer -> heads that are gone. transformers 5 does not read it.
 _OLD_KEY = "pruned_heads"
 # More than any encoder has; a configuration that claims more would have a loader build them all.
@@ -70,8 +72,42 @@ def held_ticket(config: Any) -> Ticket:
         record = _migrate(pruned, layers, heads)
     if record is None:
         return Ticket.full(layers, heads)
+    return _read(record, config, KEY, "held")
+
+
+def applied_ticket(config: Any) -> Ticket | None:
+    """Reads which ticket was applied to a model when it was saved.
+
+    Args:
+        config: of a transformers model whose `held_ticket` is sound.
+
+    Returns:
+        The ticket; None where none was applied.
+
+    Raises:
+        InputError: the note is damaged, or is not one of this architecture.
+    """
+    record = getattr(config, APPLIED, None)
+    return None if record is None else read_applied(record, config)
+
+
+def read_applied(record: Any, config: Any) -> Ticket:
+    """Reads what `record_of` made of an applied ticket.
+
+    Args:
+        record: plain JSON.
+        config: of the model that it is of.
+
+    Raises:
+        InputError: it is damaged, or is not one of this architecture.
+    """
+    return _read(record, config, APPLIED, "applied")
+
+
+def _read(record: Any, config: Any, key: str, kind: str) -> Ticket:
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
     rows, ffns = (record.get("heads"), record.get("ffns")) if isinstance(record, dict) else (None, None)
-    neurons = _neurons(record.get("neurons"), layers, config) if isinstance(record, dict) else None
+    neurons = _neurons(record.get("neurons"), layers, config, key) if isinstance(record, dict) else None
     if (
         not _are_numbers(ffns, layers)
         or not isinstance(rows, list)
@@ -79,7 +115,7 @@ def held_ticket(config: Any) -> Ticket:
         or not all(_are_numbers(row, heads) for row in rows)
     ):
         raise InputError(
-            f'config.json\'s "{KEY}" does not list the heads of {layers} layers x {heads} heads and the layers with an '
+            f'config.json\'s "{key}" does not list the heads of {layers} layers x {heads} heads and the layers with an '
             "FFN: export the model again"
         )
     head_mask = torch.zeros(layers, heads, dtype=torch.bool)
@@ -87,7 +123,7 @@ def held_ticket(config: Any) -> Ticket:
         mask[row] = True
     ffn_mask = torch.zeros(layers, dtype=torch.bool)
     ffn_mask[ffns] = True
-    return Ticket(head_mask, ffn_mask, {"kind": "held"}, neurons)
+    return Ticket(head_mask, ffn_mask, {"kind": kind}, neurons)
 
 
 def write_record(config: Any, held: Ticket) -> None:
@@ -101,15 +137,28 @@ def write_record(config: Any, held: Ticket) -> None:
     if held.is_full:
         vars(config).pop(KEY, None)
     else:
-        heads = [row.nonzero().flatten().tolist() for row in held.head_mask]
-        record = {"heads": heads, "ffns": held.ffn_mask.nonzero().flatten().tolist()}
-        if held.neuron_mask is not None:
-            record["neurons"] = [_to_hex(row) for row in held.neuron_mask]
-        setattr(config, KEY, record)
+        setattr(config, KEY, record_of(held))
 
 
-def _neurons(rows: Any, layers: int, config: Any) -> Tensor | None:
-    """The mask that a record's neurons describe, one number a layer in base 16 whose highest bit is neuron 0."""
+def record_of(ticket: Ticket) -> dict[str, Any]:
+    """Spells out in plain JSON what a ticket keeps.
+
+    Args:
+        ticket: with a mask of neurons or without.
+
+    Returns:
+        `heads`, their numbers in each layer; `ffns`, the layers that have one; `neurons` where some are pruned, of each
+        layer as one number in base 16 whose highest bit is neuron 0.
+    """
+    heads = [row.nonzero().flatten().tolist() for row in ticket.head_mask]
+    record = {"heads": heads, "ffns": ticket.ffn_mask.nonzero().flatten().tolist()}
+    if ticket.neuron_mask is not None:
+        record["neurons"] = [_to_hex(row) for row in ticket.neuron_mask]
+    return record
+
+
+def _neurons(rows: Any, layers: int, config: Any, key: str) -> Tensor | None:
+    """The mask that a record's neurons describe, or None."""
     if rows is None:
         return None
     width = num_neurons(config)
@@ -121,7 +170,7 @@ def _neurons(rows: Any, layers: int, config: Any) -> Tensor | None:
         or any(int(row, 16) & (2 ** (4 * digits - width) - 1) for row in rows)
     ):
         raise InputError(
-            f'config.json\'s "{KEY}" does not give the neurons of {layers} layers as {digits} digits each: export the '
+            f'config.json\'s "{key}" does not give the neurons of {layers} layers as {digits} digits each: export the '
             "model again"
         )
     bits = [f"{int(row, 16):0{4 * digits}b}"[:width] for row in rows]

@@ -19,6 +19,7 @@ from ticketops.models.checkpoint import load, read_config, read_json
 from ticketops.models.freezing import Frozen, freeze, unfreeze
 from ticketops.models.handle import PatchHandle
 from ticketops.models.indices import Indices
+from ticketops.models.note import without_note
 from ticketops.models.record import num_neurons
 from ticketops.models.swapping import stock_class
 from ticketops.tickets import Ticket
@@ -84,6 +85,8 @@ class SharedModel(nn.Module):
         for task, ticket in self.tickets.items():
             _check(task, ticket, full, num_neurons(base.config))
         self.handle = PatchHandle(first)
+        # Each task has its own.
+        self.handle.loads_tickets = False
         for model in others:
             setattr(model, prefix, base)
             self.handle.watch(model)
@@ -147,7 +150,7 @@ class SharedModel(nn.Module):
             InputError: there is no such task.
         """
         model = self.select(task)
-        twin = stock_class(model)._from_config(model.config, dtype=model.dtype)
+        twin = stock_class(model)._from_config(without_note(model.config), dtype=model.dtype)
         twin.load_state_dict(model.state_dict())
         return twin.eval()
 
@@ -166,8 +169,11 @@ class SharedModel(nn.Module):
         """
         folder = user_path(folder, "the folder to write")
         with new_folder(folder) as temporary:
+            # The tickets are in files of their own.
+            self.handle.apply(None)
             for place, task in enumerate(self.tasks):
-                model, own = self.select(task), temporary / f"task-{place}"
+                model: Any = self._models[place]
+                own = temporary / f"task-{place}"
                 if place == 0:
                     model.save_pretrained(own)
                     if tokenizer is not None:
@@ -277,7 +283,7 @@ def _with_head(base: Any, folder: Path) -> PreTrainedModel:
     if sizes[0] != sizes[1]:
         raise InputError(f"{folder.name} is not of this encoder; save it again")
     with torch.device("meta"), no_init_weights():
-        skeleton = kind(config)
+        skeleton = kind(without_note(config))
     if type(skeleton.base_model) is not stock_class(base) or _shape(skeleton.base_model) != _shape(base):
         raise InputError(f"{folder.name} is not of this encoder; save it again")
     head = load_file(folder / _HEAD)

@@ -14,7 +14,16 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from ticketops.errors import UnsupportedError
 from ticketops.models.adapter import Adapter, LayerParts
 from ticketops.models.handle import find_handle
-from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons, write_record
+from ticketops.models.note import replace_config
+from ticketops.models.record import (
+    APPLIED,
+    applied_ticket,
+    head_dim,
+    held_ticket,
+    kept_neurons,
+    num_neurons,
+    write_record,
+)
 from ticketops.models.registry import ADAPTERS, check_supported, find_adapter
 from ticketops.models.removed import RemovedLinear, drop_removed, remove_linear
 from ticketops.ops.copies import Slices, gather
@@ -51,7 +60,7 @@ def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | Non
     handle = find_handle(model)
     applied = None if handle is None else handle.ticket
     if handle is not None:
-        handle.apply(None)
+        handle.restrict(None)
     gone = _cut(adapter, adapter.encoder(base), cuts, left, state)
     if optimizer is not None:
         for group in optimizer.param_groups:
@@ -59,14 +68,16 @@ def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | Non
         for parameter in [parameter for parameter in optimizer.state if id(parameter) in gone]:
             del optimizer.state[parameter]
     # Another model may have been made from the same configuration object.
-    old, config = base.config, copy.deepcopy(base.config)
+    config = copy.deepcopy(base.config)
     write_record(config, left)
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = config
+    noted = applied_ticket(config)
+    if noted is not None and left & noted == left:
+        # A stock model that was saved with this ticket applied; now it is nothing but the ticket.
+        delattr(config, APPLIED)
+    replace_config(model, base.config, config)
     if handle is not None:
         handle.set_present(left)
-        handle.apply(applied)
+        handle.restrict(applied)
     return model
 
 

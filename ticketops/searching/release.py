@@ -113,7 +113,10 @@ def release(
         path = user_path(ticket, spelled("ticket")) if ticket is not None else folder / "ticket.safetensors"
         keep = Ticket.load(path) if ticket is not None or path.is_file() else None
         options = {"ticket": keep, "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
-        return export(load(folder), output, format, **options)
+        # Its notice that a ticket is to be applied again is for those who go on with the model.
+        with quiet():
+            model = load(folder)
+        return export(model, output, format, **options)
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -306,7 +306,10 @@ def keep_model(
         StoreError: the folder cannot be written.
     """
     with new_folder(store.clear_model(trial)) as folder, quiet():
-        model.save_pretrained(folder)
+        # Its weights are whole; the patched model's configuration says which ticket they were trained with.
+        with patch(model) as handle:
+            handle.apply(ticket)
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if ticket is not None:
             ticket.save(folder / "ticket.safetensors")
