@@ -1,5 +1,5 @@
-"""Masked attention and masked FFN as autograd ops whose backward passes leave the pruning importance |dL/d mask|
-behind, the projections of selected heads, the dropout, residual and LayerNorm after either, and the whole layer."""
+"""Autograd ops of a masked transformer encoder: attention and FFN, whose backward passes also compute the pruning
+importance |dL/d mask|; the projections of selected heads; dropout + residual + LayerNorm; and a whole layer."""
 
 from ticketops.ops.attention import attention
 from ticketops.ops.ffn import ffn

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why. TICKETOPS_BACKEND=reference|native|triton overrides the choice."""
+"""Selection of the backend that runs an op. TICKETOPS_BACKEND=reference|native|triton overrides it."""
 
 import importlib
 import importlib.util
@@ -11,46 +11,46 @@ from ticketops.errors import UnsupportedError
 from ticketops.ops.building import switch
 
 OPS = ("attention", "ffn", "projection", "residual", "rows", "importance", "copies")
-#: Those of them that do the same for every dtype.
+#: The ops that serve every dtype alike.
 ANY_DTYPE = ("rows", "importance", "copies")
-#: The backends of each device, the preferred one first. A backend of an op is the module ticketops.ops.<op>.<backend>
-#: with the op's functions (mostly `forward` and `backward`) and `refusal(device, dtype)`, which says why it cannot
-#: serve a call or None; `reference` serves every device and dtype.
+#: Backends by device type, in order of preference. A backend of an op is the module ticketops.ops.<op>.<backend>. It
+#: has the op's functions (mostly `forward` and `backward`) and `refusal(device, dtype)`, which returns None, or the
+#: reason why the backend cannot serve a call. `reference` serves every device and dtype.
 BACKENDS: dict[str, tuple[str, ...]] = {
-    # On the CPU Triton only interprets, and is never chosen by itself.
+    # On a CPU Triton only has its interpreter, so it comes last and runs on request only.
     "cpu": ("native", "reference", "triton"),
     "cuda": ("triton", "native", "reference"),
 }
 _NAMES = ("auto", *sorted({name for names in BACKENDS.values() for name in names}))
-#: The native extension's kernels for GPUs stand in modules of their own.
+#: Module names that differ from the backend's: the native kernels for GPUs are in `cuda.py`.
 _MODULES = {("native", "cuda"): "cuda"}
 
 
 def requested() -> str:
-    """The backend that TICKETOPS_BACKEND asks for.
+    """Reads TICKETOPS_BACKEND.
 
     Returns:
-        A backend's name, or "auto".
+        A backend's name, or "auto" if the variable is unset.
 
     Raises:
-        UnsupportedError: the variable names no backend.
+        UnsupportedError: the variable's value is not the name of a backend.
     """
     return switch("TICKETOPS_BACKEND", _NAMES) or "auto"
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Decides which backend runs an op.
+    """Chooses the backend that runs an op.
 
     Args:
         op: one of OPS.
-        device: where the tensors lie.
-        dtype: their dtype.
+        device: device of the op's tensors.
+        dtype: dtype of the op's tensors.
 
     Returns:
-        The backend's name and the reason in words.
+        The backend's name and the reason for the choice, in words.
 
     Raises:
-        UnsupportedError: TICKETOPS_BACKEND asks for a backend that cannot run this.
+        UnsupportedError: TICKETOPS_BACKEND names a backend that cannot serve this device or dtype.
     """
     wanted = requested()
     refusals: list[str] = []
@@ -59,7 +59,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
         if wanted not in ("auto", backend):
             continue
         if not _has_kernels(op, backend, device.type):
-            # Not every op has kernels of every backend; plain PyTorch serves beside those that have.
+            # Not every backend has kernels for every op; the next one, at last plain PyTorch, takes such an op.
             absent.append(f"{backend} has no kernels for {op}")
             continue
         try:
@@ -94,46 +94,46 @@ def _module(op: str, backend: str, device: str = "cpu") -> ModuleType:
 
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module whose `forward` and `backward` run an op.
+    """Returns the backend module that runs an op.
 
     Args:
         op: one of OPS.
-        device: where the tensors lie.
-        dtype: their dtype.
+        device: device of the op's tensors.
+        dtype: dtype of the op's tensors.
 
     Returns:
-        The module.
+        The module with the op's functions, mostly `forward` and `backward`.
     """
     return _module(op, choose(op, device, dtype)[0], device.type)
 
 
 @torch.compiler.assume_constant_result
 def common(*ops: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The backend that computes all of some ops; a constant to torch.compile.
+    """Returns the backend that all the given ops share. torch.compile treats the result as a constant.
 
     Args:
-        ops: of OPS.
-        device: where the tensors lie.
-        dtype: their dtype.
+        ops: names from OPS.
+        device: device of the ops' tensors.
+        dtype: dtype of the ops' tensors.
 
     Returns:
-        Its name; None where they have different ones.
+        The backend's name; None if the ops run on different backends.
     """
     names = {choose(op, device, dtype)[0] for op in ops}
     return names.pop() if len(names) == 1 else None
 
 
 def explain() -> list[dict[str, str]]:
-    """What `ticketops doctor` prints: for every op, device at hand and dtype, the backend that would run and why.
+    """Lists the chosen backend for every op, available device and dtype, for `ticketops doctor`.
 
     Returns:
-        One row a combination, with keys op, device, dtype, backend, why; backend is "none" where a call would be
+        One row per combination, with keys op, device, dtype, backend and why. `backend` is "none" if a call would be
         refused.
 
     Raises:
-        UnsupportedError: TICKETOPS_BACKEND names no backend.
+        UnsupportedError: the value of TICKETOPS_BACKEND is not the name of a backend.
     """
-    # A name of no backend is an error of its own, not one of each op.
+    # Checked once here; otherwise a misspelt name would come out as one refusal per row.
     requested()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []

@@ -1,5 +1,4 @@
-"""How the compiled extensions are loaded: their switches in the environment, and whether they were built from the
-sources that lie beside them."""
+"""Loading of the compiled extensions: environment variables that turn them off, and detection of stale builds."""
 
 import hashlib
 import importlib
@@ -11,24 +10,24 @@ from typing import Any
 
 from ticketops.errors import UnsupportedError
 
-#: Of a checkout, to which the paths of an extension's sources are relative.
+#: Root of the checkout; the paths of an extension's sources are relative to it.
 ROOT = Path(__file__).resolve().parents[2]
-#: What builds both extensions anew in a checkout.
+#: The command that rebuilds both extensions in a checkout.
 REBUILD = "python setup.py build_ext --inplace"
 
 
 def switch(variable: str, choices: Sequence[str]) -> str | None:
-    """Reads a variable of the environment.
+    """Reads an environment variable that has a fixed set of values.
 
     Args:
-        variable: its name.
-        choices: the values that mean something.
+        variable: name of the variable.
+        choices: the valid values.
 
     Returns:
-        One of the choices; None where the variable is unset or empty.
+        One of the choices; None if the variable is unset or empty.
 
     Raises:
-        UnsupportedError: another value.
+        UnsupportedError: the variable has any other value.
     """
     value = os.environ.get(variable) or None
     if value is not None and value not in choices:
@@ -37,14 +36,14 @@ def switch(variable: str, choices: Sequence[str]) -> str | None:
 
 
 def changed_sources(built_from: str, root: Path = ROOT) -> list[str]:
-    """The sources that an extension was built from and that are different now.
+    """Lists the source files that have changed since an extension was built.
 
     Args:
-        built_from: a line "<SHA-256> <path>" for each.
+        built_from: one line "<SHA-256> <path>" per source file, as recorded at build time.
         root: folder that the paths are relative to.
 
     Returns:
-        Their paths; none where the extension was installed without its sources.
+        Paths of changed or missing files; empty if the extension was installed without its sources.
     """
     if not (root / "csrc").is_dir():
         return []
@@ -58,19 +57,21 @@ def changed_sources(built_from: str, root: Path = ROOT) -> list[str]:
 
 
 def load(name: str, switches: Sequence[str], kernels: str, needs: str) -> tuple[Any, str | None]:
-    """Imports an extension, unless a switch turns it off; one that is out of date is left aside with a warning.
+    """Imports a compiled extension. One that is turned off, missing, broken or out of date is not used; for the last
+    there is a warning.
 
     Args:
-        name: of the module.
-        switches: variables whose value 0 turns it off; 1 is what a build demands, and changes nothing here.
-        kernels: what the extension is called in messages.
-        needs: what building it needs, for the message where it is missing.
+        name: name of the module.
+        switches: environment variables; the value 0 in any of them turns the extension off. (1 makes a build fail
+            without the extension, and has no effect here.)
+        kernels: name of the extension in messages, e.g. "the CUDA kernels".
+        needs: what a build of the extension needs, e.g. "with nvcc at hand"; used in the message if it is not built.
 
     Returns:
-        The module and None, or None and the reason.
+        (module, None), or (None, reason).
 
     Raises:
-        UnsupportedError: a switch is neither 0 nor 1.
+        UnsupportedError: one of `switches` is set to something other than 0 or 1.
     """
     for variable in switches:
         if switch(variable, ("0", "1")) == "0":

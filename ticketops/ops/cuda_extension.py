@@ -1,5 +1,4 @@
-"""The CUDA part of the native extension, or why it is not there, and how tensors reach it: as addresses, after
-everything about them has been checked."""
+"""Access to the compiled CUDA extension. Kernels take raw addresses, so every tensor is checked before it is passed."""
 
 from collections.abc import Callable
 from functools import cache
@@ -19,13 +18,14 @@ def _load() -> tuple[Any, str]:
     return extension, reason or f"built for {extension.built_for}"
 
 
-#: The module, whose attribute `device` is the type of device that it runs on: "cuda", but "cpu" where tests emulate it.
+#: The extension module (None if unavailable) and a description or the reason. The module's attribute `device` is the
+#: device type that it runs on: "cuda", or "cpu" in the emulation that tests use.
 kernels, status = _load()
 
 
 @cache
 def _problem(extension: Any, index: int | None) -> str | None:
-    # Emulated, it runs on no numbered device.
+    # The emulation runs on the CPU, which has no device index.
     if index is None:
         return extension.problem()
     with torch.cuda.device(index):
@@ -33,13 +33,13 @@ def _problem(extension: Any, index: int | None) -> str | None:
 
 
 def refusal(device: torch.device) -> str | None:
-    """Says why the CUDA kernels cannot serve a device.
+    """Returns the reason why the CUDA kernels cannot serve a device.
 
     Args:
-        device: where the tensors lie.
+        device: device of the tensors.
 
     Returns:
-        The reason, or None.
+        The reason, or None if they can.
     """
     if kernels is None:
         return status
@@ -57,20 +57,20 @@ def refusal(device: torch.device) -> str | None:
 def checked(
     name: str, x: Tensor, device: torch.device, dtypes: torch.dtype | tuple[torch.dtype, ...], *shape: int
 ) -> Tensor:
-    """Makes sure that a tensor is what a kernel will take it for.
+    """Checks the device, dtype and shape of a tensor before a kernel gets its address.
 
     Args:
-        name: what to call it in a message.
+        name: name of the tensor in error messages.
         x: the tensor.
-        device: where the kernel is to run.
-        dtypes: what it may have.
-        shape: what it must have.
+        device: device that the kernel runs on.
+        dtypes: accepted dtype or dtypes.
+        shape: required shape.
 
     Returns:
-        The tensor, its last dimension contiguous (a copy if it was not).
+        The tensor, or a contiguous copy if its last dimension is not contiguous.
 
     Raises:
-        InputError: it is something else.
+        InputError: the device, dtype, layout or shape differs.
     """
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     there = x.device == device and device.type == kernels.device and x.layout == torch.strided
@@ -80,7 +80,7 @@ def checked(
             f"the CUDA kernel needs {name} as {kinds} {list(shape)} on {device}, got {x.dtype} "
             f"{list(x.shape)} on {x.device}"
         )
-    # A dimension of one element may have any stride, which then means nothing.
+    # The stride of a dimension of one element is arbitrary and has no effect.
     return x if x.ndim and (x.stride(-1) == 1 or x.shape[-1] <= 1) else x.contiguous()
 
 
@@ -89,8 +89,8 @@ def run(kernel: Callable[..., None], device: torch.device, *arguments: Any) -> N
 
     Args:
         kernel: a function of the extension.
-        device: the device of all its tensors.
-        arguments: all but the last, which is the stream.
+        device: device of all the kernel's tensors.
+        arguments: the kernel's arguments except the last, the stream, which is added here.
 
     Raises:
         TicketopsError: the launch failed.

@@ -1,6 +1,6 @@
-"""Counter-based dropout: whether an attention weight is kept is a function of (seed, query row, head, key), and whether
-an element of a matrix is kept is one of (seed, row, column), so that every backend draws the same mask and the backward
-pass replays it instead of storing it."""
+"""Counter-based dropout. A hash of (seed, query row, head, key) decides if an attention weight is kept, and a hash of
+(seed, row, column) if an element of a matrix is. So all backends draw the same mask, and the backward pass recomputes
+the mask instead of storing it."""
 
 import math
 
@@ -13,7 +13,7 @@ _MIX_2 = 0x846CA68B
 
 
 def _signed(word: int) -> int:
-    """The int32 that has the same bits as a 32-bit word, since torch lacks unsigned arithmetic on every device."""
+    """Reinterprets a 32-bit word as int32, because torch has no unsigned arithmetic on some devices."""
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >> 31 else word
 
@@ -27,11 +27,13 @@ def _mix_(x: Tensor) -> Tensor:
 
 
 def draw_seed(device: torch.device, calls: int = 1) -> Tensor:
-    """Draws the seeds of dropout calls from torch's own generator, so that torch.manual_seed governs them.
+    """Draws seeds for dropout calls from torch's generator, so that torch.manual_seed makes them reproducible.
+
+    The seed is a tensor, so that each replay of a captured CUDA graph draws a new one.
 
     Args:
-        device: where the calls run; a tensor seed keeps a captured CUDA graph drawing anew.
-        calls: how many; on a CPU one draw for several gives what as many draws for one would.
+        device: device that the dropout runs on.
+        calls: number of seeds. On a CPU, one draw of n seeds gives the same seeds as n draws of one.
 
     Returns:
         int64 [calls], non-negative, below 2**62.
@@ -40,7 +42,8 @@ def draw_seed(device: torch.device, calls: int = 1) -> Tensor:
 
 
 def keep_threshold(p: float) -> int:
-    """The number of 2**-24 steps below which a word's upper 24 bits mean "dropped"; one rule for every backend.
+    """Converts a dropout probability to the integer threshold that all backends use: an element is dropped if the upper
+    24 bits of its 32-bit hash are below it.
 
     Args:
         p: dropout probability, 0 <= p < 1.
@@ -52,14 +55,15 @@ def keep_threshold(p: float) -> int:
 
 
 def row_keys(seed: Tensor | None, first_row: int, rows: int, heads: Tensor, num_heads: int) -> Tensor:
-    """What a row of attention weights takes from the seed: mix(row * num_heads + head + lo) ^ hi, see `keep_mask`.
+    """Computes the part of the dropout hash that depends on the query row and head:
+    mix(row * num_heads + head + lo) ^ hi, see `keep_mask`.
 
     Args:
-        seed: int64 [1] of this call, never None where p > 0.
-        first_row: the first row in the flat token matrix.
-        rows: how many rows from there.
-        heads: int64 [h], which heads.
-        num_heads: H, heads of the whole call.
+        seed: int64 [1], seed of this call; never None if p > 0.
+        first_row: index of the first row in the flat token matrix.
+        rows: number of rows.
+        heads: int64 [h], indices of the heads.
+        num_heads: H, number of heads in the call, pruned ones included.
 
     Returns:
         int32 [h, rows].
@@ -72,15 +76,16 @@ def row_keys(seed: Tensor | None, first_row: int, rows: int, heads: Tensor, num_
 
 
 def kept(row_keys: Tensor, keys: slice, p: float) -> Tensor:
-    """Which weights of these rows are kept: mix(row key + key * 0x9E3779B9) >> 8 >= ceil(p * 2**24).
+    """Computes the dropout mask of a block of attention weights: mix(row key + key * 0x9E3779B9) >> 8 >=
+    ceil(p * 2**24).
 
     Args:
-        row_keys: int32 [h, queries] of one sequence.
-        keys: which of its keys, start and stop; key j is the j-th token of the sequence.
+        row_keys: int32 [h, queries], result of `row_keys` for rows of one sequence.
+        keys: range of key positions; key j is the j-th token of the sequence.
         p: dropout probability.
 
     Returns:
-        bool [h, queries, keys].
+        bool [h, queries, keys], True if the weight is kept.
     """
     columns = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=row_keys.device) * _signed(_GOLDEN)
     words = _mix_(row_keys[:, :, None] + columns)
@@ -90,39 +95,39 @@ def kept(row_keys: Tensor, keys: slice, p: float) -> Tensor:
 def keep_mask(
     seed: Tensor | None, first_row: int, queries: int, heads: Tensor, num_heads: int, keys: int, p: float
 ) -> Tensor:
-    """The dropout mask of one sequence.
+    """Computes the dropout mask of the attention weights of one sequence.
 
-    word(row, head, key) = mix(mix(row * num_heads + head + lo) ^ hi + key * 0x9E3779B9) in 32-bit wrapping arithmetic,
-    where `lo` and `hi` are the halves of the seed; kept where word >> 8 >= ceil(p * 2**24).
+    word(row, head, key) = mix(mix(row * num_heads + head + lo) ^ hi + key * 0x9E3779B9) in wrapping 32-bit arithmetic,
+    where `lo` and `hi` are the lower and upper 32 bits of the seed. A weight is kept if word >> 8 >= ceil(p * 2**24).
 
     Args:
-        seed: int64 [1] of this call, never None where p > 0.
-        first_row: the sequence's first row in the flat token matrix.
-        queries: its number of query rows.
-        heads: int64 [h], which heads.
-        num_heads: H, heads of the whole call (pruned ones included, so that a mask of 0 leaves the other heads' draws
-            alone).
-        keys: its number of keys; key j is the j-th token of the sequence.
+        seed: int64 [1], seed of this call; never None if p > 0.
+        first_row: index of the sequence's first row in the flat token matrix.
+        queries: number of query rows.
+        heads: int64 [h], indices of the heads.
+        num_heads: H, number of heads in the call. Pruned heads count, so pruning one does not change the masks of the
+            others.
+        keys: number of keys; key j is the j-th token of the sequence.
         p: dropout probability.
 
     Returns:
-        bool [h, queries, keys], True where the weight is kept.
+        bool [h, queries, keys], True if the weight is kept.
     """
     return kept(row_keys(seed, first_row, queries, heads, num_heads), slice(0, keys), p)
 
 
 def keep_elements(seed: Tensor | None, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
-    """The dropout mask of a matrix: `keep_mask` of one sequence with a single head, its columns for keys.
+    """Computes the dropout mask of a matrix: `keep_mask` of one sequence with one head and the columns as keys.
 
     Args:
-        seed: int64 [1] of this call.
-        rows: T.
-        columns: C.
+        seed: int64 [1], seed of this call.
+        rows: T, number of rows.
+        columns: C, number of columns.
         p: dropout probability.
-        device: where the mask is wanted.
+        device: device of the result.
 
     Returns:
-        bool [T, C], True where the element is kept.
+        bool [T, C], True if the element is kept.
     """
     assert seed is not None
     head = torch.zeros(1, dtype=torch.int64, device=device)

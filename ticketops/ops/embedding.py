@@ -1,8 +1,8 @@
-"""The way into the encoder on a CPU: rows of embedding tables, LayerNorm and dropout, one by one or as one op.
+"""Embedding lookup, LayerNorm and dropout in front of the encoder on a CPU, as single ops and as one fused op.
 
-torch's own spend more time there than a small encoder's layers: the gradient of a table is nearly all zeros, written to
-memory that the system maps and takes back page by page at every step, as are the results of all three, and a dropout's
-mask is drawn on one thread.
+In a small encoder torch's versions of these take longer than the encoder's layers. The gradient of an embedding table
+is nearly all zeros, yet the whole table is written at every step, to memory that the system maps and unmaps page by
+page (the results of all three ops lie in such memory). And torch draws a dropout mask on one thread.
 """
 
 import math
@@ -21,22 +21,22 @@ from ticketops.ops.residual import native as residual
 
 
 def serves_embedding(x: Tensor) -> bool:
-    """Whether `embedding`, `layer_norm` and `dropout` run here; where they do not, torch's own serve.
+    """True if the ops of this module can run on a tensor's device and dtype. Otherwise use torch's own.
 
     Args:
-        x: the table, or the tokens.
+        x: the embedding table, or the tokens.
     """
-    # The residual's LayerNorm is their neighbour: both are of the extension, or neither.
+    # These ops and the LayerNorm of ops.residual are in the same extension.
     return backends.common("residual", device=x.device, dtype=x.dtype) == "native"
 
 
 def embedding(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
-    """Rows of a table.
+    """Looks up rows of an embedding table.
 
     Args:
-        weight: [V, C], float32 or bfloat16, on the CPU.
-        ids: int64 or int32 [..].
-        padding_idx: a row without a gradient; None for none.
+        weight: [V, C], the table; float32 or bfloat16, on the CPU.
+        ids: int64 or int32 [..], indices of rows.
+        padding_idx: index of a row that gets no gradient, or None.
 
     Returns:
         [.., C].
@@ -54,22 +54,21 @@ def embeddings(
     dropout_p: float,
     eps: float,
 ) -> Tensor:
-    """dropout(LayerNorm(word + token type + position)): what `embedding`, `layer_norm` and `dropout` make in turn, in
-    one pass over memory each way.
+    """Computes dropout(LayerNorm(word + token type + position)) in one pass over memory, and its gradients in another.
 
     Args:
-        tables: [V, C] of words, of token types or None, and of positions; float32 or bfloat16, on the CPU.
-        ids: int64 or int32, all of one shape [..]; None where the table is.
-        padding: of each table a row without a gradient; None for none.
-        weight, bias: [C], of the LayerNorm; any floating dtype.
-        dropout_p: in [0, 1).
+        tables: [V, C] each, the tables of words, token types (or None) and positions; float32 or bfloat16, on the CPU.
+        ids: int64 or int32, one shape [..], indices into each table; None for a table that is None.
+        padding: for each table, the index of a row that gets no gradient, or None.
+        weight, bias: [C], the LayerNorm's parameters; any floating dtype.
+        dropout_p: dropout probability in [0, 1).
         eps: added to the variance.
 
     Returns:
         [.., C].
 
     Raises:
-        InputError: an id that no row of its table has, or tensors on several devices.
+        InputError: an id is outside its table, or tensors are on different devices.
     """
     names = (*_SOURCES, "ids", "token_type_ids", "position_ids", "weight", "bias")
     check_devices("embeddings", names, (*tables, *ids, weight, bias))
@@ -79,15 +78,15 @@ def embeddings(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of each token.
+    """Applies LayerNorm to each token.
 
     Args:
         x: [.., C], float32 or bfloat16, on the CPU.
-        weight, bias: [C].
+        weight, bias: [C], the LayerNorm's parameters.
         eps: added to the variance.
 
     Returns:
-        Of x's shape and dtype, contiguous.
+        Contiguous tensor of x's shape and dtype.
     """
     out, _, _ = _layer_norm_op(x.reshape(-1, x.shape[-1]), weight, bias, eps)
     return out.view(x.shape)
@@ -98,28 +97,29 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Args:
         x: [.., C], float32 or bfloat16, on the CPU.
-        p: in (0, 1).
+        p: dropout probability in (0, 1).
 
     Returns:
-        Of x's shape, contiguous.
+        Contiguous tensor of x's shape and dtype.
     """
     return _dropout_op(x, draw_seed(x.device), p)
 
 
 def embedding_gradient(dout: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor:
-    """The gradient of a table: sums of rows in their places among zeros.
+    """Computes the gradient of an embedding table: for each row of the table the sum of the rows of `dout` that were
+    looked up there.
 
     Args:
-        dout: [.., C], float32 or bfloat16, on the CPU.
-        ids: int64 or int32 [..], the place of each row of dout.
-        rows: of the table.
-        padding_idx: the place that gets nothing, -1 for none.
+        dout: [.., C], gradient of the looked-up rows; float32 or bfloat16, on the CPU.
+        ids: int64 or int32 [..], the index of the table's row that each row of `dout` belongs to.
+        rows: number of rows in the table.
+        padding_idx: index of a row whose gradient stays 0; -1 for none.
 
     Returns:
-        [rows, C].
+        [rows, C] in dout's dtype.
 
     Raises:
-        InputError: an id that the table does not have.
+        InputError: an id is outside the table.
     """
     channels = dout.shape[-1]
     ids = ids.flatten().long()
@@ -146,8 +146,8 @@ _SOURCES = ("word", "token_type", "position")
 def _sources(
     tables: Sequence[Tensor | None], ids: Sequence[Any]
 ) -> tuple[list[Tensor], list[tuple[int, int]], list[int]]:
-    """Checked tables and ids, to be held while their addresses are used, those addresses, and the tables' numbers of
-    rows."""
+    """Checks the tables and ids. Returns the checked tensors, which must live as long as their addresses are used; the
+    (table, ids) addresses; and the number of rows of each table."""
     word = tables[0]
     assert word is not None
     held: list[Tensor] = []

@@ -1,5 +1,4 @@
-"""The native extension, or why it is not there, and how tensors reach it: as addresses, after everything about them has
-been checked."""
+"""Access to the compiled CPU extension. Kernels take raw addresses, so every tensor is checked before it is passed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops.building import load, switch
 from ticketops.ops.dropout import keep_threshold
 
-_Given = TypeVar("_Given", Tensor, Tensor | None)
+_OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
 _DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
 
 
@@ -29,18 +28,19 @@ def _load() -> tuple[Any, str]:
     return extension, f"{extension.isa()}, {threads}"
 
 
+#: The extension module (None if unavailable), and a description of it or the reason why it is unavailable.
 native, status = _load()
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why the native kernels cannot serve a device and dtype.
+    """Returns the reason why the native kernels cannot serve a device and dtype.
 
     Args:
-        device: where the tensors lie.
-        dtype: their dtype.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
 
     Returns:
-        The reason, or None.
+        The reason, or None if they can.
     """
     if native is None:
         return status
@@ -51,25 +51,25 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def checked(name: str, x: _Given, dtype: torch.dtype, *shape: int) -> _Given:
-    """Makes sure that a tensor is what a kernel will take it for.
+def checked(name: str, x: _OptionalTensor, dtype: torch.dtype, *shape: int) -> _OptionalTensor:
+    """Checks the device, dtype and shape of a tensor before a kernel gets its address.
 
     Args:
-        name: what to call it in a message.
+        name: name of the tensor in error messages.
         x: the tensor, or None.
-        dtype: what it must have.
-        shape: likewise.
+        dtype: required dtype.
+        shape: required shape.
 
     Returns:
-        The tensor, contiguous (a copy if it was not); None for None.
+        The tensor, or a contiguous copy if it is not contiguous; None for None.
 
     Raises:
-        InputError: it is something else.
+        InputError: the device, dtype, layout or shape differs.
     """
     if x is None:
         return None
     if dtype not in _DTYPES:
-        # Where the caller takes the tensor's own for what it must have.
+        # A caller may pass the tensor's own dtype as the required one, which the kernels may lack.
         raise InputError(f"the native kernels do not take {name} as {dtype}: give float32 or bfloat16")
     if not x.is_cpu or x.dtype != dtype or x.shape != shape or x.layout != torch.strided:
         raise InputError(
@@ -80,17 +80,17 @@ def checked(name: str, x: _Given, dtype: torch.dtype, *shape: int) -> _Given:
 
 
 def address(x: Tensor | None) -> int:
-    """Where a tensor's elements lie.
+    """Returns the address of a tensor's first element.
 
     Args:
-        x: a tensor that outlives the call it is passed to, or None.
+        x: a tensor that the caller keeps alive while the address is used, or None.
 
     Returns:
-        The address, 0 for None.
+        The address; 0 for None.
 
     Raises:
-        InputError: it does not lie in the CPU's memory.
-        UnsupportedError: it has no memory, as under a tracer.
+        InputError: the tensor is not a strided tensor on the CPU.
+        UnsupportedError: the tensor has no memory, e.g. a tracer's fake tensor.
     """
     if x is None:
         return 0
@@ -106,14 +106,14 @@ def address(x: Tensor | None) -> int:
 
 
 def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:
-    """What the kernels take for a dropout.
+    """Converts dropout settings to the three arguments that kernels take.
 
     Args:
-        seed: int64 [1], None without dropout.
+        seed: int64 [1]; None if p is 0.
         p: dropout probability.
 
     Returns:
-        The seed, the threshold of dropout.keep_threshold and p.
+        The seed, the result of `dropout.keep_threshold`, and p.
     """
     if not p:
         return 0, 0, 0.0
@@ -126,10 +126,10 @@ def run(kernel: Callable[..., None], *arguments: bool | float | Sequence[Any]) -
 
     Args:
         kernel: a function of the extension.
-        arguments: all but the last, which is the number of threads.
+        arguments: the kernel's arguments except the last, the number of threads, which is added here.
 
     Raises:
-        InputError: the sequences reach outside the tensors or overlap.
+        InputError: the kernel refused a value, e.g. sequences that overlap or reach outside the tensors.
     """
     try:
         kernel(*arguments, torch.get_num_threads())

@@ -1,10 +1,9 @@
-"""Memory for the results of CPU kernels, which are kept and used again when nobody holds them any more:
-csrc/cpu/memory.cpp.
+"""Caching allocator for the results of CPU kernels: freed blocks are kept and used again (csrc/cpu/memory.cpp).
 
-The C library gives large blocks back to the system, which maps and clears them anew at every step, page by page. With
-results here, in huge pages, bfloat16 steps of MiniLM on SST-2 and RTE take 0.92 to 0.98 times as long, those of a 50 %
-ticket 0.86 to 0.92 times (two cores of an AMD EPYC, Zen 5; the steps of bench.step with it and without, in two
-processes that took turns).
+The C library returns large blocks to the system, which then maps and clears them again at every step, page by page.
+With this allocator, which uses huge pages, bfloat16 steps of MiniLM on SST-2 and RTE take 0.92 to 0.98 times as long,
+those of a 50 % ticket 0.86 to 0.92 times (two cores of an AMD EPYC, Zen 5; steps of bench.step with the allocator and
+without, in two processes that took turns).
 """
 
 from collections.abc import Sequence
@@ -19,12 +18,13 @@ _HOST = torch.device("cpu")
 
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device = _HOST) -> Tensor:
-    """What torch.empty makes.
+    """Allocates an uninitialised tensor, as torch.empty does. The native extension's allocator serves float32 and
+    bfloat16 on a CPU, torch's the rest.
 
     Args:
-        shape: of the tensor.
-        dtype: float32 and bfloat16 lie in kept memory on a CPU with the native extension, all else in torch's own.
-        device: where.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+        device: device of the tensor.
     """
     bf16 = dtype == torch.bfloat16
     if native is None or not (bf16 or dtype == torch.float32) or device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Which rows of a flat token matrix belong to which sequence, and the way between padded batches and packed tokens."""
+"""Sequences as runs of rows of a flat token matrix, and conversion between padded batches and packed tokens."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ from ticketops.ops.rows import move_rows, number_tokens
 
 @dataclass(frozen=True)
 class Sequences:
-    """One description for right-padded and packed batches alike: sequence b owns rows starts[b] .. starts[b] +
-    lengths[b] - 1.
+    """The position of each sequence in a flat token matrix, the same for padded and packed batches: sequence b is rows
+    starts[b] .. starts[b] + lengths[b] - 1.
 
     Attributes:
-        starts: int32 [B], the first row of each sequence in the flat token matrix.
-        lengths: int32 [B], its number of tokens; 0 is an empty sequence.
-        max_length: an upper bound on the lengths, known on the host so that no kernel launch waits for the device.
+        starts: int32 [B], index of each sequence's first row in the flat token matrix.
+        lengths: int32 [B], number of tokens in each sequence; 0 for an empty one.
+        max_length: upper bound of the lengths; a Python number, so that no kernel launch waits for the device.
     """
 
     starts: Tensor
@@ -28,14 +28,18 @@ class Sequences:
 
     @classmethod
     def from_lengths(cls, lengths: list[int] | Tensor, width: int | None = None) -> "Sequences":
-        """Describes sequences that lie one behind the other (packed) or one in each block of `width` rows (padded).
+        """Builds the description from lengths: sequences one behind the other (packed), or at the start of each block
+        of `width` rows (padded).
 
         Args:
-            lengths: integers [B], tokens in each sequence.
-            width: rows between two starts in a padded batch; None for packed tokens.
+            lengths: integers [B], number of tokens in each sequence.
+            width: rows per sequence in a padded batch, padding included; None for packed tokens.
 
         Returns:
             The description, on the device of `lengths` (the CPU for a list).
+
+        Raises:
+            InputError: `lengths` is not a vector of numbers >= 0, or a sequence is longer than `width`.
         """
         lengths = torch.as_tensor(lengths, dtype=torch.int32)
         if lengths.ndim != 1 or (lengths < 0).any():
@@ -55,33 +59,30 @@ class Sequences:
         return self.lengths.shape[0]
 
     def first_rows(self, rows: int) -> Tensor:
-        """The row of each sequence's first token, int64 [B]; another's for an empty sequence.
+        """Returns the row index of each sequence's first token, int64 [B]. For an empty sequence it is a valid index,
+        but of another sequence's row.
 
         Args:
-            rows: of the flat token matrix, at least 1.
+            rows: number of rows in the flat token matrix, at least 1.
         """
         return self.starts.clamp_max(rows - 1).long()
 
     def spans(self) -> list[tuple[int, int]]:
-        """Start and end of every sequence as Python numbers; on a GPU this waits for the device.
-
-        Returns:
-            One (first row, row after the last) pair a sequence.
-        """
+        """Returns (first row, last row + 1) of every sequence as Python numbers. On a GPU this waits for the device."""
         return [(start, start + n) for start, n in zip(self.starts.tolist(), self.lengths.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The way from a padded batch [B, S, C] to its real tokens [T, C] and back.
+    """Conversion between a padded batch [B, S, C] and its real tokens [T, C].
 
     Attributes:
-        indices: int64 [T], the rows of the flattened batch that are real tokens, in order; -1 packs a row of zeros, to
-            round their number up; None where every row stays in place.
-        numbers: int64 [B * S], the packed row of each row of the flattened batch, -1 for padding; None likewise.
-        sequences: where each sequence lies among the rows that `pack` returns.
-        batch: B, rows of the padded batch.
-        width: S, tokens a row including padding.
+        indices: int64 [T], indices of the real tokens among the rows of the flattened batch, in order. -1 packs a row
+            of zeros, which rounds the number of rows up. None if the batch is only flattened, with its padding.
+        numbers: int64 [B * S], the packed row of each row of the flattened batch, -1 for padding. None if `indices` is.
+        sequences: position of each sequence among the rows that `pack` returns.
+        batch: B, number of sequences in the padded batch.
+        width: S, tokens per sequence, padding included.
     """
 
     indices: Tensor | None
@@ -102,30 +103,31 @@ class Packing:
         holes: bool = True,
         dtype: torch.dtype | None = None,
     ) -> "Packing":
-        """Builds the packing that an attention mask asks for; any 0/1 mask can be packed, padding on the left or inside
-        too.
+        """Builds the packing for an attention mask. Any 0/1 mask can be packed, also with padding on the left or
+        between tokens.
 
-        Packing waits for the mask's device once, to learn how many tokens are real; `unpad=False` never does.
+        Packing waits for the mask's device once, to read the number of real tokens. `unpad=False` never waits.
 
         Args:
-            mask: [B, S], nonzero for a real token, any dtype; None when all are real.
-            batch: B.
-            width: S.
-            device: where the tokens lie.
-            unpad: False leaves the tokens where they are, which needs the real tokens of every row to be one unbroken
-                run.
-            bucket: rounds the rows up to a multiple of this (or all of the batch), and the longest length to a power of
-                two, so that batches of about one size have the same shapes.
-            holes: the distance of two tokens does not matter, so padding may lie between them.
-            dtype: of the matrix products that the packed tokens are for; without a bucket, the rows are rounded up as
-                those had better be (`products.granule`). None packs real tokens only.
+            mask: [B, S], nonzero for a real token, any dtype; None if all tokens are real.
+            batch: B, number of sequences.
+            width: S, tokens per sequence, padding included.
+            device: device of the tokens.
+            unpad: True removes padding; False keeps it, which requires that the real tokens of every sequence are
+                contiguous.
+            bucket: rounds the number of rows up to a multiple of this (at most B * S), and `max_length` up to a power
+                of two, so that batches of similar size have equal shapes. None does not.
+            holes: True allows padding between two tokens of a sequence; False refuses it, for attention that depends on
+                the distance of tokens.
+            dtype: dtype of the matrix products that the packed tokens are used in. If `bucket` is None, the number of
+                rows is rounded up to what is fast for them (`products.granule`). None does not round.
 
         Returns:
             The packing.
 
         Raises:
-            InputError: `unpad=False` or `holes=False`, and some row's real tokens are not one unbroken run, in a mask
-                on the CPU; one on a GPU, where the host does not see it, stops the program with an assertion there.
+            InputError: `unpad=False` or `holes=False`, and the real tokens of a sequence are not contiguous. For a mask
+                on a GPU, which the host does not read, an assertion on the device stops the program instead.
         """
         if mask is None:
             lengths = torch.full((batch,), width, dtype=torch.int32, device=device)
@@ -136,13 +138,13 @@ class Packing:
                 problem = "has holes, which attention within a window cannot serve: pad on one side only"
                 check_rows(_unbroken(mask.to(torch.bool))[2], problem, wait=False)
             starts, lengths, indices, numbers = number_tokens(mask.to(device))
-            # The one wait for the device: the number of tokens is a size, and sizes live on the host.
+            # This waits for the device, once: a tensor's size must be known on the host.
             counts = lengths.tolist()
             rows, longest = sum(counts), max(counts, default=0)
             if bucket is not None:
                 longest = min(width, 1 << max(0, longest - 1).bit_length())
             size = bucket or (1 if dtype is None else granule(rows, dtype, device))
-            # All of the batch is a size that comes up again, too.
+            # The unpacked batch's size is the upper limit; it recurs from batch to batch as multiples of `size` do.
             rows = min(-(-rows // size) * size, batch * width)
             return cls(indices[:rows], numbers, Sequences(starts, lengths, longest), batch, width)
         first, lengths, unbroken = _unbroken(mask.to(torch.bool))
@@ -153,13 +155,13 @@ class Packing:
         return cls(None, None, Sequences(starts, lengths, width), batch, width)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """Takes the real tokens out of a padded batch.
+        """Flattens a padded batch and removes its padding.
 
         Args:
             padded: [B, S, C].
 
         Returns:
-            [T, C], or [B * S, C] where every row stays in place.
+            [T, C]; [B * S, C] if the packing keeps padding.
         """
         rows = padded.reshape(self.batch * self.width, padded.shape[-1])
         if self.indices is None or self.numbers is None:
@@ -167,7 +169,7 @@ class Packing:
         return move_rows(rows, self.indices, self.numbers)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """Puts packed tokens back to where they came from; padding becomes zeros.
+        """Restores the padded batch from packed tokens; padding is filled with zeros.
 
         Args:
             packed: [T, C].
@@ -181,7 +183,8 @@ class Packing:
 
 
 def _unbroken(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first real token of each row of a mask, how many there are, and whether they are one unbroken run."""
+    """Returns, for each row of a mask: the index of its first real token, the number of real tokens, and True if these
+    are contiguous."""
     lengths = real.sum(1, dtype=torch.int32)
     first = real.int().argmax(1).int()
     columns = torch.arange(real.shape[1], device=real.device)
@@ -190,15 +193,16 @@ def _unbroken(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_rows(fine: Tensor, problem: str, wait: bool) -> None:
-    """Refuses an attention mask with a row that cannot be served.
+    """Refuses an attention mask if any of its rows is invalid.
 
     Args:
-        fine: bool [B], False where a row is not.
-        problem: what such a row of the mask does, and the remedy.
-        wait: the host may wait for a GPU to learn which row it is; else the GPU stops the program with an assertion.
+        fine: bool [B], False for an invalid row of the mask.
+        problem: end of the sentence "row 3 of the attention mask ...": what is wrong and the remedy.
+        wait: True waits for a GPU's result, so that the error can name the row; False lets an assertion on the GPU stop
+            the program. Without effect on a CPU.
 
     Raises:
-        InputError: some row is not fine, and the host knows.
+        InputError: a row is invalid, and the mask is on the CPU or `wait` is True.
     """
     if (wait or fine.is_cpu) and not torch.compiler.is_compiling():
         bad = (~fine).nonzero()

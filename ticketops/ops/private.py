@@ -1,5 +1,5 @@
-"""The interfaces of torch and Triton that are not public, all in one place, each with a public way where a version
-lacks it. python_tests/ops/test_private.py holds them to the installed versions."""
+"""All uses of private interfaces of torch and Triton. Each falls back to public ones if the installed version lacks it.
+python_tests/ops/test_private.py checks them against the installed versions."""
 
 import inspect
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 
 def _find(path: str) -> Any:
-    """An attribute of torch; None where this version has none of that name."""
+    """Looks up an attribute of torch by its dotted path; None if this version has none of that name."""
     found: Any = torch
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -27,47 +27,48 @@ _raw_stream = _find("_C._cuda_getCurrentRawStream")
 _copy_all = _find("_foreach_copy_")
 _assert_async = _find("_assert_async")
 
-#: A tensor from a DLPack capsule, which every result of a native kernel is.
+#: Makes a tensor from a DLPack capsule, as every result of a native kernel is one.
 from_dlpack = _find("_C._from_dlpack") or torch.from_dlpack
 
 
 def has_modes() -> bool:
-    """True if a dispatch mode follows which ops run; also where torch does not say."""
+    """True if a TorchDispatchMode is active, or if this version of torch does not tell."""
     return _dispatch_modes is None or _dispatch_modes() > 0
 
 
 def in_transform() -> bool:
-    """True inside torch.func's vmap, grad, jvp and the like; torch's own autograd.Function refuses what it does not
-    say here."""
+    """True inside a transform of torch.func (vmap, grad, jvp, ...). False if this version of torch does not tell; then
+    autograd.Function itself refuses the transforms that it does not support."""
     return _functorch_active is not None and _functorch_active()
 
 
 def in_forward_ad() -> bool:
-    """True if tensors may have tangents, inside torch.autograd.forward_ad.dual_level; also where torch does not say."""
+    """True inside torch.autograd.forward_ad.dual_level, where tensors may have tangents; also true if this version of
+    torch does not tell."""
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def has_tangent(x: Tensor) -> bool:
-    """True if forward-mode differentiation follows a tensor."""
+    """True if a tensor has a tangent of forward-mode differentiation."""
     return forward_ad.unpack_dual(x).tangent is not None
 
 
 def can_dispatch_below_autograd() -> bool:
-    """True if `below_autograd` does what it is for."""
+    """True if `below_autograd` has an effect in this version of torch."""
     return _below_autograd is not None
 
 
 def below_autograd() -> AbstractContextManager[Any]:
-    """Where ops run their implementation and not their autograd formula."""
+    """Returns a context in which a dispatched op runs its implementation, not its autograd formula."""
     return nullcontext() if _below_autograd is None else _below_autograd()
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copies tensors, casting them, in as few launches as torch can.
+    """Copies tensors, with casts, in as few launches as torch can.
 
     Args:
-        targets: written.
-        sources: of the targets' shapes, any dtypes.
+        targets: tensors to write to.
+        sources: tensors of the targets' shapes and any dtypes.
     """
     if _copy_all is not None:
         _copy_all(targets, sources)
@@ -77,11 +78,11 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
-    """Stops the program where a condition on a GPU does not hold, without waiting for it.
+    """Asserts a condition on the GPU, without waiting for the device. If it is False, the program stops.
 
     Args:
         condition: bool scalar.
-        message: what to say.
+        message: text of the error.
     """
     if _assert_async is not None:
         _assert_async(condition, message)
@@ -91,34 +92,34 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 
 @cache
 def has_onednn_bf16() -> bool:
-    """True if oneDNN has bfloat16 products at the speed of the hardware's."""
+    """True if torch says that oneDNN has fast bfloat16 products on this processor."""
     supported = _find("ops.mkldnn._is_mkldnn_bf16_supported")
     return supported is not None and supported()
 
 
 @cache
 def has_onednn_linear() -> bool:
-    """True if `onednn_linear` and `onednn_linear_add` are there."""
+    """True if this version of torch supports `onednn_linear` and `onednn_linear_add`."""
     return _find("ops.mkldnn._linear_pointwise") is not None
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias by oneDNN, whatever torch takes for the dtype."""
+    """Computes x weight^T + bias with oneDNN, also for dtypes that torch would give to another library."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def onednn_linear_add(x: Tensor, total: Tensor, weight: Tensor) -> Tensor:
-    """total + x weight^T by oneDNN."""
+    """Computes total + x weight^T with oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(x, total, weight, None, "add")
 
 
 def raw_stream(device: int) -> int:
-    """The handle of torch's current stream of a GPU."""
+    """Returns the CUDA handle of torch's current stream on a GPU."""
     return torch.cuda.current_stream(device).cuda_stream if _raw_stream is None else _raw_stream(device)
 
 
-#: What Triton's launcher takes before a kernel's own arguments, in the versions that `launch_compiled` knows: the last
-#: four have names of their own in some.
+#: Parameters of Triton's launcher in front of the kernel's own arguments, in the versions that `launch_compiled`
+#: supports. Some versions name all ten, others the first six and take the rest as positional arguments.
 _LAUNCHER = (
     *("self", "gridX", "gridY", "gridZ", "stream", "function"),
     *("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"),
@@ -127,7 +128,7 @@ _LAUNCHER = (
 
 @cache
 def knows_launcher() -> bool:
-    """True if this version of Triton launches compiled kernels as `launch_compiled` does."""
+    """True if the launcher of this version of Triton has the signature that `launch_compiled` relies on."""
     try:
         from triton.backends.nvidia.driver import CudaLauncher
     except ImportError:
@@ -138,16 +139,16 @@ def knows_launcher() -> bool:
 
 
 def can_launch(compiled: Any) -> bool:
-    """True if `launch_compiled` serves a kernel that Triton has compiled; else Triton's own launch must.
+    """True if `launch_compiled` can launch a compiled kernel. Otherwise use Triton's own launch.
 
     Args:
-        compiled: what Triton's own launch of the kernel returned.
+        compiled: the compiled kernel, as Triton's own launch returned it.
     """
     return knows_launcher() and all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata"))
 
 
 def follows_launches() -> bool:
-    """True if a profiler hooks into Triton's own launches, or Triton does not say."""
+    """True if a profiler has installed Triton's launch hooks, or if this version of Triton does not tell."""
     import triton
 
     runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
@@ -156,12 +157,13 @@ def follows_launches() -> bool:
 
 
 def launch_compiled(compiled: Any, programs: int, stream: int, arguments: Sequence[Any]) -> None:
-    """Launches a kernel that Triton has compiled, past Triton's look at each argument; see `can_launch`.
+    """Launches a compiled kernel directly, without the inspection of every argument in Triton's own launch. Requires
+    `can_launch`.
 
     Args:
-        compiled: the kernel.
-        programs: size of the flat grid.
-        stream: see `raw_stream`.
-        arguments: all of the kernel's in their order, tensors as addresses.
+        compiled: the compiled kernel.
+        programs: number of programs in the flat grid.
+        stream: CUDA handle of the stream, see `raw_stream`.
+        arguments: all arguments of the kernel in order, tensors as addresses.
     """
     compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)

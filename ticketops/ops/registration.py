@@ -1,5 +1,5 @@
-"""How an op enters torch: one schema, one implementation for all devices, one fake for tracing, one autograd
-formula."""
+"""Registration of ops with torch: a schema, one implementation for all devices, a fake for tracing and an autograd
+formula; and the checks that each call of an op needs."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +11,7 @@ from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import private
 
 _library = torch.library.Library("ticketops", "FRAGMENT")
-#: Types of an op's arguments behind which nobody can watch.
+#: Argument types that cannot intercept an op's call, as a tensor subclass can.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype})
 
 
@@ -23,10 +23,11 @@ def _no_second_derivative(name: str) -> Callable:
 
 
 def _formula(backward: Callable, setup_context: Callable) -> tuple[Callable, Callable]:
-    """The autograd formula of an op, which is asked only where some output has a gradient; others are None."""
+    """Wraps an op's autograd formula, so that it runs only if some output has a gradient; outputs without one have
+    None."""
 
     def setup(ctx, inputs, output):
-        # Zero gradients of outputs that only serve the backward pass would be written for nothing.
+        # Outputs that only the backward pass reads have no gradient: do not fill tensors of zeros for them.
         ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
 
@@ -39,12 +40,12 @@ def _formula(backward: Callable, setup_context: Callable) -> tuple[Callable, Cal
 
 
 def is_watched(*arguments: object) -> bool:
-    """True if something follows which ops are called: a compiler, a tracer, a transform, a dispatch mode, or a tensor
-    of another class or without values. Then the registered op must run; otherwise its implementation may be called as
-    it is.
+    """True if a compiler, tracer, torch.func transform or dispatch mode is active, or if an argument is a tensor
+    subclass or a meta tensor. Then the op must go through torch's dispatcher; otherwise its implementation may be
+    called directly.
 
     Args:
-        arguments: of the op.
+        arguments: the op's arguments.
     """
     return (
         torch.compiler.is_compiling()
@@ -58,7 +59,8 @@ def is_watched(*arguments: object) -> bool:
 
 
 def _refuse_transforms(name: str, arguments: tuple[object, ...]) -> None:
-    """Refuses what an op of addresses cannot follow."""
+    """Refuses torch.func transforms and forward-mode differentiation, which kernels that take addresses cannot
+    support."""
     if private.in_transform():
         raise UnsupportedError(
             f"{name} does not run under torch.func's transforms (vmap, grad, jvp, ...): take gradients with backward() "
@@ -71,16 +73,16 @@ def _refuse_transforms(name: str, arguments: tuple[object, ...]) -> None:
 
 
 def check_devices(op: str, names: Iterable[str], arguments: Iterable[object]) -> None:
-    """Checks that all tensors of a call lie on one device and have memory that a kernel can read. Every call needs it:
-    a module may have been moved since the last one, and the kernels get addresses, which say nothing of that.
+    """Checks that all tensors of a call are strided and on one device. Every call needs this check: a module may have
+    been moved since the last one, and the kernels only see addresses.
 
     Args:
-        op: the op's name, for the message.
-        names: of the arguments.
-        arguments: in the same order; those that are no tensors are passed over.
+        op: name of the op, for the message.
+        names: names of the arguments.
+        arguments: the arguments, in the same order; non-tensors are ignored.
 
     Raises:
-        InputError: a tensor on another device than the first, or of a layout that is not strided.
+        InputError: a tensor is on another device than the first one, or not strided (sparse, for example).
     """
     device, first = None, ""
     for name, x in zip(names, arguments, strict=True):
@@ -99,8 +101,15 @@ def check_devices(op: str, names: Iterable[str], arguments: Iterable[object]) ->
 
 
 def _differentiable(name: str, below: Callable, backward: Callable, setup_context: Callable) -> Callable:
-    """An op for autograd, on top of what computes its results: what torch.library.register_autograd makes, without its
-    look at the schema in each call, which for an op of forty arguments takes longer than the op."""
+    """Makes a function differentiable, as torch.library.register_autograd does, but without reading the op's schema at
+    every call, which takes longer than an op of forty arguments itself.
+
+    Args:
+        name: name of the op.
+        below: computes the op's results from its arguments.
+        backward: autograd formula.
+        setup_context: saves what `backward` needs.
+    """
 
     def forward(ctx, *arguments):
         output = below(*arguments)
@@ -118,24 +127,24 @@ def _differentiable(name: str, below: Callable, backward: Callable, setup_contex
     return call
 
 
-def _own(function: Callable) -> Callable:
-    """The same with results that autograd takes for tensors of their own: a view made inside an autograd.Function
-    refuses to be changed in place, as users change what torch's own ops return."""
+def _without_views(function: Callable) -> Callable:
+    """Wraps a function so that none of its results is a view in autograd's eyes. torch forbids in-place changes of a
+    view that was made inside an autograd.Function, but users change the results of ops in place."""
 
-    def whole(x: object) -> object:
+    def detached_from_base(x: object) -> object:
         if not isinstance(x, Tensor) or x._base is None:
             return x
         return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
     def call(*arguments):
         results = function(*arguments)
-        return whole(results) if isinstance(results, Tensor) else tuple(map(whole, results))
+        return detached_from_base(results) if isinstance(results, Tensor) else tuple(map(detached_from_base, results))
 
     return call
 
 
-def _apart(function: Callable) -> Callable:
-    """The same with results in memory of their own."""
+def _without_shared_memory(function: Callable) -> Callable:
+    """Wraps a function so that no two of its results share memory: later ones are copied."""
 
     def call(*arguments):
         results, found = function(*arguments), set()
@@ -159,22 +168,22 @@ def define(
     """Registers an op as torch.ops.ticketops.<name>.
 
     Args:
-        schema: name, arguments and results in torch's schema language.
-        forward: computes the results; backends are chosen inside.
-        fake: the results' shapes and dtypes without computing, for torch.compile.
-        backward: the autograd formula; None for an op that is itself a backward pass, whose differentiation is refused.
-        setup_context: stores what `backward` needs.
-        shares: several results may be parts of one tensor, which torch allows gradients, but not an op's results: where
-            somebody watches they are copied.
+        schema: name, arguments and results of the op, in torch's schema language.
+        forward: computes the results; chooses the backend.
+        fake: returns empty results of the right shapes and dtypes, for torch.compile.
+        backward: the autograd formula. None for an op that is itself a backward pass: differentiating it is refused.
+        setup_context: saves what `backward` needs.
+        shares: True if several results may be parts of one tensor. torch allows this for gradients, but not for the
+            results of a registered op, so a dispatched call copies them.
 
     Returns:
-        The op with all its arguments in their order, called past torch's dispatcher where nobody watches: on a CPU its
-        ways there and back take as long as a small layer's kernels.
+        A function that calls the op with positional arguments. It bypasses torch's dispatcher unless `is_watched`: on a
+        CPU the dispatcher takes as long as the kernels of a small layer.
     """
     name = schema.partition("(")[0]
-    forward = _own(forward)
+    forward = _without_views(forward)
     _library.define(schema)
-    _library.impl(name, _apart(forward) if shares else forward, "CompositeExplicitAutograd")
+    _library.impl(name, _without_shared_memory(forward) if shares else forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ticketops::{name}", fake, lib=_library)
     if backward is None or setup_context is None:
         backward, setup_context = _no_second_derivative(name), lambda ctx, inputs, output: None
@@ -207,16 +216,16 @@ def define(
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Casts floating tensors to autocast's dtype where autocast is on, as torch's own matrix products do.
+    """Casts floating-point tensors to autocast's dtype if autocast is on, as torch does for matrix products.
 
     Args:
-        tensors: the op's inputs; float64 is left alone, as autocast does.
+        tensors: the op's inputs. float64 stays float64, as in torch.
 
     Returns:
-        The inputs, cast where needed.
+        The inputs, cast if needed.
     """
     device = tensors[0].device.type
-    # On the meta device there is none to ask for.
+    # torch has no autocast for the meta device.
     if tensors[0].is_meta or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -224,16 +233,16 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def same_dtype(op: str, dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
-    """Checks that an op's floating inputs have one supported dtype and one device.
+    """Checks that an op's floating-point inputs have one supported dtype and are on one device.
 
     Args:
-        op: the op's name, for the message.
-        dtypes: what the op supports.
+        op: name of the op, for the message.
+        dtypes: dtypes that the op supports.
         tensors: the inputs by name.
 
     Raises:
-        UnsupportedError: an unsupported dtype.
-        InputError: inputs that differ in dtype or device.
+        UnsupportedError: the dtype of the inputs is not supported.
+        InputError: the inputs differ in dtype or device.
     """
     (first, tensor), *others = tensors.items()
     if tensor.dtype not in dtypes:

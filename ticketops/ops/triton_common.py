@@ -1,5 +1,5 @@
-"""What the Triton backends of all ops share: when they can serve, how a kernel is launched, and the device functions
-for dropout and for rows that belong to no sequence."""
+"""Code that the Triton backends of all ops share: the check of device and dtype, the launch of kernels, and device
+functions for dropout and for rows outside all sequences."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +17,12 @@ from ticketops.ops import private
 from ticketops.ops.registration import check_devices
 from ticketops.ops.triton_configs import Tile
 
-#: Triton reads TRITON_INTERPRET where a kernel is decorated, so it is fixed once this module is imported.
+#: Triton reads TRITON_INTERPRET when a kernel is decorated, so later changes of the variable have no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-#: Contraction into fused multiply-adds is pinned, since Triton's default for it changes between versions.
+#: Set explicitly, because Triton's default for fusing multiply and add differs between versions.
 FP_FUSION = True
-#: Arguments read element by element, whose alignment would only have kernels compiled twice.
+#: Pointers whose elements are loaded one at a time. Their alignment gains nothing, and specialising on it would compile
+#: kernels twice.
 UNALIGNED = ["p_starts", "p_lengths", "p_seed"]
 #: The oldest GPUs with bfloat16 tensor cores and asynchronous copies.
 OLDEST_CAPABILITY = (8, 0)
@@ -32,14 +33,14 @@ _recorder: ContextVar[tuple[tuple[int, int], _Recorder] | None] = ContextVar("re
 
 @cache
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why the Triton kernels cannot serve a device and dtype.
+    """Returns the reason why the Triton kernels cannot serve a device and dtype.
 
     Args:
-        device: where the tensors lie.
-        dtype: their dtype.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
 
     Returns:
-        The reason, or None where they can.
+        The reason, or None if they can.
     """
     if dtype == torch.float64:
         return "its kernels sum in float32, which is too coarse for float64"
@@ -58,10 +59,10 @@ def _device_capability(device: torch.device) -> tuple[int, int]:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability that a launch on a device is configured for.
+    """Returns the compute capability that launches on a device are configured for.
 
     Args:
-        device: where the tensors lie; anything but a GPU counts as the oldest supported one.
+        device: device of the tensors; one that is not a GPU counts as the oldest supported GPU.
 
     Returns:
         Major and minor number.
@@ -71,13 +72,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: float32 in float32, unless torch.backends.cuda.matmul.fp32_precision is "tf32".
+    """Returns the `input_precision` for `tl.dot`: "tf32" for float32 if torch.backends.cuda.matmul.fp32_precision is
+    "tf32", else "ieee".
 
     Args:
-        dtype: of the factors.
-
-    Returns:
-        The dot's input_precision.
+        dtype: dtype of the factors.
     """
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
@@ -85,11 +84,12 @@ def product_precision(dtype: torch.dtype) -> str:
 
 @contextmanager
 def recorded_launches(target: tuple[int, int], recorder: _Recorder) -> Iterator[None]:
-    """Hands every launch to a function instead of the GPU, so that kernels can be compiled for a GPU that is not there.
+    """Passes every launch to a function instead of the GPU, so that kernels can be compiled for a GPU that this machine
+    does not have.
 
     Args:
-        target: the compute capability to configure for.
-        recorder: gets the kernel, its tile and its arguments by name.
+        target: compute capability to choose tiles for, e.g. (9, 0).
+        recorder: called with the kernel, its tile and its arguments by name.
     """
     token = _recorder.set((target, recorder))
     try:
@@ -99,38 +99,35 @@ def recorded_launches(target: tuple[int, int], recorder: _Recorder) -> Iterator[
 
 
 def compile_options(tile: Tile) -> dict[str, Any]:
-    """What Triton's compiler is told besides the kernel's own constants.
+    """Returns a tile's options for Triton's compiler, by Triton's names.
 
     Args:
-        tile: gives warps, stages and the limit of registers.
-
-    Returns:
-        The options by Triton's names.
+        tile: tile with the number of warps, pipeline stages and registers.
     """
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": FP_FUSION}
     return options if tile.registers is None else options | {"maxnreg": tile.registers}
 
 
 def cdiv(size: int, block: int) -> int:
-    """How many blocks hold a size. Triton's own takes 7 us, which kernels of a small batch take, too."""
+    """Returns size / block rounded up. triton.cdiv takes 7 us, as long as the kernels of a small batch."""
     return -(-size // block)
 
 
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     """Launches a kernel over a flat grid on the device of its tensors, without waiting for it.
 
-    Triton's own way to a compiled kernel takes longer than the kernels of a small batch: 130 us for one of thirty
-    arguments where `aten::empty` takes 5 (bench/results/first-look-nvidia-h200.md), most of it on looking at each
-    argument anew. Here a kernel that was launched with such arguments before is called at once.
+    Triton's own launch of a compiled kernel takes longer than the kernels of a small batch: 130 us with thirty
+    arguments, where `aten::empty` takes 5 (bench/results/first-look-nvidia-h200.md). Most of it is spent on inspecting
+    each argument. This function caches compiled kernels by what Triton specialises on, and launches them directly.
 
     Args:
         kernel: a function decorated with triton.jit.
-        programs: size of the grid; one flat axis, because the others end at 65535.
-        tile: gives warps and stages.
+        programs: number of programs in the grid, which has one axis, because the other two end at 65535.
+        tile: tile with the number of warps, pipeline stages and registers.
         arguments: the kernel's arguments by name.
 
     Raises:
-        InputError: a tensor that lies on another device than the first, or has no memory that a kernel could read.
+        InputError: a tensor is on another device than the first one, or not strided.
     """
     recording = _recorder.get()
     if recording is not None:
@@ -150,7 +147,7 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         if tensor is None:
             kinds.append(None)
             continue
-        # Every time: a module may have been moved since it was launched first, and an address says nothing of that.
+        # Checked at every launch: a module may have been moved since the last one, and the kernel only sees addresses.
         if device is None:
             device = tensor.device
         if tensor.device != device or tensor.layout is not torch.strided:
@@ -165,7 +162,7 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
             launch(kernel, programs, tile, **arguments)
         return
     key = (kernel.fn, device.index, tile, plan.others(values), *kinds)
-    # A profiler that is to be told of launches hooks into Triton's own way.
+    # Only Triton's own launch calls the hooks of profilers.
     watched = private.follows_launches()
     compiled = None if watched else _launched.get(key)
     if compiled is None:
@@ -189,14 +186,14 @@ def _check(kernel: Any, arguments: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a kernel's arguments are looked at.
+    """Positions of a kernel's arguments by their kind, worked out once per kernel.
 
     Attributes:
-        ordered: takes them by name, gives them in their order.
-        pointers: the place of each tensor, and whether it matters that it begins at a multiple of 16 bytes.
-        others: takes them in their order, gives those that are no tensors.
-        constants: takes them in their order, gives those that are the kernel's constants.
-        numbers: the places of what is neither.
+        ordered: returns the values of a dict of arguments in the kernel's order.
+        pointers: for each tensor, its position and True if Triton specialises on 16-byte alignment of its address.
+        others: selects the arguments that are not tensors from the ordered ones.
+        constants: selects the kernel's constexpr arguments from the ordered ones.
+        numbers: positions of arguments that are neither tensors nor constexpr.
     """
 
     ordered: Callable[[dict[str, Any]], tuple[Any, ...]]
@@ -206,8 +203,8 @@ class _Plan:
     numbers: list[int]
 
     def asked(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What Triton asks of arguments that are no tensors: constants, and of each number its type and, of an integer,
-        whether it is 1, a multiple of 16, and within 32 or 64 bits."""
+        """Returns the properties of non-tensor arguments that Triton specialises kernels on: the values of constants,
+        the types of numbers, and for an integer if it is 1, a multiple of 16, and within 32 or 64 bits."""
         found = [self.constants(values)]
         for place in self.numbers:
             value = values[place]
@@ -233,12 +230,12 @@ def _plan(kernel: Any) -> _Plan:
     return plan
 
 
-#: By a kernel's function.
+#: Plans by the kernel's Python function.
 _plans: dict[Any, _Plan] = {}
-#: Compiled kernels by all that Triton compiles a kernel anew for.
+#: Compiled kernels by everything that Triton specialises on.
 _compiled: dict[tuple[Any, ...], Any] = {}
-#: The same by the values of all numbers, which takes less time to ask: the layers of a model launch the same again and
-#: again, and only the first launch of a batch of another size looks into `_compiled`.
+#: Compiled kernels by the values of all arguments, a cache in front of `_compiled` with a cheaper key. All layers of a
+#: model launch with equal values, so only the first launch for each batch size looks into `_compiled`.
 _launched: dict[tuple[Any, ...], Any] = {}
 MOST_LAUNCHED = 4096
 
@@ -253,7 +250,7 @@ def mix(x):
 
 @triton.jit
 def dropout_rows(p_seed, i_row, o_rows, i_head, heads):
-    """The part of a dropout word that depends on the row i_row + o_rows and the head: uint32, shaped as `o_rows`."""
+    """Part of the dropout hash that depends on the rows i_row + o_rows and the head: uint32, shaped as `o_rows`."""
     seed = tl.load(p_seed)
     first = ((seed + i_row * heads + i_head) & 0xFFFFFFFF).to(tl.uint32)
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -262,15 +259,16 @@ def dropout_rows(p_seed, i_row, o_rows, i_head, heads):
 
 @triton.jit
 def dropout_keeps(b_rows, o_columns, threshold):
-    """Which weights are kept, from `dropout_rows` and column numbers of shapes that broadcast."""
+    """Dropout mask, True if kept, from the result of `dropout_rows` and column numbers; the shapes broadcast."""
     word = mix(b_rows + o_columns.to(tl.uint32) * 0x9E3779B9)
     return (word >> 8).to(tl.int32) >= threshold
 
 
 @triton.jit
 def owned_rows(p_starts, p_lengths, batch, tokens, i_b):
-    """The rows [first, last) that sequence i_b answers for: its own, those of no sequence behind it, and for the first
-    sequence those before it. Every row has one owner, in whatever order the sequences lie."""
+    """Rows [first, last) that sequence i_b is responsible for: its own tokens and the rows outside all sequences that
+    follow it; the first sequence also gets those before it. Every row has exactly one owner, whatever the order of
+    the sequences in memory."""
     SCAN: tl.constexpr = 256
     start = tl.load(p_starts + i_b)
     length = tl.load(p_lengths + i_b)
@@ -292,7 +290,8 @@ def owned_rows(p_starts, p_lengths, batch, tokens, i_b):
 
 @triton.jit
 def zero_rows(p_x, first, last, width, stride, i_part, parts):
-    """Writes zeros to rows [first, last) of a [T, width] matrix; part i_part of `parts` does its share."""
+    """Writes zeros to rows [first, last) of a [T, width] matrix. The rows are shared among `parts` programs; this is
+    number i_part."""
     BLOCK: tl.constexpr = 1024
     b_zero = tl.zeros([BLOCK], dtype=p_x.dtype.element_ty)
     begin = (first + i_part).to(tl.int64) * stride
@@ -305,16 +304,16 @@ def zero_rows(p_x, first, last, width, stride, i_part, parts):
 
 @triton.jit
 def owned_gaps(p_starts, p_lengths, batch, tokens, i_b):
-    """The rows of no sequence that sequence i_b owns, as two runs: [first, second) and [third, last)."""
+    """Rows outside all sequences that sequence i_b owns, as two runs: [first, second) and [third, last)."""
     first, last = owned_rows(p_starts, p_lengths, batch, tokens, i_b)
     length = tl.load(p_lengths + i_b)
-    # An empty sequence that owns rows has all of them to clear.
+    # All rows that an empty sequence owns are outside sequences.
     start = tl.where(length > 0, tl.load(p_starts + i_b), last)
     return first, start, start + length, last
 
 
 @triton.jit
 def zero_gaps(p_x, first, second, third, last, width, stride, i_part, parts):
-    """Writes zeros to the rows that `owned_gaps` gave."""
+    """Writes zeros to the rows that `owned_gaps` returned."""
     zero_rows(p_x, first, second, width, stride, i_part, parts)
     zero_rows(p_x, third, last, width, stride, i_part, parts)

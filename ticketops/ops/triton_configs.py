@@ -1,12 +1,11 @@
-"""The tile of every Triton kernel, by GPU family, dtype, head dimension and length: one table, looked up and never
-searched at run time.
+"""Tile sizes of every Triton kernel, by GPU family, dtype, head dimension and sequence length. The table is looked up;
+nothing is autotuned at run time.
 
-What supports the entries: each is compiled ahead of time for sm_80, sm_90 and sm_100 with dropout and a mask on, and
-none spills a register; `ticketops doctor --kernels` prints registers, shared memory and how many programs a
-multiprocessor holds, bench/results/kernels-*.md keeps that, and python_tests/aot holds every entry to it. Those of
-Hopper for 16 bits and heads of up to 64 were chosen by timings: `python -m bench.gpu.tiles` times every candidate, into
-bench/results/tiles-<device>.json, and an entry that a timing has chosen names that file (`Tile.timed`, printed with the
-rest). No other entry has been timed.
+Every entry is compiled ahead of time for sm_80, sm_90 and sm_100, with dropout and a mask, and none spills a register.
+`ticketops doctor --kernels` prints registers, shared memory and programs per multiprocessor; bench/results/kernels-*.md
+has them, and python_tests/aot checks every entry. The entries for Hopper, 16-bit dtypes and head dimensions up to 64
+were chosen by timing all candidates (`python -m bench.gpu.tiles`, results in bench/results/tiles-<device>.json); such
+an entry names the file in `Tile.timed`. No other entry has been timed.
 """
 
 from dataclasses import dataclass, replace
@@ -17,18 +16,16 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel cuts its work.
+    """Block sizes and launch settings of a kernel.
 
     Attributes:
         rows: rows of a block: queries in the attention kernels, tokens in the others.
         columns: columns of a block: keys in the attention kernels, neurons or channels in the others.
-        warps: warps of a program.
-        stages: depth of software pipelining.
-        depth: of a product's inner dimension taken at a time, where neither rows nor columns are it.
-        registers: limit of a thread's registers that the compiler keeps to without spilling, so that more programs
-            share a multiprocessor; None leaves it free.
-        timed: the file in bench/results whose timing chose the tile; None where no GPU has timed it, and only what the
-            compiler made of it supports it.
+        warps: warps per program.
+        stages: number of software pipeline stages.
+        depth: block size along the inner dimension of a matrix product; 0 if the kernel has no such block.
+        registers: upper limit of registers per thread, so that more programs fit a multiprocessor; None for no limit.
+        timed: file in bench/results with the timings that the tile was chosen by; None if the tile has not been timed.
     """
 
     rows: int
@@ -42,14 +39,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """The attention kernels' tiles for one GPU family, dtype size and range of head dimensions.
+    """Tiles of the attention kernels for one GPU family, dtype size and range of head dimensions.
 
     Attributes:
-        forward: by the longest sequence served, ascending.
-        row_backward: ascending; the first that holds the longest sequence, else dq and dkdv tile it.
-        dq: for the kernel that walks over keys.
-        dkdv: for the kernel that walks over queries.
-        short: for dq and dkdv where sequences have SHORT tokens on average; None for the same.
+        forward: tiles of the forward kernel by the length of the longest sequence that each serves, ascending.
+        row_backward: tiles of the backward kernel that holds a whole sequence, ascending. The first one with enough
+            rows for the longest sequence is used; without one, the kernels for dq and dkdv run instead.
+        dq: tile of the kernel that loops over keys.
+        dkdv: tile of the kernel that loops over queries.
+        short: tiles for dq and dkdv if sequences have at most SHORT tokens on average; None to use `dq` and `dkdv`.
     """
 
     forward: dict[int, Tile]
@@ -59,15 +57,16 @@ class AttentionTiles:
     short: tuple[Tile, Tile] | None = None
 
 
-#: Sequences of so many tokens on average have smaller tiles in the backward pass.
+#: Mean sequence length, in tokens, up to which the backward pass uses `AttentionTiles.short`.
 SHORT = 32
-#: Which part of a block of more than 64 rows a sequence must fill on average for the backward pass to take it whole: of
-#: 128 x 128 tokens the whole takes 132 us, dq and dkdv 164; of RTE's lengths, half of 128, 196 and 171; of SST-2's, a
-#: tenth, 829 and 293 (16,384 tokens, 12 heads, bfloat16, dropout; tiles-nvidia-h200.json).
+#: A block of more than 64 rows is used for a whole sequence in the backward pass only if sequences fill this fraction
+#: of it on average. Times of the whole-sequence kernel against dq and dkdv: 132 and 164 us for sequences of 128 tokens;
+#: 196 and 171 us for lengths as in RTE, half of 128; 829 and 293 us for lengths as in SST-2, a tenth of 128 (16,384
+#: tokens, 12 heads, bfloat16, dropout; tiles-nvidia-h200.json).
 FILLED = 0.75
 
 
-#: Of `AttentionTiles.forward`: the entry for sequences longer than all others.
+#: Key in `AttentionTiles.forward` of the tile for sequences longer than all other keys.
 LONGER = 2**31
 
 _H200 = "tiles-nvidia-h200.json"
@@ -75,11 +74,11 @@ _SHORT_FORWARD = {16: Tile(16, 16, 1, 1), 32: Tile(32, 32, 2, 1)}
 _SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 2, 1))
 _WIDE_SHORT_BACKWARD = (Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(64, 64, 4, 1))
 
-#: By family (see `family`), bytes of an element and the largest head dimension served. Attention of BERT's lengths
-#: waits for memory, so several programs share a multiprocessor where registers allow it; and a block of 64 rows leaves
-#: less of a ragged batch's work to rows that are not there.
+#: Keys: GPU family (see `family`), bytes per element, largest head dimension. Attention over sequences of BERT's
+#: lengths is bound by memory, so tiles are small enough for several programs per multiprocessor where registers allow
+#: it. Blocks of 64 rows also waste less work on padding in batches of mixed lengths.
 ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
-    # A whole 128 x 128 backward spills on sm_80, whose products keep both accumulators in registers.
+    # A whole-sequence backward block of 128 x 128 spills on sm_80, where both accumulators are in registers.
     (8, 2, 64): AttentionTiles(
         {**_SHORT_FORWARD, LONGER: Tile(64, 64, 4, 2)},
         (*_SHORT_BACKWARD, Tile(64, 64, 4, 1)),
@@ -106,7 +105,7 @@ ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
         Tile(64, 64, 8, 2),
         Tile(32, 64, 8, 2),
     ),
-    # Products in float32 run on the plain cores with both operands in registers, hence the small tiles.
+    # float32 products run on CUDA cores with both operands in registers, so the tiles are small.
     (8, 4, 64): AttentionTiles(
         {LONGER: Tile(32, 32, 8, 1)},
         (Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)),
@@ -120,7 +119,7 @@ ATTENTION: dict[tuple[int, int, int], AttentionTiles] = {
         Tile(16, 32, 8, 1),
     ),
 }
-# Blackwell's accumulators lie in a memory of their own and leave the registers free.
+# Blackwell keeps accumulators in tensor memory, which leaves more registers.
 ATTENTION |= {
     (10, 2, 64): AttentionTiles(
         {**_SHORT_FORWARD, 128: Tile(64, 64, 4, 2), LONGER: Tile(128, 64, 8, 2, registers=128)},
@@ -132,7 +131,8 @@ ATTENTION |= {
 }
 ATTENTION |= {(major, 4, width): ATTENTION[8, 4, width] for major in (9, 10) for width in (64, 128)}
 
-#: What differs where there is a window, whose bounds take registers too: Triton 3.6 would spill with the tiles above.
+#: Entries of ATTENTION that differ for attention within a window. Its bounds take registers too, and Triton 3.6 would
+#: spill with the tiles above.
 WINDOWED: dict[tuple[int, int, int], AttentionTiles] = {
     (8, 2, 64): replace(ATTENTION[8, 2, 64], dkdv=Tile(32, 32, 4, 2)),
     (9, 2, 64): replace(ATTENTION[9, 2, 64], dkdv=Tile(32, 64, 4, 2)),
@@ -141,7 +141,7 @@ WINDOWED: dict[tuple[int, int, int], AttentionTiles] = {
 
 #: Tokens x neurons of the pointwise FFN kernels.
 FFN = Tile(32, 128, 4, 1, timed=_H200)
-#: The same where a gate is read and written beside the activations.
+#: The same for a gated FFN, whose kernels also read and write the gate.
 GATED_FFN = Tile(16, 64, 4, 1)
 #: Blocks of the indexed projections' products, by family and bytes of an element.
 PROJECTION: dict[tuple[int, int], Tile] = {
@@ -152,11 +152,11 @@ PROJECTION: dict[tuple[int, int], Tile] = {
 }
 #: Rows x channels of one group in the gradient's second stage.
 PROJECTION_FINISH = Tile(32, 64, 8, 1)
-#: Up to how many tokens the indexed projections are chosen over compaction, by family and bytes of an element. They
-#: save some 25 launches a layer, which wait for the host. On an H200 the three kernels of q, k and v, with half of
-#: BERT-base's heads, take 82 us together for 2,048 tokens and 366 for 16,384 (tiles-nvidia-h200.json). For products of
-#: compacted weights some 15 and 125 us, besides 60 of copies, are an estimate from 700 TFLOP/s: `make gpu` measures
-#: both ways at 4k to 64k tokens, which no GPU has done yet. In float32 a Triton product runs far behind cuBLAS.
+#: Largest number of tokens for which indexed projections are used instead of compaction, by family and bytes per
+#: element. Indexed projections save some 25 launches per layer. On an H200 the three kernels of q, k and v, with half
+#: of BERT-base's heads, take 82 us together for 2,048 tokens and 366 us for 16,384 (tiles-nvidia-h200.json). Compaction
+#: would take some 15 and 125 us for the products, plus 60 us for copies; this is estimated from 700 TFLOP/s and not yet
+#: measured (`make gpu` compares both at 4k to 64k tokens). In float32 Triton's products are far slower than cuBLAS's.
 MOST_INDEXED_TOKENS: dict[tuple[int, int], int] = {
     **{(major, 2): 4096 for major in (8, 9, 10)},
     **{(major, 4): 0 for major in (8, 9, 10)},
@@ -166,27 +166,27 @@ NORM_FINISH = Tile(32, 64, 4, 1)
 
 
 def family(capability: tuple[int, int]) -> int:
-    """The part of the table that serves a GPU.
+    """Returns the GPU family whose entries of the tables serve a GPU.
 
     Args:
-        capability: compute capability.
+        capability: compute capability, e.g. (9, 0).
 
     Returns:
-        9 for Hopper, 10 for data-centre Blackwell, 8 for all others, which have neither's matrix units nor more shared
-        memory than an Ampere GPU.
+        9 for Hopper, 10 for data-centre Blackwell, 8 for all others: these lack the matrix units of both and have no
+        more shared memory than Ampere GPUs.
     """
     return capability[0] if capability[0] in (9, 10) else 8
 
 
 def power_of_two(n: int, least: int = 16) -> int:
-    """The block size that holds n.
+    """Rounds a size up to a power of two.
 
     Args:
         n: a size.
-        least: the smallest block, 16 for operands of matrix products.
+        least: lower limit, itself a power of two; 16 is the minimum for operands of `tl.dot`.
 
     Returns:
-        The smallest power of two that is at least n and `least`.
+        The smallest power of two that is at least n and at least `least`.
     """
     return max(least, 1 << max(0, n - 1).bit_length())
 
@@ -199,17 +199,14 @@ def _attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, w
 def attention_forward(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, max_length: int, windowed: bool = False
 ) -> Tile:
-    """The forward kernel's tile.
+    """Returns the tile of the attention forward kernel.
 
     Args:
         capability: compute capability.
-        dtype: of q, k and v.
+        dtype: dtype of q, k and v.
         head_dim: D.
-        max_length: tokens of the longest sequence.
-        windowed: attention reaches no further than a window.
-
-    Returns:
-        The tile.
+        max_length: length of the longest sequence in tokens.
+        windowed: True if attention is limited to a window.
     """
     tiles = _attention(capability, dtype, head_dim, windowed).forward
     return next(tile for longest, tile in tiles.items() if longest >= max_length)
@@ -223,18 +220,19 @@ def attention_backward(
     windowed: bool = False,
     mean_length: float = LONGER,
 ) -> tuple[Tile] | tuple[Tile, Tile]:
-    """The backward kernels' tiles.
+    """Returns the tiles of the attention backward kernels.
 
     Args:
         capability: compute capability.
-        dtype: of q, k and v.
+        dtype: dtype of q, k and v.
         head_dim: D.
-        max_length: tokens of the longest sequence.
-        windowed: attention reaches no further than a window.
-        mean_length: tokens for each sequence.
+        max_length: length of the longest sequence in tokens.
+        windowed: True if attention is limited to a window.
+        mean_length: mean length of the sequences in tokens.
 
     Returns:
-        One tile where whole sequences fit a program and fill it, else those for dq and for dk with dv.
+        One tile, for the kernel that holds a whole sequence, if the sequences fit its block and fill enough of it. Else
+        two tiles, for the kernel of dq and the kernel of dk and dv.
     """
     tiles = _attention(capability, dtype, head_dim, windowed)
     whole = next((tile for tile in tiles.row_backward if tile.rows >= max_length), None)
@@ -246,51 +244,39 @@ def attention_backward(
 
 
 def projection(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
-    """The tile of the indexed projections and of their weight gradient.
+    """Returns the tile of the indexed projections and of their weights' gradients.
 
     Args:
         capability: compute capability.
-        dtype: of the tokens.
-
-    Returns:
-        The tile.
+        dtype: dtype of the tokens.
     """
     return PROJECTION[family(capability), dtype.itemsize]
 
 
 def most_indexed_tokens(capability: tuple[int, int], dtype: torch.dtype) -> int:
-    """Up to how many tokens the indexed projections are chosen over compaction.
+    """Returns the largest number of tokens for which indexed projections are used instead of compaction.
 
     Args:
         capability: compute capability.
-        dtype: of the tokens.
-
-    Returns:
-        The number.
+        dtype: dtype of the tokens.
     """
     return MOST_INDEXED_TOKENS[family(capability), dtype.itemsize]
 
 
 def norm_forward(channels: int) -> Tile:
-    """The tile of the LayerNorm's forward kernel: whole rows, at least 1024 elements a program.
+    """Returns the tile of the LayerNorm's forward kernel: whole rows, at least 1024 elements per program.
 
     Args:
         channels: C.
-
-    Returns:
-        The tile.
     """
     return _whole_rows(channels, 4)
 
 
 def norm_backward(channels: int) -> Tile:
-    """The tile of the LayerNorm's backward kernel, which keeps three sums over rows in registers.
+    """Returns the tile of the LayerNorm's backward kernel, which keeps three sums over rows in registers.
 
     Args:
         channels: C.
-
-    Returns:
-        The tile.
     """
     return _whole_rows(channels, 8)
 

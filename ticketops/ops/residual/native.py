@@ -8,12 +8,12 @@ from torch import Tensor
 from ticketops.ops.extension import address, checked, dropout_arguments, native, refusal, run
 from ticketops.ops.memory import empty
 
-_Given = TypeVar("_Given", Tensor, Tensor | None)
+_OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
 
 __all__ = ["backward", "forward", "refusal"]
 
 
-def _vector(name: str, x: _Given, channels: int) -> _Given:
+def _vector(name: str, x: _OptionalTensor, channels: int) -> _OptionalTensor:
     return x if x is None else checked(name, x.float(), torch.float32, channels)
 
 
