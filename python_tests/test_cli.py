@@ -293,8 +293,8 @@ def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(tiny: dict[str, A
     for verb in tasks:
         refused(dry(verb), 1, "notes.txt", "is no ticketops folder")
     (run / "notes.txt").rename(tmp_path / "notes.txt")
-    identity = dict.fromkeys(("task_fingerprint", "model_fingerprint", "layers", "heads"), 0)
-    Store.create(run, {**identity, "config": {"task": "rte"}}, {}).close()
+    identity = {"task_fingerprint": "", "model_fingerprint": "", "layers": 2, "heads": 4}
+    Store.create(run, {**identity, "config": {"task": "rte"}}, {"versions": {}, "machine": {}}).close()
     before = (run / "config.json").read_bytes()
     refused(dry("search"), 1, "holds another search")
     for verb in ("share", "transfer"):

@@ -29,7 +29,7 @@ def search(config: SearchConfig | None = None, *, listener: Listener | None = No
     Raises:
         InputError: a field, the model or the task is bad.
         StoreError: the output folder cannot be used; finished trials stay.
-        TicketopsError: training diverged.
+        TrialError: every trial failed; where only some did, the result's `failures` says why.
 
     Source: arXiv 2105.12002.
     """
@@ -51,7 +51,7 @@ def share(config: ShareConfig | None = None, *, listener: Listener | None = None
     Raises:
         InputError: a field, the model, a task or a ticket is bad.
         StoreError: the output folder cannot be used; finished trials stay.
-        TicketopsError: training diverged.
+        TrialError: every trial failed; where only some did, the result's `failures` says why.
 
     Source: arXiv 2105.12002, section 4.
     """
@@ -75,7 +75,7 @@ def transfer(
     Raises:
         InputError: a field, the model, a task, its labels or a share is bad.
         StoreError: the output folder cannot be used; finished trials stay.
-        TicketopsError: training diverged.
+        TrialError: every trial failed; where only some did, the result's `failures` says why.
 
     Source: arXiv 2105.12002, section 5.
     """

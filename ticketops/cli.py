@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ticketops.errors import InputError, TicketopsError, UnsupportedError, as_flag, spelling
+from ticketops.errors import InputError, TicketopsError, TrialError, UnsupportedError, as_flag, spelling
 from ticketops.files import user_path
 from ticketops.searching.config import Config, nearest
 from ticketops.searching.plan import SearchConfig
@@ -214,6 +214,10 @@ def _print_result(result: Any, findings: Sequence[str]) -> None:
     for finding in findings:
         _say(finding)
     _print_report(result.report_path)
+    if failures := result.failures:
+        count = f"{len(failures)} trial{'s' if len(failures) > 1 else ''}"
+        first = f"{failures[0]['id']}: {failures[0]['error']}"
+        raise TrialError(f"{count} failed, the first {first}; the same command tries again")
 
 
 def _print_report(path: Path) -> None:
@@ -520,6 +524,9 @@ class _Lines:
 
     def stepped(self, step: int, steps: int) -> None:
         pass
+
+    def failed(self, trial: "Named", reason: str) -> None:
+        self.say(f"{trial.id} failed: {reason}")
 
     def finished(self, trial: "Named", record: "Record") -> None:
         self.done += 1

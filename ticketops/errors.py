@@ -18,6 +18,10 @@ class UnsupportedError(TicketopsError, ValueError):
     """A model, argument, dtype or option that ticketops does not serve."""
 
 
+class TrialError(TicketopsError):
+    """One trial of a run failed, as by diverging; the others go on."""
+
+
 class StoreError(TicketopsError):
     """The output folder cannot be used: occupied, read-only, full, or made by another configuration."""
 

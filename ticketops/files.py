@@ -1,13 +1,17 @@
-"""Files that are either wholly there or not there at all."""
+"""Files and folders that are wholly there or not at all, survive a power cut, and are checked when they are read."""
 
 import contextlib
 import errno
+import hashlib
+import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -21,7 +25,10 @@ _REMEDIES = {
     errno.EPERM: "not permitted: choose another OUTPUT folder or change its permissions",
     errno.EEXIST: "a file of that name is in the way: choose another OUTPUT folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another OUTPUT folder",
+    errno.ENAMETOOLONG: "the path is too long: choose a shorter OUTPUT folder",
 }
+#: Bytes that a JSON file of ours may have; the records of the largest runs need a thousandth of it.
+MAX_JSON_BYTES = 2**20
 
 
 def user_path(path: str | os.PathLike[str], name: str) -> Path:
@@ -74,8 +81,25 @@ def store_error(path: Path, error: OSError) -> StoreError:
     return StoreError(f"cannot write {path}: {remedy}")
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and what it lies in, where they are missing, so that they survive a power cut.
+
+    Args:
+        folder: to be made.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync(path.parent)
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Writes a file so that a reader, or a process killed at any moment, sees all of it or nothing of it.
+
+    When it returns, the file survives a power cut.
 
     Args:
         path: the file to write; its folder is created where it is missing.
@@ -88,17 +112,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     content = data.encode() if isinstance(data, str) else data
     temporary: str | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; results are as readable as any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        _finish(Path(temporary))
         os.replace(temporary, path)
+        _sync(path.parent)
     except OSError as error:
         raise store_error(path, error) from error
     finally:
@@ -108,7 +128,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Makes a folder that is there when all went well, and not at all when not.
+    """Makes a folder that is there when all went well, and not at all when not; it then survives a power cut.
 
     Args:
         folder: must not exist, or be empty.
@@ -123,14 +143,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise StoreError(f"{folder} is there already: choose another {spelled('output')} folder, or remove it")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         yield temporary
-        # mkdtemp makes private folders.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        for path in [*sorted(temporary.rglob("*")), temporary]:
+            _finish(path)
         os.replace(temporary, folder)
+        _sync(folder.parent)
     except OSError as error:
         raise store_error(folder, error) from error
     except SafetensorError as error:
@@ -140,3 +159,168 @@ def new_folder(folder: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish(path: Path) -> None:
+    """Gives a file or folder the permissions that any other new one has, and puts it on the disk."""
+    # mkstemp, mkdtemp and the writers of safetensors make private ones.
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of all else in it, which `read_json` compares.
+
+    Args:
+        content: the object.
+    """
+    return {**content, "checksum": _checksum(content)}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, sealed, as `write_atomically` does.
+
+    Args:
+        path: the file to write.
+        content: the object.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    write_atomically(path, json.dumps(sealed(content), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(
+    path: Path, remedy: str, most: int = MAX_JSON_BYTES, largest: int | None = None, unsealed: bool = True
+) -> dict[str, Any]:
+    """Reads a JSON object more strictly than json does: of bounded size, no NaN, no key twice, and as it was written.
+
+    Args:
+        path: the file.
+        remedy: what to do where it is damaged, for the message.
+        most: bytes that it may have.
+        largest: the largest whole number that it may have; None for any.
+        unsealed: whether it may lack the checksum that `sealed` adds.
+
+    Returns:
+        The object, without its checksum.
+
+    Raises:
+        InputError: it cannot be read, is too large, no such object, or was changed after it was written.
+    """
+
+    def refuse(reason: str) -> NoReturn:
+        raise InputError(f"{path} {reason}: {remedy}")
+
+    def whole(digits: str) -> int:
+        if largest is not None and (len(digits) > 19 or abs(int(digits)) > largest):
+            refuse(f"has the size {digits:.20}, larger than any model's")
+        return int(digits)
+
+    def number(text: str) -> float:
+        if not math.isfinite(float(text)):
+            refuse(f"has the number {text:.20}, which is not finite")
+        return float(text)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            refuse(f"has the key {next(name for name in found if names.count(name) > 1)!r:.60} twice")
+        return found
+
+    try:
+        if not path.is_file():
+            refuse("is not there" if not path.exists() else "is not a file")
+        if path.stat().st_size > most:
+            refuse(f"is larger than {most} bytes")
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_int=whole,
+            parse_float=number,
+            parse_constant=number,
+            object_pairs_hook=once,
+        )
+        if not isinstance(content, dict):
+            refuse(f"is a JSON {type(content).__name__}, not an object")
+        checksum = content.pop("checksum", None)
+        found = _checksum(content)
+        # Half a pair of surrogates, which nobody could print.
+        json.dumps(content, ensure_ascii=False).encode()
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply: {remedy}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is truncated or damaged: {remedy}") from error
+    if checksum != found and not (unsealed and checksum is None):
+        refuse("was changed or damaged after it was written")
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, name: str, fields: Mapping[str, Any]) -> None:
+    """Writes a JSON file that describes a folder and has the checksums of all other files in it.
+
+    Args:
+        folder: complete but for this file.
+        name: of the file.
+        fields: what else it says.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != name)
+    sums = {str(path.relative_to(folder)): sha256(path) for path in paths}
+    text = json.dumps(sealed({**fields, "sha256": sums}), indent=2, sort_keys=True, allow_nan=False)
+    (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path, name: str, remedy: str) -> dict[str, Any]:
+    """Reads what `write_manifest` wrote, and compares every file that it lists.
+
+    Args:
+        folder: with the file.
+        name: of the file.
+        remedy: what to do where something is missing or damaged, for the message.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: it is damaged, or a file that it lists is missing or was changed.
+    """
+    path = folder / name
+    content = read_json(path, remedy)
+    sums = content.get("sha256")
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        raise InputError(f"{path} does not list the folder's checksums: {remedy}")
+    for entry, expected in sums.items():
+        # A file's name in the folder or below, and nothing else.
+        if Path(entry).is_absolute() or ".." in Path(entry).parts or "\0" in entry:
+            raise InputError(f"{path} lists {entry!r:.100}, no file of this folder: {remedy}")
+        try:
+            found = sha256(folder / entry)
+        except OSError as error:
+            raise InputError(f"{folder / entry} cannot be read ({error.strerror}): {remedy}") from error
+        if found != expected:
+            raise InputError(f"{folder / entry} was changed or damaged after it was written: {remedy}")
+    return content

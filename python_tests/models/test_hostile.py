@@ -33,10 +33,17 @@ def good(tmp_path_factory):
 
 
 @pytest.fixture
-def bad(good, tmp_path):
+def sealed(good, tmp_path):
     for path in good.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
+
+
+@pytest.fixture
+def bad(sealed):
+    """Without the checksums, which would tell any change, so that what comes after them is tested."""
+    (sealed / "ticketops.json").unlink()
+    return sealed
 
 
 def refuse(folder):
@@ -68,7 +75,7 @@ def with_header(text, data):
     return struct.pack("<Q", len(text)) + text + data
 
 
-def test_damaged_weights_are_refused(bad, good):
+def test_damaged_weights_are_refused(sealed, good):
     """500 files, cut short or with flipped bits anywhere: the export's checksum knows each."""
     draw, data, tried = random.Random(0), (good / "model.safetensors").read_bytes(), 0
     for number in range(500):
@@ -78,8 +85,8 @@ def test_damaged_weights_are_refused(bad, good):
         if number % 4 == 0:
             del content[draw.randrange(len(content)) :]
         if bytes(content) != data:
-            (bad / "model.safetensors").write_bytes(content)
-            refuse(bad)
+            (sealed / "model.safetensors").write_bytes(content)
+            refuse(sealed)
             tried += 1
     assert tried > 490
     print(f"{tried} damaged files of weights refused")
@@ -87,7 +94,6 @@ def test_damaged_weights_are_refused(bad, good):
 
 def test_forged_headers_are_refused(bad, good):
     """500 headers that a forger could write, without the checksum that would give them away."""
-    (bad / "ticketops.json").unlink()
     draw, (head, data), counts = random.Random(1), header((good / "model.safetensors").read_bytes()), [0, 0]
     names = [name for name in head if name != "__metadata__"]
     dtypes = ["F64", "I64", "BOOL", "F8_E4M3", "U8", "F16", "BF16", "nonsense", 5, None]
@@ -117,7 +123,6 @@ def test_forged_headers_are_refused(bad, good):
 def test_headers_that_lie_about_their_length_are_refused(bad, good):
     head, data = header((good / "model.safetensors").read_bytes())
     text = json.dumps(head).encode()
-    (bad / "ticketops.json").unlink()
     for content in (
         b"",
         b"\0" * 8,
@@ -160,11 +165,11 @@ def test_hostile_configurations_are_refused(bad, good):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "not a valid JSON file"),
-        ("[" * 100_000, "not a valid JSON file"),
+        ("", "damaged"),
+        ("[" * 100_000, "nested too deeply"),
         ("null", "NoneType"),
         ('{"architectures": ["Trainer"]}', "names no model class"),
-        ("\x00" * 9, "not a valid JSON file"),
+        ("\x00" * 9, "damaged"),
         ("1" * 5000, "larger than any"),
         ('{"layer_norm_eps": NaN}', "not finite"),
         ('{"layer_norm_eps": -Infinity}', "not finite"),
@@ -220,7 +225,6 @@ def test_hostile_tensors_are_refused(bad, good):
 def test_hostile_indexes_are_refused(bad, good):
     name = "bert.encoder.layer.0.attention.self.query.weight"
     os.rename(bad / "model.safetensors", bad / "model-00001-of-00001.safetensors")
-    (bad / "ticketops.json").unlink()
     index = bad / "model.safetensors.index.json"
     for escape in (
         "../other.safetensors",

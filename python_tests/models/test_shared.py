@@ -20,6 +20,7 @@ from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
 from models.test_apply import NewTensors, masked
 from ticketops import SharedModel, Ticket
 from ticketops.errors import InputError
+from ticketops.files import write_manifest
 from ticketops.optim import Adamax
 
 # Heads and FFNs of every sort: kept by both tasks, by one of them, by none; a layer without heads for one task.
@@ -274,8 +275,39 @@ def test_any_one_task_leaves_as_a_compact_checkpoint(task, tmp_path):
 def test_a_hostile_task_is_refused(changes, words, tmp_path):
     path = SharedModel(models(torch.float32), TICKETS).save(tmp_path / "shared") / "task-1" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError, match=r"task-1/config.json was changed .*save it again"):
+        SharedModel.load(path.parents[1])
+    reseal(path.parents[1])
     with pytest.raises(InputError, match=f"cannot load the shared model .*{words}"):
         SharedModel.load(path.parents[1])
+
+
+def reseal(folder):
+    """Writes the checksums of what is in a shared model's folder now."""
+    note = json.loads((folder / "shared.json").read_text())
+    write_manifest(folder, "shared.json", {name: note[name] for name in ("format", "version", "tasks")})
+
+
+def test_no_task_gets_anothers_head(tmp_path):
+    folder = SharedModel(models(torch.float32), TICKETS).save(tmp_path / "shared")
+    note = json.loads((folder / "shared.json").read_text())
+    (folder / "shared.json").write_text(json.dumps({**note, "tasks": note["tasks"][::-1]}))
+    with pytest.raises(InputError, match=r"shared.json was changed .*save it again"):
+        SharedModel.load(folder)
+    (folder / "shared.json").write_text(json.dumps(note))
+    one, other = (folder / f"task-{place}" / "ticket.safetensors" for place in (0, 1))
+    one.rename(folder / "kept")
+    other.rename(one)
+    (folder / "kept").rename(other)
+    with pytest.raises(InputError, match=r"task-0/ticket.safetensors was changed"):
+        SharedModel.load(folder)
+
+
+def test_a_shared_model_of_format_1_is_read(tmp_path):
+    folder = SharedModel(models(torch.float32), TICKETS).save(tmp_path / "shared")
+    note = {"format": "ticketops.shared", "version": 1, "tasks": ["pairs", "score"]}
+    (folder / "shared.json").write_text(json.dumps(note))
+    assert SharedModel.load(folder).tasks == ["pairs", "score"]
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_touched(tmp_path):
@@ -310,11 +342,15 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(tmp_path):
     head = folder / "task-1" / "head.safetensors"
     whole = head.read_bytes()
     head.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"cannot load the shared model .*head.safetensors was .*damaged"):
+        SharedModel.load(folder)
+    reseal(folder)
     with pytest.raises(InputError, match=r"cannot load the shared model .*damaged"):
         SharedModel.load(folder)
     head.write_bytes(whole)
     config = folder / "task-1" / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 48', '"hidden_size": 96'))
+    reseal(folder)
     with pytest.raises(InputError, match="task-1 is not of this encoder"):
         SharedModel.load(folder)
     with pytest.raises(InputError, match=r"no shared\.json"):

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 import ticketops
 from searching.tiny import FIELDS, make_model, make_task
 from ticketops.cli import app
-from ticketops.searching import SearchConfig, run_search
+from ticketops.files import write_json
+from ticketops.searching import SearchConfig, Store, run_search
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,12 @@ def test_a_run_is_exported_without_the_model_it_started_from(search, tmp_path):
     assert (kept / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     # Models kept by earlier versions have no tokenizer of their own.
     (kept / "tokenizer_config.json").unlink()
+    (kept / "ticketops.json").unlink()
+    store = Store.read(search)
+    trial = next(trial for trial in store.plan if trial.id == kept.name)
+    record = store.record(trial)
+    del record["files"]
+    write_json(store.record_path(trial), record)
     assert invoke(search, "--output", tmp_path / "old").exit_code == 0
     assert (tmp_path / "old" / "tokenizer_config.json").is_file()
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 from ticketops.errors import InputError, StoreError
 from ticketops.files import new_folder
 from ticketops.searching import SearchConfig, Store
+from ticketops.searching.plan import training
+from ticketops.searching.store import extended
 from ticketops.tickets import Importance, prune
 
 CONFIG = SearchConfig(sparsities="0.5", kinds="winning")
@@ -24,10 +27,22 @@ def identity(config: SearchConfig = CONFIG, **fields: object) -> dict:
     return {"config": values, "task_fingerprint": "t", "model_fingerprint": "m", "layers": 2, "heads": 4, **fields}
 
 
+NOTES = {"versions": {"python": "3"}, "machine": {"device": "cpu"}}
+
+
 @pytest.fixture
 def store(tmp_path: Path):
-    with Store.create(tmp_path / "run", identity(), {}) as store:
+    with Store.create(tmp_path / "run", identity(), NOTES) as store:
         yield store
+
+
+def record(trial: Any, **fields: object) -> dict[str, Any]:
+    return {
+        "id": trial.id, "kind": trial.kind, "seed": trial.seed, "sparsity": trial.sparsity, "task": "t", "model": "m",
+        "metric": "accuracy", "score": 0.1 + 0.2, "report_score": None, "scores": {"validation": {"accuracy": 0.3}},
+        "majority": 0.5, "predictions_sha256": "f00d", "heads_pruned": 0, "ffns_pruned": 0, "weights_remaining": 1.0,
+        "weights_remaining_encoder": 1.0, "train_loss": 0.5, "steps": 3, "timing": {"train_seconds": 0.1}, **fields,
+    }  # fmt: skip
 
 
 def importance(seed: int) -> Importance:
@@ -44,24 +59,50 @@ def test_what_is_written_is_read_back(store: Store):
     assert store.record(full) is None
     assert store.importance(0, "pass") is None
     store.write_importance(0, "pass", importance(0))
-    store.write_record(full, {"id": full.id, "score": 0.1 + 0.2})
+    store.write_record(full, record(full))
     ticket = prune(importance(0), counts=(4, 1))
     store.keep_ticket(winning, ticket)
     again = Store.read(store.folder)
     assert again.config == SearchConfig.from_dict({**CONFIG.to_dict(), "output": str(store.folder)})
-    assert again.records() == [{"id": full.id, "score": 0.1 + 0.2}]
+    assert again.records() == [record(full, files={})]
     assert again.importance(0, "pass") == importance(0)
     assert again.ticket(winning) == ticket
 
 
-def test_another_search_is_refused_with_both_values(store: Store):
+def test_another_search_is_refused_with_flag_and_both_values(store: Store):
     store.close()
     other = SearchConfig(sparsities="0.5", kinds="winning", epochs=7, seeds=3)
-    with pytest.raises(StoreError, match=r"seeds is \[0\] there and \[0, 1, 2\] here; epochs is 1 there and 7 here"):
-        Store.create(store.folder, identity(other), {})
-    with pytest.raises(StoreError, match="task_fingerprint is 't' there and 'u' here"):
-        Store.create(store.folder, identity(task_fingerprint="u"), {})
-    Store.create(store.folder, identity(), {}).close()
+    with pytest.raises(StoreError, match=r"another search \(--epochs is 1 there and 7 here\)"):
+        Store.create(store.folder, identity(other), NOTES)
+    with pytest.raises(StoreError, match="task fingerprint is 't' there and 'u' here"):
+        Store.create(store.folder, identity(task_fingerprint="u"), NOTES)
+    with pytest.raises(StoreError, match="training optimizer is 'adamw' there and 'adamax' here"):
+        Store.create(store.folder, identity(training={**training("demo"), "optimizer": "adamax"}), NOTES)
+    Store.create(store.folder, identity(), NOTES).close()
+
+
+def test_seeds_levels_and_kinds_are_added_and_none_is_lost(store: Store):
+    store.write_record(store.plan[0], record(store.plan[0]))
+    store.close()
+    more = SearchConfig(sparsities="0.25", kinds="random@0.25", seeds="1,", output=str(store.folder))
+    both = extended(more)
+    assert (both.seeds, both.sparsities, both.kinds) == ((0, 1), (0.25, 0.5), ("winning", "random@0.25"))
+    with Store.create(store.folder, identity(both), {**NOTES, "versions": {}}) as again:
+        assert len(again.plan) == 2 * 4
+        assert [found["id"] for found in again.records()] == ["full-seed-0"]
+        assert again.description["notes"] == NOTES
+    assert Store.read(store.folder).config.seeds == (0, 1)
+    # What the folder has beside the command's stays, so fewer are no less.
+    assert extended(SearchConfig(**{**CONFIG.to_dict(), "output": str(store.folder)})) == both
+    with pytest.raises(StoreError, match=r"--seeds is \[0, 1\] there and \[0\] here"):
+        Store.create(store.folder, identity(), NOTES)
+
+
+def test_a_moved_model_or_task_is_the_same_where_its_content_is(store: Store):
+    store.close()
+    moved = SearchConfig(**{**CONFIG.to_dict(), "model": "/elsewhere/model", "task": "demo"})
+    Store.create(store.folder, identity(moved), NOTES).close()
+    assert Store.read(store.folder).config.model == "/elsewhere/model"
 
 
 def test_a_second_process_is_refused_and_a_killed_one_does_not_block(store: Store):
@@ -74,32 +115,32 @@ def test_a_second_process_is_refused_and_a_killed_one_does_not_block(store: Stor
         "os.kill(os.getpid(), signal.SIGSTOP)\n"
     )
     with pytest.raises(StoreError, match="another process is working in"):
-        Store.create(store.folder, identity(), {})
+        Store.create(store.folder, identity(), NOTES)
     store.close()
     other = subprocess.Popen([sys.executable, "-c", code, str(store.folder / ".lock")], stdout=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"locked\n"
     with pytest.raises(StoreError, match=str(store.folder)):
-        Store.create(store.folder, identity(), {})
+        Store.create(store.folder, identity(), NOTES)
     other.kill()
     other.wait()
     other.stdout.close()
-    Store.create(store.folder, identity(), {}).close()
+    Store.create(store.folder, identity(), NOTES).close()
 
 
 def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StoreError, match=r"'thesis.tex' and is no ticketops folder"):
-        Store.create(tmp_path, identity(), {})
+        Store.create(tmp_path, identity(), NOTES)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_leftovers_of_a_killed_write_do_not_block(tmp_path: Path):
     (tmp_path / ".config.json.abc.part").write_text("{")
-    Store.create(tmp_path, identity(), {}).close()
+    Store.create(tmp_path, identity(), NOTES).close()
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / ".full-seed-0.json.abc.part").write_text("{")
-    Store.create(tmp_path, identity(), {}).close()
+    Store.create(tmp_path, identity(), NOTES).close()
     assert not list(tmp_path.rglob(".*.part"))
 
 
@@ -107,7 +148,7 @@ def test_an_export_into_a_runs_folder_is_neither_disturbed_nor_in_the_way(store:
     store.close()
     with new_folder(store.folder / "small") as temporary:
         (temporary / ".model.part").write_text("weights")
-        Store.create(store.folder, identity(), {}).close()
+        Store.create(store.folder, identity(), NOTES).close()
         assert (temporary / ".model.part").exists()
 
 
@@ -120,7 +161,7 @@ def test_a_leftover_that_cannot_be_removed_is_refused(store: Store, monkeypatch:
 
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(StoreError, match="permission denied"):
-        Store.create(store.folder, identity(), {})
+        Store.create(store.folder, identity(), NOTES)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +169,7 @@ def test_a_leftover_that_cannot_be_removed_is_refused(store: Store, monkeypatch:
 )
 def test_a_damaged_record_names_the_file_and_the_remedy(store: Store, damage: Callable[[str], str]):
     full = store.plan[0]
-    store.write_record(full, {"id": full.id, "score": 0.8})
+    store.write_record(full, record(full, score=0.8))
     path = store.record_path(full)
     path.write_text(damage(path.read_text()))
     with pytest.raises(StoreError, match=f"{path}.*delete it and run the same command again"):
@@ -139,7 +180,7 @@ def test_a_damaged_record_names_the_file_and_the_remedy(store: Store, damage: Ca
 
 def test_a_record_under_another_trials_name_is_refused(store: Store):
     full, winning = store.plan
-    store.write_record(full, {"id": full.id})
+    store.write_record(full, record(full))
     store.record_path(full).rename(store.record_path(winning))
     with pytest.raises(StoreError, match="full-seed-0"):
         store.record(winning)
@@ -157,25 +198,47 @@ def test_damaged_tickets_and_importance_name_the_file_and_the_remedy(store: Stor
         store.importance(0, "pass")
 
 
-def test_a_ticket_from_other_scores_is_refused(store: Store):
-    winning = store.plan[1]
-    store.keep_ticket(winning, prune(importance(0), counts=(4, 1)))
-    store.keep_ticket(winning, prune(importance(0), counts=(4, 1)))
-    with pytest.raises(StoreError, match="other importance scores"):
-        store.keep_ticket(winning, prune(importance(0), counts=(4, 1), kind="losing"))
+def test_a_finished_trial_keeps_its_ticket_and_another_one_is_noticed(store: Store):
+    winning, path = store.plan[1], store.ticket_path(store.plan[1])
+    ticket, other = prune(importance(0), counts=(4, 1)), prune(importance(0), counts=(4, 1), kind="losing")
+    assert store.keep_ticket(winning, other)
+    assert store.keep_ticket(winning, ticket)
+    store.write_record(winning, record(winning))
+    assert store.keep_ticket(winning, other, finished=True)
+    assert store.ticket(winning) == ticket
+    path.unlink()
+    # Lost, and drawn alike or not.
+    assert store.keep_ticket(winning, ticket, finished=True)
+    path.unlink()
+    assert not store.keep_ticket(winning, other, finished=True)
+    with pytest.raises(StoreError, match=r"winning-0.5-seed-0.safetensors was changed .*: delete it and run"):
+        store.ticket(winning)
+
+
+def test_a_failed_trial_is_told_until_it_is_finished(store: Store):
+    full = store.plan[0]
+    store.write_failure(full, "training diverged")
+    assert [(found["id"], found["error"]) for found in store.failures()] == [(full.id, "training diverged")]
+    assert store.records() == []
+    failure = store.failure_path(full).read_text()
+    store.write_record(full, record(full))
+    assert store.failures() == []
+    # As after a power cut that lost the removal.
+    store.failure_path(full).write_text(failure)
+    assert store.failures() == []
 
 
 @pytest.mark.parametrize(("code", "word"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only")])
 def test_a_full_or_read_only_disk_loses_nothing(store: Store, monkeypatch: pytest.MonkeyPatch, code: int, word: str):
     full, winning = store.plan
-    store.write_record(full, {"id": full.id})
+    store.write_record(full, record(full))
 
     def fail(_: int) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(StoreError, match=word):
-        store.write_record(winning, {"id": winning.id})
+        store.write_record(winning, record(winning))
     with pytest.raises(StoreError, match=word):
         store.write_importance(0, "pass", importance(0))
     monkeypatch.undo()
@@ -205,16 +268,16 @@ def test_room_is_made_for_a_trials_model_and_for_no_other(store: Store):
 def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="is in the way: choose another output"):
-        Store.create(tmp_path / "file", identity(), {})
+        Store.create(tmp_path / "file", identity(), NOTES)
     with pytest.raises(StoreError, match=r"not a folder|is a file"):
-        Store.create(tmp_path / "file" / "run", identity(), {})
+        Store.create(tmp_path / "file" / "run", identity(), NOTES)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(StoreError, match="permission denied: choose another output"):
-        Store.create(tmp_path / "run", identity(), {})
+        Store.create(tmp_path / "run", identity(), NOTES)
 
 
 def test_reading_what_is_no_store(tmp_path: Path):
@@ -223,7 +286,7 @@ def test_reading_what_is_no_store(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"format": 1')
     with pytest.raises(StoreError, match="truncated or damaged: restore it, or choose another output"):
         Store.read(tmp_path)
-    whole = {"format": 1, "identity": identity(), "notes": {}}
+    whole = {"format": 1, "identity": identity(), "notes": NOTES}
     lacking = {name: {key: value for key, value in identity().items() if key != name} for name in identity()}
     for damaged in (
         {"format": 99},
@@ -232,7 +295,7 @@ def test_reading_what_is_no_store(tmp_path: Path):
         *({**whole, "identity": fields} for fields in lacking.values()),
     ):
         (tmp_path / "config.json").write_text(json.dumps(damaged))
-        with pytest.raises(StoreError, match="another version"):
+        with pytest.raises(StoreError, match="is damaged"):
             Store.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(whole))
     assert Store.read(tmp_path).kind == "search"
@@ -244,9 +307,9 @@ def test_predictions_are_named_by_the_record_and_checked_against_it(store: Store
     kept = store.write_predictions(trial, logits)
     assert store.predictions(trial) is None, "a trial without a record is not finished"
     # As versions of ticketops wrote it that kept no predictions.
-    store.write_record(trial, {"id": trial.id})
+    store.write_record(trial, record(trial))
     assert store.predictions(trial) == {}
-    store.write_record(trial, {"id": trial.id, "predictions": kept})
+    store.write_record(trial, record(trial, predictions=kept))
     found = store.predictions(trial)
     assert found is not None
     assert found.keys() == logits.keys()

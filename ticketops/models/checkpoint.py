@@ -1,14 +1,11 @@
 """Reading a model's folder that may be damaged or hostile: safetensors and JSON only, checked before it is built."""
 
-import hashlib
-import json
-import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
@@ -18,14 +15,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
-from ticketops.files import user_path
+from ticketops.files import MAX_JSON_BYTES, read_json, read_manifest, user_path
 from ticketops.models.note import without_note
 from ticketops.models.record import applied_ticket, held_ticket
 from ticketops.models.registry import check_supported, find_adapter
 
-#: The file of an export that says how it was made and what its weights' checksums are.
+#: The file of an export, or of a run's kept model, that says how it was made and has its files' checksums.
 NOTE = "ticketops.json"
-_MAX_JSON_BYTES = 2**20
 # An index names each tensor, so it grows with the model.
 _MAX_INDEX_BYTES = 2**26
 # No size of any encoder comes near; a configuration with more would have a loader allocate it.
@@ -76,12 +72,6 @@ def load(folder: str | os.PathLike[str]) -> PreTrainedModel:
         raise InputError(f"cannot load the model {folder}: it is damaged ({reason}); export it again") from error
 
 
-def sha256(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_folder(folder: Path) -> dict[str, Any]:
     """Refuses a model's folder that brings code, names other models, or holds files that never end.
 
@@ -100,9 +90,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
         # A pipe, a device, a socket; or a link that leads nowhere.
         if not path.is_file() and not path.is_dir():
             raise InputError(f"{path.name!r:.80} is no regular file; remove it")
-    content = read_json(folder / "config.json")
+    content = _read_json(folder / "config.json", largest=_MAX_SIZE)
     for name in _CODE_FILES:
-        found = content if name == "config.json" else read_json(folder / name) if (folder / name).exists() else {}
+        found = content if name == "config.json" else _read_json(folder / name) if (folder / name).exists() else {}
         if found.get(_CODE_KEY) is not None:
             raise InputError(
                 f'{name} has "{_CODE_KEY}": it is made for custom code, which ticketops never runs; give a model of '
@@ -146,7 +136,25 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     return kind, config
 
 
+def check_files(folder: Path) -> None:
+    """Compares the files of an export, or of a run's kept model, with the checksums that its `ticketops.json` lists.
+
+    Args:
+        folder: a model's; one without `ticketops.json` has nothing to compare.
+
+    Raises:
+        InputError: the note is damaged, or a file is missing or was changed.
+    """
+    if not (folder / NOTE).exists():
+        return
+    remedy = f"export it again, or remove {NOTE} if the change is meant"
+    sums = read_manifest(folder, NOTE, remedy)["sha256"]
+    if added := [path.name for path in _weight_files(folder) if path.name not in sums]:
+        raise InputError(f"{folder / added[0]} is not one of the files that were written: {remedy}")
+
+
 def _load(folder: Path) -> PreTrainedModel:
+    check_files(folder)
     kind, config = read_config(folder)
     files = _weight_files(folder)
     # Each layer has the weights of two LayerNorms, or the model does for the one that its first layer lacks: a bound on
@@ -161,10 +169,6 @@ def _load(folder: Path) -> PreTrainedModel:
         skeleton = kind(without_note(config))
     find_adapter(skeleton)
     _check_weights(files, skeleton)
-    if (folder / NOTE).is_file():
-        sums = read_json(folder / NOTE)["sha256"]
-        if changed := [path.name for path in files if sums.get(path.name) != sha256(path)]:
-            raise InputError(f"{changed[0]} was changed after its export; export it again, or remove {NOTE}")
     model, report = kind.from_pretrained(
         folder,
         config=config,
@@ -179,65 +183,11 @@ def _load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def read_json(path: Path, most: int = _MAX_JSON_BYTES) -> dict[str, Any]:
-    """Reads a JSON object more strictly than json does: no endless numbers, no NaN, no key twice.
-
-    Args:
-        path: the file.
-        most: bytes that it may have.
-
-    Returns:
-        The object.
-
-    Raises:
-        InputError: it is missing, too large, or no such object.
-    """
+def _read_json(path: Path, most: int = MAX_JSON_BYTES, largest: int | None = None) -> dict[str, Any]:
+    """A JSON object of a model's folder."""
     if not path.is_file():
         raise InputError(f"no {path.name}; give a folder made by ticketops export or save_pretrained")
-    if path.stat().st_size > most:
-        raise InputError(f"{path.name} is larger than {most} bytes; check the path")
-
-    def size(digits: str) -> int:
-        if len(digits) > 10 or abs(int(digits)) > _MAX_SIZE:
-            raise InputError(f"{path.name} has the size {digits:.20}, larger than any model's; check the path")
-        return int(digits)
-
-    def number(text: str) -> float:
-        if not math.isfinite(float(text)):
-            refuse(text)
-        return float(text)
-
-    def refuse(text: str) -> NoReturn:
-        raise InputError(f"{path.name} has the number {text:.20}, which is not finite; correct it")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in found if names.count(name) > 1)
-            raise InputError(f"{path.name} has the key {twice!r:.60} twice; correct it")
-        return found
-
-    # The sizes in an index are of files, in bytes, and those in a note are of a run.
-    whole = size if path.name == "config.json" else int
-    try:
-        content = json.loads(
-            path.read_text(encoding="utf-8"),
-            parse_int=whole,
-            parse_float=number,
-            parse_constant=refuse,
-            object_pairs_hook=once,
-        )
-    except InputError:
-        raise
-    # Too deep nesting is a RecursionError.
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path.name} is not a valid JSON file ({' '.join(str(error).split())}); correct it"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path.name} is a {type(content).__name__}, not an object; export it again")
-    return content
+    return read_json(path, "correct it, or export it again", most, largest)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -245,7 +195,7 @@ def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single.name]
     if index.is_file() and not single.exists():
-        shards = read_json(index, _MAX_INDEX_BYTES)["weight_map"].values()
+        shards = _read_json(index, _MAX_INDEX_BYTES)["weight_map"].values()
         if bad := [name for name in shards if not isinstance(name, str) or not _SHARD.fullmatch(name)]:
             raise InputError(f"{index.name} names the file {bad[0]!r:.60}, no shard in this folder; export it again")
         files = sorted(set(shards))

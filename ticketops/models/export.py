@@ -1,6 +1,5 @@
 """Three ways out of ticketops: compact and dense transformers folders, and ONNX; each verified before it is there."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ticketops.errors import InputError, TicketopsError
-from ticketops.files import new_folder, user_path
-from ticketops.models.checkpoint import NOTE, load, sha256
+from ticketops.files import new_folder, user_path, write_manifest
+from ticketops.models.checkpoint import NOTE, load
 from ticketops.models.cost import costs
 from ticketops.models.handle import PatchHandle, find_handle
 from ticketops.models.note import without_note
@@ -85,9 +84,9 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         left.save(temporary / "ticket.safetensors")
-        sums = {path.name: sha256(path) for path in sorted(temporary.glob("model*"))}
-        note = {"format": format, "largest_difference": difference, "run": dict(run or {}), "sha256": sums}
-        (temporary / NOTE).write_text(json.dumps(note, indent=2, sort_keys=True) + "\n")
+        note = {"format": format, "largest_difference": difference, "run": dict(run or {})}
+        write_manifest(temporary, NOTE, note)
+        # After the checksums, since a card is there to be edited.
         (temporary / "README.md").write_text(_card(small, left, format, difference, run or {}))
     if push_to_hub is not None:
         _push(folder, push_to_hub)

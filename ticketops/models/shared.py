@@ -1,6 +1,5 @@
 """SharedModel: one encoder, and for each task a head and a ticket; switching tasks copies nothing."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
-from ticketops.files import new_folder, user_path
-from ticketops.models.checkpoint import load, read_config, read_json
+from ticketops.files import new_folder, read_json, read_manifest, user_path, write_manifest
+from ticketops.models.checkpoint import load, read_config
 from ticketops.models.freezing import Frozen, freeze, unfreeze
 from ticketops.models.handle import PatchHandle
 from ticketops.models.indices import Indices
@@ -24,8 +23,10 @@ from ticketops.models.record import num_neurons
 from ticketops.models.swapping import stock_class
 from ticketops.tickets import Ticket
 
-_NOTE, _HEAD, _TICKET = "shared.json", "head.safetensors", "ticket.safetensors"
-_FORMAT, _VERSION = "ticketops.shared", 1
+_HEAD, _TICKET = "head.safetensors", "ticket.safetensors"
+#: Version 2 has the checksums of all files, so that no task can be given another's head.
+_FORMAT, _VERSION = "ticketops.shared", 2
+_REMEDY = "save it again, or run the search or share that made it again with --save-models"
 _WHOLE = Frozen(0, 1, Indices([0]))
 
 
@@ -56,6 +57,8 @@ class SharedModel(nn.Module):
 
     # The loss is the mean over the batch's rows; the Trainer is not to normalise it anew.
     accepts_loss_kwargs = False
+    #: The file of a saved one that names the tasks and has all other files' checksums.
+    NOTE = "shared.json"
 
     def __init__(
         self, models: Mapping[str, PreTrainedModel], tickets: Mapping[str, Ticket | None] | None = None
@@ -183,8 +186,7 @@ class SharedModel(nn.Module):
                     model.config.save_pretrained(own)
                     save_file({key: value.contiguous() for key, value in _head(model).items()}, own / _HEAD)
                 self.tickets[task].save(own / _TICKET)
-            note = {"format": _FORMAT, "version": _VERSION, "tasks": self.tasks}
-            (temporary / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+            write_manifest(temporary, self.NOTE, {"format": _FORMAT, "version": _VERSION, "tasks": self.tasks})
         return folder
 
     @classmethod
@@ -213,18 +215,36 @@ class SharedModel(nn.Module):
             ) from error
 
     @classmethod
+    def check(cls, folder: Path) -> None:
+        """Compares the files of what `save` wrote with their checksums.
+
+        Args:
+            folder: one without shared.json, or with one of an earlier version, has nothing to compare.
+
+        Raises:
+            InputError: shared.json is damaged, or a file is missing or was changed.
+        """
+        if (folder / cls.NOTE).exists() and read_json(folder / cls.NOTE, _REMEDY).get("version") == _VERSION:
+            read_manifest(folder, cls.NOTE, _REMEDY)
+
+    @classmethod
     def _load(cls, folder: Path) -> Self:
-        if not (folder / _NOTE).is_file():
-            raise InputError(f"no {_NOTE} of a shared model; give a folder made by SharedModel.save")
-        note = read_json(folder / _NOTE)
-        if (note.get("format"), note.get("version")) != (_FORMAT, _VERSION):
-            raise InputError(f"{_NOTE} is of another format; save it again with this version")
-        tasks = note["tasks"]
-        if not isinstance(tasks, list) or len({str(task) for task in tasks}) != len(tasks) or not tasks:
-            raise InputError(f"{_NOTE} does not list tasks; save it again")
+        if not (folder / cls.NOTE).is_file():
+            raise InputError(f"no {cls.NOTE} of a shared model; give a folder made by SharedModel.save")
+        cls.check(folder)
+        note = read_json(folder / cls.NOTE, _REMEDY)
+        if note.get("format") != _FORMAT or note.get("version") not in (1, _VERSION):
+            raise InputError(f"{cls.NOTE} is of another format; save it again with this version")
+        tasks = note.get("tasks")
+        if not (
+            isinstance(tasks, list) and all(isinstance(task, str) for task in tasks) and len({*tasks}) == len(tasks)
+        ):
+            raise InputError(f"{cls.NOTE} does not list tasks by their names; {_REMEDY}")
+        if not tasks:
+            raise InputError(f"{cls.NOTE} lists no task; {_REMEDY}")
         first = load(folder / "task-0")
         models, tickets = {}, {}
-        for place, task in enumerate(map(str, tasks)):
+        for place, task in enumerate(tasks):
             own = folder / f"task-{place}"
             models[task] = _with_head(first.base_model, own) if place else first
             tickets[task] = Ticket.load(own / _TICKET)

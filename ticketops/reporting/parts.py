@@ -1,6 +1,7 @@
 """What the reports of all runs have in common: what is missing, how to reproduce, figures."""
 
 import io
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,62 @@ from ticketops.searching.store import Record, Store
 from ticketops.text import count, fenced, markdown
 
 
-def missing(store: Store, records: Sequence[Record]) -> list[str]:
-    """Says which trials are not finished.
+def missing(store: Store, records: Sequence[Record], searches: Sequence[Store] = ()) -> list[str]:
+    """Says which trials are not finished or failed, and whether finished ones ran under different circumstances.
 
     Args:
         store: of the run.
         records: of the finished ones.
+        searches: inside the run.
 
     Returns:
-        Lines of Markdown; none where all are.
+        Lines of Markdown; none where there is nothing to say.
     """
+    failures = {failure["id"]: failure["error"] for failure in store.failures()}
     done = {record["id"] for record in records}
-    absent = [trial.id for trial in store.plan if trial.id not in done]
-    if not absent:
-        return []
-    names = ", ".join(map(markdown, absent[:8])) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+    absent = [trial.id for trial in store.plan if trial.id not in {*done, *failures}]
+    for search in searches:
+        failures |= {f"{search.folder.name} {failure['id']}": failure["error"] for failure in search.failures()}
+    text = []
+    if absent:
+        text += [f"> **Unfinished:** {len(absent)} of {count(len(store.plan), 'trial')} are missing ({_some(absent)})."]
+    if failures:
+        reasons = "; ".join(markdown(f"{name}: {error}") for name, error in [*failures.items()][:8])
+        text += [f"> **Failed:** {count(len(failures), 'trial')} ({_some([*failures])}). {reasons}."]
+    if text:
+        text[-1] += " To go on, run the command below again: it tries them again."
+    inner = [record for search in searches for record in search.records()]
+    text += [f"> **Mixed:** {line}" for line in mixed([*inner, *records])]
+    return ["\n>\n".join(text), ""] if text else []
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(markdown, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def mixed(records: Sequence[Record]) -> list[str]:
+    """Says in which circumstances the trials of a run differ that change results in their last digits, or more.
+
+    Args:
+        records: of the run.
+
+    Returns:
+        A sentence for each such circumstance.
+    """
+    found: dict[str, Counter[str]] = {}
+    for environment in (record["environment"] for record in records if "environment" in record):
+        machine = {
+            name: environment["machine"].get(name) for name in ("device", "processor", "cpu_capability", "threads")
+        }
+        backends = {f"backend of {op}": name for op, name in environment.get("backends", {}).items()}
+        for name, value in {**environment["versions"], **machine, **backends}.items():
+            found.setdefault(name, Counter())[str(value)] += 1
     return [
-        f"> **Unfinished:** {len(absent)} of {count(len(store.plan), 'trial')} are missing ({names}). "
-        "Resume: see below.",
-        "",
+        f"the trials ran with different {name} ("
+        + ", ".join(markdown(f"{value}: {count(number, 'trial')}") for value, number in counts.items())
+        + "), so a difference between two of them may come from that."
+        for name, counts in found.items()
+        if len(counts) > 1
     ]
 
 

@@ -50,7 +50,7 @@ def lines(store: Store) -> list[str]:
     searches = [Store.read(store.folder / SEARCHES / name) for name in tasks if _searched(store, name)]
     inner = [record for search in searches for record in search.records()]
     text = [f"# Ticket sharing of {markdown(config.model)} over {markdown(', '.join(tasks))}", ""]
-    text += missing(store, records)
+    text += missing(store, records, searches)
     tickets = {
         name: {seed: found for seed in config.seeds if (found := store.ticket(TaskTicket(name, seed))) is not None}
         for name in tasks

@@ -47,9 +47,10 @@ def lines(store: Store) -> list[str]:
     """
     config, records, notes = store.config, store.records(), store.description["notes"]
     names = _names(store)
-    inner = Store.read(store.folder / SOURCE).records() if (store.folder / SOURCE / "config.json").is_file() else []
+    searches = [Store.read(store.folder / SOURCE)] if (store.folder / SOURCE / "config.json").is_file() else []
+    inner = [record for search in searches for record in search.records()]
     title = f"Transfer of {config.model} from {names['source']} to {names['target']}"
-    text = [f"# {markdown(title)}", "", *missing(store, records)]
+    text = [f"# {markdown(title)}", "", *missing(store, records, searches)]
     write_atomically(store.folder / "results.csv", _results(records))
     rungs = read_ladders(store)
     if rungs:

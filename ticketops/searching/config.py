@@ -45,7 +45,9 @@ _ALIASES = {
 WHAT, PLAN, TRAINING, SCORING, DATA = "What", "Which tickets", "Training", "Importance", "Data"
 
 
-def option(default: Any, help: str, group: str, flag_type: type = str, shown: str | None = None) -> Any:
+def option(
+    default: Any, help: str, group: str, flag_type: type = str, shown: str | None = None, additive: bool = False
+) -> Any:
     """Makes a configuration's field.
 
     Args:
@@ -54,15 +56,15 @@ def option(default: Any, help: str, group: str, flag_type: type = str, shown: st
         group: of its flag in `--help`.
         flag_type: of its flag's value.
         shown: its default as the help shows it.
+        additive: whether more of its values only add trials to a run that was made with some of them.
 
     Returns:
         A dataclass field.
     """
     if shown is None:
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    return dataclasses.field(
-        default=default, metadata={"help": help, "group": group, "flag_type": flag_type, "shown": shown}
-    )
+    metadata = {"help": help, "group": group, "flag_type": flag_type, "shown": shown, "additive": additive}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Config:
@@ -122,6 +124,11 @@ class Config:
         outside = current_spelling()
         with spelling(spell):
             return cls.from_dict({**values, **overrides}, source)
+
+    @classmethod
+    def additive(cls) -> list[str]:
+        """Names of the fields whose values only add trials to a run that was made with some of them."""
+        return [field.name for field in _fields(cls) if field.metadata["additive"]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and YAML hold and `from_dict` reads back to an equal configuration."""

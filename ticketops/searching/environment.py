@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ticketops.ops.backends import explain
+
 PACKAGES = ("ticketops", "torch", "triton", "transformers", "datasets", "numpy")
 
 
@@ -36,9 +38,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def backends() -> dict[str, str]:
+    """Which backend runs each op in float32, on the device that a trial runs on; "none" where it would be refused."""
+    return {row["op"]: row["backend"] for row in explain() if row["dtype"] in ("any", "float32")}
+
+
 def circumstances() -> dict[str, Any]:
-    """Versions and machine together, as records and runs hold them."""
-    return {"versions": versions(), "machine": machine()}
+    """Versions, machine and backends together, as records and runs hold them."""
+    return {"versions": versions(), "machine": machine(), "backends": backends()}
 
 
 def _processor() -> str:

@@ -9,9 +9,9 @@ from ticketops.models import weight_counts
 from ticketops.searching.config import Config
 from ticketops.searching.plan import SearchConfig, Trial
 from ticketops.searching.setting import Setting, quiet
-from ticketops.searching.sharing import prepare_share, share_identity
-from ticketops.searching.sharing_plan import ShareConfig, share_plan
-from ticketops.searching.store import Store
+from ticketops.searching.sharing import prepare_share
+from ticketops.searching.sharing_plan import ShareConfig
+from ticketops.searching.store import Store, extended
 from ticketops.searching.transfer import keeps_model, prepare_transfer, subset
 from ticketops.searching.transfer_plan import TransferConfig
 from ticketops.text import count, structures
@@ -72,17 +72,19 @@ class _Kind:
 
 
 def _search(config: SearchConfig) -> Outlook:
-    setting = Setting.load(config)
+    setting = Setting.load(extended(config))
+    config = setting.config
     Store.check(config.output, setting.identity())
     models = len(config.seeds) * len(_levels(setting)) if config.save_models else 0
     return _outlook(config, setting, _levels(setting), [setting.task.describe()], models)
 
 
 def _share(config: ShareConfig) -> Outlook:
-    settings, given = prepare_share(config)
-    Store.check(config.output, share_identity(config, settings, given))
+    ready = prepare_share(config)
+    config, settings, given = ready.config, ready.settings, ready.given
+    Store.check(config.output, ready.identity)
     kinds = [] if given else [kind for name, setting in settings.items() for kind in _levels(setting, f"{name}: ")]
-    trials = share_plan(config)
+    trials = ready.plan
     rows = sum(len(setting.splits["train"]) for setting in settings.values())
     steps = sum(_steps(setting, config.joint_epochs) for setting in settings.values())
     arms = dict.fromkeys(trial.kind for trial in trials)
@@ -109,7 +111,7 @@ def _transfer(config: TransferConfig) -> Outlook:
         models += seeds * keeps_model(trial, config)
     lines = [f"{role}, {setting.task.describe()}" for role, setting in (("source", source.setting), ("target", target))]
     if source.given:
-        level, _ = source.level(config)
+        level = source.level()
         lines.append(f"the source's super ticket is of sparsity {level.sparsity:g}, from {source.folder}")
     return _outlook(ready.config, source.setting, kinds, lines, models)
 

@@ -1,6 +1,7 @@
 """What a search does, before anything is loaded: its configuration and the list of its trials. Imports no torch."""
 
 import codecs
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -79,6 +80,27 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def training(recipe: str) -> dict[str, Any]:
+    """What of a recipe a configuration does not say: the optimizer and its constants, as JSON values.
+
+    Args:
+        recipe: its name.
+    """
+    apart = ("learning_rate", "epochs", "batch_size", "train_rows", "long_tasks", "long_epochs")
+    values = dataclasses.asdict(RECIPES[recipe])
+    return json_identity({name: value for name, value in values.items() if name not in apart})
+
+
+_CONSTANTS = {"betas": [0.9, 0.999], "warmup": 0.1, "weight_decay": 0.01, "clip": 1.0}
+#: What `training` gave when runs did not keep it yet.
+FORMAT_1_TRAINING: dict[str, dict[str, Any]] = {
+    "default": {**_CONSTANTS, "optimizer": "adamw", "eps": 1e-8, "dropout": None},
+    # Not the authors' optimizer, which has been this recipe's since.
+    "paper": {**_CONSTANTS, "optimizer": "torch.optim.Adamax", "eps": 1e-6, "dropout": 0.1},
+    "demo": {**_CONSTANTS, "optimizer": "adamw", "eps": 1e-8, "dropout": None},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(Config):
     """Everything a search depends on; each field is a flag of `ticketops search` and a key of its YAML file.
@@ -112,14 +134,16 @@ class SearchConfig(Config):
         (0.1, 0.3, 0.5),
         "Fractions of heads and of FFNs to prune, in (0, 1), comma-separated; 'paper': its eight BERT-base levels.",
         PLAN,
+        additive=True,
     )
     kinds: tuple[str, ...] = option(
         ("winning", "random"),
         "Of winning, random, losing, comma-separated; 'random@0.3' is that kind at that sparsity only.",
         PLAN,
+        additive=True,
     )
     seeds: tuple[int, ...] = option(
-        (0,), "Number of seeds, or the seeds themselves, comma-separated ('7,').", PLAN, shown="1"
+        (0,), "Number of seeds, or the seeds themselves, comma-separated ('7,').", PLAN, shown="1", additive=True
     )
     min_heads: int = option(1, "Heads that every layer keeps at least.", PLAN, int)
     prune_neurons: bool = option(

@@ -62,12 +62,13 @@ def release(
                 )
             store = Store.read(folder)
             record = _record(store, trial)
-            folder = folder / "models" / record["id"]
-            if not folder.is_dir():
+            kept = store.model(next(trial for trial in store.plan if trial.id == record["id"]))
+            if kept is None:
                 raise InputError(
                     f"{store.folder} has no model of {record['id']}: run the same command with "
                     f"{spelled('save_models', True)}"
                 )
+            folder = kept
             names = ("task", "model", "kind", "sparsity", "seed", "steps")
             run = {name: record[name] for name in names if name in record}
             if task is None or task in record.get("tasks", ()):

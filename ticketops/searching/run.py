@@ -1,21 +1,23 @@
 """The search: every trial of the plan, in order, each finished one kept."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ticketops.files import new_folder
+from ticketops.errors import TrialError
+from ticketops.files import new_folder, write_manifest
 from ticketops.models import latencies, patch, shrink
+from ticketops.models.checkpoint import NOTE
 from ticketops.searching import environment
 from ticketops.searching.plan import SearchConfig, Trial
 from ticketops.searching.selection import Level, Selection, select
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.statistics import Comparison, Spread
-from ticketops.searching.store import Named, Record, Store
+from ticketops.searching.store import Named, Record, Store, extended
 from ticketops.searching.trial import Listener, run_trial
 from ticketops.tickets import Importance, Ticket, prune
 
@@ -38,6 +40,7 @@ class SearchResult:
         records: one a trial, in the plan's order.
         selection: all levels with their spreads over seeds, and the choice among them.
         tickets: seed -> ticket at the super ticket's level; empty where no winning ticket was searched.
+        failures: why trials failed, "id" and "error" each; a later run tries them again.
         report_path: the report, where one was written.
     """
 
@@ -46,6 +49,7 @@ class SearchResult:
     records: list[Record]
     selection: Selection
     tickets: dict[int, Ticket]
+    failures: list[Record] = field(default_factory=list)
     report_path: Path | None = None
 
     @property
@@ -74,7 +78,7 @@ def run_search(config: SearchConfig, listener: Listener | None = None) -> Search
     """Runs what is still missing of a search in its output folder.
 
     Args:
-        config: the search.
+        config: the search; seeds, sparsities and kinds that the folder has beside these stay.
         listener: hears about trials and steps.
 
     Returns:
@@ -83,9 +87,9 @@ def run_search(config: SearchConfig, listener: Listener | None = None) -> Search
     Raises:
         InputError: model, task and configuration do not fit each other, or cannot be loaded.
         StoreError: the output folder cannot be used; finished trials stay.
-        TicketopsError: training diverged.
+        TrialError: every trial failed.
     """
-    return search_in(Setting.load(config), listener)
+    return search_in(Setting.load(extended(config)), listener)
 
 
 def search_in(setting: Setting, listener: Listener | None = None, timed: bool = True) -> SearchResult:
@@ -110,35 +114,37 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
             if trial.kind == "full":
                 return None
             importance = store.importance(trial.seed, ways[0])
-            assert importance is not None, "the plan has each seed's full model before its tickets"
+            if importance is None:
+                raise TrialError(f"its ticket is drawn from the scores of full-seed-{trial.seed}, which failed")
             return draw(importance, trial, config)
 
         def run(trial: Trial, ticket: Ticket | None) -> Record:
             outcome = run_trial(setting, trial, ticket, () if ticket else ways, listener)
-            for way, importance in outcome.importance.items():
-                store.write_importance(trial.seed, way, importance)
+            keep_importance(store, trial, outcome.importance)
             if config.save_models:
                 keep_model(store, trial, outcome.model, setting.tokenizer, ticket)
             return {**outcome.record, "predictions": store.write_predictions(trial, outcome.predictions)}
 
         finished = _finished(store, plan, config)
         listener.planned(plan, len(finished))
-        run_missing(store, plan, finished, run, listener, draw_ticket)
+        run_missing(store, plan, finished, run, listener, draw_ticket, _ways(config))
         records = store.records()
         selection = select(records, config.seeds)
         level = selection.super_level
         tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
-        result = SearchResult(store.folder, config, records, selection, tickets)
+        result = SearchResult(store.folder, config, records, selection, tickets, store.failures())
         if timed and result.super_ticket is not None and store.latencies() is None:
             store.write_latencies(_time(setting, result.super_ticket))
         return result
 
 
+def _ways(config: SearchConfig) -> Callable[[Trial], tuple[str, ...]]:
+    """What tells in which ways a trial of a search scores its model."""
+    return lambda trial: WAYS[config.importance] if trial.kind == "full" else ()
+
+
 def _finished(store: Store, plan: Iterable[Trial], config: SearchConfig) -> set[Trial]:
-    ways = WAYS[config.importance]
-    return finished_trials(
-        store, plan, lambda trial: ways if trial.kind == "full" else (), lambda trial: config.save_models
-    )
+    return finished_trials(store, plan, _ways(config), lambda trial: config.save_models)
 
 
 def finished_trials(
@@ -154,7 +160,7 @@ def finished_trials(
         store: of the run.
         plan: its trials.
         ways: how a trial scores its model, as `Store.importance` takes it; without these scores it is not finished.
-        keeps: whether a trial's model is kept; without it, or without its predictions, the trial is not finished.
+        keeps: whether a trial's model is kept; without it, whole, or its predictions, the trial is not finished.
 
     Raises:
         StoreError: a file is damaged.
@@ -162,8 +168,9 @@ def finished_trials(
     finished = {trial for trial in plan if store.predictions(trial) is not None}
     for trial in plan:
         store.ticket(trial)
-    finished = {trial for trial in finished if store.model_path(trial).is_dir() or not keeps(trial)}
-    return {trial for trial in finished if None not in [store.importance(trial.seed, way) for way in ways(trial)]}
+    finished = {trial for trial in finished if not keeps(trial) or store.has_model(trial)}
+    scored = {trial: [store.importance(trial.seed, way, trial) for way in ways(trial)] for trial in plan}
+    return {trial for trial in finished if None not in scored[trial]}
 
 
 def run_missing(
@@ -173,8 +180,11 @@ def run_missing(
     run: Callable[[AnyTrial, Ticket | None], Record],
     listener: Listener,
     draw_ticket: Callable[[AnyTrial], Ticket | None] = lambda trial: None,
+    ways: Callable[[AnyTrial], Iterable[str]] = lambda trial: (),
 ) -> None:
     """Runs the trials that are not finished, in the plan's order, and keeps each one's record as soon as it is there.
+
+    A trial that fails is recorded with its error, and the others go on.
 
     Args:
         store: of the run.
@@ -182,21 +192,52 @@ def run_missing(
         finished: those that do not run.
         run: trains a trial and writes what it leaves but its record, which comes last: it says that the rest is there.
         listener: hears about trials.
-        draw_ticket: draws a trial's ticket, where it draws one. Finished trials' tickets are drawn, too, and compared
-            with those that are kept: a changed importance would be noticed.
+        draw_ticket: draws a trial's ticket, where it draws one; that of a finished trial only where it was lost.
+        ways: how a trial scores its model, as in `finished_trials`.
 
     Raises:
-        StoreError: another ticket is kept, or a file cannot be written.
+        StoreError: a file is damaged, or cannot be written.
+        TrialError: all trials failed.
     """
+    failed: dict[str, str] = {}
     for trial in plan:
-        ticket = draw_ticket(trial)
-        if ticket is not None:
-            store.keep_ticket(trial, ticket)
-        if trial not in finished:
-            listener.started(trial)
-            record = run(trial, ticket)
-            store.write_record(trial, record)
-            listener.finished(trial, record)
+        try:
+            done = trial in finished
+            ticket = None
+            if not (done and store.ticket_path(trial).exists()):
+                ticket = draw_ticket(trial)
+            if ticket is not None and not store.keep_ticket(trial, ticket, done):
+                done = False
+            if not done:
+                listener.started(trial)
+                record = run(trial, ticket)
+                store.write_record(trial, record, [store.importance_path(trial.seed, way) for way in ways(trial)])
+                listener.finished(trial, record)
+        except (TrialError, torch.OutOfMemoryError) as error:
+            reason = " ".join(str(error).split())[:500]
+            failed[trial.id] = reason
+            store.write_failure(trial, reason)
+            listener.failed(trial, reason)
+    if failed and len(failed) == len(list(plan)):
+        first = next(iter(failed))
+        raise TrialError(f"all {len(failed)} trials failed; {first}: {failed[first]}")
+
+
+def keep_importance(store: Store, trial: Named, importance: Mapping[str, Importance], suffix: str = "") -> None:
+    """Writes the importance of a full model.
+
+    Where the trial is finished and only its model was lost, the importance that tickets were drawn from already stays:
+    trained on another machine, the model would be scored a little differently.
+
+    Args:
+        store: of the run.
+        trial: that has scored its model.
+        importance: way -> scores.
+        suffix: of each way's name.
+    """
+    for way, scores in importance.items():
+        if store.record(trial) is None or store.importance(trial.seed, way + suffix) is None:
+            store.write_importance(trial.seed, way + suffix, scores)
 
 
 def _time(setting: Setting, ticket: Ticket) -> Record:
@@ -269,6 +310,11 @@ class Inner(Listener):
         assert isinstance(trial, Trial)
         self._outer.finished(Stage(self._name, trial), record)
 
+    def failed(self, trial: Named, reason: str) -> None:
+        """A trial failed."""
+        assert isinstance(trial, Trial)
+        self._outer.failed(Stage(self._name, trial), reason)
+
 
 def draw(importance: Importance, trial: Trial, config: SearchConfig) -> Ticket:
     """Draws a trial's ticket from its seed's importance and notes in its metadata what it was drawn for.
@@ -313,3 +359,4 @@ def keep_model(
         tokenizer.save_pretrained(folder)
         if ticket is not None:
             ticket.save(folder / "ticket.safetensors")
+        write_manifest(folder, NOTE, {"format": "whole", "trial": trial.id})

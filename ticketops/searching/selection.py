@@ -1,5 +1,6 @@
 """Which sparsity makes the super ticket: arithmetic over records, nothing else."""
 
+import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,20 @@ class Selection:
             level: one of `levels`.
         """
         return level.report_scores if self.split == "report" else level.scores
+
+
+def at_sparsity(selection: Selection, sparsity: float | None) -> Selection:
+    """A selection whose super level is another one, which an earlier choice has named.
+
+    Args:
+        selection: as `select` makes it.
+        sparsity: of the winning level that was chosen; None leaves the choice as it is.
+
+    Returns:
+        The selection, as it is where it has no such level.
+    """
+    found = [level for level in selection.levels if (level.kind, level.sparsity) == ("winning", sparsity)]
+    return dataclasses.replace(selection, super_level=found[0]) if found else selection
 
 
 def select(records: Iterable[Mapping[str, Any]], seeds: Iterable[int]) -> Selection:

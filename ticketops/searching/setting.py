@@ -1,6 +1,7 @@
 """What all trials of a search share: the task's rows as tokens, and the pre-trained weights they all start from."""
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import logging
@@ -23,7 +24,7 @@ from ticketops.models import check_supported
 from ticketops.models.checkpoint import LOCAL, check_folder
 from ticketops.models.inputs import positions
 from ticketops.models.record import held_ticket, num_neurons
-from ticketops.searching.plan import RECIPES, SearchConfig, Trial, check_names, make_plan
+from ticketops.searching.plan import RECIPES, SearchConfig, Trial, check_names, make_plan, training
 from ticketops.tasks import Task, demo_model, load_task, tokenize
 from ticketops.text import structures
 
@@ -189,6 +190,7 @@ class Setting:
             "layers": self.num_layers,
             "heads": self.num_heads,
             "neurons": self.num_neurons,
+            "training": training(self.config.recipe),
         }
 
     def fresh_model(self, seed: int) -> PreTrainedModel:
@@ -201,7 +203,8 @@ class Setting:
             The model on the CPU, in training mode.
         """
         transformers.set_seed(seed)
-        model = AutoModelForSequenceClassification.from_config(self.model_config, dtype=torch.float32)
+        # The Trainer writes into a model's configuration, and a trial must not depend on those before it.
+        model = AutoModelForSequenceClassification.from_config(copy.deepcopy(self.model_config), dtype=torch.float32)
         # Weights that only the bare model has, such as an unused pooler, stay behind.
         model.base_model.load_state_dict(self.pretrained, strict=False)
         model.load_state_dict(self.head, strict=False)

@@ -2,11 +2,10 @@
 
 import gc
 import itertools
-import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, set_seed
 
-from ticketops.errors import InputError
-from ticketops.files import write_atomically
+from ticketops.errors import InputError, TrialError
 from ticketops.models import SharedModel, weight_counts
 from ticketops.searching import environment
 from ticketops.searching.mixing import Step, make_schedule
 from ticketops.searching.run import Inner, finished_trials, run_missing, search_in, stages
-from ticketops.searching.selection import compare_arms
+from ticketops.searching.selection import at_sparsity, compare_arms
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing_plan import (
     SEARCHES,
@@ -32,7 +30,7 @@ from ticketops.searching.sharing_plan import (
     without,
 )
 from ticketops.searching.statistics import Comparison
-from ticketops.searching.store import Record, Store
+from ticketops.searching.store import Record, Store, extended
 from ticketops.searching.task_tickets import (
     Given,
     Tickets,
@@ -63,6 +61,7 @@ class ShareResult:
         config: the run.
         records: one a trial, in the plan's order.
         tickets: task -> seed -> its ticket.
+        failures: why trials failed, "id" and "error" each; a later run tries them again.
         report_path: the report, where one was written.
     """
 
@@ -70,6 +69,7 @@ class ShareResult:
     config: ShareConfig
     records: list[Record]
     tickets: Tickets
+    failures: list[Record] = field(default_factory=list)
     report_path: Path | None = None
 
     @property
@@ -111,24 +111,61 @@ def load_settings(config: ShareConfig) -> dict[str, Setting]:
     return settings
 
 
-def prepare_share(config: ShareConfig) -> tuple[dict[str, Setting], Given | None]:
+@dataclass(frozen=True, eq=False)
+class PreparedShare:
+    """A share whose inputs are loaded and checked.
+
+    Attributes:
+        config: the run, with what its output folder has beside its own tasks, seeds and levels.
+        settings: task name -> its setting, all tasks.
+        given: the tickets that `config` names; None where they are to be found on the way.
+        chosen: task -> the sparsity whose tickets finished trials were trained with; empty where none is finished.
+        identity: what the results depend on.
+        plan: the multi-task trials.
+    """
+
+    config: ShareConfig
+    settings: dict[str, Setting]
+    given: Given | None
+    chosen: Mapping[str, float | None]
+    identity: Record
+    plan: list[ShareTrial]
+
+
+def prepare_share(config: ShareConfig) -> PreparedShare:
     """Loads and checks everything that sharing needs, before anything is trained or written.
 
     Args:
         config: the run.
 
-    Returns:
-        Task name -> its setting; the tickets that `config` names, None where they are to be found on the way.
-
     Raises:
         InputError: model, tasks, tickets and configuration do not fit each other, or cannot be loaded.
+        StoreError: the output folder's `config.json` is corrupt.
     """
+    config = extended(config)
     settings = load_settings(config)
-    given = given_tickets(config, settings)
+    begun: Record = {}
+    chosen: Mapping[str, float | None] = {}
+    if (Path(config.output) / "config.json").is_file() and (store := Store.read(config.output)).kind == "share":
+        begun = store.description["identity"]
+        # One level for all seeds: what finished trials were trained with stays, whatever a longer search would choose.
+        finished = any((store.folder / "trials").glob("*.json"))
+        chosen = {name: one["sparsity"] for name, one in (store.facts(SINGLE) or {}).items()} if finished else {}
+    given = given_tickets(config, settings, chosen)
     for setting in () if given else settings.values():
         # Its levels are checked by listing them.
         setting.plan()
-    return settings, given
+    identity = {
+        **next(iter(settings.values())).identity(),
+        "kind": "share",
+        "config": without(config, "output", "save_models"),
+        "task_fingerprint": {name: setting.task.fingerprint for name, setting in settings.items()},
+        "tickets": None if given is None else digests(given.tickets),
+    }
+    first = begun.get("first_tasks", len(begun["config"]["tasks"])) if begun else len(config.tasks)
+    if first < len(config.tasks):
+        identity["first_tasks"] = first
+    return PreparedShare(config, settings, given, chosen, identity, share_plan(config, first))
 
 
 def run_share_trial(
@@ -155,7 +192,7 @@ def run_share_trial(
         The record, the trained model, and its logits [rows, labels] by "TASK.SPLIT".
 
     Raises:
-        TicketopsError: training diverged.
+        TrialError: training diverged.
     """
     timing = Timing()
     first = next(iter(settings.values()))
@@ -250,27 +287,11 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def share_identity(config: ShareConfig, settings: Mapping[str, Setting], given: Given | None) -> Record:
-    """What the results of a share depend on.
-
-    Args:
-        config: the run.
-        settings, given: as `prepare_share` returns them.
-    """
-    return {
-        **next(iter(settings.values())).identity(),
-        "kind": "share",
-        "config": without(config, "output", "save_models"),
-        "task_fingerprint": {name: setting.task.fingerprint for name, setting in settings.items()},
-        "tickets": None if given is None else digests(given.tickets),
-    }
-
-
 def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareResult:
     """Runs what is still missing of a share in its output folder.
 
     Args:
-        config: the run.
+        config: the run; tasks, seeds, levels, tickets and arms that the folder has beside these stay.
         listener: hears about trials and steps.
 
     Returns:
@@ -279,18 +300,18 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
     Raises:
         InputError: model, tasks, tickets and configuration do not fit each other, or cannot be loaded.
         StoreError: the output folder cannot be used; finished trials stay.
-        TicketopsError: training diverged.
+        TrialError: every trial failed.
     """
     listener = listener or Listener()
-    settings, given = prepare_share(config)
+    ready = prepare_share(config)
+    config, settings, given, plan = ready.config, ready.settings, ready.given, ready.plan
     first = next(iter(settings.values()))
-    plan = share_plan(config)
     notes = {
         **environment.circumstances(),
         "validation": {name: setting.task.validation_name for name, setting in settings.items()},
         "tasks": {name: setting.task.describe() for name, setting in settings.items()},
     }
-    with Store.create(config.output, share_identity(config, settings, given), notes) as store:
+    with Store.create(config.output, ready.identity, notes) as store:
         finished = finished_trials(store, plan, keeps=lambda trial: config.save_models)
         for name, seed in itertools.product(settings, config.seeds):
             store.ticket(TaskTicket(name, seed))
@@ -299,17 +320,23 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
         searches = [stages(setting, name) for name, setting in searched.items()]
         announced = [stage for trials, _ in searches for stage in trials]
         listener.planned([*announced, *plan], sum(done for _, done in searches) + len(finished))
-        found = given or Given({}, {})
+        found, failures = given or Given({}, {}), []
         for name, setting in searched.items():
             result = search_in(setting, Inner(listener, name), timed=False)
-            found.tickets[name] = result.tickets
-            found.single[name] = single_scores(result.records, result.selection)
+            failures += [{**failure, "id": f"{name} {failure['id']}"} for failure in result.failures]
+            selection = at_sparsity(result.selection, ready.chosen.get(name))
+            level = selection.super_level
+            tickets = Store.read(setting.config.output, "search").tickets("winning", level.sparsity) if level else {}
+            found.tickets[name] = tickets
+            found.single[name] = single_scores(result.records, selection)
         for name, by_seed in found.tickets.items():
             for seed, ticket in by_seed.items():
                 store.keep_ticket(TaskTicket(name, seed), ticket)
-        write_atomically(store.folder / SINGLE, json.dumps(found.single, indent=2) + "\n")
+        store.write_facts(SINGLE, found.single)
 
         def run(trial: ShareTrial, _: Ticket | None) -> Record:
+            if lacking := [name for name, by_seed in found.tickets.items() if trial.seed not in by_seed]:
+                raise TrialError(f"it takes the super ticket of {lacking[0]} for seed {trial.seed}, whose trial failed")
             kept = arm_tickets(trial, {name: by_seed[trial.seed] for name, by_seed in found.tickets.items()})
             record, model, predictions = run_share_trial(config, settings, trial, kept, listener)
             if config.save_models:
@@ -321,4 +348,4 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
             return {**record, "predictions": store.write_predictions(trial, predictions)}
 
         run_missing(store, plan, finished, run, listener)
-        return ShareResult(store.folder, config, store.records(), found.tickets)
+        return ShareResult(store.folder, config, store.records(), found.tickets, [*failures, *store.failures()])

@@ -110,7 +110,11 @@ class ShareConfig(Config):
     model: str = as_in_search("model")
     revision: str | None = as_in_search("revision")
     tasks: tuple[str, ...] = option(
-        None, "Two tasks or more, comma-separated: GLUE names, data files or folders.", WHAT, shown="none"
+        None,
+        "Two tasks or more, comma-separated: GLUE names, data files or folders.",
+        WHAT,
+        shown="none",
+        additive=True,
     )
     output: str = as_in_search("output", default="ticketops-share", shown="ticketops-share")
     tickets: tuple[str, ...] | None = option(
@@ -119,12 +123,14 @@ class ShareConfig(Config):
         "share; 'TASK=FOLDER' or 'TASK=FILE.safetensors' where the name does not say whose it is.",
         WHAT,
         shown="found on the way, by a search of each task",
+        additive=True,
     )
     arms: tuple[str, ...] = option(
         ("tickets", "plain", "random"),
         "What is compared: tickets (each task its own), plain (no tickets), random (same counts), union and "
         "intersection (of all tasks' tickets, for every task).",
         PLAN,
+        additive=True,
     )
     mixing: Literal["proportional", "annealed", "uniform"] = option(
         "proportional", "How tasks share the steps: proportional to their size, annealed or uniform.", TRAINING
@@ -203,15 +209,18 @@ class ShareTrial:
     Attributes:
         kind: the arm.
         seed: of the task heads, the order of steps and rows, dropout, and random tickets.
+        tasks: how many tasks it trains, where the run began with fewer; else None.
     """
 
     kind: Arm
     seed: int
+    tasks: int | None = None
 
     @property
     def id(self) -> str:
         """A name that is unique in its run and can be a file's name."""
-        return f"{self.kind}-seed-{self.seed}"
+        tasks = "" if self.tasks is None else f"-{self.tasks}-tasks"
+        return f"{self.kind}{tasks}-seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -227,14 +236,16 @@ class TaskTicket:
         return f"{self.task}-seed-{self.seed}"
 
 
-def share_plan(config: ShareConfig) -> list[ShareTrial]:
+def share_plan(config: ShareConfig, first_tasks: int | None = None) -> list[ShareTrial]:
     """Lists the multi-task trials in the order in which they run: seed by seed, the arms in the order of `ARMS`.
 
     Args:
         config: the run.
+        first_tasks: with how many tasks it began; None for all of them. Trials of fewer tasks stay beside those of all.
     """
     arms = [arm for arm in ARMS if arm in config.arms]
-    return [ShareTrial(arm, seed) for seed in config.seeds for arm in arms]  # type: ignore[arg-type]
+    tasks = len(config.tasks) if first_tasks not in (None, len(config.tasks)) else None
+    return [ShareTrial(arm, seed, tasks) for seed in config.seeds for arm in arms]  # type: ignore[arg-type]
 
 
 def without(config: Config, *names: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ticketops.errors import InputError, spelled
 from ticketops.files import user_path
-from ticketops.searching.selection import Selection, select
+from ticketops.searching.selection import Selection, at_sparsity, select
 from ticketops.searching.setting import Setting
 from ticketops.searching.sharing_plan import SEARCHES, ShareConfig, ShareTrial
 from ticketops.searching.store import Record, Store
@@ -31,12 +31,15 @@ class Given:
     single: dict[str, Record]
 
 
-def given_tickets(config: ShareConfig, settings: Mapping[str, Setting]) -> Given | None:
+def given_tickets(
+    config: ShareConfig, settings: Mapping[str, Setting], chosen: Mapping[str, float | None]
+) -> Given | None:
     """Reads the tickets that `--tickets` names.
 
     Args:
         config: the run.
         settings: of the tasks.
+        chosen: task -> the sparsity that the run has chosen for it already.
 
     Returns:
         Of a search its super tickets, each for the seed that it was found with; of a file its ticket, for all seeds.
@@ -59,7 +62,7 @@ def given_tickets(config: ShareConfig, settings: Mapping[str, Setting]) -> Given
                 f"as PATH or TASK=PATH with one of the tasks {', '.join(settings)}"
             )
         for folder in _searches(path, settings) if task is None else [path]:
-            own, tickets, single, model = _read_tickets(folder, config)
+            own, tickets, single, model = _read_tickets(folder, config, chosen, task)
             own = task or own
             if own not in settings:
                 raise InputError(
@@ -96,7 +99,9 @@ def _searches(path: Path, tasks: Collection[str]) -> list[Path]:
     return [inside / task for task in tasks if (inside / task).is_dir()] if inside.is_dir() else [path]
 
 
-def _read_tickets(path: Path, config: ShareConfig) -> tuple[str, dict[int, Ticket], Record, str | None]:
+def _read_tickets(
+    path: Path, config: ShareConfig, chosen: Mapping[str, float | None], task: str | None
+) -> tuple[str, dict[int, Ticket], Record, str | None]:
     """Task, tickets by seed, single-task scores and the model's fingerprint of a search or a ticket's file."""
     if path.is_file():
         ticket = Ticket.load(path)
@@ -104,12 +109,15 @@ def _read_tickets(path: Path, config: ShareConfig) -> tuple[str, dict[int, Ticke
     store = Store.read(path, "search")
     records = store.records()
     selection = select(records, store.config.seeds)
+    if records:
+        selection = at_sparsity(selection, chosen.get(task or records[0]["task"]))
     level = selection.super_level
     if level is None:
         raise InputError(
             f"{path} has no super ticket yet: finish that search, with winning among its {spelled('kinds')}"
         )
     tickets = store.tickets(level.kind, level.sparsity)
+    # A search may have gained seeds since, which are no part of this run.
     if missing := [seed for seed in config.seeds if seed not in tickets]:
         raise InputError(
             f"{path} has no super ticket of seed {missing[0]}, only of {', '.join(map(str, tickets))}: search with "

@@ -2,15 +2,15 @@
 
 import hashlib
 import itertools
-import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from ticketops.errors import InputError, spelled
-from ticketops.files import user_path, write_atomically
+from ticketops.errors import InputError, TrialError, spelled
+from ticketops.files import user_path
 from ticketops.models import load
 from ticketops.searching import environment
 from ticketops.searching.ladder import compare_rungs, read_ladders
@@ -20,16 +20,17 @@ from ticketops.searching.run import (
     Inner,
     draw,
     finished_trials,
+    keep_importance,
     keep_model,
     run_missing,
     search_in,
     stages,
 )
-from ticketops.searching.selection import Level, select
+from ticketops.searching.selection import Level, Selection, at_sparsity, select
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing_plan import without
 from ticketops.searching.statistics import Comparison
-from ticketops.searching.store import Record, Store
+from ticketops.searching.store import Record, Store, extended
 from ticketops.searching.task_tickets import single_scores
 from ticketops.searching.transfer_plan import SCORES, SOURCE, TransferConfig, TransferTrial, transfer_plan
 from ticketops.searching.trial import Listener, run_trial
@@ -47,6 +48,7 @@ class TransferResult:
         records: one a trial, in the plan's order.
         level: the source's super ticket's level.
         comparisons: ladder, "target" or "source" -> fraction of its rows -> super ticket against full model there.
+        failures: why trials failed, "id" and "error" each; a later run tries them again.
         report_path: the report, where one was written.
     """
 
@@ -55,6 +57,7 @@ class TransferResult:
     records: list[Record]
     level: Level
     comparisons: dict[str, dict[float, Comparison]]
+    failures: list[Record] = field(default_factory=list)
     report_path: Path | None = None
 
 
@@ -66,43 +69,56 @@ class Source:
         setting: of the source task, as its search has it.
         folder: of the search.
         given: whether the search was there before.
+        chosen: the sparsity that finished trials' source has been trained at; None where none is finished.
     """
 
     setting: Setting
     folder: Path
     given: bool
+    chosen: float | None = None
 
-    def level(self, config: TransferConfig) -> tuple[Level, list[Record]]:
-        """The super ticket's level, and all records.
-
-        Args:
-            config: the run, whose seeds the search must have.
+    def selection(self) -> tuple[Selection, list[Record]]:
+        """The search's levels, the super ticket's among them, and all records.
 
         Raises:
-            InputError: the search lacks a super ticket, a seed or a model.
+            InputError: the search lacks a super ticket.
         """
         store = Store.read(self.folder, "search")
         records = store.records()
-        level = select(records, store.config.seeds).super_level
-        if level is None:
+        # One level for all seeds: what finished trials were trained with stays, whatever a longer search would choose.
+        selection = at_sparsity(select(records, store.config.seeds), self.chosen)
+        if selection.super_level is None:
             raise InputError(
                 f"{self.folder} has no super ticket yet: finish that search, with winning among its {spelled('kinds')}"
             )
-        done = {record["id"] for record in records}
-        for seed in config.seeds:
-            for kind in ("full", "winning"):
-                trial = self.trial(kind, level, seed)
-                if trial.id not in done:
-                    raise InputError(
-                        f"{self.folder} has no finished trials of seed {seed}: give {spelled('seeds')} that it has"
-                    )
-                if not store.model_path(trial).is_dir():
-                    raise InputError(
-                        f"{self.folder} has no model of {trial.id}: repeat that search with "
-                        f"{spelled('save_models', True)}, or name the "
-                        "source task itself"
-                    )
-        return level, records
+        return selection, records
+
+    def level(self) -> Level:
+        """The super ticket's level."""
+        level = self.selection()[0].super_level
+        assert level is not None
+        return level
+
+    def check(self, seeds: Iterable[int]) -> None:
+        """Makes sure that a search which was there before has what the run starts from.
+
+        Args:
+            seeds: of the run.
+
+        Raises:
+            InputError: the search lacks a super ticket, a seed or a model.
+            StoreError: a model was changed or damaged.
+        """
+        store, level = Store.read(self.folder, "search"), self.level()
+        for seed, kind in itertools.product(seeds, ("full", "winning")):
+            trial = self.trial(kind, level, seed)
+            if store.record(trial) is None:
+                raise InputError(f"{self.folder} has no finished trials of seed {seed}: give {spelled('seeds')} that it has")
+            if store.model(trial) is None:
+                raise InputError(
+                    f"{self.folder} has no model of {trial.id}: repeat that search with "
+                    f"{spelled('save_models', True)}, or name the source task itself"
+                )
 
     def trial(self, kind: str, level: Level, seed: int) -> Trial:
         """The search's trial of the full model, or of the super ticket.
@@ -116,10 +132,20 @@ class Source:
             return Trial(kind, 0.0, seed, 0, 0)
         return Trial(kind, level.sparsity, seed, level.heads_pruned, level.ffns_pruned, level.neurons_pruned)
 
-    def digest(self) -> str:
-        """What tells the search's results from others."""
-        found = [record["predictions_sha256"] for record in Store.read(self.folder, "search").records()]
-        return hashlib.sha256("".join(found).encode()).hexdigest()
+    def digests(self, seeds: Iterable[int]) -> dict[str, str]:
+        """What tells the search's results that the run starts from from others: seed -> digest.
+
+        Args:
+            seeds: of the run.
+        """
+        records, level = {record["id"]: record for record in self.selection()[1]}, self.level()
+        trials = {seed: [self.trial(kind, level, seed).id for kind in ("full", "winning")] for seed in seeds}
+        return {
+            str(seed): hashlib.sha256(
+                "".join(records[name]["predictions_sha256"] for name in names).encode()
+            ).hexdigest()
+            for seed, names in trials.items()
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +153,7 @@ class Prepared:
     """A transfer whose inputs are loaded and checked.
 
     Attributes:
-        config: the run, with the source's model.
+        config: the run, with the source's model, and with what its output folder has beside its own seeds and levels.
         source: where it comes from.
         target: the target task's setting.
         identity: what its results depend on.
@@ -150,6 +176,7 @@ def prepare_transfer(config: TransferConfig) -> Prepared:
     Raises:
         InputError: model, tasks, labels, fractions and configuration do not fit each other, or cannot be loaded.
     """
+    config = extended(config)
     source = load_source(config)
     config = replace(config, model=source.setting.config.model, revision=source.setting.config.revision)
     target = Setting.load(config.search(config.target), at_most=True)
@@ -157,14 +184,14 @@ def prepare_transfer(config: TransferConfig) -> Prepared:
     for setting in (target, *([source.setting] if config.source_ladder else [])):
         _check_shares(setting, config)
     if source.given:
-        source.level(config)
+        source.check(config.seeds)
     identity = {
         **target.identity(),
         "kind": "transfer",
         "config": without(config, "output", "save_models"),
         "source": without(source.setting.config, "output", "save_models"),
         "source_fingerprint": source.setting.task.fingerprint,
-        "source_results": source.digest() if source.given else None,
+        "source_results": source.digests(config.seeds) if source.given else None,
     }
     # The levels are checked by listing them.
     plan = transfer_plan(config, identity)
@@ -176,7 +203,7 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
     """Runs what is still missing of a transfer in its output folder.
 
     Args:
-        config: the run.
+        config: the run; fractions, seeds and levels that the folder has beside these stay.
         listener: hears about trials and steps.
 
     Returns:
@@ -185,7 +212,7 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
     Raises:
         InputError: model, tasks, labels, fractions and configuration do not fit each other, or cannot be loaded.
         StoreError: the output folder cannot be used; finished trials stay.
-        TicketopsError: training diverged.
+        TrialError: every trial failed.
     """
     listener = listener or Listener()
     ready = prepare_transfer(config)
@@ -201,20 +228,27 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
         )
         searches, done = ([], 0) if source.given else stages(source.setting, "source")
         listener.planned([*searches, *plan], done + len(finished))
+        failures: list[Record] = []
         if not source.given:
-            search_in(source.setting, Inner(listener, "source"), timed=False)
-        level, records = source.level(config)
-        scores = single_scores(records, select(records, source.setting.config.seeds))
+            searched = search_in(source.setting, Inner(listener, "source"), timed=False)
+            failures = [{**failure, "id": f"source {failure['id']}"} for failure in searched.failures]
+        selection, records = source.selection()
+        level = source.level()
+        scores = single_scores(records, selection)
         scores["train_rows"] = len(source.setting.splits["train"])
-        write_atomically(store.folder / SCORES, json.dumps(scores, indent=2) + "\n")
+        store.write_facts(SCORES, scores)
 
         def run(trial: TransferTrial, ticket: Ticket | None) -> Record:
             return _run(store, trial, config, source, target, level, ticket, listener)
 
-        run_missing(store, plan, finished, run, listener, lambda trial: _drawn(store, trial, source))
+        def draw_ticket(trial: TransferTrial) -> Ticket | None:
+            return _drawn(store, trial, source)
+
+        run_missing(store, plan, finished, run, listener, draw_ticket, lambda trial: _ways(trial, source))
         rungs = read_ladders(store)
         comparisons = {ladder: compare_rungs(store, rungs, ladder) for ladder in ("target", "source")}
-        return TransferResult(store.folder, config, store.records(), level, comparisons)
+        failures += store.failures()
+        return TransferResult(store.folder, config, store.records(), level, comparisons, failures)
 
 
 def load_source(config: TransferConfig) -> Source:
@@ -226,11 +260,14 @@ def load_source(config: TransferConfig) -> Source:
     Raises:
         InputError: it cannot be loaded, or the search in the folder was made with other rows or another model.
     """
-    folder = user_path(config.source, spelled("source"))
+    folder, output, chosen = user_path(config.source, spelled("source")), Path(config.output), None
+    if (output / "config.json").is_file() and (own := Store.read(output)).kind == "transfer":
+        finished = any((output / "trials").glob("target-*.json"))
+        chosen = (own.facts(SCORES) or {}).get("sparsity") if finished else None
     if not (folder / "config.json").is_file():
         search = config.search(config.source, output=str(Path(config.output) / SOURCE), save_models=True)
         setting = Setting.load(search, at_most=True)
-        return Source(setting, Path(search.output), given=False)
+        return Source(setting, Path(search.output), False, chosen)
     store = Store.read(folder, "search")
     if config.model not in (None, store.config.model):
         raise InputError(
@@ -252,7 +289,7 @@ def load_source(config: TransferConfig) -> Source:
     for what, name in (("rows of its task", "task_fingerprint"), ("pre-trained weights", "model_fingerprint")):
         if identity[name] != there[name]:
             raise InputError(f"the {what} have changed since the search in {folder}: search again into a new folder")
-    return Source(setting, folder, given=True)
+    return Source(setting, folder, True, chosen)
 
 
 def subset(setting: Setting, fraction: float, seed: int, min_steps: int = 0) -> Setting:
@@ -326,7 +363,11 @@ def keeps_model(trial: TransferTrial, config: TransferConfig) -> bool:
 
 
 def _way(trial: TransferTrial, source: Source) -> str:
-    return f"{WAYS[source.setting.config.importance][0]}-of-{trial.fraction:g}"
+    return WAYS[source.setting.config.importance][0] + _of_share(trial)
+
+
+def _of_share(trial: TransferTrial) -> str:
+    return f"-of-{trial.fraction:g}"
 
 
 def _drawn(store: Store, trial: TransferTrial, source: Source) -> Ticket | None:
@@ -334,7 +375,8 @@ def _drawn(store: Store, trial: TransferTrial, source: Source) -> Ticket | None:
     if trial.ladder != "source" or trial.kind != "winning":
         return None
     importance = store.importance(trial.seed, _way(trial, source))
-    assert importance is not None, "the plan has each share's full model before its tickets"
+    if importance is None:
+        raise TrialError("its ticket is drawn from the scores of its share's full model, which failed")
     return draw(importance, trial.as_in_search, source.setting.config)
 
 
@@ -356,8 +398,7 @@ def _run(
     ways = WAYS[setting.config.importance][:1] if _ways(trial, source) else ()
     part = subset(setting, trial.fraction, trial.seed, config.min_steps)
     outcome = run_trial(part, origin, ticket, ways, listener)
-    for importance in outcome.importance.values():
-        store.write_importance(trial.seed, _way(trial, source), importance)
+    keep_importance(store, trial, outcome.importance, _of_share(trial))
     if keeps_model(trial, config):
         keep_model(store, trial, outcome.model, target.tokenizer, ticket)
     kept = {"predictions": store.write_predictions(trial, outcome.predictions)}
@@ -368,8 +409,10 @@ def _run(
 def _adapted(target: Setting, source: Source, origin: Trial, head: str) -> tuple[Setting, Ticket | None]:
     """The target's setting that starts from a trial's fine-tuned weights, and the ticket they were trained with."""
     store = Store.read(source.folder, "search")
+    if (folder := store.model(origin)) is None:
+        raise TrialError(f"it starts from {origin.id} of the source, which failed")
     with quiet():
-        model = load(store.model_path(origin))
+        model = load(folder)
     inside = f"{model.base_model_prefix}."
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
     setting = replace(target, pretrained=model.base_model.state_dict(), head=weights if head == "keep" else {})

@@ -52,6 +52,7 @@ class TransferConfig(Config):
         (0.001, 0.01, 0.1, 1.0),
         "Shares of the training rows, in (0, 1], comma-separated; a larger one contains a smaller one.",
         DATA,
+        additive=True,
     )
     head: Literal["keep", "fresh"] = option(
         "keep", "The task head: keep the source's, which needs the same labels, or fresh for a new one.", WHAT

@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from ticketops.errors import TicketopsError, spelled
+from ticketops.errors import TrialError, spelled
 from ticketops.models import costs, patch, put_back, shrink, weight_counts
 from ticketops.optim import Adamax
 from ticketops.searching import environment
@@ -48,6 +48,9 @@ class Listener:
 
     def finished(self, trial: Named, record: Record) -> None:
         """A trial's record is written."""
+
+    def failed(self, trial: Named, reason: str) -> None:
+        """A trial failed; the run goes on, and tries it again next time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +90,7 @@ def run_trial(
         listener: hears about the steps.
 
     Raises:
-        TicketopsError: training diverged.
+        TrialError: training diverged.
     """
     config, timing = setting.config, Timing()
     with quiet(), contextlib.ExitStack() as stack:
@@ -231,10 +234,10 @@ def check_converged(name: str, config: Any, loss: float, predictions: Mapping[st
         predictions: its logits.
 
     Raises:
-        TicketopsError: it did not.
+        TrialError: it did not.
     """
     if not math.isfinite(loss) or not all(np.isfinite(logits).all() for logits in predictions.values()):
-        raise TicketopsError(
+        raise TrialError(
             f"training diverged in trial {name} (loss {loss:g}): lower {spelled('learning_rate')}, now "
             f"{config.learning_rate:g}"
         )
