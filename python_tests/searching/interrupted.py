@@ -19,6 +19,8 @@ from typing import Any
 
 from ticketops import searching
 from ticketops.searching import Listener, Setting
+from ticketops.searching.sharing import prepare_share
+from ticketops.searching.transfer import prepare_transfer
 
 RUNS: dict[str, Any] = {
     "search": (searching.SearchConfig, searching.run_search),
@@ -150,9 +152,8 @@ def main(kind: str, fields: dict[str, Any], folder: Path, count: int, seed: int)
     undisturbed, interrupted = folder / "undisturbed", folder / "interrupted"
     config = RUNS[kind][0](**fields, output=str(undisturbed))
     # Loads what all lives need.
-    {"search": Setting.load, "share": searching.sharing.prepare_share, "transfer": searching.transfer.prepare_transfer}[
-        kind
-    ](config)
+    prepare: dict[str, Any] = {"search": Setting.load, "share": prepare_share, "transfer": prepare_transfer}
+    prepare[kind](config)
     start = time.monotonic()
     events = live(kind, fields, undisturbed, None)
     seconds, want = time.monotonic() - start, content(undisturbed)
@@ -170,7 +171,7 @@ def main(kind: str, fields: dict[str, Any], folder: Path, count: int, seed: int)
             kills += 1
             power_cuts += power and isinstance(end, int)
             # Some runs are killed again, most may finish now.
-            end = draw.randrange(1, events) if draw.random() < 0.3 else 10**9
+            end = draw.randrange(1, events) if draw.random() < 0.6 else 10**9
         got = content(interrupted)
         if different := [name for name in {**want, **got} if want.get(name, ...) != got.get(name, ...)]:
             sys.exit(f"after {kills} kills, the last life of {end}, these differ: {different[:5]}")

@@ -1,15 +1,10 @@
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ticketops.errors import StoreError
-from ticketops.files import write_atomically
 from ticketops.models import load
 from ticketops.reporting import report
 from ticketops.searching import Listener, SearchConfig, SearchResult, Setting, Store, run_search
@@ -112,42 +107,6 @@ def test_a_damaged_record_is_reported_before_anything_runs(found: SearchResult):
         run_search(found.config, heard)
     path.write_text(whole)
     assert heard.ran == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["tiny", pytest.param("sst2", marks=pytest.mark.data)])
-def test_a_search_killed_at_several_points_gives_the_records_of_an_undisturbed_one(
-    task: str, inputs: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
-):
-    fields = {**inputs, **FIELDS, "validation_rows": 40}
-    if task == "sst2":
-        fields["task"] = str(tmp_path / "sst2")
-        for split in ("train", "validation"):
-            rows = (request.getfixturevalue("glue_folder") / "sst2" / f"{split}.jsonl").read_text().splitlines()[:300]
-            write_atomically(tmp_path / "sst2" / f"{split}.jsonl", "\n".join(rows))
-    interrupt("search", fields, tmp_path, 4)
-
-
-def interrupt(kind: str, fields: dict[str, Any], tmp_path: Path, trials: int, lives: int = 13) -> None:
-    """Checks that a run killed at several points leaves what an undisturbed one does."""
-    folders = [tmp_path / "interrupted", tmp_path / "undisturbed"]
-    script = Path(__file__).with_name("interrupted.py")
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, str(script), kind, json.dumps(fields), *map(str, folders), str(lives)],
-        # Children are forked, and OpenMP's threads do not survive that.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 5
-    interrupted, undisturbed = (Store.read(folder) for folder in folders)
-    assert len(undisturbed.records()) == len(undisturbed.plan) == trials
-    assert list(map(reproducible, interrupted.records())) == list(map(reproducible, undisturbed.records()))
-    for path in sorted([*folders[1].rglob("tickets/*"), *folders[1].rglob("importance/*"), *folders[1].rglob("*.npy")]):
-        assert (folders[0] / path.relative_to(folders[1])).read_bytes() == path.read_bytes()
-    assert not list(folders[0].rglob("*.part"))
 
 
 def test_a_search_for_neurons(inputs: dict[str, str], tmp_path: Path):

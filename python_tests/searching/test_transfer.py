@@ -14,7 +14,7 @@ from ticketops.errors import InputError
 from ticketops.searching import Setting, Store, TransferConfig, TransferResult, run_transfer
 from ticketops.searching.transfer import subset
 
-from .test_run import Heard, interrupt
+from .test_run import Heard
 from .test_trial import reproducible
 from .tiny import make_task
 
@@ -129,20 +129,6 @@ def test_another_seed_draws_other_rows_and_few_rows_take_more_epochs(setting: Se
     part = subset(setting, 0.5, 1).splits["train"]
     words = setting.tokenizer.convert_tokens_to_ids(["bad", "good"])
     assert all(words[label] in ids for ids, label in zip(part["input_ids"], part["labels"], strict=True))
-
-
-@pytest.mark.slow
-def test_a_transfer_killed_at_several_points_gives_the_records_of_an_undisturbed_one(
-    inputs: dict[str, str], tmp_path: Path
-):
-    fields = {
-        "model": inputs["model"],
-        "source": inputs["task"],
-        "target": inputs["task"],
-        **FIELDS,
-        "fractions": "0.5",
-    }
-    interrupt("transfer", fields, tmp_path, 4, lives=6)
 
 
 def test_bad_values_are_refused_by_name():
