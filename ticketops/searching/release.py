@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from ticketops.errors import InputError, TicketopsError, UnsupportedError, spelled
 from ticketops.files import user_path
 from ticketops.models import Format, SharedModel, export, load
-from ticketops.models.checkpoint import LOCAL, check_folder
+from ticketops.models.checkpoint import LOCAL, check_files, check_folder
 from ticketops.searching.selection import select
 from ticketops.searching.setting import find_model, quiet
 from ticketops.searching.store import Store
@@ -82,6 +82,8 @@ def release(
         vocabulary = folder / "task-0" if (folder / "task-0").is_dir() else folder
         try:
             check_folder(vocabulary)
+            check_files(folder)
+            SharedModel.check(folder)
         except (InputError, OSError) as error:
             raise InputError(f"cannot export {source}: {error}") from error
         if (vocabulary / "tokenizer_config.json").is_file():

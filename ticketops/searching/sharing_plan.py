@@ -123,7 +123,6 @@ class ShareConfig(Config):
         "share; 'TASK=FOLDER' or 'TASK=FILE.safetensors' where the name does not say whose it is.",
         WHAT,
         shown="found on the way, by a search of each task",
-        additive=True,
     )
     arms: tuple[str, ...] = option(
         ("tickets", "plain", "random"),

@@ -40,7 +40,7 @@ KINDS: Mapping[str, tuple[type[Config], Callable[[Any, Mapping[str, Any]], Seque
     "transfer": (TransferConfig, transfer_plan),
 }
 #: Fields that may differ from an earlier command's: what they read is known by its fingerprint.
-_FINGERPRINTED = ("model", "task", *DATA_OPTIONS)
+_FINGERPRINTED = ("model", "task", "tickets", *DATA_OPTIONS)
 
 
 class Named(Protocol):
