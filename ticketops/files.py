@@ -266,7 +266,7 @@ def read_json(
     except InputError:
         raise
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(f"cannot read {path} ({error.strerror}): {remedy}") from error
     except RecursionError as error:
         raise InputError(f"{path} is nested too deeply: {remedy}") from error
     except ValueError as error:

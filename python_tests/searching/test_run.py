@@ -1,14 +1,21 @@
+import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
-from ticketops.errors import StoreError
+from ticketops.cli import app
+from ticketops.errors import StoreError, TrialError
 from ticketops.models import load
 from ticketops.reporting import report
-from ticketops.searching import Listener, SearchConfig, SearchResult, Setting, Store, run_search
+from ticketops.searching import Listener, SearchConfig, SearchResult, Setting, Store, environment, run_search
+from ticketops.searching import run as running
 from ticketops.searching.release import release
+from ticketops.searching.trial import run_trial
 
 from .test_trial import reproducible
 from .tiny import FIELDS
@@ -125,3 +132,86 @@ def test_a_search_for_neurons(inputs: dict[str, str], tmp_path: Path):
     left = load(folder)
     record = next(r for r in found.records if r["kind"] == "winning" and r["sparsity"] == level.sparsity)
     assert sum(parameter.numel() for parameter in left.parameters()) == record["costs"]["left"]["parameters"]
+
+
+def test_a_diverging_trial_is_told_and_tried_again_and_the_others_go_on(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fields = {**inputs, **FIELDS, "epochs": 1, "seeds": 2, "kinds": "winning", "sparsities": "0.5"}
+    config = SearchConfig(**fields, output=str(tmp_path / "run"))
+
+    def diverging(setting: Any, trial: Any, *arguments: Any) -> Any:
+        if trial.id == "full-seed-1":
+            raise TrialError("training diverged in trial full-seed-1 (loss nan): lower --learning-rate, now 0.01")
+        return run_trial(setting, trial, *arguments)
+
+    monkeypatch.setattr(running, "run_trial", diverging)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
+    done = CliRunner().invoke(app, ["search", *words, "--output", config.output], env={"COLUMNS": "500"})
+    assert done.exit_code == 1
+    assert "2 trials failed, the first full-seed-1: training diverged" in done.output
+    assert "the same command tries again" in done.output
+    store = Store.read(config.output)
+    assert [record["id"] for record in store.records()] == ["full-seed-0", "winning-0.5-seed-0"]
+    reasons = {failure["id"]: failure["error"] for failure in store.failures()}
+    assert "which failed" in reasons["winning-0.5-seed-1"]
+    assert "**Failed:** 2 trials (full-seed-1, winning-0.5-seed-1)" in report(config.output).read_text()
+    monkeypatch.undo()
+    # By now with another number of threads.
+    machine = environment.machine()
+    monkeypatch.setattr(environment, "machine", lambda: {**machine, "threads": 77})
+    heard = Heard()
+    again = run_search(config, heard)
+    assert heard.ran == ["full-seed-1", "winning-0.5-seed-1"]
+    assert again.failures == []
+    text = report(config.output).read_text()
+    assert "**Failed:**" not in text
+    assert "**Mixed:** the trials ran with different threads (" in text
+    assert "77: 2 trials)" in text
+
+
+def test_a_run_of_which_every_trial_fails_says_why(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(running, "run_trial", full)
+    with pytest.raises(TrialError, match=r"all 4 trials failed; full-seed-0: CUDA out of memory. Tried"):
+        run_search(SearchConfig(**inputs, **FIELDS, output=str(tmp_path / "run")))
+
+
+def test_a_lost_model_is_trained_again_elsewhere_and_nothing_is_wedged(
+    found: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "run"
+    shutil.copytree(found.folder, folder)
+    config = dataclasses.replace(found.config, output=str(folder))
+    store = Store.read(folder)
+    full = store.plan[0]
+    before = store.importance(0, "pass")
+    (store.model_path(full) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"model.safetensors was changed .*run the same command again with --save-mo"):
+        release(folder, tmp_path / "small", trial=full.id)
+
+    def elsewhere(*arguments: Any) -> Any:
+        outcome = run_trial(*arguments)
+        # As another backend would score it.
+        other = {way: store.importance(1, way) for way in outcome.importance}
+        return dataclasses.replace(outcome, importance=other)
+
+    monkeypatch.setattr(running, "run_trial", elsewhere)
+    heard = Heard()
+    again = run_search(config, heard)
+    assert heard.ran == [full.id]
+    assert store.importance(0, "pass", full) == before
+    assert [record["id"] for record in again.records] == [record["id"] for record in found.records]
+    assert store.has_model(full)
+
+
+def test_what_a_run_keeps_follows_the_umask(found: SearchResult):
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in found.folder.rglob("*"):
+        if path.name != ".lock":
+            assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path

@@ -103,7 +103,7 @@ def test_tickets_of_an_earlier_run_give_the_same_training(shared: ShareResult, t
     path = tmp_path / "ticket.safetensors"
     KEPT.save(path)
     other = dataclasses.replace(config, tickets=(f"task={path}", f"pairs={path}"))
-    with pytest.raises(StoreError, match=r"holds another share .*tickets is"):
+    with pytest.raises(StoreError, match=r"holds another share .*tickets task is"):
         run_share(other)
 
 

@@ -127,7 +127,11 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
 
         finished = _finished(store, plan, config)
         listener.planned(plan, len(finished))
-        run_missing(store, plan, finished, run, listener, draw_ticket, _ways(config))
+
+        def scores(trial: Trial) -> list[Path]:
+            return [store.importance_path(trial.seed, way) for way in _ways(config)(trial)]
+
+        run_missing(store, plan, finished, run, listener, draw_ticket, scores)
         records = store.records()
         selection = select(records, config.seeds)
         level = selection.super_level
@@ -180,7 +184,7 @@ def run_missing(
     run: Callable[[AnyTrial, Ticket | None], Record],
     listener: Listener,
     draw_ticket: Callable[[AnyTrial], Ticket | None] = lambda trial: None,
-    ways: Callable[[AnyTrial], Iterable[str]] = lambda trial: (),
+    files: Callable[[AnyTrial], Iterable[Path]] = lambda trial: (),
 ) -> None:
     """Runs the trials that are not finished, in the plan's order, and keeps each one's record as soon as it is there.
 
@@ -193,7 +197,7 @@ def run_missing(
         run: trains a trial and writes what it leaves but its record, which comes last: it says that the rest is there.
         listener: hears about trials.
         draw_ticket: draws a trial's ticket, where it draws one; that of a finished trial only where it was lost.
-        ways: how a trial scores its model, as in `finished_trials`.
+        files: what a trial leaves or stands on beside its own ticket and model, for the record's checksums.
 
     Raises:
         StoreError: a file is damaged, or cannot be written.
@@ -211,7 +215,7 @@ def run_missing(
             if not done:
                 listener.started(trial)
                 record = run(trial, ticket)
-                store.write_record(trial, record, [store.importance_path(trial.seed, way) for way in ways(trial)])
+                store.write_record(trial, record, files(trial))
                 listener.finished(trial, record)
         except (TrialError, torch.OutOfMemoryError) as error:
             reason = " ".join(str(error).split())[:500]

@@ -331,7 +331,7 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
             found.single[name] = single_scores(result.records, selection)
         for name, by_seed in found.tickets.items():
             for seed, ticket in by_seed.items():
-                store.keep_ticket(TaskTicket(name, seed), ticket)
+                store.keep_ticket(TaskTicket(name, seed), ticket, seed in {trial.seed for trial in finished})
         store.write_facts(SINGLE, found.single)
 
         def run(trial: ShareTrial, _: Ticket | None) -> Record:
@@ -347,5 +347,8 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
             gc.collect()
             return {**record, "predictions": store.write_predictions(trial, predictions)}
 
-        run_missing(store, plan, finished, run, listener)
+        def tickets_of(trial: ShareTrial) -> list[Path]:
+            return [store.ticket_path(TaskTicket(name, trial.seed)) for name in settings]
+
+        run_missing(store, plan, finished, run, listener, files=tickets_of)
         return ShareResult(store.folder, config, store.records(), found.tickets, [*failures, *store.failures()])

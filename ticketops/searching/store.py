@@ -222,7 +222,7 @@ class Store:
         """
         path = self.model_path(trial)
         notes = [note for note in (path / NOTE, path / SharedModel.NOTE) if self._sum(note, trial) is not None]
-        if not path.is_dir() and not notes:
+        if not path.is_dir():
             return None
         for note in notes:
             self._compare(note, trial, _model_remedy())
@@ -333,7 +333,7 @@ class Store:
             try:
                 content = path.read_bytes()
             except OSError as error:
-                raise StoreError(f"cannot read {path}: {error.strerror}") from error
+                raise StoreError(f"cannot read {path} ({error.strerror}): {_REMEDY}") from error
             if hashlib.sha256(content).hexdigest() != kept["sha256"]:
                 raise StoreError(f"{path} is truncated or damaged: {_REMEDY}")
             found[name] = np.load(io.BytesIO(content), allow_pickle=False)
@@ -460,9 +460,11 @@ class Store:
 
     def _sum(self, path: Path, trial: Named) -> str | None:
         """The checksum that a trial's record has of a file; None where there is none."""
-        record = self.record(trial) if hasattr(trial, "kind") else None
-        found: str | None = (record or {}).get("files", {}).get(str(path.relative_to(self.folder)))
-        return found
+        name = str(path.relative_to(self.folder))
+        # A task's ticket is no trial of its own: those that stand on it have its checksum.
+        records = [self.record(trial)] if hasattr(trial, "kind") else self.records()
+        found = (record["files"][name] for record in records if record and name in record.get("files", {}))
+        return next(found, None)
 
     def _compare(self, path: Path, trial: Named, remedy: str = _REMEDY) -> None:
         """Compares a file of a finished trial with the checksum that its record has."""

@@ -244,7 +244,10 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
         def draw_ticket(trial: TransferTrial) -> Ticket | None:
             return _drawn(store, trial, source)
 
-        run_missing(store, plan, finished, run, listener, draw_ticket, lambda trial: _ways(trial, source))
+        def importance(trial: TransferTrial) -> list[Path]:
+            return [store.importance_path(trial.seed, way) for way in _ways(trial, source)]
+
+        run_missing(store, plan, finished, run, listener, draw_ticket, importance)
         rungs = read_ladders(store)
         comparisons = {ladder: compare_rungs(store, rungs, ladder) for ladder in ("target", "source")}
         failures += store.failures()
