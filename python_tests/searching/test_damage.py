@@ -244,6 +244,7 @@ def judge(read: Callable[[], Any], want: Any, path: Path, how: str) -> str:
     return f"{how}, told otherwise"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [300, pytest.param(3000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 def test_no_damaged_file_is_believed(runs: Runs, count: int):
     want = {name: read() for name, read in runs.readers.items()}

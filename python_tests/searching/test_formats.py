@@ -62,7 +62,7 @@ def test_a_finished_search_stays_finished_and_gains_a_level(inputs: dict[str, st
 
 
 def test_what_would_change_a_finished_result_is_refused(inputs: dict[str, str], old: Path):
-    with pytest.raises(StoreError, match=r"--epochs is 2 there and 3 here; --max-length is 16 there and 12 here\)"):
+    with pytest.raises(StoreError, match=r"epochs is 2 there and 3 here; max_length is 16 there and 12 here\)"):
         run_search(search(inputs, old, epochs=3, max_length=12))
     path = old / "search" / "config.json"
     path.write_text(path.read_text().replace('"recipe": "default"', '"recipe": "paper"'))

@@ -18,17 +18,20 @@ SHORT = {
     "validation_rows": 20,
     "save_models": True,
 }
+#: Hours are no failure on a busy machine; a hang is.
+LONG = [pytest.mark.long, pytest.mark.timeout(7200)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [
         ("search", 4),
         ("share", 2),
         ("transfer", 2),
-        pytest.param("search", 100, marks=pytest.mark.long),
-        pytest.param("share", 50, marks=pytest.mark.long),
-        pytest.param("transfer", 50, marks=pytest.mark.long),
+        pytest.param("search", 100, marks=LONG),
+        pytest.param("share", 50, marks=LONG),
+        pytest.param("transfer", 50, marks=LONG),
     ],
 )
 def test_what_killed_runs_leave_equals_an_undisturbed_run(

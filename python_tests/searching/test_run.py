@@ -191,7 +191,7 @@ def test_a_lost_model_is_trained_again_elsewhere_and_nothing_is_wedged(
     full = store.plan[0]
     before = store.importance(0, "pass")
     (store.model_path(full) / "model.safetensors").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"model.safetensors was changed .*run the same command again with --save-mo"):
+    with pytest.raises(StoreError, match=r"model.safetensors was changed .*run the same again with save_models"):
         release(folder, tmp_path / "small", trial=full.id)
 
     def elsewhere(*arguments: Any) -> Any:

@@ -72,7 +72,7 @@ def test_what_is_written_is_read_back(store: Store):
 def test_another_search_is_refused_with_flag_and_both_values(store: Store):
     store.close()
     other = SearchConfig(sparsities="0.5", kinds="winning", epochs=7, seeds=3)
-    with pytest.raises(StoreError, match=r"another search \(--epochs is 1 there and 7 here\)"):
+    with pytest.raises(StoreError, match=r"another search \(epochs is 1 there and 7 here\)"):
         Store.create(store.folder, identity(other), NOTES)
     with pytest.raises(StoreError, match="task fingerprint is 't' there and 'u' here"):
         Store.create(store.folder, identity(task_fingerprint="u"), NOTES)
@@ -94,7 +94,7 @@ def test_seeds_levels_and_kinds_are_added_and_none_is_lost(store: Store):
     assert Store.read(store.folder).config.seeds == (0, 1)
     # What the folder has beside the command's stays, so fewer are no less.
     assert extended(SearchConfig(**{**CONFIG.to_dict(), "output": str(store.folder)})) == both
-    with pytest.raises(StoreError, match=r"--seeds is \[0, 1\] there and \[0\] here"):
+    with pytest.raises(StoreError, match=r"seeds is \[0, 1\] there and \[0\] here"):
         Store.create(store.folder, identity(), NOTES)
 
 

@@ -582,7 +582,9 @@ def _read_description(folder: Path) -> Record:
             del identity["source_results"]
         plan(kind.from_dict(identity["config"]), identity)
     except TicketopsError as error:
-        raise StoreError(f"{path} is damaged or of a later version of ticketops ({error}): {_config_remedy()}") from error
+        raise StoreError(
+            f"{path} is damaged or of a later version of ticketops ({error}): {_config_remedy()}"
+        ) from error
     return description
 
 
@@ -614,7 +616,7 @@ def _refuse_another_search(folder: Path, stored: Mapping[str, Any], wanted: Mapp
         )
     kind = KINDS[_kind(stored)][0]
     flags = _differences(stored["config"], wanted["config"], kind.additive())
-    differing = {f"--{name.replace('_', '-')}": values for name, values in flags.items()}
+    differing = {spelled(name): values for name, values in flags.items()}
     if "source" in wanted:
         differing |= {
             f"the source's {name}": values

@@ -113,7 +113,9 @@ class Source:
         for seed, kind in itertools.product(seeds, ("full", "winning")):
             trial = self.trial(kind, level, seed)
             if store.record(trial) is None:
-                raise InputError(f"{self.folder} has no finished trials of seed {seed}: give {spelled('seeds')} that it has")
+                raise InputError(
+                    f"{self.folder} has no finished trials of seed {seed}: give {spelled('seeds')} that it has"
+                )
             if store.model(trial) is None:
                 raise InputError(
                     f"{self.folder} has no model of {trial.id}: repeat that search with "
