@@ -196,7 +196,7 @@ def test_bad_values_are_refused_by_name():
         ("tasks is empty", {}),
         ("mixing 'random' is unknown: choose from proportional, annealed, uniform", {"mixing": "random"}),
         ("arms 'lucky' is unknown: choose from tickets, plain, random, union", {"arms": "lucky"}),
-        (r"sparsity 1.5 is outside \[0, 1\)", {"sparsities": "1.5"}),
+        (r"sparsities 1.5 is outside \[0, 1\)", {"sparsities": "1.5"}),
         ("epochs 0 is out of range", {"epochs": 0}),
     ):
         with pytest.raises(InputError, match=words):

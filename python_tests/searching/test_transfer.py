@@ -134,7 +134,7 @@ def test_another_seed_draws_other_rows_and_few_rows_take_more_epochs(setting: Se
 def test_bad_values_are_refused_by_name():
     for words, fields in (
         ("source None is not a name", {"source": None}),
-        (r"fraction 1.5 is outside \(0, 1\]", {"fractions": "0.1,1.5"}),
+        (r"fractions 1.5 is outside \(0, 1\]", {"fractions": "0.1,1.5"}),
         (r"fraction 0 is outside \(0, 1\]", {"fractions": "0"}),
         ("fractions 'all' is not a number", {"fractions": "all"}),
         ("head 'old' is unknown: choose from keep, fresh", {"head": "old"}),
