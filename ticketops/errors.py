@@ -26,6 +26,12 @@ class StoreError(TicketopsError):
     """The output folder cannot be used: occupied, read-only, full, or made by another configuration."""
 
 
+#: The remedy for a task that no run serves.
+OWN_LOOP = (
+    "runs serve classification and regression of one or two texts; for other tasks use ticketops.patch in a training "
+    "loop of your own"
+)
+
 #: Writes an option, and its value where that is not None, as the reader of a message would give it.
 Spelling = Callable[[str, Any], str]
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import ticketops
 from ticketops.errors import InputError, as_flag, spelled, spelling
 from ticketops.searching import SearchConfig, ShareConfig
 from ticketops.searching.config import nearest
+from ticketops.tasks import load_task
 
 NAMES = tuple(SearchConfig.__dataclass_fields__)
 
@@ -96,3 +98,12 @@ def test_paths_of_the_home_folder_are_expanded(tmp_path: Path, monkeypatch: pyte
             SearchConfig(output=path)
         assert "\n" not in str(caught.value)
         assert "\0" not in str(caught.value)
+
+
+@pytest.mark.parametrize("columns", [{"tokens": ["a"], "ner_tags": [0]}, {"text": "a", "label": [0, 1]}])
+def test_a_task_that_no_run_serves_is_sent_to_a_loop_of_ones_own(columns: dict[str, Any], tmp_path: Path):
+    with pytest.raises(InputError, match=r"task_kind 'ner' is unknown: .*ticketops.patch in a training loop"):
+        SearchConfig(task_kind="ner")
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(columns)}\n" * 9)
+    with pytest.raises(InputError, match=r"ticketops.patch in a training loop of your own"):
+        load_task(tmp_path)

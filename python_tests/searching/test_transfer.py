@@ -135,7 +135,7 @@ def test_bad_values_are_refused_by_name():
     for words, fields in (
         ("source None is not a name", {"source": None}),
         (r"fractions 1.5 is outside \(0, 1\]", {"fractions": "0.1,1.5"}),
-        (r"fraction 0 is outside \(0, 1\]", {"fractions": "0"}),
+        (r"fractions 0 is outside \(0, 1\]", {"fractions": "0"}),
         ("fractions 'all' is not a number", {"fractions": "all"}),
         ("head 'old' is unknown: choose from keep, fresh", {"head": "old"}),
         ("min_steps -1 is out of range", {"min_steps": -1}),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ticketops.errors import InputError, shown, spelled
+from ticketops.errors import OWN_LOOP, InputError, shown, spelled
 from ticketops.files import user_path
 from ticketops.searching.config import (
     DATA,
@@ -223,8 +223,8 @@ class SearchConfig(Config):
             put("text_columns", tuple(str(column) for column in list_of("text_columns", self.text_columns)))
         if self.label_column is not None:
             put("label_column", text("label_column", self.label_column))
-        if self.task_kind is not None:
-            check_choice("task_kind", self.task_kind, ("classification", "regression"))
+        if self.task_kind is not None and self.task_kind not in ("classification", "regression"):
+            raise InputError(f"{spelled('task_kind')} {shown(self.task_kind)} is unknown: {OWN_LOOP}")
         if self.encoding is not None:
             put("encoding", _encoding(text("encoding", self.encoding)))
         for name in ("epochs", "batch_size", "max_length"):

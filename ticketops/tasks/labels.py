@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ticketops.errors import InputError, spelled
+from ticketops.errors import OWN_LOOP, InputError, spelled
 from ticketops.tasks.task import Kind
 
 # A class is taken for a number where at least this share of the training labels are fractions.
@@ -100,7 +100,9 @@ def read_label(value: Any, column: str, where: Callable[[], str]) -> Label | Non
             return int(value) if value % 1 == 0 else float(value)
     else:
         shown = reprlib.repr(value)
-        raise InputError(f"{where()}: label {shown} in column {column}: give one number, string or true/false a row")
+        raise InputError(
+            f"{where()}: label {shown} in column {column}: give one number, string or true/false a row; {OWN_LOOP}"
+        )
     raise InputError(f"{where()}: label {value} in column {column} is not a number: fill it in or remove the row")
 
 

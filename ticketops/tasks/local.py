@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from ticketops.errors import InputError, spelled
+from ticketops.errors import OWN_LOOP, InputError, spelled
 from ticketops.tasks.formats import Source, bare_name, open_source
 from ticketops.tasks.glue import GLUE, glue_name
 from ticketops.tasks.labels import Labels, Untyped, encode, find_scheme, read_label
@@ -290,7 +290,7 @@ def _spellings(name: str, source: Source) -> list[str]:
 def _no_column(problem: str, role: str, source: Source) -> InputError:
     flag = spelled("text_columns" if role == "text" else "label_column")
     listing = ", ".join(source.columns)
-    return InputError(f"{problem}: {source.path} has the columns {listing}; name the right one with {flag}")
+    return InputError(f"{problem}: {source.path} has the columns {listing}; name the right one with {flag}; {OWN_LOOP}")
 
 
 def _empty(source: Source) -> InputError:
