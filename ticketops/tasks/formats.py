@@ -1,8 +1,8 @@
-"""Files of rows: CSV, TSV, JSON, JSON lines, Parquet, Arrow, saved data sets; the wanted columns, a batch at a time.
+"""Readers of data files: CSV, TSV, JSON, JSON lines, Parquet, Arrow and saved data sets.
 
-Text files may be compressed (.gz, .bz2, .xz). Fields of a .csv or .tsv file end where its header says: at commas, tabs,
-semicolons or bars. Quotes of a tab-separated file are either text, as in GLUE's own files, or RFC 4180's, as
-`_is_quoted` decides.
+A reader yields the requested columns in batches of rows. Text files may be compressed (.gz, .bz2, .xz). The delimiter
+of a .csv or .tsv file is found from its header: comma, tab, semicolon or bar. `_is_quoted` decides whether the quotes of
+a tab-separated file follow RFC 4180 or belong to the texts, as in GLUE's own files.
 """
 
 import bz2
@@ -27,13 +27,13 @@ import pyarrow.parquet as pq
 
 from ticketops.errors import InputError, spelled
 
-#: Rows that are held as Python objects at a time.
+#: Rows in a batch.
 BATCH = 1_000
-#: The file by which a folder is known that `datasets.Dataset.save_to_disk` has made.
+#: File that marks a folder written by `datasets.Dataset.save_to_disk`.
 SAVED = "state.json"
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
-# A field that is quoted as RFC 4180 says: quotes inside are doubled.
+# A field quoted by RFC 4180: quotes inside are doubled.
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
 # Columns of CoLA's own files, which have no header.
 _COLA = ("source", "label", "annotation", "sentence")
@@ -47,8 +47,8 @@ class Batch:
     """Consecutive rows of a file.
 
     Attributes:
-        numbers: the line in which each row ends, or its number, from 1 on.
-        columns: column name -> its values, None where there is none.
+        numbers: for each row, the number of the line in which it ends, or the row's own number; both start at 1.
+        columns: column name -> value of each row; None where the row has no value.
     """
 
     numbers: Sequence[int]
@@ -62,12 +62,12 @@ class Source:
     Attributes:
         path: the file, or the folder of a saved data set.
         columns: names of all columns.
-        read: gives the batches of the named columns, from the first row on.
+        read: function that takes column names and yields batches of these columns, from the first row on.
         unit: what `Batch.numbers` count: "line" or "row".
-        typed: whether labels have types of their own; CSV has only text.
-        classes: column name -> label names by id, where the file itself says so.
-        encoded: whether the file is text, in some encoding.
-        remark: how the file is read where that is not what its extension says.
+        typed: False if all values are text, as in CSV.
+        classes: column name -> label names by id, for columns whose labels the file itself names.
+        encoded: True if the file is text, so that an encoding applies.
+        remark: how the file is read, if its extension does not say so; else empty.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class Source:
 
 
 def extension(path: Path) -> str:
-    """The extension that says how a file is read, such as `.csv` of `train.csv.gz`; empty where there is none.
+    """The extension that names a file's format, such as `.csv` of `train.csv.gz`; empty for an unknown format.
 
     Args:
         path: the file.
@@ -93,10 +93,10 @@ def extension(path: Path) -> str:
 
 
 def bare_name(path: Path) -> str:
-    """A file's name without the extensions that say how it is read, such as `train` of `train.csv.gz`.
+    """A file's name without the extensions of format and compression, such as `train` of `train.csv.gz`.
 
     Args:
-        path: the file; other extensions stay.
+        path: the file; unknown extensions stay in the name.
     """
     kind = extension(path)
     return path.name[: path.name.lower().rindex(kind)] if kind else path.name
@@ -107,13 +107,13 @@ def open_source(path: Path, encoding: str | None = None) -> Source:
 
     Args:
         path: the file or folder.
-        encoding: of a text file; UTF-8 when left out.
+        encoding: text encoding of a text file; UTF-8 by default.
 
     Returns:
-        The file. Its rows are read later, which raises the same errors.
+        The open file. Its rows are read later, which raises the same errors.
 
     Raises:
-        InputError: it is no file, cannot be read or decoded, is damaged, or has an unknown extension.
+        InputError: the path is not a file, cannot be read or decoded, is damaged, or has an unknown extension.
     """
     try:
         encoding = codecs.lookup(encoding or "utf-8").name.removesuffix("-sig")
@@ -137,13 +137,13 @@ def open_source(path: Path, encoding: str | None = None) -> Source:
 
 
 def check_regular(path: Path) -> None:
-    """Refuses a file whose content might never come or never end.
+    """Checks that a path is a regular file, so that reading it neither blocks nor runs without end.
 
     Args:
         path: the file.
 
     Raises:
-        InputError: it is a pipe, a socket, a device or an endless link, or cannot be looked at.
+        InputError: the path is a pipe, a socket, a device or a loop of links, or cannot be accessed.
     """
     try:
         mode = path.stat().st_mode
@@ -157,7 +157,7 @@ def check_regular(path: Path) -> None:
 
 @contextlib.contextmanager
 def _refusing(path: Path, encoding: str = "") -> Iterator[None]:
-    """Turns whatever the readers raise on a damaged file into an error of one line; only text has an encoding."""
+    """Turns the readers' exceptions on a damaged file into an InputError of one line; `encoding` is for text files."""
     try:
         yield
     except InputError:
@@ -182,7 +182,7 @@ def _undecodable(path: Path, encoding: str) -> str:
             stream.read().decode(encoding)
     except UnicodeDecodeError as error:
         problem = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-    # What comes after may be damaged, too.
+    # The rest of a compressed file may be damaged as well.
     except (UnicodeError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         problem = str(error)
     remedy = f"name its encoding, such as {spelled('encoding', 'latin-1')}"
@@ -196,7 +196,7 @@ def _bytes(path: Path) -> IO[bytes]:
 
 @contextlib.contextmanager
 def _text(path: Path, encoding: str, newline: str) -> Iterator[IO[str]]:
-    """The decoded file, without its byte-order mark."""
+    """Opens the file as text, behind its byte-order mark."""
     with _bytes(path) as raw:
         start = raw.read(3)
     for mark, name in _BYTE_ORDER_MARKS.items():
@@ -213,7 +213,7 @@ def _text(path: Path, encoding: str, newline: str) -> Iterator[IO[str]]:
 
 
 def _batched(rows: Iterable[tuple[int, Sequence[Any]]], columns: Sequence[str]) -> Iterator[Batch]:
-    """Batches of rows whose values stand in the order of the columns."""
+    """Groups rows into batches; a row's values are in the order of `columns`."""
     for part in itertools.batched(rows, BATCH) if hasattr(itertools, "batched") else _chunks(rows):
         numbers, values = zip(*part, strict=True)
         yield Batch(numbers, dict(zip(columns, zip(*values, strict=True), strict=True)))
@@ -276,12 +276,12 @@ def _open_delimited(path: Path, encoding: str) -> Source:
 
 
 def _records(path: Path, encoding: str, **options: Any) -> Iterator[tuple[int, list[str]]]:
-    """The line in which each record ends, and its fields; blank lines are none."""
+    """Yields, for each record, the number of its last line and its fields; blank lines are skipped."""
     with _text(path, encoding, newline="") as stream:
         reader = csv.reader(stream, strict=True, **options)
         try:
             while True:
-                # The module's limit is of the whole process, and lower than texts are long.
+                # The csv module's limit is global to the process, and texts are longer than its default.
                 limit = csv.field_size_limit(2**31 - 1)
                 try:
                     records = [(reader.line_num, fields) for fields in itertools.islice(reader, BATCH)]
@@ -295,12 +295,12 @@ def _records(path: Path, encoding: str, **options: Any) -> Iterator[tuple[int, l
 
 
 def _delimiter(path: Path, encoding: str, usual: str) -> str:
-    """The delimiter that divides the header; of several, the first that divides every row into as many fields.
+    """Finds the delimiter: the one that divides the header or, of several, the first that fits every row as well.
 
     Args:
         path: the file.
-        encoding: its own.
-        usual: what its extension says, which is tried first.
+        encoding: its text encoding.
+        usual: the delimiter that the extension stands for; it is tried first.
     """
     dividing = []
     for delimiter in dict.fromkeys((usual, *_DELIMITERS)):
@@ -319,22 +319,22 @@ def _delimiter(path: Path, encoding: str, usual: str) -> str:
 
 
 def _is_quoted(path: Path, encoding: str) -> bool:
-    """Whether the quotes of a tab-separated file are RFC 4180's, and no part of its texts.
+    """True if the quotes of a tab-separated file follow RFC 4180; False if they are part of its texts.
 
-    Where only one of the two readings gives every row as many fields as the header, it is that one. Where both do, the
-    quotes are RFC 4180's if a quoted field holds doubled quotes or a whole column is quoted: a file that is written so
-    has no other reason for quotes. Else they are text.
+    If only one of the two readings gives every row as many fields as the header, that one is taken. If both do, the
+    quotes are RFC 4180's where a quoted field has doubled quotes inside, or where every field of a column is quoted:
+    only a program that quotes by the standard writes such files.
 
     Args:
         path: the file.
-        encoding: its own.
+        encoding: its text encoding.
 
     Raises:
-        InputError: ten or more fields are quoted by the standard for each one that is not.
+        InputError: some quotes are malformed, but for each of them at least ten fields are quoted by the standard.
     """
     marked = doubled = malformed = first_malformed = width = 0
     even = True
-    # Of each column: whether its fields are quoted or empty, and how many are quoted.
+    # For each column: whether all its fields are quoted or empty, and how many are quoted.
     wholly: list[bool] = []
     counts: list[int] = []
     with _text(path, encoding, newline="") as stream:
@@ -367,7 +367,11 @@ def _is_quoted(path: Path, encoding: str) -> bool:
 
 
 def _standard_reading(path: Path, encoding: str) -> tuple[bool, bool]:
-    """Whether a tab-separated file is well-formed by RFC 4180, and whether a field then holds tabs or line breaks."""
+    """Reads a tab-separated file by RFC 4180.
+
+    Returns:
+        True if every row has as many fields as the header, and True if some field contains a tab or a line break.
+    """
     width, across = 0, False
     try:
         for _, fields in _records(path, encoding, delimiter="\t"):
@@ -384,7 +388,7 @@ def _standard_reading(path: Path, encoding: str) -> tuple[bool, bool]:
 
 
 def _open_json(path: Path, encoding: str) -> Source:
-    """Opens an array of objects, one object a line, or what pandas writes; all of them go by any of the extensions."""
+    """Opens a JSON file under any of its extensions: an array of objects, one object per line, or pandas' formats."""
     with _text(path, encoding, newline="\n") as stream:
         lines = (line.lstrip() for line in stream if line.strip())
         first, second = next(lines, ""), next(lines, "")
@@ -407,7 +411,7 @@ def _open_json(path: Path, encoding: str) -> Source:
 
 def _open_lines(path: Path, encoding: str) -> Source:
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        # JSON strings may hold the other line separators of Unicode bare.
+        # Inside JSON strings Unicode's other line separators may stand unescaped.
         with _text(path, encoding, newline="\n") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
@@ -427,7 +431,7 @@ def _open_lines(path: Path, encoding: str) -> Source:
 def _parse(content: str, path: Path, line: int | None = None) -> Any:
     try:
         return _JSON.decode(content)
-    # A number of more than 4,300 digits is a ValueError, too.
+    # Python raises ValueError for an integer of more than 4,300 digits.
     except (ValueError, RecursionError) as error:
         where = str(path) if line is None else f"{path}, line {line}"
         raise InputError(f"{where}: not valid JSON ({error}): repair or remove it") from error
@@ -441,7 +445,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# Making one costs as much as decoding a row.
+# Shared, since making a decoder takes as long as decoding a row.
 _JSON = json.JSONDecoder(object_pairs_hook=_unique)
 
 
@@ -456,7 +460,7 @@ def _no_object(value: Any, where: str) -> InputError:
 
 
 def _rows_of(value: Any, path: Path) -> list[Any]:
-    """The rows in the one value of a JSON file: an array of them, or one of pandas' forms (`orient` of `to_json`)."""
+    """The rows of a JSON file that is one value: an array of rows, or one of the layouts of pandas' `to_json`."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     if value.keys() == {"schema", "data"}:
@@ -470,7 +474,7 @@ def _rows_of(value: Any, path: Path) -> list[Any]:
         return [value]
     if any(entry.keys() != entries[0].keys() for entry in entries):
         raise InputError(f"{path}: one object of objects with different keys: write an array of rows")
-    # "columns" is {column: {row: value}}, "index" is {row: {column: value}}; pandas counts the rows.
+    # pandas' orient "columns" is {column: {row: value}}, "index" is {row: {column: value}}; row keys are numbers.
     counted = [all(key.lstrip("-").isdigit() for key in keys) for keys in (value, entries[0])]
     if counted[0] == counted[1]:
         raise InputError(f"{path}: one object of objects, of which rows and columns look alike: write an array of rows")
@@ -494,7 +498,7 @@ def _open_parquet(path: Path, _: str) -> Source:
 
 
 def _open_arrow(path: Path, _: str) -> Source:
-    """Opens an Arrow file, with random access (Feather) or as a stream (as `datasets` caches)."""
+    """Opens an Arrow file in the random-access format (Feather) or the stream format (the cache of `datasets`)."""
     with path.open("rb") as stream:
         seekable = stream.read(6) == b"ARROW1"
 
@@ -515,7 +519,7 @@ def _open_arrow(path: Path, _: str) -> Source:
 
 
 def _open_saved(path: Path, _: str) -> Source:
-    """Opens the folder of a data set that `save_to_disk` has made."""
+    """Opens a folder written by `Dataset.save_to_disk`."""
     rows = datasets.load_from_disk(str(path))
 
     def tables(columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -529,7 +533,7 @@ def _columnar(path: Path, schema: pa.Schema, tables: Callable[[Sequence[str]], I
         start = 1
         with _refusing(path):
             for table in tables(columns):
-                # Lengths and offsets of a damaged file may point anywhere.
+                # Lengths and offsets in a damaged file may point outside its buffers.
                 table.validate(full=True)
                 found = {name: table.column(name).to_pylist() for name in columns}
                 yield Batch(range(start, start + table.num_rows), found)
@@ -539,7 +543,7 @@ def _columnar(path: Path, schema: pa.Schema, tables: Callable[[Sequence[str]], I
         raise InputError(f"file {path} has a column name twice ({twice[0]}): rename one")
     try:
         types = datasets.Features.from_arrow_schema(schema)
-    # What a column is called by another library need not be known to this one.
+    # The schema's metadata may come from another library, with types that `datasets` does not know.
     except Exception:
         types = {}
     classes = {name: tuple(kind.names) for name, kind in types.items() if isinstance(kind, datasets.ClassLabel)}
@@ -553,7 +557,7 @@ _TEXT_FORMATS: Mapping[str, Callable[[Path, str], Source]] = {
     ".csv": _open_delimited,
     ".tsv": _open_delimited,
 }
-#: Extension -> what opens a file of it.
+#: Extension -> function that takes a path and an encoding and opens the file.
 FORMATS: Mapping[str, Callable[[Path, str], Source]] = {
     **_TEXT_FORMATS,
     ".parquet": _open_parquet,

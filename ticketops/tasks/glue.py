@@ -19,11 +19,11 @@ class GlueTask:
     """One GLUE task.
 
     Attributes:
-        columns: the text columns as the hub calls them.
-        labels: label names by id; none for regression.
-        metrics: the selecting one first.
-        validation: the split that selects.
-        original_columns: what GLUE's own files call the text columns, where that differs.
+        columns: names of the text columns in the hub's data set.
+        labels: label names by id; empty for regression.
+        metrics: names of the metrics; the first one selects the super ticket.
+        validation: name of the split that selects.
+        original_columns: names of the text columns in GLUE's own files, if they differ.
     """
 
     columns: tuple[str, ...]
@@ -34,7 +34,7 @@ class GlueTask:
 
     @property
     def kind(self) -> Kind:
-        """Whether the task is a classification or a regression."""
+        """Classification, or regression if the task has no label names."""
         return "classification" if self.labels else "regression"
 
 
@@ -65,13 +65,13 @@ GLUE: Mapping[str, GlueTask] = {
 
 
 def glue_name(name: str) -> str | None:
-    """Finds the GLUE task a name means, in any of the usual spellings (`SST-2`, `sst2`).
+    """Finds a GLUE task by name, in any of the usual spellings (`SST-2`, `sst2`).
 
     Args:
-        name: what the user wrote.
+        name: name of a task, as the user wrote it.
 
     Returns:
-        The hub's name of the task, or None.
+        The task's name on the hub; None if it is not a GLUE task.
     """
     plain = name.lower().replace("-", "").replace("_", "")
     return plain if plain in GLUE else None
@@ -89,20 +89,20 @@ def load_glue(name: str) -> Task:
         The whole task.
 
     Raises:
-        InputError: the hub cannot be reached (said within seconds) and its cache does not hold the task, or the labels
-            are hidden.
+        InputError: the hub cannot be reached (found out within seconds) and its cache does not hold the task, or the
+            labels are hidden.
     """
     glue = GLUE[name]
     refusal: Exception | None = None
     try:
         contact(HUB_DATASET, "dataset")
-    # Whatever kept the hub from answering, the cache may still hold the task.
+    # Whatever the reason, the cache may still hold the task.
     except Exception as error:
         refusal = error
     try:
         with _offline() if refusal is not None else nullcontext():
             splits = datasets.load_dataset(HUB_DATASET, name)
-    # The hub's client has raised half a dozen unrelated classes for a missing connection, and changes them.
+    # The hub's client raises half a dozen unrelated classes for a missing connection, different ones in each version.
     except Exception as error:
         reason = explain(refusal or error, HUB_DATASET, "dataset")
         raise InputError(
@@ -120,7 +120,7 @@ def load_glue(name: str) -> Task:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Leaves the hub's client its cache alone: without an answer it would wait and try again for minutes."""
+    """Makes the hub's client use its cache alone, since without a network it would retry for minutes."""
     constants = huggingface_hub.constants
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True

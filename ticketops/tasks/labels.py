@@ -1,4 +1,4 @@
-"""What the labels of a file mean: classes or numbers, names and ids of the classes, and which splits have no labels."""
+"""Finds out whether labels are classes or numbers, and encodes them as class ids or float32."""
 
 import math
 import re
@@ -13,13 +13,13 @@ import numpy as np
 from ticketops.errors import OWN_LOOP, InputError, spelled
 from ticketops.tasks.task import Kind
 
-# A class is taken for a number where at least this share of the training labels are fractions.
+# Numeric labels mean regression if at least this share of the training labels are fractions.
 _FRACTIONS = 0.25
-# So many different whole numbers may be classes, however few rows there are.
+# Up to this many different whole numbers are accepted as classes, however few rows there are.
 _FEW = 20
-# Of the float32 that a regression's labels are.
+# Labels of a regression are float32.
 _LARGEST = float(np.finfo(np.float32).max)
-# As programs write numbers: 1, -2.5, 1e-05; neither 01 nor +1 nor 1_000.
+# Numbers as programs write them: 1, -2.5, 1e-05; but not 01, +1 or 1_000.
 _NUMBER = re.compile(r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 
@@ -27,7 +27,7 @@ Label = str | bool | int | float
 
 
 class Untyped(str):
-    """A label from a file that has only text, where "1" may be a number."""
+    """A label from a file without types, such as CSV, where "1" may be text or a number."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Labels:
     Attributes:
         split: "train", "validation" or "test".
         column: the label column, for error messages.
-        values: one a row; None where a row has none.
-        where: says where a row stands, for error messages.
+        values: label of each row; None where a row has none.
+        where: function that names a row's file and line, for error messages.
     """
 
     split: str
@@ -48,18 +48,18 @@ class Labels:
 
     @property
     def hidden(self) -> bool:
-        """Whether the split has no labels: there are none, or all are -1, as the hub marks them."""
+        """True if the split has no labels: all values are missing, or all are -1, the hub's mark of hidden labels."""
         return all(value is None for value in self.values) or all(str(value) == "-1" for value in self.values)
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What labels mean.
+    """The meaning of a task's labels.
 
     Attributes:
-        kind: classification or regression.
-        names: of the classes by id; empty for regression.
-        remark: what a user should know of it; often nothing.
+        kind: "classification" or "regression".
+        names: class names by id; empty for regression.
+        remark: note for the user on how the labels are read; often empty.
     """
 
     kind: Kind
@@ -68,18 +68,18 @@ class Scheme:
 
 
 def read_label(value: Any, column: str, where: Callable[[], str]) -> Label | None:
-    """Brings one value of a label column into Python's own types, whole numbers as int.
+    """Converts one value of a label column to a built-in Python type; whole numbers become int.
 
     Args:
-        value: as the file has it; `Untyped` from files that have only text.
-        column: the label column.
-        where: says where the row stands.
+        value: the value in the file; `Untyped` from files that have only text.
+        column: name of the label column, for error messages.
+        where: function that names the row's file and line, for error messages.
 
     Returns:
-        The label; None where there is none.
+        The label; None for a missing value.
 
     Raises:
-        InputError: it is not finite, or no text, number or truth value.
+        InputError: the value is not finite, or is neither text nor a number nor a truth value.
     """
     if isinstance(value, str):
         value = type(value)(value.strip())
@@ -95,7 +95,7 @@ def read_label(value: Any, column: str, where: Callable[[], str]) -> Label | Non
     elif isinstance(value, int | np.integer):
         return int(value)
     elif isinstance(value, float | Decimal | np.floating):
-        # Decimals are as large as they like, and may have no float.
+        # A Decimal may be too large for a float.
         if math.isfinite(value):
             return int(value) if value % 1 == 0 else float(value)
     else:
@@ -107,22 +107,22 @@ def read_label(value: Any, column: str, where: Callable[[], str]) -> Label | Non
 
 
 def number(value: Label | None) -> int | float | None:
-    """The number that a label is, or is spelt as in a file that has only text; None where it is no number."""
+    """The label as a number, parsed if it is `Untyped`; None if it is not a number."""
     if isinstance(value, Untyped):
         return _parse(value) if _NUMBER.fullmatch(value) else None
     return None if isinstance(value, str | bool) else value
 
 
 def find_scheme(splits: Sequence[Labels], kind: Kind | None, names: tuple[str, ...] | None) -> Scheme:
-    """Finds out what the labels of a task mean.
+    """Decides whether labels are classes or numbers, and lists the classes.
 
     Args:
-        splits: those with labels, the training split first.
-        kind: what the user says they are, if anything.
-        names: of the classes by id, where they are known beforehand.
+        splits: labels of the labelled splits, the training split first.
+        kind: kind that the user asked for; None to decide by the labels.
+        names: class names by id, if they are known beforehand.
 
     Returns:
-        The kind, and the names of the classes: of the training split, numbers in their order before words.
+        The kind and the class names, sorted: numbers by value, then words.
 
     Raises:
         InputError: a row has no label, or the labels can be read in two ways.
@@ -170,14 +170,14 @@ def find_scheme(splits: Sequence[Labels], kind: Kind | None, names: tuple[str, .
 
 
 def class_names(splits: Sequence[Labels]) -> list[list[str]]:
-    """The name of each row's class, split by split.
+    """The class name of each row, for each split.
 
     Args:
-        splits: with a label in every row. Untyped labels are numbers where all labels of all splits are.
+        splits: labels, none of them missing. Untyped labels are read as numbers if all labels of all splits can be.
     """
     values = [value for labels in splits for value in labels.values]
     numeric = all(number(value) is not None for value in values)
-    # pandas writes True and False, JSON true and false.
+    # pandas writes True and False where JSON writes true and false.
     truth = all(str(value).lower() in ("true", "false") for value in values if not isinstance(value, bool))
 
     def name(value: Label | None) -> str:
@@ -189,18 +189,18 @@ def class_names(splits: Sequence[Labels]) -> list[list[str]]:
 
 
 def encode(splits: Sequence[Labels], scheme: Scheme, by_id: bool) -> list[np.ndarray]:
-    """Turns the labels of every split into what a model learns.
+    """Encodes the labels of every split for training.
 
     Args:
-        splits: those with labels, the training split first.
-        scheme: what they mean.
-        by_id: the names were known beforehand, so whole numbers are ids.
+        splits: labels of the labelled splits, the training split first.
+        scheme: meaning of the labels.
+        by_id: True if the class names were known beforehand, so that whole numbers are class ids.
 
     Returns:
-        Of each split class ids int64 [rows], or numbers float32 [rows].
+        For each split, class ids int64 [rows], or numbers float32 [rows].
 
     Raises:
-        InputError: a label is no number, or its class unknown.
+        InputError: a label is not a number, or not one of the classes.
     """
     if scheme.kind == "regression":
         return [np.array([_real(labels, row) for row in range(len(labels.values))], np.float32) for labels in splits]
@@ -256,13 +256,13 @@ def _real(labels: Labels, row: int) -> float:
 
 
 def _parse(text: str) -> int | float | None:
-    """The finite number that a text spells, whole ones as int; None where it spells none."""
+    """Parses a finite number, as int if it is whole; None if the text is not such a number."""
     # Python would read 1_0 as 10.
     if "_" in text:
         return None
     try:
         value = int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else float(text)
-    # An integer of more than 4,300 digits is a ValueError, too.
+    # Python raises ValueError for an integer of more than 4,300 digits.
     except ValueError:
         return None
     if isinstance(value, float):

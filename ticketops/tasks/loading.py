@@ -1,4 +1,4 @@
-"""From what the user names to a task, and from a task's rows to tokens."""
+"""Loads the task that a user names, and tokenizes its rows."""
 
 import dataclasses
 import logging
@@ -22,7 +22,7 @@ from ticketops.tasks.task import Kind, Task
 
 logger = logging.getLogger(__name__)
 
-# The share of a split's rows that may stand among the training rows without a word.
+# A warning is given if at least this share of a split's rows also occurs in the training rows.
 _MOST_SHARED = 0.05
 
 
@@ -42,23 +42,23 @@ def load_task(
     """Loads a task: `demo`, a GLUE task by name from the hub, or a local file or folder.
 
     Args:
-        spec: `demo`, a GLUE name (`rte`, `SST-2`), or a path (`./rte` is a folder, `rte` is GLUE's).
-        text_columns: local data only: the one or two text columns, where their names do not say so.
-        label_column: local data only: the label column.
-        kind: local data only: classification or regression, where the labels do not say so.
-        encoding: local data only: encoding of text files; UTF-8 when left out.
-        train_rows: how many training rows to use; a seeded, stratified choice that a larger one contains.
-        validation_rows: likewise for the validation rows, before any report rows are cut from them.
-        report_fraction: share of the validation rows in [0, 1) that is set apart only to report; 0 lets the data's own
-            test split report, where it has labels, and of that as many rows as `validation_rows` at most.
-        seed: chooses all of these rows.
-        at_most: which of `train_rows` and `validation_rows` are upper bounds: a task that has fewer uses all of them.
+        spec: `demo`, a GLUE name (`rte`, `SST-2`), or a path (`./rte` is a folder, `rte` is the GLUE task).
+        text_columns: names of the one or two text columns; found by name by default. Local data only.
+        label_column: name of the label column; found by name by default. Local data only.
+        kind: "classification" or "regression"; decided by the labels by default. Local data only.
+        encoding: encoding of text files; UTF-8 by default. Local data only.
+        train_rows: number of training rows to use, chosen by seed and stratified; all by default.
+        validation_rows: number of validation rows to use, before report rows are held out of them; all by default.
+        report_fraction: share of the validation rows, in [0, 1), that is held out to report. With 0, the data's own
+            test split reports if it has labels, with at most `validation_rows` rows.
+        seed: seed of these choices.
+        at_most: which of `train_rows` and `validation_rows` are upper bounds, so that a smaller task uses all its rows.
 
     Returns:
         The task with the rows that will be used.
 
     Raises:
-        InputError: there is no such task or file, its rows are unusable, or fewer rows exist than are asked for.
+        InputError: there is no such task or file, its rows are unusable, or it has fewer rows than requested.
     """
     if not 0.0 <= report_fraction < 1.0:
         raise InputError(
@@ -100,7 +100,7 @@ def load_task(
 
 
 def _doubts(task: Task) -> list[str]:
-    """What makes the scores of a task worth less than they seem."""
+    """Warnings about splits that make scores misleading: rows with one label, or rows shared with training."""
     doubts = []
     splits = {"validation": task.validation, "report": task.report, "test": task.test}
     texts = set(_texts(task, task.train))
@@ -120,7 +120,7 @@ def _texts(task: Task, rows: datasets.Dataset) -> Iterator[tuple[str, ...]]:
 
 
 def _only_label(task: Task, rows: datasets.Dataset) -> str:
-    """The one label that all rows have; empty where they have several."""
+    """The label of all rows if they have the same one; else empty."""
     labels = set(rows["label"][:])
     return task.labels[labels.pop()] if len(labels) == 1 else ""
 
@@ -128,25 +128,25 @@ def _only_label(task: Task, rows: datasets.Dataset) -> str:
 def tokenize(
     dataset: datasets.Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> datasets.Dataset:
-    """Turns a task's rows into model inputs, in order, truncated and not padded.
+    """Tokenizes rows in their order, truncated but not padded.
 
     Args:
-        dataset: one of the task's splits.
-        task: names the text columns.
-        tokenizer: the model's.
-        max_length: the most tokens a row may have, special tokens included.
+        dataset: rows of one of the task's splits.
+        task: the task, for its text columns and kind.
+        tokenizer: tokenizer of the model.
+        max_length: maximum number of tokens in a row, special tokens included.
 
     Returns:
-        Rows of `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them, and `labels` (int64
-        class ids, or float32 numbers).
+        Rows of `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer has them, and `labels` (int64 class
+        ids, or float32 numbers).
 
     Raises:
-        InputError: `max_length` leaves no room for text or is more than the model takes.
+        InputError: `max_length` leaves no room for text or exceeds the tokenizer's limit.
     """
     special = tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2)
     least, most = special + len(task.columns), tokenizer.model_max_length
     if not least <= max_length <= most:
-        # A tokenizer without a limit says 1e30.
+        # A tokenizer without a limit has 1e30 as its maximum.
         choices = f"from {least} to {most}" if most < 2**31 else f"at least {least}"
         raise InputError(f"{spelled('max_length')} {max_length} does not suit the tokenizer and task: choose {choices}")
     dtype = np.int64 if task.kind == "classification" else np.float32
@@ -161,7 +161,7 @@ def tokenize(
             batched=True,
             remove_columns=dataset.column_names,
             keep_in_memory=True,
-            # Nothing is cached, so the slow hash of the tokenizer is not needed.
+            # Avoids the slow hash of the tokenizer, which only the cache would need.
             new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
         )
 

@@ -21,7 +21,7 @@ from ticketops.tasks.sampling import hold_out
 from ticketops.tasks.splits import find_splits
 from ticketops.tasks.task import Kind, Task, features
 
-# Names of columns in any case, the usual ones before those that are looked for only where none of these is there.
+# Accepted column names, in any case. The second group is searched only if no name of the first is there.
 TEXT_COLUMNS = (
     (
         ("sentence1", "sentence2"),
@@ -68,7 +68,7 @@ LABEL_COLUMNS = (
     ),
 )
 
-# The share of a file without a validation split that is held out.
+# Share of the training rows that is held out for validation if there is no validation split.
 HELD_OUT = 0.1
 
 
@@ -81,22 +81,22 @@ def load_local(
     encoding: str | None = None,
     seed: int = 0,
 ) -> Task:
-    """Loads a task from a file or a folder and never writes there.
+    """Loads a task from a file or a folder, and writes nothing there.
 
-    A folder holds files of a training split and perhaps a validation and a test split, as `find_splits` says. Without a
-    validation split a stratified tenth of the training rows is held out. A folder named after a GLUE task and with its
-    columns gets that task's labels and metrics. Only the columns in use are read.
+    A folder has files of a training split and, optionally, of a validation and a test split: see `find_splits`. Without
+    a validation split, a stratified tenth of the training rows is held out. A folder that has the name and the columns
+    of a GLUE task gets that task's labels and metrics. Only the text and label columns are read.
 
     Args:
         path: the file or folder.
-        text_columns: one or two text columns; found by name when left out.
-        label_column: the label column; found by name when left out.
-        kind: overrides what the labels say: numbers of which many are fractions mean regression.
-        encoding: of text files; UTF-8 when left out.
-        seed: chooses the held-out rows.
+        text_columns: names of the one or two text columns; found by name by default.
+        label_column: name of the label column; found by name by default.
+        kind: "classification" or "regression"; by default regression if many labels are fractions.
+        encoding: encoding of text files; UTF-8 by default.
+        seed: seed of the choice of held-out rows.
 
     Returns:
-        The whole task. Binary F1 counts the second label as the positive one.
+        The task with all its rows. Binary F1 takes the second label as the positive one.
 
     Raises:
         InputError: a file is missing, unreadable or malformed, or a row has no usable text or label.
@@ -115,7 +115,7 @@ def load_local(
     given = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
     texts = _find_columns("text", TEXT_COLUMNS, given, first)
     (label,) = _find_columns("label", LABEL_COLUMNS, (label_column,) if label_column else (), first)
-    # GLUE's own files call some columns otherwise than the hub.
+    # Some columns have other names in GLUE's own files than on the hub.
     columns = glue.columns if glue is not None and texts == glue.original_columns else texts
     if len(texts) > 2 or label in texts or "label" in columns or len(set(texts)) < len(texts):
         raise InputError(
@@ -171,7 +171,7 @@ def load_local(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a split: its texts by column, as Arrow strings, and its labels."""
+    """The rows of a split: column name -> texts as Arrow strings, and the labels."""
 
     texts: Mapping[str, pa.ChunkedArray]
     labels: Labels
@@ -181,14 +181,14 @@ def _read(split: str, sources: Sequence[Source], texts: Sequence[str], label: st
     """Reads the named columns of a split's files, one after the other.
 
     Args:
-        split: of the files; a test split may have no label column.
-        sources: the files.
-        texts: the text columns as the training split calls them.
-        label: likewise the label column.
+        split: name of the split; a test split may have no label column.
+        sources: its files.
+        texts: names of the text columns in the training split.
+        label: name of the label column in the training split.
     """
     chunks: dict[str, list[pa.Array]] = {column: [] for column in texts}
     values: list[Any] = []
-    # Of each batch its first row in the split, its file, and the numbers of its rows there.
+    # For each batch: the number of its first row in the split, its file, and the numbers of its rows in the file.
     places: list[tuple[int, Source, Sequence[int]]] = []
 
     def where(row: int) -> str:
@@ -235,7 +235,7 @@ def _strings(values: Sequence[Any], column: str, first: int, where: Callable[[in
 def _dataset(
     texts: Mapping[str, pa.ChunkedArray], labels: np.ndarray | None, types: datasets.Features
 ) -> datasets.Dataset:
-    """The rows as every task has them; without a column for labels where these are hidden."""
+    """Makes the data set of a split; without a label column if the labels are hidden."""
     columns = [column for column in types if column != "label"]
     arrays = dict(zip(columns, texts.values(), strict=True))
     if labels is None:
@@ -246,7 +246,7 @@ def _dataset(
 
 
 def _class_names(sources: Sequence[Source], label: str) -> tuple[str, ...] | None:
-    """The names of the classes, where a file itself has them."""
+    """The class names that the files themselves have; None if they have none."""
     found = {source.classes[name] for source in sources for name in _spellings(label, source) if name in source.classes}
     if len(found) > 1:
         listing = " and ".join(", ".join(names) for names in sorted(found))
@@ -257,7 +257,7 @@ def _class_names(sources: Sequence[Source], label: str) -> tuple[str, ...] | Non
 def _find_columns(
     role: str, candidates: Sequence[Sequence[tuple[str, ...]]], given: Sequence[str], source: Source
 ) -> tuple[str, ...]:
-    """The given columns, or the one candidate that is there and is not part of a larger one that is there too."""
+    """Finds the columns named by the user, or else the candidate whose columns are there: the pair before one of it."""
     if not source.columns:
         raise _empty(source)
     if given:
@@ -273,7 +273,7 @@ def _find_columns(
 
 
 def _find_column(role: str, name: str, source: Source) -> str:
-    """What a file calls a column: its very name, or the one that differs in case alone."""
+    """The file's own spelling of a column name: the same, or else one that differs in case alone."""
     spellings = _spellings(name, source)
     if len(spellings) != 1:
         problem = "more than one choice of" if spellings else "no"

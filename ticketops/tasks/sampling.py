@@ -1,4 +1,4 @@
-"""Which rows are taken: seeded, stratified by label, and nested for growing numbers of rows."""
+"""Seeded, stratified subsets of rows; a larger subset contains a smaller one."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ def spread(rows: datasets.Dataset, seed: int) -> np.ndarray:
 
     Args:
         rows: rows with a `label`; a float label (regression) is not stratified.
-        seed: the same seed gives the same order.
+        seed: seed of the shuffling.
 
     Returns:
-        A permutation of the row numbers [rows].
+        Row numbers in the new order, int64 [rows].
     """
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     labels = np.asarray(rows["label"][:])[shuffled]
@@ -24,7 +24,7 @@ def spread(rows: datasets.Dataset, seed: int) -> np.ndarray:
     by_class = np.argsort(classes, kind="stable")
     rank = np.empty_like(by_class)
     rank[by_class] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    # Row k of n in its class stands at (k + 1/2) / n of the whole; equal places keep their shuffled order.
+    # Row k of the n rows of its class gets the place (k + 1/2) / n; ties keep their shuffled order.
     return shuffled[np.argsort((rank + 0.5) / sizes[classes], kind="stable")]
 
 
@@ -33,8 +33,8 @@ def take(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
 
     Args:
         rows: the rows to choose from.
-        count: how many, at most `len(rows)`.
-        seed: chooses them.
+        count: number of rows to take, at most `len(rows)`.
+        seed: seed of the choice.
 
     Returns:
         The chosen rows.
@@ -45,16 +45,16 @@ def take(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
 def hold_out(
     rows: datasets.Dataset, columns: Sequence[str], count: int, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Splits rows in two so that no text stands on both sides.
+    """Splits rows into two parts that have no text in common.
 
     Args:
         rows: the rows to split.
         columns: the text columns.
-        count: how many rows to hold out; the other rows of a held-out text follow it, so it may become a few more.
-        seed: chooses them.
+        count: number of rows to hold out; a few more are held out where several rows have the same text.
+        seed: seed of the choice.
 
     Returns:
-        The remaining rows and the held-out rows, each in their own order.
+        The remaining rows and the held-out rows, each in their original order.
     """
     texts = list(zip(*(rows[column][:] for column in columns), strict=True))
     chosen = {texts[i] for i in spread(rows, seed)[:count]}

@@ -1,4 +1,4 @@
-"""Which files of a folder are which split: named by it, sharded, numbered, in subfolders, or saved by `datasets`."""
+"""Finds the files of each split in a folder: by name, as shards or parts, in subfolders, or as saved data sets."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,18 +8,18 @@ from pathlib import Path
 from ticketops.errors import InputError
 from ticketops.tasks.formats import SAVED, bare_name, check_regular, extension
 
-#: Split -> what its files or its folder may be called, the preferred name first.
+#: Split -> accepted names of its files or its folder, the preferred name first.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "validation_matched", "valid", "val", "dev", "dev_matched"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-# The hub's parts of a split: train-00000-of-00004, and after that a hash where a data set is older.
+# Shards on the hub: train-00000-of-00004, with a hash at the end in older data sets.
 _SHARD = re.compile(r"[-_.](\d+)-of-(\d+)(?:-[0-9a-f]{8,})?$")
 _MARKER = re.compile(r"[-_.]?\d+$")
-# What `datasets` and the hub write beside the rows.
+# Metadata files that `datasets` and the hub write beside the rows.
 _DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json"}
-# Subfolders of subfolders are looked at: data/english/train.csv.
+# Levels of subfolders to search: 2 finds data/english/train.csv.
 _DEPTH = 2
 
 
@@ -28,11 +28,11 @@ class Layout:
     """The files of a task.
 
     Attributes:
-        train: files to train on, in the order of their rows; a file may be the folder of a saved data set.
-        validation: files of the split that selects; none where it is to be held out.
-        test: files of the split that never selects; often none.
-        validation_name: the name by which the validation files were found.
-        unread: names of the files of rows that belong to none of these.
+        train: files of the training split, in the order of their rows; a file may be the folder of a saved data set.
+        validation: files of the validation split; empty if it must be held out of the training rows.
+        test: files of the test split; often empty.
+        validation_name: name by which the validation files were found, such as `dev`.
+        unread: names of the data files that belong to no split.
     """
 
     train: tuple[Path, ...]
@@ -43,17 +43,17 @@ class Layout:
 
 
 def find_splits(path: Path) -> Layout:
-    """Finds a task's files.
+    """Finds the files of each split by their names, without opening them.
 
     Args:
-        path: a file, the folder of a saved data set, or a folder with files of splits: in it, in a folder for each, or
-            in a subfolder such as `data`, as in clones of the hub's data sets.
+        path: a file, the folder of a saved data set, or a folder with the files of the splits: directly, in one
+            subfolder per split, or in a subfolder such as `data`, as in clones of the hub's data sets.
 
     Returns:
-        The files, looked at by name alone.
+        The files of each split.
 
     Raises:
-        InputError: no file is of the training split, several files could be a split, or a shard is missing.
+        InputError: there is no training split, several files could be the same split, or a shard is missing.
     """
     if not path.is_dir() or (path / SAVED).is_file():
         if (shard := _SHARD.search(bare_name(path))) and int(shard[2]) > 1:
@@ -77,12 +77,12 @@ def find_splits(path: Path) -> Layout:
 
 
 def _layouts(folder: Path, depth: int, seen: set[Path]) -> dict[Path, Layout]:
-    """The folder's own splits, or else those of the folders in it."""
+    """Folder -> its splits: of the folder itself or, if it has none, of its subfolders."""
     if (layout := _layout(folder)) is not None:
         return {folder: layout}
     found: dict[Path, Layout] = {}
     for entry in _entries(folder) if depth else ():
-        # A link to a folder above would be looked at for ever.
+        # A link to a parent folder would be followed without end.
         if entry.is_dir() and not (entry / SAVED).is_file() and (place := entry.resolve()) not in seen:
             seen.add(place)
             found |= _layouts(entry, depth - 1, seen)
@@ -90,7 +90,7 @@ def _layouts(folder: Path, depth: int, seen: set[Path]) -> dict[Path, Layout]:
 
 
 def _layout(folder: Path) -> Layout | None:
-    """The splits in a folder; None where it has none to train on."""
+    """The splits in a folder; None if it has no training split."""
     groups: dict[str, list[Path]] = {}
     for entry in _entries(folder):
         if _is_data(entry):
@@ -104,7 +104,7 @@ def _layout(folder: Path) -> Layout | None:
 
 
 def _choose(folder: Path, split: str, groups: Iterable[str]) -> str:
-    """The group of files that is the split: of its very name, or the one with its name among other words."""
+    """The split's group of files: named exactly so, or else the one with the split's name among other words."""
     for name in SPLIT_NAMES[split]:
         if name in groups:
             return name
@@ -123,7 +123,7 @@ def _choose(folder: Path, split: str, groups: Iterable[str]) -> str:
 
 
 def _files(folder: Path, name: str, entries: Sequence[Path]) -> tuple[Path, ...]:
-    """The files of a split in order: one, numbered parts or shards, or all in its folder."""
+    """The files of a split in order: a single file, numbered parts or shards, or all files of the split's folder."""
     if len(entries) == 1 and entries[0].is_dir() and not (entries[0] / SAVED).is_file():
         inside = [entry for entry in _entries(entries[0]) if _is_rows(entry)]
         parts: dict[str, list[Path]] = {}
@@ -143,7 +143,7 @@ def _files(folder: Path, name: str, entries: Sequence[Path]) -> tuple[Path, ...]
     shards = [(int(match[1]), int(match[2])) for stem in stems if (match := _SHARD.search(stem))]
     if shards:
         count = shards[0][1]
-        # Most count from 0.
+        # Shards usually count from 0.
         first = 1 if (count, count) in shards else 0
         missing = sorted({*range(first, first + count)} - {place for place, _ in shards})
         if len(shards) != len(entries) or len(shards) != count or missing or {total for _, total in shards} != {count}:
@@ -159,13 +159,13 @@ def _files(folder: Path, name: str, entries: Sequence[Path]) -> tuple[Path, ...]
 
 
 def _group(entry: Path) -> str:
-    """What the parts of a split have in common: the name without a shard's or a part's number, in lower case."""
+    """A file's name in lower case, without the number of a shard or part: all parts of a split share it."""
     stem = _SHARD.sub("", bare_name(entry)).lower()
     return _MARKER.sub("", stem) or stem
 
 
 def _is_data(entry: Path) -> bool:
-    """Whether an entry of a folder is a file of rows by its name, or a folder of a split."""
+    """True if a folder's entry is, by its name, a data file or the folder of a split."""
     if not entry.is_dir():
         return _is_rows(entry)
     named = any(bare_name(entry).lower() in names for names in SPLIT_NAMES.values())
@@ -177,7 +177,7 @@ def _is_rows(entry: Path) -> bool:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What stands in a folder, hidden files left out, with numbers in names in their own order."""
+    """Entries of a folder without hidden ones, sorted with numbers in names by value."""
     try:
         found = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     except OSError as error:
@@ -186,6 +186,6 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _in_words(name: str) -> list[tuple[int, str]]:
-    """The words and numbers of a name, so that part-10 comes after part-9."""
+    """Sort key of a name, split into words and numbers, so that part-10 comes after part-9."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
     return [(int(part), "") if part[0].isascii() and part[0].isdigit() else (-1, part) for part in parts]

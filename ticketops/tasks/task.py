@@ -36,7 +36,7 @@ def _correlation(function: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarr
     def score(labels: np.ndarray, predictions: np.ndarray) -> float:
         if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
             return 0.0
-        # scipy warns of nearly constant input; a value that underflows to NaN is no correlation either.
+        # scipy warns of nearly constant input, where the correlation may underflow to NaN; that counts as 0.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             value = float(function(labels, predictions).statistic)
@@ -55,12 +55,12 @@ METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def features(kind: Kind, labels: Sequence[str], columns: Sequence[str]) -> datasets.Features:
-    """The column types every task's rows have, wherever they came from.
+    """Column types of a task's rows.
 
     Args:
-        kind: classification or regression.
+        kind: "classification" or "regression".
         labels: label names by id; unused for regression.
-        columns: the text columns.
+        columns: names of the text columns.
 
     Returns:
         Strings for the text columns, a class label or a float32 for `label`.
@@ -71,22 +71,22 @@ def features(kind: Kind, labels: Sequence[str], columns: Sequence[str]) -> datas
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a model is fine-tuned for and scored by.
+    """A data set to fine-tune on, with the metrics that score a model on it.
 
     Attributes:
-        name: what the user calls it.
-        kind: classification (cross entropy over `labels`) or regression (one number).
+        name: GLUE name, or name of the file or folder.
+        kind: "classification" (cross entropy over `labels`) or "regression" (one number).
         labels: label names by id; empty for regression.
-        columns: the one or two text columns.
-        metrics: names of the metrics, the one that selects first.
-        train: rows to train on: the text columns and `label`.
-        validation: rows that select.
-        validation_name: where the validation rows came from, such as `validation`, `dev` or `held out of reviews.csv`.
-        report: rows that only report; None when the validation rows do both.
-        report_name: where the report rows came from.
-        test: rows of the data's own test split that are not used: its labels are hidden (it has no column `label`), or
-            others report. None where there are none.
-        remarks: how the data were read where that is not plain, and what looks wrong with them, a sentence each.
+        columns: names of the one or two text columns.
+        metrics: names of the metrics; the first one selects the super ticket.
+        train: training rows, with the text columns and `label`.
+        validation: rows whose score selects the super ticket.
+        validation_name: source of the validation rows, such as `validation`, `dev` or `held out of reviews.csv`.
+        report: held-out rows whose score is reported; None if the validation rows serve both purposes.
+        report_name: source of the report rows.
+        test: rows of the data's own test split if it is not used: its labels are hidden (no column `label`), or
+            other rows report. Else None.
+        remarks: sentences for the user: how the data were read, if that is not obvious, and what looks wrong in them.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """The metric that selects; higher is better."""
+        """Name of the metric that selects the super ticket; higher is better."""
         return self.metrics[0]
 
     @property
@@ -114,7 +114,7 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 over every row used and its role, so that a trial's identity includes its data."""
+        """The sha256 over all rows and the split of each, as part of a trial's identity."""
         digest = hashlib.sha256(json.dumps([self.kind, self.labels, self.columns, self.metrics]).encode())
         splits = {"train": self.train, "validation": self.validation, "report": self.report}
         for role, rows in (splits | ({"test": self.test} if self.test is not None else {})).items():
@@ -129,13 +129,13 @@ class Task:
 
         Args:
             predictions: logits [rows, num_labels]; for regression [rows] or [rows, 1].
-            labels: label ids, or numbers for regression [rows].
+            labels: class ids [rows], or numbers [rows] for regression.
 
         Returns:
-            Every metric's value: fractions in [0, 1], correlations in [-1, 1]; a constant predictor correlates at 0.
+            Metric -> value: fractions in [0, 1], correlations in [-1, 1]; constant predictions have correlation 0.
 
         Raises:
-            InputError: the shapes do not fit the task, there are no rows, or an output is NaN or infinite.
+            InputError: the shapes do not fit the task, there are no rows, or a prediction is NaN or infinite.
         """
         scores, targets = np.asarray(predictions, dtype=np.float64), np.asarray(labels)
         if self.kind == "regression" and scores.ndim == 1:
@@ -155,10 +155,10 @@ class Task:
         return {metric: METRICS[metric](targets, outputs) for metric in self.metrics}
 
     def majority(self, split: datasets.Dataset | None = None) -> float:
-        """What always answering a split's most frequent label scores: the bar a model has to clear.
+        """Score of always predicting a split's most frequent label.
 
         Args:
-            split: the rows to score on; the validation rows when left out.
+            split: rows to score on; the validation rows by default.
 
         Returns:
             The value of `metric`; 0 for correlations.
@@ -170,7 +170,7 @@ class Task:
         return METRICS[self.metric](labels, constant)
 
     def describe(self) -> str:
-        """Says in one line what the task is: rows, which split does what, labels, metrics, the majority's score."""
+        """Describes the task in one line: rows and use of each split, labels, metrics, score of the majority label."""
         rows = f"{len(self.train):,} training and {len(self.validation):,} validation rows ({self.validation_name})"
         if self.report is not None:
             rows += f", {len(self.report):,} report rows" + (f" ({self.report_name})" if self.report_name else "")
