@@ -21,17 +21,17 @@ class Adamax(Optimizer):
         u = max(beta2 * u, |g| + eps)
         w = w - lr * (m / (u + eps) + weight_decay * w)
 
-    `torch.optim.Adamax` differs in three ways: it adds the decay to the gradient, where u divides it away; it divides
-    m by 1 - beta1**step; and it does not clip. Slices that a ticket prunes count neither in the norm nor in m and u.
-    A step reads no value back from a GPU.
+    `torch.optim.Adamax` differs in three ways: it adds the weight decay to the gradient, so that u rescales it; it
+    divides m by 1 - beta1**step; and it does not clip. Weights pruned by a ticket are excluded from the norm, m and u.
+    A step does not synchronize with the GPU.
 
     Args:
-        params: parameters, (name, parameter) pairs, or dicts that set the options below for a group of them.
-        lr: step size; a 0-dim tensor on the parameters' device can be changed inside a CUDA graph.
+        params: parameters, (name, parameter) pairs, or dicts that set the options below for a group of parameters.
+        lr: learning rate; as a 0-dim tensor on the parameters' device it can be changed inside a CUDA graph.
         betas: decay rates of m and u, each in [0, 1).
-        eps: added to |g| and to u.
-        weight_decay: share of the weight that a step of size 1 takes off.
-        max_grad_norm: largest l2 norm of one parameter's gradient; 0 does not clip.
+        eps: constant added to |g| and to u.
+        weight_decay: coefficient of the decoupled weight decay.
+        max_grad_norm: maximum l2 norm of each parameter's gradient; 0 disables clipping.
 
     Raises:
         InputError: an option is out of range.
@@ -54,10 +54,10 @@ class Adamax(Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters with options of their own.
+        """Adds a group of parameters.
 
         Args:
-            param_group: "params" and any of the options; the others are the optimizer's.
+            param_group: "params" and any of the options; missing options take the optimizer's defaults.
 
         Raises:
             InputError: an option is out of range.
@@ -65,7 +65,7 @@ class Adamax(Optimizer):
         options = {**self.defaults, **param_group}
         if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
             raise InputError(f"lr has shape {list(options['lr'].shape)}: give one number")
-        # A tensor's value is not read: it may be on a GPU.
+        # Reading a tensor's value would synchronize with the GPU.
         numbers = {name: options[name] for name in ("lr", "eps", "weight_decay", "max_grad_norm")}
         for name, value in numbers.items():
             if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
@@ -78,16 +78,16 @@ class Adamax(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Moves every parameter that has a gradient.
+        """Updates every parameter that has a gradient.
 
         Args:
-            closure: computes the loss and the gradients anew; optional.
+            closure: function that recomputes the gradients and returns the loss; optional.
 
         Returns:
-            What the closure returns.
+            The closure's result; None without a closure.
 
         Raises:
-            UnsupportedError: a gradient is sparse or complex; no parameter has moved then.
+            UnsupportedError: a gradient is sparse or complex; raised before any parameter is updated.
         """
         loss = None
         if closure is not None:
@@ -101,7 +101,7 @@ class Adamax(Optimizer):
             for parameter in parameters:
                 _check(parameter)
         for group, parameters in with_gradient:
-            # torch's foreach functions take one launch for all tensors of one device and dtype.
+            # A foreach function needs one launch for all tensors of the same device and dtype.
             alike: dict[Any, list[Tensor]] = defaultdict(list)
             for parameter in parameters:
                 alike[parameter.device, parameter.dtype].append(parameter)
@@ -118,7 +118,7 @@ class Adamax(Optimizer):
         m, u = ([self.state[parameter][name] for parameter in parameters] for name in ("exp_avg", "exp_inf"))
         gradients = trainable_gradients(parameters)
         if max_grad_norm:
-            # In float32, since the norm of a float16 gradient can overflow; NaN and infinity go through, as in torch.
+            # In float32, since the norm of a float16 gradient can overflow. NaN and infinity propagate, as in torch.
             scales = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(gradients[0].dtype, torch.float32))
             torch._foreach_add_(scales, 1e-6)
             torch._foreach_reciprocal_(scales)
@@ -127,7 +127,7 @@ class Adamax(Optimizer):
             gradients = list(torch._foreach_mul(gradients, scales))
         torch._foreach_lerp_(m, gradients, 1 - group["betas"][0])
         torch._foreach_mul_(u, group["betas"][1])
-        # A new tensor where nothing was clipped: the gradients are the user's.
+        # Out of place, since without clipping `gradients` are the user's own tensors.
         sizes = torch._foreach_abs(gradients)
         del gradients
         torch._foreach_add_(sizes, group["eps"])

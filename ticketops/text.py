@@ -1,7 +1,7 @@
-"""How names from files reach readers: one function for each medium, and counted nouns.
+"""Escapes untrusted text for terminals, Markdown and CSV, and formats counted nouns.
 
-A name may hold anything: a task is called after its file, labels and columns stand in data, a ticket's metadata in a
-file that somebody sent. No name may change what a terminal does, what a page links to or what a spreadsheet computes.
+Names of tasks, columns and labels and the metadata of tickets come from files that others may have made. They must not
+control the terminal, add links or HTML to a report, or run formulas in a spreadsheet.
 """
 
 import re
@@ -15,64 +15,64 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun in the singular or plural: `count(1, "FFN")` is "1 FFN".
 
     Args:
-        number: how many.
-        noun: for one.
-        plural: for other numbers; by default with an s.
+        number: the number.
+        noun: the noun in the singular.
+        plural: the noun in the plural; by default the singular with an s.
     """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def structures(heads: int, ffns: int, neurons: int | None = None) -> str:
-    """Counted heads and FFNs, and neurons where they are given: "21 heads, 1 FFN and 30 neurons".
+    """Counts of heads, FFNs and, optionally, neurons: "21 heads, 1 FFN and 30 neurons".
 
     Args:
-        heads, ffns: how many.
-        neurons: of other FFNs.
+        heads, ffns: number of heads and of FFNs.
+        neurons: number of neurons in other FFNs; None to leave them out.
     """
     parts = [count(heads, "head"), count(ffns, "FFN"), *([] if neurons is None else [count(neurons, "neuron")])]
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def printable(text: Any) -> str:
-    """Text for a terminal or a figure: in one line, without escape codes or characters that reorder or hide text.
+    """Makes text safe for a terminal or a figure: one line, without escape codes or characters that reorder text.
 
     Args:
-        text: anything; what cannot be printed stands as Python writes it, such as `\\x1b`.
+        text: any object; unprintable characters become Python escapes such as `\\x1b`.
     """
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
 
 
 def markdown(text: Any) -> str:
-    """Text for a Markdown page, as text: no markup, HTML, link or table cell of its own.
+    """Escapes text for Markdown, so that it adds no markup, HTML, links or table cells.
 
     Args:
-        text: anything.
+        text: any object.
     """
     escaped = _MARKDOWN.sub(lambda found: f"\\{found[0]}", printable(text))
     escaped = re.sub("[&<>]", lambda found: _ENTITIES[found[0]], escaped)
-    # Bare addresses would become links.
+    # Markdown viewers turn bare addresses into links.
     return re.sub(r"(?i)(:)(?=//)|(?<=www)(\.)", lambda found: f"&#{ord(found[0])};", escaped)
 
 
 def code(text: Any) -> str:
-    """Text for a Markdown page, as code within a line.
+    """Formats text as inline code in Markdown.
 
     Args:
-        text: anything.
+        text: any object.
     """
     content = printable(text)
     ticks = "`" * (max(map(len, re.findall("`+", content)), default=0) + 1)
-    # A bar would end a table's cell even there.
+    # A bar ends a table cell even inside code.
     content = content.replace("|", "\\|")
     return f"{ticks} {content} {ticks}" if len(ticks) > 1 else f"`{content}`"
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Text of several lines for a Markdown page, as a block of code.
+    """Formats text of several lines as a code block in Markdown.
 
     Args:
-        text: its lines are kept.
-        language: after the opening fence.
+        text: the lines, separated by line feeds.
+        language: name of the language for the highlighter.
     """
     content = "\n".join(map(printable, text.split("\n")))
     fence = "`" * max(3, max(map(len, re.findall("`+", content)), default=0) + 1)
@@ -80,10 +80,10 @@ def fenced(text: str, language: str = "") -> str:
 
 
 def cell(value: Any) -> Any:
-    """A value for a CSV file, which a spreadsheet shows and does not compute.
+    """Makes a value safe for a CSV file, so that a spreadsheet shows it as text and never runs it as a formula.
 
     Args:
-        value: numbers stay as they are; text that a spreadsheet would take for a formula starts with an apostrophe.
+        value: a number, which is returned unchanged, or text; text that looks like a formula gets a leading apostrophe.
     """
     if not isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""What a run stood on: versions and machine, for records, reports and `ticketops doctor`."""
+"""Versions of packages and facts about the machine, for records, reports and `ticketops doctor`."""
 
 import importlib.metadata
 import os
@@ -20,12 +20,12 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    # The distribution's version drops the build (+cpu, +cu128), which matters here.
+    # torch's own version names the build (+cpu, +cu128), which the distribution's may lack.
     return {**found, "torch": torch.__version__}
 
 
 def machine() -> dict[str, Any]:
-    """The device that a trial runs on, and the processor beside it."""
+    """Facts about the device that trials run on and about the processor."""
     cuda = torch.cuda.is_available()
     return {
         "platform": platform.platform(),

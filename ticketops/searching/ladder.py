@@ -1,4 +1,4 @@
-"""The ladders of a transfer: super ticket against full model on growing shares of the rows; arithmetic over records."""
+"""The ladders of a transfer, computed from its records: super ticket against full model on growing shares of rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ from ticketops.searching.transfer_plan import SCORES
 
 @dataclass
 class Rung:
-    """One share of a ladder's rows.
+    """Scores of the full model and the super ticket for one share of the training rows.
 
     Attributes:
         ladder: "target" or "source".
-        fraction: of the training rows.
-        rows: how many these are.
-        sparsity: of the super ticket here; None where there is none yet.
-        metric: name of the scores' metric.
-        split: that the scores are of: "report" where one was held out, else "validation".
-        scored: rows of it; 0 where the records are of a version that did not count them.
-        constant: what one constant answer scores on it.
-        full: seed -> the full model's score.
-        super: seed -> the super ticket's.
+        fraction: share of the training rows.
+        rows: number of these rows.
+        sparsity: sparsity of the super ticket; None if there is none yet.
+        metric: name of the metric.
+        split: split of the scores: "report" if one was held out, else "validation".
+        scored: number of rows of that split; 0 for records of earlier versions, which do not count them.
+        constant: score of one constant answer on that split.
+        full: seed -> score of the full model.
+        super: seed -> score of the super ticket.
     """
 
     ladder: str
@@ -40,18 +40,18 @@ class Rung:
 
     @property
     def gain(self) -> Spread:
-        """The super ticket's score minus the full model's, seed by seed."""
+        """Spread over seeds of the super ticket's score minus the full model's."""
         return Spread.of(differences(self.super, self.full))
 
 
 def read_ladders(store: Store) -> list[Rung]:
-    """The rungs of both ladders, on the split that reports.
+    """Reads the rungs of both ladders, with scores on the split that reports.
 
     Args:
-        store: of the transfer.
+        store: store of the transfer.
 
     Returns:
-        The target's rungs, then the source's, by growing share.
+        The target's rungs, then the source's, each in the order of growing shares.
     """
     config = store.config
     groups: dict[tuple[str, float], list[Record]] = {}
@@ -99,13 +99,13 @@ def compare_rungs(store: Store, rungs: Sequence[Rung], ladder: str) -> dict[floa
     """Compares the super ticket with the full model on each rung of a ladder.
 
     Args:
-        store: of the transfer.
-        rungs: as `read_ladders` gives them.
+        store: store of the transfer.
+        rungs: rungs as `read_ladders` returns them.
         ladder: "target" or "source".
 
     Returns:
-        Fraction -> comparison, corrected for the number of rungs and, where each rung's ticket is the best of several
-        levels, for these.
+        Fraction -> comparison, corrected for the number of rungs and, on the source's ladder, for the number of
+        sparsities among which each rung's ticket is the best.
     """
     own = [rung for rung in rungs if rung.ladder == ladder]
     levels = 1

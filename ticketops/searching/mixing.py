@@ -1,4 +1,4 @@
-"""In which order the batches of several tasks train one model."""
+"""The order in which batches of several tasks train one model."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ class Step:
     """One training step.
 
     Attributes:
-        task: place of its task in the list of tasks.
-        rows: numbers of its rows in that task's training split [at most a batch], int64.
+        task: index of the step's task.
+        rows: numbers of the step's rows in that task's training split, int64 [at most batch_size].
     """
 
     task: int
@@ -23,20 +23,20 @@ class Step:
 
 
 def make_schedule(rows: Sequence[int], batch_size: int, epochs: int, mixing: Mixing, seed: int) -> list[Step]:
-    """Draws the tasks and rows of every step of a multi-task training.
+    """Draws the task and the rows of every step of a multi-task training.
 
-    An epoch has as many steps as all tasks have batches, under every rule, and shares them out exactly rather than by
-    chance. A task's rows come in shuffled passes that go on from epoch to epoch, so that none returns before all others
-    of its task have had their turn; a pass's last batch may be smaller.
+    Under each rule, an epoch has as many steps as all tasks together have batches, and each task's number of steps is
+    exact rather than random. A task's rows are shuffled and used once before they are shuffled again, also across
+    epochs; the last batch of such a pass may be smaller.
 
     Args:
-        rows: training rows of each task.
-        batch_size: rows a step at most.
-        epochs: how many.
-        mixing: "proportional" to the tasks' batches, so that an epoch sees every row once; "uniform", equally many
-            steps a task; "annealed" from the first towards the second: in proportion to the number of batches to the
-            power of 1, falling by equal steps to 0.2 in the last epoch (0.6 where there is only one).
-        seed: of all shuffling.
+        rows: number of training rows of each task.
+        batch_size: maximum number of rows in a step.
+        epochs: number of epochs.
+        mixing: "proportional": steps in proportion to the tasks' batches, so that an epoch sees every row once;
+            "uniform": equally many steps per task; "annealed": in proportion to batches ** power, where the power falls
+            linearly over the epochs from 1 to 0.2 (0.6 if there is only one epoch).
+        seed: seed of all shuffling.
 
     Returns:
         The steps in order.
@@ -55,19 +55,19 @@ def make_schedule(rows: Sequence[int], batch_size: int, epochs: int, mixing: Mix
 
 
 def share_steps(batches: Sequence[int], power: float) -> list[int]:
-    """Shares an epoch's steps out among tasks.
+    """Divides an epoch's steps among tasks, in proportion to batches ** power.
 
     Args:
-        batches: of each task.
-        power: shares are in proportion to the number of batches to this power; 1 gives `batches` itself.
+        batches: number of batches of each task.
+        power: exponent; 1 returns `batches` unchanged.
 
     Returns:
-        Steps of each task; their sum is that of `batches`, and none is 0 for a power in [0, 1].
+        Number of steps of each task; the sum is that of `batches`, and none is 0 for a power in [0, 1].
     """
     weights = np.asarray(batches, dtype=np.float64) ** power
     ideal = weights * (sum(batches) / weights.sum())
     counts = np.floor(ideal + 1e-9).astype(int)
-    # The largest remainders get what rounding down has left over.
+    # Steps left over by rounding down go to the largest remainders.
     for task in np.argsort(counts - ideal, kind="stable")[: sum(batches) - counts.sum()]:
         counts[task] += 1
     return [int(count) for count in counts]
@@ -80,7 +80,7 @@ def _power(mixing: Mixing, epoch: int, epochs: int) -> float:
 
 
 def _stream(rows: int, batch_size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Batches of one task without end."""
+    """Yields batches of one task without end."""
     while True:
         order = generator.permutation(rows)
         yield from (order[start : start + batch_size] for start in range(0, rows, batch_size))

@@ -1,4 +1,4 @@
-"""Importance of a fully fine-tuned model: in a clean pass after training, or during its last epoch."""
+"""Importance scores of a fine-tuned model, from a separate pass after training or from its last training epoch."""
 
 import contextlib
 from collections.abc import Iterable
@@ -14,17 +14,17 @@ from ticketops.tickets import Granularity, Importance
 def score_pass(
     handle: PatchHandle, batches: Iterable[Any], granularity: Granularity, autocast: bool, neurons: bool = False
 ) -> Importance:
-    """Scores heads and FFNs in one pass over the training rows: dropout off, no weight gradient computed.
+    """Scores heads and FFNs in one pass over the training rows, without dropout and without weight gradients.
 
     Args:
-        handle: the patched, fine-tuned model; left in evaluation mode.
-        batches: of the training split, with labels, as the model's keyword arguments; moved to its device.
-        granularity: "example", "token" or "batch".
-        autocast: whether to run under bfloat16 autocast.
-        neurons: whether to score single neurons too.
+        handle: handle of the patched, fine-tuned model; the model is left in evaluation mode.
+        batches: batches of the training split: the model's keyword arguments, with labels; moved to its device.
+        granularity: what absolute values are taken of: "example", "token" or "batch".
+        autocast: True to run under bfloat16 autocast.
+        neurons: True to score single neurons of the FFNs too.
 
     Returns:
-        The average importance over the rows.
+        The importance, averaged over the rows.
 
     Source: arXiv 2105.12002, section 3.
     """
@@ -48,12 +48,12 @@ def score_pass(
 
 
 class LastEpochScorer(TrainerCallback):
-    """Records importance while the last epoch trains: no extra pass, but dropout on and weights still moving.
+    """Records importance during the last training epoch. Saves a pass, but dropout is on and weights still change.
 
     Args:
-        handle: the patched model that trains.
-        granularity: "example", "token" or "batch".
-        neurons: whether to score single neurons too.
+        handle: handle of the patched model in training.
+        granularity: what absolute values are taken of: "example", "token" or "batch".
+        neurons: True to score single neurons of the FFNs too.
     """
 
     def __init__(self, handle: PatchHandle, granularity: Granularity, neurons: bool = False):
@@ -64,7 +64,7 @@ class LastEpochScorer(TrainerCallback):
         self._open = contextlib.ExitStack()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts to record when the last epoch begins."""
+        """Starts recording when the last epoch begins."""
         if state.global_step >= state.max_steps - state.max_steps // int(args.num_train_epochs):
             self.importance = self._open.enter_context(
                 self._handle.record_importance(self._granularity, neurons=self._neurons)

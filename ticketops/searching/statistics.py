@@ -1,4 +1,4 @@
-"""What scores over seeds show: spreads, and paired comparisons corrected for how many were made.
+"""Statistics of scores over seeds: spreads, and paired comparisons corrected for multiple testing.
 
 Sources: Student's t interval of paired differences (scipy.stats.t); Holm's step-down correction, S. Holm, "A simple
 sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979); the variance of a
@@ -13,9 +13,9 @@ from typing import Literal, TypeVar
 
 from scipy import stats
 
-#: How often at most a comparison may be called better or worse with nothing to find, over all comparisons of a run.
+#: Maximum probability that any comparison of a run is called better or worse although there is no difference.
 ERROR_RATE = 0.05
-#: What most fine-tuning papers have, and the least that tells effects of about the spread's size.
+#: Number of seeds that most fine-tuning papers use; fewer rarely detect an effect as large as the spread over seeds.
 ADVISED_SEEDS = 5
 
 Outcome = Literal["better", "worse", "no difference shown", "no verdict"]
@@ -27,9 +27,9 @@ class Spread:
     """Mean and sample standard deviation over seeds.
 
     Attributes:
-        mean: of the values; NaN where there is none.
-        std: of the values, with n - 1 in the denominator; None for fewer than two of them.
-        count: how many values there are.
+        mean: mean of the values; NaN if there are none.
+        std: sample standard deviation (n - 1 in the denominator); None for fewer than two values.
+        count: number of values.
     """
 
     mean: float
@@ -46,14 +46,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One of the comparisons that a run makes, seed by seed.
+    """A comparison of two sets of scores, paired by seed.
 
     Attributes:
-        difference: of the scores, over seeds.
-        low, high: ends of the interval of the mean difference at the level that the correction leaves; None for fewer
-            than two seeds.
-        outcome: "better" or "worse" where the interval excludes 0, else "no difference shown"; "no verdict" for fewer
-            than two seeds.
+        difference: spread of the differences over seeds.
+        low, high: bounds of the confidence interval of the mean difference, corrected for multiple testing; None for
+            fewer than two seeds.
+        outcome: "better" or "worse" if the interval excludes 0, else "no difference shown"; "no verdict" for fewer than
+            two seeds.
         tried: number of comparisons that the interval is corrected for.
     """
 
@@ -65,29 +65,29 @@ class Comparison:
 
 
 def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """Differences of two sets of scores, seed by seed.
+    """Differences of two sets of scores, paired by seed.
 
     Args:
         ours, theirs: seed -> score.
 
     Returns:
-        One difference for each seed that both have.
+        `ours` minus `theirs` for each seed that both have.
     """
     return [score - theirs[seed] for seed, score in ours.items() if seed in theirs]
 
 
 def compare(pairs: Mapping[Name, Collection[float]], resolution: float = 0.0, tried: int = 0) -> dict[Name, Comparison]:
-    """Tells which of several paired comparisons show a difference.
+    """Tests which of several paired comparisons show a difference.
 
-    Each is a two-sided t test of the mean difference against 0, and Holm's procedure keeps the chance of any false
-    "better" or "worse" among all of them at `ERROR_RATE`. Seeds that agree to the last row would make a spread of 0 of
-    any difference, so the standard deviation counts as one row's worth at least.
+    Each comparison is a two-sided t test of the mean difference against 0. Holm's procedure keeps the probability of
+    any false "better" or "worse" among all of them at `ERROR_RATE`. With few rows all seeds may have exactly the same
+    difference; so that this is not taken for certainty, the standard deviation is at least one row's share of a score.
 
     Args:
-        pairs: name of each comparison -> its differences, one a seed.
-        resolution: by how much one row of the scored split changes a score; 0 where that is not known, and then
-            differences without a spread show nothing.
-        tried: number of comparisons that were made, where that is more than `pairs` has.
+        pairs: name of each comparison -> its differences, one per seed.
+        resolution: change of a score by one row of the split; if it is 0 (unknown), differences without a spread show
+            nothing.
+        tried: number of comparisons made, if it exceeds the number of `pairs`.
 
     Returns:
         The comparisons by name.
@@ -97,7 +97,7 @@ def compare(pairs: Mapping[Name, Collection[float]], resolution: float = 0.0, tr
     errors, p_values = {}, {}
     for name, spread in spreads.items():
         deviation = max(spread.std or 0.0, resolution)
-        # Differences of equal numbers differ by rounding.
+        # A smaller deviation is rounding error of equal differences.
         if spread.std is None or deviation < 1e-12:
             continue
         errors[name] = deviation / math.sqrt(spread.count)
@@ -105,7 +105,7 @@ def compare(pairs: Mapping[Name, Collection[float]], resolution: float = 0.0, tr
     found: dict[Name, Comparison] = {}
     level, going = ERROR_RATE / max(tried, 1), True
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        # Where a step fails, all further ones are held to its level.
+        # After the first comparison that is not significant, Holm's procedure stops: the level stays.
         if going:
             level = ERROR_RATE / (tried - rank)
             going = p_values[name] < level
@@ -122,12 +122,12 @@ def compare(pairs: Mapping[Name, Collection[float]], resolution: float = 0.0, tr
 
 
 def is_like_a_constant(scores: Iterable[float], constant: float, rows: int) -> bool:
-    """Tells whether a model's scores may be those of one constant answer, within two standard errors of its score.
+    """True if a model's mean score is at most two standard errors above the score of one constant answer.
 
     Args:
-        scores: of the model, one a seed.
-        constant: what one constant answer scores, a fraction; 0 for correlations.
-        rows: that were scored; 0 where that is not known, and then only the mean itself is compared.
+        scores: the model's scores, one per seed.
+        constant: score of one constant answer, in [0, 1]; 0 for correlations.
+        rows: number of rows scored; 0 if unknown, and the standard error is then taken as 0.
     """
     variance = constant * (1 - constant) or 1.0
     error = math.sqrt(variance / max(rows - 1, 1)) if rows else 0.0

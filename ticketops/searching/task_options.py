@@ -1,4 +1,4 @@
-"""How the tasks' data are read, in a run of several tasks: `a,b` for every task, `TASK=a,b` for one. No torch."""
+"""Data options in a run of several tasks: `a,b` for all tasks, `TASK=a,b` for one. Imports no torch."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,16 +14,16 @@ def read_option(name: str, value: Any, tasks: Iterable[str]) -> tuple[str, ...] 
     """Reads an option whose value may differ from task to task.
 
     Args:
-        name: field of the option, for the error message.
-        value: "a,b" for every task, "reviews=title,body,mails=text" for single ones, a list of such entries, or a
+        name: name of the option's field, for the error message.
+        value: "a,b" for all tasks, "reviews=title,body,mails=text" for single tasks, a list of such entries, or a
             mapping such as {"reviews": ["title", "body"]}; None for no value.
-        tasks: names of the tasks that may stand before the equals sign.
+        tasks: task names that may precede an equals sign.
 
     Returns:
-        The entries, "TASK=" before the first of each single task.
+        The entries; the first entry of each single task begins with "TASK=".
 
     Raises:
-        InputError: it is empty, or an equals sign follows something else than a task.
+        InputError: the value is empty, or an equals sign follows an unknown task.
     """
     if value is None:
         return None
@@ -45,13 +45,13 @@ def option_of(name: str, entries: tuple[str, ...] | None, own: Iterable[str], ta
     """The value of an option for one task.
 
     Args:
-        name: field of the option.
-        entries: as `read_option` gives them.
+        name: name of the option's field.
+        entries: entries as `read_option` returns them.
         own: names of this task.
         tasks: names of all tasks.
 
     Returns:
-        A value of `SearchConfig`'s field: the task's own, else the one for every task, else None.
+        A value for the field of `SearchConfig`: the task's own, else the one for all tasks, else None.
 
     Raises:
         InputError: an option other than `text_columns` has several values.
@@ -60,7 +60,7 @@ def option_of(name: str, entries: tuple[str, ...] | None, own: Iterable[str], ta
         return None
     tasks, own = tuple(tasks), set(own)
     values: dict[bool, list[str]] = {False: [], True: []}
-    # The plain values come first; each name starts the values of that task.
+    # Values for all tasks come first; "TASK=" starts the values of one task.
     task: str | None = None
     for entry in entries:
         named = _is_named(entry, tasks)
@@ -80,5 +80,5 @@ def option_of(name: str, entries: tuple[str, ...] | None, own: Iterable[str], ta
 
 
 def _is_named(entry: str, tasks: Iterable[str]) -> str:
-    """The task before an entry's equals sign; empty where there is none."""
+    """The task name before an entry's equals sign; empty if there is none."""
     return max((task for task in tasks if entry.startswith(f"{task}=")), key=len, default="")

@@ -1,4 +1,4 @@
-"""Configuration files: YAML with one reading for every value, and no way to make a small file a large one."""
+"""Reads YAML configuration files, without aliases, tags, duplicate keys and ambiguous numbers."""
 
 import re
 from pathlib import Path
@@ -10,9 +10,9 @@ from ticketops.errors import InputError
 from ticketops.files import user_path
 
 _MOST_BYTES = 2**20
-#: Levels of lists and mappings; a configuration has two.
+#: Maximum depth of nested lists and mappings; a configuration needs two.
 _DEEPEST = 16
-# What YAML 1.1 takes for numbers, and people or YAML 1.2 for others: 010 is 8, 1:30 is 90, 0b1 is 1, 1_000 is 1000.
+# Numbers that YAML 1.1 reads otherwise than people or YAML 1.2 do: 010 is 8, 1:30 is 90, 0b1 is 1, 1_000 is 1000.
 _AMBIGUOUS = re.compile(
     r"[-+]?(0[0-9_]+|0[xXbBoO][0-9a-fA-F_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[0-9.]*_[0-9_.]*)"
 )
@@ -26,11 +26,11 @@ def read_yaml(path: str | Path) -> Any:
         path: the file; "~" is expanded.
 
     Returns:
-        Its content: mappings, lists, text, numbers, booleans, None.
+        The content: mappings, lists, text, numbers, booleans, None.
 
     Raises:
-        InputError: it is no regular file or cannot be read, is no YAML, or holds what has two readings: a key twice, an
-            alias, a number in another base than ten.
+        InputError: the path is not a regular file or cannot be read, the text is not YAML, or it has a duplicate key,
+            an alias, a tag or a number that is not decimal.
     """
     place = user_path(path, "the configuration file")
     try:
@@ -49,7 +49,7 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.load(text, Loader=_Loader)
     except _Refused as error:
         raise InputError(f"the configuration file {path} has in line {error.line} {error}") from error
-    # A number of more than 4,300 digits is a ValueError.
+    # Python raises ValueError for an integer of more than 4,300 digits.
     except (yaml.YAMLError, ValueError) as error:
         problem = " ".join(str(error).replace(' in "<unicode string>"', "").split())
         raise InputError(
@@ -58,7 +58,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 class _Refused(Exception):
-    """Valid YAML that is not read: what it is, and what to write instead."""
+    """Valid YAML that is not accepted; the message names it and the remedy."""
 
     def __init__(self, problem: str, mark: Any):
         super().__init__(problem)
@@ -79,7 +79,7 @@ def _check_events(text: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values; numbers in decimal notation only, keys once."""
+    """Loads plain values only, with decimal numbers and without duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -102,12 +102,12 @@ class _Loader(yaml.SafeLoader):
         return float(text) if _FLOAT.fullmatch(text) else float(self.construct_yaml_float(node))
 
 
-# Dates stay text: they are names of folders.
+# Dates stay text, since folders are named by dates.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in entries if not tag.endswith(":timestamp")]
     for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# YAML 1.1 wants a point and a sign in 1e-3, and takes 0o17 for text, which YAML 1.2 reads as 15.
+# YAML 1.1 reads 1e-3 (no point) and 0o17 as text; YAML 1.2 reads them as 0.001 and 15.
 for _tag, _pattern in (("float", _FLOAT), ("int", _AMBIGUOUS)):
     _name = f"tag:yaml.org,2002:{_tag}"
     _Loader.add_implicit_resolver(_name, re.compile(rf"(?:{_pattern.pattern})$"), list("-+.0123456789"))

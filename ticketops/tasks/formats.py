@@ -1,8 +1,8 @@
 """Readers of data files: CSV, TSV, JSON, JSON lines, Parquet, Arrow and saved data sets.
 
-A reader yields the requested columns in batches of rows. Text files may be compressed (.gz, .bz2, .xz). The delimiter
-of a .csv or .tsv file is found from its header: comma, tab, semicolon or bar. `_is_quoted` decides whether the quotes of
-a tab-separated file follow RFC 4180 or belong to the texts, as in GLUE's own files.
+A reader yields the requested columns in batches of rows. Text files may be compressed (.gz, .bz2, .xz). A .csv or .tsv
+file may separate fields by commas, tabs, semicolons or bars: the header shows which. `_is_quoted` decides whether the
+quotes in a tab-separated file follow RFC 4180 or belong to the texts, as in GLUE's own files.
 """
 
 import bz2
