@@ -56,7 +56,9 @@ class TicketModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the stock model does; hidden states at padding are zeros."""
         handle: PatchHandle = self._ticketops
-        entered = (_enter_packed if handle.unpad else _enter)(handle, self, args, kwargs)
+        # What is exported cannot leave its graph to pack.
+        enter = _enter_packed if handle.unpad and not torch.compiler.is_exporting() else _enter
+        entered = enter(handle, self, args, kwargs)
         if entered is None:
             kwargs.pop(ONLY_FIRST, None)
             return super().forward(*args, **kwargs)
@@ -144,6 +146,8 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     batch, width, device = shape
     mask = given.get("attention_mask")
     obstacle, look = transform() or stock_argument(base, given), Look(None)
+    if obstacle is None and device.type not in ("cpu", "cuda"):
+        obstacle = f"a device of type {device.type!r}"
     if obstacle is None and mask is not None:
         obstacle = _mask_obstacle(handle, base, mask, batch, width, device)
     if obstacle is None and not torch.compiler.is_compiling():
