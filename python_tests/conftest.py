@@ -53,6 +53,13 @@ def _shares_fixtures(item: pytest.Item) -> bool:
     return any(each.scope in ("class", "module", "package") for each in (found[-1] for found in definitions))
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints what tests have recorded as "said", such as how many steps a random walk had."""
+    for report in terminalreporter.stats.get("passed", []):
+        for text in [value for name, value in report.user_properties if name == "said"]:
+            terminalreporter.write_line(f"{report.nodeid}: {text}")
+
+
 @pytest.fixture(autouse=True)
 def same_start() -> None:
     """No test depends on what those before it, in the same process, have drawn at random or compiled."""

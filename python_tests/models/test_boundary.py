@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BertForTokenClassification, BertModel
 from transformers.integrations.neftune import activate_neftune
-from transformers.models.bert.modeling_bert import BertEmbeddings
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 
 import ticketops
 from models.conftest import HEADS, LAYERS, tiny_batch, tiny_config
@@ -263,6 +263,23 @@ def test_hooks_on_contexts_are_refused_where_a_ticket_makes_them_narrower(text, 
         model(**text)
         handle.apply(ticket(heads=[(0, 1)]))
         with pytest.raises(UnsupportedError, match=f"hooks on its attention.{place}"):
+            model(**text)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Embedding, BertEmbeddings, BertLayer, nn.Linear])
+def test_forwards_replaced_in_a_class_are_called(text, monkeypatch, kind):
+    model, stock = twins()
+    text["position_ids"] = torch.arange(17).expand(5, -1)
+    with ticketops.patch(model) as handle:
+        compare(model, stock, text)
+        before = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda *args, **options: before(*args, **options) * 0.9)
+        compare(model, stock, text)
+        if kind is nn.Embedding:
+            # The layers are what they were.
+            return
+        handle.apply(ticket(heads=[(0, 1)]))
+        with pytest.raises(UnsupportedError, match=rf"{kind.__name__}\.forward has been replaced"):
             model(**text)
 
 

@@ -1,4 +1,7 @@
-"""A random walk over what users do to models: a patched one does the same as its stock twin, or refuses by name."""
+"""A random walk over what users do to models: a patched one does the same as its stock twin, or refuses by name.
+
+A walk that fails is shrunk to the few steps that it takes, and walking.walk(...) repeats it.
+"""
 
 from collections import Counter
 
@@ -9,6 +12,8 @@ from hypothesis import strategies as st
 
 from models import walking
 from ticketops.ops import memory
+
+PACKINGS = (True, None), (True, 16), (False, None)
 
 
 @pytest.fixture(autouse=True)
@@ -21,16 +26,16 @@ def poisoned(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def steps_at_random(walks, length, seed=None):
-    counts = Counter()
+def random_walks(walks, length):
+    """How many steps were made, and how often each message refused one."""
+    counts: Counter[str] = Counter()
+    step = st.tuples(st.sampled_from(sorted(walking.OPERATIONS)), st.integers(0, 999))
 
-    @settings(max_examples=walks, suppress_health_check=list(HealthCheck), print_blob=False, report_multiple_bugs=False)
+    @settings(max_examples=walks, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
     @given(
         st.sampled_from(walking.STARTS),
-        st.sampled_from([(True, None), (True, 16), (False, None)]),
-        st.lists(
-            st.tuples(st.sampled_from(sorted(walking.OPERATIONS)), st.integers(0, 999)), min_size=1, max_size=length
-        ),
+        st.sampled_from(PACKINGS),
+        st.integers(length // 2, length).flatmap(lambda number: st.lists(step, min_size=1, max_size=number)),
     )
     def walk(name, packing, steps):
         walking.walk(name, *packing, steps, counts)
@@ -39,11 +44,53 @@ def steps_at_random(walks, length, seed=None):
     return counts
 
 
-def test_each_operation_by_itself():
+def said(counts):
+    """A table of counts, for the summary of a test run."""
+    lines = [f"{counts['steps']:,} steps, {counts['refused']:,} of them refused"]
+    lines += [f"  {count:5} {what}" for what, count in counts.most_common() if what not in ("steps", "refused")]
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_each_operation_once_whole_and_once_with_a_ticket(record_property):
+    counts: Counter[str] = Counter()
+    for place, name in enumerate(sorted(walking.OPERATIONS)):
+        steps = [("padding", place), (name, place), ("ticket", place), (name, place + 1)]
+        try:
+            walking.walk(walking.STARTS[place % len(walking.STARTS)], *PACKINGS[place % 3], steps, counts)
+        except walking.Apart as error:
+            raise AssertionError(f"{name}: {error}") from error
+    record_property("said", said(counts))
     assert len(walking.OPERATIONS) >= 40
+    assert counts["refused"]
 
 
-def test_a_walk(record_property):
-    counts = steps_at_random(40, 12)
-    record_property("counts", counts.most_common())
-    assert counts["steps"] > 100
+@pytest.mark.slow
+def test_short_walks(record_property):
+    record_property("said", said(random_walks(30, 12)))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_long_walks(record_property):
+    counts = random_walks(400, 24)
+    record_property("said", said(counts))
+    assert counts["steps"] >= 2000
+
+
+@pytest.mark.parametrize("fault", ["other weights", "an error", "a refusal without a ticket"])
+def test_a_walk_sees_what_differs(monkeypatch, fault):
+    def change(walker, random):
+        if walker.stock:
+            return
+        if fault == "an error":
+            raise RuntimeError(fault)
+        if fault == "a refusal without a ticket":
+            raise walking.UnsupportedError(fault)
+        with torch.no_grad():
+            walker.layers[0].get_submodule("output.dense").weight.mul_(1.001)
+
+    monkeypatch.setitem(walking.OPERATIONS, "change", change)
+    steps = [("train", 0), ("change", 0)]
+    with pytest.raises(walking.Apart, match="change"):
+        walking.walk("BertForTokenClassification", True, None, steps, Counter())

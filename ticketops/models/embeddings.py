@@ -1,6 +1,7 @@
 """What a model computes before its layers: embedding tables, LayerNorm and dropout, on ticketops' ops where these
 serve."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from ticketops.ops.embedding import dropout, embedding, embeddings, layer_norm, 
 class TicketEmbedding(nn.Embedding):
     """A table whose gradient costs what its rows in use cost."""
 
+    is_altered: Callable[[], bool]
+
     def forward(self, input: Tensor) -> Tensor:
         """Takes ids [..], returns rows [.., C]."""
-        if not self.is_plain() or transform() or not serves_embedding(self.weight):
+        if not self.is_plain() or self.is_altered() or transform() or not serves_embedding(self.weight):
             return super().forward(input)
         return embedding(self.weight, input, self.padding_idx)
 
@@ -28,9 +31,12 @@ class TicketEmbedding(nn.Embedding):
 class TicketLayerNorm(nn.LayerNorm):
     """LayerNorm whose results lie in kept memory."""
 
+    is_altered: Callable[[], bool]
+
     def forward(self, input: Tensor) -> Tensor:
         """Takes and returns [.., C]."""
-        if not self.is_plain() or transform() or input.dtype != self.weight.dtype or not serves_embedding(input):
+        plain = self.is_plain() and not self.is_altered() and input.dtype == self.weight.dtype
+        if not plain or transform() or not serves_embedding(input):
             return super().forward(input)
         return layer_norm(input, self.weight, self.bias, self.eps)
 
@@ -42,9 +48,12 @@ class TicketLayerNorm(nn.LayerNorm):
 class TicketDropout(nn.Dropout):
     """Dropout that draws on all threads."""
 
+    is_altered: Callable[[], bool]
+
     def forward(self, input: Tensor) -> Tensor:
         """Takes and returns [.., C]."""
-        if not self.training or not 0 < self.p < 1 or transform() or not serves_embedding(input):
+        draws = self.training and 0 < self.p < 1 and not self.is_altered()
+        if not draws or transform() or not serves_embedding(input):
             return super().forward(input)
         return dropout(input, self.p)
 
@@ -100,6 +109,8 @@ def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tens
     if not plain or type(norm) is not SWAPS[nn.LayerNorm] or not norm.is_plain() or type(drop) is not SWAPS[nn.Dropout]:
         return None
     if any(map(is_hooked, (*tables, norm, drop))):
+        return None
+    if any(type(each).is_altered() for each in (module, *tables, norm, drop)):
         return None
     weight, dropout_p = norm.weight, drop.p if drop.training else 0.0
     if any(table.weight.dtype != weight.dtype for table in tables) or dropout_p >= 1 or not serves_embedding(weight):

@@ -15,6 +15,12 @@ class Swapped:
 
     _ticketops_mixin: type
     _ticketops_stock: type[nn.Module]
+    _ticketops_stock_forward: Any
+
+    @classmethod
+    def is_altered(cls) -> bool:
+        """True if somebody has replaced the stock class's forward since it was swapped first."""
+        return cls._ticketops_stock.forward is not cls._ticketops_stock_forward
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,6 +57,7 @@ def stand_in(mixin: Any, stock: Any) -> type[nn.Module]:
         "__qualname__": stock.__qualname__,
         "_ticketops_mixin": mixin,
         "_ticketops_stock": stock,
+        "_ticketops_stock_forward": stock.forward,
     }
 
     @functools.wraps(stock.forward)
