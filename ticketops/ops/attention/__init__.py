@@ -1,12 +1,12 @@
-"""Masked multi-head attention over (start, length) sequences, one autograd op for every backend.
+"""Masked multi-head attention over (start, length) sequences, as one autograd op for all backends.
 
     out[t, h] = head_mask[h] * sum_j dropout(softmax_j(scale * <q[t, h], k[j, h]>)) v[j, h],   j over t's sequence
 
-With a window j is over the tokens at most so far from t; keys further off are not computed.
+With a window, j is limited to |t - j| <= window, and keys outside it are not computed.
 
-A head whose mask is 0 is not computed: its output and all its gradients, the mask's too, are 0. With O the output
-before the mask, the gradient of the mask is sum <dOut, O>; the backward pass forms <dOut, out> anyway as the softmax's
-delta, so importance is a sum over it.
+A head whose mask is 0 is not computed: its output and all its gradients, that of the mask included, are 0. With O the
+output before the mask, the gradient of the mask is sum <dOut, O>. The backward pass computes <dOut, out> anyway, as the
+softmax's delta, so importance costs only a sum over it.
 """
 
 import torch
@@ -34,20 +34,20 @@ def attention(
     per_token: bool = False,
     window: int | None = None,
 ) -> Tensor:
-    """Self-attention of every sequence on its own, with a mask value a head.
+    """Computes self-attention within each sequence, with one mask value per head.
 
     Args:
         q: [T, H, D] queries, any strides; float64, float32, bfloat16 or float16.
         k: [T, H, D] keys, same dtype.
         v: [T, H, D] values, same dtype.
-        sequences: which rows belong together; rows of no sequence are not computed and come out 0.
+        sequences: rows of each sequence; the output of rows outside all sequences is 0.
         head_mask: [H], multiplies each head's output; None means ones. Differentiable.
         dropout_p: probability in [0, 1) of dropping an attention weight.
         scale: multiplies the scores; None means D ** -0.5.
-        importance: [B, H] float tensor that requires a gradient; its values are not read, its gradient becomes the
-            importance partials: for every sequence and head sum_t <dOut, O>, or sum_t |<dOut, O>| with `per_token`.
-        per_token: takes the absolute value of each token's term before summing.
-        window: how many tokens to either side a token attends to, |t - j| <= window; None for the whole sequence.
+        importance: [B, H] float tensor that requires a gradient, as a sink: its values are not read, and its gradient
+            is the importance of each sequence and head, sum_t <dOut, O>, or sum_t |<dOut, O>| with `per_token`.
+        per_token: True sums the absolute values of the tokens' terms.
+        window: number of tokens to either side that a token attends to; None for the whole sequence.
 
     Returns:
         [T, H, D], contiguous, in q's dtype (autocast's dtype under autocast).
@@ -73,7 +73,7 @@ def attention(
         if window < 0:
             raise InputError(f"window must be at least 0, or None for the whole sequence, got {window}")
         if window >= sequences.max_length - 1:
-            # All of it is within reach: the kernels without a window have less to do.
+            # The window covers every sequence, so use the cheaper kernels without one.
             window = None
     seed = draw_seed(q.device) if dropout_p else None
     out, _ = _attention_op(

@@ -10,11 +10,12 @@ __all__ = ["backward", "forward", "refusal"]
 
 
 def _view(name: str, x: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """A [T, H, D] tensor as the kernels take it, with its address and strides; it is to outlive the call."""
+    """Checks a [T, H, D] tensor. Returns it, or a copy, to be kept alive during the call; and its address and two
+    strides."""
     if x.dtype != like.dtype or x.shape != like.shape or x.device != like.device or x.stride(2) != 1:
         x = checked(name, x, like.dtype, *like.shape)
     if x.dtype == torch.bfloat16 and (x.data_ptr() | 2 * x.stride(0) | 2 * x.stride(1)) % 4 and x.shape[2] % 2 == 0:
-        # The kernels read pairs.
+        # The kernels read pairs of elements.
         x = x.clone(memory_format=torch.contiguous_format)
     return x, (address(x), x.stride(0), x.stride(1))
 
@@ -36,10 +37,10 @@ def forward(
     """See ticketops.ops.attention.reference.forward.
 
     Args:
-        first_tokens: only each sequence's first token is computed.
+        first_tokens: True computes the first token of each sequence only.
 
     Returns:
-        out [T, H, D], zeros for tokens that are not computed, and the log-sum-exp of the scaled scores [T, H].
+        out [T, H, D], 0 for tokens that are not computed; and the log-sum-exp of the scaled scores [T, H].
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]
@@ -79,11 +80,11 @@ def backward(
     """See ticketops.ops.attention.reference.backward.
 
     Args:
-        gradients: contiguous [T, 3, H, D] that dq, dk and dv are written to side by side; None makes a tensor of each.
-        first_tokens: as of `forward`; nothing is read of the dout of the other tokens.
+        gradients: contiguous [T, 3, H, D] to write dq, dk and dv to; None allocates three tensors.
+        first_tokens: as in `forward`; dout of the other tokens is not read.
 
     Returns:
-        dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
+        dq, dk and dv, each [T, H, D]; and the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H].
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]

@@ -1,5 +1,5 @@
-"""The definition of masked attention in plain PyTorch, one sequence at a time: what every other backend is tested
-against."""
+"""Reference implementation of masked attention in plain PyTorch, one sequence at a time. All other backends are tested
+against it."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,7 @@ from ticketops.ops.dropout import kept, row_keys
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why this backend cannot serve a device and dtype; the reference serves all.
-
-    Returns:
-        None.
-    """
+    """Returns None: the reference serves every device and dtype."""
     return None
 
 
@@ -23,12 +19,13 @@ def _active_heads(head_mask: Tensor | None, heads: int, device: torch.device) ->
 
 
 def _row_keys(seed: Tensor | None, dropout_p: float, tokens: int, heads: Tensor, num_heads: int) -> Tensor:
-    """The dropout keys of all rows, made once a call since a sequence's share is small; nothing without dropout."""
+    """Computes the dropout keys of all rows at once, which is faster than sequence by sequence. Empty without
+    dropout."""
     return row_keys(seed, 0, tokens, heads, num_heads) if dropout_p else heads.new_empty((len(heads), 0))
 
 
 def _by_head(x: Tensor, start: int, end: int, heads: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of one sequence as [heads, tokens, D] in the dtype of the arithmetic."""
+    """Returns the rows of one sequence as [heads, tokens, D] in the dtype of the computation."""
     rows = x[start:end]
     if len(heads) != x.shape[1]:
         rows = rows.index_select(1, heads)
@@ -40,8 +37,9 @@ def _spans(starts: Tensor, lengths: Tensor) -> list[tuple[int, int]]:
 
 
 def _blocks(length: int, window: int | None, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Blocks of a sequence's queries, each with the keys that any of them attends to and, as [queries, keys], which
-    does not to which; one block of all, with nothing left out, where there is no window."""
+    """Divides a sequence into blocks of queries. Yields for each block its queries, the range of keys that any of them
+    attends to, and a bool mask [queries, keys] that is True for pairs outside the window. Without a window there is one
+    block, and the mask is None."""
     if window is None:
         yield slice(0, length), slice(0, length), None
         return
@@ -68,10 +66,10 @@ def forward(
     dropout_p: float,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ticketops.ops.attention; sums and softmax in float32 (float64 for float64 inputs).
+    """See ticketops.ops.attention. Sums and softmax are in float32 (float64 for float64 inputs).
 
     Returns:
-        out [T, H, D] in q's dtype and the log-sum-exp of the scaled scores [T, H].
+        out [T, H, D] in q's dtype; and the log-sum-exp of the scaled scores [T, H].
     """
     tokens, num_heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -117,14 +115,14 @@ def backward(
     dropout_p: float,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients and importance partials of `forward`.
+    """Computes the gradients of `forward` and the importance of each sequence and head.
 
     With P = softmax(S), R = keep / (1 - p), W = P * R, O = W V, out = m O and dO = m dOut:
         dV = W^T dO,   dP = (dO V^T) * R,   delta = rowsum(dO * O) = rowsum(dOut * out),
         dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dL/dm = sum <dOut, O> = sum delta / m.
 
     Returns:
-        dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
+        dq, dk and dv, each [T, H, D]; and the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H].
     """
     num_heads = q.shape[1]
     dtype = lse.dtype

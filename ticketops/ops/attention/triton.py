@@ -1,16 +1,16 @@
 """Masked attention as Triton kernels: one program per sequence, head and block of query (or key) rows.
 
-A call whose longest sequence fits one block has one program per sequence and head; its backward pass then is a single
-kernel that holds the whole score matrix, so that delta needs no pass of its own. Longer sequences are tiled, with one
-kernel for dQ and one for dK and dV. No kernel uses atomics, so results are the same in every run. With a window the
-kernels that tile walk over the tiles within reach only; without one they are compiled as if there were none.
+If the longest sequence fits one block, there is one program per sequence and head, and the backward pass is a single
+kernel that holds the whole score matrix and so needs no separate pass for delta. Longer sequences are tiled, with one
+kernel for dQ and one for dK and dV. No kernel uses atomics, so results are deterministic. With a window, the tiled
+kernels skip tiles that are entirely outside it; without one, that code is compiled away.
 
-The mask lies on the device and reading it on the host would wait for the GPU, so the grid spans all heads and the
-programs of a head whose mask is 0 end after writing their zeros, before they load anything else. Each grid has one
-more "head", whose programs write the zeros of the rows that belong to no sequence.
+The head mask is on the device, and reading it on the host would wait for the GPU. So the grid has programs for all
+heads; those of a head whose mask is 0 write zeros and return before they load anything else. Each grid has one extra
+"head", whose programs write zeros to the rows outside all sequences.
 
-float32 inputs are multiplied in float32 unless torch.backends.cuda.matmul.fp32_precision is "tf32": a fine-tuning run
-in float32 then differs from the reference by rounding only, and one switch governs these kernels and torch's own.
+float32 inputs are multiplied in float32, unless torch.backends.cuda.matmul.fp32_precision is "tf32". So a fine-tuning
+run in float32 differs from the reference by rounding only, and one setting controls these kernels and torch's own.
 """
 
 from typing import Any
@@ -44,8 +44,8 @@ MAX_BLOCK = 128
 
 @triton.jit
 def load_rows(p_x, i_row, o_rows, m_rows, i_head, stride_t, stride_h, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows i_row + o_rows of one head of a [T, H, D] tensor as a block [rows, BLOCK_D], zero outside. Only the first
-    row's address takes 64 bits, see `_operand`."""
+    """Loads rows i_row + o_rows of one head of a [T, H, D] tensor as a block [rows, BLOCK_D], 0 where masked. Only the
+    first row's offset has 64 bits, see `_operand`."""
     o_d = tl.arange(0, BLOCK_D)
     p_first = p_x + i_row * stride_t + i_head.to(tl.int64) * stride_h
     o_x = o_rows[:, None] * stride_t + o_d[None, :] * stride_d
@@ -54,13 +54,14 @@ def load_rows(p_x, i_row, o_rows, m_rows, i_head, stride_t, stride_h, stride_d, 
 
 @triton.jit
 def reach(i_first, ROWS: tl.constexpr, window, length, BLOCK: tl.constexpr):
-    """Where a walk in steps of BLOCK over what rows i_first .. i_first + ROWS - 1 attend to begins and ends."""
+    """Returns the first and last (exclusive) position, in steps of BLOCK, of a loop over the tokens within the window
+    of rows i_first .. i_first + ROWS - 1."""
     return tl.maximum(i_first - window, 0) // BLOCK * BLOCK, tl.minimum(i_first + ROWS + window, length)
 
 
 @triton.jit
 def store_rows(p_x, b_x, i_row, o_rows, m_rows, i_head, stride_t, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes a block [rows, BLOCK_D] to rows i_row + o_rows of one head of a [T, H, D] tensor with contiguous rows."""
+    """Stores a block [rows, BLOCK_D] in rows i_row + o_rows of one head of a [T, H, D] tensor with contiguous rows."""
     o_d = tl.arange(0, BLOCK_D)
     p_first = p_x + i_row * stride_t + i_head * D
     o_x = o_rows[:, None] * stride_t + o_d[None, :]
@@ -104,7 +105,8 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Softmax over blocks of keys with a running maximum, in base 2; a short sequence takes one turn of the loop."""
+    """out and log-sum-exp of one block of queries: online softmax over blocks of keys, in base 2. A short sequence
+    takes one iteration."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     i_h = tl.program_id(0) % (heads + 1)
     i_m = tl.program_id(0) // (heads + 1) % blocks
@@ -152,7 +154,8 @@ def forward_kernel(
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         else:
             m_s = m_n[None, :] & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
-            # Finite, since a tile may have nothing for a row; what that leaves in its sums the row's first key undoes.
+            # Not -inf, which would give NaN: a tile may have no key within a row's window. What the row sums up then is
+            # multiplied by exp2(-1e30 - maximum) = 0 at its first key.
             b_s = tl.where(m_s, b_s, -1e30)
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new_max[:, None])
@@ -173,7 +176,7 @@ def forward_kernel(
 #     g = dOut V^T * R,     delta = rowsum(P * g) = rowsum(dOut * O),     h = P * (g - delta),
 #     dV = m W^T dOut,      dQ = m scale h K,      dK = m scale h^T Q,    dL/dm = sum(delta).
 #
-# m stays outside all products, hence delta is the importance of the unmasked head whatever m is.
+# m is applied after all products, so delta is the importance of the head before its mask, for any m.
 
 
 @triton.jit(
@@ -220,12 +223,12 @@ def row_backward_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All gradients of one head of one sequence of at most BLOCK tokens; delta comes from P and g, not from the stored
-    output.
+    """All gradients of one head of one sequence of at most BLOCK tokens. delta is computed from P and g, not from the
+    stored output.
 
-    All loads stand before the first product, so that the program waits for memory once. Scores are [queries, keys],
-    whose row sum, delta, stays within a warp; [keys, queries] would spare W a way through shared memory and cost some
-    20 barriers for the sum."""
+    All loads precede the first product, so that the program waits for memory once. Scores are laid out as [queries,
+    keys], so the row sum delta stays within a warp. The layout [keys, queries] would save W a trip through shared
+    memory, but cost some 20 barriers for that sum."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     i_h = tl.program_id(0) % (heads + 1)
     i_b = tl.program_id(0) // (heads + 1)
@@ -269,7 +272,7 @@ def row_backward_kernel(
         m_keep = dropout_keeps(dropout_rows(p_seed, start, o_n, i_h, heads)[:, None], o_n[None, :], threshold)
         b_w = tl.where(m_keep, b_p * keep_scale, 0.0)
         b_g = tl.where(m_keep, b_g * keep_scale, 0.0)
-    # [queries, 1]; as a vector, Triton 3.6 cannot lay it out for the second sum on sm_100.
+    # [queries, 1]: Triton 3.6 fails on sm_100 to find a layout for the second sum if this is a vector.
     b_delta = tl.sum(b_p * b_g, 1)[:, None]
     o_sum = i_b * heads + i_h + tl.arange(0, 1)
     tl.store(p_signed + o_sum, tl.sum(b_delta, 0))
@@ -327,7 +330,7 @@ def dq_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of one block of queries, and delta on the way, for `dkdv_kernel`."""
+    """dQ of one block of queries; also stores delta, which `dkdv_kernel` reads."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     i_h = tl.program_id(0) % (heads + 1)
     i_m = tl.program_id(0) // (heads + 1) % blocks
@@ -429,9 +432,9 @@ def dkdv_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of one block of keys, from scores that are computed transposed, [keys, queries], where W^T and h^T are
-    left operands: those never leave the registers. Its loop reads delta of the whole sequence, so the program of the
-    first block also writes the importance sums; with a window it reads the rest of delta for them."""
+    """dK and dV of one block of keys. Scores are computed transposed, [keys, queries], so that W^T and h^T are left
+    operands and stay in registers. The loop reads delta of the whole sequence, so the program of the first block also
+    writes the importance sums; with a window it first reads the rest of delta."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     i_h = tl.program_id(0) % (heads + 1)
     i_n = tl.program_id(0) // (heads + 1) % blocks
@@ -483,7 +486,7 @@ def dkdv_kernel(
         b_delta = tl.load(p_delta + (i_row * heads + i_h) + o_m * heads, mask=m_m, other=0.0)
         b_signed += b_delta
         b_absolute += tl.abs(b_delta)
-        # [BLOCK_N, BLOCK_M]; rows of keys past the end hold nonsense, which the stores leave out.
+        # [BLOCK_N, BLOCK_M]; rows of keys past the end are garbage, which is not stored.
         b_pt = tl.exp2(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E) - b_lse[None, :])
         if window is not None:
             m_pt = tl.abs((i_n * BLOCK_N + o_n)[:, None] - (i_m + o_m)[None, :]) <= window
@@ -524,7 +527,7 @@ def _shared_arguments(
     dropout_p: float,
     window: int | None,
 ) -> dict[str, Any]:
-    """The arguments that all four kernels take."""
+    """Returns the arguments that all four kernels have in common."""
     tokens, heads, head_dim = q.shape
     if head_dim > MAX_HEAD_DIM:
         raise UnsupportedError(
@@ -553,12 +556,13 @@ def _shared_arguments(
     return arguments
 
 
-#: The names of an input's pointer and strides.
+#: Names of the kernels' arguments for each input: its pointer and three strides.
 _OPERANDS = {name: [f"p_{name}", *(f"stride_{name[0]}{axis}" for axis in "thd")] for name in ("q", "k", "v", "dout")}
 
 
 def _operand(name: str, x: Tensor) -> dict[str, Any]:
-    """An input's pointer and strides. It is copied where offsets within a block of rows would leave 32 bits."""
+    """Returns the arguments for an input: its pointer and strides. The input is copied if offsets within a block of
+    rows would exceed 32 bits."""
     if max(x.stride()) * MAX_BLOCK >= 2**31:
         x = x.contiguous()
     pointer, *strides = _OPERANDS[name]
@@ -578,10 +582,10 @@ def forward(
     dropout_p: float,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ticketops.ops.attention and the reference backend; one launch.
+    """See ticketops.ops.attention and its reference backend; one launch.
 
     Returns:
-        out [T, H, D] in q's dtype and the log-sum-exp of the scaled scores [T, H] in float32.
+        out [T, H, D] in q's dtype; and the log-sum-exp of the scaled scores [T, H] in float32.
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]
@@ -622,13 +626,14 @@ def backward(
     window: int | None = None,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients and importance partials of `forward`; one launch where a sequence fits one block, else two.
+    """Computes the gradients of `forward` and the importance of each sequence and head. One launch if the sequences fit
+    one block, else two.
 
     Args:
-        into: [T, 3, H, D], contiguous, which dq, dk and dv become parts of; None for tensors of their own.
+        into: contiguous [T, 3, H, D] to write dq, dk and dv to; None allocates three tensors.
 
     Returns:
-        dq, dk, dv [T, H, D] and the signed and absolute sums over each sequence's tokens of <dOut, O>, both [B, H].
+        dq, dk and dv, each [T, H, D]; and the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H].
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]

@@ -1,16 +1,16 @@
-"""Projections over selected heads: q, k and v of some heads only, and the output projection of their contexts.
+"""Linear projections of selected heads: q, k and v of some heads only, and the output projection of their contexts.
 
     rows:     out[t] = x[t] W[r]^T + b[r]        columns:   out[t] = x[t] W[:, r]^T
 
-r are the rows, or columns, of the selected groups (heads), each of the same width. Only these have a part in anything:
-the gradients of all others are 0.
+r are the rows, or columns, of the selected groups (heads), which all have one width. Rows and columns that are not
+selected are not read, and their gradients are 0.
 
-There are two ways. Compaction copies the selected rows out of the weights and multiplies densely. It costs a copy of
-the weights, and of their gradients on the way back, in a dozen launches whose time does not depend on the number of
-tokens, and then multiplies at cuBLAS's speed. The indexed kernels read and write the weights where they lie, in one
-launch forward for q, k and v together and three backward, at the speed of a Triton product. So few tokens favour the
-kernels and many favour compaction; `indexed` is the rule. Either serves tickets that change at every step; a ticket
-that stays for good is best removed from the weights (`shrink`), and needs neither.
+There are two implementations. Compaction copies the selected rows out of the weights, and multiplies at cuBLAS's speed;
+the copies of weights and of their gradients are a dozen launches, whose time does not depend on the number of tokens.
+The indexed kernels read and write selected rows in place, in one launch forward for q, k and v together and three
+backward, at the speed of a Triton product. So the kernels are faster for few tokens and compaction for many; `indexed`
+decides. Both serve tickets that change at every step. For a final ticket, `shrink` removes pruned heads from the
+weights, and neither is needed.
 """
 
 import importlib
@@ -27,17 +27,18 @@ from ticketops.ops.projection import reference
 from ticketops.ops.registration import autocast, check_devices, define, same_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: Narrower groups would be read in pieces below the 32 bytes that a GPU's memory moves at once.
+#: Smallest group width for the indexed kernels: narrower rows would be read in pieces below 32 bytes, a GPU's smallest
+#: memory transaction.
 LEAST_INDEXED_WIDTH = 16
 
 
 @torch.compiler.assume_constant_result
 def _most_indexed_tokens(device: torch.device, dtype: torch.dtype) -> int:
-    """Up to this number of tokens the indexed kernels run, above it compaction.
+    """Returns the largest number of tokens for which the indexed kernels are used instead of compaction.
 
-    On a CPU compaction always wins: a launch costs nothing there, and the copies are about 1 % of a training step of
-    MiniLM on 32 rows of RTE (0.9 %) or SST-2 (1.4 %). On a GPU the table of Triton configurations has the number, by
-    family and dtype.
+    0 on a CPU, where compaction always wins: a launch costs nothing there, and the copies are about 1 % of a training
+    step of MiniLM on 32 rows of RTE (0.9 %) or SST-2 (1.4 %). On a GPU the number is in the table of Triton
+    configurations, by family and dtype.
     """
     if backends.choose("projection", device, dtype)[0] != "triton":
         return 0
@@ -47,12 +48,12 @@ def _most_indexed_tokens(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def indexed(x: Tensor, width: int) -> bool:
-    """The dispatch rule: whether the indexed kernels run products with selected rows or columns of weights, or
-    compaction, here and in `ops.ffn`.
+    """True if products with selected rows or columns of weights run by the indexed kernels; False if by compaction.
+    `ops.ffn` has the same rule.
 
     Args:
         x: [.., C] tokens, before autocast.
-        width: structures in a selected group.
+        width: number of rows (or columns) per group.
     """
     return width >= LEAST_INDEXED_WIDTH and math.prod(x.shape[:-1]) <= _most_indexed_tokens(x.device, compute_dtype(x))
 
@@ -72,14 +73,14 @@ def project_rows(
     groups: Tensor,
     count: int,
 ) -> tuple[Tensor, ...]:
-    """The projections to q, k and v of the selected heads.
+    """Projects tokens to q, k and v of the selected heads.
 
     Args:
         x: [.., C] tokens; float64, float32, bfloat16 or float16.
-        weights: of q, k and v, each [count * D, C]; x's dtype, or float32 under autocast.
-        biases: of q, k and v, each [count * D], or three None.
-        groups: int64 [K] on x's device, the selected heads in ascending order, each once.
-        count: heads that the weights have.
+        weights: weights of q, k and v, each [count * D, C]; x's dtype, or float32 under autocast.
+        biases: biases of q, k and v, each [count * D], or three None.
+        groups: int64 [K] on x's device, indices of the selected heads, ascending and unique.
+        count: number of heads in the weights.
 
     Returns:
         q, k and v, each [.., K * D] in x's dtype (autocast's dtype under autocast).
@@ -102,13 +103,13 @@ def project_rows(
 
 
 def project_columns(x: Tensor, weight: Tensor, groups: Tensor, count: int) -> Tensor:
-    """The output projection of the selected heads' contexts, without a bias.
+    """Applies the output projection to the contexts of the selected heads, without a bias.
 
     Args:
-        x: [.., K * D] contexts.
+        x: [.., K * D] contexts of the selected heads.
         weight: [C, count * D]; x's dtype, or float32 under autocast.
-        groups: int64 [K] on x's device, the selected heads in ascending order, each once.
-        count: heads that the weight has.
+        groups: int64 [K] on x's device, indices of the selected heads, ascending and unique.
+        count: number of heads in the weight.
 
     Returns:
         [.., C] in x's dtype (autocast's dtype under autocast).
@@ -129,16 +130,17 @@ def project_columns(x: Tensor, weight: Tensor, groups: Tensor, count: int) -> Te
 
 
 def check_weights(name: str, x: Tensor, weights: Sequence[Tensor]) -> None:
-    """Checks weights that the indexed kernels cast block by block, as under autocast, so that no copy is made of them.
+    """Checks the dtypes and devices of weights for the indexed kernels. These cast float32 weights block by block to
+    the dtype of the tokens, as autocast does, without a copy.
 
     Args:
-        name: of the op.
-        x: its tokens.
-        weights: and biases.
+        name: name of the op.
+        x: the op's tokens.
+        weights: weights and biases.
 
     Raises:
-        InputError: they have neither x's dtype nor all float32, or lie elsewhere.
-        UnsupportedError: an unsupported dtype.
+        InputError: the weights' dtype is neither x's nor float32, or they are on another device.
+        UnsupportedError: the dtype is not supported.
     """
     same_dtype(name, DTYPES, x=x)
     same_dtype(name, DTYPES, **{f"weight {i}": weight for i, weight in enumerate(weights)})
@@ -151,7 +153,7 @@ def check_weights(name: str, x: Tensor, weights: Sequence[Tensor]) -> None:
 
 
 def _kernels():
-    # Triton need not be installed where the indexed kernels cannot run.
+    # Imported on first use: Triton may be missing where the indexed kernels cannot run.
     return importlib.import_module("ticketops.ops.projection.triton")
 
 
@@ -181,24 +183,24 @@ def picked_gradients(
     count: int,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of three weights, and of their biases, of which some groups were selected, by the indexed kernels.
+    """Computes the gradients of the weights and biases of q, k and v of selected groups, with the indexed kernels.
 
     Args:
-        dys: of the projections, each [T, K * D].
-        x: [T, C].
-        weights: each [count * D, C].
-        groups: int64 [K].
-        count: groups that the weights have.
-        wanted: which of the three weights' gradients and of the three biases' are.
+        dys: gradients of the projections, each [T, K * D].
+        x: [T, C], the projections' input.
+        weights: weights of q, k and v, each [count * D, C].
+        groups: int64 [K], indices of the selected groups.
+        count: number of groups in the weights.
+        wanted: six flags: gradients to compute, of the three weights and then of the three biases.
 
     Returns:
-        Those, None for the others.
+        Six gradients in that order, None for those not wanted.
     """
     found: list[Tensor | None] = [None] * 6
     places = [i for i in range(3) if wanted[i]]
     if places:
         new = [torch.empty(weights[i].shape, dtype=weights[i].dtype, device=x.device) for i in places]
-        # The sums of biases come along.
+        # The kernel sums the gradients of the biases in the same pass.
         sums = [torch.empty(len(w), dtype=w.dtype, device=x.device) for w in new]
         _kernels().gradients([dys[i] for i in places], x, new, sums, groups, count)
         for i, weight, bias in zip(places, new, sums, strict=True):
@@ -227,7 +229,7 @@ def _setup_rows(ctx, inputs, output):
 def _rows_gradients(ctx, *gradients):
     x, *weights, groups = ctx.saved_tensors
     width = weights[0].shape[0] // ctx.count
-    # One of q, k and v may have no part in what is differentiated.
+    # The loss may not depend on all three of q, k and v.
     gradients = [x.new_zeros((x.shape[0], groups.shape[0] * width)) if g is None else g for g in gradients]
     wanted = list(ctx.needs_input_grad[:7])
     found = _project_rows_backward_op(*gradients, x, *weights, groups, ctx.count, wanted)

@@ -1,5 +1,5 @@
-"""Projections over selected heads by compaction: their rows or columns are copied out of the weights, dense products do
-the rest, and torch's autograd scatters the gradients back. The definition of what the indexed kernels compute."""
+"""Projections of selected heads by compaction: their rows or columns are copied out of the weights and multiplied
+densely, and torch's autograd scatters the gradients back. The reference for the indexed kernels."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,7 @@ from torch.nn import functional
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why this backend cannot serve a device and dtype; the reference serves all.
-
-    Returns:
-        None.
-    """
+    """Returns None: the reference serves every device and dtype."""
     return None
 
 

@@ -1,15 +1,15 @@
-"""Projections through an index: the kernels read the selected rows of the weights where they lie.
+"""Indexed projections: kernels that read the selected rows of the weights in place, through an index.
 
-Both projections are written with V, the weight as [rows, channels] whose rows are selected: q, k and v have V = W, the
-output projection has V = W^T, a matter of strides. With S the selected rows of V there are three products,
+Both projections use V, the weight as [rows, channels] whose rows are selected: V = W for q, k and v, and V = W^T (by
+strides) for the output projection. With S the selected rows of V there are three products:
 
-    into the selection   y = x S^T + b,        out of it   x = sum y S,        the gradient   dS = y^T x,
+    `into`   y = x S^T + b,        `out_of`   x = sum y S,        `gradients`   dS = y^T x.
 
-and each projection's backward pass is the other's forward pass plus the gradient. Rows of V that are not selected are
-neither read nor written by products; the kernel that sums the gradient's parts writes their zeros.
+The backward pass of each projection is the forward pass of the other, plus `gradients`. Products neither read nor write
+rows of V that are not selected; the kernel that sums the parts of the gradient writes zeros there.
 
-Weights may be float32 where the tokens are in 16 bits, as under autocast: blocks are cast on their way into a product,
-and gradients come out in the weights' dtype, so that no copy of a weight is ever made.
+Weights may be float32 with 16-bit tokens, as under autocast: blocks are cast as they enter a product, and gradients are
+in the weights' dtype, so that no weight is ever copied.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ from ticketops.ops.triton_common import capability, cdiv, launch, product_precis
 
 __all__ = ["gradients", "into", "out_of", "refusal"]
 
-#: The gradient sums tokens in as many parts at most, which a second kernel adds in order. Of 1024 in one sum, float32
-#: loses six times what cuBLAS does.
+#: Largest number of parts that the tokens are divided into for the gradient; a second kernel adds the parts in order.
+#: With 1024 tokens in one sum, float32's error is six times that of cuBLAS.
 MAX_PARTS = 16
 TOKENS_PER_PART = 512
 
 
 @triton.jit
 def pick(i, p_0, p_1, p_2):
-    """The i-th of the pointers that are there."""
+    """Returns pointer number i; the later ones may be None."""
     p = p_0
     if p_1 is not None:
         if i == 1:
@@ -45,7 +45,7 @@ def pick(i, p_0, p_1, p_2):
 
 @triton.jit
 def load_selected(p_v, p_groups, o_n, m_n, o_c, m_c, stride_vr, stride_vc, WIDTH: tl.constexpr):
-    """Some selected rows of V at some channels: [rows, channels]."""
+    """Loads a block [rows, channels] of the selected rows of V."""
     o_row = tl.load(p_groups + o_n // WIDTH, mask=m_n, other=0) * WIDTH + o_n % WIDTH
     p_block = p_v + o_row[:, None] * stride_vr + o_c[None, :] * stride_vc
     return tl.load(p_block, mask=m_n[:, None] & m_c[None, :], other=0.0)
@@ -78,7 +78,8 @@ def into_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y = x S^T + b of one weight on a block of tokens and selected rows; programs that share tokens are neighbours."""
+    """y = x S^T + b of one weight, on a block of tokens and selected rows. Programs with the same tokens have
+    neighbouring numbers."""
     blocks = tl.cdiv(selected, COLUMNS)
     i_row = (tl.program_id(0) // (blocks * WEIGHTS)).to(tl.int64) * ROWS
     i_w = tl.program_id(0) // blocks % WEIGHTS
@@ -124,7 +125,7 @@ def add_products(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds y S on a block of tokens and channels."""
+    """Adds y S to b_x, on a block of tokens and channels."""
     for i_n in range(0, selected, DEPTH):
         o_n = i_n + tl.arange(0, DEPTH)
         m_n = o_n < selected
@@ -158,7 +159,7 @@ def out_of_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x = sum y S over the weights + b, on a block of tokens and channels."""
+    """x = b + the sum of y S over the weights, on a block of tokens and channels."""
     blocks = tl.cdiv(channels, COLUMNS)
     i_row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
     o_r = tl.arange(0, ROWS)
@@ -206,14 +207,14 @@ def gradient_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dS = y^T x of one weight over one part of the tokens, on a block of selected rows and channels; the programs of
-    the first channels also sum y, for the bias."""
+    """dS = y^T x of one weight over one part of the tokens, on a block of selected rows and channels. The programs of
+    the first block of channels also sum y, for the gradient of the bias."""
     row_blocks = tl.cdiv(selected, ROWS)
     column_blocks = tl.cdiv(channels, COLUMNS)
     pid = tl.program_id(0)
     i_c = pid % column_blocks
     i_n = pid // column_blocks % row_blocks
-    # One plane a part and weight.
+    # One plane of partial sums per part and weight.
     i_plane = pid // (column_blocks * row_blocks)
     first = (i_plane // WEIGHTS).to(tl.int64) * tokens_per_part
     last = tl.minimum(first + tokens_per_part, tokens)
@@ -240,7 +241,7 @@ def gradient_kernel(
     p_block = p_parts + (i_row + o_n[:, None]) * channels + o_c[None, :]
     tl.store(p_block, b_ds, mask=m_n[:, None] & m_c[None, :])
     if p_bias_parts is not None:
-        # The mask is empty but for the first channels.
+        # The mask is all False except for the first block of channels.
         tl.store(p_bias_parts + i_row + o_n, b_db, mask=o_n + i_c * selected < selected)
 
 
@@ -267,14 +268,14 @@ def finish_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The gradient of one group of V's rows at some channels: the parts' sum in order, or zeros where the group is not
-    selected."""
+    """Gradient of one group of V's rows on a block of channels: the sum of the parts in order, or zeros if the group is
+    not selected."""
     SCAN: tl.constexpr = 64
     column_blocks = tl.cdiv(channels, COLUMNS)
     i_c = tl.program_id(0) % column_blocks
     i_group = tl.program_id(0) // column_blocks % groups
     i_w = tl.program_id(0) // (column_blocks * groups)
-    # Where the group lies in the selection, or -1.
+    # The group's position in the selection, -1 if it is not selected.
     place = -1
     for i in range(0, kept, SCAN):
         o_i = i + tl.arange(0, SCAN)
@@ -305,17 +306,17 @@ def finish_kernel(
 
 
 def _named(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-    """One or three tensors as the arguments p_<name>0 to p_<name>2."""
+    """Returns up to three tensors as the kernel arguments p_<name>0 to p_<name>2, None for missing ones."""
     return {f"p_{name}{i}": tensors[i] if i < len(tensors) else None for i in range(3)}
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A matrix whose rows are contiguous, as the kernels read it."""
+    """Returns x with contiguous rows, which the kernels require; a copy if needed."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _alike(ys: Sequence[Tensor]) -> list[Tensor]:
-    """Matrices whose rows are contiguous and equally far apart."""
+    """Returns the matrices with contiguous rows and one common row stride; copies if needed."""
     fine = all(y.stride() == (ys[0].stride(0), 1) for y in ys)
     return list(ys) if fine else [y.contiguous() for y in ys]
 
@@ -342,19 +343,19 @@ def into(
     count: int,
     ys: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """y = x S^T + b for one weight or three of one shape and layout; one launch.
+    """Computes y = x S^T + b, for one weight or for three of one shape and layout; one launch.
 
     Args:
         x: [T, C].
-        vs: each [count * width, C].
-        biases: each [count * width]; None for none.
-        groups: int64 [K], ascending, the selected groups of `width` rows.
-        count: groups there are.
-        ys: [T, K * width] in x's dtype where each result is written, with contiguous rows equally far apart; None for
-            new ones.
+        vs: one or three V, each [count * width, C].
+        biases: a bias for each V, [count * width]; None for no biases.
+        groups: int64 [K], indices of the selected groups of `width` rows, ascending.
+        count: number of groups in each V.
+        ys: results to write to, each [T, K * width] in x's dtype, with contiguous rows and one common row stride; None
+            allocates them.
 
     Returns:
-        For each weight [T, K * width] in x's dtype.
+        y of each V, [T, K * width] in x's dtype.
     """
     x = _rows(x)
     shared = _shared(x, vs[0], groups, len(groups), count)
@@ -384,14 +385,14 @@ def into(
 def out_of(
     ys: Sequence[Tensor], vs: Sequence[Tensor], groups: Tensor, count: int, bias: Tensor | None = None
 ) -> Tensor:
-    """x = sum y S over one weight or three + b; one launch.
+    """Computes x = b + the sum of y S over one weight or three; one launch.
 
     Args:
-        ys: each [T, K * width].
-        vs: each [count * width, C].
-        groups: int64 [K].
-        count: groups there are.
-        bias: [C]; None for none.
+        ys: one or three y, each [T, K * width].
+        vs: one or three V, each [count * width, C].
+        groups: int64 [K], indices of the selected groups, ascending.
+        count: number of groups in each V.
+        bias: [C], or None.
 
     Returns:
         [T, C] in y's dtype.
@@ -421,15 +422,15 @@ def out_of(
 def gradients(
     ys: Sequence[Tensor], x: Tensor, dvs: Sequence[Tensor], dbs: Sequence[Tensor] | None, groups: Tensor, count: int
 ) -> None:
-    """dS = y^T x of one weight or three into the selected rows of dV, zeros into the others; two launches.
+    """Writes dS = y^T x of one weight or three to the selected rows of dV, and zeros to the others; two launches.
 
     Args:
-        ys: each [T, K * width].
+        ys: one or three y, each [T, K * width].
         x: [T, C].
-        dvs: each [count * width, C], written in place.
-        dbs: each [count * width], written in place: the sums of y over tokens; None where there are no biases.
-        groups: int64 [K].
-        count: groups there are.
+        dvs: gradient of each V to write to, [count * width, C].
+        dbs: gradient of each bias to write to, [count * width], which is the sum of y over tokens; None for no biases.
+        groups: int64 [K], indices of the selected groups, ascending.
+        count: number of groups in each V.
     """
     x, ys = _rows(x), _alike(ys)
     shared = _shared(x, dvs[0], groups, len(groups), count)

@@ -1,8 +1,8 @@
-"""Dropout, residual and LayerNorm, the end of every BERT sublayer, as one autograd op for every backend.
+"""Dropout, residual and LayerNorm, the end of every BERT sublayer, as one autograd op for all backends.
 
     z[t] = residual[t] + dropout(x[t] + bias),   out[t] = gamma * (z[t] - mean z[t]) / sqrt(var z[t] + eps) + beta
 
-Neither z nor the dropout mask is stored: the backward pass forms them again from what is alive anyway.
+Neither z nor the dropout mask is stored: the backward pass computes them again from x, the residual and the seed.
 """
 
 import torch
@@ -26,16 +26,16 @@ def residual_norm(
     dropout_p: float = 0.0,
     eps: float = 1e-12,
 ) -> Tensor:
-    """LayerNorm of a residual plus a sublayer's output with dropout; sums and statistics in float32 (float64 for
-    float64).
+    """Applies dropout to a sublayer's output, adds the residual, and normalises. Sums and statistics are in float32
+    (float64 for float64 inputs).
 
-    Autocast casts nothing here: the residual stream keeps its dtype, and a bfloat16 `x` may join a float32 residual.
+    Autocast has no effect: the residual keeps its dtype, and a bfloat16 `x` may be added to a float32 residual.
 
     Args:
         x: [T, C], output of the sublayer's last matrix product; float64, float32, bfloat16 or float16.
-        residual: [T, C], the sublayer's input; x's dtype, or float32.
-        gamma: [C], LayerNorm's weight; any floating dtype.
-        beta: [C], LayerNorm's bias.
+        residual: [T, C], input of the sublayer; x's dtype, or float32.
+        gamma: [C], weight of the LayerNorm; any floating-point dtype.
+        beta: [C], bias of the LayerNorm.
         bias: [C], added to x before the dropout; None adds nothing.
         dropout_p: probability in [0, 1) of dropping an element of x + bias.
         eps: added to the variance.
@@ -91,7 +91,7 @@ def _backward(dout, x, residual, bias, gamma, mean, rstd, seed, dropout_p, vecto
 
 
 def _own_dx(x: Tensor, residual: Tensor, dropout_p: float) -> bool:
-    """Whether dx differs from dresidual, which it does not where neither a dropout nor a cast lies between."""
+    """True if dx is a tensor of its own. Without dropout and with one dtype it equals dresidual."""
     return bool(dropout_p) or x.dtype != residual.dtype
 
 
@@ -109,7 +109,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, dout, *_):
-    # Unpacked once: under gradient checkpointing a second look is an error.
+    # Read once: under gradient checkpointing a second access to ctx.saved_tensors is an error.
     saved = ctx.saved_tensors
     x, residual = saved[:2]
     wanted = ctx.needs_input_grad[:5]

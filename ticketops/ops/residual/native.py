@@ -18,7 +18,7 @@ def _vector(name: str, x: _OptionalTensor, channels: int) -> _OptionalTensor:
 
 
 def _pair(x: Tensor | None, residual: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Both inputs, checked: the residual has x's dtype or float32."""
+    """Checks x and the residual, whose dtype must be x's or float32, and returns both."""
     dtype = residual.dtype if x is None or residual.dtype == x.dtype else torch.float32
     return (
         None if x is None else checked("x", x, x.dtype, *residual.shape),
@@ -31,10 +31,10 @@ def _is_bf16(x: Tensor | None, residual: Tensor) -> bool:
 
 
 class Second(NamedTuple):
-    """A LayerNorm of the result, where what lies between the two is pruned away.
+    """A second LayerNorm of the result, for layers whose FFN between the two LayerNorms is pruned.
 
     Attributes:
-        gamma, beta: [C].
+        gamma, beta: [C], weight and bias.
         eps: added to the variance.
     """
 
@@ -44,10 +44,10 @@ class Second(NamedTuple):
 
 
 def norm(gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, rstd: Tensor | None) -> tuple[int, ...]:
-    """A LayerNorm as the kernels take it.
+    """Returns a LayerNorm's tensors as addresses, in the form that kernels take.
 
     Args:
-        gamma, beta, mean, rstd: checked; None for what the kernel does without.
+        gamma, beta, mean, rstd: checked tensors; None for those that the kernel does not use.
     """
     return address(gamma), address(beta), address(mean), address(rstd)
 
@@ -70,13 +70,13 @@ def forward(
     """See ticketops.ops.residual.reference.forward.
 
     Args:
-        x: None for zeros: what is left of a sublayer that is pruned away.
-        half: contiguous bfloat16 [T, C] to receive a copy of the result, or None.
-        second: a LayerNorm of the result, or None.
+        x: as in the reference; None for zeros, the output of a sublayer that is pruned.
+        half: contiguous bfloat16 [T, C] to write a copy of the result to, or None.
+        second: a second LayerNorm to apply to the result, or None.
 
     Returns:
-        out [T, C] in the residual's dtype, and each row's mean [T] and 1 / sqrt(variance + eps) [T]; those of the
-        second norm behind them.
+        out [T, C] in the residual's dtype; each row's mean [T] and 1 / sqrt(variance + eps) [T]; and these two of the
+        second LayerNorm, if there is one.
     """
     rows, channels = residual.shape
     x, residual = _pair(x, residual)
@@ -117,14 +117,15 @@ def backward(
     """See ticketops.ops.residual.reference.backward.
 
     Args:
-        x: what `forward` took.
-        vectors: whether any of the sums over rows is wanted.
-        second: beta of the first norm, gamma of the second, its mean and its 1 / sqrt(variance + eps); None without it.
+        x: as in `forward`.
+        second: beta of the first LayerNorm; gamma, mean and 1 / sqrt(variance + eps) of the second. None if there is no
+            second one.
+        vectors: True if any gradient of a vector (bias, gamma, beta) is wanted.
 
     Returns:
-        dx [T, C], empty where it equals dresidual or x is None; dresidual [T, C]; dbias, dgamma, dbeta [C] in float32;
-        dbias, the sum of dx, also where x has its bias already; dgamma and dbeta of the second norm behind them; all
-        of these empty unless `vectors`.
+        dx [T, C], empty if it equals dresidual or x is None; dresidual [T, C]; dbias, dgamma and dbeta [C] in float32;
+        and dgamma and dbeta of the second LayerNorm, if there is one. The vectors are empty unless `vectors`. dbias is
+        the sum of dx, also if `bias` is None because x includes it.
     """
     rows, channels = residual.shape
     x, residual = _pair(x, residual)

@@ -1,4 +1,5 @@
-"""The definition of dropout, residual and LayerNorm in plain PyTorch: what every other backend is tested against."""
+"""Reference implementation of dropout, residual and LayerNorm in plain PyTorch. All other backends are tested against
+it."""
 
 import torch
 from torch import Tensor
@@ -7,11 +8,7 @@ from ticketops.ops.dropout import keep_elements
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why this backend cannot serve a device and dtype; the reference serves all.
-
-    Returns:
-        None.
-    """
+    """Returns None: the reference serves every device and dtype."""
     return None
 
 
@@ -22,7 +19,7 @@ def _drop(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
 
 
 def _sum(x: Tensor, residual: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """The input of the normalisation in the dtype of the arithmetic."""
+    """Computes z, the input of the LayerNorm, in the dtype of the computation."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
     return residual.to(dtype) + _drop(x, seed, dropout_p)
@@ -41,7 +38,7 @@ def forward(
     """See ticketops.ops.residual.
 
     Returns:
-        out [T, C] in the residual's dtype, and each row's mean [T] and 1 / sqrt(variance + eps) [T].
+        out [T, C] in the residual's dtype; and each row's mean [T] and 1 / sqrt(variance + eps) [T].
     """
     z = _sum(x, residual, bias, seed, dropout_p)
     mean = z.mean(1)
@@ -63,18 +60,18 @@ def backward(
     dropout_p: float,
     vectors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `forward`, which stores neither z nor the dropout mask: both are formed again.
+    """Computes the gradients of `forward`. z and the dropout mask, which `forward` does not store, are computed again.
 
     With N = (z - mean) rstd, G = gamma dOut and R = keep / (1 - p):
         dz = rstd (G - mean(G) - N mean(G N)),   dresidual = dz,   dx = R dz,
         dbias = sum dx,   dgamma = sum dOut N,   dbeta = sum dOut.
 
     Args:
-        vectors: whether any of dbias, dgamma and dbeta is wanted.
+        vectors: True if any of dbias, dgamma and dbeta is wanted.
 
     Returns:
-        dx [T, C], empty where it equals dresidual: no dropout and one dtype; dresidual [T, C]; dbias, dgamma and dbeta
-        [C] in the dtype of the statistics (dbias is of no meaning without a bias), empty unless `vectors`.
+        dx [T, C], empty if it equals dresidual (no dropout, one dtype); dresidual [T, C]; dbias, dgamma and dbeta [C]
+        in the dtype of the statistics, empty unless `vectors` (ignore dbias if there is no bias).
     """
     normal = (_sum(x, residual, bias, seed, dropout_p) - mean[:, None]) * rstd[:, None]
     dout = dout.to(normal.dtype)

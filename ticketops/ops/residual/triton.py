@@ -1,9 +1,9 @@
 """Dropout, residual and LayerNorm as Triton kernels: whole rows in registers, one launch forward, two backward.
 
-Inductor would fuse the same under torch.compile; kernels serve eager mode too, draw dropout as all other backends do,
-and store no mask for the backward pass. On an H200 they move 16,384 tokens of 768 channels, bfloat16 beside a float32
-residual, at 3.2 TB/s forward and 2.8 backward, of the 4.8 of its data sheet (tiles-nvidia-h200.json); no GPU has
-measured them against Inductor's yet, which `make gpu` does.
+Inductor fuses the same operations under torch.compile. These kernels also serve eager mode, draw the same dropout as
+all other backends, and store no mask. On an H200, with 16,384 tokens of 768 channels, bfloat16 x and a float32
+residual, they reach 3.2 TB/s forward and 2.8 backward, of 4.8 in the data sheet (tiles-nvidia-h200.json). `make gpu`
+compares them with Inductor's; there are no results of that yet.
 """
 
 import torch
@@ -17,13 +17,13 @@ from ticketops.ops.triton_common import UNALIGNED, cdiv, dropout_keeps, dropout_
 
 __all__ = ["backward", "forward", "refusal"]
 
-#: Partial sums of the backward pass over tokens, a few for every multiprocessor of today's largest GPUs.
+#: Largest number of partial sums over tokens in the backward pass: a few per multiprocessor of today's largest GPUs.
 MAX_PARTS = 512
 
 
 @triton.jit
 def load_block(p_x, i_row, o_r, o_c, m_x, stride_t, stride_c):
-    """A block [rows, columns] of a matrix in float32."""
+    """Loads a block [rows, columns] of a matrix, in float32."""
     o_x = o_r[:, None].to(tl.int64) * stride_t + o_c[None, :] * stride_c
     return tl.load(p_x + i_row * stride_t + o_x, mask=m_x, other=0.0).to(tl.float32)
 
@@ -46,7 +46,7 @@ def load_sum(
     channels,
     DROPOUT: tl.constexpr,
 ):
-    """z = residual + dropout(x + bias) of some rows, zero outside."""
+    """z = residual + dropout(x + bias) on a block [rows, columns], 0 where masked."""
     b_x = load_block(p_x, i_row, o_r, o_c, m_x, stride_xt, stride_xc)
     if p_bias is not None:
         b_x += tl.load(p_bias + o_c, mask=o_c < channels, other=0.0).to(tl.float32)[None, :]
@@ -82,7 +82,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Rows of the output, with the mean and variance of each taken in two passes over registers."""
+    """Output, mean and 1 / sqrt(variance + eps) of a block of rows; the mean first, then the variance around it."""
     i_row = tl.program_id(0).to(tl.int64) * ROWS
     o_r = tl.arange(0, ROWS)
     o_c = tl.arange(0, COLUMNS)
@@ -161,7 +161,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Gradients of a run of rows, and this part's share of the vectors' gradients, [part, 3, channels]."""
+    """dx and dresidual of a run of rows, and their part of dbias, dgamma and dbeta in p_parts [parts, 3, channels]."""
     i_part = tl.program_id(0).to(tl.int64)
     first = i_part * rows_per_part
     last = tl.minimum(first + rows_per_part, tokens)
@@ -222,7 +222,7 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def finish_kernel(p_parts, p_dbias, p_dgamma, p_dbeta, parts, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums the parts in their order, whatever order they were computed in."""
+    """Sums the parts in a fixed order, so that results are deterministic."""
     o_r = tl.arange(0, ROWS)
     o_c = tl.program_id(0) // 3 * COLUMNS + tl.arange(0, COLUMNS)
     i_vector = tl.program_id(0) % 3
@@ -254,10 +254,10 @@ def forward(
     """See ticketops.ops.residual; one launch.
 
     Args:
-        half: [T, C] of 16 bits, contiguous, where the result is written too; None for nowhere.
+        half: contiguous [T, C] of a 16-bit dtype to write a copy of the result to, or None.
 
     Returns:
-        out [T, C] in the residual's dtype, and each row's mean [T] and 1 / sqrt(variance + eps) [T] in float32.
+        out [T, C] in the residual's dtype; and each row's mean [T] and 1 / sqrt(variance + eps) [T] in float32.
     """
     tokens, channels = x.shape
     out = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
@@ -304,14 +304,14 @@ def backward(
     dropout_p: float,
     vectors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `forward`; two launches, one without `vectors`.
+    """Computes the gradients of `forward`; two launches, or one without `vectors`.
 
     Args:
-        vectors: whether any of dbias, dgamma and dbeta is wanted.
+        vectors: True if any of dbias, dgamma and dbeta is wanted.
 
     Returns:
-        dx [T, C], empty where it equals dresidual: no dropout and one dtype; dresidual [T, C]; dbias, dgamma and dbeta
-        [C] in float32, empty unless `vectors`.
+        dx [T, C], empty if it equals dresidual (no dropout, one dtype); dresidual [T, C]; dbias, dgamma and dbeta [C]
+        in float32, empty unless `vectors`.
     """
     channels = x.shape[1]
     dx, dresidual, sums = first_stage(dout, x, residual, bias, gamma, mean, rstd, seed, dropout_p)
@@ -347,10 +347,11 @@ def first_stage(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`backward` but for the last sums; one launch.
+    """Computes `backward` without the final sums over parts; one launch.
 
     Returns:
-        dx and dresidual, as `backward`; float32 [parts, 3, C], whose sums are dbias, dgamma and dbeta.
+        dx and dresidual, as in `backward`; and float32 [parts, 3, C], whose sums over parts are dbias, dgamma and
+        dbeta.
     """
     tokens, channels = x.shape
     own_dx = bool(dropout_p) or x.dtype != residual.dtype
