@@ -1,4 +1,4 @@
-"""Slices of many tensors gathered or scattered together: on a GPU in one launch, however many tensors there are."""
+"""Gathering and scattering of slices of many tensors at once: on a GPU in one launch for all tensors."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ __all__ = ["Saved", "Slices", "gather", "scatter"]
 
 @dataclass(frozen=True)
 class Slices:
-    """Some of the equal slices into which a dimension of a tensor divides, such as the rows of some heads.
+    """A selection of equal slices of a tensor along one dimension, e.g. the weight rows of some heads.
 
     Attributes:
-        tensor: the whole, any dtype.
-        dim: the dimension, from 0.
-        groups: how many slices it divides into.
-        index: int64 [n] on the tensor's device, which of them, none twice; its values are not checked.
+        tensor: the whole tensor, any dtype.
+        dim: the dimension that is divided into slices, from 0.
+        groups: number of slices in the tensor.
+        index: int64 [n] on the tensor's device, indices of the selected slices, unique. Values are not checked.
     """
 
     tensor: Tensor
@@ -32,13 +32,13 @@ class Slices:
 
     @property
     def shape(self) -> list[int]:
-        """Of the slices side by side: the tensor's, with n / groups of the dimension."""
+        """Shape of the selected slices side by side: the tensor's, with `dim` reduced to n / groups of its size."""
         shape = list(self.tensor.shape)
         shape[self.dim] = shape[self.dim] // self.groups * self.index.shape[0]
         return shape
 
     def check(self) -> None:
-        """Raises InputError where the parts do not fit together."""
+        """Raises InputError if dimension, number of slices and index do not fit the tensor."""
         size = self.tensor.shape[self.dim] if 0 <= self.dim < self.tensor.ndim else -1
         if size < 0 or self.groups < 1 or size % self.groups:
             raise InputError(
@@ -56,14 +56,15 @@ def gather(slices: Sequence[Slices], out: Sequence[Tensor] | None = None) -> lis
     """Copies slices out of tensors.
 
     Args:
-        slices: what to copy, of any dtypes and devices.
-        out: for each where to, of the shape `Slices.shape` and its tensor's dtype and device; None for new tensors.
+        slices: slices to copy, of tensors of any dtypes and devices.
+        out: for each element of `slices` a tensor to write to, with shape `Slices.shape` and the dtype and device of
+            the source; None allocates contiguous ones.
 
     Returns:
-        For each its slices side by side; new ones are contiguous.
+        For each element of `slices` its slices side by side.
 
     Raises:
-        InputError: parts that do not fit together.
+        InputError: the shapes, dtypes or devices do not fit together.
     """
     if out is None:
         out = _new(slices)
@@ -81,11 +82,11 @@ def scatter(slices: Sequence[Slices], values: Sequence[Tensor]) -> None:
     """Copies values into slices of tensors, in place.
 
     Args:
-        slices: where to, no place twice.
-        values: for each what `gather` returns, on its tensor's device.
+        slices: slices to write to, which must not overlap.
+        values: for each element of `slices` the values, as `gather` returns them, on the device of its tensor.
 
     Raises:
-        InputError: parts that do not fit together.
+        InputError: the shapes, dtypes or devices do not fit together.
     """
     for each in slices:
         each.check()
@@ -96,38 +97,38 @@ def scatter(slices: Sequence[Slices], values: Sequence[Tensor]) -> None:
 
 
 class Saved:
-    """A copy of slices of many tensors that is taken and put back again and again, in the same memory.
+    """A backup of slices of many tensors, for saving and restoring them repeatedly in the same memory.
 
     Args:
-        slices: what to copy, no place twice.
-        lasting: more of it, of tensors that nobody writes to behind autograd's back: they are copied anew only where
-            something has written to them since they were put back.
+        slices: slices to save, which must not overlap.
+        lasting: further slices, of tensors whose writes are all visible to autograd (their `_version` changes). They
+            are saved again only if one of these tensors was written to since `restore`.
 
     Raises:
-        InputError: parts that do not fit together.
+        InputError: the shapes, dtypes or devices do not fit together.
     """
 
     def __init__(self, slices: Sequence[Slices], lasting: Sequence[Slices] = ()) -> None:
         self._slices = [*slices, *lasting]
-        self._often = len(slices)
+        self._always_saved = len(slices)
         self._prepare()
 
     def save(self) -> None:
-        """Copies the slices."""
+        """Copies the slices into the backup."""
         if self._layout() != self._prepared_for:
             self._prepare()
-        lasts = self._versions() == self._restored
-        for run in self._runs(self._often if lasts else len(self._slices), back=False):
+        unchanged = self._versions() == self._restored
+        for run in self._runs(self._always_saved if unchanged else len(self._slices), back=False):
             run()
 
     def restore(self) -> None:
-        """Puts the copies back.
+        """Copies the backup into the tensors.
 
         Raises:
             InputError: a tensor has another shape, dtype or device than when it was saved.
         """
         if self._layout() != self._prepared_for:
-            # Something else has given a tensor other memory since.
+            # A tensor has new memory, so the prepared copies would write to the old one.
             scatter(self._slices, self._copies)
             return
         for run in self._runs(len(self._slices), back=True):
@@ -135,23 +136,23 @@ class Saved:
         self._restored = self._versions()
 
     def _versions(self) -> list[int]:
-        """Numbers that change with the tensors of which a copy may last."""
-        return [each.tensor._version for each in self._slices[self._often :]]
+        """Returns autograd's version counters of the tensors in `lasting`."""
+        return [each.tensor._version for each in self._slices[self._always_saved :]]
 
     def _layout(self) -> list[tuple[Any, ...]]:
-        """What the prepared copies rely on."""
+        """Returns the properties of the tensors that the prepared copies depend on."""
         tensors = (each.tensor for each in self._slices)
         return [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in tensors]
 
     def _prepare(self) -> None:
         self._prepared_for = self._layout()
         self._copies = _new(self._slices)
-        # None are equal to these.
+        # Equal to no list of version counters, so that the next save copies everything.
         self._restored = [-1]
         self._prepared: dict[tuple[int, bool], list[Callable[[], None]]] = {}
 
     def _runs(self, count: int, back: bool) -> list[Callable[[], None]]:
-        """Prepared copies of the first slices, one for each device; made when they are needed first."""
+        """Returns functions that copy the first `count` slices, one per device; prepared at first use."""
         if (count, back) not in self._prepared:
             runs = self._prepared[count, back] = []
             for places in _by_device(self._slices[:count]):
@@ -161,7 +162,7 @@ class Saved:
 
 
 def _new(slices: Sequence[Slices]) -> list[Tensor]:
-    """Memory for slices side by side."""
+    """Allocates a tensor for each element of `slices`."""
     for each in slices:
         each.check()
     return [empty(each.shape, each.tensor.dtype, each.tensor.device) for each in slices]
@@ -178,7 +179,7 @@ def _check_values(slices: Sequence[Slices], values: Sequence[Tensor]) -> None:
 
 
 def _by_device(slices: Sequence[Slices]) -> Iterable[list[int]]:
-    """Places of the slices of each device."""
+    """Groups the indices of the slices by device."""
     places: dict[torch.device, list[int]] = {}
     for place, each in enumerate(slices):
         places.setdefault(each.tensor.device, []).append(place)

@@ -11,13 +11,13 @@ from ticketops.errors import UnsupportedError
 from ticketops.ops import cuda_extension as cuda
 from ticketops.ops.copies import Slices, reference
 
-#: The kernel's divisions are of 32 bits.
+#: The kernel divides with 32-bit integers.
 _MOST_VECTORS = 2**31
 _DENSE = torch.contiguous_format
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why this kernel cannot serve a device, or None; it moves bytes of any dtype."""
+    """Returns the reason why this kernel cannot serve a device, or None. It serves any dtype, as plain bytes."""
     return cuda.refusal(device)
 
 
@@ -26,12 +26,12 @@ def gather(slices: list[Slices], out: list[Tensor]) -> None:
     """See ticketops.ops.copies.gather."""
     copies = [copy if copy.is_contiguous() else torch.empty_like(copy, memory_format=_DENSE) for copy in out]
     _run(slices, copies, scatter=False)
-    for given, copy in zip(out, copies, strict=True):
-        if copy is not given:
-            given.copy_(copy)
+    for target, copy in zip(out, copies, strict=True):
+        if copy is not target:
+            target.copy_(copy)
         else:
-            # Autograd must hear of what was written behind its back.
-            torch.autograd.graph.increment_version(given)
+            # The kernel writes without autograd's knowledge, so report the write.
+            torch.autograd.graph.increment_version(target)
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def scatter(slices: list[Slices], values: list[Tensor]) -> None:
 
 
 def prepared(slices: list[Slices], parts: list[Tensor], back: bool) -> Callable[[], None]:
-    """See ticketops.ops.copies.reference.prepared; the table is made anew each time."""
+    """See ticketops.ops.copies.reference.prepared. The table of copies is rebuilt at each run."""
     return partial(scatter if back else gather, slices, parts)
 
 
@@ -51,20 +51,20 @@ def _run(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
     table: list[list[int]] = []
     blocks = 0
     device = slices[0].tensor.device
-    # Tensors whose addresses are in the table live until the kernel is queued.
+    # Keeps the tensors whose addresses are in the table alive until the kernel is queued.
     alive: list[Tensor] = []
     for each, part in zip(slices, parts, strict=True):
         if not part.numel():
             continue
         row = _row(each, part, scatter)
         if row is None:
-            # Not one block of memory, or larger than any layer's weights.
+            # The slices are not contiguous blocks, or the tensor is too large for the kernel.
             if scatter:
                 reference.scatter([each], [part])
             else:
                 reference.gather([each], [part])
             continue
-        # A prepared copy runs long after its parts were checked.
+        # Checked again: a prepared copy may run long after its tensors were checked.
         for name, x in (("a tensor", each.tensor), ("its slices", part), ("their index", each.index)):
             cuda.checked(name, x, device, x.dtype, *x.shape)
         index = each.index.contiguous()
@@ -74,7 +74,7 @@ def _run(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
     if not table:
         return
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A graph would read the table's memory again when it has long been another's.
+        # Replays of the graph would read the table's memory after it has been freed and used for something else.
         raise UnsupportedError(
             "slices of weights cannot be copied while a CUDA graph is captured, as for a ticket that is applied an "
             "optimizer's step copies them: capture forward and backward passes, and step outside the graph"
@@ -85,12 +85,12 @@ def _run(slices: list[Slices], parts: list[Tensor], scatter: bool) -> None:
     cuda.run(cuda.kernels.copy_table, device, on_device.data_ptr(), len(table), blocks)
 
 
-#: Of struct Copy in csrc/cuda/kernels.h.
+#: Number of fields in struct Copy, csrc/cuda/kernels.h.
 _FIELDS = 12
 
 
 def _row(slices: Slices, part: Tensor, scatter: bool) -> list[int] | None:
-    """A row of the table without its index and first block; None where the kernel cannot serve."""
+    """Returns a row of the table, without its index and first block; None if the kernel does not support this copy."""
     tensor, dim = slices.tensor, slices.dim
     if not tensor.is_contiguous() or tensor.layout != torch.strided:
         return None

@@ -1,4 +1,4 @@
-"""Slices copied on the CPU, on all threads, one call for a whole table of copies: csrc/cpu/copies.cpp."""
+"""Gathering and scattering slices on the CPU, on all threads, with one call for all copies: csrc/cpu/copies.cpp."""
 
 import math
 from array import array
@@ -13,7 +13,7 @@ from ticketops.ops.copies import Slices, reference
 from ticketops.ops.extension import address
 from ticketops.ops.memory import empty
 
-# csrc/cpu/kernels.h, enum Elements; all else is moved as bytes.
+# csrc/cpu/kernels.h, enum Elements. Other pairs of equal dtypes are copied as bytes.
 _ELEMENTS = {
     (torch.float32, torch.float32): 1,
     (torch.bfloat16, torch.bfloat16): 2,
@@ -26,7 +26,7 @@ _FIELDS = 9
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why this kernel cannot serve a device, or None; it moves bytes of any dtype."""
+    """Returns the reason why this kernel cannot serve a device, or None. It serves any dtype, as plain bytes."""
     return extension.refusal(device, torch.float32)
 
 
@@ -59,7 +59,7 @@ def prepared(slices: list[Slices], parts: list[Tensor], back: bool) -> Callable[
 
     def run() -> None:
         table.run()
-        # Autograd must hear of what was written behind its back.
+        # The kernel writes without autograd's knowledge, so report the writes.
         torch.autograd.graph.increment_version(written)
         rest()
 
@@ -67,31 +67,31 @@ def prepared(slices: list[Slices], parts: list[Tensor], back: bool) -> Callable[
 
 
 class Table:
-    """Copies of slices from tensors to others, of which one call runs all."""
+    """A list of copies of slices between tensors, all of which one call runs."""
 
     def __init__(self) -> None:
         self._rows = array("q")
-        # Tensors whose addresses are in the table live as long as it.
+        # Keeps the tensors whose addresses are in the table alive as long as the table.
         self._alive: list[Tensor | None] = []
 
     def select(
         self, tensor: Tensor, dim: int, groups: int, index: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """Adds a copy of some slices, side by side.
+        """Adds a copy of selected slices of a tensor, side by side.
 
         Args:
-            tensor: the whole, float32 or bfloat16.
-            dim: the dimension that divides.
-            groups: into how many slices.
-            index: int64 [n], which of them, none twice; None for all.
-            dtype: of the copy, float32 or bfloat16.
-            out: contiguous, where to; None for a new tensor.
+            tensor: the whole tensor, float32 or bfloat16.
+            dim: the dimension that is divided into slices.
+            groups: number of slices in the tensor.
+            index: int64 [n], indices of the selected slices, unique; None selects all.
+            dtype: dtype of the copy, float32 or bfloat16.
+            out: contiguous tensor to write to; None allocates one.
 
         Returns:
-            The copy, with n / groups of the dimension; its values are there after `run`.
+            The copy, with `dim` reduced to n / groups of its size. It has no values before `run`.
 
         Raises:
-            InputError: parts that do not fit together.
+            InputError: the shapes, dtypes or devices do not fit together.
         """
         shape = _part_shape(tensor, dim, groups, index)
         if out is None:
@@ -104,18 +104,19 @@ class Table:
         return out
 
     def spread(self, part: Tensor, like: Tensor, dim: int, groups: int, index: Tensor | None) -> Tensor:
-        """Adds the way back from what `select` took: the slices in their places among zeros.
+        """Adds the inverse of `select`: slices are copied to their positions in a new tensor, whose other elements are
+        0.
 
         Args:
             part: the slices side by side, float32 or bfloat16.
-            like: has the whole's shape and dtype.
-            dim, groups, index: see `select`.
+            like: tensor with the shape and dtype of the result.
+            dim, groups, index: as in `select`.
 
         Returns:
-            The new whole; its values are there after `run`.
+            The new tensor. It has no values before `run`.
 
         Raises:
-            InputError: parts that do not fit together.
+            InputError: the shapes, dtypes or devices do not fit together.
         """
         shape = _part_shape(like, dim, groups, index)
         if list(part.shape) != shape:
@@ -125,7 +126,14 @@ class Table:
         return out
 
     def add(self, source: Tensor, target: Tensor, dim: int, groups: int, index: Tensor | None, way: int) -> None:
-        """Adds a copy between contiguous tensors whose shapes fit, of one dtype or of those that can be cast."""
+        """Adds a copy between contiguous tensors of fitting shapes. Their dtypes must be equal or in `_ELEMENTS`.
+
+        Args:
+            source: tensor to read from.
+            target: tensor to write to.
+            dim, groups, index: as in `select`.
+            way: _GATHER, _SCATTER or _SPREAD.
+        """
         elements = _ELEMENTS.get((source.dtype, target.dtype), 0)
         if not elements and source.dtype != target.dtype:
             raise InputError(f"the native kernel does not cast {source.dtype} to {target.dtype}")
@@ -149,7 +157,7 @@ class Table:
         """Runs the copies.
 
         Raises:
-            InputError: an index is of no slice; nothing is copied then.
+            InputError: an index is out of range; nothing is copied then.
         """
         if self._rows:
             table, numbers = self._rows.buffer_info()
@@ -157,7 +165,7 @@ class Table:
 
 
 def _part_shape(whole: Tensor, dim: int, groups: int, index: Tensor | None) -> list[int]:
-    """Of the slices of a whole, side by side."""
+    """Returns the shape of the selected slices of a tensor, side by side."""
     shape = list(whole.shape)
     if index is not None:
         if shape[dim] % groups or index.dtype != torch.int64:

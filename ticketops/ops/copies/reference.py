@@ -30,15 +30,15 @@ def scatter(slices: list[Slices], values: list[Tensor]) -> None:
 
 
 def prepared(slices: list[Slices], parts: list[Tensor], back: bool) -> Callable[[], None]:
-    """Copies that run many times, as long as no tensor moves.
+    """Prepares copies that run repeatedly, as long as no tensor gets new memory.
 
     Args:
         slices: slices of tensors.
-        parts: of each its slices side by side.
-        back: the parts are copied into the tensors, and not out of them.
+        parts: for each element of `slices` a tensor with its slices side by side.
+        back: True copies `parts` into the tensors (scatter), False out of them (gather).
 
     Returns:
-        What runs them.
+        A function that runs the copies.
     """
     return partial(scatter if back else gather, slices, parts)
 

@@ -1,17 +1,17 @@
-"""Masked feed-forward network, one autograd op for every backend.
+"""Masked feed-forward network (FFN), as one autograd op for all backends.
 
     out[t] = ffn_mask * ((neuron_mask * act(x[t] W1^T + b1)) W2^T + b2)
 
-In a gated FFN (GLU) the first layer is twice as high, [W1; V] with biases [b1; c], and the activations are
-act(x[t] W1^T + b1) * (x[t] V^T + c); all else is the same. Either layer may lack a bias.
+In a gated FFN (GLU) the first layer has twice as many rows, [W1; V] with biases [b1; c], and the activations are
+act(x[t] W1^T + b1) * (x[t] V^T + c); the rest is the same. Each layer may have no bias.
 
-An FFN whose mask is 0 and a neuron whose mask is 0 are not computed: their output and all their gradients, the masks'
-too, are 0. With Y the output and H the activations before the masks, the gradients are dL/dffn_mask = sum <dOut, Y> and
-dL/dneuron_mask = sum (ffn_mask dOut W2) * H.
+An FFN or neuron whose mask is 0 is not computed: its output and all its gradients, that of the mask included, are 0.
+With Y the output and H the activations before the masks, the gradients of the masks are dL/dffn_mask = sum <dOut, Y>
+and dL/dneuron_mask = sum (ffn_mask dOut W2) * H.
 
-Neurons can also be selected by blocks, through an index whose length the host knows; the others then cost nothing on
-any backend. As with selected heads (ops.projection, whose rule decides here too), the weights are compacted first, or
-read and written where they lie by indexed kernels.
+Blocks of neurons can also be selected by an index whose length the host knows; then the others cost nothing on any
+backend. As with selected heads (see ops.projection, whose `indexed` decides here too), weights are either compacted or
+read and written in place by indexed kernels.
 """
 
 import torch
@@ -46,28 +46,28 @@ def ffn(
     blocks: Tensor | None = None,
     count: int = 1,
 ) -> Tensor:
-    """Two linear layers with an activation between them, a mask value for the whole and one a neuron.
+    """Computes two linear layers with an activation between them, with a mask value for the FFN and one per neuron.
 
     Args:
         x: [T, C] tokens; float64, float32, bfloat16 or float16.
-        w1: [N, C] weight of the first linear layer, N neurons; [2N, C] if `gated`, the gate's rows last.
-        b1: [N], or [2N], its bias, or None.
-        w2: [C, N] weight of the second.
-        b2: [C] its bias, or None.
-        sequences: which rows belong together, for the gradients of the masks; rows of no sequence count in none of
-            these.
+        w1: [N, C] weight of the first linear layer, with N neurons; [2N, C] if `gated`, with the gate's rows last.
+        b1: [N] bias of the first layer ([2N] if `gated`), or None.
+        w2: [C, N] weight of the second linear layer.
+        b2: [C] bias of the second layer, or None.
+        sequences: rows of each sequence, for importance and the masks' gradients, to which rows outside all sequences
+            do not contribute.
         activation: "gelu" (erf), "gelu_tanh" or "relu".
-        gated: the activations are multiplied with a gate.
+        gated: True multiplies the activations by a gate.
         ffn_mask: scalar tensor that multiplies the output, bias included; None means 1. Differentiable.
         neuron_mask: [N], multiplies the activations; None means ones. Differentiable.
-        importance: [B] float tensor that requires a gradient; its values are not read, its gradient becomes the
-            importance partials: for every sequence sum_t <dOut, Y>, or sum_t |<dOut, Y>| with `per_token`.
-        neuron_importance: [B, N], the same for each neuron.
-        per_token: takes the absolute value of each token's term before summing.
-        blocks: int64 [K] on x's device, the selected blocks of N / count neurons in ascending order, each once; None
-            for all. All others have no part in anything, and `neuron_mask` and `neuron_importance` are of the selected
-            neurons only, K * N / count in place of N.
-        count: blocks that the weights have.
+        importance: [B] float tensor that requires a gradient, as a sink: its values are not read, and its gradient is
+            the importance of each sequence, sum_t <dOut, Y>, or sum_t |<dOut, Y>| with `per_token`.
+        neuron_importance: [B, N], a sink like `importance`, for each neuron.
+        per_token: True sums the absolute values of the tokens' terms.
+        blocks: int64 [K] on x's device, indices of the selected blocks of N / count neurons, ascending and unique; None
+            selects all. With `blocks`, `neuron_mask` and `neuron_importance` have one value per selected neuron, so
+            K * N / count instead of N.
+        count: number of blocks in the weights.
 
     Returns:
         [T, C] in x's dtype (autocast's dtype under autocast).
@@ -143,7 +143,7 @@ def ffn(
 def _compacted(
     w1: Tensor, b1: Tensor | None, w2: Tensor, blocks: Tensor, count: int, gated: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Copies of the selected neurons' weights; autograd scatters the gradients back."""
+    """Copies the weights of the selected neurons; autograd scatters the gradients back."""
     rows, groups = first_places(blocks, count, gated), (1 + gated) * count
     w1 = w1.unflatten(0, (groups, -1)).index_select(0, rows).flatten(0, 1)
     if b1 is not None:
@@ -152,7 +152,7 @@ def _compacted(
 
 
 def _selected(blocks, count):
-    """What a backend is told of selected blocks: nothing where all are computed, since only Triton's knows of them."""
+    """Returns keyword arguments for selected blocks; none if all are selected, as only the Triton backend has them."""
     return {} if blocks is None else {"blocks": blocks, "count": count}
 
 
@@ -254,7 +254,7 @@ def _setup_context(ctx, inputs, output):
     ctx.recording = importance is not None
     ctx.neuron_recording = neuron_importance is not None
     needs = ctx.needs_input_grad
-    # Each is kept only for the gradients that will be formed from it.
+    # Save only tensors that the wanted gradients are computed from.
     kept = {
         "out": ctx.recording or needs[7],
         "pre": any(needs[:3]) or ctx.neuron_recording or needs[8],

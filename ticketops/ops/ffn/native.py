@@ -18,14 +18,14 @@ ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 
 
 def _active(neuron_mask: Tensor | None) -> Tensor | None:
-    """Indices of the neurons to compute, None for all."""
+    """Returns the indices of neurons whose mask is not 0, None if that is all."""
     if neuron_mask is None or bool(neuron_mask.all()):
         return None
     return neuron_mask.nonzero().squeeze(1)
 
 
 def _spread(x: Tensor, active: Tensor | None, dim: int, size: int) -> Tensor:
-    """Puts what was computed for the active neurons among zeros for the others."""
+    """Expands a tensor of the active neurons to all neurons along `dim`, with zeros for the others."""
     if active is None:
         return x
     shape = list(x.shape)
@@ -41,18 +41,18 @@ def activate(
     in_place: bool = False,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Applies the activation, and the gate.
+    """Applies the activation and, if gated, multiplies by the gate.
 
     Args:
         pre: [T, N], or [T, 2N] if `gated`.
         activation: "gelu", "gelu_tanh" or "relu".
         neuron_mask: float32 [N], or None for ones.
-        gated: the second half of `pre` is the gate of the first.
-        in_place: `pre` is not needed any more; not with a gate.
-        bias: float32 [N], still to be added to `pre`; not with a gate.
+        gated: True if the second half of `pre` is the gate of the first.
+        in_place: True overwrites `pre`; not supported with a gate.
+        bias: float32 [N] to add to `pre` first, or None; not supported with a gate.
 
     Returns:
-        act(pre + bias), times the gate, and that times neuron_mask; without a mask twice the same tensor.
+        hidden = act(pre + bias) * gate, and hidden * neuron_mask; the same tensor twice without a mask.
     """
     pre = checked("pre", pre, pre.dtype, *pre.shape)
     tokens, neurons = pre.shape[0], pre.shape[1] // (1 + gated)
@@ -83,24 +83,24 @@ def activate_backward(
     target: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Turns the gradient of the masked activations into that of `pre`, in place where there is no gate.
+    """Computes the gradient of the activation's input from that of the masked activations, in place unless gated.
 
     Args:
-        gradient: contiguous [T, N], changed.
-        pre: [T, N], the activation's input; [T, 2N] with the gate.
-        hidden: [T, N], what came of it before the mask; None where neither `masked` nor the sums of neurons are wanted.
-        masked: [T, N] to receive hidden * neuron_mask, or None.
+        gradient: contiguous [T, N], gradient of the masked activations; overwritten with the result unless gated.
+        pre: [T, N], the activation's input; [T, 2N] with a gate.
+        hidden: [T, N], the activations before the mask; may be None if neither `masked` nor `neuron_sums` is wanted.
+        masked: [T, N] to write hidden * neuron_mask to, or None.
         neuron_mask: float32 [N], or None for ones.
         activation: "gelu", "gelu_tanh" or "relu".
-        bias_sums: whether the column sums of the result are wanted.
-        neuron_sums: whether the sums of gradient * hidden over each sequence's tokens are wanted.
-        neuron_absolute: takes absolute values in these.
-        starts, lengths: int32 [B], the sequences.
-        target: contiguous [T, 2N] to receive the gradient of a `pre` with a gate; None where there is none.
-        bias: float32 [N], still to be added to `pre`; not with a gate.
+        bias_sums: True computes the column sums of the result, the gradient of the bias.
+        neuron_sums: True computes the sums of gradient * hidden over each sequence's tokens.
+        neuron_absolute: True sums absolute values in `neuron_sums`.
+        starts, lengths: int32 [B], first row and number of rows of each sequence.
+        target: contiguous [T, 2N] to write the gradient of a gated `pre` to; None without a gate.
+        bias: float32 [N] to add to `pre` first, or None; not supported with a gate.
 
     Returns:
-        The column sums [N] or [2N] and the sums by sequence [B, N], in float32; empty where not wanted.
+        Column sums [N] or [2N], and sums by sequence [B, N], in float32; empty if not wanted.
     """
     (tokens, neurons), batch = gradient.shape, lengths.shape[0]
     gated = target is not None
@@ -135,11 +135,11 @@ def activate_backward(
 
 
 def add_(total: Tensor, x: Tensor) -> Tensor:
-    """total + x in place, where one is float32 and the other bfloat16: torch would cast x in a pass of its own.
+    """Adds x to total in place, where one is float32 and the other bfloat16. torch would cast x in a separate pass.
 
     Args:
         total: contiguous [T, C].
-        x: [T, C], or [C] for all rows.
+        x: [T, C], or [C] to add to every row.
 
     Returns:
         `total`.
@@ -157,7 +157,7 @@ def add_(total: Tensor, x: Tensor) -> Tensor:
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """The sums of a matrix's columns, as the gradient of a bias is.
+    """Sums a matrix over its rows, for the gradient of a bias.
 
     Args:
         x: [T, C], float32 or bfloat16.
@@ -174,16 +174,16 @@ def column_sums(x: Tensor) -> Tensor:
 def token_sums(
     dout: Tensor, out: Tensor, starts: Tensor, lengths: Tensor, mask: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The importance partials of the whole FFN.
+    """Computes the importance of the FFN for each sequence.
 
     Args:
-        dout, out: [T, C], the output and its gradient.
-        starts, lengths: int32 [B], the sequences.
-        mask: the FFN's, not 0.
-        bias: float32 [C], still to be added to `out`.
+        dout, out: [T, C], gradient of the output and the output.
+        starts, lengths: int32 [B], first row and number of rows of each sequence.
+        mask: mask value of the FFN, not 0.
+        bias: float32 [C] to add to `out` first, or None.
 
     Returns:
-        The signed and the absolute sums of <dout, out + bias> / mask over each sequence's tokens [B].
+        The sums over each sequence's tokens of <dout, out + bias> / mask, and of its absolute value, both [B].
     """
     (tokens, channels), batch = out.shape, lengths.shape[0]
     dout = checked("dout", dout, out.dtype, tokens, channels)
@@ -214,7 +214,7 @@ def forward(
     """See ticketops.ops.ffn.reference.forward.
 
     Returns:
-        out [T, C], the input of the activation [T, N] and its output before the mask [T, N].
+        out [T, C]; the activation's input [T, N]; and its output before the mask [T, N].
     """
     tokens, first, neurons = x.shape[0], w1.shape[0], w2.shape[1]
     scale = 1.0 if ffn_mask is None else float(ffn_mask)
@@ -280,7 +280,7 @@ def backward(
             masked.copy_(hidden.float() * neuron_mask)
     if through:
         assert pre is not None
-        # [T, n], turned from dY W2 into the gradient of `pre`, in place where that has the same shape.
+        # [T, n]: dY W2, which activate_backward overwrites with the gradient of `pre` unless the FFN is gated.
         gradient = product(dy, w2)
         dpre = gradient if first == neurons else torch.empty_like(pre, memory_format=torch.contiguous_format)
         sums, by_neuron = activate_backward(

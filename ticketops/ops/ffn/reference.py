@@ -1,4 +1,4 @@
-"""The definition of the masked FFN in plain PyTorch: what every other backend is tested against."""
+"""Reference implementation of the masked FFN in plain PyTorch. All other backends are tested against it."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,7 @@ from torch.nn import functional
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why this backend cannot serve a device and dtype; the reference serves all.
-
-    Returns:
-        None.
-    """
+    """Returns None: the reference serves every device and dtype."""
     return None
 
 
@@ -29,21 +25,21 @@ def _activate_backward(gradient: Tensor, pre: Tensor, activation: str) -> Tensor
 
 
 def first_places(places: Tensor, structures: int, gated: bool) -> Tensor:
-    """Where some neurons, or blocks of them, lie among the first layer's rows.
+    """Returns the row indices of some neurons, or blocks of neurons, in the first layer's weight.
 
     Args:
-        places: int64 [K], which of them.
-        structures: how many there are.
-        gated: the first layer has all of them twice, the gate's last.
+        places: int64 [K], indices of the neurons or blocks.
+        structures: number of neurons or blocks in the FFN.
+        gated: True if the first layer has a second set of rows, for the gate, after the first.
 
     Returns:
-        int64 [K], or [2K].
+        int64 [K]; [2K] if `gated`.
     """
     return torch.cat((places, places + structures)) if gated else places
 
 
 def _select_neurons(neuron_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Which neurons to compute, as indices (None for all), and their mask values (None for ones)."""
+    """Returns the indices of neurons whose mask is not 0 (None for all), and their mask values (None for ones)."""
     if neuron_mask is None or bool((neuron_mask != 0).all()):
         return None, neuron_mask
     active = neuron_mask.nonzero().squeeze(1)
@@ -68,11 +64,11 @@ def forward(
     neuron_mask: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ticketops.ops.ffn; it is gated where w1 has twice w2's neurons.
+    """See ticketops.ops.ffn. The FFN is gated if w1 has twice as many neurons as w2.
 
     Returns:
-        out [T, C], the first layer's output [T, N] ([T, 2N] of a gated FFN) and what the second layer takes, before the
-        mask [T, N]; both zero for neurons not computed.
+        out [T, C]; the first layer's output [T, N] ([T, 2N] if gated); and the activations before the mask [T, N]. The
+        last two are 0 for neurons that are not computed.
     """
     first, neurons = w1.shape[0], w2.shape[1]
     if ffn_mask is not None and not ffn_mask:
@@ -114,24 +110,27 @@ def backward(
     neuron_sums: bool,
     neuron_absolute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients and importance partials of `forward`.
+    """Computes the gradients of `forward` and the importance of each sequence.
 
     With n the neuron mask, m the FFN mask, H = act(A), A = x W1^T + b1 and dY = m dOut:
         dW2 = dY^T (H n),   db2 = sum dY,   G = dY W2,   dA = G n act'(A),   dx = dA W1,   dW1 = dA^T x,   db1 = sum dA,
         dL/dm = sum <dOut, Y> = sum <dOut, out> / m,   dL/dn = sum G * H.
     Of a gated FFN, with U = x V^T + c and H = act(A) * U:
-        dA = G n U act'(A),   dU = G n act(A),   and [dA, dU] stands for dA in what follows from it.
+        dA = G n U act'(A),   dU = G n act(A),   and [dA, dU] replaces dA in the formulas for dx, dW1 and db1.
 
     Args:
-        pre: None where no more than dw2, db2 and `token_sums` is wanted.
-        hidden: None where neither dw2 nor the sums of neurons are.
-        x: None where dw1 is not wanted.
-        wanted: which of dx, dw1, db1, dw2 and db2 are.
+        pre: as `forward` returned it; may be None if only dw2, db2 and `token_sums` are wanted.
+        hidden: as `forward` returned it; may be None if neither dw2 nor `neuron_sums` is wanted.
+        x: may be None if dw1 is not wanted.
+        wanted: five flags, for dx, dw1, db1, dw2 and db2.
+        token_sums: True computes the importance of the FFN.
+        neuron_sums: True computes the importance of neurons.
+        neuron_absolute: True sums absolute values in the importance of neurons.
 
     Returns:
-        dx, dw1, db1, dw2, db2 (each empty unless wanted); the signed and absolute sums of <dOut, Y> over each
-        sequence's tokens [B] (empty unless `token_sums`); the sums of G * H over each sequence's tokens [B, N], of its
-        absolute value with `neuron_absolute` (empty unless `neuron_sums`).
+        dx, dw1, db1, dw2, db2 (each empty unless wanted); the sums of <dOut, Y> and of |<dOut, Y>| over each sequence's
+        tokens, both [B] (empty unless `token_sums`); and the sums of G * H, or of |G * H|, over each sequence's tokens
+        [B, N] (empty unless `neuron_sums`).
     """
     first, channels = w1.shape
     neurons, batch = w2.shape[1], len(lengths)
@@ -203,7 +202,7 @@ def backward(
 def zeros(
     dout: Tensor, w1: Tensor, w2: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of an FFN whose mask is 0: zeros, empty where they are not wanted."""
+    """Returns the gradients of an FFN whose mask is 0: zeros, or an empty tensor for each gradient not wanted."""
     shapes = (dout.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     dx, dw1, db1, dw2, db2 = (
         dout.new_zeros(shape if there else (0,)) for shape, there in zip(shapes, wanted, strict=True)

@@ -1,18 +1,18 @@
-"""Masked FFN: matrix products by cuBLAS, and one fused Triton kernel between them each way.
+"""Masked FFN on a GPU: matrix products by cuBLAS, with one fused Triton kernel between them in each direction.
 
-A fused GEMM + GELU is not attempted: FlashAttention measured cuBLASLt's own fused GELU as slower on H100 than a plain
-product followed by a pointwise kernel, and a Triton GEMM starts behind cuBLAS. The first bias rides in cuBLAS's
-epilogue (torch.addmm); the pointwise kernels do everything else, at 2.6 TB/s each way of the 4.8 of an H200's data
-sheet (16,384 tokens, 3,072 neurons, bfloat16; tiles-nvidia-h200.json). Against torch.compile `make gpu` measures the
-choice, which no GPU has done yet.
+GEMM and GELU are not fused: FlashAttention measured cuBLASLt's own fused GELU as slower on H100 than a plain product
+followed by a pointwise kernel, and a Triton GEMM is slower than cuBLAS to begin with. The first bias is added in
+cuBLAS's epilogue (torch.addmm). The pointwise kernels do everything else, at 2.6 TB/s in each direction, of 4.8 in the
+data sheet of the H200 (16,384 tokens, 3,072 neurons, bfloat16; tiles-nvidia-h200.json). `make gpu` compares this with
+torch.compile; there are no results of that yet.
 
 Both masks are folded into the activations: with m the FFN mask and n the neuron mask, hidden = m n act(pre) gives
-out = hidden W2^T + m b2 and dW2 = dOut^T hidden, so that nothing of the output's size is multiplied by m. The masks lie
-on the device and reading them would wait for the GPU, hence cuBLAS's products are computed at a mask of 0 too, on
-zeros, while the first pointwise kernel loads nothing there. That concerns direct callers of the op only: a layer whose
-FFN a ticket prunes does not call it. Which blocks of neurons a ticket keeps the host knows: these come as an index,
-products are those of ops.projection's kernels, and nothing else is touched. A gate is the second half of the first
-product's columns.
+out = hidden W2^T + m b2 and dW2 = dOut^T hidden, so that no tensor of the output's size is multiplied by m. The masks
+are on the device, and reading them on the host would wait for the GPU. So with a mask of 0 the products still run, on
+zeros, while the first pointwise kernel skips its loads. This matters to direct callers of the op only: a layer does not
+call it for an FFN that a ticket prunes. The blocks of neurons that a ticket keeps are known to the host and come as an
+index; then the products are ops.projection's kernels, and no other neurons are touched. A gate is the second half of
+the columns of the first product.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ __all__ = ["backward", "forward", "refusal"]
 
 
 class Wanted(NamedTuple):
-    """Which sums of a backward pass are wanted.
+    """Flags for the sums that a backward pass is to compute.
 
     Attributes:
-        db1, db2: of the biases' gradients.
-        tokens: <dOut, Y> over each sequence's tokens.
-        neurons: G * H over them, for each neuron.
-        absolute: the latter of absolute values.
+        db1, db2: gradients of the biases.
+        tokens: sums of <dOut, Y> over each sequence's tokens.
+        neurons: sums of G * H over each sequence's tokens, per neuron.
+        absolute: True sums absolute values in `neurons`.
     """
 
     db1: bool
@@ -50,11 +50,11 @@ class Wanted(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What `activation_backward` leaves to `finish`; None where a sum is not wanted.
+    """Partial sums that `activation_backward` returns and `finish` adds up; None for sums that are not wanted.
 
     Attributes:
-        db1: float32 [parts, N], of db1.
-        db2: float32 [parts, C], of db2.
+        db1: float32 [parts, N], parts of db1.
+        db2: float32 [parts, C], parts of db2.
         terms: float32 [T], <dOut, Y> of each token.
     """
 
@@ -65,7 +65,7 @@ class Parts(NamedTuple):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The activation and its derivative at float32 values."""
+    """Computes the activation and its derivative of float32 values."""
     if ACTIVATION == "relu":
         return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
     if ACTIVATION == "gelu_tanh":
@@ -80,7 +80,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def load_masks(p_ffn_mask, p_neuron_mask, o_n, m_n):
-    """The FFN's mask value and those of some neurons; 1 where there is no mask."""
+    """Loads the mask value of the FFN and those of a block of neurons; 1 if there is no mask."""
     ffn_mask = 1.0
     if p_ffn_mask is not None:
         ffn_mask = tl.load(p_ffn_mask)
@@ -92,8 +92,8 @@ def load_masks(p_ffn_mask, p_neuron_mask, o_n, m_n):
 
 @triton.jit
 def rows_to_load(b_scale, rows):
-    """`rows`, or 0 where the masks of all of a block's neurons are 0. A limit of rows leaves loads along the neurons as
-    wide as they are."""
+    """Returns `rows`, or 0 if the masks of all neurons of a block are 0. As a limit on rows, this skips loads without
+    making loads along the neurons narrower."""
     return tl.where(tl.max(tl.where(b_scale != 0.0, 1, 0), 1) > 0, rows, 0)
 
 
@@ -110,7 +110,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """hidden = m n act(pre), times the gate, on a block of tokens and neurons."""
+    """hidden = m n act(pre) on a block of tokens and neurons, multiplied by the gate if there is one."""
     width = neurons * 2 if GATED else neurons
     column_blocks = tl.cdiv(neurons, COLUMNS)
     i_row = (tl.program_id(0) // column_blocks).to(tl.int64) * ROWS
@@ -153,7 +153,7 @@ def reduce_output_side(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """On a block of tokens, one pass over dOut: its sum over tokens, for db2, and <dOut, out> of each token."""
+    """Reads dOut of a block of tokens once. Computes its sum over tokens, for db2, and <dOut, out> of each token."""
     i_row = i_part.to(tl.int64) * ROWS
     o_r = tl.arange(0, ROWS)
     m_r = i_row + o_r < tokens
@@ -202,10 +202,10 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Turns G into dA, in place where there is no gate, with the partial sums that both biases and the importance need.
+    """Computes dA from G, in place unless gated, and the partial sums for both biases and the importance.
 
-    The first `output_parts` programs reduce dOut. Each other one takes a block of neurons and of tokens, or, where sums
-    by sequence and neuron are wanted, all the rows that one sequence owns.
+    The first `output_parts` programs reduce dOut. Each of the others computes a block of neurons and tokens; if sums by
+    sequence and neuron are wanted, a block of neurons and all rows that one sequence owns.
     """
     pid = tl.program_id(0)
     if pid < output_parts:
@@ -235,7 +235,7 @@ def backward_kernel(
         m_x = (i_row + o_r < last)[:, None] & m_n[None, :]
         # [ROWS, COLUMNS]
         b_g = tl.load(p_gradient + i_row * neurons + o_x, mask=m_x, other=0.0).to(tl.float32)
-        # Offsets of a block take 32 bits, only its first address takes 64.
+        # Offsets within a block have 32 bits; only the address of its first element has 64.
         o_pre = o_r[:, None] * width + o_n[None, :]
         p_block = p_pre + i_row * width
         b_act, b_slope = activate(tl.load(p_block + o_pre, mask=m_x, other=0.0).to(tl.float32), ACTIVATION)
@@ -267,7 +267,7 @@ def backward_kernel(
 
 @triton.jit
 def sum_parts(p_parts, p_sum, parts, width, scale, i_block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A block of columns of scale * the sum over [parts, width], always in the same order."""
+    """Computes scale * the sum over parts of [parts, width] on a block of columns, always in the same order."""
     o_r = tl.arange(0, ROWS).to(tl.int64)
     o_c = i_block * COLUMNS + tl.arange(0, COLUMNS)
     b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -303,7 +303,7 @@ def finish_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The second stage of all sums: vectors' gradients over the blocks of tokens, <dOut, Y> over each sequence's
+    """Second stage of all sums: adds up the parts of the biases' gradients, and <dOut, Y> over each sequence's
     tokens."""
     pid = tl.program_id(0)
     ffn_mask = tl.full([], 1.0, tl.float32)
@@ -320,7 +320,7 @@ def finish_kernel(
                 b_term = tl.load(p_terms + start + i_row + o_r, mask=i_row + o_r < length, other=0.0)
                 b_signed += b_term
                 b_absolute += tl.abs(b_term)
-            # A mask of 0 leaves out = 0, and with it sums of 0.
+            # With a mask of 0, out is 0, so the sums are 0 with any finite factor.
             inverse = 1.0 / tl.where(ffn_mask == 0.0, 1.0, ffn_mask)
             tl.store(p_signed + pid, tl.sum(b_signed, 0) * inverse)
             tl.store(p_absolute + pid, tl.sum(b_absolute, 0) * tl.abs(inverse))
@@ -354,11 +354,11 @@ def forward(
     blocks: Tensor | None = None,
     count: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ticketops.ops.ffn; two products and one launch. With `blocks`, N is the number of selected neurons.
+    """See ticketops.ops.ffn; two matrix products and one launch. With `blocks`, N is the number of selected neurons.
 
     Returns:
-        out [T, C], the first layer's output [T, N] ([T, 2N] of a gated FFN) and what the second layer takes, times
-        both masks [T, N].
+        out [T, C]; the first layer's output [T, N] ([T, 2N] if gated); and the second layer's input, the activations
+        multiplied by both masks [T, N].
     """
     gated = w1.shape[0] != w2.shape[1]
     if blocks is None:
@@ -411,23 +411,23 @@ def backward(
     blocks: Tensor | None = None,
     count: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ticketops.ops.ffn.reference.backward; a product for each of the gradient of the activations, dx, dw1 and dw2,
-    and two launches (one where no sum is wanted). With `blocks`, N is the number of selected neurons, but for dw1, db1
-    and dw2."""
+    """See ticketops.ops.ffn.reference.backward; four matrix products (for the gradient of the activations, dx, dw1 and
+    dw2) and two launches, or one if no sum is wanted. With `blocks`, N is the number of selected neurons, except in
+    dw1, db1 and dw2, which have all neurons."""
     gated, indexed = w1.shape[0] != w2.shape[1], blocks is not None
     through = neuron_sums or any(wanted[:3])
     rows, groups = (None, 1) if blocks is None else (first_places(blocks, count, gated), (1 + gated) * count)
     w1, w2 = (w1.contiguous(), w2.contiguous()) if indexed else (w1, w2)
     dx, dw1, dw2 = (dout.new_empty(0), *(w1.new_empty(0) for _ in range(2)))
     if not through:
-        # The kernel still has the sums over tokens to form.
+        # No gradient of the activations is wanted, but the kernel still computes the sums over tokens.
         gradient = pre = dout.new_empty((dout.shape[0], 0))
     elif blocks is None:
         gradient = torch.mm(dout, w2)
     else:
         (gradient,) = projection.into(dout, [w2.t()], None, blocks, count)
     assert pre is not None
-    # Of selected neurons, the indexed gradient of w1 sums b1's, too.
+    # With selected neurons, the indexed kernel for dw1 also computes db1.
     sums = Wanted(wanted[2] and not (indexed and wanted[1]), wanted[4], token_sums, neuron_sums, neuron_absolute)
     if not through:
         neuron_mask = None
@@ -473,18 +473,18 @@ def activation_backward(
     activation: str,
     wanted: Wanted,
 ) -> tuple[Tensor, Parts, Tensor]:
-    """What of the backward pass lies between its products; one launch.
+    """Computes the part of the backward pass between its matrix products; one launch.
 
     Args:
-        gradient: [T, N], of what the second layer took; overwritten.
+        gradient: [T, N], gradient of the second layer's input; overwritten.
         dout: [T, C].
-        out: [T, C]; may be None where sums over tokens are not wanted.
-        pre: [T, N], or [T, 2N] of a gated FFN.
+        out: [T, C]; may be None if the sums over tokens are not wanted.
+        pre: [T, N]; [T, 2N] if gated.
         starts, lengths, ffn_mask, neuron_mask, activation: as in `backward`.
-        wanted: which sums are.
+        wanted: sums to compute.
 
     Returns:
-        The gradient of `pre`; what `finish` sums up; the sums of G * H [B, N], empty if not wanted.
+        The gradient of `pre`; partial sums for `finish`; and the sums of G * H [B, N], empty if not wanted.
     """
     (tokens, channels), (_, neurons), batch = dout.shape, gradient.shape, lengths.shape[0]
     first, gated = pre.shape[1], pre.shape[1] != neurons
@@ -542,17 +542,18 @@ def finish(
     dtype: torch.dtype,
     more: Tensor | None = None,
 ) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], Tensor, Tensor]:
-    """The second stage of sums; one launch, none where there is nothing to sum.
+    """Adds up the partial sums of `activation_backward`; one launch, or none if there are no sums.
 
     Args:
-        parts: of `activation_backward`.
+        parts: partial sums from `activation_backward`.
         starts, lengths, ffn_mask: as in `backward`.
-        dtype: of the vectors' gradients.
-        more: float32 [parts, C], summed beside them, of as many columns as parts.db2; None for nothing.
+        dtype: dtype of db1 and db2.
+        more: further partial sums to add up in the same launch, float32 [parts, C] with as many columns as `parts.db2`;
+            or None.
 
     Returns:
-        The sums [N] and [C] for db1 and db2, and that of `more` in float32, None where there are no parts; the signed
-        and absolute sums of <dOut, Y> over each sequence's tokens [B], empty where there are no terms.
+        (db1 [N], db2 [C], the sum of `more` in float32), each None if it has no parts; and the sums of <dOut, Y> and of
+        |<dOut, Y>| over each sequence's tokens, both [B], empty if `parts.terms` is None.
     """
     sources = (parts.db1, parts.db2, more)
     db1, db2, total = (

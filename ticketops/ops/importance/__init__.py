@@ -1,10 +1,10 @@
-"""Running sums of importance partials, and the ranking of all heads and of all FFNs; on a GPU both in one launch.
+"""Accumulation of importance over batches, and ranking of all heads and all FFNs. On a GPU both take one launch.
 
     total[l, h] += examples * sum over examples |sum over the example's rows of partial[row, h]|
     score[l, h] = average[l, h] / l2 norm of average[l, :],   average = total / count
 
-FFNs likewise, without the norm. The loss is a mean over the batch, hence the factor. Rankings are ascending; equal
-scores rank by layer, then head, NaN last.
+The same for FFNs, without the norm. The factor `examples` undoes the mean over the batch in the loss. Rankings are in
+ascending order; equal scores are ordered by layer, then head, and NaN is last.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ __all__ = ["Partials", "Ranking", "Sums", "accumulate", "rank"]
 
 @dataclass
 class Sums:
-    """What has been recorded.
+    """Totals and counts of the importance recorded so far.
 
     Attributes:
-        heads: float64 [layers, heads], totals; of neurons just as well.
-        ffns: float64 [layers], totals; [0] where there are none to be ranked.
-        head_counts: examples (or batches) recorded of each layer's heads.
-        ffn_counts: the same of each layer's FFN.
+        heads: float64 [layers, heads], totals of heads (or of neurons).
+        ffns: float64 [layers], totals of FFNs; [0] if FFNs are not ranked.
+        head_counts: for each layer, the number of examples (or batches) in the totals of its heads.
+        ffn_counts: for each layer, the number of examples (or batches) in the total of its FFN.
     """
 
     heads: Tensor
@@ -38,13 +38,13 @@ class Sums:
 
 @dataclass(frozen=True)
 class Partials:
-    """One batch's partials, not yet in the sums.
+    """Importance partials of one batch, to be added to the totals.
 
     Attributes:
-        heads: of each layer floating [B, heads], or None.
-        ffns: of each layer floating [B], or None; none where the sums have none.
-        group: consecutive rows that make up one example.
-        whole: the absolute value is taken of the batch's sum, not of each example's.
+        heads: for each layer a floating-point tensor [B, heads], or None.
+        ffns: for each layer a floating-point tensor [B], or None; an empty list if FFNs are not ranked.
+        group: number of consecutive rows of the batch that make up one example.
+        whole: True takes the absolute value of the batch's sum, False of each example's sum.
     """
 
     heads: Sequence[Tensor | None]
@@ -60,8 +60,8 @@ class Ranking:
     Attributes:
         head_scores: float64 [layers, heads], layer-normalised averages.
         ffn_scores: float64 [layers], averages.
-        head_order: int64 [layers * heads], heads as layer * heads + head, the least important first.
-        ffn_order: int64 [layers], layers.
+        head_order: int64 [layers * heads], heads numbered layer * heads + head, least important first.
+        ffn_order: int64 [layers], layers, least important FFN first.
     """
 
     head_scores: Tensor
@@ -71,11 +71,12 @@ class Ranking:
 
 
 def accumulate(sums: Sums, partials: Partials) -> None:
-    """Adds one batch's partials to the totals, in place and without waiting for the device; counts are the caller's.
+    """Adds one batch's partials to the totals, in place and without waiting for the device. The caller updates the
+    counts.
 
     Args:
-        sums: the running sums.
-        partials: of any floating dtype, on the device of the sums.
+        sums: totals to add to.
+        partials: partials of one batch, any floating-point dtype, on the device of the totals.
     """
     _implementation(sums, partials).score(sums, partials, False)
 
@@ -84,8 +85,8 @@ def rank(sums: Sums, partials: Partials | None = None) -> Ranking:
     """Ranks all structures, without waiting for the device.
 
     Args:
-        sums: every layer was recorded at least once.
-        partials: to be added first, in the same launch; the counts include them.
+        sums: totals, in which every layer has been recorded at least once.
+        partials: partials to add first, in the same launch, or None. The counts in `sums` already include them.
 
     Returns:
         The ranking.
@@ -97,7 +98,7 @@ def rank(sums: Sums, partials: Partials | None = None) -> Ranking:
 
 
 def _implementation(sums: Sums, partials: Partials) -> Any:
-    given = (x for x in (*partials.heads, *partials.ffns) if x is not None)
-    # Only float64 partials have more digits than the kernel reads.
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
+    recorded = (x for x in (*partials.heads, *partials.ffns) if x is not None)
+    # The kernel reads float32 and narrower dtypes; any float64 partial goes to the reference.
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in recorded) else torch.float32
     return implementation("importance", sums.heads.device, dtype)

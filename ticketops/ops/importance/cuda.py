@@ -9,7 +9,7 @@ from ticketops.ops.importance import Partials, Ranking, Sums, reference
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why this kernel cannot serve a device and dtype of partials, or None."""
+    """Returns the reason why this kernel cannot serve a device and dtype of partials, or None."""
     if reason := cuda.refusal(device):
         return reason
     return "its kernel reads float32" if dtype == torch.float64 else None
@@ -19,14 +19,14 @@ def score(sums: Sums, partials: Partials, rank: bool) -> Ranking | None:
     """See ticketops.ops.importance.accumulate and, where `rank`, ticketops.ops.importance.rank."""
     layers, heads = sums.heads.shape
     if layers > cuda.kernels.max_layers or layers * heads > cuda.kernels.max_structures:
-        # The kernel's arguments hold the layers, and one block ranks them all.
+        # The kernel takes one argument per layer, and a single block ranks all structures; larger models exceed both.
         return reference.score(sums, partials, rank)
     device = sums.heads.device
     shapes = {"heads": (layers, heads), "ffns": (len(sums.ffn_counts),)}
     for (name, shape), totals in zip(shapes.items(), (sums.heads, sums.ffns), strict=True):
         if not cuda.checked(f"the totals of {name}", totals, device, torch.float64, *shape).is_contiguous():
             raise InputError(f"the CUDA kernel needs the totals of {name} contiguous, since they are changed in place")
-    # The tensors that the addresses are of live until the kernel is queued.
+    # These references keep the tensors alive until the kernel is queued.
     head_partials = [_checked(x, heads, device) for x in partials.heads]
     ffn_partials = [_checked(x, None, device) for x in partials.ffns]
     ranking = None

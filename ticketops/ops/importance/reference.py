@@ -1,4 +1,5 @@
-"""Sums and ranking of importance in plain PyTorch: the definition, float64 with each operation rounded by itself."""
+"""Reference implementation of accumulating and ranking importance, in plain PyTorch: float64, and no fused
+multiply-adds, so that every operation is rounded by itself."""
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def score(sums: Sums, partials: Partials, rank: bool) -> Ranking | None:
 
 
 def normalized(scores: Tensor) -> Tensor:
-    """Makes scores comparable across layers: each layer divided by its l2 norm.
+    """Divides the scores of each layer by their l2 norm, so that they are comparable across layers.
 
     Args:
         scores: float64 [layers, heads].
@@ -35,8 +36,8 @@ def normalized(scores: Tensor) -> Tensor:
         float64 [layers, heads]; a layer of zeros stays zeros.
     """
     squares = scores * scores
-    # The last bits must not be a library's affair: a running sum has one order, and torch takes square roots of many
-    # numbers on a CPU from MKL, which rounds some of them wrong, where numpy asks the processor.
+    # Results must not depend on a library in the last bits. A cumulative sum has a fixed order. For square roots on a
+    # CPU torch uses MKL, which rounds some of them wrong; numpy uses the processor's instruction.
     squares = squares.cumsum(1)[:, -1:]
     norm = torch.from_numpy(np.sqrt(squares.numpy())) if squares.device.type == "cpu" else squares.sqrt()
     return scores / torch.where(norm == 0, 1.0, norm)

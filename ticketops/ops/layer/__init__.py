@@ -1,11 +1,10 @@
-"""A whole encoder layer as one autograd op, on the backends that have one: attention and FFN over what a ticket keeps,
-each with its projections, dropout, residual and LayerNorm.
+"""A whole encoder layer as one autograd op, on the backends that support it: attention and FFN of the structures that a
+ticket keeps, each with its projections, dropout, residual and LayerNorm.
 
-Its parts are the other ops of this package, whose definitions hold here too. One op instead of seven has what small
-batches need: one boundary, activations and weights cast once, gradients that meet in one tensor without passes of their
-own, and without gradients no boundary at all. On a CPU, few tokens without gradients, as one sentence that is
-classified, are one kernel's; on a GPU neurons that a ticket picks from the weights of all, and heads where there are
-many tokens, are left to the other ops.
+The layer is defined by the other ops of this package. One op instead of seven saves time on small batches: autograd is
+entered once (not at all without gradients), activations and weights are cast once, and gradients are added up without
+separate passes. On a CPU, inference of few tokens, such as one sentence, is a single kernel. On a GPU, selected
+neurons, and selected heads if there are many tokens, are left to the other ops.
 """
 
 import importlib
@@ -28,13 +27,13 @@ from ticketops.ops.registration import check_devices, define, is_watched
 def serves_layer(
     x: Tensor, weights: Tensor, *, picked_heads_of: int | None = None, picked_neurons: bool = False
 ) -> bool:
-    """Whether `encoder_layer` runs here; where it does not, the other ops compute the same layer.
+    """True if `encoder_layer` supports a layer on this device and dtype. Otherwise, use the other ops.
 
     Args:
         x: [.., C] tokens.
-        weights: any of the layer's weights.
-        picked_heads_of: the size of heads of which some are computed, but not all; None for all or none.
-        picked_neurons: likewise, some of the neurons are computed.
+        weights: any weight of the layer.
+        picked_heads_of: head dimension if some heads, but not all, are selected from the weights; else None.
+        picked_neurons: True if some neurons, but not all, are selected from the weights.
     """
     dtype = compute_dtype(x)
     if x.dtype != weights.dtype or x.dtype not in (torch.float32, dtype):
@@ -46,13 +45,13 @@ def serves_layer(
 
 
 def _module(x: Tensor) -> Any:
-    """The backend's module, where `serves_layer` said that there is one."""
+    """Returns the backend's module. Requires `serves_layer`."""
     return native if x.is_cpu and backends.requested() != "triton" else _triton()
 
 
 @cache
 def _triton() -> Any:
-    # Triton need not be installed where its kernels cannot run.
+    # Imported on first use: Triton may be missing where its kernels cannot run.
     return importlib.import_module(f"{__name__}.triton")
 
 
@@ -72,32 +71,32 @@ def encoder_layer(
     per_token: bool = False,
     first_tokens: bool = False,
 ) -> Tensor:
-    """Computes one post-LayerNorm encoder layer, where `serves_layer` says so.
+    """Computes one post-LayerNorm encoder layer. Requires `serves_layer`.
 
     Args:
-        x: [T, C] tokens; float32, or half precision in a model of half precision.
-        weights: the layer's, in x's dtype but for LayerNorms, which may have another; the matrix products run in
-            autocast's.
-        sequences: which rows belong together.
+        x: [T, C] tokens; float32, or half precision in a half-precision model.
+        weights: parameters of the layer, in x's dtype (LayerNorms may have another). Matrix products run in autocast's
+            dtype if autocast is on.
+        sequences: rows of each sequence.
         head_dim: D.
-        scale: multiplies the scores of attention.
+        scale: multiplies the attention scores.
         activation: "gelu" (erf), "gelu_tanh" or "relu".
-        dropouts: probabilities in [0, 1) for attention weights, the attention's output and the FFN's output.
-        eps: of the two LayerNorms.
-        head_importance: [B, K] float tensor that requires a gradient, which becomes the importance partials of the
-            computed heads; see `ticketops.ops.attention`.
-        ffn_importance: [B], the same for the FFN; see `ticketops.ops.ffn`.
-        neuron_importance: [B, computed neurons], the same for its neurons.
-        per_token: takes the absolute value of each token's term before summing.
-        first_tokens: only each sequence's first token is wanted, as by a task head that reads no other; nothing else
-            need attend, or be computed behind attention. There must be a token.
+        dropouts: probabilities in [0, 1) for attention weights, the output of attention and the output of the FFN.
+        eps: added to the variance in the first and second LayerNorm.
+        head_importance: [B, K] float tensor that requires a gradient, as a sink: its gradient is the importance of the
+            computed heads, see `ticketops.ops.attention`.
+        ffn_importance: [B], a sink for the importance of the FFN, see `ticketops.ops.ffn`.
+        neuron_importance: [B, computed neurons], a sink for the importance of neurons.
+        per_token: True sums the absolute values of the tokens' terms.
+        first_tokens: True returns the first token of each sequence only, for a task head that reads no other. Other
+            tokens only serve as keys and values. Requires at least one token in the batch.
 
     Returns:
-        [T, C] in x's dtype; [B, C] of `first_tokens`, where the rows of empty sequences hold anything finite and must
-        get no gradient.
+        [T, C] in x's dtype; with `first_tokens` [B, C], in which rows of empty sequences are finite but arbitrary, and
+        must not get a gradient.
 
     Raises:
-        InputError: tensors on several devices, or a parameter of another dtype than the tokens.
+        InputError: tensors are on different devices, or a parameter's dtype differs from the tokens'.
     """
     check_devices("encoder_layer", _NAMES, (x, *weights, sequences.starts, sequences.lengths))
     _check_dtypes(x, weights)
@@ -119,14 +118,14 @@ def encoder_layer(
     return _encoder_layer_op(x, *weights, *inputs[2:], *sinks, *settings, per_token)[0]
 
 
-#: Of the tensors that a caller gives.
+#: Names of the tensors that a caller passes, for error messages.
 _NAMES = ("x", *Weights._fields, "starts", "lengths")
-#: LayerNorms may have another dtype than the rest, as where a model in half precision keeps them in float32.
+#: Parameters of the LayerNorms, whose dtype may differ: a half-precision model may keep them in float32.
 _NORMS = ("gamma1", "beta1", "gamma2", "beta2")
 
 
 def _check_dtypes(x: Tensor, weights: Weights) -> None:
-    """Raises InputError where a parameter has a dtype that the layer's products cannot take."""
+    """Raises InputError if a parameter has a dtype that the layer's matrix products do not support."""
     for name, parameter in zip(Weights._fields, weights[:PARAMETERS], strict=False):
         if parameter is None or parameter.dtype == x.dtype:
             continue
@@ -137,8 +136,8 @@ def _check_dtypes(x: Tensor, weights: Weights) -> None:
             )
 
 
-#: Where an op's arguments lie: its tensors, the sinks of importance, its settings, and whether sums are of each token's
-#: absolute terms.
+#: The op's arguments are, in order: tensors, up to index _TENSORS; the three importance sinks, up to _SINKS; the fields
+#: of Settings; and per_token.
 _TENSORS = len(Weights._fields) + len(Inputs._fields) - 1
 _SINKS = _TENSORS + 3
 
@@ -158,8 +157,8 @@ def _fake_forward(*arguments):
     return native.fake_forward(inputs, settings, on_gpu=_module(inputs.x) is not native)
 
 
-def _of_backward(arguments):
-    """The gradient of the result, and what the backward pass takes beside it."""
+def _split_backward(arguments):
+    """Splits the backward op's arguments into dout, Inputs, Saved, Settings and Wanted."""
     dout, *tensors = arguments[: 1 + _TENSORS]
     others = arguments[1 + _TENSORS :]
     saved, others = Saved(*others[: len(Saved._fields)]), others[len(Saved._fields) :]
@@ -168,11 +167,11 @@ def _of_backward(arguments):
 
 
 def _backward(*arguments):
-    return _module(arguments[1]).backward(*_of_backward(arguments))
+    return _module(arguments[1]).backward(*_split_backward(arguments))
 
 
 def _fake_backward(*arguments):
-    return native.fake_backward(*_of_backward(arguments))
+    return native.fake_backward(*_split_backward(arguments))
 
 
 def _setup_context(ctx, inputs, output):
@@ -195,21 +194,21 @@ def _gradients(ctx, dout, *_):
         None if ffn is None else (ffn_absolute if ctx.per_token else ffn_signed).to(ffn),
         None if neurons is None else by_neuron.to(neurons),
     )
-    # What is not computed has no gradient: None, so that no optimizer sees it.
+    # Parameters of structures that are not computed get None instead of zeros, so that optimizers skip them.
     gradients = [p if there and p.numel() else None for p, there in zip(parameters, ctx.wanted.parameters, strict=True)]
     indices = (None,) * (_TENSORS - 1 - PARAMETERS)
     return dx if ctx.wanted.tokens else None, *gradients, *indices, *partials, *(None,) * (len(Settings._fields) + 1)
 
 
 def _schema(fields: type) -> str:
-    """The fields of a NamedTuple as arguments in torch's schema language."""
+    """Writes the fields of a NamedTuple as arguments in torch's schema language."""
     names: dict[Any, str] = {kind: kind.__name__ for kind in (Tensor, int, float, str, bool)}
     names |= {Tensor | None: "Tensor?", list[bool]: "bool[]", torch.dtype: "ScalarType"}
     return ", ".join(f"{names[hint]} {name}" for name, hint in fields.__annotations__.items())
 
 
 _TENSOR_ARGUMENTS = f"Tensor x, {_schema(Weights)}, Tensor starts, Tensor lengths, Tensor? seeds"
-# Sequences' lengths change from batch to batch.
+# SymInt, because the longest sequence differs from batch to batch, and an int would make torch.compile recompile.
 _SETTING_ARGUMENTS = _schema(Settings).replace("int max_length", "SymInt max_length")
 _encoder_layer_op = define(
     f"encoder_layer({_TENSOR_ARGUMENTS}, Tensor? head_importance, Tensor? ffn_importance, Tensor? neuron_importance, "

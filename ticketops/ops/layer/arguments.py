@@ -1,5 +1,5 @@
-"""What the backends of a layer are handed, what their forward passes keep for their backward passes, and what both read
-out of it."""
+"""Arguments of the encoder layer's backends: parameters, inputs and settings; tensors that the forward pass saves for
+the backward pass; and the gradients wanted from it."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,19 +12,19 @@ from ticketops.ops.packing import Sequences
 
 
 class Weights(NamedTuple):
-    """The parameters of a layer, with which places of them are computed.
+    """Parameters of a layer, and the heads and neurons that are computed.
 
     Attributes:
-        wq, wk, wv: [H * D, C] projections of all heads.
-        bq, bk, bv: [H * D] their biases.
-        wo: [C, H * D] output projection.
-        bo: [C] its bias.
-        gamma1, beta1: [C] LayerNorm after attention.
-        w1, b1: [N, C] and [N], first linear layer of the FFN; None where the FFN is not computed.
-        w2, b2: [C, N] and [C], its second.
-        gamma2, beta2: [C] LayerNorm after the FFN.
-        heads: int64 [K], the computed heads in ascending order; None for all.
-        neurons: int64, the FFN's computed neurons in ascending order; None for all.
+        wq, wk, wv: [H * D, C], projections of all heads.
+        bq, bk, bv: [H * D], biases of these.
+        wo: [C, H * D], output projection.
+        bo: [C], bias of the output projection.
+        gamma1, beta1: [C], LayerNorm after attention.
+        w1, b1: [N, C] and [N], first linear layer of the FFN; None if the FFN is pruned.
+        w2, b2: [C, N] and [C], second linear layer of the FFN; None if the FFN is pruned.
+        gamma2, beta2: [C], LayerNorm after the FFN.
+        heads: int64 [K], indices of the computed heads, ascending; None for all.
+        neurons: int64 [n], indices of the computed neurons, ascending; None for all.
     """
 
     wq: Tensor
@@ -47,29 +47,29 @@ class Weights(NamedTuple):
     neurons: Tensor | None
 
     def ffn(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """w1, b1, w2 and b2; None where the FFN is not computed."""
+        """Returns w1, b1, w2 and b2; None if the FFN is pruned."""
         if self.w1 is None or self.b1 is None or self.w2 is None or self.b2 is None:
             return None
         return self.w1, self.b1, self.w2, self.b2
 
 
-#: Of Weights: the parameters, which come first.
+#: Number of parameters in Weights; they are its first fields.
 PARAMETERS = 16
 
 
 class Settings(NamedTuple):
-    """What of a call is no tensor.
+    """Non-tensor arguments of a call: sizes, probabilities, flags.
 
     Attributes:
-        max_length: tokens of the longest sequence.
+        max_length: length of the longest sequence in tokens.
         head_dim: D.
-        scale: multiplies the scores of attention.
+        scale: multiplies the attention scores.
         activation: "gelu" (erf), "gelu_tanh" or "relu".
-        attention_dropout, output_dropout, ffn_dropout: probabilities, of attention weights and the results of attention
-            and FFN.
-        eps1, eps2: of the two LayerNorms.
-        dtype: of the products.
-        first_tokens: only each sequence's first token is wanted.
+        attention_dropout, output_dropout, ffn_dropout: dropout probabilities of attention weights, the output of
+            attention and the output of the FFN.
+        eps1, eps2: added to the variance in the first and second LayerNorm.
+        dtype: dtype of the matrix products.
+        first_tokens: True computes the first token of each sequence only.
     """
 
     max_length: int
@@ -86,13 +86,13 @@ class Settings(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call.
+    """Tensor arguments of a call.
 
     Attributes:
         x: [T, C] tokens.
-        weights: of the layer.
-        starts, lengths: int32 [B], of the sequences.
-        seeds: int64, one of each dropout that there is; None without any.
+        weights: parameters of the layer.
+        starts, lengths: int32 [B], first row and number of rows of each sequence.
+        seeds: int64 [n], a seed for each dropout whose probability is not 0; None if there is none.
     """
 
     x: Tensor
@@ -102,18 +102,18 @@ class Inputs(NamedTuple):
     seeds: Tensor | None
 
     def heads(self, settings: Settings) -> tuple[int, int]:
-        """How many heads the weights have, and how many of them are computed."""
+        """Returns the number of heads in the weights, and the number of heads that are computed."""
         there = self.weights.wq.shape[0] // settings.head_dim
         return there, there if self.weights.heads is None else self.weights.heads.shape[0]
 
     def rows(self, settings: Settings) -> Tensor | None:
-        """Of the tokens, those that somebody reads behind attention, int64 [B]; None for all."""
+        """Returns the rows that are computed after attention: int64 [B] with `first_tokens`, else None for all."""
         if not settings.first_tokens:
             return None
         return Sequences(self.starts, self.lengths, settings.max_length).first_rows(self.x.shape[0])
 
     def left(self, settings: Settings) -> tuple[Tensor, Tensor]:
-        """Starts and lengths of the sequences behind attention, of each of which a first token may be all."""
+        """Returns the starts and lengths of the sequences after attention: with `first_tokens`, each has one token."""
         if not settings.first_tokens:
             return self.starts, self.lengths
         batch = self.lengths.shape[0]
@@ -121,21 +121,23 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass is handed beside the inputs; empty where there is nothing to keep.
+    """Tensors that the forward pass saves for the backward pass, in the dtype of the matrix products unless said
+    otherwise; empty if not needed.
 
     Attributes:
-        cast_x: [T, C], in the dtype of the products as all that follow but for statistics and `middle`.
-        qkv: [T, 3, K, D].
-        context: [T, K, D].
-        lse: float32 [T, K].
-        projected: what attention adds to the residual stream, before its bias.
-        mean1, rstd1: float32, of each row of the first LayerNorm.
-        middle: its result.
-        cast_middle: the same, cast.
-        pre, hidden: before and behind the activation.
-        output: of the FFN.
-        mean2, rstd2: of the second LayerNorm.
-        w_qkv, w_o, w_1, w_2: the weights that took part where the parameters themselves did not.
+        cast_x: [T, C], the tokens, cast.
+        qkv: [T, 3, K, D], queries, keys and values.
+        context: [T, K, D], output of attention before the output projection.
+        lse: float32 [T, K], log-sum-exp of the scaled scores.
+        projected: output of the output projection without its bias.
+        mean1, rstd1: float32 statistics of each row in the first LayerNorm.
+        middle: output of the first LayerNorm, in x's dtype.
+        cast_middle: `middle`, cast.
+        pre, hidden: input and output of the activation.
+        output: output of the FFN's second linear layer; on a CPU without its bias.
+        mean2, rstd2: float32 statistics of each row in the second LayerNorm.
+        w_qkv, w_o, w_1, w_2: copies of weights that were used instead of the parameters, if these were cast, joined or
+            compacted.
     """
 
     cast_x: Tensor
@@ -159,15 +161,15 @@ class Saved(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What is wanted of a backward pass; nothing else is computed.
+    """Flags for the results that a backward pass is to compute.
 
     Attributes:
         tokens: the gradient of x.
-        parameters: for each of the parameters its gradient.
+        parameters: a flag for the gradient of each parameter, in the order of Weights.
         head_sums: the importance of heads.
-        ffn_sums: that of the FFN.
-        neuron_sums: that of its neurons.
-        per_token: neurons' importance sums absolute values.
+        ffn_sums: the importance of the FFN.
+        neuron_sums: the importance of neurons.
+        per_token: True sums the absolute values of the tokens' terms in the importance of neurons.
     """
 
     tokens: bool
@@ -178,30 +180,29 @@ class Wanted(NamedTuple):
     per_token: bool
 
     def any(self, *names: str) -> bool:
-        """True if the gradient of any of some parameters is wanted, by their names in Weights."""
+        """True if the gradient of any of the named parameters is wanted; the names are those of Weights."""
         return any(self.parameters[Weights._fields.index(name)] for name in names)
 
     def attention(self) -> bool:
-        """True if the gradients of q, k and v are wanted, or the importance of heads, which is found with them."""
+        """True if attention's backward pass must run, for the gradients of q, k and v or the importance of heads."""
         return self.tokens or self.head_sums or any(self.parameters[:6])
 
     def projected(self) -> bool:
-        """True if the gradient of what attention adds to the residual stream is wanted, or that of the stream."""
+        """True if the gradient of the first LayerNorm's input is needed: the residual plus the output of attention."""
         return self.attention() or any(self.parameters[6:10])
 
     def inner(self) -> bool:
-        """True if the gradient of the activation's input is wanted, or the importance of neurons, which is found with
-        it."""
+        """True if the gradient of the activation's input is needed, or the importance of neurons, computed with it."""
         return self.projected() or self.neuron_sums or self.any("w1", "b1")
 
 
 def needed(saved: Saved, wanted: Wanted, none: Tensor) -> Saved:
-    """What a backward pass will read of what a forward pass keeps.
+    """Drops saved tensors that the backward pass will not read.
 
     Args:
-        saved: all of it.
-        wanted: of the backward pass.
-        none: stands in for the rest.
+        saved: all tensors that the forward pass saved.
+        wanted: results that the backward pass is to compute.
+        none: empty tensor that replaces the dropped ones.
     """
     read = {
         "cast_x": wanted.any("wq", "wk", "wv"),
@@ -219,19 +220,19 @@ def needed(saved: Saved, wanted: Wanted, none: Tensor) -> Saved:
     return saved._replace(**{name: none for name, there in read.items() if not there})
 
 
-#: Results of a backward pass: dx, five importance partials, the gradients of the parameters.
+#: Number of results of a backward pass: dx, five importance partials, the gradients of the parameters.
 GRADIENTS = 6 + PARAMETERS
 
 
 def seeds_of(seeds: Tensor | None, settings: Settings) -> Iterator[Tensor | None]:
-    """The seed of each dropout that there is.
+    """Assigns seeds to the three dropouts of a layer.
 
     Args:
-        seeds: those of all that there are; None without any.
-        settings: have the probabilities.
+        seeds: int64 [n], a seed for each dropout whose probability is not 0; None if there is none.
+        settings: settings with the probabilities.
 
     Yields:
-        For each dropout its seed [1], or None.
+        For each of the three dropouts its seed [1], or None if its probability is 0.
     """
     drawn = iter(() if seeds is None else seeds.split(1))
     for p in (settings.attention_dropout, settings.output_dropout, settings.ffn_dropout):
@@ -239,38 +240,40 @@ def seeds_of(seeds: Tensor | None, settings: Settings) -> Iterator[Tensor | None
 
 
 def as_given(x: Tensor) -> AbstractContextManager[Any]:
-    """In which autocast leaves products alone; where it is off, as in backward passes, entering it takes longer.
+    """Returns a context in which autocast is off. If it is off already, as in backward passes, the context does
+    nothing, which is faster than torch.autocast.
 
     Args:
-        x: on the device of the products.
+        x: a tensor on the device of the products.
     """
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def select(x: Tensor, rows: Tensor | None) -> Tensor:
-    """x's rows, or all of x."""
+    """Returns the given rows of x; all of x if `rows` is None."""
     return x if rows is None else x.index_select(0, rows)
 
 
 def in_order(gradients: dict[str, Tensor]) -> Iterator[Tensor | None]:
-    """The gradients of the parameters as a backward pass returns them.
+    """Orders the gradients of the parameters as in Weights.
 
     Args:
-        gradients: by the names of Weights.
+        gradients: gradients by their parameter's name in Weights.
 
     Yields:
-        Each, None where there is none.
+        The gradient of each parameter, None if there is none.
     """
     return map(gradients.get, Weights._fields[:PARAMETERS])
 
 
 def results(out: Tensor, saved: Saved, none: Tensor) -> tuple[Tensor, ...]:
-    """What a forward pass returns. An op's results must be tensors of their own.
+    """Returns the results of a forward pass as one tuple. torch does not allow the same tensor twice in it, so every
+    occurrence of `none` becomes a new empty tensor.
 
     Args:
-        out: the layer's result.
-        saved: for the backward pass.
-        none: stands in it where there is nothing to keep.
+        out: output of the layer.
+        saved: tensors for the backward pass.
+        none: placeholder in `saved` for tensors that are not needed.
     """
     return out, *(out.new_empty(0) if kept is none else kept for kept in saved)

@@ -1,5 +1,5 @@
-"""An encoder layer on the CPU: torch's matrix products between the native kernels, on weights that were compacted and
-cast in one copy; for few tokens without gradients csrc/cpu/encoder.cpp, which does all of it."""
+"""An encoder layer on the CPU: the native kernels, with torch's matrix products between them. Weights are compacted and
+cast in one copy. Inference of few tokens runs as one kernel, csrc/cpu/encoder.cpp."""
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ from ticketops.ops.memory import empty
 from ticketops.ops.products import add_product, gradient_product, has_bf16_products, product
 from ticketops.ops.residual import native as residual
 
-#: Up to so many tokens the layer of csrc/cpu/encoder.cpp infers faster than torch's products between kernels; up to so
-#: many in bfloat16 where it multiplies by AMX; and up to so many where its own products in bfloat16 lack the rate of
-#: the hardware's. Milliseconds of MiniLM on one sequence, two cores, by oneDNN's products and by encoder.cpp. AMD EPYC
+#: Largest number of tokens for which csrc/cpu/encoder.cpp infers faster than torch's products between kernels: in
+#: general; in bfloat16 with AMX; and in bfloat16 where encoder.cpp lacks the bfloat16 instructions that oneDNN uses.
+#: Measured: milliseconds of MiniLM on one sequence, two cores, with oneDNN's products and with encoder.cpp. AMD EPYC
 #: (Zen 5): float32 5.67 and 3.21 at 32 tokens, 10.96 and 8.15 at 128, 18.61 and 16.63 at 256; bfloat16 autocast 5.67
-#: and 3.31 at 32, 8.43 and 6.19 at 128, 13.72 and 12.05 at 256; with kernels for AVX-512 alone the two met at 112
+#: and 3.31 at 32, 8.43 and 6.19 at 128, 13.72 and 12.05 at 256; with kernels for AVX-512 only, both were equal at 112
 #: tokens in bfloat16. Intel Xeon with AMX: bfloat16 autocast 5.52 and 3.30 at 32, 7.53 and 5.67 at 128, 10.49 and 9.74
 #: at 256, 14.29 and 15.02 at 384.
 FEW_TOKENS = 128
@@ -38,17 +38,17 @@ FEW_TOKENS_BF16 = 48
 
 
 def _bias(bias: Tensor, places: Tensor | None) -> Tensor:
-    """The computed neurons' biases in float32."""
+    """Returns the biases of the computed neurons, in float32."""
     return (bias if places is None else bias[places]).float()
 
 
 def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
-    """The gradient of `select`."""
+    """Computes the gradient of `select`: rows of x at their positions among zeros."""
     return x if rows is None else embedding_gradient(x, rows, tokens, -1)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b; `total` may be changed."""
+    """Computes total + a b, possibly in place of `total`."""
     if a.dtype == total.dtype == torch.float32:
         return add_product(total, a, b)
     terms = product(a, b)
@@ -56,11 +56,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def is_few(tokens: int, bf16: bool) -> bool:
-    """Whether `infer` is the faster one.
+    """True if `infer` is faster than `forward`.
 
     Args:
         tokens: T.
-        bf16: the products are in bfloat16.
+        bf16: True if matrix products are in bfloat16.
     """
     isa = native.isa()
     if bf16 and isa == "amx":
@@ -70,14 +70,14 @@ def is_few(tokens: int, bf16: bool) -> bool:
 
 
 def infer(inputs: Inputs, settings: Settings) -> Tensor:
-    """A layer of few tokens without dropout and gradients; see ticketops.ops.layer.encoder_layer.
+    """Computes a layer for few tokens, without dropout and gradients; see ticketops.ops.layer.encoder_layer.
 
     Args:
-        inputs: all parameters in the dtype of the tokens.
-        settings: of the call.
+        inputs: tensor arguments, with all parameters in the dtype of the tokens.
+        settings: non-tensor arguments.
 
     Returns:
-        [T, C], or [B, C] of `first_tokens`.
+        [T, C]; [B, C] with `first_tokens`.
     """
     (x, weights, starts, lengths, _), s = inputs, settings
     bf16 = s.dtype == torch.bfloat16
@@ -90,7 +90,7 @@ def infer(inputs: Inputs, settings: Settings) -> Tensor:
         *(square, square, square, row, row, row, (channels, width), column, column, column),
         *((neuron_count, channels), (neuron_count,), (channels, neuron_count), column, column, column),
     )
-    # Kept until the call is over, since some may be copies.
+    # Some of these may be copies, which must live until the call is over.
     parameters = [checked("a parameter", p, dtype, *shape) for p, shape in zip(weights, shapes, strict=False)]
     x = checked("x", x, dtype, tokens, channels)
     heads, neurons = (p if p is None else checked("places", p, torch.int64, p.shape[0]) for p in (heads, neurons))
@@ -111,10 +111,10 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     """See ticketops.ops.layer.encoder_layer.
 
     Args:
-        keep: whether a backward pass may follow.
+        keep: True saves tensors for a backward pass.
 
     Returns:
-        [T, C], or [B, C] of `first_tokens`, and Saved; without `keep` only the former.
+        [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
     ffn_weights, heads, neurons = w.ffn(), w.heads, w.neurons
@@ -128,9 +128,9 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     copies = Table()
     cast_x = copies.select(x, 0, 1, None, dtype) if cast else x
     if count:
-        # One product serves all three, there and back. In float32 by MKL those of a layer of MiniLM take 3.11 ms one by
-        # one and 2.98 together with the copies (420 tokens; 1.60 and 1.44 with half of the heads), and 18.1 and 16.9
-        # of 2,400 tokens (two cores of an Intel Xeon).
+        # One matrix product for q, k and v together, forward and backward. In float32 with MKL, three products of a
+        # MiniLM layer take 3.11 ms and one, copies included, 2.98 (420 tokens; 1.60 and 1.44 with half of the heads);
+        # with 2,400 tokens 18.1 and 16.9 (two cores of an Intel Xeon).
         w_qkv = empty((3 * width, x.shape[1]), dtype)
         biases = empty(3 * width, torch.float32)
         for source, target in zip((w.wq, w.wk, w.wv), w_qkv.chunk(3), strict=True):
@@ -165,7 +165,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         ends = (projected, stream, w.bo, w.gamma1, w.beta1, output_seed, s.output_dropout, s.eps1)
         if ffn_weights is not None:
             middle, mean1, rstd1 = residual.forward(*ends, half)
-            # The kernels behind the products add the biases: in the products they cost a pass over the results.
+            # The kernels after the products add the biases; in the products they would cost a pass over the results.
             pre = product(middle if half is None else half, w1.t())
             hidden, _ = ffn.activate(pre, s.activation, in_place=not keep, bias=_bias(b1, neurons))
             output = product(hidden, w2.t())
@@ -184,12 +184,14 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
 
 
 def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
-    """Gradients and importance partials of `forward`: the chain of those of its parts.
+    """Computes the gradients of `forward` and the importance partials, as the chain of the backward passes of its
+    parts.
 
     Returns:
-        dx; the signed and absolute partials of the computed heads [B, K]; those of the FFN [B]; those of its computed
-        neurons [B, N]; the gradients of the parameters in the order of Weights. Each is empty unless wanted (partials
-        of heads come with whatever needs attention's gradients), and where the parameter has no part in the result.
+        dx; the signed and absolute importance of the computed heads, both [B, K]; those of the FFN, both [B]; that of
+        the computed neurons [B, N]; and the gradients of the parameters in the order of Weights. Each is empty if it is
+        not wanted, or if it belongs to a parameter that was not used. (The importance of heads is also computed
+        whenever attention's backward pass runs.)
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
     heads, neurons = w.heads, w.neurons
@@ -207,7 +209,8 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     def keep(
         name: str, gradient: Tensor, dim: int = 0, groups: int = 1, index: Tensor | None = None, shared: bool = False
     ) -> None:
-        """Copies a gradient where it is not yet the whole parameter's, in its dtype and in memory of its own."""
+        """Stores a parameter's gradient, if wanted. Copies it if it covers selected slices only (`index`), has another
+        dtype than the parameter, or is part of a larger tensor (`shared`)."""
         if not wanted.any(name):
             return
         like = getattr(w, name)
@@ -218,7 +221,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor, ...]:
         copies.run()
         results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_order(gradients))
-        # An op's results must be tensors of their own.
+        # torch does not allow the same tensor twice among an op's results.
         return tuple(torch.empty_like(none) if x is None or x is none else x for x in results)
 
     with as_given(x):
@@ -251,7 +254,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             copies = Table()
             if not wanted.projected():
                 return finish()
-            # Only now, since without a dropout and a cast doutput is the same tensor.
+            # Not earlier: without dropout and casts, doutput is the same tensor, which this overwrites.
             dmiddle = _add_product(dmiddle, dpre, saved.w_1 if saved.w_1.numel() else w1)
         else:
             dmiddle, second = dout, (w.beta1, w.gamma2, saved.mean2, saved.rstd2)
@@ -301,7 +304,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 first_tokens=s.first_tokens,
             )
             flat = dqkv.view(tokens, 3 * width)
-            # Where all of q's, k's and v's are wanted one product serves them.
+            # If the gradients of q, k and v are all wanted, compute them in one product.
             taken, parts = saved.cast_x if cast else x, flat.split(width, 1)
             whole = wanted.parameters[:3] == [True] * 3
             dweights = gradient_product(flat, taken).chunk(3) if whole else (None,) * 3
@@ -318,8 +321,8 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
 
 
 def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tuple[Tensor, ...]:
-    """Shapes and dtypes of `forward`'s results, or with `on_gpu` those of the Triton backend, which also keeps `middle`
-    where there is no FFN, and copies no weights of heads that are picked."""
+    """Returns empty tensors of the shapes and dtypes of `forward`'s results. With `on_gpu`, those of the Triton
+    backend, which also saves `middle` if the FFN is pruned, and does not copy weights of selected heads."""
     x, w, starts, _, _ = inputs
     (tokens, channels), dtype = x.shape, settings.dtype
     cast, head_dim, (_, count) = dtype != x.dtype, settings.head_dim, inputs.heads(settings)
@@ -359,7 +362,7 @@ def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tu
 
 
 def fake_backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
-    """Shapes and dtypes of `backward`'s results."""
+    """Returns empty tensors of the shapes and dtypes of `backward`'s results."""
     x, w, _, lengths, _ = inputs
     batch, (_, count) = lengths.shape[0], inputs.heads(settings)
 

@@ -1,10 +1,10 @@
-"""An encoder layer on a GPU: cuBLAS's products between the Triton kernels of the layer's parts.
+"""An encoder layer on a GPU: the Triton kernels of the layer's parts, with cuBLAS's products between them.
 
-Small batches wait for the host, not for the GPU (bench/results/first-look-nvidia-h200.md). By its modules a layer of
-BERT-base takes some 70 launches under autocast, most of them casts; as one op it takes some 25: all weights are cast at
-once, one product serves q, k and v, weights' gradients leave their products in float32, and the results of products
-with transposed weights are added to the residual stream's gradient as they are formed. Heads that a ticket picks are
-read where they lie, by the kernels of ops.projection.
+With small batches the host's launches take longer than the GPU's work (bench/results/first-look-nvidia-h200.md). Module
+by module, a layer of BERT-base takes some 70 launches under autocast, most of them casts; as one op it takes some 25.
+All weights are cast at once; q, k and v are one product; the products for weight gradients write float32 directly; and
+products with transposed weights add to the gradient of the residual stream. The weights of selected heads are read in
+place by the kernels of ops.projection.
 """
 
 import torch
@@ -31,14 +31,14 @@ from ticketops.ops.residual import triton as residual
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in a dtype that may be wider than the inputs'; a GPU's product writes it itself."""
+    """Computes a b in `dtype`, which may be wider than that of the inputs; cuBLAS then writes it directly."""
     if a.dtype == dtype:
         return torch.mm(a, b)
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a, b).to(dtype)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b in total's dtype, in its place: otherwise torch would copy it first."""
+    """Computes total + a b in place of `total`, in its dtype. Out of place, torch would copy `total` first."""
     if a.dtype == total.dtype:
         return total.addmm_(a, b)
     if total.is_cuda:
@@ -47,18 +47,19 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
-    """The gradient of `select`. A row that several sequences name is some one's, and the others' gradients are 0."""
+    """Computes the gradient of `select`: rows of x at their positions among zeros. Only one sequence's gradient counts
+    for a row that several sequences refer to; the others are empty and have a gradient of 0."""
     return x if rows is None else x.new_zeros((tokens, x.shape[1])).index_add_(0, rows, x)
 
 
 def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tensor, ...]:
-    """See ticketops.ops.layer.encoder_layer and the native backend; of neurons all.
+    """See ticketops.ops.layer.encoder_layer and the native backend. Computes all neurons; a selection is not supported.
 
     Args:
-        keep: whether a backward pass may follow.
+        keep: True saves tensors for a backward pass.
 
     Returns:
-        [T, C], or [B, C] of `first_tokens`, and Saved; without `keep` only the former.
+        [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
     """
     (x, w, starts, lengths, seeds), s = inputs, settings
     ffn_weights, heads = w.ffn(), w.heads
@@ -133,8 +134,8 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
 
 
 def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
-    """Gradients and importance partials of `forward`; results as the native backend's, some of them parts of one
-    tensor."""
+    """Computes the gradients of `forward` and the importance partials. The results are as the native backend's; some
+    are views of one tensor."""
     (x, w, starts, lengths, seeds), s = inputs, settings
     heads = w.heads
     tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
@@ -146,7 +147,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     left = inputs.left(s)
     none = x.new_empty(0, dtype=torch.float32)
     by_neuron, parts = none, ffn.Parts(None, None, None)
-    #: Sums over rows, [parts, 3, C], of which the gradients of three vectors each are still to be formed.
+    #: Partial sums [parts, 3, C] of the gradients of a bias and a LayerNorm's two parameters, to be added up.
     after_ffn: Tensor | None = None
     after_attention: Tensor | None = None
 
@@ -186,7 +187,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 gradients["w1"] = _product(dpre.t(), saved.cast_middle if cast else saved.middle, w1.dtype)
             if not wanted.projected():
                 return finish()
-            # Only now, since without a dropout and a cast doutput is the same tensor.
+            # Not earlier: without dropout and casts, doutput is the same tensor, which this overwrites.
             dmiddle = _add_product(dmiddle, dpre, saved.w_1 if saved.w_1.numel() else w1)
         else:
             dmiddle, dgamma2, dbeta2 = _norm_backward(dout, saved, w, wanted)
@@ -256,7 +257,8 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
 
 
 def _norm(x: Tensor, w: Weights, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The second LayerNorm, right behind the first. torch takes parameters of another dtype than x on no GPU."""
+    """Applies the second LayerNorm directly after the first, if the FFN is pruned. On a GPU, torch's LayerNorm requires
+    parameters of x's dtype."""
     out, mean, rstd = torch.native_layer_norm(*_one_dtype(x, w.gamma2, w.beta2), eps)
     return out.to(x.dtype), mean, rstd
 

@@ -1,9 +1,9 @@
-"""Rows of padded batches and of packed tokens: numbering a mask's tokens, and moving rows between the two.
+"""Moves rows between padded batches and packed tokens, and numbers the tokens of an attention mask.
 
-    out[i] = x[index[i]], zeros where index[i] is -1
+    out[i] = x[index[i]], or zeros if index[i] is -1
 
-`inverse` is the same way back: the row of `out` in which each row of x ends, -1 where it ends nowhere. So the gradient
-is the same op with the two exchanged, and every element of a result is written once, padding included.
+`inverse` is the inverse mapping: for each row of x its row in `out`, or -1 if it is dropped. So the gradient is the
+same op with `index` and `inverse` exchanged, and every element of a result, padding included, is written exactly once.
 """
 
 import torch
@@ -17,12 +17,12 @@ __all__ = ["move_rows", "number_tokens"]
 
 
 def move_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Makes rows out of rows; differentiable any number of times.
+    """Gathers rows by an index in which each row occurs at most once. Differentiable any number of times.
 
     Args:
         x: [N, C], any dtype.
-        index: int64 [M], rows of x, none of them twice, or -1 for zeros; its values are not checked.
-        inverse: int64 [N], for each row of x its row in the result, or -1.
+        index: int64 [M], indices of rows of x, unique, or -1 for a row of zeros. Values are not checked.
+        inverse: int64 [N], for each row of x its row in the result, or -1 if it is dropped.
 
     Returns:
         [M, C], contiguous.
@@ -42,18 +42,18 @@ def move_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 def number_tokens(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Numbers the tokens of a padded batch in order, without waiting for the device where there is a kernel for it.
+    """Numbers the real tokens of a padded batch in order. Does not wait for the device if there is a kernel for it.
 
     Args:
         mask: [B, S], nonzero for a real token, any dtype.
 
     Returns:
-        starts, lengths: int32 [B], the number of each row's first token and how many it has;
-        indices: int64 [B * S], the place of each token in the flattened batch, -1 past the last token;
-        numbers: int64 [B * S], the number of the token at each place, -1 for padding.
+        starts, lengths: int32 [B], number of the first token of each row, and how many tokens the row has;
+        indices: int64 [B * S], position in the flattened batch of each token, -1 after the last token;
+        numbers: int64 [B * S], number of the token at each position, -1 for padding.
 
     Raises:
-        InputError: the mask is not two-dimensional, or has more places than int32 counts.
+        InputError: the mask is not two-dimensional, or has 2^31 or more elements.
     """
     if mask.ndim != 2 or mask.numel() >= 2**31:
         raise InputError(f"number_tokens needs a mask [B, S] of fewer than 2^31 places, got {list(mask.shape)}")

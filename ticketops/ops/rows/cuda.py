@@ -9,7 +9,7 @@ _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torc
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Says why these kernels cannot serve a device, or None; they move bytes of any dtype."""
+    """Returns the reason why these kernels cannot serve a device, or None. They serve any dtype, as plain bytes."""
     return cuda.refusal(device)
 
 
@@ -20,7 +20,7 @@ def move_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     out = torch.empty((len(index), x.shape[1]), dtype=x.dtype, device=x.device)
     if out.numel():
         size = x.element_size()
-        # With one row, or none, the stride means nothing and may be anything.
+        # The row stride of a tensor with fewer than two rows is arbitrary.
         stride = x.stride(0) if len(x) > 1 else 0
         arguments = (x.data_ptr(), stride * size, index.data_ptr(), out.data_ptr(), len(index), x.shape[1] * size)
         cuda.run(cuda.kernels.move_rows, x.device, *arguments)
@@ -30,7 +30,7 @@ def move_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 def number_tokens(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ticketops.ops.rows.number_tokens."""
     batch, width = mask.shape
-    # The kernel asks of integers only whether they are nonzero; of floats that is not in their bits alone.
+    # The kernel tests integers for nonzero bits. Floats are compared here, since -0.0 has a nonzero bit.
     mask = cuda.checked("mask", mask if mask.dtype in _INTEGERS else mask != 0, mask.device, _INTEGERS, batch, width)
     starts, lengths = (torch.empty(batch, dtype=torch.int32, device=mask.device) for _ in range(2))
     indices, numbers = (torch.empty(batch * width, dtype=torch.int64, device=mask.device) for _ in range(2))

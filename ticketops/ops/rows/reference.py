@@ -13,7 +13,7 @@ def move_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     rows, channels = len(index), x.shape[1]
     if rows <= len(x):
         return x.index_select(0, index.clamp(min=0)).masked_fill_((index < 0)[:, None], 0)
-    # What goes nowhere goes to a row too many.
+    # Dropped rows (-1) are written to one extra row at the end.
     out = x.new_zeros(rows + 1, channels)
     return out.index_copy_(0, torch.where(inverse < 0, rows, inverse), x)[:rows]
 
