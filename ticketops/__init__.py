@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ticketops.models.rewind import rewind
     from ticketops.models.shared import SharedModel
     from ticketops.models.shrink import shrink
-    from ticketops.reporting import report
+    from ticketops.reporting.report import report
     from ticketops.tickets import Importance, Ticket, prune
 
 __version__ = "0.1.0"

@@ -323,7 +323,7 @@ GOOD = [{"text": f"t {i}", "label": i % 2} for i in range(12)]
         ("a.csv", "text,label\na,0\nb\n", r"line 3: 1 fields where the header has 2"),
         ("a.csv", "text\na\n", r"no known label column: .* has the columns text"),
         ("a.csv.gz", b"text,label\na,0\n", r"a.csv.gz is damaged, or not all of it is there"),
-        ("a.csv.gz", gzip.compress(b"text,label\n" + b"abc,0\n" * 999, mtime=0)[:-20], r"a.csv.gz is damaged, or not all of it"),
+        ("a.csv.gz", gzip.compress(b"text,label\n" + b"a,0\n" * 999, mtime=0)[:-20], r"a.csv.gz is damaged"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 999)[:-30], r"a.jsonl.xz is damaged, or not all of it"),
         ("a.parquet.gz", b"", r"unknown extension"),
         ("a.parquet", b"", r"a.parquet is damaged"),
