@@ -17,8 +17,8 @@ from typing import Any
 
 from ticketops.architectures import ARCHITECTURES
 
-#: Modeling module -> its class that holds the list of layers.
-_STACKS = {each.module: each.stack for each in ARCHITECTURES}
+#: Modeling module -> the names of its class that holds the list of layers, and of its bare model.
+_CLASSES = {each.module: (each.stack, f"{each.prefix}Model") for each in ARCHITECTURES}
 
 
 class _Finder(MetaPathFinder):
@@ -27,7 +27,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _STACKS:
+        if fullname not in _CLASSES:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -46,8 +46,9 @@ def _teach_after_import(loader: Loader) -> None:
 
 
 def _teach(module: ModuleType) -> None:
-    """Has the module's encoder take the shapes that a configuration records."""
-    encoder = getattr(module, _STACKS[module.__name__])
+    """Has the module's encoder take the shapes that a configuration records, and its stock models tell of a ticket that
+    was applied to what they load."""
+    encoder, base = (getattr(module, name) for name in _CLASSES[module.__name__])
     make = encoder.__init__
     if hasattr(make, "__wrapped__"):
         return
@@ -68,12 +69,26 @@ def _teach(module: ModuleType) -> None:
             )
 
     encoder.__init__ = __init__
+    load = base._load_from_state_dict
+
+    @functools.wraps(load)
+    def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, metadata: Any, *args: Any) -> None:
+        load(self, state_dict, prefix, metadata, *args)
+        # A patched model sees to it itself.
+        if "ticketops_applied" in metadata and not hasattr(self, "_ticketops"):
+            warnings.warn(
+                "these weights were saved with a ticket applied, which a stock model does not take: call "
+                "ticketops.patch(model) before load_state_dict",
+                stacklevel=2,
+            )
+
+    base._load_from_state_dict = _load_from_state_dict
 
 
 def install() -> None:
     """Lets transformers load shrunk models, imported or not; called by `import ticketops`."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    for name in _STACKS:
+    for name in _CLASSES:
         if name in sys.modules:
             _teach(sys.modules[name])

@@ -119,10 +119,13 @@ def test_a_state_dict_brings_it_along(checkpoint, batch):
     # Weights from before there was a ticket leave it.
     fresh.load_state_dict(copy.deepcopy(Module().state_dict()))
     assert fresh.handle.ticket == TICKET
-    # A stock model takes the weights as they are.
-    BertForSequenceClassification(tiny_config()).load_state_dict(
-        {name.removeprefix("model."): value for name, value in state.items()}
-    )
+    # A stock model takes the weights as they are, and says what it does not take.
+    with pytest.warns(UserWarning, match="before load_state_dict"):
+        BertForSequenceClassification(tiny_config()).load_state_dict(module.model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ticketops.export(module.model, path.parent / "out")
+        module.model.load_state_dict(module.model.state_dict())
 
 
 @pytest.mark.parametrize("chosen", [None, OTHER])

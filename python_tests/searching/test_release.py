@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from bounds import roundings
+from transformers import AutoModel, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import ticketops
 from searching.tiny import FIELDS, make_model, make_task
 from ticketops.cli import app
 from ticketops.files import write_json
+from ticketops.models import weight_counts
 from ticketops.searching import SearchConfig, Store, run_search
 
 
@@ -55,6 +57,16 @@ def test_a_searchs_super_ticket_leaves(format, search, tmp_path):
     ids = {"input_ids": torch.tensor([[2, 5, 7, 3]])}
     models = [ticketops.load(tmp_path / name) for name in ("out", "again")]
     torch.testing.assert_close(models[0](**ids).logits, models[1](**ids).logits, **roundings(100))
+
+
+def test_a_kept_model_loads_whole_and_patch_applies_its_ticket(search):
+    folder = search / "models" / "winning-0.5-seed-0"
+    for load in (ticketops.load, AutoModelForSequenceClassification.from_pretrained):
+        with pytest.warns(UserWarning, match="saved with a ticket applied"):
+            model = load(folder)
+        counts = weight_counts(model)
+        assert counts.encoder == weight_counts(AutoModel.from_pretrained(search.parent / "model")).encoder
+        assert ticketops.patch(model).ticket == ticketops.Ticket.load(folder / "ticket.safetensors")
 
 
 def test_a_run_is_exported_without_the_model_it_started_from(search, tmp_path):

@@ -63,7 +63,10 @@ def find_adapter(model: nn.Module) -> tuple[Adapter, Any]:
 def _hint(model: nn.Module) -> str:
     """What to do about a model inside another object."""
     if hasattr(model, "peft_config"):
-        return ": merge its adapters first, model = model.merge_and_unload()"
+        if hasattr(model, "merge_and_unload"):
+            return ": merge its adapters first, model = model.merge_and_unload()"
+        # Learned prompts are in front of the model, whose layers are stock ones.
+        return ": patch the model inside, model.get_base_model()"
     if hasattr(model, "_orig_mod") or hasattr(model, "module"):
         return ": patch before torch.compile and before wrapping"
     return ""

@@ -154,7 +154,8 @@ class SharedModel(nn.Module):
         """
         model = self.select(task)
         twin = stock_class(model)._from_config(without_note(model.config), dtype=model.dtype)
-        twin.load_state_dict(model.state_dict())
+        # A plain dictionary does not tell of the ticket.
+        twin.load_state_dict(dict(model.state_dict()))
         return twin.eval()
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
