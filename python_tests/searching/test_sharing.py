@@ -111,7 +111,7 @@ def test_an_earlier_share_gives_the_tickets_of_some_of_its_tasks(shared: ShareRe
     other, ticket = make_task(tmp_path / "other"), tmp_path / "ticket.safetensors"
     KEPT.save(ticket)
     fields = {"model": shared.config.model, **FIELDS, "tasks": f"{other},{pairs}"}
-    given = prepare_share(ShareConfig(**fields, tickets=f"{shared.folder},other={ticket}")).given
+    given = prepare_share(ShareConfig(**fields, tickets=f"{shared.folder},other={ticket}")).tickets
     assert given is not None
     assert given.tickets == {"pairs": shared.tickets["pairs"], "other": {0: KEPT}}
     with pytest.raises(InputError, match="there is no ticket for task other in tickets: add other=PATH"):

@@ -81,16 +81,16 @@ def _search(config: SearchConfig) -> Outlook:
 
 def _share(config: ShareConfig) -> Outlook:
     ready = prepare_share(config)
-    config, settings, given = ready.config, ready.settings, ready.given
+    config, settings, loaded = ready.config, ready.settings, ready.tickets
     Store.check(config.output, ready.identity)
-    kinds = [] if given else [kind for name, setting in settings.items() for kind in _levels(setting, f"{name}: ")]
+    kinds = [] if loaded else [kind for name, setting in settings.items() for kind in _levels(setting, f"{name}: ")]
     trials = ready.plan
     rows = sum(len(setting.splits["train"]) for setting in settings.values())
     steps = sum(_steps(setting, config.joint_epochs) for setting in settings.values())
     arms = dict.fromkeys(trial.kind for trial in trials)
     kinds += [_Kind(f"shared: {arm}", rows, steps, len(config.seeds), None) for arm in arms]
     lines = [setting.task.describe() for setting in settings.values()]
-    for name, tickets in given.tickets.items() if given else ():
+    for name, tickets in loaded.tickets.items() if loaded else ():
         lines += [f"{name}: the ticket of seed {seed} prunes {_pruned(ticket)}" for seed, ticket in tickets.items()]
     first = next(iter(settings.values()))
     return _outlook(config, first, kinds, lines, len(trials) if config.save_models else 0)
@@ -100,17 +100,17 @@ def _transfer(config: TransferConfig) -> Outlook:
     ready = prepare_transfer(config)
     Store.check(config.output, ready.identity)
     source, target, seeds = ready.source, ready.target, len(config.seeds)
-    kinds = [] if source.given else _levels(source.setting, "source: ")
+    kinds = [] if source.searched_before else _levels(source.setting, "source: ")
     models = seeds * len(kinds)
     for trial in ready.plan[: len(ready.plan) // seeds]:
         setting = {"source": source.setting, "target": target}[trial.ladder]
         part = subset(setting, trial.fraction, trial.seed, config.min_steps)
-        known = trial.as_in_search if trial.ladder == "source" or trial.kind == "full" else None
+        known = trial.search_trial if trial.ladder == "source" or trial.kind == "full" else None
         name = f"{trial.ladder}, {100 * trial.fraction:g} %: {trial.kind}"
         kinds.append(_Kind(name, len(part.splits["train"]), _steps(part), seeds, known))
         models += seeds * keeps_model(trial, config)
     lines = [f"{role}, {setting.task.describe()}" for role, setting in (("source", source.setting), ("target", target))]
-    if source.given:
+    if source.searched_before:
         level = source.level()
         lines.append(f"the source's super ticket is of sparsity {level.sparsity:g}, from {source.folder}")
     return _outlook(ready.config, source.setting, kinds, lines, models)

@@ -32,11 +32,11 @@ from ticketops.searching.sharing_plan import (
 from ticketops.searching.statistics import Comparison
 from ticketops.searching.store import Record, Store, extended
 from ticketops.searching.task_tickets import (
-    Given,
+    KnownTickets,
     Tickets,
     arm_tickets,
     digests,
-    given_tickets,
+    load_tickets,
     single_scores,
 )
 from ticketops.searching.trial import (
@@ -118,7 +118,7 @@ class PreparedShare:
     Attributes:
         config: the run, with what its output folder has beside its own tasks, seeds and levels.
         settings: task name -> its setting, all tasks.
-        given: the tickets that `config` names; None where they are to be found on the way.
+        tickets: the tickets that `config.tickets` names; None if they are to be found by searches.
         chosen: task -> the sparsity whose tickets finished trials were trained with; empty where none is finished.
         identity: what the results depend on.
         plan: the multi-task trials.
@@ -126,7 +126,7 @@ class PreparedShare:
 
     config: ShareConfig
     settings: dict[str, Setting]
-    given: Given | None
+    tickets: KnownTickets | None
     chosen: Mapping[str, float | None]
     identity: Record
     plan: list[ShareTrial]
@@ -151,8 +151,8 @@ def prepare_share(config: ShareConfig) -> PreparedShare:
         # One level for all seeds: what finished trials were trained with stays, whatever a longer search would choose.
         finished = any((store.folder / "trials").glob("*.json"))
         chosen = {name: one["sparsity"] for name, one in (store.facts(SINGLE) or {}).items()} if finished else {}
-    given = given_tickets(config, settings, chosen)
-    for setting in () if given else settings.values():
+    tickets = load_tickets(config, settings, chosen)
+    for setting in () if tickets else settings.values():
         # Its levels are checked by listing them.
         setting.plan()
     identity = {
@@ -160,12 +160,12 @@ def prepare_share(config: ShareConfig) -> PreparedShare:
         "kind": "share",
         "config": without(config, "output", "save_models"),
         "task_fingerprint": {name: setting.task.fingerprint for name, setting in settings.items()},
-        "tickets": None if given is None else digests(given.tickets),
+        "tickets": None if tickets is None else digests(tickets.tickets),
     }
     first = begun.get("first_tasks", len(begun["config"]["tasks"])) if begun else len(config.tasks)
     if first < len(config.tasks):
         identity["first_tasks"] = first
-    return PreparedShare(config, settings, given, chosen, identity, share_plan(config, first))
+    return PreparedShare(config, settings, tickets, chosen, identity, share_plan(config, first))
 
 
 def run_share_trial(
@@ -304,7 +304,7 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
     """
     listener = listener or Listener()
     ready = prepare_share(config)
-    config, settings, given, plan = ready.config, ready.settings, ready.given, ready.plan
+    config, settings, plan = ready.config, ready.settings, ready.plan
     first = next(iter(settings.values()))
     notes = {
         **environment.circumstances(),
@@ -316,11 +316,11 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
         for name, seed in itertools.product(settings, config.seeds):
             store.ticket(TaskTicket(name, seed))
         # The searches' trials are the run's, too, and are announced with it.
-        searched = {} if given else settings
+        searched = {} if ready.tickets else settings
         searches = [stages(setting, name) for name, setting in searched.items()]
         announced = [stage for trials, _ in searches for stage in trials]
         listener.planned([*announced, *plan], sum(done for _, done in searches) + len(finished))
-        found, failures = given or Given({}, {}), []
+        found, failures = ready.tickets or KnownTickets({}, {}), []
         for name, setting in searched.items():
             result = search_in(setting, Inner(listener, name), timed=False)
             failures += [{**failure, "id": f"{name} {failure['id']}"} for failure in result.failures]

@@ -42,7 +42,7 @@ COMMON = (
 SEARCHES, SINGLE = "single", "single.json"
 
 
-def as_in_search(name: str, **changes: Any) -> Any:
+def inherited_from_search(name: str, **changes: Any) -> Any:
     """A configuration's field as a search has it.
 
     Args:
@@ -60,7 +60,7 @@ def per_task(name: str) -> Any:
         name: field of a search's configuration.
     """
     help = SearchConfig.__dataclass_fields__[name].metadata["help"]
-    return as_in_search(name, help=f"{help} TASK=VALUE for one task, VALUE for all.", flag_type=str)
+    return inherited_from_search(name, help=f"{help} TASK=VALUE for one task, VALUE for all.", flag_type=str)
 
 
 def task_names(spec: str) -> tuple[str, ...]:
@@ -107,8 +107,8 @@ class ShareConfig(Config):
     verb = "share"
     decisive = ("tasks",)
 
-    model: str = as_in_search("model")
-    revision: str | None = as_in_search("revision")
+    model: str = inherited_from_search("model")
+    revision: str | None = inherited_from_search("revision")
     tasks: tuple[str, ...] = option(
         None,
         "Two tasks or more, comma-separated: GLUE names, data files or folders.",
@@ -116,7 +116,7 @@ class ShareConfig(Config):
         shown="none",
         additive=True,
     )
-    output: str = as_in_search("output", default="ticketops-share", shown="ticketops-share")
+    output: str = inherited_from_search("output", default="ticketops-share", shown="ticketops-share")
     tickets: tuple[str, ...] | None = option(
         None,
         "Where the tasks' tickets are, comma-separated: output folders of searches of single tasks or of an earlier "
@@ -134,33 +134,33 @@ class ShareConfig(Config):
     mixing: Literal["proportional", "annealed", "uniform"] = option(
         "proportional", "How tasks share the steps: proportional to their size, annealed or uniform.", TRAINING
     )
-    sparsities: tuple[float, ...] | Literal["paper"] = as_in_search("sparsities")
-    prune_neurons: bool = as_in_search("prune_neurons")
-    seeds: tuple[int, ...] = as_in_search("seeds")
-    min_heads: int = as_in_search("min_heads")
-    recipe: str = as_in_search("recipe", shown="default")
-    epochs: int | None = as_in_search(
+    sparsities: tuple[float, ...] | Literal["paper"] = inherited_from_search("sparsities")
+    prune_neurons: bool = inherited_from_search("prune_neurons")
+    seeds: tuple[int, ...] = inherited_from_search("seeds")
+    min_heads: int = inherited_from_search("min_heads")
+    recipe: str = inherited_from_search("recipe", shown="default")
+    epochs: int | None = inherited_from_search(
         "epochs",
         help="Passes over all training rows, of sharing and of single-task searches.",
         shown="recipe, for each task its own",
     )
-    batch_size: int = as_in_search("batch_size", help="Examples a step, all of one task.")
-    learning_rate: float = as_in_search("learning_rate")
-    dtype: Literal["fp32", "bf16"] = as_in_search("dtype")
-    save_models: bool = as_in_search(
+    batch_size: int = inherited_from_search("batch_size", help="Examples a step, all of one task.")
+    learning_rate: float = inherited_from_search("learning_rate")
+    dtype: Literal["fp32", "bf16"] = inherited_from_search("dtype")
+    save_models: bool = inherited_from_search(
         "save_models",
         help="Keep each trial's shared model in models/ (the size of the checkpoint each); a finished trial "
         "without its model trains again.",
     )
-    granularity: Literal["example", "token", "batch"] = as_in_search("granularity")
+    granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
     text_columns: tuple[str, ...] | None = per_task("text_columns")
     label_column: tuple[str, ...] | None = per_task("label_column")
     task_kind: tuple[str, ...] | None = per_task("task_kind")
     encoding: tuple[str, ...] | None = per_task("encoding")
-    max_length: int = as_in_search("max_length")
-    train_rows: int | None = as_in_search("train_rows", help="Training rows of each task at most.")
-    validation_rows: int | None = as_in_search("validation_rows", help="Validation rows of each task at most.")
-    report_fraction: float = as_in_search("report_fraction")
+    max_length: int = inherited_from_search("max_length")
+    train_rows: int | None = inherited_from_search("train_rows", help="Training rows of each task at most.")
+    validation_rows: int | None = inherited_from_search("validation_rows", help="Validation rows of each task at most.")
+    report_fraction: float = inherited_from_search("report_fraction")
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:

@@ -19,7 +19,7 @@ Tickets = Mapping[str, Mapping[int, Ticket]]
 
 
 @dataclass(frozen=True)
-class Given:
+class KnownTickets:
     """Tickets and where they come from.
 
     Attributes:
@@ -31,9 +31,9 @@ class Given:
     single: dict[str, Record]
 
 
-def given_tickets(
+def load_tickets(
     config: ShareConfig, settings: Mapping[str, Setting], chosen: Mapping[str, float | None]
-) -> Given | None:
+) -> KnownTickets | None:
     """Reads the tickets that `--tickets` names.
 
     Args:
@@ -50,7 +50,7 @@ def given_tickets(
     """
     if config.tickets is None:
         return None
-    found = Given({}, {})
+    found = KnownTickets({}, {})
     fingerprint = next(iter(settings.values())).identity()["model_fingerprint"]
     for entry in config.tickets:
         name, _, rest = entry.partition("=")

@@ -68,13 +68,13 @@ class Source:
     Attributes:
         setting: of the source task, as its search has it.
         folder: of the search.
-        given: whether the search was there before.
+        searched_before: True if the search existed before this run.
         chosen: the sparsity that finished trials' source has been trained at; None where none is finished.
     """
 
     setting: Setting
     folder: Path
-    given: bool
+    searched_before: bool
     chosen: float | None = None
 
     def selection(self) -> tuple[Selection, list[Record]]:
@@ -185,7 +185,7 @@ def prepare_transfer(config: TransferConfig) -> Prepared:
     _check_head(config, source.setting, target)
     for setting in (target, *([source.setting] if config.source_ladder else [])):
         _check_shares(setting, config)
-    if source.given:
+    if source.searched_before:
         source.check(config.seeds)
     identity = {
         **target.identity(),
@@ -193,7 +193,7 @@ def prepare_transfer(config: TransferConfig) -> Prepared:
         "config": without(config, "output", "save_models"),
         "source": without(source.setting.config, "output", "save_models"),
         "source_fingerprint": source.setting.task.fingerprint,
-        "source_results": source.digests(config.seeds) if source.given else None,
+        "source_results": source.digests(config.seeds) if source.searched_before else None,
     }
     # The levels are checked by listing them.
     plan = transfer_plan(config, identity)
@@ -228,10 +228,10 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
         finished = finished_trials(
             store, plan, lambda trial: _ways(trial, source), lambda trial: keeps_model(trial, config)
         )
-        searches, done = ([], 0) if source.given else stages(source.setting, "source")
+        searches, done = ([], 0) if source.searched_before else stages(source.setting, "source")
         listener.planned([*searches, *plan], done + len(finished))
         failures: list[Record] = []
-        if not source.given:
+        if not source.searched_before:
             searched = search_in(source.setting, Inner(listener, "source"), timed=False)
             failures = [{**failure, "id": f"source {failure['id']}"} for failure in searched.failures]
         selection, records = source.selection()
@@ -382,7 +382,7 @@ def _drawn(store: Store, trial: TransferTrial, source: Source) -> Ticket | None:
     importance = store.importance(trial.seed, _way(trial, source))
     if importance is None:
         raise TrialError("its ticket is drawn from the scores of its share's full model, which failed")
-    return draw(importance, trial.as_in_search, source.setting.config)
+    return draw(importance, trial.search_trial, source.setting.config)
 
 
 def _run(
@@ -396,7 +396,7 @@ def _run(
     listener: Listener,
 ) -> Record:
     """Runs one trial and writes what it leaves but its record."""
-    origin, setting = trial.as_in_search, source.setting
+    origin, setting = trial.search_trial, source.setting
     if trial.ladder == "target":
         origin = source.trial(trial.kind, level, trial.seed)
         setting, ticket = _adapted(target, source, origin, config.head)

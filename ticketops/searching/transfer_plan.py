@@ -19,7 +19,7 @@ from ticketops.searching.config import (
     whole,
 )
 from ticketops.searching.plan import SearchConfig, Trial, search_plan
-from ticketops.searching.sharing_plan import COMMON, as_in_search, per_task, put_common, task_names
+from ticketops.searching.sharing_plan import COMMON, inherited_from_search, per_task, put_common, task_names
 from ticketops.searching.task_options import DATA_OPTIONS, option_of, read_option
 
 #: The folder of the source's search, inside a transfer's own, and the file of what it scored.
@@ -41,13 +41,13 @@ class TransferConfig(Config):
     verb = "transfer"
     decisive = ("source", "target")
 
-    model: str | None = as_in_search("model", default=None, shown="that of the source's search, else demo")
-    revision: str | None = as_in_search("revision")
+    model: str | None = inherited_from_search("model", default=None, shown="that of the source's search, else demo")
+    revision: str | None = inherited_from_search("revision")
     source: str = option(
         None, "The task to come from, or the output folder of its search, made with --save-models.", WHAT, shown="none"
     )
     target: str = option(None, "The task to adapt to, as --task of a search.", WHAT, shown="none")
-    output: str = as_in_search("output", default="ticketops-transfer", shown="ticketops-transfer")
+    output: str = inherited_from_search("output", default="ticketops-transfer", shown="ticketops-transfer")
     fractions: tuple[float, ...] = option(
         (0.001, 0.01, 0.1, 1.0),
         "Shares of the training rows, in (0, 1], comma-separated; a larger one contains a smaller one.",
@@ -63,31 +63,31 @@ class TransferConfig(Config):
     min_steps: int = option(
         0, "Optimizer steps that a trial on few rows takes at least, by more epochs.", TRAINING, int
     )
-    sparsities: tuple[float, ...] | Literal["paper"] = as_in_search("sparsities")
-    prune_neurons: bool = as_in_search("prune_neurons")
-    seeds: tuple[int, ...] = as_in_search("seeds")
-    min_heads: int = as_in_search("min_heads")
-    recipe: str = as_in_search("recipe", shown="default")
-    epochs: int | None = as_in_search("epochs", shown="recipe, for each task its own")
-    batch_size: int = as_in_search("batch_size")
-    learning_rate: float = as_in_search("learning_rate")
-    dtype: Literal["fp32", "bf16"] = as_in_search("dtype")
-    save_models: bool = as_in_search(
+    sparsities: tuple[float, ...] | Literal["paper"] = inherited_from_search("sparsities")
+    prune_neurons: bool = inherited_from_search("prune_neurons")
+    seeds: tuple[int, ...] = inherited_from_search("seeds")
+    min_heads: int = inherited_from_search("min_heads")
+    recipe: str = inherited_from_search("recipe", shown="default")
+    epochs: int | None = inherited_from_search("epochs", shown="recipe, for each task its own")
+    batch_size: int = inherited_from_search("batch_size")
+    learning_rate: float = inherited_from_search("learning_rate")
+    dtype: Literal["fp32", "bf16"] = inherited_from_search("dtype")
+    save_models: bool = inherited_from_search(
         "save_models",
         help="Keep each target trial's model (the checkpoint's size each); a finished trial without its "
         "model trains again.",
     )
-    granularity: Literal["example", "token", "batch"] = as_in_search("granularity")
+    granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
     text_columns: tuple[str, ...] | None = per_task("text_columns")
     label_column: tuple[str, ...] | None = per_task("label_column")
     task_kind: tuple[str, ...] | None = per_task("task_kind")
     encoding: tuple[str, ...] | None = per_task("encoding")
-    max_length: int = as_in_search("max_length")
-    train_rows: int | None = as_in_search(
+    max_length: int = inherited_from_search("max_length")
+    train_rows: int | None = inherited_from_search(
         "train_rows", help="Training rows of source and target at most; the fractions are of these."
     )
-    validation_rows: int | None = as_in_search("validation_rows", help="Validation rows of each task at most.")
-    report_fraction: float = as_in_search("report_fraction")
+    validation_rows: int | None = inherited_from_search("validation_rows", help="Validation rows of each task at most.")
+    report_fraction: float = inherited_from_search("report_fraction")
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -170,7 +170,7 @@ class TransferTrial:
     neurons_pruned: int = 0
 
     @property
-    def as_in_search(self) -> Trial:
+    def search_trial(self) -> Trial:
         """The trial of a search that it is on fewer rows."""
         counts = (self.heads_pruned, self.ffns_pruned, self.neurons_pruned)
         return Trial(self.kind, self.sparsity, self.seed, *counts)
