@@ -1,4 +1,4 @@
-"""The verbs of the public face that take more than one floor: search, share or transfer, then report."""
+"""The public functions search, share and transfer: each runs the trials and writes the report."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -16,11 +16,11 @@ from ticketops.searching.trial import Listener
 
 
 def search(config: SearchConfig | None = None, *, listener: Listener | None = None, **fields: Any) -> SearchResult:
-    """Finds the super ticket of a model on a task, and writes the report; what an output folder has is not done again.
+    """Finds the super ticket of a model on a task and writes the report. Finished trials do not run again.
 
     Args:
-        config: the search; or else its fields:
-        listener: hears about trials and steps.
+        config: configuration of the search; or pass its fields:
+        listener: callbacks on the progress of trials and steps.
         fields: of `SearchConfig`, the flags of `ticketops search`: model, task, output, sparsities, kinds, seeds, ...
 
     Returns:
@@ -41,8 +41,8 @@ def share(config: ShareConfig | None = None, *, listener: Listener | None = None
     """Trains several tasks on one encoder, each on its own ticket, against multi-task training without tickets.
 
     Args:
-        config: the run; or else its fields:
-        listener: hears about trials and steps.
+        config: configuration of the run; or pass its fields:
+        listener: callbacks on the progress of trials and steps.
         fields: of `ShareConfig`, the flags of `ticketops share`: tasks, model, output, tickets, arms, mixing, ...
 
     Returns:
@@ -65,8 +65,8 @@ def transfer(
     """Adapts a fine-tuned source model to shares of a target task's rows, super ticket against full model.
 
     Args:
-        config: the run; or else its fields:
-        listener: hears about trials and steps.
+        config: configuration of the run; or pass its fields:
+        listener: callbacks on the progress of trials and steps.
         fields: of `TransferConfig`, the flags of `ticketops transfer`: source, target, fractions, head, seeds, ...
 
     Returns:

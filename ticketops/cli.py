@@ -102,7 +102,7 @@ _KEPT = "Finished trials are kept: run the same command again to go on."
 
 
 def _flag(field: "dataclasses.Field[Any]") -> inspect.Parameter:
-    """The flag of a configuration field; not given is None, so that the file and the recipe can speak."""
+    """The flag of a configuration field; None by default, so that values of the file and the recipe apply."""
     flag = f"--{field.name.replace('_', '-')}"
     kind: Any = field.metadata["flag_type"]
     option = typer.Option(
@@ -283,7 +283,7 @@ def _export(
     ] = None,
     traceback: Trace = False,
 ) -> None:
-    """Write a small model that others can load; it is read back and compared before it is there."""
+    """Write a small model that others can load; it is read back and verified before the folder appears."""
     with _errors(traceback):
         from ticketops.searching.release import release
 
@@ -298,7 +298,7 @@ def _show(
         bool,
         typer.Option(
             "--latency",
-            help="Time the model, whole and as it is, by batch and length; takes seconds to minutes.",
+            help="Time the full and the pruned model by batch size and length; takes seconds to minutes.",
             show_default=False,
         ),
     ] = False,
@@ -359,15 +359,15 @@ def _doctor(
         bool,
         typer.Option(
             "--kernels",
-            help="Compile the Triton kernels for sm_80, sm_90 and sm_100, which takes minutes but no GPU, and print "
-            "what they use, and what the CUDA kernels use that are built.",
+            help="Compile the Triton kernels for sm_80, sm_90 and sm_100 (minutes; needs no GPU) and print their "
+            "registers and memory, and those of the CUDA kernels that are built.",
             show_default=False,
         ),
     ] = False,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Say whether and how this model is served: a folder, a name on the Hugging Face hub, or demo; only "
+            help="Say whether and how this model is supported: a folder, a name on the Hugging Face hub, or demo; only "
             "its configuration is loaded.",
             show_default=False,
         ),
@@ -379,7 +379,7 @@ def _doctor(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="With --kernels: keep the Triton kernels' table in this folder, too, as JSON and Markdown.",
+            help="With --kernels: also write the table of Triton kernels to this folder, as JSON and Markdown.",
             show_default=False,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""What the reports of all runs have in common: what is missing, how to reproduce, figures."""
+"""Parts of all reports: unfinished trials, how to reproduce the run, warnings, figures."""
 
 import io
 from collections import Counter
@@ -76,7 +76,7 @@ def mixed(records: Sequence[Record]) -> list[str]:
 
 
 def reproduction(store: Store, records: Sequence[Record]) -> list[str]:
-    """Says how to make the run again, and what it stood on.
+    """The section on how to reproduce the run: command, configuration, versions, machine and hashes of the inputs.
 
     Args:
         store: of the run.
@@ -136,7 +136,7 @@ def scored_rows(rows: Mapping[str, int]) -> str:
 
 
 def warning_of_a_constant(what: str, metric: str, scores: Collection[float], constant: float, rows: int) -> list[str]:
-    """Warns of a model that may have learned nothing.
+    """Warns of a model that is not shown to be better than one constant answer.
 
     Args:
         what: the model, as the subject of a sentence.

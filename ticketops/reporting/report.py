@@ -126,7 +126,7 @@ def headline(selection: Selection, metric: str) -> str:
 
 
 def warnings(selection: Selection, metric: str) -> list[str]:
-    """What a reader must know before the finding of a search counts.
+    """Warnings about the finding of a search: models no better than a constant answer, missing seeds.
 
     Args:
         selection: of the search's records.

@@ -111,7 +111,7 @@ _VERDICTS = {
 
 
 def headlines(store: Store) -> list[str]:
-    """The findings of both ladders, one sentence a rung, and what a reader must know before they count.
+    """The findings of both ladders, one sentence per rung, with warnings about models no better than a constant answer.
 
     Args:
         store: of the run.

@@ -1,4 +1,4 @@
-"""What the configurations of all runs have in common: fields that are flags and YAML keys, read and checked."""
+"""Base class of all configurations: fields that are flags and YAML keys, with readers that check their values."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from ticketops.errors import InputError, as_keyword, current_spelling, shown, spelled, spelling
 from ticketops.searching.yaml_file import read_yaml
 
-#: A larger number is one seed that somebody wants to name.
+#: A larger number of seeds is probably meant as the seed itself.
 _MOST_SEEDS = 1_000
 #: What other tools call an option: the Trainer's arguments, its example scripts, and short forms.
 _ALIASES = {

@@ -1,4 +1,4 @@
-"""What a run would do, for `--dry-run`: everything is loaded and checked, nothing is trained or written."""
+"""The preview of a run for `--dry-run`: loads and checks all inputs, trains and writes nothing."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from ticketops.tickets import Ticket, WeightCounts
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a run would do.
+    """The preview of a run.
 
     Attributes:
         table: one row for the trials that differ in their seed alone, header first.

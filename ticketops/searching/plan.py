@@ -1,4 +1,4 @@
-"""What a search does, before anything is loaded: its configuration and the list of its trials. Imports no torch."""
+"""The configuration of a search and the list of its trials. Imports no torch."""
 
 import codecs
 import dataclasses

@@ -1,4 +1,4 @@
-"""From a run's folder, or a model's, to an export."""
+"""Exports a model from the folder of a run or of a model."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The search: every trial of the plan, in order, each finished one kept."""
+"""The search: runs the trials of the plan in order and stores each one when it is finished."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class SearchResult:
     Attributes:
         folder: the output folder.
         config: the search.
-        records: one a trial, in the plan's order.
+        records: one record per trial, in the plan's order.
         selection: all levels with their spreads over seeds, and the choice among them.
         tickets: seed -> ticket at the super ticket's level; empty where no winning ticket was searched.
         failures: why trials failed, "id" and "error" each; a later run tries them again.
@@ -79,7 +79,7 @@ def run_search(config: SearchConfig, listener: Listener | None = None) -> Search
 
     Args:
         config: the search; seeds, sparsities and kinds that the folder has beside these stay.
-        listener: hears about trials and steps.
+        listener: callbacks on the progress of trials and steps.
 
     Returns:
         The result; no report is written.
@@ -97,7 +97,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
 
     Args:
         setting: model, task and configuration.
-        listener: hears about trials and steps.
+        listener: callbacks on the progress of trials and steps.
         timed: whether to time the super ticket in the end.
     """
     config, listener = setting.config, listener or Listener()
@@ -143,7 +143,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
 
 
 def _ways(config: SearchConfig) -> Callable[[Trial], tuple[str, ...]]:
-    """What tells in which ways a trial of a search scores its model."""
+    """Makes a function from a trial to the ways in which it scores its model."""
     return lambda trial: WAYS[config.importance] if trial.kind == "full" else ()
 
 
@@ -195,7 +195,7 @@ def run_missing(
         plan: its trials.
         finished: those that do not run.
         run: trains a trial and writes what it leaves but its record, which comes last: it says that the rest is there.
-        listener: hears about trials.
+        listener: callbacks on the progress of trials.
         draw_ticket: draws a trial's ticket, where it draws one; that of a finished trial only where it was lost.
         files: what a trial leaves or stands on beside its own ticket and model, for the record's checksums.
 
@@ -271,8 +271,8 @@ class Stage:
     """A trial of a search inside a larger run.
 
     Attributes:
-        name: of the search.
-        trial: of it.
+        name: key of the search within the larger run, e.g. "sst2".
+        trial: trial of that search.
     """
 
     name: str
@@ -290,7 +290,7 @@ class Stage:
 
 
 class Inner(Listener):
-    """Passes on what a search inside a larger run does, which has announced its trials itself.
+    """Forwards events of a search inside a larger run to that run's listener, which already knows its trials.
 
     Args:
         outer: the larger run's listener.

@@ -1,4 +1,4 @@
-"""Which sparsity makes the super ticket: arithmetic over records, nothing else."""
+"""Selects the super ticket's sparsity from the records of a search."""
 
 import dataclasses
 import statistics
@@ -48,13 +48,13 @@ class Level:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the finished trials say.
+    """The levels of a search and the super ticket chosen among them.
 
     Attributes:
         levels: full first, then by kind and sparsity.
         full: the level of the whole model; None while no full trial is finished.
         super_level: the winning level with the best mean (the sparser one of equals); None while there is none.
-        complete: whether `super_level` was chosen among levels with all their seeds.
+        complete: True if `super_level` was chosen among levels with all their seeds.
         rows: split -> rows that its scores are of; empty where the records are of a version that did not count them.
         constants: split -> what one constant answer scores.
     """

@@ -1,4 +1,4 @@
-"""What all trials of a search share: the task's rows as tokens, and the pre-trained weights they all start from."""
+"""The inputs that all trials of a search share: tokenized rows and pre-trained weights."""
 
 import contextlib
 import copy
@@ -38,11 +38,11 @@ class Setting:
     Attributes:
         config: the search.
         task: labels, metrics and raw rows.
-        tokenizer: of the model.
-        model_config: the model's, with the task's labels and the recipe's dropout.
-        pretrained: the encoder's weights as the checkpoint has them, float32, on the CPU.
-        splits: split name -> tokenised rows: "train", "validation" and, where there is one, "report".
-        head: weights of the task head to start from; empty for one drawn from each trial's seed.
+        tokenizer: tokenizer of the model.
+        model_config: configuration of the model, with the task's labels and the recipe's dropout.
+        pretrained: pre-trained weights of the encoder, float32, on the CPU.
+        splits: split name -> tokenized rows: "train", "validation" and, if there is one, "report".
+        head: initial weights of the task head; empty to draw them from each trial's seed.
     """
 
     config: SearchConfig
@@ -58,9 +58,9 @@ class Setting:
         """Loads and checks everything that a search needs, before anything is trained.
 
         Args:
-            config: the search.
-            at_most: its `train_rows` and `validation_rows` are upper bounds, as the recipe's `train_rows` always are;
-                what there is then stands in the setting's own `config`.
+            config: configuration of the search.
+            at_most: True if `train_rows` and `validation_rows` are upper bounds, as the recipe's `train_rows` always
+                are. The effective row counts are written back to the setting's `config`.
 
         Raises:
             InputError: the model or the task cannot be loaded, or they do not fit each other.
@@ -197,7 +197,7 @@ class Setting:
         """Makes a model as every trial starts: pre-trained encoder, task head drawn from the seed.
 
         Args:
-            seed: of the head; torch's global generator is left at a state that depends on it alone.
+            seed: seed of the task head; it also determines the state in which torch's global generator is left.
 
         Returns:
             The model on the CPU, in training mode.
@@ -221,7 +221,7 @@ def _with_rows(config: SearchConfig, task: Task) -> SearchConfig:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the progress bars, notices and warnings of the libraries underneath off the terminal."""
+    """Silences progress bars, log messages and warnings of the underlying libraries."""
     loggers = [
         logging.getLogger(name) for name in ("transformers", "datasets", "huggingface_hub", "accelerate", "torch")
     ]
@@ -249,8 +249,8 @@ def find_model(name: str, revision: str | None = None, weights: bool = True) -> 
 
     Args:
         name: "demo", a local folder, or a repository of the Hugging Face hub.
-        revision: of the repository: a branch, tag or commit; by default its main branch.
-        weights: fetch tokenizer and weights too, not the configuration alone.
+        revision: branch, tag or commit of the repository; by default its main branch.
+        weights: True to download tokenizer and weights too, rather than the configuration alone.
 
     Returns:
         The folder for `from_pretrained`.

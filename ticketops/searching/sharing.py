@@ -1,4 +1,4 @@
-"""Ticket sharing: several tasks train one encoder, each on its own ticket, against what it is to be compared with."""
+"""Ticket sharing: trains several tasks on one encoder, each on its own ticket, and the arms it is compared with."""
 
 import gc
 import itertools
@@ -59,8 +59,8 @@ class ShareResult:
     Attributes:
         folder: the output folder.
         config: the run.
-        records: one a trial, in the plan's order.
-        tickets: task -> seed -> its ticket.
+        records: one record per trial, in the plan's order.
+        tickets: task -> seed -> ticket.
         failures: why trials failed, "id" and "error" each; a later run tries them again.
         report_path: the report, where one was written.
     """
@@ -74,7 +74,7 @@ class ShareResult:
 
     @property
     def comparisons(self) -> dict[str, Comparison]:
-        """Arm -> what each task on its ticket gains over it on the task average, corrected for the number of arms."""
+        """Arm -> comparison of the task average with tickets against that arm, corrected for the number of arms."""
         return compare_arms(self.records)
 
 
@@ -186,7 +186,7 @@ def run_share_trial(
         settings: of the tasks, by name.
         trial: its seed draws the task heads, the order of steps and rows, and dropout.
         tickets: task -> what to keep; None for the full model.
-        listener: hears about the steps.
+        listener: callbacks on the progress of steps.
 
     Returns:
         The record, the trained model, and its logits [rows, labels] by "TASK.SPLIT".
@@ -273,7 +273,7 @@ class MixedSteps(Dataset):
 
 
 class MixedTrainer(Trainer):
-    """A Trainer whose data set's items are batches already, in their order."""
+    """A Trainer whose data set yields whole batches, in the order of the schedule."""
 
     def get_train_dataloader(self) -> DataLoader:
         """The steps one by one; `_prepare_inputs` moves their tensors and leaves the task's name."""
@@ -292,7 +292,7 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
 
     Args:
         config: the run; tasks, seeds, levels, tickets and arms that the folder has beside these stay.
-        listener: hears about trials and steps.
+        listener: callbacks on the progress of trials and steps.
 
     Returns:
         The result; no report is written.
@@ -342,7 +342,7 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
             if config.save_models:
                 with quiet():
                     model.save(store.clear_model(trial), first.tokenizer)
-            # The next trial's model should not have to share the device with this one's; its parts hold each other.
+            # Frees the device's memory before the next trial; the model has reference cycles.
             del model
             gc.collect()
             return {**record, "predictions": store.write_predictions(trial, predictions)}

@@ -43,11 +43,11 @@ SEARCHES, SINGLE = "single", "single.json"
 
 
 def inherited_from_search(name: str, **changes: Any) -> Any:
-    """A configuration's field as a search has it.
+    """Makes a field like the one of the same name in `SearchConfig`.
 
     Args:
-        name: of the field.
-        changes: of its `option`.
+        name: name of the field.
+        changes: arguments of `option` that differ.
     """
     field = SearchConfig.__dataclass_fields__[name]
     return option(**{"default": field.default, **field.metadata, **changes})
@@ -64,7 +64,7 @@ def per_task(name: str) -> Any:
 
 
 def task_names(spec: str) -> tuple[str, ...]:
-    """What a task may be called in options of single tasks.
+    """Names that stand for a task in options of single tasks.
 
     Args:
         spec: the task as the user names it: a name or a path.
@@ -77,7 +77,7 @@ def task_names(spec: str) -> tuple[str, ...]:
 
 
 def put_common(config: Any, tasks: Sequence[str]) -> None:
-    """Gives a run of several tasks the values that its tasks' searches normalise and fill in.
+    """Copies the normalized values and defaults of the tasks' searches into a run of several tasks.
 
     Where the recipe trains these tasks for different numbers of epochs, the run's `epochs` stays None, so that each
     task has its own number, as its search alone would.
@@ -248,10 +248,10 @@ def share_plan(config: ShareConfig, first_tasks: int | None = None) -> list[Shar
 
 
 def without(config: Config, *names: str) -> dict[str, Any]:
-    """A configuration's plain values but those that change no result.
+    """A configuration as plain values, without the named fields.
 
     Args:
-        config: of any run.
-        names: fields to leave out.
+        config: configuration of any run.
+        names: names of fields that change no result.
     """
     return {name: value for name, value in config.to_dict().items() if name not in names}

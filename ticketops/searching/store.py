@@ -651,7 +651,7 @@ def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], additive:
 
 
 def _holds(old: Any, new: Any) -> bool:
-    """Whether a value has all of an older one: what is added to it changes no finished result."""
+    """True if a value contains all of an older one, so that it only adds to it."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return all(name in new and _holds(value, new[name]) for name, value in old.items())
     if isinstance(old, list) and isinstance(new, list):

@@ -20,7 +20,7 @@ Tickets = Mapping[str, Mapping[int, Ticket]]
 
 @dataclass(frozen=True)
 class KnownTickets:
-    """Tickets and where they come from.
+    """Tickets of the tasks, and the scores of the searches that found them.
 
     Attributes:
         tickets: task -> seed -> ticket.
@@ -160,11 +160,11 @@ def single_scores(records: Sequence[Record], selection: Selection) -> Record:
 
 
 def arm_tickets(trial: ShareTrial, tickets: Mapping[str, Ticket]) -> dict[str, Ticket | None]:
-    """What each task keeps in a trial.
+    """The ticket of each task in a trial.
 
     Args:
-        trial: names the arm, and the seed of random tickets.
-        tickets: the tasks' own.
+        trial: the trial, for its arm and the seed of random tickets.
+        tickets: task -> its own ticket.
 
     Returns:
         Task -> ticket, or None for everything.
@@ -183,9 +183,9 @@ def random_ticket(ticket: Ticket, task: str, seed: int) -> Ticket:
     """Draws a ticket that prunes as many heads and FFNs (or neurons) as another.
 
     Args:
-        ticket: whose counts it has, and at most whose emptiest layer's heads it leaves in a layer.
-        task: two tasks draw independently of each other.
-        seed: likewise two seeds.
+        ticket: the ticket to match. Each layer keeps at least one head if each layer of this ticket does.
+        task: name of the task; different tasks draw independently.
+        seed: seed of the draw.
     """
     own = int.from_bytes(hashlib.sha256(f"{task} {seed}".encode()).digest()[:4], "big")
     neurons = ticket.neuron_mask
@@ -201,7 +201,7 @@ def random_ticket(ticket: Ticket, task: str, seed: int) -> Ticket:
 
 
 def digests(tickets: Tickets) -> dict[str, dict[str, str]]:
-    """What tells tickets from others, for a run's identity.
+    """Hashes of tickets, for a run's identity.
 
     Args:
         tickets: task -> seed -> ticket.

@@ -45,7 +45,7 @@ class TransferResult:
     Attributes:
         folder: the output folder.
         config: the run.
-        records: one a trial, in the plan's order.
+        records: one record per trial, in the plan's order.
         level: the source's super ticket's level.
         comparisons: ladder, "target" or "source" -> fraction of its rows -> super ticket against full model there.
         failures: why trials failed, "id" and "error" each; a later run tries them again.
@@ -63,7 +63,7 @@ class TransferResult:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where a transfer comes from.
+    """The source task of a transfer and its search.
 
     Attributes:
         setting: of the source task, as its search has it.
@@ -206,7 +206,7 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
 
     Args:
         config: the run; fractions, seeds and levels that the folder has beside these stay.
-        listener: hears about trials and steps.
+        listener: callbacks on the progress of trials and steps.
 
     Returns:
         The result; no report is written.
@@ -301,10 +301,10 @@ def subset(setting: Setting, fraction: float, seed: int, min_steps: int = 0) -> 
     """A setting with a share of its training rows.
 
     Args:
-        setting: with all of them.
-        fraction: in (0, 1]; rounded down to whole rows.
-        seed: chooses them, stratified by label; a larger fraction contains a smaller one's.
-        min_steps: optimizer steps at least, by more epochs.
+        setting: setting with all training rows.
+        fraction: share of the rows, in (0, 1]; rounded down to whole rows.
+        seed: seed of the choice, stratified by label; a larger share contains a smaller one.
+        min_steps: minimum number of optimizer steps, reached by more epochs.
 
     Raises:
         InputError: no row is left, or rows of one label only.
@@ -357,13 +357,13 @@ def _check_head(config: TransferConfig, source: Setting, target: Setting) -> Non
 
 
 def _ways(trial: TransferTrial, source: Source) -> tuple[str, ...]:
-    """What the importance of a share's full model is filed under, beside its seed; nothing of other trials."""
+    """Name of the importance file of a source trial of the full model; empty for other trials, which are not scored."""
     scored = trial.ladder == "source" and trial.kind == "full"
     return (_way(trial, source),) if scored else ()
 
 
 def keeps_model(trial: TransferTrial, config: TransferConfig) -> bool:
-    """Whether a trial's model is kept: of the target's trials, since the source has a search of its own."""
+    """True if a trial's model is kept: only the target's, since the source's search keeps its own."""
     return config.save_models and trial.ladder == "target"
 
 
@@ -395,7 +395,7 @@ def _run(
     ticket: Ticket | None,
     listener: Listener,
 ) -> Record:
-    """Runs one trial and writes what it leaves but its record."""
+    """Runs one trial and writes all its files except the record."""
     origin, setting = trial.search_trial, source.setting
     if trial.ladder == "target":
         origin = source.trial(trial.kind, level, trial.seed)

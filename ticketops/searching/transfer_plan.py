@@ -171,7 +171,7 @@ class TransferTrial:
 
     @property
     def search_trial(self) -> Trial:
-        """The trial of a search that it is on fewer rows."""
+        """The equivalent trial of a search, on all rows."""
         counts = (self.heads_pruned, self.ffns_pruned, self.neurons_pruned)
         return Trial(self.kind, self.sparsity, self.seed, *counts)
 
@@ -213,7 +213,7 @@ def ladder_trial(trial: Trial, fraction: float) -> TransferTrial:
 
 
 def is_scored(trial: Trial) -> bool:
-    """Whether a trial of the source's search has a place in the source's ladder.
+    """True if a trial of the source's search belongs on the source's ladder.
 
     Args:
         trial: of the search.

@@ -1,4 +1,4 @@
-"""One trial: a pure function of the setting, the seed and the ticket that trains, evaluates and returns a record."""
+"""One trial: trains and evaluates a ticket; the result depends on setting, seed and ticket alone."""
 
 import contextlib
 import copy
@@ -35,7 +35,7 @@ from ticketops.tickets import Importance, Ticket, WeightCounts
 
 
 class Listener:
-    """Hears how a run goes; this one does nothing, and a terminal's progress bars derive from it."""
+    """Callbacks on the progress of a run. This base class does nothing."""
 
     def planned(self, trials: Sequence[Named], finished: int) -> None:
         """The run starts, with this many of its trials finished by an earlier run."""
@@ -55,7 +55,7 @@ class Listener:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a trial leaves.
+    """The results of a trial.
 
     Attributes:
         record: what the store keeps as JSON; all but its `timing` and `environment` is reproducible.
@@ -87,7 +87,7 @@ def run_trial(
         trial: which trial this is; its seed draws the task head, the data order and dropout.
         ticket: what to keep; None for the full model.
         ways: in which ways to score importance: "pass", "on_the_fly", both or neither.
-        listener: hears about the steps.
+        listener: callbacks on the progress of steps.
 
     Raises:
         TrialError: training diverged.
@@ -97,7 +97,7 @@ def run_trial(
         model = setting.fresh_model(trial.seed)
         counts, kept = weight_counts(model), ticket or Ticket.full(setting.num_layers, setting.num_heads)
         whole, left = costs(model, ticket=kept)
-        # What is pruned costs the optimizer time and memory too, unless it is not there.
+        # Shrunk, so that pruned weights cost the optimizer neither time nor memory.
         trained = model if ticket is None else shrink(copy.deepcopy(model), ticket)
         handle = stack.enter_context(patch(trained))
         scorer = LastEpochScorer(handle, config.granularity, config.prune_neurons) if "on_the_fly" in ways else None
@@ -165,7 +165,7 @@ def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, An
         "output_dir": tempfile.gettempdir(),
         "save_strategy": "no",
         "logging_strategy": "no",
-        # Asked for at every step, it would wait for the GPU; a loss that is NaN is to be seen, too.
+        # The filter would synchronize with the GPU at every step and hide a NaN loss.
         "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
@@ -225,7 +225,7 @@ def predict(trainer: Trainer, setting: Setting) -> dict[str, np.ndarray]:
 
 
 def check_converged(name: str, config: Any, loss: float, predictions: Mapping[str, np.ndarray]) -> None:
-    """Makes sure that a training ended in numbers.
+    """Checks that loss and predictions of a training are finite.
 
     Args:
         name: of the trial.
