@@ -1,12 +1,13 @@
-"""Builds the native extensions with CMake; everything else about the package stands in pyproject.toml.
+"""Builds the native extensions with CMake. The rest of the package's configuration is in pyproject.toml.
 
-There are two, each with a CMake project of its own, so that whatever is wrong with one leaves the other alone:
-ticketops._native, kernels in C++ for the CPU, and ticketops._cuda, kernels in CUDA C++ for the GPU.
+There are two extensions: ticketops._native, with C++ kernels for the CPU, and ticketops._cuda, with CUDA C++ kernels
+for the GPU. Each has its own CMake project, so that a failure of one does not affect the other.
 
 Environment variables:
-    TICKETOPS_NATIVE: 0 installs pure Python; 1 makes a failing build of _native an error instead of an install without.
-    TICKETOPS_CUDA: 0 leaves _cuda out; 1 makes it an error if _cuda is not built. Otherwise it is built where nvcc is
-        found: $CUDACXX, $CUDA_HOME, $CUDA_PATH, the PATH, /usr/local/cuda, conda's environment, NVIDIA's wheels.
+    TICKETOPS_NATIVE: 0 installs pure Python. 1 makes it an error if _native cannot be built. By default the package is
+        then installed without it.
+    TICKETOPS_CUDA: 0 does not build _cuda. 1 makes it an error if _cuda cannot be built. By default it is built if nvcc
+        is found: $CUDACXX, $CUDA_HOME, $CUDA_PATH, the PATH, /usr/local/cuda, conda's environment, NVIDIA's wheels.
 """
 
 import os
@@ -24,11 +25,11 @@ ROOT = Path(__file__).resolve().parent
 
 
 class MissingError(Exception):
-    """Something that a build needs is not there."""
+    """Raised if a tool that a build needs is missing."""
 
 
 def nvcc() -> Path:
-    """The CUDA compiler."""
+    """Finds the CUDA compiler."""
     if named := os.environ.get("CUDACXX"):
         found = shutil.which(named)
         if found is None:
@@ -50,15 +51,15 @@ def nvcc() -> Path:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake where setuptools would run the compiler."""
+    """Runs CMake instead of setuptools' own compiler calls."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Builds an extension; where that fails the package is installed without it, unless it was demanded."""
+        """Builds an extension. If that fails, the package is installed without it, unless its variable is 1."""
         name = ext.name.rpartition(".")[2]
         switch = {"_native": "TICKETOPS_NATIVE", "_cuda": "TICKETOPS_CUDA"}[name]
         demanded = os.environ.get(switch) == "1"
         if self.editable_mode or self.inplace:
-            # Should the build fail, an older one must not stand in for it.
+            # Remove the old build, so that it is not used if this one fails.
             (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         try:
             self._build(name, Path(self.get_ext_fullpath(ext.name)).resolve())
@@ -92,7 +93,7 @@ class CMakeBuild(build_ext):
             # NVIDIA's wheels keep the runtime in lib, but their nvcc looks for it in lib64.
             libraries = str(compiler.parents[1] / "lib")
             environment["LIBRARY_PATH"] = ":".join(filter(None, [environment.get("LIBRARY_PATH"), libraries]))
-        # What an earlier build found, perhaps with another compiler or Python, must not be taken for granted.
+        # Forget the compiler and Python that an earlier build found: they may be others now.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         build.mkdir(parents=True, exist_ok=True)
         definitions = [f"-D{key}={value}" for key, value in settings.items()]
@@ -109,7 +110,7 @@ if os.environ.get("TICKETOPS_NATIVE") != "0":
 elif os.environ.get("TICKETOPS_CUDA") == "1":
     raise SystemExit("ticketops: TICKETOPS_NATIVE=0 asks for pure Python, TICKETOPS_CUDA=1 for CUDA: set one of them")
 setup(
-    # Optional: setuptools then also puts up with there being no file to copy.
+    # optional=True, so that setuptools accepts that there is no file to copy after a failed build.
     ext_modules=[Extension(f"ticketops.{name}", sources=[], optional=True) for name in names],
     cmdclass={"build_ext": CMakeBuild},
 )

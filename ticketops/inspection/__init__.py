@@ -1,5 +1,5 @@
-"""What `ticketops doctor` prints: versions, machine, how the extensions are built, which backend would run each op, and
-what the kernels need of a GPU (`kernel_report`, `cuda_report`)."""
+"""Data for `ticketops doctor`: versions, machine, extensions, the backend of each op (`installation`), and the
+resources that kernels use on a GPU (`kernel_report`, `cuda_report`)."""
 
 from ticketops.inspection.installation import Installation, installation
 

@@ -1,4 +1,5 @@
-"""What the CUDA extension's kernels use of a GPU, read from the machine code that was built, with no GPU needed."""
+"""Registers, spills and shared memory of the CUDA extension's kernels, read from the built machine code. Needs no
+GPU."""
 
 import importlib.util
 import re
@@ -10,17 +11,17 @@ from typing import Any
 from ticketops.errors import UnsupportedError
 from ticketops.ops import cuda_extension
 
-# As they are mangled, for the tables' `case`.
+# Element types by their letter in mangled names, for the column `case`.
 _TYPES = {"a": "1 byte", "h": "1 byte", "s": "2 bytes", "t": "2 bytes", "i": "4 bytes", "j": "4 bytes", "l": "8 bytes"}
 _KERNEL = re.compile(r"_\d+_(?P<family>[a-z]+)_cu_[0-9a-f]{8}\d+(?P<kernel>[a-z_]+)_kernel(?:I(?P<type>\w+?)EE|E)")
 
 
 def cuda_table() -> list[dict[str, Any]]:
-    """Reads what every kernel of the CUDA extension uses on every GPU that it was compiled for.
+    """Reads the resources of every kernel in the CUDA extension, for every GPU target that it was compiled for.
 
     Returns:
-        One row a kernel and target: kernel, target, case (the elements or vectors that it moves), registers of a
-        thread, spill_bytes (local memory of a thread, where spills would be), shared_bytes of a block.
+        One row per kernel and target, with keys kernel, target, case (size of the elements or vectors that it moves),
+        registers (per thread), spill_bytes (local memory per thread, which holds spills) and shared_bytes (per block).
 
     Raises:
         UnsupportedError: the extension is not built, or cuobjdump is missing.

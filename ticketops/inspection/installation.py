@@ -1,4 +1,4 @@
-"""What is installed here, and which backend of each op it comes to."""
+"""Description of an installation: versions, machine, extensions, and the backend that runs each op."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +9,13 @@ from ticketops.searching import environment
 
 @dataclass(frozen=True)
 class Installation:
-    """What an installation consists of.
+    """Description of an installation, for `ticketops doctor`.
 
     Attributes:
-        versions: version of each package that matters, by name.
-        machine: processor, GPU and threads.
-        built: state of each extension, and the library that multiplies float32 matrices on the CPU.
-        backends: rows of `ticketops.ops.backends.explain`.
+        versions: versions of the relevant packages, by name.
+        machine: processor, GPU and number of threads.
+        built: state of each extension, and the library for float32 matrix products on the CPU.
+        backends: rows from `ticketops.ops.backends.explain`.
     """
 
     versions: dict[str, Any]
@@ -25,10 +25,10 @@ class Installation:
 
 
 def installation() -> Installation:
-    """Looks at what is installed here.
+    """Describes the current installation.
 
     Raises:
-        UnsupportedError: a variable of the environment, such as TICKETOPS_BACKEND, has a value that means nothing here.
+        UnsupportedError: an environment variable of ticketops, such as TICKETOPS_BACKEND, has an invalid value.
     """
     built = {
         "native_kernels": extension.status,

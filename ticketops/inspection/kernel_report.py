@@ -1,5 +1,5 @@
-"""What the Triton kernels cost on GPUs that need not be there: every launch that the ops would make is compiled ahead
-of time, and its registers, spills and shared memory are read from the machine code."""
+"""Registers, spills and shared memory of the Triton kernels on any GPU. The launches that the ops would make are
+compiled ahead of time, and the numbers are read from the machine code. Needs no GPU."""
 
 import json
 import re
@@ -26,11 +26,11 @@ from ticketops.ops.triton_common import INTERPRETED, compile_options, recorded_l
 from ticketops.ops.triton_configs import Tile
 
 TARGETS = ((8, 0), (9, 0), (10, 0))
-#: Shared memory that one program may use, in bytes, by major capability. The smaller consumer GPUs of a generation have
-#: less (99 KiB for 8.6, 8.9 and 12.0).
+#: Shared memory available to one program, in bytes, by major compute capability. Consumer GPUs have less (99 KiB for
+#: 8.6, 8.9 and 12.0).
 SHARED_LIMIT = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
-#: Of a multiprocessor of all of these: registers, warps and programs that it holds, and bytes of shared memory that
-#: each program takes beyond its own.
+#: Limits per multiprocessor, the same for all of these GPUs: registers, warps, programs; and the bytes of shared memory
+#: that the system reserves per program.
 _REGISTERS, _WARPS, _PROGRAMS, _SHARED_RESERVED = 65536, 64, 32, 1024
 _POINTERS = {
     torch.float32: "*fp32",
@@ -43,13 +43,13 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel as an op would launch it.
+    """A kernel launch, with everything needed to compile it.
 
     Attributes:
-        kernel: the function under triton.jit.
-        tile: its configuration.
-        arguments: its arguments by name; tensors on the meta device.
-        target: compute capability.
+        kernel: the function decorated with triton.jit.
+        tile: block sizes and launch settings.
+        arguments: the kernel's arguments by name; tensors are on the meta device.
+        target: compute capability to compile for.
         case: dtype and shape of the call, for the table.
     """
 
@@ -62,13 +62,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch.
+    """Resources of a compiled launch.
 
     Attributes:
-        registers: of a thread.
-        spills: bytes of registers spilled, stores and loads together.
-        shared: bytes of shared memory of a program.
-        matrix_unit: the instruction that multiplies matrices: wgmma, tcgen05, mma or none.
+        registers: registers per thread.
+        spills: bytes of spilled registers, stores and loads together.
+        shared: bytes of shared memory per program.
+        matrix_unit: instruction that multiplies matrices: wgmma, tcgen05, mma or none.
     """
 
     registers: int
@@ -95,19 +95,19 @@ def attention_launches(
     window: int | None = None,
     sequences: int = 2,
 ) -> list[Launch]:
-    """The launches of one attention call, forward and backward.
+    """Lists the launches of one attention call, forward and backward.
 
     Args:
         target: compute capability.
-        dtype: of q, k and v.
+        dtype: dtype of q, k and v.
         head_dim: D.
-        length: tokens of the longest sequence.
-        options: dropout and a head mask are on.
-        window: how far attention reaches, or None.
-        sequences: how many share twice the longest one's tokens.
+        length: length of the longest sequence in tokens.
+        options: True turns dropout and a head mask on.
+        window: number of tokens to either side that a token attends to, or None.
+        sequences: number of sequences in the batch, which has 2 * `length` tokens.
 
     Returns:
-        One launch a kernel.
+        One launch per kernel.
     """
     q = torch.empty((2 * length, 12, head_dim), dtype=dtype, device="meta")
     lse = torch.empty((2 * length, 12), device="meta")
@@ -136,22 +136,22 @@ def ffn_launches(
     weight_dtype: torch.dtype | None = None,
     gated: bool = False,
 ) -> list[Launch]:
-    """The launches of one FFN call, forward and backward.
+    """Lists the launches of one FFN call, forward and backward.
 
     Args:
         target: compute capability.
-        dtype: of the tokens and weights.
+        dtype: dtype of the tokens and weights.
         activation: "gelu", "gelu_tanh" or "relu".
-        masks: both masks are given.
-        weight_gradients: the weights are trained.
-        token_sums: the FFN's importance is recorded.
-        neuron_sums: the neurons' importance is recorded.
-        blocks: half of the neurons is selected, in blocks of 64.
-        weight_dtype: of the weights, which need `blocks` to differ from the tokens; None for that of the tokens.
-        gated: the activations are multiplied with a gate, and there are no biases.
+        masks: True passes both masks.
+        weight_gradients: True if the weights are trained.
+        token_sums: True if the FFN's importance is recorded.
+        neuron_sums: True if the neurons' importance is recorded.
+        blocks: True selects half of the neurons, in blocks of 64.
+        weight_dtype: dtype of the weights; None for that of the tokens. Another dtype requires `blocks`.
+        gated: True for a gated FFN without biases.
 
     Returns:
-        One launch a kernel.
+        One launch per kernel.
     """
     x = torch.empty((256, 768), dtype=dtype, device="meta")
     first = 2 * 3072 if gated else 3072
@@ -178,16 +178,16 @@ def ffn_launches(
 def projection_launches(
     target: tuple[int, int], dtype: torch.dtype, head_dim: int = 64, *, weight_dtype: torch.dtype | None = None
 ) -> list[Launch]:
-    """The launches of the indexed projections to q, k and v and of their contexts, forward and backward.
+    """Lists the launches of the indexed projections (to q, k and v, and of the contexts), forward and backward.
 
     Args:
         target: compute capability.
-        dtype: of the tokens.
+        dtype: dtype of the tokens.
         head_dim: D.
-        weight_dtype: of the weights; None for that of the tokens.
+        weight_dtype: dtype of the weights; None for that of the tokens.
 
     Returns:
-        One launch a kernel and projection.
+        One launch per kernel and projection.
     """
     x = torch.empty((256, 768), dtype=dtype, device="meta")
     weights = [torch.empty((12 * head_dim, 768), dtype=weight_dtype or dtype, device="meta") for _ in range(3)]
@@ -201,7 +201,7 @@ def projection_launches(
         projection.into(x, weights, biases, heads, 12)
         projection.out_of([y] * 3, weights, heads, 12)
         projection.gradients([y] * 3, x, weights, biases, heads, 12)
-    # The output projection's weight, as rows that are selected.
+    # The transposed weight of the output projection, whose rows are selected.
     columns = weights[0].new_empty((768, 12 * head_dim)).t()
     with recorded_launches(target, _recorder(launches, target, {**case, "case": f"{kind} output"})):
         projection.out_of([y], [columns], heads, 12)
@@ -213,17 +213,17 @@ def projection_launches(
 def residual_launches(
     target: tuple[int, int], dtype: torch.dtype, channels: int = 768, *, options: bool = True, wide: bool = False
 ) -> list[Launch]:
-    """The launches of one residual_norm call, forward and backward.
+    """Lists the launches of one residual_norm call, forward and backward.
 
     Args:
         target: compute capability.
-        dtype: of the tokens.
+        dtype: dtype of the tokens.
         channels: C.
-        options: bias and dropout are on.
-        wide: as in a layer under autocast, the residual is float32 and the result is written in 16 bits, too.
+        options: True turns a bias and dropout on.
+        wide: True for a float32 residual and a second, 16-bit copy of the result, as in a layer under autocast.
 
     Returns:
-        One launch a kernel.
+        One launch per kernel.
     """
     x = torch.empty((256, channels), dtype=dtype, device="meta")
     vector, mean = torch.empty(channels, device="meta"), torch.empty(256, device="meta")
@@ -239,7 +239,8 @@ def residual_launches(
 
 
 def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[Launch]:
-    """Every kernel in every configuration of ticketops.ops.triton_configs, as BERT and ModernBERT would launch it.
+    """Lists the launches of every kernel in every configuration of ticketops.ops.triton_configs, as BERT and ModernBERT
+    would make them.
 
     Args:
         targets: compute capabilities.
@@ -264,7 +265,7 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
                                 yield launch
             for activation in ("gelu", "gelu_tanh", "relu") if dtype == torch.bfloat16 else ("gelu",):
                 yield from ffn_launches(target, dtype, activation)
-            # The second stage of the sums does not know of a gate.
+            # Without the last kernel, the second stage of the sums, which is the same with a gate.
             yield from ffn_launches(target, dtype, gated=True)[:2]
             for head_dim in (32, 64, 128) if dtype == torch.bfloat16 else (64,):
                 yield from projection_launches(target, dtype, head_dim)
@@ -274,7 +275,7 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
         yield from projection_launches(target, torch.bfloat16, weight_dtype=torch.float32)
         for weight_dtype in (None, torch.float32):
             for launch in ffn_launches(target, torch.bfloat16, blocks=True, weight_dtype=weight_dtype):
-                # The pointwise kernels are those of all neurons.
+                # Only the projection kernels: the pointwise ones are the same as without `blocks`.
                 if launch.tile == triton_configs.projection(target, torch.bfloat16):
                     yield launch
 
@@ -282,16 +283,16 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
 def kernel_table(
     progress: Callable[[str], None] | None = None, targets: Iterable[tuple[int, int]] = TARGETS
 ) -> list[dict[str, Any]]:
-    """Compiles every shipped configuration; minutes the first time, then served from Triton's cache.
+    """Compiles every configuration of every kernel. Takes minutes the first time, then Triton's cache serves it.
 
     Args:
-        progress: is told what is being compiled.
+        progress: called with a description of each launch before it is compiled.
         targets: compute capabilities.
 
     Returns:
-        One row a kernel, target and configuration: kernel, target, dtype, case, tile, warps, stages, registers,
-        spill_bytes, shared_bytes, per_multiprocessor (programs that fit one together), matrix_unit, timed (the file
-        whose timing chose the configuration).
+        One row per kernel, target and configuration, with keys kernel, target, dtype, case, tile, warps, stages,
+        registers, spill_bytes, shared_bytes, per_multiprocessor (number of programs that fit one multiprocessor),
+        matrix_unit and timed (file with the timings that the configuration was chosen by).
     """
     rows = []
     for launch in shipped_launches(targets):
@@ -320,7 +321,7 @@ def kernel_table(
 
 
 def _per_multiprocessor(compiled: Compiled, launch: Launch) -> int:
-    """Programs that one multiprocessor holds at a time. Registers come in steps of 8 a thread."""
+    """Returns the number of programs that fit one multiprocessor. Registers are allocated in steps of 8 per thread."""
     warps = launch.tile.warps
     shared = SHARED_LIMIT[launch.target[0]] + _SHARED_RESERVED
     return min(
@@ -334,13 +335,13 @@ def _per_multiprocessor(compiled: Compiled, launch: Launch) -> int:
 def write_table(
     rows: list[dict[str, Any]], folder: Path, compiler: str = "Triton", version: str = triton.__version__
 ) -> Path:
-    """Keeps a kernel table as kernels-<compiler>-<version>.json and .md; Triton's goes without the compiler.
+    """Writes a table of kernels as kernels-<compiler>-<version>.json and .md; for Triton as kernels-<version>.
 
     Args:
-        rows: what `kernel_table` or `cuda_table` returned.
-        folder: where to.
-        compiler: of the kernels: "Triton" or "nvcc".
-        version: of the compiler.
+        rows: result of `kernel_table` or `cuda_table`.
+        folder: folder to write to.
+        compiler: compiler of the kernels, "Triton" or "nvcc".
+        version: version of the compiler.
 
     Returns:
         The path of the .md file.
@@ -364,16 +365,17 @@ def write_table(
 
 
 def compile_launch(launch: Launch) -> Compiled:
-    """Compiles a launch to machine code, as Triton would on its GPU; Triton's cache makes a second time quick.
+    """Compiles a launch to machine code, as Triton does on the target GPU. Repeated calls are served from Triton's
+    cache.
 
     Args:
         launch: the launch.
 
     Returns:
-        Its resources.
+        The resources that the compiled kernel uses.
 
     Raises:
-        RuntimeError: under TRITON_INTERPRET=1, where there is nothing to compile.
+        RuntimeError: TRITON_INTERPRET=1 is set, so that kernels are not compiled.
     """
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it")
@@ -410,7 +412,7 @@ def _tool(name: str) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread and bytes of its local memory, which holds spills."""
+    """Reads registers per thread and bytes of local memory per thread, which holds spills, from machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -422,7 +424,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _spills(ptx: str, target: tuple[int, int]) -> int:
-    """Bytes that ptxas says it spills, stores and loads together."""
+    """Returns the bytes that ptxas reports as spilled, stores and loads together."""
     major, minor = target
     architecture = f"sm_{10 * major + minor}{'a' if major >= 9 else ''}"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Tickets: importance scores, the tickets cut from them, and what they keep. Knows no model."""
+"""Importance scores, tickets, and pruning: data and arithmetic, independent of any model."""
 
 from ticketops.tickets.importance import Granularity, Importance
 from ticketops.tickets.overlap import chance_jaccard

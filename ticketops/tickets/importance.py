@@ -18,22 +18,23 @@ Granularity = Literal["example", "token", "batch"]
 
 
 class Importance:
-    """Running averages of |dL/d mask| for every head and every FFN, and every neuron if asked, at a named granularity.
+    """Running averages of |dL/d mask| for every head, every FFN and, optionally, every neuron.
 
-    The absolute value is taken per example (the paper's formula), per token (the authors' code) or per batch. L is a
-    mean over the batch, so the terms of a batch of B examples are multiplied by B where they are taken one by one.
+    The granularity says where the absolute value is taken: per example (the paper's formula), per token (the authors'
+    code) or per batch. L is a mean over the batch, so per-example and per-token terms of a batch of B examples are
+    multiplied by B.
 
     Args:
         layers: number of encoder layers.
         heads: number of heads in each.
-        granularity: what the absolute value is taken of: `example`, `token` or `batch`.
-        sequences_per_example: consecutive rows of a batch that make up one example, as the choices of a
-            multiple-choice model do.
+        granularity: unit that the absolute value is taken of: `example`, `token` or `batch`.
+        sequences_per_example: number of consecutive rows of a batch that make up one example, e.g. the choices of a
+            multiple-choice model.
         metadata: JSON values to save with the scores.
-        neurons: of each FFN, whose importance is recorded too; None for none.
+        neurons: number of neurons in each FFN, to record their importance too; None does not.
 
     Attributes:
-        skipped: batches that a recording has left out since a gradient was not finite.
+        skipped: number of batches that a recording left out because a gradient was not finite.
 
     Raises:
         InputError: an argument is out of range.
@@ -63,11 +64,11 @@ class Importance:
         self.sequences_per_example = sequences_per_example
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.skipped = 0
-        # While a recording is under way: adds what it has not added yet.
+        # Set while a recording is active: adds the terms that it holds back.
         self._bring: Callable[[], None] | None = None
         self._heads = _Sums("head", torch.zeros(layers, heads, dtype=torch.float64), [0] * layers)
         self._ffns = _Sums("FFN", torch.zeros(layers, dtype=torch.float64), [0] * layers)
-        # Of no neurons where none are recorded.
+        # [layers, 0] if neurons are not recorded.
         self._neurons = _Sums("neuron", torch.zeros(layers, neurons or 0, dtype=torch.float64), [0] * layers)
 
     def add_head(self, layer: int, signed: Tensor | None, absolute: Tensor | None, *, defer: bool = False) -> None:
@@ -131,7 +132,7 @@ class Importance:
         return self._average(self._neurons)
 
     def normalized_head(self) -> Tensor:
-        """Makes head scores comparable across layers: each layer divided by its l2 norm.
+        """Divides the head scores of each layer by their l2 norm, so that they are comparable across layers.
 
         Returns:
             float64 [layers, heads] on the CPU; a layer of zeros stays zeros.
@@ -142,7 +143,7 @@ class Importance:
         return normalized(self.head)
 
     def normalized_neuron(self) -> Tensor:
-        """Makes neuron scores comparable across layers, as `normalized_head` does with those of heads.
+        """Divides the neuron scores of each layer by their l2 norm, as `normalized_head` does for heads.
 
         Returns:
             float64 [layers, neurons] on the CPU; a layer of zeros stays zeros.
@@ -153,16 +154,17 @@ class Importance:
         return normalized(self.neuron)
 
     def rank(self, neurons: bool = False) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Puts all heads into one order by layer-normalised score, and all FFNs, or all neurons, into another.
+        """Ranks all heads by layer-normalised score, and all FFNs by score (or all neurons by layer-normalised score).
 
-        On a GPU that is one launch that does not wait, and the results stay there.
+        On a GPU this is one launch. It does not wait for the device, and the results stay there.
 
         Args:
-            neurons: rank neurons, by layer-normalised score, in place of FFNs, by score.
+            neurons: True ranks neurons instead of FFNs.
 
         Returns:
-            (scores, order) of the heads and of the others: float64 and int64 vectors, a head being layer * heads + head
-            and a neuron likewise. The order ascends; equal scores rank by layer, then head.
+            ((scores, order) of heads, (scores, order) of FFNs or neurons): float64 and int64 vectors. Heads are
+            numbered layer * heads + head, neurons likewise. The order is ascending; equal scores are ordered by layer,
+            then head.
 
         Raises:
             InputError: a layer has no scores.
@@ -181,16 +183,16 @@ class Importance:
         return heads, (ranking.head_scores.flatten(), ranking.head_order)
 
     def merge(self, other: "Importance") -> "Importance":
-        """Adds what another importance has recorded, as if all of it had been recorded here.
+        """Adds the sums of another importance to this one, as if all batches had been recorded here.
 
         Args:
-            other: an importance of the same shape and granularity; left as it is.
+            other: an importance of the same shape and granularity; it is not changed.
 
         Returns:
-            This importance, with its own metadata.
+            This importance, which keeps its own metadata.
 
         Raises:
-            InputError: the two do not measure the same thing.
+            InputError: the two differ in shape or granularity.
         """
         if self._meaning != other._meaning:
             raise InputError(f"cannot merge importance of {other._meaning} into {self._meaning}; record both alike")
@@ -200,7 +202,7 @@ class Importance:
         return self
 
     def rank_correlation(self, other: "Importance") -> dict[str, float]:
-        """Tells how alike two importances rank the structures, as Spearman's rank correlation.
+        """Computes Spearman's rank correlation between two importances.
 
         Args:
             other: an importance of the same number of layers and heads, of any granularity.
@@ -212,7 +214,7 @@ class Importance:
         Raises:
             InputError: the shapes differ, or one of the two has no scores.
         """
-        # Takes longer to import than everything else here together.
+        # Imported on first use: it takes longer than all other imports of this module together.
         from scipy.stats import spearmanr
 
         if (self.num_layers, self.num_heads) != (other.num_layers, other.num_heads):
@@ -245,7 +247,7 @@ class Importance:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Importance":
-        """Reads an importance that `save` wrote; it can go on accumulating and merging.
+        """Reads an importance that `save` wrote. More batches can be added to it.
 
         Args:
             path: the file to read.
@@ -294,36 +296,36 @@ class Importance:
 
     @property
     def _sums(self) -> "tuple[_Sums, _Sums, _Sums]":
-        """All that was recorded so far."""
+        """Returns the sums of heads, FFNs and neurons, with all pending terms added."""
         self.complete()
         self._settle()
         return self._heads, self._ffns, self._neurons
 
     def feed_from(self, bring: Callable[[], None] | None) -> None:
-        """Has scores brought here before they are read.
+        """Connects a recording, whose pending terms are then added before scores are read.
 
         Args:
-            bring: adds what a recording has not added yet; None where none is under way.
+            bring: function that adds the recording's pending terms; None disconnects it.
         """
         self._bring = bring
 
     def complete(self) -> None:
-        """Adds what a recording under way has not added yet; every method that reads scores does so."""
+        """Adds the pending terms of an active recording. Every method that reads scores calls it."""
         if self._bring is not None:
             self._bring()
 
     def __getstate__(self) -> dict[str, Any]:
         self.complete()
-        # A copy is not what is recorded into.
+        # A copy is not connected to the recording.
         return {**vars(self), "_bring": None}
 
     def _settle(self) -> None:
-        """Adds what waits to the heads' and FFNs' sums."""
+        """Adds pending partials to the sums of heads and FFNs."""
         if (waiting := self._take()) is not None:
             ops.accumulate(_op_sums(self._heads, self._ffns), waiting)
 
     def _take(self) -> ops.Partials | None:
-        """What waits to be added to the heads' and FFNs' sums, and waits no more."""
+        """Removes and returns the pending partials of heads and FFNs."""
         if not self._heads.waiting and not self._ffns.waiting:
             return None
         return self._partials(self._heads.take(), self._ffns.take())
@@ -349,7 +351,7 @@ class Importance:
         if rows == 0 or rows % group:
             raise InputError(f"a batch of {rows} sequences is not whole examples of {group}; pass whole examples")
         if layer in sums.waiting:
-            # Another batch begins before this one had all layers.
+            # This layer is already pending, so a new batch has begun.
             self._settle()
         related = (sums,) if sums is self._neurons else (self._heads, self._ffns)
         if partial.device != sums.totals.device:
@@ -365,14 +367,14 @@ class Importance:
 
 
 def _op_sums(heads: "_Sums", ffns: "_Sums | None" = None) -> ops.Sums:
-    """For the op: sums of heads and FFNs, or of neurons in the heads' place."""
+    """Converts sums for the op: of heads and FFNs, or of neurons in the place of heads."""
     if ffns is None:
         return ops.Sums(heads.totals, heads.totals.new_empty(0), heads.counts, [])
     return ops.Sums(heads.totals, ffns.totals, heads.counts, ffns.counts)
 
 
 class _Sums:
-    """Sums and counts of one kind of structure, where the gradients are; and partials that wait to be added."""
+    """Sums and counts of one kind of structure, on the device of the gradients, and partials that are not yet added."""
 
     def __init__(self, name: str, totals: Tensor, counts: list[int]) -> None:
         self.name = name
@@ -381,12 +383,12 @@ class _Sums:
         self.waiting: dict[int, Tensor] = {}
 
     def move(self, device: torch.device) -> None:
-        """Goes to a GPU with the first partial that comes from one, and stays there."""
+        """Moves the sums to a GPU with the first partial that is on one; they stay there."""
         if self.totals.device.type == "cpu" and device.type != "cpu":
             self.totals = self.totals.to(device, non_blocking=True)
 
     def take(self) -> list[Tensor | None]:
-        """What waits of each layer, and waits no more."""
+        """Removes and returns the pending partial of each layer."""
         waiting, self.waiting = self.waiting, {}
         return [waiting.get(layer) for layer in range(len(self.counts))]
 

@@ -1,4 +1,4 @@
-"""How alike tickets are, and how alike they would be by chance."""
+"""Expected overlap of two tickets if they were drawn at random."""
 
 import math
 
@@ -8,15 +8,16 @@ from ticketops.tickets.ticket import Ticket
 
 
 def chance_jaccard(one: Ticket, other: Ticket) -> tuple[float, float]:
-    """Tells how alike two tickets of these sizes would be if each were drawn at random, without replacement.
+    """Computes the Jaccard overlap that two tickets of these sizes would have if each were drawn at random, without
+    replacement.
 
-    Of N heads, of which the tickets keep a and b, they then share a hypergeometrically distributed number; likewise of
-    the FFNs, or of the neurons where one of them prunes single ones. (That a layer keeps a head at least is not part of
-    it; at light sparsity random tickets seldom need that.)
+    If the tickets keep a and b of N heads, the number of heads that they share has a hypergeometric distribution. The
+    same holds for FFNs, or for neurons if one of the tickets prunes single ones. (The minimum of one head per layer is
+    ignored; at light sparsity it seldom matters.)
 
     Args:
         one: a ticket.
-        other: of the same shape.
+        other: a ticket of the same shape.
 
     Returns:
         Mean and standard deviation of `Ticket.jaccard`; exact.
@@ -26,7 +27,7 @@ def chance_jaccard(one: Ticket, other: Ticket) -> tuple[float, float]:
     """
     other.check(one.num_layers, one.num_heads)
     layers, heads = one.num_layers, one.num_layers * one.num_heads
-    # Neurons count as parts of an FFN, as they do in the overlap itself.
+    # A neuron counts as a fraction of an FFN, as in Ticket.jaccard.
     width = max(_width(one), _width(other))
     shared_heads, head_odds, either_heads = _shared(heads, *(heads - ticket.heads_pruned for ticket in (one, other)))
     shared_ffns, ffn_odds, either_ffns = _shared(layers * width, *(_parts(ticket, width) for ticket in (one, other)))
@@ -39,8 +40,9 @@ def chance_jaccard(one: Ticket, other: Ticket) -> tuple[float, float]:
 
 
 def _shared(places: int, one: int, other: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """How many of `places` two random choices may share, how likely that is, and how many they choose together."""
-    # Imported late: patching a model has no use for it, and it takes a tenth of the time of all imports.
+    """Returns the possible numbers of elements that two random subsets of `places` share, their probabilities, and the
+    sum of the subsets' sizes."""
+    # Imported on first use: patching a model does not need it, and it takes a tenth of the time of all imports.
     from scipy.stats import hypergeom
 
     numbers = np.arange(max(0, one + other - places), min(one, other) + 1)
@@ -52,6 +54,6 @@ def _width(ticket: Ticket) -> int:
 
 
 def _parts(ticket: Ticket, width: int) -> int:
-    """How many neurons a ticket keeps of FFNs of this width."""
+    """Returns the number of neurons that a ticket keeps, in FFNs of `width` neurons."""
     neurons = ticket.neuron_mask
     return int(ticket.ffn_mask.sum()) * width if neurons is None else int(neurons.sum())

@@ -1,4 +1,4 @@
-"""From importance to tickets: winning, losing and random ones at any level."""
+"""Pruning: makes winning, losing and random tickets of any sparsity from importance scores."""
 
 import math
 import operator
@@ -16,13 +16,13 @@ Kind = Literal["winning", "losing", "random"]
 
 
 def level_counts(sparsity: float, layers: int, heads: int, neurons: int | None = None) -> tuple[int, int]:
-    """Tells how many structures a sparsity prunes: that share of all heads and of all FFNs, rounded down.
+    """Computes the number of structures that a sparsity prunes: that share of heads and of FFNs, rounded down.
 
     Args:
-        sparsity: the share to prune, in [0, 1).
+        sparsity: share to prune, in [0, 1).
         layers: number of encoder layers.
-        heads: number of heads in each.
-        neurons: of each FFN, where single neurons are to be pruned instead of whole FFNs.
+        heads: number of heads per layer.
+        neurons: number of neurons per FFN, to prune single neurons instead of whole FFNs; else None.
 
     Returns:
         Numbers of heads and of FFNs (with `neurons`: of neurons) to prune.
@@ -34,7 +34,7 @@ def level_counts(sparsity: float, layers: int, heads: int, neurons: int | None =
         raise InputError(f"sparsity {sparsity} is outside [0, 1); use for example 0.3 to prune 30 %")
 
     def floor(structures: int) -> int:
-        # 0.29 * 100 is 28.999999999999996, and 29 is meant.
+        # Rounded first, because 0.29 * 100 is 28.999999999999996 where 29 is meant.
         return math.floor(round(float(sparsity) * structures, 6))
 
     return floor(layers * heads), floor(layers * (neurons or 1))
@@ -50,35 +50,36 @@ def prune(
     seed: int = 0,
     neurons: bool = False,
 ) -> Ticket:
-    """Cuts a ticket: the least important structures go (winning), the most important (losing), or any (random).
+    """Makes a ticket by pruning the least important structures (winning), the most important (losing) or random ones.
 
-    All heads are put into one ranking by layer-normalised score, all FFNs into another; equal scores rank by layer,
-    then head. A winning ticket prunes from the lower end of the ranking, a losing one from the upper end, a random one
-    along a permutation that `seed` fixes, without replacement. A head is passed over when its layer has only
-    `min_heads` left. So the counts are exact, and at one `kind` and `seed` a sparser ticket is part of a denser one.
+    All heads are in one ranking by layer-normalised score, all FFNs in another; equal scores are ordered by layer, then
+    head. A winning ticket prunes from the lower end of the ranking, a losing one from the upper end, a random one along
+    a permutation that `seed` determines. A head is skipped if its layer has only `min_heads` left. So the counts are
+    exact, and for the same `kind` and `seed` a sparser ticket is a subset of a denser one.
 
-    Winning and losing tickets that prune n of N heads never prune the same head if 2 n <= N and no head is passed over.
-    One passed over moves its order one place towards the other, so with m = `min_heads` of H heads a layer they share
-    no pruned head while 2 (n + m floor(n / (H - m))) <= N, and at most the excess over N after that. For 12 x 12 heads
-    and m = 1 that is up to n = 66. Pruned FFNs are disjoint up to half of them.
+    If winning and losing tickets prune n of N heads each, they prune no common head as long as 2 n <= N and no head is
+    skipped. Each skipped head moves its order one place towards the other. So with m = `min_heads` of H heads per layer
+    they have no pruned head in common while 2 (n + m floor(n / (H - m))) <= N, and at most the excess over N after
+    that. For 12 x 12 heads and m = 1 this holds up to n = 66. Pruned FFNs are disjoint up to half of them.
 
-    With `neurons`, single neurons of the FFNs are pruned in place of whole FFNs, along one ranking of all neurons by
-    layer-normalised score. An FFN has no floor: it goes with its last neuron.
+    With `neurons`, single neurons are pruned instead of whole FFNs, along one ranking of all neurons by
+    layer-normalised score. There is no minimum per FFN: without neurons the whole FFN is pruned.
 
     Args:
-        importance: the scores; `random` reads its shape only.
-        sparsity: the share of heads and of FFNs to prune, in [0, 1), see `level_counts`; give this or `counts`.
-        counts: numbers of heads and of FFNs (with `neurons`: of neurons) to prune; give this or `sparsity`.
+        importance: the scores; for `random` only their shape is read.
+        sparsity: share of heads and of FFNs to prune, in [0, 1), see `level_counts`; pass this or `counts`.
+        counts: numbers of heads and of FFNs (with `neurons`: of neurons) to prune; pass this or `sparsity`.
         kind: `winning`, `losing` or `random`.
-        min_heads: heads that every layer keeps at least; FFNs have no floor.
-        seed: of the random permutation, in [0, 2**32).
-        neurons: prune single neurons in place of whole FFNs; needs an importance recorded with `neurons`.
+        min_heads: minimum number of heads that every layer keeps; there is no minimum for FFNs.
+        seed: seed of the random permutation, in [0, 2**32).
+        neurons: True prunes single neurons instead of whole FFNs; requires an importance recorded with `neurons`.
 
     Returns:
-        The ticket; its metadata tells how it was cut.
+        The ticket; its metadata records the arguments.
 
     Raises:
-        InputError: an argument is out of range, more is to be pruned than can be, or scores are missing or not finite.
+        InputError: an argument is out of range, more structures are to be pruned than allowed, or scores are missing or
+            not finite.
 
     Source: arXiv 2105.12002, section 3; neurons go beyond the paper.
     """
@@ -126,12 +127,12 @@ def prune(
 
 
 def _orders(importance: Importance, kind: Kind, seed: int, width: int | None) -> tuple[Tensor, Tensor]:
-    """Gives all heads (as layer * heads + head) and all FFNs, or all neurons, in the order in which they go."""
+    """Returns heads (numbered layer * heads + head) and FFNs (or neurons) in the order in which they are pruned."""
     layers, heads = importance.num_layers, importance.num_heads
     if kind == "random":
         if not 0 <= seed < 2**32:
             raise InputError(f"seed {seed} is outside [0, 2**32); use a smaller one")
-        # The one generator whose stream numpy has frozen for good: a seed names the same ticket in every version.
+        # RandomState, because numpy guarantees its stream for ever: a seed gives the same ticket in every version.
         generator = np.random.RandomState(seed)
         heads_first = torch.from_numpy(generator.permutation(layers * heads))
         return heads_first, torch.from_numpy(generator.permutation(layers * (width or 1)))
@@ -144,7 +145,7 @@ def _orders(importance: Importance, kind: Kind, seed: int, width: int | None) ->
                 "again in float32, or with record_importance(skip_overflow=True)"
             )
     ascending = [order for _, order in ranked]
-    # The same ranking from its other end, ties included, so that losing does not take what winning takes.
+    # Losing is the exact reverse of winning, ties included, so that both do not prune the same structures.
     head_order, ffn_order = ascending if kind == "winning" else [order.flip(0) for order in ascending]
     return head_order, ffn_order
 

@@ -1,4 +1,4 @@
-"""The file format of tickets and importances: one safetensors file whose header describes and seals the content."""
+"""File format of tickets and importances: a safetensors file with a description and a checksum in its header."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ from ticketops.errors import InputError
 from ticketops.files import user_path, write_atomically
 
 VERSION = 1
-# Scores of a thousand layers of a thousand heads fit; anything larger is not one of our files.
+# Largest size of a file in bytes. Scores of a thousand layers of a thousand heads fit; nothing larger is ours.
 MAX_BYTES = 16 * 2**20
-# The whole description under one key, since safetensors does not promise an order of keys and equal content should
-# give equal bytes.
+# The description is under one key: safetensors does not guarantee the order of keys, and equal content should give
+# equal bytes.
 _KEY = "ticketops"
 
 T = TypeVar("T")
 
 
 def to_json(value: Any) -> str:
-    """Writes a value as strict JSON, so that what is saved is what will be loaded.
+    """Writes a value as strict JSON, which loads as an equal value.
 
     Args:
         value: anything made of None, bool, int, finite float, str, list and dict.
@@ -45,11 +45,11 @@ def to_json(value: Any) -> str:
 
 
 def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
-    """Writes tensors and fields as one file, atomically, sealed with a SHA-256 of all of it.
+    """Writes tensors and fields to one file, atomically and with a SHA-256 checksum.
 
     Args:
         path: the file to write.
-        kind: what the file holds, `ticket` or `importance`.
+        kind: type of the content, `ticket` or `importance`.
         tensors: CPU tensors by name.
         fields: JSON values by name.
 
@@ -72,20 +72,20 @@ def load(
     build: Callable[[dict[str, Tensor], dict[str, Any]], T],
     optional: Mapping[str, tuple[str, int]] | None = None,
 ) -> T:
-    """Reads a file that `save` wrote and builds the object from it; whatever is wrong with it is one error.
+    """Reads a file that `save` wrote and builds an object from it. Every defect of the file is an InputError.
 
     Args:
         path: the file to read.
-        kind: what the file must hold.
-        layout: the safetensors dtype and the number of dimensions of each tensor, by name.
+        kind: required type of the content, `ticket` or `importance`.
+        layout: safetensors dtype and number of dimensions of each tensor, by name.
         build: makes the object from the tensors and the fields.
-        optional: as `layout`, of the tensors that a file may lack, all of them together.
+        optional: the same as `layout`, for tensors that are either all in the file or all missing.
 
     Returns:
-        What `build` returned.
+        The result of `build`.
 
     Raises:
-        InputError: the file is missing, not such a file, damaged, too large, or of another version.
+        InputError: the file is missing, of another type, damaged, too large, or of another version.
     """
     try:
         return build(*_read(user_path(path, "the path"), kind, layout, optional or {}))
@@ -116,11 +116,11 @@ def _read(
         found = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
         if found not in (dict(layout), {**layout, **optional}):
             raise InputError(f"its tensors are not {dict(layout)} in dtype and dimensions; save it again")
-        # Not `file.get_tensor`: a Ctrl-C in the middle of it ends as a ValueError about the file.
+        # Not `file.get_tensor`, which turns a Ctrl-C into a ValueError about the file.
         tensors = from_safetensors(path.read_bytes())
     if description.pop("sha256", None) != _seal(description, tensors):
         raise InputError("its checksum does not match its content, so it was changed or damaged; save it again")
-    # A bool tensor with any other byte is undefined behaviour in every kernel that reads it.
+    # Kernels that read a bool tensor with bytes other than 0 and 1 have undefined behaviour.
     if any((tensor.view(torch.uint8) > 1).any() for tensor in tensors.values() if tensor.dtype == torch.bool):
         raise InputError("a mask holds bytes other than 0 and 1; save it again")
     return {name: tensor.clone() for name, tensor in tensors.items()}, description["fields"]

@@ -1,4 +1,4 @@
-"""Ticket: which heads, which FFN sublayers and which of their neurons an encoder keeps."""
+"""Ticket: the heads, FFN sublayers and FFN neurons that a pruned encoder keeps."""
 
 import json
 import os
@@ -16,16 +16,17 @@ from ticketops.tickets.weights import WeightCounts
 
 
 class Ticket:
-    """The structures of an encoder that are kept; immutable, and equal to another ticket that keeps the same ones.
+    """The set of structures that a pruned encoder keeps. Immutable; two tickets are equal if they keep the same
+    structures.
 
-    An FFN of which no neuron is kept is pruned as a whole, its output bias included.
+    An FFN without any kept neuron is pruned as a whole, its output bias included.
 
     Args:
-        head_mask: bool [layers, heads], True where the head is kept; copied.
-        ffn_mask: bool [layers], True where the FFN is kept; copied.
-        metadata: where the ticket comes from, as JSON values; copied, and no part of equality.
-        neuron_mask: bool [layers, neurons], True where a neuron between the two linear layers of a kept FFN is kept;
-            copied. None keeps all of them.
+        head_mask: bool [layers, heads], True if the head is kept; copied.
+        ffn_mask: bool [layers], True if the FFN is kept; copied.
+        metadata: origin of the ticket, as JSON values; copied, and ignored in comparisons.
+        neuron_mask: bool [layers, neurons], True if the neuron is kept; copied. Neurons of a pruned FFN are ignored.
+            None keeps all neurons of kept FFNs.
 
     Raises:
         InputError: a mask is not a bool tensor, the shapes do not fit each other, or the metadata is not JSON.
@@ -59,11 +60,12 @@ class Ticket:
         self._ffn_mask = ffn_mask.detach().cpu().clone(memory_format=torch.contiguous_format)
         self._neuron_mask: Tensor | None = None
         if neuron_mask is not None:
-            # One form for each ticket: what goes with its FFN is False, and a mask that prunes no neuron is None.
+            # Canonical form, so that equal tickets have equal masks: neurons of pruned FFNs are False, and a mask that
+            # prunes no neuron is None.
             neurons = neuron_mask.detach().cpu() & self._ffn_mask[:, None]
             self._ffn_mask &= neurons.any(1)
             self._neuron_mask = None if neurons[self._ffn_mask].all() else neurons.contiguous()
-        # Kept as text, so that no caller holds a part of it that could change.
+        # Stored as text, so that no caller can change it.
         self._metadata = storage.to_json(dict(metadata or {}))
 
     @classmethod
@@ -96,7 +98,7 @@ class Ticket:
 
     @property
     def neuron_mask(self) -> Tensor | None:
-        """Bool [layers, neurons] on the CPU, True where the neuron is kept, none in a pruned FFN; a copy. None where
+        """Bool [layers, neurons] on the CPU, True where the neuron is kept; all False in a pruned FFN; a copy. None if
         every kept FFN keeps all of its neurons."""
         return None if self._neuron_mask is None else self._neuron_mask.clone()
 
@@ -107,7 +109,7 @@ class Ticket:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Where the ticket comes from, as JSON values; a read-only copy."""
+        """Origin of the ticket, as JSON values; a read-only copy."""
         return MappingProxyType(json.loads(self._metadata))
 
     @property
@@ -137,17 +139,17 @@ class Ticket:
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing is pruned."""
+        """True if nothing is pruned."""
         return self._neuron_mask is None and self.heads_pruned == 0 and self.ffns_pruned == 0
 
     def described(self, metadata: Mapping[str, Any]) -> "Ticket":
-        """Makes an equal ticket with other metadata.
+        """Returns an equal ticket with other metadata.
 
         Args:
-            metadata: JSON values, in place of this ticket's.
+            metadata: JSON values that replace this ticket's metadata.
 
         Returns:
-            The ticket.
+            The new ticket.
 
         Raises:
             InputError: the metadata is not JSON.
@@ -155,12 +157,12 @@ class Ticket:
         return Ticket(self._head_mask, self._ffn_mask, metadata, self._neuron_mask)
 
     def check(self, layers: int, heads: int, neurons: int | None = None) -> None:
-        """Makes sure that the ticket is for an encoder of this shape.
+        """Checks that the ticket fits an encoder of this shape.
 
         Args:
-            layers: number of the encoder's layers.
-            heads: number of heads in each.
-            neurons: of each FFN; None where it does not matter.
+            layers: number of encoder layers.
+            heads: number of heads per layer.
+            neurons: number of neurons per FFN; None does not check it.
 
         Raises:
             InputError: the ticket is for another shape.
@@ -178,7 +180,7 @@ class Ticket:
             )
 
     def union(self, other: "Ticket") -> "Ticket":
-        """Keeps what either ticket keeps.
+        """Returns the ticket of all structures that at least one of two tickets keeps.
 
         Args:
             other: a ticket of the same shape.
@@ -198,7 +200,7 @@ class Ticket:
         )
 
     def intersection(self, other: "Ticket") -> "Ticket":
-        """Keeps what both tickets keep.
+        """Returns the ticket of all structures that both tickets keep.
 
         Args:
             other: a ticket of the same shape.
@@ -218,14 +220,14 @@ class Ticket:
         )
 
     def jaccard(self, other: "Ticket") -> float:
-        """Measures how alike two tickets are: structures that both keep over structures that either keeps.
+        """Computes the Jaccard index of two tickets: structures that both keep over structures that either keeps.
 
         Args:
             other: a ticket of the same shape.
 
         Returns:
-            A number in [0, 1], heads and FFNs counted alike, a part of an FFN as that part of one; 1 where neither
-            keeps anything.
+            A number in [0, 1]; 1 if neither ticket keeps anything. A head and an FFN count 1 each, an FFN with some of
+            its neurons that fraction of 1.
 
         Raises:
             InputError: the shapes differ.
@@ -234,11 +236,11 @@ class Ticket:
         return (self & other)._kept / either if either else 1.0
 
     def weights_remaining(self, counts: WeightCounts, embeddings: bool = True) -> float:
-        """Tells what share of the weights the ticket keeps.
+        """Computes the share of weights that the ticket keeps.
 
         Args:
-            counts: the model's numbers of weights.
-            embeddings: whether the share is of all weights, or of those in the encoder layers only.
+            counts: numbers of weights of the model.
+            embeddings: True for the share of all weights, False for the share of the encoder layers' weights.
 
         Returns:
             A fraction in [0, 1].
@@ -269,7 +271,7 @@ class Ticket:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Ticket":
-        """Reads a ticket that `save` wrote; nothing in the file is executed or trusted.
+        """Reads a ticket that `save` wrote. The file is validated, and nothing in it is executed.
 
         Args:
             path: the file to read.
@@ -294,7 +296,8 @@ class Ticket:
         return float(self._head_mask.sum() + self.ffn_shares.sum())
 
     def _neurons(self, other: "Ticket") -> tuple[Tensor, Tensor] | None:
-        """The neurons that each of two tickets keeps, where one of them prunes any; checks that they fit."""
+        """Checks that two tickets fit each other, and returns the neuron masks of both; None if neither prunes single
+        neurons."""
         width = next((t._neuron_mask.shape[1] for t in (self, other) if t._neuron_mask is not None), None)
         other.check(self.num_layers, self.num_heads, width)
         if width is None:

@@ -1,4 +1,4 @@
-"""How many weights a model has and how many go with each structure."""
+"""Numbers of weights in a model and in each prunable structure."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from ticketops.errors import InputError
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Numbers of weights of one model, from which a ticket tells what share of them it keeps.
+    """Numbers of weights of a model, for computing the share that a ticket keeps.
 
     Args:
         head: weights removed with one head: its rows of W_q, W_k, W_v with their biases, its columns of W_o.
