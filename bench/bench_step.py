@@ -1,6 +1,7 @@
 """pytest bench/bench_step.py --data DIR --task rte: the contenders of bench.step under pytest-benchmark.
 
-Contenders run one after the other here, so compare within one quiet run only; `python -m bench.step` interleaves them.
+Contenders run one after the other, so only compare numbers of one run on an idle machine. `python -m bench.step`
+interleaves them.
 """
 
 import itertools

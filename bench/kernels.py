@@ -1,9 +1,9 @@
-"""The native CPU kernels against what stock transformers runs in their place, on RTE-like sequence lengths.
+"""Compares the native CPU kernels with the torch operations of stock transformers, on sequence lengths as in RTE.
 
     python -m bench.kernels --threads 2
 
-All contenders take turns in one process, and a ratio is that of their fastest rounds. Rates stand beside the machine's
-own: a copy through memory (what lies in the caches moves faster) and a matrix product of torch's in the same dtype.
+All contenders take turns in one process, and a ratio is that of their fastest rounds. For comparison the output has the
+machine's own rates: a copy through memory (data in caches is faster) and a torch matrix product of the same dtype.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BATCH, HEADS, DROPOUT = 32, 12, 0.1
 
 
 def fastest(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each contender's fastest round; they take turns."""
+    """Runs the contenders in turns. Returns the seconds of each one's fastest round."""
     seconds = dict.fromkeys(contenders, float("inf"))
     for _ in range(rounds):
         for name, run in contenders.items():
@@ -34,7 +34,7 @@ def fastest(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def step(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
-    """Forward and backward of a function of the inputs."""
+    """Returns a function that runs the forward and backward pass of `function` on the inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     gradient = torch.ones_like(function(*inputs))
     return lambda: torch.autograd.grad(function(*inputs), inputs, gradient)

@@ -1,10 +1,11 @@
-"""Makes a task of product reviews' sentences, for transfer from film reviews: VADER's, MIT, Hutto and Gilbert 2014.
+"""Makes a sentiment task from sentences of product reviews, as a target for transfer from film reviews. The data are
+those of VADER (Hutto and Gilbert 2014, MIT licence).
 
     pip download --no-deps --no-binary vaderSentiment vaderSentiment==3.3.2
     python -m bench.reviews vaderSentiment-3.3.2.tar.gz OUTPUT/products --without DATA/sst2
 
-A sentence is positive or negative by its mean human rating; those within half a point of neutral (of 4) are left out,
-and so are sentences that occur in the task given by --without.
+A sentence's label is the sign of its mean human rating, in [-4, 4]. Sentences within 0.5 of neutral are left out, and
+so are those that occur in the task given by --without.
 """
 
 import argparse
@@ -22,7 +23,7 @@ VALIDATION_ROWS = 800
 
 
 def read(archive: Path) -> list[tuple[float, str]]:
-    """Mean human rating in [-4, 4] and text of each sentence."""
+    """Reads the mean human rating, in [-4, 4], and the text of each sentence."""
     with tarfile.open(archive) as outer, tarfile.open(fileobj=io.BytesIO(outer.extractfile(INNER).read())) as inner:
         content = inner.extractfile(FILE).read().decode("utf-8", errors="replace")
     fields = (line.split("\t") for line in content.splitlines() if line.strip())
@@ -30,7 +31,7 @@ def read(archive: Path) -> list[tuple[float, str]]:
 
 
 def words(text: str) -> str:
-    """A text by its words alone."""
+    """Normalises a text to its words, to find duplicates."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 

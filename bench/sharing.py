@@ -1,9 +1,9 @@
-"""Training steps of several tasks on one encoder: every task its own ticket, against one ticket for all of them.
+"""Compares training steps of several tasks on one encoder with a ticket per task and with one ticket for all tasks.
 
     python -m bench.sharing --data DIR --tasks sst2,mrpc,rte,stsb --json
 
-Both take turns on every batch in one process; their tickets keep equally many heads and FFNs of every layer's kind, so
-what differs is the switching alone: look-ups, what the optimizer must leave still, and which weights are in the caches.
+Both take turns on every batch in one process. All tickets keep equally many heads and FFNs, so that the difference is
+the cost of switching alone: look-ups, slices that the optimizer must not change, and which weights are in the caches.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from ticketops import SharedModel, Ticket
 from ticketops.errors import InputError, TicketopsError
 
 Step = Callable[[str, step.Batch], None]
-#: The contenders: every step another ticket, or the same one.
+#: The contenders: a different ticket at each step, or always the same one.
 CONTENDERS = ("switching", "fixed")
 
 
@@ -32,9 +32,9 @@ def contender(models: dict[str, PreTrainedModel], name: str, dtype: torch.dtype)
     """Makes a step function of one contender, with its own optimizer.
 
     Args:
-        models: task -> model, this contender's own; the first one's encoder becomes that of all.
+        models: models of this contender by task; they are made to share the first one's encoder.
         name: one of `CONTENDERS`.
-        dtype: of autocast; float32 for none.
+        dtype: dtype of autocast; float32 turns it off.
     """
     config: Any = next(iter(models.values())).config
     layers, heads = config.num_hidden_layers, config.num_attention_heads
@@ -58,19 +58,19 @@ def contender(models: dict[str, PreTrainedModel], name: str, dtype: torch.dtype)
 
 
 def alternating(batches: dict[str, list[step.Batch]]) -> list[tuple[str, step.Batch]]:
-    """Equally many batches of every task, each task's after the others' as in training."""
+    """Interleaves the batches of all tasks, equally many of each, as training does."""
     return [pair for turn in zip(*batches.values(), strict=True) for pair in zip(batches, turn, strict=True)]
 
 
 def measure(setups: dict[str, step.Setup], rounds: int) -> dict[str, Any]:
-    """Lets both contenders take turns on every batch, task by task.
+    """Times both contenders in turns on every batch.
 
     Args:
-        setups: task -> its batches.
-        rounds: how often each contender sees each batch.
+        setups: batches by task.
+        rounds: number of times that each contender runs each batch.
 
     Returns:
-        The overhead of switching as the median of the paired ratios less one, with quartiles, and the circumstances.
+        The overhead of switching (median and quartiles of the paired ratios minus 1), and the machine and versions.
     """
     first = next(iter(setups.values()))
     dtype = torch.bfloat16 if first.dtype == "bf16" else torch.float32
@@ -93,7 +93,7 @@ def measure(setups: dict[str, step.Setup], rounds: int) -> dict[str, Any]:
     for turn in range(rounds):
         print(f"round {turn + 1} of {rounds}", file=sys.stderr)
         for place, (task, batch) in enumerate(turns):
-            # Whoever comes second finds the batch in the caches.
+            # Alternate the order: the second contender finds the batch in the caches.
             for name in CONTENDERS if (turn + place) % 2 else CONTENDERS[::-1]:
                 call = steps[name]
                 times[name].append(step.seconds(lambda call=call, t=task, b=batch: call(t, b), first.device))

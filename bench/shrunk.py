@@ -1,10 +1,10 @@
-"""What the 25 %, 50 % and 75 % tickets of a model save against all of it: time, memory and bytes on disk.
+"""Compares models shrunk to 25 %, 50 % and 75 % tickets with the whole model: time, memory and bytes on disk.
 
     python -m bench.shrunk --model demo --batches 1,8,32,128 --lengths 32,128,512 --output bench/results
 
-All contenders run in one process and take turns on every batch, since a machine's speed drifts more than they differ.
-Batches have no padding. A ticket is removed from the weights (`ticketops.shrink`), then the model is patched. What
-loses is in the table like what wins. A file that is there is extended, so that the measurement can be cut into parts.
+All contenders run in one process and take turns on every batch, because a machine's speed drifts more than they differ.
+Batches have no padding. Pruned structures are removed from the weights (`ticketops.shrink`), then the model is patched.
+All results are in the table, slowdowns included. An existing file is extended, so a measurement can be done in parts.
 """
 
 import argparse
@@ -34,18 +34,18 @@ from ticketops.tasks import demo_model
 SHARES = (0.25, 0.5, 0.75)
 WHOLE, STOCK = "whole", "whole, transformers"
 PASSES = ("inference", "training")
-#: Sizes whose memory is measured too.
+#: (Batch size, length) for which peak memory is measured too.
 MEMORY_CELL = (32, 128)
 _MOST_STOCK_SCORES = 2**22
 Row = dict[str, Any]
 
 
 def make(name: str, device: str) -> PreTrainedModel:
-    """A model of an architecture with random weights, on which no time here depends.
+    """Makes a model with random weights, which do not affect the times.
 
     Args:
-        name: "demo" for MiniLM's sizes, "bert-base" for BERT's, or a folder.
-        device: where to put it.
+        name: "demo" for MiniLM's sizes, "bert-base" for BERT-base's, or a folder with a config.
+        device: device of the model.
     """
     torch.manual_seed(0)
     if name == "bert-base":
@@ -56,13 +56,13 @@ def make(name: str, device: str) -> PreTrainedModel:
 
 
 def random_ticket(model: PreTrainedModel, share: float) -> Ticket:
-    """A ticket that prunes a share of all heads and of all FFNs, drawn at random: uneven, as found ones are."""
+    """Makes a random ticket that prunes a share of all heads and FFNs; layers differ, as in tickets that were found."""
     config = model.config
     return prune(Importance(config.num_hidden_layers, config.num_attention_heads), share, kind="random")
 
 
 def contenders(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """The whole model in stock transformers and patched, and what each ticket leaves of it, patched."""
+    """Makes the contenders: the whole model, stock and patched, and the model shrunk to each ticket, patched."""
     found = {STOCK: model, WHOLE: copy.deepcopy(model)}
     found |= {title(share): shrink(copy.deepcopy(model), random_ticket(model, share)) for share in SHARES}
     for name, each in found.items():
@@ -72,15 +72,15 @@ def contenders(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
 
 
 def title(share: float) -> str:
-    """The name of the contender that lacks a share of heads and FFNs."""
+    """Returns the name of the contender without a share of heads and FFNs."""
     return f"{share:.0%} pruned"
 
 
 def check(model: PreTrainedModel, models: dict[str, PreTrainedModel]) -> str:
-    """The correctness gate: each contender against the whole model with the ticket's masks applied.
+    """Checks the outputs of each contender against the whole model with the ticket's masks applied.
 
     Returns:
-        "green", or what is wrong.
+        "green", or a description of the error.
     """
     batch = make_batch(model, 4, 16)
     batch["attention_mask"][1:, 9:] = 0
@@ -98,7 +98,7 @@ def check(model: PreTrainedModel, models: dict[str, PreTrainedModel]) -> str:
 
 
 def make_batch(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
-    """Token ids without padding, and labels."""
+    """Makes a batch of random token ids without padding, and labels."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch) % 2}
@@ -106,7 +106,7 @@ def make_batch(model: PreTrainedModel, batch: int, length: int) -> dict[str, tor
 
 
 def runner(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str) -> Callable[[], object]:
-    """One call of a model: "inference", or a whole step of "training" (forward, backward, AdamW, dropout on)."""
+    """Returns a function to time: "inference", or a step of "training" (forward, backward, AdamW; dropout on)."""
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     if kind == "inference":
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -131,18 +131,18 @@ def runner(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str) ->
 def measure(
     models: dict[str, PreTrainedModel], batch: int, length: int, kind: str, seconds: float, least: int = 3
 ) -> list[Row]:
-    """Lets the contenders take turns on one batch.
+    """Times the contenders in turns on one batch.
 
     Args:
-        models: by name.
-        batch, length: sizes of the batch.
-        kind: of PASSES.
-        seconds: no turn is begun after that many.
-        least: turns that are taken in any case.
+        models: contenders by name.
+        batch, length: number of rows and tokens per row.
+        kind: one of PASSES.
+        seconds: time after which no further turn is begun.
+        least: minimum number of turns.
 
     Returns:
-        One row a contender: milliseconds with 20 % and 80 % quantiles, and how many times as fast as the whole model it
-        is, as the median of the turns' ratios.
+        One row per contender: median milliseconds with 20 % and 80 % quantiles, and the speed-up over the whole model,
+        as the median of the turns' ratios.
     """
     inputs = make_batch(next(iter(models.values())), batch, length)
     # With dropout, stock attention keeps several [batch, heads, length, length] a layer, more than a computer has.
@@ -172,7 +172,7 @@ def measure(
 
 
 def _peaks(name: str, contender: str) -> dict[str, float]:
-    """Most memory in MiB that one call of each kind needs beyond what is there, in a process that runs nothing else."""
+    """Measures the peak memory in MiB that one call of each kind adds, in a process of its own."""
     model = contenders(make(name, "cpu"))[contender]
     batch, length = MEMORY_CELL
     inputs = make_batch(model, batch, min(length, model.config.max_position_embeddings))
@@ -180,7 +180,7 @@ def _peaks(name: str, contender: str) -> dict[str, float]:
     for kind in PASSES:
         call = runner(model, inputs, kind)
         gc.collect()
-        # Linux forgets the highest value so far, that of making the models.
+        # Resets Linux's peak value, so that making the models does not count.
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
         call()
@@ -189,13 +189,13 @@ def _peaks(name: str, contender: str) -> dict[str, float]:
 
 
 def _resident(name: str) -> int:
-    """A line of the process's memory accounts, in KiB."""
+    """Reads a field of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def sizes(name: str, models: dict[str, PreTrainedModel]) -> list[Row]:
-    """Parameters, bytes of the saved weights, and peak memory of each contender."""
+    """Returns the number of parameters, bytes of the saved weights, and peak memory of each contender."""
     rows = []
     spawn = multiprocessing.get_context("spawn")
     for contender, model in models.items():
@@ -209,12 +209,12 @@ def sizes(name: str, models: dict[str, PreTrainedModel]) -> list[Row]:
 
 
 def _measured(record: Row) -> list[str]:
-    """The passes that have rows."""
+    """Returns the passes that the record has rows for."""
     return [kind for kind in PASSES if any(row["pass"] == kind for row in record["rows"])]
 
 
 def markdown(record: Row) -> str:
-    """The record as tables: a row a batch, a column a contender."""
+    """Writes the record as Markdown tables with a row per batch and a column per contender."""
     machine, names = record["machine"], [STOCK, WHOLE, *map(title, SHARES)]
     head = f"# Shrunk models: {record['model']} on {machine['device']}, {machine['threads']} threads"
     text = [head, "", *(f"* `{command}`" for command in record["commands"]), ""]
@@ -260,7 +260,7 @@ def markdown(record: Row) -> str:
 
 
 def draw(record: Row, path: Path) -> None:
-    """Plots how many times as fast each ticket is, over the tokens of a batch, with a line at 1."""
+    """Plots the speed-up of each ticket over the number of tokens in a batch, with a line at 1."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), layout="constrained")
@@ -297,10 +297,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def main() -> int:
-    """Measures, and writes shrunk-<model>-<device>.json, .md and .png.
+    """Runs the measurement, and writes shrunk-<model>-<device>.json, .md and .png.
 
     Returns:
-        The exit code: 0, or 1 where the gate is red.
+        The exit code: 0, or 1 if the correctness check fails.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.shrunk", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", default="demo", help="demo (MiniLM), bert-base, or a folder; weights are random")
@@ -339,7 +339,7 @@ def main() -> int:
                 record["rows"] = [
                     row for row in record["rows"] if (row["pass"], row["batch"], row["length"]) != (kind, batch, length)
                 ] + measure(models, batch, length, kind, options.seconds, options.least_turns)
-                # A measurement that is cut short has all that it finished.
+                # Written after each batch, so that an interrupted measurement keeps its finished parts.
                 write_atomically(path, json.dumps(record, indent=1) + "\n")
     if not options.no_sizes:
         record["sizes"] = sizes(options.model, models)

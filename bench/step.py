@@ -1,11 +1,11 @@
-"""One fine-tuning step (forward, backward, AdamW) of a patched model against stock transformers, on the same batches,
-and the inference of one sequence of 32 tokens.
+"""Compares a fine-tuning step (forward, backward, AdamW), and the inference of one sequence of 32 tokens, of a patched
+model with those of stock transformers, on the same batches.
 
     python -m bench.step --data DIR --task rte --dtype fp32 --json
 
-All contenders run in one process and take turns on every batch, since a machine's speed drifts more than they differ.
-What is timed are batches that none of them has seen, after as many others, as in a training: packed batches have nearly
-all another number of tokens, and a library that compiles for each would show only there.
+All contenders run in one process and take turns on every batch, because a machine's speed drifts more than they differ.
+They warm up on as many other batches, and the timed ones are new to them, as in training. Packed batches nearly all
+have different numbers of tokens, so the cost of a library that compiles for each size shows.
 """
 
 import argparse
@@ -38,15 +38,15 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Setup:
-    """What all contenders share.
+    """Task, batches and dtype that all contenders share.
 
     Attributes:
         task: name of the task.
         model: folder or name of the pre-trained encoder.
-        labels: outputs of the task head.
-        batches: tokenized and padded to their longest row, on the device.
+        labels: number of outputs of the task head.
+        batches: batches to time, padded to their longest row, on the device.
         dtype: "fp32" or "bf16" (autocast).
-        earlier: as many others, to warm up on.
+        earlier: equally many other batches, to warm up on.
     """
 
     task: str
@@ -58,7 +58,7 @@ class Setup:
 
     @property
     def device(self) -> torch.device:
-        """Where the batches lie."""
+        """Device of the batches."""
         return self.batches[0]["input_ids"].device
 
 
@@ -69,9 +69,9 @@ class Contender:
     Attributes:
         name: see `contender`.
         model: patched or stock.
-        forward: the model, compiled where that is the point.
-        optimizer: the model's.
-        step: forward, backward and the optimizer's step.
+        forward: the model, compiled for the contender "compile".
+        optimizer: optimizer of the model.
+        step: function that runs forward, backward and the optimizer's step on a batch.
     """
 
     name: str
@@ -97,9 +97,9 @@ def load(
         data: folder that holds the task's folder, directly or in `glue/`; None for tasks known by name.
         task: name of the folder, or of a task that ticketops knows.
         dtype: "fp32" or "bf16".
-        batches: how many to time, and to warm up on.
-        batch_size: rows a batch.
-        max_length: tokens a row at most.
+        batches: number of batches to time, and also to warm up on.
+        batch_size: rows per batch.
+        max_length: maximum number of tokens per row.
         model: folder or hub name of the encoder; "demo" for the MiniLM weights.
     """
     spec: str | Path = task
@@ -204,13 +204,13 @@ def check_equal(setup: Setup, stock: Contender, patched: Contender) -> float:
 
 
 def _product(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The fastest matrix product at hand."""
+    """Returns the fastest matrix product for a device."""
     return products.product if device.type == "cpu" else torch.mm
 
 
 def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[Callable[[], None]]:
-    """The matrix products that a step cannot do without, on real tokens alone: forward, input and weight gradients.
-    Behind the last attention a classification reads one token a row."""
+    """Yields functions that run the matrix products which a step needs at least: forward, input gradient and weight
+    gradient, on real tokens only. After the last attention, a classification needs one token per row."""
     dtype, product = torch.bfloat16 if setup.dtype == "bf16" else torch.float32, _product(setup.device)
     encoder = contender.model.base_model.encoder
     last = encoder.layer[-1]
@@ -232,15 +232,15 @@ def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[C
 
 
 def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int = 150) -> dict[str, list[float]]:
-    """Lets the contenders take turns on one sequence of 32 tokens, without gradients.
+    """Times the contenders in turns on one sequence of 32 tokens, without gradients.
 
     Args:
-        setup: what they share.
-        contenders: those of the training step.
-        turns: of each.
+        setup: the shared task and dtype.
+        contenders: contenders of the training step, by name.
+        turns: number of turns of each.
 
     Returns:
-        Seconds by contender, and of the forward pass's matrix products alone.
+        Seconds of each turn by contender, and of the matrix products of the forward pass alone.
     """
     batch = setup.batches[0]
     ids = batch["input_ids"][batch["attention_mask"].bool()][:32][None]
@@ -281,7 +281,7 @@ def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call, the GPU's queue included."""
+    """Returns the wall-clock seconds of one call, until the GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -292,15 +292,15 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
-    """Lets the contenders take turns on every batch.
+    """Times the contenders in turns on every batch.
 
     Args:
         setup: the shared task and batches.
-        names: contenders.
-        rounds: how often each contender sees each batch.
+        names: names of the contenders.
+        rounds: number of times that each contender runs each batch.
 
     Returns:
-        Medians in seconds with 20 % and 80 % quantiles, ratios as medians of the paired ratios, and the circumstances.
+        Median seconds with 20 % and 80 % quantiles, medians of the paired ratios, and the machine and versions.
     """
     contenders = {name: contender(setup, name) for name in names}
     difference = check_equal(setup, contenders["sdpa"], contenders["full"])
@@ -384,12 +384,12 @@ def _quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def public(arguments: list[str]) -> list[str]:
-    """The command line without where this machine keeps its files."""
+    """Removes this machine's paths from the command line, for publication."""
     return ["DIR" if os.sep in argument else argument for argument in arguments]
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """Machine, versions and backends, to stand beside every figure."""
+    """Describes the machine, versions and backends, for the record of every measurement."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
