@@ -219,6 +219,25 @@ def test_settings_of_a_table_hold_for_padding_too(text, setting):
     assert torch.equal(*(each.bert.embeddings.word_embeddings.weight for each in (model, stock)))
 
 
+@pytest.mark.parametrize("unpad", [True, False])
+@pytest.mark.parametrize(
+    "name", ["BertModel", "RobertaForSequenceClassification", "ModernBertForSequenceClassification"]
+)
+def test_padding_in_front_goes_to_the_stock_code_where_first_tokens_are_read(name, unpad):
+    model = make(name)
+    stock, batch = copy.deepcopy(model), draw(model, "left")
+    with ticketops.patch(model, unpad=unpad) as handle:
+        compare(model, stock, batch)
+        handle.apply(ticket(heads=[(0, 1)]))
+        with pytest.raises(UnsupportedError, match="padding in front of a row"):
+            model(**batch)
+        handle.apply(None)
+        if not unpad:
+            # A compiled graph cannot choose: it stops.
+            with pytest.raises(RuntimeError, match="begins with padding"):
+                torch.compile(model, backend="eager")(**batch)
+
+
 # --- what can be set on a layer's modules
 
 

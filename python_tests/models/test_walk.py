@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from models import walking
@@ -29,16 +29,22 @@ def poisoned(monkeypatch):
 def random_walks(walks, length):
     """How many steps were made, and how often each message refused one."""
     counts: Counter[str] = Counter()
-    step = st.tuples(st.sampled_from(sorted(walking.OPERATIONS)), st.integers(0, 999))
+    # Shrinking puts the first name in the place of others; lists would be short if they could be.
+    step = st.tuples(st.sampled_from(["nothing", *sorted(walking.OPERATIONS)]), st.integers(0, 999))
 
     @settings(max_examples=walks, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
     @given(
         st.sampled_from(walking.STARTS),
         st.sampled_from(PACKINGS),
-        st.integers(length // 2, length).flatmap(lambda number: st.lists(step, min_size=1, max_size=number)),
+        st.lists(step, min_size=length, max_size=length),
     )
     def walk(name, packing, steps):
-        walking.walk(name, *packing, steps, counts)
+        steps = [(each, choice) for each, choice in steps if each != "nothing"]
+        try:
+            walking.walk(name, *packing, steps, counts)
+        except walking.Apart:
+            note(f"walking.walk({name!r}, *{packing}, {steps}, Counter())")
+            raise
 
     walk()
     return counts
@@ -67,13 +73,13 @@ def test_each_operation_once_whole_and_once_with_a_ticket(record_property):
 
 @pytest.mark.slow
 def test_short_walks(record_property):
-    record_property("said", said(random_walks(30, 12)))
+    record_property("said", said(random_walks(30, 10)))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_long_walks(record_property):
-    counts = random_walks(400, 24)
+    counts = random_walks(200, 20)
     record_property("said", said(counts))
     assert counts["steps"] >= 2000
 

@@ -16,6 +16,7 @@ from ticketops.models.record import APPLIED
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import unsharded_class
 from ticketops.ops import Packing
+from ticketops.ops.packing import check_rows
 from ticketops.ops.products import compute_dtype
 
 if TYPE_CHECKING:
@@ -218,10 +219,15 @@ def _mask_obstacle(
         return (
             f"an attention_mask of shape {list(mask.shape)}, where one of shape {[batch, width]} has one value a token"
         )
-    if torch.compiler.is_compiling() or not handle.unpad:
+    if not handle.reads_first:
         return None
-    if handle.reads_first and not (mask[:, 0].bool() | ~mask.bool().any(1)).all():
-        return "padding in front of a row, where its first token is read: pad on the right (padding_side='right')"
+    fine, problem = mask[:, 0].bool() | ~mask.bool().any(1), "where its first token is read"
+    if handle.unpad or (mask.is_cpu and not torch.compiler.is_compiling()):
+        # Packing waits for the device anyway.
+        padded = f"padding in front of a row, {problem}: pad on the right (padding_side='right')"
+        return None if fine.all() else padded
+    # Static graphs and what does not wait for the device have no other way left.
+    check_rows(fine, f"begins with padding, {problem}: pad on the right (padding_side='right')", wait=False)
     return None
 
 
