@@ -15,6 +15,7 @@ from models.test_encoders import compare, draw, make
 from models.test_patch import ticket
 from ticketops.errors import UnsupportedError
 from ticketops.models.registry import find_adapter
+from ticketops.ops import memory
 
 TOKENS = [f"{name}ForTokenClassification" for name in ("Bert", "Roberta", "DistilBert", "ModernBert", "Electra")]
 
@@ -374,3 +375,36 @@ def test_functional_call_takes_the_parameters_it_is_given(model, stock, batch):
         handle.apply(ticket(heads=[(0, 1)]))
         own = {name: value.detach().clone() for name, value in model.named_parameters()}
         torch.testing.assert_close(torch.func.functional_call(model, own, (), batch).logits, model(**batch).logits)
+
+
+# --- copies of the handle
+
+
+def test_a_model_has_one_handle_and_a_copy_has_its_own(model, batch):
+    handle = ticketops.patch(model)
+    assert copy.copy(handle) is handle
+    other = copy.deepcopy(handle)
+    other.apply(ticket(heads=[(0, 1)]))
+    assert handle.ticket is None
+    want = model(**batch).logits
+    assert (other.model(**batch).logits - want).abs().max() > 1e-3
+    other.revert()
+    torch.testing.assert_close(other.model(**batch).logits, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(**batch).logits, want)
+
+
+def test_nobody_who_looks_on_sees_memory_that_was_not_written(text, monkeypatch):
+    take = memory.from_dlpack
+    monkeypatch.setattr(memory, "from_dlpack", lambda capsule: take(capsule).fill_(float("nan")))
+    model, _ = twins()
+    seen = []
+    with ticketops.patch(model) as handle:
+        handle.apply(ticket(heads=[(1, 0)], ffns=[2]))
+        for layer in model.bert.encoder.layer:
+            for module in (layer, layer.attention):
+                module.register_forward_hook(lambda module, args, output: seen.append(output))
+        model(**text).logits.square().sum().backward()
+    states = [each[0] if isinstance(each, tuple) else each for each in seen]
+    assert len(states) == 6
+    assert all(state.isfinite().all() for state in states)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -373,7 +373,7 @@ def _interest(layer: nn.Module, module: nn.Module) -> str:
     name = next(name for name, each in layer.named_modules() if each is module) or type(layer).__name__
     if "forward" in module.__dict__:
         return f"a forward method of its own on its {name}"
-    return f"hooks on its {name}, which a patched layer does not call"
+    return f"hooks on its {name}, which a patched layer does not call as a stock one does"
 
 
 def _weights_fault(state: LayerState, layer: nn.Module, parts: LayerParts, first: LayerParts) -> str | None:

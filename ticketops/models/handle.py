@@ -435,6 +435,10 @@ class PatchHandle:
             self._recording = None
             importance.feed_from(None)
 
+    def __copy__(self) -> "PatchHandle":
+        # A second handle of one model would not know what the first has applied.
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy that is made while importance is recorded does not record, and has modules of its own.
         return {**vars(self), "_recording": None, "snapshot": None}
