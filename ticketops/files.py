@@ -49,6 +49,8 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
     if len(shown) > 100:
         shown = f"{shown[:100]}...'"
     try:
+        # A run notes its paths as text, so bytes that are none cannot be read back.
+        os.fspath(path).encode()
         found = Path(path).expanduser()
         # Accounts of services have homes that are not there.
         if found != Path(path) and not Path(Path(path).parts[0]).expanduser().is_dir():
@@ -58,7 +60,7 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
         return found
     except RuntimeError as error:
         raise InputError(f"{name} {shown}: there is no such user, or that user has no home folder") from error
-    # A null character in it is a ValueError.
+    # A null character in it is a ValueError, and so are bytes that are no text.
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name} {shown} cannot be used: {reason}") from error

@@ -184,7 +184,8 @@ def test_a_model_that_learned_nothing_is_named(tmp_path: Path):
     assert "The super ticket has not" not in text
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+# No run has a name that is no text: its path is refused.
+@pytest.mark.parametrize("name", [name for name in HOSTILE if "\udcff" not in name])
 def test_names_from_files_are_text_in_the_report_and_its_table(name: str, tmp_path: Path):
     store = make_store(tmp_path / "run", model=name, task=name, notes={"validation": name})
     page = report(store.folder).read_text()

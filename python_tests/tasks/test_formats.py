@@ -165,9 +165,9 @@ def test_files_of_another_encoding_are_the_same_task_where_it_is_named(tmp_path,
     path = write(tmp_path / name, rows, encoding=encoding)
     assert same(load_local(path, encoding=encoding), reference)
     if encoding != "utf-8-sig":
-        with pytest.raises(InputError, match=r"UTF-8|--encoding utf-16") as caught:
+        with pytest.raises(InputError, match=r"UTF-8|encoding='utf-16") as caught:
             load_local(path)
-        assert "--encoding" in str(caught.value)
+        assert "encoding=" in str(caught.value)
         with pytest.raises(InputError, match="which has no text files"):
             load_local(parquet(tmp_path / "data.parquet", rows), encoding=encoding)
 
@@ -175,11 +175,13 @@ def test_files_of_another_encoding_are_the_same_task_where_it_is_named(tmp_path,
 def test_a_mark_that_contradicts_the_named_encoding_is_refused(tmp_path):
     rows = [{"text": f"café {i}", "label": i % 2} for i in range(12)]
     path = delimited(tmp_path / "data.csv", rows, encoding="utf-8-sig")
-    with pytest.raises(InputError, match=r"is not ISO8859-1 \(it starts with the mark of utf-8\): --encoding utf-8"):
+    with pytest.raises(
+        InputError, match=r"is not ISO8859-1 \(it starts with the mark of utf-8\): say encoding='utf-8'"
+    ):
         load_local(path, encoding="latin-1")
     path.write_bytes(b"text,label\n" + b"a,0\n" * 50_000 + b"\xe9,1\n")
     with pytest.raises(
-        InputError, match=r"byte 0xe9 at offset 200011\): name its encoding, such as --encoding latin-1"
+        InputError, match=r"byte 0xe9 at offset 200011\): name its encoding, such as encoding='latin-1'"
     ):
         load_local(path)
     with pytest.raises(InputError, match="encoding 'utf-9' is unknown"):
@@ -319,7 +321,7 @@ GOOD = [{"text": f"t {i}", "label": i % 2} for i in range(12)]
         ("a.jsonl", "[" * 100_000, r"a.jsonl: not valid JSON"),
         ("a.csv", "text,label\n\n\n", r"a.csv is empty"),
         ("a.csv", "\n\n", r"a.csv is empty"),
-        ("a.csv", "t\0e\0x\0t\0,\0l\0\n\0", r"zero bytes in its header: if it is UTF-16, say --encoding utf-16-le"),
+        ("a.csv", "t\0e\0x\0t\0,\0l\0\n\0", r"zero bytes in its header: if it is UTF-16, say encoding='utf-16-le'"),
         ("a.csv", "text,label\na,0\nb\n", r"line 3: 1 fields where the header has 2"),
         ("a.csv", "text\na\n", r"no known label column: .* has the columns text"),
         ("a.csv.gz", b"text,label\na,0\n", r"a.csv.gz is damaged, or not all of it is there"),

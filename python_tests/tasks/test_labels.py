@@ -49,7 +49,7 @@ def test_a_stray_fraction_is_refused_with_its_row(tmp_path, name):
     labels[12] = 0.5
     row = {"data.csv": "line 14", "data.jsonl": "line 13", "data.parquet": "row 13"}[name]
     path = write(tmp_path / name, labels)
-    with pytest.raises(InputError, match=rf"{name}, {row}: label 0.5 .* like 1 of 20 labels: .*--task-kind regression"):
+    with pytest.raises(InputError, match=rf"{name}, {row}: label 0.5 .* like 1 of 20 labels: .*task_kind='regression'"):
         load_task(path)
     assert load_task(path, kind="regression").kind == "regression"
     assert load_task(path, kind="classification").labels == ("0", "0.5", "1")
@@ -66,9 +66,9 @@ def test_a_fraction_in_the_validation_rows_alone_is_refused(tmp_path):
     ("labels", "message"),
     [
         (["0,5", "1,5", "2"], r"label '[01],5': write numbers with a point"),
-        ([0, 1, -1], r"line 4: label -1, like 5 of 15, may mean that there is none: .*--task-kind classification"),
+        ([0, 1, -1], r"line 4: label -1, like 5 of 15, may mean that there is none: .*task_kind='classification'"),
         ([0, 1, None], r"line 4: no label in column label"),
-        (list(range(10, 310, 10)), r"column label holds 30 different numbers in 30 training rows: say --task-kind"),
+        (list(range(10, 310, 10)), r"column label holds 30 different numbers in 30 training rows: say task_kind="),
     ],
 )
 def test_labels_that_can_be_read_in_two_ways_are_refused(tmp_path, labels, message):
@@ -112,7 +112,7 @@ def test_usual_columns_come_before_common_ones(tmp_path):
     path.write_text("title,text,score,label\n" + "".join(f"a,x {i},7,{i % 2}\n" for i in range(12)))
     assert load_task(path).columns == ("text",)
     path.write_text("title,content,label\n" + "".join(f"a,x {i},{i % 2}\n" for i in range(12)))
-    with pytest.raises(InputError, match=r"more than one choice of text column: .* with --text-columns"):
+    with pytest.raises(InputError, match=r"more than one choice of text column: .* with text_columns"):
         load_task(path)
 
 
