@@ -263,8 +263,6 @@ def read_json(
             refuse(f"is a JSON {type(content).__name__}, not an object")
         checksum = content.pop("checksum", None)
         found = _checksum(content)
-        # Half a pair of surrogates, which nobody could print.
-        json.dumps(content, ensure_ascii=False).encode()
     except InputError:
         raise
     except OSError as error:

@@ -200,7 +200,7 @@ def _title(task: str) -> str:
 
 
 def _searched(store: Store, task: str) -> bool:
-    return (store.folder / SEARCHES / task / "config.json").is_file()
+    return (store.folder / SEARCHES / task / "config.json").exists()
 
 
 def _splits(split: str) -> list[str]:

@@ -47,7 +47,7 @@ def lines(store: Store) -> list[str]:
     """
     config, records, notes = store.config, store.records(), store.description["notes"]
     names = _names(store)
-    searches = [Store.read(store.folder / SOURCE)] if (store.folder / SOURCE / "config.json").is_file() else []
+    searches = [Store.read(store.folder / SOURCE)] if (store.folder / SOURCE / "config.json").exists() else []
     inner = [record for search in searches for record in search.records()]
     title = f"Transfer of {config.model} from {names['source']} to {names['target']}"
     text = [f"# {markdown(title)}", "", *missing(store, records, searches)]

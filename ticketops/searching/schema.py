@@ -16,8 +16,27 @@ Sparsity = Annotated[float, Ge(0), Lt(1)]
 Seconds = Annotated[float, Ge(0)]
 Score = Annotated[float, Ge(-1e6), Le(1e6)]
 Name = Annotated[str, MaxLen(4096)]
-#: Splits that score -> metric -> value.
-Scores = dict[Literal["validation", "report"], dict[Name, Score]]
+
+
+class Scores(TypedDict):
+    """Metric -> value, on the split that selects and on the one that reports."""
+
+    validation: dict[Name, Score]
+    report: NotRequired[dict[Name, Score]]
+
+
+class Rows(TypedDict):
+    """How many rows each split has that scores."""
+
+    validation: Positive
+    report: NotRequired[Positive]
+
+
+class Constants(TypedDict):
+    """What a constant answer scores on each split."""
+
+    validation: Score
+    report: NotRequired[Score]
 
 
 class Cost(TypedDict):
@@ -53,8 +72,8 @@ class Scored(TypedDict):
     scores: Scores
     majority: Score
     predictions_sha256: NotRequired[Name]
-    rows: NotRequired[dict[Name, Count]]
-    constant_scores: NotRequired[dict[Name, Score]]
+    rows: NotRequired["Rows"]
+    constant_scores: NotRequired["Constants"]
     heads_pruned: Count
     ffns_pruned: Count
     neurons_pruned: NotRequired[Count]
