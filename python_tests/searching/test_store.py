@@ -64,7 +64,7 @@ def test_what_is_written_is_read_back(store: Store):
     store.keep_ticket(winning, ticket)
     again = Store.read(store.folder)
     assert again.config == SearchConfig.from_dict({**CONFIG.to_dict(), "output": str(store.folder)})
-    assert again.records() == [record(full, files={})]
+    assert again.records() == [record(full, run=again.records()[0]["run"], files={})]
     assert again.importance(0, "pass") == importance(0)
     assert again.ticket(winning) == ticket
 
@@ -184,6 +184,17 @@ def test_a_record_under_another_trials_name_is_refused(store: Store):
     store.record_path(full).rename(store.record_path(winning))
     with pytest.raises(StoreError, match="full-seed-0"):
         store.record(winning)
+
+
+def test_a_record_of_another_run_is_refused(store: Store, tmp_path: Path):
+    full = store.plan[0]
+    with Store.create(tmp_path / "other", identity(task_fingerprint="u"), NOTES) as other:
+        other.write_record(full, record(full))
+    path = store.record_path(full)
+    path.parent.mkdir()
+    path.write_bytes(other.record_path(full).read_bytes())
+    with pytest.raises(StoreError, match=f"{path} is of another run's model or data: delete it"):
+        store.records()
 
 
 def test_damaged_tickets_and_importance_name_the_file_and_the_remedy(store: Store):

@@ -25,7 +25,7 @@ TICKET = Ticket(torch.tensor([[True, False, True, False], [False, True, True, Fa
 
 
 def reproducible(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in ("timing", "environment", "files")}
+    return {name: value for name, value in record.items() if name not in ("timing", "environment", "files", "run")}
 
 
 def with_fields(setting: Setting, **fields: Any) -> Setting:

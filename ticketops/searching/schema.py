@@ -15,7 +15,14 @@ Share = Annotated[float, Ge(0), Le(1)]
 Sparsity = Annotated[float, Ge(0), Lt(1)]
 Seconds = Annotated[float, Ge(0)]
 Score = Annotated[float, Ge(-1e6), Le(1e6)]
-Name = Annotated[str, MaxLen(4096)]
+
+
+def text_of_at_most_4096_characters(value: Any) -> bool:
+    """Whether a value is such a text; it may have bytes of a path that are no text, as Python's lone surrogates."""
+    return isinstance(value, str) and len(value) <= 4096
+
+
+Name = Annotated[Any, Predicate(text_of_at_most_4096_characters)]
 
 
 class Scores(TypedDict):
@@ -94,6 +101,8 @@ class Trained(TypedDict):
     environment: NotRequired[Environment]
     #: Split, or "TASK.split" -> where its logits are.
     predictions: NotRequired[dict[Name, "Kept"]]
+    #: Digest of model and data, by which a record of another run is told.
+    run: NotRequired[Name]
     #: Path in the run's folder -> SHA-256 of what the trial has left there.
     files: NotRequired[dict[Name, Name]]
 

@@ -183,6 +183,15 @@ class Store:
         return KINDS[self.kind][0].from_dict(values)
 
     @property
+    def _mark(self) -> str:
+        """What a run's records have in common, however many seeds, levels or tasks are added."""
+        identity = self.description["identity"]
+        parts = [_kind(identity), identity["model_fingerprint"]]
+        if _kind(identity) != "share":
+            parts.append(identity["task_fingerprint"])
+        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
+
+    @property
     def plan(self) -> list[Any]:
         """All trials of the run, finished or not."""
         identity = self.description["identity"]
@@ -272,6 +281,8 @@ class Store:
         wanted = {"id": trial.id, "seed": trial.seed, "kind": getattr(trial, "kind", None)}
         if wrong := [name for name, value in wanted.items() if record[name] != value]:
             raise StoreError(f"the record {path} is of {wrong[0]} {record[wrong[0]]!r:.100}: {_REMEDY}")
+        if record.get("run", self._mark) != self._mark:
+            raise StoreError(f"the record {path} is of another run's model or data: {_REMEDY}")
         return record
 
     def records(self) -> list[Record]:
@@ -291,7 +302,7 @@ class Store:
         # What the trial's model answers is in the record's "predictions" already.
         paths = {*files, self.ticket_path(trial), model / NOTE, model / SharedModel.NOTE}
         sums = {str(path.relative_to(self.folder)): sha256(path) for path in sorted(paths) if path.is_file()}
-        write_json(self.record_path(trial), {**record, "files": sums})
+        write_json(self.record_path(trial), {**record, "run": self._mark, "files": sums})
         self.failure_path(trial).unlink(missing_ok=True)
 
     def write_predictions(self, trial: Named, predictions: Mapping[str, np.ndarray]) -> Record:
