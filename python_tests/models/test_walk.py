@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from transformers.utils import logging
 
 from models import walking
 from ticketops.ops import memory
@@ -18,11 +19,16 @@ PACKINGS = (True, None), (True, 16), (False, None)
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Memory that nobody has written is not a number."""
+    """Memory that nobody has written is not a number, and saving says nothing."""
     take = memory.from_dlpack
     monkeypatch.setattr(memory, "from_dlpack", lambda capsule: take(capsule).fill_(float("nan")))
     torch.use_deterministic_algorithms(True, warn_only=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
     torch.use_deterministic_algorithms(False)
 
 
