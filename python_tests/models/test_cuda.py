@@ -28,7 +28,7 @@ def fine_tune_prune_and_shrink(device: torch.device) -> tuple[list[torch.Tensor]
 
     handle = ticketops.patch(model)
     for batch in batches:
-        with handle.record_importance() as importance, launches() as names:
+        with launches() as names, handle.record_importance() as importance:
             step(batch)
         launched.append(list(names))
         results += [importance.head, importance.ffn]

@@ -178,9 +178,9 @@ def test_what_does_not_fit_is_refused_before_the_kernels_see_it(cuda_device):
             (x.to_sparse(), torch.float32, (3, 4)),
         ):
             with pytest.raises(InputError, match="the CUDA kernel needs it"):
-                cuda_extension.checked("it", tensor, dtype, *shape)
+                cuda_extension.checked("it", tensor, cuda_device, dtype, *shape)
     assert names == []
-    assert cuda_extension.checked("it", x.t(), torch.float32, 4, 3).is_contiguous()
+    assert cuda_extension.checked("it", x.t(), cuda_device, torch.float32, 4, 3).is_contiguous()
 
 
 def test_a_failed_launch_is_one_line(cuda_device):

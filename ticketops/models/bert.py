@@ -275,7 +275,7 @@ def project(state: LayerState, linear: nn.Linear, contexts: Tensor, residual: Te
 
 
 def with_unread(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Keeps the parameters of a LayerNorm in the graph where nothing is left of the sublayer behind it.
+    """Keeps the parameters of a LayerNorm in the graph where nothing of the sublayer behind it is computed.
 
     Their gradients are zeros, as in stock code: what distributes a model waits for a gradient of every parameter.
 

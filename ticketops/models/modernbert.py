@@ -47,10 +47,10 @@ class TicketModernBertEncoderLayer(nn.Module):
         if attention.Wo.bias is not None:
             projected = projected + attention.Wo.bias
         hidden_states = hidden_states + attention.out_drop(projected)
-        if not state.num_heads:
+        if not state.kept.attention:
             hidden_states = with_unread(self.attn_norm, hidden_states)
         if not state.kept.ffn:
-            return hidden_states if state.neurons else with_unread(self.mlp_norm, hidden_states)
+            return with_unread(self.mlp_norm, hidden_states)
         output = feed_forward(state, self.mlp.Wi, self.mlp.Wo, self.mlp_norm(hidden_states), ticketops)
         return hidden_states + output.view_as(hidden_states)
 

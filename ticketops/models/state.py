@@ -20,6 +20,7 @@ class Kept:
     """What a ticket keeps of one layer; made once a ticket, so that applying it again makes no tensor.
 
     Attributes:
+        attention: whether any head is computed.
         heads: places of the computed heads among those that are there; None for all, on the path without indexing.
         numbers: the computed heads by their numbers in the architecture; None for all of the architecture.
         ffn: whether the FFN is computed.
@@ -34,6 +35,7 @@ class Kept:
             model may copy what goes to its layers.
     """
 
+    attention: bool
     heads: Indices | None
     numbers: Indices | None
     ffn: bool
@@ -116,6 +118,7 @@ class LayerState:
             # The FFN goes as a whole, with the bias of its output, if it is there.
             groups, idle, in_fc1 = 1, Indices([0] if self.neurons else []), 1
         return Kept(
+            attention=bool(places),
             heads=None if places and not pruned else Indices(places),
             numbers=None if len(places) == len(heads) else Indices(self.heads[place] for place in places),
             ffn=bool(ffn_places),

@@ -35,10 +35,10 @@ class PreNormLayer(nn.Module):
         contexts = attend(state, parts.qkv, normed, ticketops, parts.scale, parts.rates[0])
         projected = project(state, parts.output, contexts, hidden_states) + parts.output.bias
         hidden_states = hidden_states + self.dropout(projected)
-        if not state.num_heads:
+        if not state.kept.attention:
             hidden_states = with_unread(self.layernorm_before, hidden_states)
         if not state.kept.ffn:
-            return hidden_states if state.neurons else with_unread(self.layernorm_after, hidden_states)
+            return with_unread(self.layernorm_after, hidden_states)
         output = feed_forward(state, parts.fc1, parts.fc2, self.layernorm_after(hidden_states), ticketops)
         return hidden_states + self.dropout(output.view_as(hidden_states))
 
