@@ -1,5 +1,6 @@
-// ticketops._native. Addresses come as integers, and the callers in ticketops/ops/*/native.py have checked that they
-// are of the right device, dtype, size and stride; only what the sequences say is checked here, since it is data.
+// The Python module ticketops._native. Tensors are passed as integer addresses; the callers in
+// ticketops/ops/*/native.py have checked their device, dtype, size and strides. Values that index memory (sequences,
+// ids, places) are checked here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,22 +31,22 @@ using Address = std::uintptr_t;
 namespace {
 
 #ifdef __x86_64__
-// In the order of what they need.
+// Each includes the ones before it.
 enum class Isa { avx2, avx512, avx512bf16, amx };
 constexpr const char* isa_names[] = {"avx2", "avx512", "avx512bf16", "amx"};
 
 #ifdef TICKETOPS_AMX
-// Whether the processor has AMX with bfloat16, and the system lets this process use it.
+// Returns true if the processor has AMX with bfloat16 and the system lets this process use it.
 bool may_use_amx() {
   unsigned a, b, c, d;
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
-  // Linux saves the tiles' registers for processes that have asked for them: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
+  // On Linux a process must ask for the tile registers: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 #endif
 
-// Those that were compiled and that the processor has, the lowest first.
+// Instruction sets that were compiled and that the processor has, the lowest first.
 std::vector<Isa> find_isas() {
 #ifdef TICKETOPS_WIDE
   return {Isa::avx512};
@@ -114,12 +115,12 @@ T* pointer(Address address) {
 
 View view(Address data, int64_t row, int64_t head) { return {pointer<void>(data), row, head}; }
 
-// Not initialised, so that nothing is written twice.
-struct GiveBack {
-  void operator()(float* memory) const { give_memory(memory); }
+struct FreeMemory {
+  void operator()(float* memory) const { free_memory(memory); }
 };
-using Scratch = std::unique_ptr<float[], GiveBack>;
-Scratch allocate(int64_t floats) { return Scratch(static_cast<float*>(take_memory(floats * sizeof(float)))); }
+// Uninitialised, since the kernels write it anyway.
+using Scratch = std::unique_ptr<float[], FreeMemory>;
+Scratch allocate(int64_t floats) { return Scratch(static_cast<float*>(allocate_memory(floats * sizeof(float)))); }
 
 Dropout dropout(uint64_t seed, uint32_t threshold, double p) {
   return {seed, threshold, static_cast<float>(1.0 / (1.0 - p))};
@@ -138,7 +139,7 @@ std::vector<Segment> read_sequences(Address starts, Address lengths, int64_t bat
   return sequences;
 }
 
-// The sequences in the order of their rows, and between them the rows of no sequence.
+// Returns segments that cover all rows in order: the sequences, and the gaps between them.
 std::vector<Segment> cover(std::vector<Segment> sequences, int64_t rows) {
   std::stable_sort(sequences.begin(), sequences.end(), [](const Segment& a, const Segment& b) {
     return a.start != b.start ? a.start < b.start : a.length < b.length;
@@ -156,7 +157,7 @@ std::vector<Segment> cover(std::vector<Segment> sequences, int64_t rows) {
   return segments;
 }
 
-// Zeros in the rows of no sequence, of `row_bytes` each and `stride` bytes apart.
+// Writes zeros to the rows of `target` that are in no sequence: `row_bytes` bytes each, `stride` bytes apart.
 void clear_gaps(const std::vector<Segment>& segments, Address target, int64_t row_bytes, int64_t stride) {
   for (const Segment& segment : segments)
     for (int64_t row = segment.start; segment.sequence < 0 && row < segment.start + segment.length; ++row)
@@ -252,8 +253,8 @@ void ffn_forward(bool bf16, int activation, Address pre, Address bias, Address h
 
 void ffn_backward(bool bf16, int activation, Address gradient, Address target, Address pre, Address bias,
                   Address hidden, Address masked, Address neuron_mask, Address bias_sums, Address neuron_sums,
-                  bool neuron_absolute, Address starts, Address lengths, bool gated, int64_t batch, int64_t rows, int64_t neurons,
-                  int threads) {
+                  bool neuron_absolute, Address starts, Address lengths, bool gated, int64_t batch, int64_t rows,
+                  int64_t neurons, int threads) {
   std::vector<Segment> segments;
   if (neuron_sums) {
     segments = cover(read_sequences(starts, lengths, batch, rows, rows), rows);
@@ -302,20 +303,20 @@ void token_sums(bool bf16, Address a, Address b, Address bias, Address starts, A
   (bf16 ? KERNEL(token_sums<Bf16>) : KERNEL(token_sums<float>))(args);
 }
 
-// The kernel for the storage of x and of the residual, which is float32 or x's.
+// The kernel for the dtypes of x and of the residual, which is float32 or x's dtype.
 #define RESIDUAL_KERNEL(name)                       \
   (residual_bf16 ? KERNEL(name<Bf16, Bf16>)         \
    : x_bf16      ? KERNEL(name<Bf16, float>)        \
                  : KERNEL(name<float, float>))
 
-// gamma, beta, mean and rstd, 0 for no norm.
+// Addresses of gamma, beta, mean and rstd; zeros for no norm.
 using NormAddresses = std::array<Address, 4>;
 Norm norm(const NormAddresses& addresses, double eps) {
   const auto at = [&](int i) { return pointer<float>(addresses[i]); };
   return {at(0), at(1), static_cast<float>(eps), at(2), at(3)};
 }
 
-// x, third and residual, with the places of their rows.
+// Addresses of x, third and residual, each with that of its rows' places.
 using RowAddresses = std::array<std::array<Address, 2>, 3>;
 
 void set_residual(Residual& args, int64_t rows, int64_t channels, const RowAddresses& sources, Address bias,
@@ -368,10 +369,10 @@ void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
                                   " rows of the table");
 }
 
-// Tables of words, token types (or 0) and positions, each with its ids.
+// Checks the ids of the three tables: words, token types (0 if there are none) and positions.
 void check_tables(const RowAddresses& tables, const std::array<int64_t, 3>& sizes, int64_t rows) {
   for (int i = 0; i < 3; ++i)
-    // A table without rows has no address, but ids have: none of them is right.
+    // Test the ids' address: that of a table without rows is null, and every id is wrong for it.
     if (tables[i][1]) check_ids(pointer<int64_t>(tables[i][1]), rows, sizes[i]);
 }
 
@@ -388,7 +389,7 @@ void embeddings_forward(bool bf16, const RowAddresses& tables, const std::array<
   (bf16 ? KERNEL(residual_forward<Bf16, Bf16>) : KERNEL(residual_forward<float, float>))(args);
 }
 
-// dz: of the tables' rows.
+// dz [rows, channels]: gets the gradient of the sum of the embeddings.
 void embeddings_backward(bool bf16, Address dout, const RowAddresses& tables, const std::array<int64_t, 3>& sizes,
                          const NormAddresses& addresses, Address dz, Address dgamma, Address dbeta, int64_t rows,
                          int64_t channels, uint64_t seed, uint32_t threshold, double p, int threads) {
@@ -441,7 +442,7 @@ void check_places(const char* what, const int64_t* places, int64_t count, int64_
                                   std::to_string(all) + " of the layer");
 }
 
-// The parameters in the order of ticketops.ops.layer.Weights; `heads` and `neurons` are null where all are computed.
+// `parameters` are in the order of ticketops.ops.layer.Weights. `heads` and `neurons` are null if all are computed.
 void encoder(bool x_bf16, bool bf16, int activation, Address x, Address out, const std::array<Address, 16>& parameters,
              Address heads, Address neurons, Address starts, Address lengths, int64_t batch, int64_t tokens,
              int64_t channels, int64_t all_heads, int64_t head_dim, int64_t head_count, int64_t all_neurons,
@@ -449,7 +450,7 @@ void encoder(bool x_bf16, bool bf16, int activation, Address x, Address out, con
              int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
   cover(sequences, tokens);
-  if (first_tokens && tokens < 1) throw std::invalid_argument("there is no first token among 0");
+  if (first_tokens && tokens < 1) throw std::invalid_argument("first_tokens needs at least one token, but there are 0");
   const int64_t *head_places = pointer<int64_t>(heads), *neuron_places = pointer<int64_t>(neurons);
   std::vector<int64_t> width_places;
   if (heads) {
@@ -496,46 +497,48 @@ void encoder(bool x_bf16, bool bf16, int activation, Address x, Address out, con
   (x_bf16 ? KERNEL(encoder<Bf16, true>) : bf16 ? KERNEL(encoder<float, true>) : KERNEL(encoder<float, false>))(args);
 }
 
-// A row of the table that ticketops/ops/copies/native.py makes.
+// A row of the table that ticketops/ops/copies/native.py builds.
 struct CopyRow {
   int64_t source, target, index, rows, groups, count, slice, elements;
-  // gather: groups to count; scatter: count to groups; spread: the same, and zeros in the other groups.
-  enum : int64_t { gather, scatter, spread } way;
+  // `index` [count] selects among `groups` slices: of the source (gather), or of the target (scatter; spread also
+  // writes zeros to the target's other slices).
+  enum : int64_t { gather, scatter, spread } direction;
 };
 
 void copy_slices(Address table, int64_t copies, int threads) {
   const CopyRow* rows = pointer<CopyRow>(table);
   std::vector<Copy> list;
-  // For each slice of what is spread where it comes from.
+  // For each spread, the source slice of each target slice, or -1. Owns the memory of `Copy::from`.
   std::vector<std::vector<int64_t>> places;
   int64_t tasks = 0, spread_bytes = 0;
   const auto makes_float = [](const CopyRow& row) {
     const auto elements = static_cast<Elements>(row.elements);
     return elements == Elements::bf16_to_float || elements == Elements::float_to_float;
   };
-  // What is spread is a gradient.
+  // A spread writes a gradient, which the optimizer reads much later.
   for (const CopyRow* row = rows; row != rows + copies; ++row)
-    if (row->way == CopyRow::spread && makes_float(*row)) spread_bytes += row->rows * row->groups * row->slice * 4;
+    if (row->direction == CopyRow::spread && makes_float(*row))
+      spread_bytes += row->rows * row->groups * row->slice * 4;
   for (const CopyRow* row = rows; row != rows + copies; ++row) {
     const int64_t* index = pointer<int64_t>(row->index);
     for (int64_t i = 0; index && i < row->count; ++i)
       if (index[i] < 0 || index[i] >= row->groups)
         throw std::invalid_argument("slice " + std::to_string(index[i]) + " is not among the " +
                                     std::to_string(row->groups) + " of the tensor");
-    const bool gather = row->way == CopyRow::gather;
+    const bool gather = row->direction == CopyRow::gather;
     Copy copy{pointer<void>(row->source),
               pointer<void>(row->target),
               gather ? index : nullptr,
-              row->way == CopyRow::scatter ? index : nullptr,
+              row->direction == CopyRow::scatter ? index : nullptr,
               row->rows,
               gather ? row->groups : row->count,
               gather ? row->count : row->groups,
               row->count,
               row->slice,
               static_cast<Elements>(row->elements),
-              row->way == CopyRow::spread && makes_float(*row) && spread_bytes >= streamed_bytes,
+              row->direction == CopyRow::spread && makes_float(*row) && spread_bytes >= streamed_bytes,
               tasks};
-    if (row->way == CopyRow::spread && index) {
+    if (row->direction == CopyRow::spread && index) {
       auto& from = places.emplace_back(row->groups, -1);
       for (int64_t i = 0; i < row->count; ++i) from[index[i]] = i;
       copy.from = from.data();
@@ -547,7 +550,7 @@ void copy_slices(Address table, int64_t copies, int threads) {
   KERNEL(copy)({list.data(), copies, tasks, threads});
 }
 
-// The exchange format of https://dmlc.github.io/dlpack, as far as a tensor in host memory needs it.
+// The part of DLPack (https://dmlc.github.io/dlpack) that a tensor in host memory needs.
 struct DlpackType {
   uint8_t code, bits;
   uint16_t lanes;
@@ -576,18 +579,18 @@ py::capsule new_tensor(const std::vector<int64_t>& shape, bool bf16) {
     stride *= std::max<int64_t>(shape[i], 1);
   }
   auto tensor = std::make_unique<DlpackTensor>();
-  *tensor = {take_memory(numbers * (bf16 ? 2 : 4)), host, 0, static_cast<int32_t>(dimensions),
+  *tensor = {allocate_memory(numbers * (bf16 ? 2 : 4)), host, 0, static_cast<int32_t>(dimensions),
              bf16 ? bfloat16 : float32, sizes.get(), sizes.get() + dimensions, 0, nullptr, [](DlpackTensor* self) {
-               give_memory(self->data);
+               free_memory(self->data);
                delete[] self->shape;
                delete self;
              }};
   sizes.release();
   return py::capsule(tensor.release(), "dltensor", [](PyObject* capsule) {
-    // Whoever takes the tensor renames the capsule.
+    // A consumer renames the capsule and then owns the tensor.
     if (!PyCapsule_IsValid(capsule, "dltensor")) return;
-    auto* nobodys = static_cast<DlpackTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-    nobodys->deleter(nobodys);
+    auto* unclaimed = static_cast<DlpackTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    unclaimed->deleter(unclaimed);
   });
 }
 
@@ -596,11 +599,11 @@ py::capsule new_tensor(const std::vector<int64_t>& shape, bool bf16) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of ticketops that take addresses; use ticketops.ops.";
   m.attr("built_from") = TICKETOPS_BUILT_FROM;
-  m.def("isa", isa, "The instruction set that the kernels use.");
-  m.def("isas", isas, "Those that were compiled and that this processor has, the lowest first.");
-  m.def("use_isa", use_isa, "Chooses one of `isas`; the highest is chosen by itself.");
-  m.def("is_intel", is_intel, "Whether Intel made the processor.");
-  m.def("threads_available", threads_available, "Whether torch's OpenMP runtime was found.");
+  m.def("isa", isa, "Returns the instruction set that the kernels use.");
+  m.def("isas", isas, "Returns the instruction sets that were compiled and that this processor has, the lowest first.");
+  m.def("use_isa", use_isa, "Selects one of `isas`. The default is the highest.");
+  m.def("is_intel", is_intel, "Returns True if the processor is made by Intel.");
+  m.def("threads_available", threads_available, "Returns True if torch's OpenMP runtime was found.");
   const py::call_guard<py::gil_scoped_release> release;
   m.def("attention_forward", attention_forward, release);
   m.def("attention_backward", attention_backward, release);
@@ -618,5 +621,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("embedding_gradient", embedding_gradient, release);
   m.def("encoder", encoder, release);
   m.def("copy_slices", copy_slices, release);
-  m.def("new_tensor", new_tensor, "Kept memory, not initialised, as a DLPack capsule.");
+  m.def("new_tensor", new_tensor, "Returns an uninitialised tensor in reused memory as a DLPack capsule.");
 }

@@ -1,7 +1,8 @@
-# Notes in an extension what it is built from, so that Python can tell when its sources have changed since.
+# Records the hashes of an extension's sources in it, so that Python can tell if the sources have changed since the
+# build.
 
-# Writes built_from.h, which defines TICKETOPS_BUILT_FROM: a line "<SHA-256> <path>" for each file, as sha256sum prints
-# them. `target` finds the header; a changed file has CMake run again.
+# Writes built_from.h, which defines TICKETOPS_BUILT_FROM as a string with a line "<SHA-256> <path>" for each file. Adds
+# the header's folder to the include path of `target`, and reruns CMake when one of the files changes.
 function(ticketops_built_from target root)
   set(lines "")
   list(SORT ARGN)

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Runs the native kernels' tests, their fuzz of shapes, lengths and strides among them, on an extension built with
-# AddressSanitizer and UndefinedBehaviorSanitizer. Tensors' memory comes from malloc, so an access outside one is seen.
-# WIDE=ON tests the AVX-512 kernels, on AVX2 if need be.
+# Runs the native kernels' tests, including the fuzzing of shapes, lengths and strides, on an extension built with
+# AddressSanitizer and UndefinedBehaviorSanitizer. Tensors are allocated with malloc, so that an access outside a tensor
+# is detected. WIDE=ON compiles the AVX-512 kernels for AVX2 and tests them.
 set -eu
 cd "$(dirname "$0")/.."
 python=$PWD/.venv/bin/python
@@ -15,7 +15,7 @@ cmake -S . -B $build -G Ninja -DTICKETOPS_SANITIZE=ON -DTICKETOPS_WIDE="${WIDE:-
   -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
 cmake --build $build
 
-# Leaks are not looked for: the interpreter keeps memory to its end.
+# Leaks are not checked, because the interpreter does not free all memory at exit.
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" \
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 "$python" - "$@" <<PYTHON

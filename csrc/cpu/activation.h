@@ -1,4 +1,4 @@
-// The activations of the FFN with their derivatives.
+// The FFN's activation functions and their derivatives.
 #pragma once
 
 #include "cpu/simd.h"
@@ -9,9 +9,9 @@ struct Value {
   Float output, derivative;
 };
 
-// The distribution function of the normal, cdf(-a) = e^(-a^2/2) t P(t) with t = 1 / (1 + 0.35 a) for a >= 0: a fit of
-// relative error 3e-8 on [0, 13.3], beyond which the exponential is 0. It keeps its relative accuracy for negative x,
-// where 1 + erf loses it, and shares the exponential with the derivative.
+// x cdf(x), where cdf is the standard normal distribution function: cdf(-a) = e^(-a^2/2) t P(t) with t = 1 / (1 + 0.35
+// a) for a >= 0. P is a polynomial fit; the relative error is 3e-8 on [0, 13.3], beyond which the exponential is 0.
+// Unlike 1 + erf, this stays accurate for negative x, and the derivative reuses the exponential.
 struct Gelu {
   TICKETOPS_INLINE static Value at(Float x) {
     const Float a = abs(x), t = 1.0f / (a * 0.35f + 1.0f), bell = exp(a * a * -0.5f);
@@ -28,12 +28,12 @@ struct Gelu {
   }
 };
 
-// (1 + tanh u) / 2 = 1 / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+// x (1 + tanh u) / 2 = x / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 struct GeluTanh {
   TICKETOPS_INLINE static Value at(Float x) {
     constexpr float slope = 1.5957691216057308f;
     const Float square = x * x, power = x * (square * 0.044715f + 1.0f) * -slope, decay = exp(power);
-    // Where the exponential ends, the gate does: the derivative multiplies it by x^3.
+    // `exp` saturates at 88. Beyond it the gate is set to 0, since the derivative multiplies it by x^3.
     const Float gate = power < 88.0f ? 1.0f / (decay + 1.0f) : power == power ? Float{} : power;
     return {x * gate, gate + x * gate * (gate * decay) * (square * (3 * 0.044715f) + 1.0f) * slope};
   }

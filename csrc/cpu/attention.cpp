@@ -1,9 +1,9 @@
-// Masked attention over packed sequences, one (sequence, head) a task. The operands of a task are copied into float32
-// scratch with padded rows, so that one register-tiled matrix product serves all seven products and both dtypes; the
-// scores of a block of queries stay in the cache, and no score is ever written to memory.
+// Masked attention over packed sequences, one head of one sequence at a time. Its operands are copied into float32
+// scratch with padded rows, so that the same register-tiled matrix product computes all seven products for both dtypes.
+// Only the scores of a block of queries exist at a time, and they stay in the cache.
 //
-// With AVX512-BF16 the products of two operands that are stored in bfloat16 (scores and dP) take them as they lie; with
-// AMX attention_tiles.h multiplies, for a bfloat16 head of an even size.
+// With AVX512-BF16 the products of two bfloat16 operands (scores and dP) read them in place. With AMX, bfloat16 heads
+// of an even size are computed by attention_tiles.h.
 #include "cpu/attention.h"
 #include "cpu/product.h"
 #ifdef __AMX_BF16__
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t query_block = attention_query_block;
 
-// Whether rows are multiplied as pairs of bfloat16.
+// Returns true if rows are multiplied as pairs of bfloat16.
 template <typename T>
 bool in_pairs(int64_t depth) {
 #ifdef __AVX512BF16__
@@ -25,7 +25,7 @@ bool in_pairs(int64_t depth) {
 #endif
 }
 
-// The right operand of `row_products`: one head's rows, transposed, [depth or pairs][stride].
+// Copies one head's rows, transposed, to `packed` [depth or pairs][stride]: the right operand of `row_products`.
 template <typename T>
 void gather_right(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth, bool pairs, float* packed,
                   int64_t stride) {
@@ -35,8 +35,8 @@ void gather_right(const View& view, int64_t start, int64_t rows, int64_t head, i
     gather_transposed<T>(view, start, rows, head, depth, packed, stride);
 }
 
-// out[i][j] = factor <row start + i of the view, column j of right>, where `left` holds the rows times `factor` unless
-// they are taken in pairs.
+// out[i][j] = factor <row start + i of the view, column j of right>. If `pairs`, the rows are read from the view;
+// otherwise `left` holds them, already multiplied by `factor`.
 void row_products(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth, bool pairs, float factor,
                   const float* left, int64_t left_stride, const float* right, int64_t columns, float* out,
                   int64_t stride) {
@@ -54,9 +54,9 @@ void row_products(const View& view, int64_t start, int64_t rows, int64_t head, i
   product<false>(rows, columns, depth, Left{left, left_stride, 1}, right, stride, out, stride);
 }
 
-// Asks for one head's rows before they are needed: they lie apart, so the processor does not see them coming. In a
-// step's cold caches the passes take 0.75 to 0.88 times as long for it (12 heads of 32 and 64, float32 and bfloat16,
-// two cores of an Intel Xeon).
+// Prefetches one head's rows. They are far apart, so the hardware prefetcher does not help. In the cold caches of a
+// training step this makes the passes take 0.75 to 0.88 times as long (12 heads of 32 and 64, float32 and bfloat16, two
+// cores of an Intel Xeon).
 template <typename T, bool write = false>
 void fetch_head(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth) {
   const T* row = static_cast<const T*>(view.data) + start * view.row + head * view.head;
@@ -64,8 +64,8 @@ void fetch_head(const View& view, int64_t start, int64_t rows, int64_t head, int
     for (int64_t d = 0; d < depth; d += 64 / sizeof(T)) fetch<write>(row + d);
 }
 
-// Calls body(sequence, head, thread, more) for all heads of all sequences, where `more` tells that the same thread
-// takes the next head then. All heads of a sequence are one task where there are enough of them.
+// Calls body(sequence, head, thread, more) for all heads of all sequences. `more` is true if the same thread takes the
+// next head afterwards. Heads of a sequence form one task as far as enough tasks remain to balance the threads.
 template <typename F>
 void for_heads(const Attention& args, F body) {
   const int64_t some = args.batch * args.heads / (8 * args.threads), group = some < 1 ? 1 : min(some, args.heads);
@@ -76,7 +76,7 @@ void for_heads(const Attention& args, F body) {
   });
 }
 
-// Scores outside of a query's window, and behind the last key, take no part in the softmax.
+// Sets the scores of keys outside the query's window, and of the padding after the last key, to -inf.
 void pad_scores(float* scores, const Keys& keys, int64_t query, int64_t window) {
   const int64_t low = query - window - keys.first, high = query + window + 1 - keys.first;
   for (int64_t j = 0; j < low; ++j) scores[j] = -__builtin_inff();
@@ -202,7 +202,7 @@ void attention_backward(const AttentionBackward& args) {
     gather_right<T>(args.k, sequence.start, n, head, depth, pairs, k_transposed, key_stride);
     gather_right<T>(args.v, sequence.start, n, head, depth, pairs, v_transposed, key_stride);
     gather<T>(args.k, sequence.start, n, head, depth, 1, k, stride);
-    // The first block of queries does not reach all keys then.
+    // With a window the first block of queries does not write all rows of dk and dv.
     for (int64_t i = 0; windowed && i < 2 * n * stride; i += W) store(dk + i, Float{});
     double signed_sum = 0, absolute_sum = 0;
     for (int64_t first = 0; first < queries; first += query_block) {

@@ -1,4 +1,4 @@
-// How the attention kernels read the heads of packed sequences and write them back.
+// Reads heads of packed sequences into scratch and writes them back.
 #pragma once
 
 #include "cpu/dropout.h"
@@ -6,8 +6,8 @@
 
 namespace ticketops::TICKETOPS_ISA {
 
-// One head of a sequence's rows `start` .. `start` + rows - 1, times `factor`, as [rows][stride] with zeros up to the
-// next multiple of W.
+// Copies one head of rows start .. start + rows - 1, times `factor`, to `packed` [rows][stride]. Columns are padded
+// with zeros to a multiple of W.
 template <typename T>
 void gather(const View& view, int64_t start, int64_t rows, int64_t head, int64_t head_dim, float factor, float* packed,
             int64_t stride) {
@@ -17,7 +17,7 @@ void gather(const View& view, int64_t start, int64_t rows, int64_t head, int64_t
   }
 }
 
-// The transpose [head_dim][stride] of the same, with zeros up to the next multiple of W.
+// Copies the transpose of the same to `packed` [head_dim][stride], padded with zeros to a multiple of W columns.
 template <typename T>
 void gather_transposed(const View& view, int64_t start, int64_t rows, int64_t head, int64_t head_dim, float* packed,
                        int64_t stride) {
@@ -35,10 +35,10 @@ void gather_transposed(const View& view, int64_t start, int64_t rows, int64_t he
   }
 }
 
-// A view of the pairs, as if each were a float32.
+// A view of bfloat16 numbers as pairs, each pair in the place of one float32.
 inline View pairs_of(const View& view) { return {view.data, view.row / 2, view.head / 2}; }
 
-// Writes [rows][stride] times `factor` to one head of [T, H, D] whose rows are `target_row` elements apart.
+// Writes `packed` [rows][stride] times `factor` to one head of `target` [T, H, D], whose row stride is `target_row`.
 template <typename T>
 void scatter(const float* packed, int64_t stride, const Attention& args, int64_t start, int64_t rows, int64_t head,
              float factor, void* target, int64_t target_row) {
@@ -48,18 +48,18 @@ void scatter(const float* packed, int64_t stride, const Attention& args, int64_t
   }
 }
 
-// How many queries of a sequence are wanted.
+// Number of queries of a sequence to compute.
 TICKETOPS_INLINE int64_t queries_of(const Attention& args, const Segment& sequence) {
   return args.first_tokens ? min(1, sequence.length) : sequence.length;
 }
 
-// The rows of the others.
+// The rows of the queries that are not computed.
 TICKETOPS_INLINE Segment others_of(const Attention& args, const Segment& sequence) {
   const int64_t queries = queries_of(args, sequence);
   return {sequence.start + queries, sequence.length - queries, sequence.sequence};
 }
 
-// A head that is masked out leaves zeros.
+// Writes zeros to one head of a segment's rows in `target`, whose row stride is `target_row`.
 template <typename T>
 void clear(const Attention& args, const Segment& sequence, int64_t head, void* target, int64_t target_row) {
   const T zero{};
@@ -69,7 +69,7 @@ void clear(const Attention& args, const Segment& sequence, int64_t head, void* t
   }
 }
 
-// The keys that a block of queries attends to: from a multiple of W on, so that loads stay where they are aligned.
+// The range of keys that a block of queries attends to. `first` is a multiple of W, so that loads stay aligned.
 struct Keys {
   int64_t first, count;
 };

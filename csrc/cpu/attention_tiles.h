@@ -1,9 +1,10 @@
-// One head of one sequence in bfloat16 by AMX: tiles of 16 rows of 16 pairs, whose products are sums of float32.
+// Attention of one head of one sequence in bfloat16 with AMX: tiles of 16 rows of 16 pairs, accumulated in float32.
 //
-// Operands are made of pairs, two numbers of bfloat16 in the place of one float32, with the products' inner dimension
-// along the pairs, zeros up to whole tiles, and strides in float32. Scores are held with a row for each key and a lane
-// for each query of a block, so that softmax and delta are arithmetic between lanes and what becomes the next product's
-// operand is stored where it belongs: P^T and dS^T as they are for dV and dK, by pairs of keys for O^T and dQ^T.
+// Operands are stored as pairs: two bfloat16 numbers in the place of one float32, adjacent in the product's inner
+// dimension. They are padded with zeros to whole tiles; strides are in float32. Scores are transposed, with a row for
+// each key and a lane for each query of a block. So softmax and delta are vertical operations, and their results can be
+// stored directly as operands of the next products: P^T and dS^T in pairs of queries for dV and dK, in pairs of keys
+// for O^T and dQ^T.
 #pragma once
 
 #include "cpu/attention.h"
@@ -11,23 +12,25 @@
 
 namespace ticketops::TICKETOPS_ISA {
 
-// Two vectors as bfloat16, one behind the other, and lane by lane.
+// Rounds two vectors to bfloat16: `low` to the lower half of the result, `high` to the upper half.
 TICKETOPS_INLINE __m512i halves(Float low, Float high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
+// Stores the lower half of `halves` to `low` and its upper half to `high`.
 TICKETOPS_INLINE void store_halves(float* low, float* high, __m512i halves) {
   _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(low), _mm512_castsi512_si256(halves));
   _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(high), _mm512_extracti64x4_epi64(halves, 1));
 }
 
+// Interleaves the two halves: lane i of the result is the pair (lower[i], upper[i]).
 TICKETOPS_INLINE Float paired(__m512i halves) {
   alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return reinterpret_cast<Float>(_mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
 }
 
-// One head's rows, as they are: [whole tiles of rows][whole tiles of pairs of channels].
+// Copies one head's rows to `packed` [whole tiles of rows][whole tiles of pairs of channels].
 inline void gather_rows(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth, float* packed,
                         int64_t stride) {
   const View pairs = pairs_of(view);
@@ -38,14 +41,14 @@ inline void gather_rows(const View& view, int64_t start, int64_t rows, int64_t h
   zero(packed + rows * stride, whole(rows, tile) - rows, stride, stride);
 }
 
-// The transpose, pairs of channels along the rows: [whole tiles of pairs][whole tiles of rows].
+// Copies their transpose in pairs of channels to `packed` [whole tiles of pairs of channels][whole tiles of rows].
 inline void gather_columns(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth, float* packed,
                            int64_t stride) {
   gather_transposed<float>(pairs_of(view), start, rows, head, depth / 2, packed, stride);
   zero(packed + depth / 2 * stride, whole(depth / 2, tile) - depth / 2, whole(rows, tile), stride);
 }
 
-// Pairs of rows: [tile][whole tiles of channels] of at most 32 rows.
+// Copies at most 32 rows in pairs of rows to `packed` [tile][whole tiles of channels].
 inline void gather_row_pairs(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth, float* packed,
                              int64_t stride) {
   const Bf16* first = static_cast<const Bf16*>(view.data) + start * view.row + head * view.head;
@@ -61,7 +64,7 @@ inline void gather_row_pairs(const View& view, int64_t start, int64_t rows, int6
   zero(packed + (rows + 1) / 2 * stride, tile - (rows + 1) / 2, stride, stride);
 }
 
-// The transpose, pairs of rows along the rows: [whole tiles of channels][stride], zeros behind the last row.
+// Copies the transpose in pairs of rows to `packed` [whole tiles of channels][stride], with zeros after the last row.
 inline void gather_column_pairs(const View& view, int64_t start, int64_t rows, int64_t head, int64_t depth,
                                 float* packed, int64_t stride) {
   const View pairs = pairs_of(view);
@@ -90,7 +93,8 @@ inline void gather_column_pairs(const View& view, int64_t start, int64_t rows, i
   zero(packed + depth * stride, whole(depth, tile) - depth, stride, stride);
 }
 
-// Writes the transpose of [channels][stride], each lane times its factor, to one head of `rows` rows from `start` on.
+// Writes the transpose of `packed` [channels][stride], column i times factors[i], to one head of rows start ..
+// start + rows - 1 of `target`.
 inline void scatter_columns(const float* packed, int64_t stride, const Attention& args, int64_t start, int64_t rows,
                             int64_t head, const float* factors, void* target, int64_t target_row) {
   for (int64_t i = 0; i < rows; i += W)
@@ -109,7 +113,7 @@ inline void scatter_columns(const float* packed, int64_t stride, const Attention
     }
 }
 
-// The scores of a key and the queries `query` .. `query` + W - 1; those out of the window take no part in the softmax.
+// The scores of one key and the queries query .. query + W - 1, with -inf where the key is outside the query's window.
 TICKETOPS_INLINE Float in_window(const Attention& args, int64_t key, int64_t query, Float scores) {
   const Word distance = static_cast<uint32_t>(key + args.window - query) - lanes();
   return distance <= static_cast<uint32_t>(2 * args.window) ? scores : splat(-__builtin_inff());
@@ -172,12 +176,12 @@ inline void forward_in_tiles(const AttentionForward& args, const Segment& sequen
   }
 }
 
-// Of delta / mask, and of its magnitude.
+// Sums over queries of delta / mask and of its absolute value.
 struct DeltaSums {
   double signed_sum, absolute_sum;
 };
 
-// See attention_backward.
+// The formulas are at attention_backward.
 inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment& sequence, int64_t head, float mask,
                                    float* scratch) {
   constexpr int64_t block = attention_tile_queries;
@@ -205,7 +209,7 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
   gather_rows(args.k, sequence.start, n, head, depth, k_rows, depth_pairs);
   gather_rows(args.v, sequence.start, n, head, depth, v_rows, depth_pairs);
   gather_column_pairs(args.k, sequence.start, n, head, depth, k, k_stride);
-  // The first block of queries does not reach all keys then.
+  // With a window the first block of queries does not write all rows of dk and dv.
   if (windowed) zero(dk, 2 * all_keys, channels, channels);
   alignas(64) float factors[block];
   for (float& factor : factors) factor = args.scale;
@@ -223,7 +227,7 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
     tile_product(count, columns, depth_pairs, v_rows + keys.first * depth_pairs, depth_pairs, dout_columns, block,
                  dweights, block);
     for (int64_t i = 0; i < block; i += W) {
-      // The weights of the lanes behind the last query are zeros.
+      // With an lse of infinity, the weights of the lanes after the last query are zeros.
       alignas(64) float lses[W], deltas[W] = {};
       store(lses, splat(__builtin_inff()));
       for (int64_t lane = 0; lane < min(W, rows - i); ++lane) {

@@ -1,4 +1,4 @@
-// Slices of many tensors from one place to another, cast on the way where wanted.
+// Copies slices of many tensors, with a conversion between float32 and bfloat16 where requested.
 #include "cpu/parallel.h"
 
 namespace ticketops::TICKETOPS_ISA {
@@ -15,7 +15,7 @@ constexpr bool is_float<float> = true;
 
 template <typename T>
 TICKETOPS_INLINE void move(const T* source, T* target, int64_t n) {
-  // A single number is worth an instruction instead of a call.
+  // For a single element an assignment is faster than a call of memcpy.
   if (n == 1) {
     *target = *source;
   } else {
@@ -28,9 +28,9 @@ TICKETOPS_INLINE void move(const A* source, B* target, int64_t n) {
   for_row(n, [=](int64_t, auto load, auto store) { store(target, load(source)); });
 }
 
-// The same past the caches; zeros without a source.
+// The same with non-temporal stores, which bypass the caches. Writes zeros if `source` is null.
 template <typename A>
-TICKETOPS_INLINE void move_past(const A* source, float* target, int64_t n) {
+TICKETOPS_INLINE void move_streaming(const A* source, float* target, int64_t n) {
   for_row(n, [=](int64_t i, auto load, auto store) {
     const Float x = source ? load(source) : Float{};
     if (i + W <= n && is_aligned(target + i))
@@ -40,7 +40,7 @@ TICKETOPS_INLINE void move_past(const A* source, float* target, int64_t n) {
   });
 }
 
-// The elements [begin, end) of what a copy writes.
+// Copies the elements [begin, end), counted in the order of writing.
 template <typename A, typename B, bool streams = false>
 void copy_slices(const Copy& copy, int64_t begin, int64_t end) {
   const int64_t slice = copy.slice, first = begin / slice;
@@ -52,7 +52,7 @@ void copy_slices(const Copy& copy, int64_t begin, int64_t end) {
     const A* source =
         from < 0 ? nullptr : static_cast<const A*>(copy.source) + (row * copy.source_slices + from) * slice + inside;
     if constexpr (streams) {
-      move_past(source, target, n);
+      move_streaming(source, target, n);
     } else if (!source) {
       __builtin_memset(target, 0, n * sizeof(B));
     } else {
@@ -67,7 +67,7 @@ void copy_slices(const Copy& copy, int64_t begin, int64_t end) {
   }
 }
 
-// The same where slices are single numbers that come to lie side by side.
+// The same for a gather of slices of one element each. The target is contiguous.
 template <typename A, typename B>
 void copy_numbers(const Copy& copy, int64_t begin, int64_t end) {
   constexpr int64_t block = 64;
@@ -100,7 +100,7 @@ void copy_part(const Copy& copy, int64_t begin, int64_t end) {
 
 void copy(const Copies& args) {
   parallel(args.tasks, args.threads, [&](int64_t task, int) {
-    // The last copy that begins at or before this task.
+    // Binary search for the last copy whose first task is at or before this one.
     int64_t low = 0, high = args.count;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;

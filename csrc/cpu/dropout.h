@@ -12,29 +12,30 @@ TICKETOPS_INLINE T mix(T x) {
   return x ^ (x >> 16);
 }
 
-// What the words of one row (of one head's attention weights, or of a matrix) have in common.
+// The key of a row, from which `drop` derives the random word of each column. A row is a row of a matrix, or one
+// query's row of one head's attention weights.
 TICKETOPS_INLINE uint32_t row_key(const Dropout& dropout, int64_t row) {
   return mix(static_cast<uint32_t>(row) + static_cast<uint32_t>(dropout.seed)) ^
          static_cast<uint32_t>(dropout.seed >> 32);
 }
 
-// The same for the rows `row`, `row` + step, ..., one a lane.
+// The keys of the rows row, row + step, row + 2 step, ..., one in each lane.
 TICKETOPS_INLINE Word row_keys(const Dropout& dropout, int64_t row, int64_t step) {
   const Word rows = lanes() * static_cast<uint32_t>(step) + static_cast<uint32_t>(row);
   return mix(rows + static_cast<uint32_t>(dropout.seed)) ^ static_cast<uint32_t>(dropout.seed >> 32);
 }
 
-// x where the words of these counters keep it, 0 elsewhere.
+// x where the random words of these counters are at or above the threshold, 0 elsewhere.
 TICKETOPS_INLINE Float drop(const Dropout& dropout, Word counters, Float x) {
   return (mix(counters) >> 8) >= dropout.threshold ? x : Float{};
 }
 
-// x where the columns `column` .. `column` + W - 1 of the row are kept, 0 elsewhere.
+// Dropout of the columns column .. column + W - 1 of a row: x where they are kept, 0 elsewhere.
 TICKETOPS_INLINE Float drop(const Dropout& dropout, uint32_t key, int64_t column, Float x) {
   return drop(dropout, key + (lanes() + static_cast<uint32_t>(column)) * 0x9E3779B9u, x);
 }
 
-// The same for one column of W rows.
+// Dropout of one column of W rows.
 TICKETOPS_INLINE Float drop(const Dropout& dropout, Word keys, int64_t column, Float x) {
   return drop(dropout, keys + static_cast<uint32_t>(column) * 0x9E3779B9u, x);
 }

@@ -1,5 +1,5 @@
-// What a layer's matrix products and kernels leave over: sums of two dtypes, the sums of a matrix's columns (a bias's
-// gradient), dropout, rows added up in a table (an embedding's gradient), and transposes.
+// Elementwise operations and reductions that are not part of another kernel: addition of two dtypes, column sums (a
+// bias's gradient), dropout, sums of rows by id (an embedding's gradient), and transposes.
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 
@@ -27,16 +27,16 @@ void column_sums(const ColumnSums& args) {
   const int64_t chunks = (args.rows + sum_chunk - 1) / sum_chunk;
   parallel(chunks, args.threads, [&](int64_t task, int) {
     float* sums = args.scratch + 2 * task * args.columns;
-    // What each sum has lost to rounding (Kahan): the terms cancel, and a bias's gradient is to be as good as a product's.
-    float* lost = sums + args.columns;
+    // Kahan summation, because the terms cancel: a bias's gradient must be as accurate as one from a matrix product.
+    float* compensation = sums + args.columns;
     for (int64_t i = 0; i < 2 * args.columns; ++i) sums[i] = 0;
     const int64_t end = min((task + 1) * sum_chunk, args.rows);
     for (int64_t row = task * sum_chunk; row < end; ++row) {
       const T* x = static_cast<const T*>(args.x) + row * args.columns;
       for_row(args.columns, [&](int64_t i, auto load, auto store) {
         fetch(x + i + args.columns);
-        const Float sum = load(sums), term = load(x) - load(lost), next = sum + term;
-        store(lost, (next - sum) - term);
+        const Float sum = load(sums), term = load(x) - load(compensation), next = sum + term;
+        store(compensation, (next - sum) - term);
         store(sums, next);
       });
     }
@@ -62,7 +62,7 @@ void dropout(const DropoutRows& args) {
   });
 }
 
-// Threads share the columns, so that the rows of one id are added in their order.
+// Each thread takes a block of columns and goes through all rows, so that the rows of one id are added in order.
 template <typename T>
 void embedding_gradient(const EmbeddingGradient& args) {
   constexpr int64_t block = 64, piece = 1 << 18;
@@ -87,7 +87,7 @@ void embedding_gradient(const EmbeddingGradient& args) {
   });
 }
 
-// Squares of W rows and W pairs of columns; what is left at the edges one by one.
+// In squares of W rows and W pairs of columns; the remaining elements at the edges one by one.
 void transpose(const Transpose& args) {
   constexpr int64_t chunk = 2 * W, pairs = 2 * W;
   parallel((args.rows + chunk - 1) / chunk, args.threads, [&](int64_t task, int) {

@@ -1,6 +1,6 @@
-// An encoder layer of few tokens without gradients. All of it is transposed, a row a channel and a column a token: then
-// weights are left operands that are read once, where they lie, each product's result is the next one's right operand,
-// and softmax and LayerNorm run down the columns, a vector of tokens at a time.
+// An encoder layer for few tokens, without gradients. All matrices are transposed: rows are channels, columns are
+// tokens. So weights are left operands, which are read once and in place; the result of each product is the right
+// operand of the next; and softmax and LayerNorm are vertical operations on vectors of tokens.
 #include "cpu/activation.h"
 #include "cpu/parallel.h"
 #include "cpu/product.h"
@@ -11,7 +11,7 @@
 namespace ticketops::TICKETOPS_ISA {
 namespace {
 
-// What is stored in a bfloat16 by the other path.
+// Rounds to bfloat16 where the path with gradients stores a bfloat16.
 template <bool half>
 TICKETOPS_INLINE Float stored(Float x) {
   if constexpr (half) return rounded(x);
@@ -36,7 +36,7 @@ TICKETOPS_INLINE void for_lanes(const Encoder& args, F body) {
   for (int64_t j = 0; j < args.row(); j += W) body(j);
 }
 
-// The tokens [T, C], transposed, with zeros behind the last.
+// Reads the tokens [T, C] and writes their transpose to `x`, with zeros after the last token.
 template <typename T>
 void read_tokens(const Encoder& args, float* x) {
   for_lanes(args, [&](int64_t j) {
@@ -53,7 +53,7 @@ void read_tokens(const Encoder& args, float* x) {
   });
 }
 
-// One vector of tokens, from the j-th on, back to [T, C].
+// Writes a vector of tokens, j .. j + W - 1, of the transposed `x` to the output [T, C].
 template <typename T>
 void write_tokens(const Encoder& args, int64_t j, const float* x) {
   const int64_t some = args.tokens - j;
@@ -70,8 +70,8 @@ void write_tokens(const Encoder& args, int64_t j, const float* x) {
   }
 }
 
-// Rows of weights, of whose columns those at `places` count where there are places, as the left operand of a product.
-// While it is computed, the rows `next` are brought near.
+// Rows of weights as the left operand of a product: all columns, or if `some` those at `places`. During the product the
+// rows `next` are prefetched.
 template <typename T, bool some>
 struct Weights : Left {
   const int64_t* places;
@@ -81,7 +81,7 @@ struct Weights : Left {
   TICKETOPS_INLINE float at(int64_t i, int64_t k) const { return Left::at(i, place(k)); }
   TICKETOPS_INLINE Weights below(int64_t rows) const { return {Left::below(rows), places, next + rows}; }
   TICKETOPS_INLINE void fetch(int64_t rows, int64_t k) const {
-    // A cache line at a time; of columns here and there some are passed over.
+    // Once for each cache line; twice as often if some columns are skipped.
     constexpr int64_t step = 64 / sizeof(T) / (some ? 2 : 1);
     if (k % step == 0)
       for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(next[i] + place(k), 0, 3);
@@ -91,7 +91,7 @@ struct Weights : Left {
 #ifdef __AVX512BF16__
 constexpr bool in_pairs = true;
 
-// The same in bfloat16, two columns an element, those at `places` side by side.
+// The same in bfloat16, in pairs of columns. The columns at `places` have been copied next to each other.
 template <typename T, bool some>
 struct PairedWeights : Pairs {
   const int64_t* places;
@@ -105,8 +105,8 @@ struct PairedWeights : Pairs {
   }
 };
 
-// Columns of a row of weights as bfloat16, with a zero behind an odd number of them. Meanwhile the row `next`, if there
-// is one, is brought near.
+// Copies the columns of a row of weights as bfloat16, with a zero after an odd number of them. Prefetches the row
+// `next`, if there is one.
 template <typename T>
 void copy_columns(const T* from, const int64_t* places, int64_t depth, Bf16* to, const T* next = nullptr) {
   for_row(depth, [&](int64_t k, auto load, auto store) {
@@ -126,25 +126,26 @@ constexpr bool in_pairs = false;
 #endif
 
 #ifdef __AMX_BF16__
-// By tiles; `pairs` is a multiple of theirs.
+// With AMX, `pair_rows` pads to whole tiles.
 constexpr bool in_tiles = true;
 
-// out = A x for `count` rows of A, which row(i) finds.
+// out = A x for `count` rows of A; row(i) returns a pointer to row i. `pairs` is x in pairs of rows.
 template <typename T, typename Row>
 void multiply_tiles(const Encoder& args, int64_t count, const int64_t* places, int64_t depth, Row row,
                     const T* const* next, const float* pairs, float* scratch, float* out) {
-  const int64_t couples = whole((depth + 1) / 2, tile), stride = attention_stride(couples), rows = whole(count, tile);
+  const int64_t depth_pairs = whole((depth + 1) / 2, tile), stride = attention_stride(depth_pairs);
+  const int64_t rows = whole(count, tile);
   for (int64_t i = 0; i < count; ++i) {
     float* const to = scratch + i * stride;
-    if (couples) zero(to + couples - tile, 1, tile, stride);
+    if (depth_pairs) zero(to + depth_pairs - tile, 1, tile, stride);
     copy_columns(row(i), places, depth, reinterpret_cast<Bf16*>(to), next[i]);
   }
-  zero(scratch + count * stride, rows - count, couples, stride);
-  // What lies behind the last row is another matrix.
+  zero(scratch + count * stride, rows - count, depth_pairs, stride);
+  // Whole tiles of rows would overwrite the matrix after `out`: compute in scratch, then copy.
   float* const sums = rows > count ? scratch + rows * stride : out;
   {
     const Tiles tiles;
-    tile_product(rows, args.row(), couples, scratch, stride, pairs, args.row(), sums, args.row());
+    tile_product(rows, args.row(), depth_pairs, scratch, stride, pairs, args.row(), sums, args.row());
   }
   if (sums != out) __builtin_memcpy(out, sums, count * args.row() * sizeof(float));
 }
@@ -152,8 +153,8 @@ void multiply_tiles(const Encoder& args, int64_t count, const int64_t* places, i
 constexpr bool in_tiles = false;
 #endif
 
-// Rows of bfloat16 numbers [depth][row] as pairs [depth / 2][row], with zeros behind an odd number of them, and up to
-// whole tiles.
+// Converts x [depth][row], numbers rounded to bfloat16, to pairs of rows [depth / 2][row]. Pads an odd number of rows
+// with zeros, and with AMX to whole tiles.
 void pair_rows(const Encoder& args, const float* x, int64_t depth, float* pairs) {
   int64_t k = 0;
   for (; k < depth; k += 2, x += 2 * args.row(), pairs += args.row())
@@ -165,8 +166,8 @@ void pair_rows(const Encoder& args, const float* x, int64_t depth, float* pairs)
     for_lanes(args, [&](int64_t j) { store(pairs + j, Float{}); });
 }
 
-// out = A x, where row i of A is that at `row(i)`, of `columns` elements of which those at `places` count (null: all);
-// then finish(i, out's row i).
+// out = A x, then finish(i, row i of out) for each row. row(i) returns a pointer to row i of A, of `columns` elements.
+// Of these, the `depth` ones at `places` are multiplied (null: all).
 template <typename T, bool half, typename Row, typename Finish>
 TICKETOPS_INLINE void multiply(const Encoder& args, float* scratch, int64_t rows, int64_t columns,
                                const int64_t* places, int64_t depth, Row row, const float* x, float* out,
@@ -192,12 +193,12 @@ TICKETOPS_INLINE void multiply(const Encoder& args, float* scratch, int64_t rows
     }
 #elif defined(__AVX512BF16__)
     if constexpr (half) {
-      const int64_t couples = (depth + 1) / 2, stride = attention_stride(couples);
+      const int64_t depth_pairs = (depth + 1) / 2, stride = attention_stride(depth_pairs);
       for (int64_t i = 0; i < count; ++i)
         copy_columns(row(first + i), places, depth, reinterpret_cast<Bf16*>(copy + i * stride));
       const Pairs weights{{copy, stride, 1}};
-      return places ? times(PairedWeights<T, true>{weights, places, next}, couples, pairs)
-                    : times(PairedWeights<T, false>{weights, nullptr, next}, couples, pairs);
+      return places ? times(PairedWeights<T, true>{weights, places, next}, depth_pairs, pairs)
+                    : times(PairedWeights<T, false>{weights, nullptr, next}, depth_pairs, pairs);
     }
 #endif
     const float* weights = nullptr;
@@ -256,7 +257,8 @@ void attend(const Encoder& args, float* scratch, const float* qkv, float* contex
   });
 }
 
-// LayerNorm of x in place, and once more to `operand`, where that is another matrix, as a product takes it.
+// LayerNorm of x in place. If `operand` is another matrix, it gets a copy, rounded as an operand of products. If
+// `last`, the result is also written to the output.
 template <typename T, bool half>
 void normalise(const Encoder& args, const void* gamma, const void* beta, float eps, float* x, float* operand,
                bool last) {
@@ -287,7 +289,7 @@ void normalise(const Encoder& args, const void* gamma, const void* beta, float e
   });
 }
 
-// The columns of first tokens, side by side in rows of `to_row`; any column for an empty sequence.
+// Copies the columns of the sequences' first tokens to `to` [rows][to_row]. An empty sequence gets an arbitrary column.
 void gather_first(const Encoder& args, int64_t rows, const float* from, float* to, int64_t to_row) {
   for (int64_t i = 0; i < rows; ++i, from += args.row(), to += to_row) {
     for (int64_t b = 0; b < args.batch; ++b) to[b] = from[min(args.sequences[b].start, args.tokens - 1)];
@@ -302,8 +304,9 @@ const T* weight_row(const Linear& linear, int64_t i, int64_t columns) {
   return static_cast<const T*>(linear.weight) + i * columns;
 }
 
-// What follows attention. x: the layer's input; middle: [channels][row], operand: the same, for the products, where
-// middle has more digits than these take; context: [width][row]; hidden: [neurons][row].
+// The layer after attention: output projection, LayerNorm, FFN, LayerNorm. x [channels][row]: the layer's input; middle
+// [channels][row]: gets the first LayerNorm's output; operand [channels][row]: gets the same rounded to bfloat16, if
+// the products take it so; context [width][row]: attention's output; hidden [neurons][row]: scratch.
 template <typename T, bool half>
 void after_attention(const Encoder& args, float* x, float* middle, float* operand, const float* context,
                      float* hidden, float* scratch) {
@@ -319,7 +322,7 @@ void after_attention(const Encoder& args, float* x, float* middle, float* operan
         });
       });
   normalise<T, half>(args, args.gamma1, args.beta1, args.eps1, middle, cast ? operand : middle, false);
-  // Weights of an FFN without neurons have no address, but its last bias has.
+  // Test the bias: the weights of an FFN without neurons are empty tensors, whose address is null.
   if (!args.second.bias) {
     normalise<T, half>(args, args.gamma2, args.beta2, args.eps2, middle, middle, true);
     return;
@@ -354,7 +357,7 @@ void encoder(const Encoder& args) {
   const int64_t channels = args.channels, width = args.width, row = args.row();
   float* x = args.scratch;  // [channels][row], like the next two
   float* middle = x + channels * row;
-  float* operand = middle + channels * row;  // x as the products take it
+  float* operand = middle + channels * row;  // x rounded to bfloat16, if the products take it so
   float* qkv = operand + channels * row;  // [3 * width][row]
   float* context = qkv + 3 * width * row;  // [width][row]
   float* hidden = context + width * row;  // [neurons][row]
@@ -373,17 +376,18 @@ void encoder(const Encoder& args) {
           const float bias = element<T>(linears[i / width]->bias, place(args.width_places, i % width));
           for_lanes(args, [&](int64_t j) { store(to + j, stored<half>(load(to + j) + bias)); });
         });
-    // Rows of no sequence have a context too.
+    // `attend` does not write the columns of tokens outside all sequences.
     for (int64_t i = 0; i < width * row; i += W) store(context + i, Float{});
     attend<half>(args, scratch, qkv, context);
   }
   if (!args.first_tokens) return after_attention<T, half>(args, x, middle, operand, context, hidden, scratch);
-  Encoder rest = args;
-  rest.tokens = args.batch;
-  rest.first_tokens = false;
-  gather_first(args, width, context, qkv, rest.row());
-  gather_first(args, channels, x, operand, rest.row());
-  after_attention<T, half>(rest, operand, middle, x, qkv, hidden, scratch);
+  // From here on, each sequence is one token.
+  Encoder first = args;
+  first.tokens = args.batch;
+  first.first_tokens = false;
+  gather_first(args, width, context, qkv, first.row());
+  gather_first(args, channels, x, operand, first.row());
+  after_attention<T, half>(first, operand, middle, x, qkv, hidden, scratch);
 }
 
 template void encoder<float, false>(const Encoder&);

@@ -1,13 +1,12 @@
-// The pointwise part of the masked FFN: activation and mask, their backward pass with the column sums and the
-// importance sums, each in one pass over memory. The matrix products around it are torch's.
+// The pointwise part of the masked FFN. Forward: activation and mask. Backward: their gradient with the column sums and
+// the importance sums. Each takes one pass over memory. torch computes the matrix products.
 #include "cpu/activation.h"
 #include "cpu/parallel.h"
 
 namespace ticketops::TICKETOPS_ISA {
 namespace {
 
-// Columns of one task: rows of 2 KB, long enough for the memory's prefetching and short enough that their sums stay in
-// the nearest cache.
+// Columns of one task: rows of 2 KB are long enough for the hardware prefetcher, and their sums fit into the L1 cache.
 constexpr int64_t column_block = 512;
 constexpr int64_t rows_at_once = 32;
 
@@ -52,7 +51,7 @@ void ffn_backward(const FfnBackward& args) {
       const int64_t width = args.gated ? 2 * args.neurons : args.neurons;
       float bias_sums[column_block] = {}, gate_sums[column_block] = {}, neuron_sums[column_block] = {};
       for (int64_t i = 0; i < segment.length; i += rows_at_once) {
-        // Sums of sums: a single float32 running through hundreds of rows would lose digits.
+        // Sum in two levels: a single float32 sum over hundreds of rows would lose digits.
         float bias_part[column_block] = {}, neuron_part[column_block] = {}, gate_part[column_block];
         for (int64_t j = 0; args.gated && j < columns; ++j) gate_part[j] = 0;
         const int64_t end = segment.start + min(i + rows_at_once, segment.length);
@@ -78,9 +77,9 @@ void ffn_backward(const FfnBackward& args) {
             if (mask) value *= load(mask);
             const auto at_pre = activation.at(bias ? load(pre) + load(bias) : load(pre));
             if (gate) {
-              const Float toward = value * at_pre.output;
-              store(target + args.neurons, toward);
-              store(gate_part, load(gate_part) + toward);
+              const Float dgate = value * at_pre.output;
+              store(target + args.neurons, dgate);
+              store(gate_part, load(gate_part) + dgate);
               value *= load(gate);
             }
             value *= at_pre.derivative;

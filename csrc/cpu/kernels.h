@@ -1,43 +1,43 @@
-// What the CPU kernels take: raw pointers, sizes and strides (in elements), checked by the callers in Python.
+// Arguments of the CPU kernels: raw pointers, sizes and strides (in elements). The Python callers have checked them.
 #pragma once
 
 #include <cstdint>
 
 namespace ticketops {
 
-// Storage of a bfloat16; all arithmetic is in float32.
+// A stored bfloat16. All arithmetic is in float32.
 struct Bf16 {
   uint16_t bits;
 };
 
-// threshold: ceil(p * 2^24); 0 means no dropout.
 struct Dropout {
   uint64_t seed;
-  uint32_t threshold;
+  uint32_t threshold;  // ceil(p * 2^24); 0: no dropout
   float scale;  // 1 / (1 - p)
 };
 
-// Consecutive rows that belong together; `sequence` is -1 for rows of no sequence.
+// Rows start .. start + length - 1. `sequence` is the sequence's index, or -1 for rows between sequences.
 struct Segment {
   int64_t start, length, sequence;
 };
 
-// A [T, H, D] view whose last stride is 1. In bfloat16 all its rows begin at multiples of 4 bytes where D is even.
+// A view [T, H, D] whose last stride is 1. In bfloat16 with an even D, every row of D elements is aligned to 4 bytes.
 struct View {
   const void* data;
-  int64_t row, head;
+  int64_t row, head;  // strides
 };
 
-// The scores of this many queries are held at a time.
+// Number of queries whose scores are in scratch at a time.
 constexpr int64_t attention_query_block = 48;
-// Where AMX multiplies: the depth of a tile, since dK and dV are sums over them.
+// The same with AMX: the inner dimension of a tile, since dK and dV are sums over queries.
 constexpr int64_t attention_tile_queries = 32;
 
-// Elements from one row of n to the next in scratch: room for whole vectors, and an odd number of cache lines, so that
-// walking down a column does not hit the same cache set again and again.
+// Row stride, in floats, of a matrix with n columns in scratch: whole vectors, and an odd number of cache lines, so
+// that the elements of a column fall into different cache sets.
 constexpr int64_t attention_stride(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 
-// Floats that one thread needs for sequences of up to n tokens in the backward pass; the forward pass needs less.
+// Scratch of one thread, in floats, for sequences of up to n tokens: what the backward pass needs, which is more than
+// the forward pass needs.
 constexpr int64_t attention_scratch(int64_t n, int64_t head_dim) {
   const int64_t lines = 2 * head_dim * attention_stride(n) + 3 * n * attention_stride(head_dim) +
                         attention_query_block * (3 * attention_stride(head_dim) + 2 * attention_stride(n));
@@ -53,8 +53,8 @@ struct Attention {
   const float* head_mask;  // [H] or null
   Dropout dropout;
   float scale;
-  int64_t window;  // a query attends to keys at most so far from it
-  bool first_tokens;  // of each sequence only the first query is wanted: zeros for the others
+  int64_t window;  // a query attends to keys at a distance of at most `window` tokens
+  bool first_tokens;  // compute only the first query of each sequence; the other rows are zeros
   float* scratch;  // [threads, scratch_stride]
   int64_t scratch_stride;
   int threads;
@@ -77,13 +77,13 @@ struct AttentionBackward : Attention {
 
 enum class Activation : int { gelu, gelu_tanh, relu };
 
-// hidden = act(pre + bias), masked = hidden * mask. Gated: pre is [T, 2N], and hidden = act(its first half) * its second.
+// hidden = act(pre + bias), masked = hidden * mask. If gated, pre is [T, 2N]: hidden = act(first half) * second half.
 struct FfnForward {
   int64_t rows, neurons;
   Activation activation;
   bool gated;
   const void* pre;  // [T, N]
-  const float* bias;  // [N]; null where pre includes it, as with a gate
+  const float* bias;  // [N]; null if pre includes it, as it does if gated
   void *hidden, *masked;  // [T, N]; masked: null without a mask
   const float* neuron_mask;  // [N] or null
   int threads;
@@ -94,37 +94,37 @@ struct FfnBackward {
   Activation activation;
   bool gated;
   const void* gradient;  // [T, N], dY W2
-  void* target;  // dL/dpre, of pre's shape; the same memory where that is [T, N]
+  void* target;  // dL/dpre, of pre's shape; may be `gradient` itself if that is [T, N]
   const void* pre;
   const float* bias;
   const void* hidden;
-  void* masked;  // hidden * mask; null where it is not wanted
+  void* masked;  // hidden * mask; null: not computed
   const float* neuron_mask;
   const Segment* segments;  // cover all rows
   int64_t segment_count;
-  float* bias_table;  // [segments, N or 2N] scratch, null where bias_sums are not wanted
+  float* bias_table;  // [segments, N or 2N] scratch; null: no bias_sums
   float* bias_sums;  // [N or 2N], column sums of dL/dpre
   float* neuron_sums;  // [B, N] or null
-  bool neuron_absolute;
+  bool neuron_absolute;  // sum absolute values
   int threads;
 };
 
-// Sums over each sequence's rows of <a, b + bias> and of its absolute value.
+// For each sequence, the sums over its rows of <a, b + bias> / mask and of its absolute value.
 struct TokenSums {
   int64_t channels;
-  const void *a, *b;
+  const void *a, *b;  // [T, C]
   const float* bias;  // [C] or null
   const Segment* sequences;
   int64_t batch;
-  float mask;  // divides every term
+  float mask;
   float *signed_sums, *absolute_sums;  // [B]
   int threads;
 };
 
-// Rows of a matrix [.., C]: all in their order, or those of `places`.
+// Rows of a matrix [.., C]: row places[t] for row t of the result.
 struct Rows {
   const void* data;  // null: zeros
-  const int64_t* places;  // null: all
+  const int64_t* places;  // [T]; null: row t itself
 };
 
 // A LayerNorm of T rows. mean and rstd: [T].
@@ -134,8 +134,9 @@ struct Norm {
   float *mean, *rstd;
 };
 
-// out = drop(norms(residual + dropout(x + bias + third))): what ends a sublayer, and with tables for x, third and
-// residual what embeds tokens. The second norm is there where what lies between the two is pruned away.
+// out = last(norms(residual + dropout(x + bias + third))), where `dropout` and `last` are dropouts: the end of a
+// sublayer. With embedding tables as x, third and residual, it is a model's embeddings. The second norm is for a layer
+// whose FFN is pruned: the LayerNorms before and after the FFN then follow each other.
 struct Residual {
   int64_t rows, channels;
   Rows x, third, residual;
@@ -146,30 +147,32 @@ struct Residual {
   int threads;
 };
 
-// So many rows go from one loop to the next together: a row alone would wait for its own sums.
+// Number of rows that each loop processes before the next loop starts. With one row, each loop would wait for the
+// previous loop's sum.
 constexpr int64_t residual_rows = 8;
 
 // scratch: [threads, residual_rows, C].
 struct ResidualForward : Residual {
   void* out;
-  Bf16* half;  // [T, C] for a copy of `out` in bfloat16, or null
+  Bf16* half;  // [T, C], a copy of `out` in bfloat16, or null
 };
 
 // Rows are summed in chunks of this many, so that the sums do not depend on the number of threads.
 constexpr int64_t residual_chunk = 64;
-// The sums of a chunk (dbias, and dgamma and dbeta of both norms) and its two rows.
+// Rows of scratch for a chunk: five sums (dbias, and dgamma and dbeta of both norms) and two rows of intermediate
+// results.
 constexpr int64_t residual_sums = 7;
 
 struct ResidualBackward : Residual {
   const void* dout;
-  void *dx, *dresidual;  // dx: null where it equals dresidual
-  float* sums[5];  // [C] each, or null: dbias, dgamma and dbeta of the first norm and of the second
+  void *dx, *dresidual;  // dx: null if it equals dresidual
+  float* sums[5];  // [C] each, or null: dbias, dgamma and dbeta of the first norm, then of the second
 };
 
-// Rows are summed in chunks of this many, whatever the number of threads.
+// Rows of a chunk in `ColumnSums`, as above.
 constexpr int64_t sum_chunk = 64;
 
-// total[t] += x[t], rows of x `x_row` elements apart: 0 adds one row to all.
+// total[t] += x[t]. `x_row` is the row stride of x; with 0 the same row is added to all.
 struct Add {
   int64_t rows, columns;
   void* total;  // [T, C]
@@ -194,12 +197,12 @@ struct DropoutRows {
   int threads;
 };
 
-// Results of at least so many bytes that are read much later go past the caches: written into a cache, a line is first
-// read from memory. Clearing the gradient of MiniLM's embedding takes 1.4 instead of 2.8 ms then (two cores of an Intel
-// Xeon), and the optimizer, which reads it, as long as before.
+// Results of at least this many bytes that are read much later are written with non-temporal stores. An ordinary store
+// first reads the cache line from memory. Clearing the gradient of MiniLM's embedding takes 1.4 instead of 2.8 ms (two
+// cores of an Intel Xeon); the optimizer, which reads it, is not slower.
 constexpr int64_t streamed_bytes = 4 << 20;
 
-// table = 0, and table[ids[t]] += x[t] in the order of t, except for the id `skipped`.
+// table = 0, then table[ids[t]] += x[t] in the order of t, except where ids[t] is `skipped`.
 struct EmbeddingGradient {
   int64_t table_rows, rows, columns;
   const int64_t* ids;  // [T]
@@ -221,33 +224,34 @@ struct Linear {
   const void *weight, *bias;
 };
 
-// Rows of a linear layer's result that are one task.
+// Output channels of a linear layer that one task computes.
 constexpr int64_t encoder_block = 24;
-// The same where AMX multiplies: two tiles, of so many columns of weights.
+// The same with AMX: two tiles.
 constexpr int64_t encoder_tile_block = 32;
+// Columns of the weights in an AMX tile.
 constexpr int64_t encoder_pairs = 32;
 
-// A post-LayerNorm encoder layer of few tokens, without gradients.
+// A post-LayerNorm encoder layer for few tokens, without gradients.
 struct Encoder {
   int64_t tokens, channels, head_dim;
-  int64_t width, neurons;  // computed: heads * head_dim, and of the FFN
-  int64_t all_width, all_neurons;  // those that the weights have
-  const int64_t *width_places, *neuron_places;  // the computed ones among these; null: all
+  int64_t width, neurons;  // kept heads * head_dim, and kept neurons of the FFN: what is computed
+  int64_t all_width, all_neurons;  // the same of the weights
+  const int64_t *width_places, *neuron_places;  // [width] and [neurons]: indices of the kept ones; null: all
   Linear q, k, v, output, first, second;  // second.bias: null without an FFN
   const void *gamma1, *beta1, *gamma2, *beta2;
   const Segment* sequences;
   int64_t batch, longest;
-  bool first_tokens;  // of each sequence only the first token is wanted
+  bool first_tokens;  // compute the output of each sequence's first token only
   float scale, eps1, eps2;
   Activation activation;
   const void* x;  // [T, C]
-  void* out;  // [T, C], or [B, C] of first tokens
+  void* out;  // [T, C], or [B, C] with first_tokens
   float* scratch;  // scratch_size() floats
   int threads;
 
-  // Floats from one row to the next of a transposed matrix, which has a row a channel and a column a token.
+  // Row stride, in floats, of a transposed matrix, whose rows are channels and whose columns are tokens.
   constexpr int64_t row() const { return ((first_tokens && batch > tokens ? batch : tokens) + 15) / 16 * 16; }
-  // Floats that one thread needs.
+  // Scratch of one thread, in floats.
   constexpr int64_t thread_scratch() const {
     int64_t columns = channels > all_width ? channels : all_width;
     columns = columns > all_neurons ? columns : all_neurons;
@@ -258,32 +262,32 @@ struct Encoder {
     const int64_t products = weights > tiles ? weights : tiles;
     return products > attention ? products : attention;
   }
-  // Floats of scratch, aligned to 64 bytes: the transposed matrices, room behind the last, every thread's, and a right
-  // operand in pairs.
+  // All scratch, in floats; it must be aligned to 64 bytes: the transposed matrices, 16 floats of room after the last,
+  // the threads' scratch, and a right operand in pairs.
   constexpr int64_t scratch_size() const {
     const int64_t pairs = (channels + width + neurons + 1 + encoder_pairs) / 2;
     return (3 * channels + 4 * width + neurons) * row() + 16 + threads * thread_scratch() + pairs * row();
   }
 };
 
-// What a copy reads and writes.
+// Element types of a copy's source and target.
 enum class Elements : int64_t { bytes, float_to_float, bf16_to_bf16, float_to_bf16, bf16_to_float };
 
-// Equal slices of each row of one tensor to those of another: number i goes from from[i] to to[i].
+// Copies slices of each row of one tensor to another: target[r][to[i]] = source[r][from[i]] for i < count.
 struct Copy {
   const void* source;  // [rows, source_slices, slice]
   void* target;  // [rows, target_slices, slice]
-  const int64_t *from, *to;  // [count]; null: all in their order; -1: zeros
+  const int64_t *from, *to;  // [count]; null: i itself; from[i] = -1: zeros
   int64_t rows, source_slices, target_slices, count, slice;
   Elements elements;
-  bool streams;  // what is written is float32, and read much later
-  int64_t first_task;
+  bool streams;  // use non-temporal stores: the target is float32 and read much later
+  int64_t first_task;  // number of tasks of all copies before this one
 };
 
-// Elements of a task: enough to be worth handing out, few enough to share among threads.
+// Elements of a task: enough to outweigh the cost of a task, few enough to balance the threads.
 constexpr int64_t copy_task = 1 << 15;
 
-// Copies whose tasks all threads share.
+// Copies that run as one list of tasks.
 struct Copies {
   const Copy* copies;
   int64_t count, tasks;

@@ -19,11 +19,12 @@ constexpr size_t alignment = 64;
 
 constexpr size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-// A few large mappings, in huge pages where the system grants them, divided into blocks: the smallest free one that is
-// large enough is split, and free neighbours become one. What was mapped once stays: the next step needs it again.
+// A best-fit allocator over a few large mappings, in huge pages where the system has them. The smallest free block that
+// is large enough is split; adjacent free blocks are merged. Mappings are never returned, since the next step needs
+// them again.
 class Pool {
  public:
-  char* take(size_t size) {
+  char* allocate(size_t size) {
     const std::lock_guard<std::mutex> guard(mutex);
     auto found = by_size_.lower_bound({size, nullptr});
     if (found == by_size_.end()) {
@@ -33,15 +34,15 @@ class Pool {
     const Block block = *found;
     remove(block);
     if (block.size > size) add({block.size - size, block.start + size});
-    taken_[block.start] = size;
+    allocated_[block.start] = size;
     return block.start;
   }
 
-  void give(char* start) {
+  void deallocate(char* start) {
     const std::lock_guard<std::mutex> guard(mutex);
-    const auto taken = taken_.find(start);
-    Block block{taken->second, start};
-    taken_.erase(taken);
+    const auto allocated = allocated_.find(start);
+    Block block{allocated->second, start};
+    allocated_.erase(allocated);
     auto next = free_.lower_bound(start);
     if (next != free_.begin()) {
       const auto before = std::prev(next);
@@ -91,10 +92,10 @@ class Pool {
     return {size, start};
   }
 
-  // Free blocks in two orders, and the sizes of the others.
+  // Free blocks by size and by address, and the sizes of allocated blocks by address.
   std::set<Block> by_size_;
   std::map<char*, size_t> free_;
-  std::unordered_map<char*, size_t> taken_;
+  std::unordered_map<char*, size_t> allocated_;
 };
 
 // Never destroyed: tensors may be freed after the end of main.
@@ -103,23 +104,23 @@ Pool& pool() {
   return pool;
 }
 
-// A fork must not catch another thread in the middle: the child would wait for it for ever.
+// Hold the lock during a fork. If another thread held it, the child would wait for ever.
 [[maybe_unused]] const int at_fork =
     pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
 
 }  // namespace
 
 #ifdef __SANITIZE_ADDRESS__
-// Each block by itself, so that an access outside it is seen.
-void* take_memory(size_t bytes) {
+// Allocate each block separately, so that AddressSanitizer sees an access outside it.
+void* allocate_memory(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, alignment, bytes)) throw std::bad_alloc();
   return memory;
 }
-void give_memory(void* memory) { std::free(memory); }
+void free_memory(void* memory) { std::free(memory); }
 #else
-void* take_memory(size_t bytes) { return pool().take(round_up(bytes ? bytes : 1, alignment)); }
-void give_memory(void* memory) { pool().give(static_cast<char*>(memory)); }
+void* allocate_memory(size_t bytes) { return pool().allocate(round_up(bytes ? bytes : 1, alignment)); }
+void free_memory(void* memory) { pool().deallocate(static_cast<char*>(memory)); }
 #endif
 
 }  // namespace ticketops

@@ -1,12 +1,12 @@
-// Memory for results and scratch, kept from step to step instead of being mapped and cleared anew by the system.
+// Memory for results and scratch. It is reused from step to step, so that the system does not map and clear it again.
 #pragma once
 
 #include <cstddef>
 
 namespace ticketops {
 
-// Not initialised, aligned to 64 bytes. Any thread may call either; throws std::bad_alloc.
-void* take_memory(size_t bytes);
-void give_memory(void* memory);
+// Returns uninitialised memory, aligned to 64 bytes. Both functions are thread-safe. Throws std::bad_alloc.
+void* allocate_memory(size_t bytes);
+void free_memory(void* memory);
 
 }  // namespace ticketops

@@ -1,4 +1,4 @@
-// Loops over tasks and sums of rows whose results do not depend on the number of threads.
+// Parallel loops over tasks, and sums of rows that do not depend on the number of threads.
 #pragma once
 
 #include "cpu/simd.h"
@@ -8,7 +8,7 @@ namespace ticketops::TICKETOPS_ISA {
 
 TICKETOPS_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// x with zeros from the n-th element of the row on, where `i` is the position of the first lane.
+// x, which starts at element `i` of a row of n elements, with zeros in the lanes after the row's end.
 TICKETOPS_INLINE Float valid(int64_t i, int64_t n, Float x) {
   return i + W <= n ? x : lanes() < static_cast<uint32_t>(n - i) ? x : Float{};
 }

@@ -1,4 +1,4 @@
-// Register-tiled matrix products of float32, c = a b, for an `a` that is read once, where it lies.
+// Register-tiled matrix products of float32, c = a b. The left operand is read in place, without packing.
 #pragma once
 
 #include "cpu/simd.h"
@@ -14,17 +14,18 @@ struct Left {
 
   TICKETOPS_INLINE float at(int64_t i, int64_t k) const { return data[i * row + k * column]; }
   TICKETOPS_INLINE Left below(int64_t rows) const { return {data + rows * row, row, column}; }
-  // Called for every k of a tile of `rows` rows: a matrix that comes from far away has what follows fetched meanwhile.
+  // Called for every k of a tile of `rows` rows. Operands in main memory override it to prefetch later rows.
   TICKETOPS_INLINE void fetch(int64_t /*rows*/, int64_t /*k*/) const {}
   TICKETOPS_INLINE static Float multiply_add(float left, Float right, Float total) { return left * right + total; }
 };
 
 #ifdef __AVX512BF16__
-// The same where each element of both operands is two of bfloat16, whose products are added.
+// The same, but each element of both operands is a pair of bfloat16 numbers: the sum of the pairs' two products is
+// added.
 struct Pairs : Left {
   TICKETOPS_INLINE Pairs below(int64_t rows) const { return {Left::below(rows)}; }
   TICKETOPS_INLINE static Float multiply_add(float left, Float right, Float total) {
-    // No arithmetic but a copy: the bits are no float32's.
+    // Broadcast by a copy of the bits: `left` is a pair, not a float32 to compute with.
     const Float both = _mm512_set1_ps(left);
     return _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(right));
   }
@@ -51,11 +52,12 @@ TICKETOPS_INLINE void product_tile(A a, const float* b, int64_t b_row, float* c,
     }
 }
 
-// Rows of a tile beside V vectors of columns: their sums fill the registers (32, or 16), one row for V loads of `b`.
+// Rows of a tile of V vectors of columns. The tile's sums, V vectors of `b` and one element of `a` must fit into the
+// registers: 32 with AVX-512, otherwise 16.
 template <int V>
 constexpr int tile_rows = W == 16 ? (V == 4 ? 6 : V == 3 ? 8 : V == 2 ? 12 : 16) : (V == 2 ? 6 : 10);
 
-// One panel of V vectors of columns: rows in tiles, then one tile of what is left.
+// One panel of V vectors of columns: full tiles of R rows, then one smaller tile of the remaining rows.
 template <int V, bool add, int R = tile_rows<V>, typename A>
 void product_panel(int64_t rows, A a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
   for (; rows >= R; rows -= R, a = a.below(R), c += R * c_row)
@@ -64,7 +66,7 @@ void product_panel(int64_t rows, A a, const float* b, int64_t b_row, float* c, i
     if (rows) product_panel<V, add, R - 1>(rows, a, b, b_row, c, c_row, depth);
 }
 
-// c = (add ? c : 0) + a b with `columns` a multiple of W, in the widest panels that the registers allow.
+// c = (add ? c : 0) + a b with `columns` a multiple of W, in panels as wide as the registers allow.
 template <bool add, typename A = Left>
 void product(int64_t rows, int64_t columns, int64_t depth, A a, const float* b, int64_t b_row, float* c,
              int64_t c_row) {

@@ -1,12 +1,12 @@
-// Bias, dropout, residual and LayerNorm, or the sum of embeddings, LayerNorm and dropout, in one pass over memory each
-// way.
+// Bias, dropout, residual and LayerNorm, or sum of embeddings, LayerNorm and dropout. Forward and backward each take
+// one pass over memory.
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 
 namespace ticketops::TICKETOPS_ISA {
 namespace {
 
-// Row `row` of these, or the last.
+// Pointer to row `row`, or to the last row if there are fewer; null if `rows` stands for zeros.
 template <typename T>
 TICKETOPS_INLINE const T* at(const Rows& rows, int64_t row, const Residual& args) {
   if (!rows.data) return nullptr;
@@ -38,7 +38,7 @@ float sum_row(const Residual& args, int64_t row, float* z) {
   return sum(total);
 }
 
-// (z - mean) rstd gamma + beta of one row.
+// (z - mean) rstd gamma + beta of one vector of a row.
 template <typename Load>
 TICKETOPS_INLINE Float normalised(const Norm& norm, int64_t row, Load load, const float* z) {
   return (load(z) - norm.mean[row]) * norm.rstd[row] * load(norm.gamma) + load(norm.beta);
@@ -62,7 +62,7 @@ void residual_forward(const ResidualForward& args) {
           const float mean = norm.mean[first + i];
           Float squares{};
           for_row(channels, [&](int64_t j, auto load, auto) {
-            // The lanes behind the last element hold zeros, which the mean would shift.
+            // Lanes after the last element hold zeros: do not count (0 - mean)^2.
             const Float centred = load(z + i * channels) - mean;
             squares += valid(j, channels, centred * centred);
           });
@@ -121,7 +121,8 @@ void residual_backward(const ResidualBackward& args) {
       const R* dout = static_cast<const R*>(args.dout) + row * channels;
       const float mean = first.mean[row], rstd = first.rstd[row];
       const uint32_t last_key = row_key(args.last, row);
-      const auto given = [&](int64_t i, auto load) {
+      // The gradient of the last norm's output, before the last dropout.
+      const auto norm_gradient = [&](int64_t i, auto load) {
         const Float value = load(dout);
         return args.last.threshold ? drop(args.last, last_key, i, value * args.last.scale) : value;
       };
@@ -142,7 +143,7 @@ void residual_backward(const ResidualBackward& args) {
         for_row(channels, [&](int64_t i, auto load, auto store) {
           fetch(dout + i + channels);
           store(normal, (load(normal) - mean) * rstd);
-          const Float value = given(i, load), scaled = value * load(second.gamma), centred = centred2(load);
+          const Float value = norm_gradient(i, load), scaled = value * load(second.gamma), centred = centred2(load);
           total2 += scaled;
           product2 += scaled * centred;
           store(dgamma2, load(dgamma2) + value * centred);
@@ -150,7 +151,7 @@ void residual_backward(const ResidualBackward& args) {
         });
         const float mean_total = sum(total2) / channels, mean_product = sum(product2) / channels;
         for_row(channels, [&](int64_t i, auto load, auto store) {
-          const Float scaled = given(i, load) * load(second.gamma);
+          const Float scaled = norm_gradient(i, load) * load(second.gamma);
           const Float value = (scaled - mean_total - centred2(load) * mean_product) * rstd2;
           store(gradient, value);
           add_up(load, store, value, load(normal));
@@ -158,7 +159,7 @@ void residual_backward(const ResidualBackward& args) {
       } else {
         for_row(channels, [&](int64_t i, auto load, auto store) {
           fetch(dout + i + channels);
-          const Float value = given(i, load), centred = (load(normal) - mean) * rstd;
+          const Float value = norm_gradient(i, load), centred = (load(normal) - mean) * rstd;
           store(normal, centred);
           add_up(load, store, value, centred);
         });
@@ -170,7 +171,7 @@ void residual_backward(const ResidualBackward& args) {
       for_row(channels, [&](int64_t i, auto load, auto store) {
         fetch<true>(dresidual + i + channels);
         if (dx) fetch<true>(dx + i + channels);
-        const Float value = second.gamma ? load(gradient) : given(i, load);
+        const Float value = second.gamma ? load(gradient) : norm_gradient(i, load);
         const Float dz = (value * load(first.gamma) - mean_total - load(normal) * mean_product) * rstd;
         const Float dropped = dropout.threshold ? drop(dropout, key, i, dz * dropout.scale) : dz;
         store(dresidual, dz);

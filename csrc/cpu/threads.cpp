@@ -32,8 +32,8 @@ int find_in_library(dl_phdr_info* library, size_t, void* result) {
 }
 #endif
 
-// Linking an OpenMP runtime of our own could bring a second one into the process (torch's wheels rename theirs), whose
-// threads would fight with torch's for the cores. So the one that torch has loaded is looked up.
+// Looks up the OpenMP runtime that torch has loaded. Linking one could load a second runtime into the process, because
+// torch's wheels rename theirs, and the threads of the two would compete for the cores.
 Parallel find_parallel() {
   void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
 #ifdef __linux__
@@ -61,9 +61,9 @@ void work(void* data) {
   for (int64_t task; (task = job.next_task++) < job.tasks;) job.body(job.context, task, thread);
 }
 
-// A fork copies the calling thread, and with it the runtime's note of the team that this thread commands, but none of the
-// team: the first parallel region would wait for it for ever. A thread that is made afterwards commands none yet. So the
-// thread that forked has a deputy, which gets a team of its own.
+// A thread that starts parallel regions in place of the thread that forked. After a fork, the OpenMP runtime of the
+// child still assigns a team of threads to the forking thread, but a fork does not copy those threads: the next
+// parallel region would wait for them for ever. A new thread has no team yet and gets one of its own.
 class Deputy {
  public:
   void run(Job& job, unsigned threads) {
@@ -74,7 +74,7 @@ class Deputy {
     changed_.wait(lock, [this] { return !job_; });
   }
 
-  // Serves to the end of the process.
+  // Runs jobs until the process ends.
   void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -92,7 +92,7 @@ class Deputy {
   unsigned threads_ = 0;
 };
 
-// Of the calling thread. A deputy is never destroyed: after another fork nobody knows who held its mutex.
+// Per thread. A deputy is never destroyed, because after another fork its mutex may be in any state.
 thread_local bool has_forked = false;
 thread_local Deputy* deputy = nullptr;
 [[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
@@ -100,7 +100,7 @@ thread_local Deputy* deputy = nullptr;
   deputy = nullptr;
 });
 
-// None where the system grants no thread.
+// Returns the calling thread's deputy, or null if the system cannot start a thread.
 Deputy* find_deputy() {
   if (deputy) return deputy;
   auto made = std::make_unique<Deputy>();

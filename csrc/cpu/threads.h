@@ -1,4 +1,4 @@
-// Work shared among threads of the OpenMP runtime that torch has loaded.
+// Runs tasks on threads of the OpenMP runtime that torch has loaded.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,12 @@ namespace ticketops {
 
 using Body = void (*)(void* context, int64_t task, int thread);
 
-// Calls body(context, task, thread) for every task in [0, tasks), on at most `threads` threads; `thread` tells them
-// apart. Tasks are handed out as threads become free, so each must leave its result where no other task writes: then the
-// results depend neither on the order nor on the number of threads.
+// Calls body(context, task, thread) for every task in [0, tasks) on at most `threads` threads; `thread` is the thread's
+// index, for its scratch. Tasks are scheduled dynamically, so no two tasks may write to the same place. The results
+// then depend neither on the order nor on the number of threads.
 void run_tasks(int64_t tasks, int threads, Body body, void* context);
 
-// Whether an OpenMP runtime was found; without one, all tasks run on the calling thread.
+// Returns true if an OpenMP runtime was found. Without one, all tasks run on the calling thread.
 bool threads_available();
 
 }  // namespace ticketops

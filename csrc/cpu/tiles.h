@@ -1,4 +1,4 @@
-// Matrix products by AMX, of tiles of 16 rows of 16 pairs of bfloat16.
+// Matrix products with AMX, in tiles of 16 rows of 16 pairs of bfloat16.
 #pragma once
 
 #include "cpu/simd.h"
@@ -9,7 +9,7 @@ constexpr int64_t tile = 16;
 
 TICKETOPS_INLINE int64_t whole(int64_t n, int64_t part) { return (n + part - 1) / part * part; }
 
-// While one lives, its thread's tiles are all of 16 rows of 64 bytes.
+// Configures the thread's tile registers as 16 rows of 64 bytes, and releases them when destroyed.
 struct Tiles {
   Tiles() {
     struct alignas(64) {
@@ -17,8 +17,8 @@ struct Tiles {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } configuration;
-    // Until GCC 14 (and 11.5, 12.4, 13.3) the intrinsic tells the compiler that the first eight bytes are read, no others:
-    // the stores to the rest may be left out.
+    // In GCC before 14 (and 11.5, 12.4, 13.3) the intrinsic declares a read of the first eight bytes only, so the
+    // compiler may drop the stores to the other bytes. This makes it keep them.
     asm volatile("" : : "r"(&configuration) : "memory");
     _tile_loadconfig(&configuration);
   }
@@ -29,7 +29,8 @@ struct Tiles {
 template <int V, bool add>
 void tile_panel(int64_t rows, int64_t pairs, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
                 int64_t c_row) {
-  const bool stays = pairs == tile;
+  // With one tile of pairs, tiles 3 and 4 serve all rows.
+  const bool right_stays = pairs == tile;
   for (int64_t i = 0; i < rows; i += tile, a += tile * a_row, c += tile * c_row) {
     if constexpr (add) {
       _tile_loadd(0, c, c_row * 4);
@@ -40,7 +41,7 @@ void tile_panel(int64_t rows, int64_t pairs, const float* a, int64_t a_row, cons
     }
     for (int64_t k = 0; k < pairs; k += tile) {
       _tile_loadd(2, a + k, a_row * 4);
-      if (!stays || !i) {
+      if (!right_stays || !i) {
         _tile_loadd(3, b + k * b_row, b_row * 4);
         if constexpr (V == 2) _tile_loadd(4, b + k * b_row + tile, b_row * 4);
       }
@@ -56,14 +57,14 @@ void tile_panel(int64_t rows, int64_t pairs, const float* a, int64_t a_row, cons
 template <bool add = false>
 void tile_product(int64_t rows, int64_t columns, int64_t pairs, const float* a, int64_t a_row, const float* b,
                   int64_t b_row, float* c, int64_t c_row) {
-  // The compiler does not know that tiles are loaded from memory.
+  // The compiler does not know that the intrinsics read memory: finish all stores before.
   asm volatile("" ::: "memory");
   int64_t j = 0;
   for (; j + 2 * tile <= columns; j += 2 * tile) tile_panel<2, add>(rows, pairs, a, a_row, b + j, b_row, c + j, c_row);
   if (j < columns) tile_panel<1, add>(rows, pairs, a, a_row, b + j, b_row, c + j, c_row);
 }
 
-// Zeros in rows of a multiple of W elements.
+// Writes zeros to a matrix whose number of columns is a multiple of W.
 TICKETOPS_INLINE void zero(float* matrix, int64_t rows, int64_t columns, int64_t stride) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; j += W) store(matrix + i * stride + j, Float{});

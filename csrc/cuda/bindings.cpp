@@ -1,5 +1,5 @@
-// ticketops._cuda. Addresses come as integers, and the callers in ticketops/ops/*/cuda.py have checked that they are of
-// the right device, dtype, size and stride.
+// The Python module ticketops._cuda. Tensors are passed as integer addresses; the callers in ticketops/ops/*/cuda.py
+// have checked their device, dtype, size and strides.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -39,7 +39,7 @@ void number_tokens(Address mask, int mask_bytes, int64_t row_stride, int64_t bat
                             pointer<void>(stream)));
 }
 
-// (address, rows, times it was recorded) of each layer.
+// (address, rows, count) of each layer's `Partials`.
 using Layers = std::vector<std::tuple<Address, int32_t, int32_t>>;
 
 void importance(int32_t heads, const Layers& head_partials, const Layers& ffn_partials, int32_t group, bool whole,
@@ -86,7 +86,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("max_layers") = cuda::max_layers;
   m.attr("max_structures") = cuda::max_structures;
   m.attr("block_vectors") = cuda::block_vectors;
-  m.def("problem", cuda::problem, "Why the current device cannot run the kernels, or None.");
+  m.def("problem", cuda::problem, "Returns the reason why the current device cannot run the kernels, or None.");
   const py::call_guard<py::gil_scoped_release> release;
   m.def("move_rows", move_rows, release);
   m.def("number_tokens", number_tokens, release);

@@ -1,4 +1,4 @@
-// Slices of many tensors, gathered or scattered in one launch: each block finds its copy in a table on the device.
+// Gathers or scatters slices of many tensors in one launch. Each block finds its copy in a table on the device.
 #include "device.h"
 #include "kernels.h"
 
@@ -19,10 +19,10 @@ __device__ void copy_vectors(const Copy& copy, int64_t first) {
     const int64_t vector = first + i * threads + threadIdx.x;
     targets[i] = nullptr;
     if (vector >= copy.vectors) continue;
-    // The table's maker keeps vectors below 2^31: a 64-bit division costs more than the copy.
+    // ticketops/ops/copies/cuda.py keeps the number of vectors below 2^31: a 64-bit division costs more than the copy.
     const uint32_t row = static_cast<uint32_t>(vector) / row_vectors;
-    const uint32_t rest = static_cast<uint32_t>(vector) % row_vectors;
-    const uint32_t slice = rest / slice_vectors, inside = rest % slice_vectors;
+    const uint32_t column = static_cast<uint32_t>(vector) % row_vectors;
+    const uint32_t slice = column / slice_vectors, inside = column % slice_vectors;
     const int64_t chosen = copy.index ? copy.index[slice] : slice;
     const int64_t from = copy.scatter ? slice : chosen, to = copy.scatter ? chosen : slice;
     const int64_t offset = static_cast<int64_t>(inside) * sizeof(Vector);
@@ -36,7 +36,7 @@ __device__ void copy_vectors(const Copy& copy, int64_t first) {
 }
 
 __global__ void __launch_bounds__(threads) copy_table_kernel(const Copy* __restrict__ table, int64_t copies) {
-  // The last copy that begins at or before this block.
+  // Binary search for the last copy whose first block is at or before this one.
   int64_t low = 0, high = copies;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;

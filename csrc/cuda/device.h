@@ -1,4 +1,4 @@
-// What every kernel file starts from: CUDA where nvcc compiles, an emulation of the little that is used elsewhere.
+// Included first by every kernel file: the CUDA runtime if nvcc compiles, emulation.h otherwise.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace ticketops::cuda {
 
-// Launches a kernel; what went wrong, or null.
+// Launches a kernel. Returns an error message, or null on success.
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, void* stream, Arguments... arguments) {
   kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);

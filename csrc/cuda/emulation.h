@@ -1,5 +1,6 @@
-// Just enough of CUDA to run the kernels on a CPU: each thread of a block is a thread of the CPU, and blocks follow one
-// another. So the sanitizers see what the kernels do: addresses, races between barriers, undefined arithmetic.
+// The part of CUDA that the kernels use, for a CPU: each thread of a block is a CPU thread, and blocks run one after
+// another. The sanitizers can then check the kernels for wrong addresses, races between barriers and undefined
+// behaviour.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
-// One block runs at a time, so that its threads may share what is static.
+// One block runs at a time, so static variables serve as shared memory.
 #define __shared__ static
 
 struct dim3 {
@@ -85,7 +86,8 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, 
 
 inline void __syncthreads() { ticketops::cuda::block_barrier->wait(); }
 
-// For whole warps only, which the kernels keep to; like the GPU's it holds back one warp and not the block.
+// All threads of the warp must call it; the kernels never call it with a partial mask. It synchronises one warp, not
+// the block, as on a GPU.
 inline unsigned __ballot_sync(unsigned, bool vote) {
   static bool votes[1024];
   const unsigned member = threadIdx.y * blockDim.x + threadIdx.x, first = member / 32 * 32;

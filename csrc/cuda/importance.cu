@@ -1,9 +1,9 @@
-// A batch's importance partials of all layers are added to the running sums, and all heads and all FFNs are ranked.
+// Adds one batch's importance partials of all layers to the running sums, and ranks all heads and all FFNs.
 //
-// Heads of layer l: total[l][h] += count[l] * sum over examples of |sum over the example's rows of partial[row][h]|;
-// score[l][h] = average / l2 norm of the layer's averages; order = argsort of all scores, equal ones by layer, then
-// head. FFNs likewise with one column and no norm. The arithmetic is float64 in a fixed order, each operation rounded
-// by itself, so that ticketops/ops/importance/reference.py gets the same bits from the same sums.
+// Heads of layer l: total[l][h] += examples * sum over examples of |sum over the example's rows of partial[row][h]|;
+// score[l][h] = average / l2 norm of the layer's averages, with average = total / count; order = argsort of all scores,
+// ties by layer, then head. FFNs: the same with one column and no norm. The arithmetic is float64 in a fixed order
+// without fused operations, so that ticketops/ops/importance/reference.py computes the same bits.
 #include <cmath>
 
 #include "device.h"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int threads = 512;
 
-// NaN is above all numbers, as torch sorts it; so the order is total and every place of it is written.
+// NaN compares above all numbers, as in torch.sort. So the order is total, and every element of it is written.
 __device__ __forceinline__ bool below(double a, double b) {
   return a == a && (b != b || a < b);
 }
@@ -44,7 +44,7 @@ __device__ double term(const Partials& partials, int columns, int column, int gr
   return sum;
 }
 
-// One block: there are a few hundred structures, and ranking them needs all of them.
+// Runs as one block: there are only a few hundred structures, and ranking compares each with all others.
 __global__ void __launch_bounds__(threads) importance_kernel(const Importance args) {
   const int heads = args.heads, structures = args.layers * heads;
   for (int i = threadIdx.x; i < structures + args.ffns; i += threads) {

@@ -1,4 +1,4 @@
-// Rows of padded batches: which are tokens, and moving them between the padded batch and the packed tokens.
+// Numbers the tokens of a padded batch, and moves rows between the padded batch and the packed tokens.
 #include "device.h"
 #include "kernels.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 constexpr int rows_per_block = 8;
 
-// A warp moves a row, so that the index is read once and the vectors lie side by side.
+// One warp moves one row: the index is read once, and the warp's accesses are coalesced.
 template <typename Vector>
 __global__ void __launch_bounds__(32 * rows_per_block)
     move_rows_kernel(const char* __restrict__ source, int64_t source_stride, const int64_t* __restrict__ index,
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(32 * rows_per_block)
   }
 }
 
-// Whether the integer `Element` is nonzero is all that is asked of a mask.
+// lengths[row] = number of nonzero elements of mask[row]. `Element` is an integer of the mask's element size.
 template <typename Element>
 __global__ void __launch_bounds__(128)
     count_kernel(const Element* __restrict__ mask, int64_t row_stride, int64_t width, int32_t* __restrict__ lengths) {
@@ -74,14 +74,14 @@ __global__ void __launch_bounds__(128)
     }
     if (column < width) {
       numbers[place] = real ? number : -1;
-      // The padding before this place, place - number elements of it, fills the indices from their end.
+      // The (place - number) padding elements before this place take the last elements of `indices`.
       if (real) {
         indices[number] = place;
       } else {
         indices[batch * width - 1 - (place - number)] = -1;
       }
     }
-    // The counts are written again in the next round.
+    // The next iteration overwrites `warps`.
     __syncthreads();
   }
 }
@@ -125,10 +125,10 @@ const char* number_tokens(const void* mask, int mask_bytes, int64_t row_stride, 
 
 const char* problem() {
 #ifdef __CUDACC__
-  // Fails where the driver is too old or no code fits the device.
+  // Fails if the driver is too old or the extension contains no code for the device.
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, move_rows_kernel<uint4>);
-  // A later launch must not find this error.
+  // Clear the error, so that a later launch does not report it.
   cudaGetLastError();
   if (error != cudaSuccess) return cudaGetErrorString(error);
 #endif

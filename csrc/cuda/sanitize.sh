@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs the CUDA kernels' tests on their emulation, built with AddressSanitizer and UndefinedBehaviorSanitizer, and with
-# ThreadSanitizer: there each thread of a block is a thread, so a missing barrier is a data race.
+# Runs the CUDA kernels' tests on their CPU emulation, built first with AddressSanitizer and UndefinedBehaviorSanitizer,
+# then with ThreadSanitizer. There each thread of a block is a CPU thread, so a missing barrier is a data race.
 set -eu
 cd "$(dirname "$0")/../.."
 python=$PWD/.venv/bin/python
@@ -12,7 +12,8 @@ run() {
   cmake -S csrc/cuda -B "$build" -G Ninja -DTICKETOPS_EMULATE=ON -DTICKETOPS_SANITIZE="$2" \
     -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >/dev/null
   cmake --build "$build"
-  # Leaks are not looked for: the interpreter keeps memory to its end. Nor are races of libraries that are not built so.
+  # Leaks are not checked, because the interpreter does not free all memory at exit. Races in libraries that are not
+  # instrumented are ignored.
   TICKETOPS_TEST_EMULATED="$build" OMP_NUM_THREADS=1 TICKETOPS_TEST_THREADS=1 \
   LD_PRELOAD="$(c++ -print-file-name="lib$3.so") $(c++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -21,5 +22,5 @@ run() {
 }
 
 run address address,undefined asan emulated
-# A thread a thread is slow here: the many launches of the gradients' checks race no more than the others.
+# Under ThreadSanitizer the gradient checks are slow. They launch the same kernels as the other tests.
 run thread thread tsan "emulated and not gradients"
