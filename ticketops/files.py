@@ -1,5 +1,6 @@
 """Files and folders that are wholly there or not at all, survive a power cut, and are checked when they are read."""
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -15,7 +16,8 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
-from ticketops.errors import InputError, StoreError, spelled
+from ticketops.errors import InputError, StoreError, shown, spelled
+from ticketops.text import repeated
 
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again; finished work is kept",
@@ -65,6 +67,24 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name} {shown} cannot be used: {reason}") from error
     return found
+
+
+def text_encoding(name: str) -> str:
+    """Python's own name of a text encoding, so that two spellings of one are equal.
+
+    Args:
+        name: of the encoding, as a user gave it.
+
+    Raises:
+        InputError: Python knows no such encoding of text.
+    """
+    try:
+        "".encode(name)
+    except (LookupError, ValueError) as error:
+        raise InputError(
+            f"encoding {shown(name)} is unknown: give utf-8, latin-1, utf-16, cp1252 or the like"
+        ) from error
+    return codecs.lookup(name).name
 
 
 def store_error(path: Path, error: OSError) -> StoreError:
@@ -241,11 +261,9 @@ def read_json(
         return float(text)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            refuse(f"has the key {next(name for name in found if names.count(name) > 1)!r:.60} twice")
-        return found
+        if (name := repeated(name for name, _ in pairs)) is not None:
+            refuse(f"has the key {name!r:.60} twice")
+        return dict(pairs)
 
     try:
         if not path.is_file():

@@ -5,10 +5,12 @@ control the terminal, add links or HTML to a report, or run formulas in a spread
 """
 
 import re
-from typing import Any
+from collections.abc import Hashable, Iterable
+from typing import Any, TypeVar
 
 _MARKDOWN = re.compile(r"([\\`*\[\]|~$!#])|(?<![A-Za-z0-9])(_)|(_)(?![A-Za-z0-9])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+Key = TypeVar("Key", bound=Hashable)
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
@@ -31,6 +33,33 @@ def structures(heads: int, ffns: int, neurons: int | None = None) -> str:
     """
     parts = [count(heads, "head"), count(ffns, "FFN"), *([] if neurons is None else [count(neurons, "neuron")])]
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def repeated(keys: Iterable[Key]) -> Key | None:
+    """The first key that comes a second time; None if all are different.
+
+    Args:
+        keys: names of columns or of a mapping; a file may have 100,000 of them.
+    """
+    seen = set()
+    for key in keys:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None
+
+
+def some(names: Iterable[Any], most: int = 20, longest: int = 80) -> str:
+    """Names in a message, separated by commas and cut where they are too many or too long for a line.
+
+    Args:
+        names: of columns, files or labels.
+        most: number of names that are written out.
+        longest: characters of a name that are written out.
+    """
+    names = [str(name) for name in names]
+    text = ", ".join(name if len(name) <= longest else f"{name[:longest]}..." for name in names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most:,} more"
 
 
 def printable(text: Any) -> str:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -321,7 +322,23 @@ GOOD = [{"text": f"t {i}", "label": i % 2} for i in range(12)]
         ("a.jsonl", "[" * 100_000, r"a.jsonl: not valid JSON"),
         ("a.csv", "text,label\n\n\n", r"a.csv is empty"),
         ("a.csv", "\n\n", r"a.csv is empty"),
-        ("a.csv", "t\0e\0x\0t\0,\0l\0\n\0", r"zero bytes in its header: if it is UTF-16, say encoding='utf-16-le'"),
+        ("a.csv", "t\0e\0x\0t\0,\0l\0\n\0", r"zero bytes\): say encoding='utf-16-le'"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16-be"), r"zero bytes\): say encoding='utf-16-be'"),
+        ("a.csv", "text,label\n".encode("utf-32"), r"the mark of utf-32\): say encoding='utf-32'"),
+        ("a.csv", b"\0" * 99, r"zero bytes in its header: write it again"),
+        ("a.csv", "text,label\na,0\n\0\0,1\n", r"line 3: a zero byte"),
+        ("a.jsonl", '{"text": "a", "label": "1\\u0000"}\n', r"row 1: label '1.x00' in column label has a zero byte"),
+        ("a.csv", gzip.compress(b"text,label\n"), r"a.csv is compressed by gzip: call it a.csv.gz"),
+        ("a.csv", b"PK\x03\x04" + b"x" * 99, r"a.csv is a zip archive or a spreadsheet: unpack it"),
+        ("a.json", b"PAR1" + b"x" * 99, r"a.json is a Parquet file: call it .parquet"),
+        ("a.json", '{"columns": ["text", "text", "label"], "data": [["a", "b", 1]]}', r"a column name twice \(text\)"),
+        ("a.csv", ",".join(f"c{i}" for i in range(100_000)), r"has the columns c0, .*, c19 and 99,980 more; name"),
+        ("a.csv", ",".join(f"c{min(i, 99_998)}" for i in range(100_000)), r"a column name twice \(c99998\)"),
+        (
+            "a.jsonl",
+            "{" + ",".join(f'"{min(i, 99_998)}":0' for i in range(100_000)) + "}\n{}",
+            r"'99998' is there twice",
+        ),
         ("a.csv", "text,label\na,0\nb\n", r"line 3: 1 fields where the header has 2"),
         ("a.csv", "text\na\n", r"no known label column: .* has the columns text"),
         ("a.csv.gz", b"text,label\na,0\n", r"a.csv.gz is damaged, or not all of it is there"),
@@ -378,6 +395,41 @@ def test_a_saved_data_set_without_a_file_or_with_a_broken_description_is_refused
             with pytest.raises(InputError):
                 load_local(path)
         (path / name).write_text(kept)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder, file: file.unlink(), r"state.json lists the file .*, which is not in its folder"),
+        (lambda folder, file: (file.rename(folder.parent / file.name), _relist(folder, f"../{file.name}")), r"\.\./"),
+        (lambda folder, file: (file.unlink(), os.mkfifo(file)), r"is a pipe, not a file"),
+        (lambda folder, file: _relist(folder, "/dev/zero"), r"lists the file /dev/zero"),
+        (lambda folder, file: (folder / "state.json").write_text("[" * 100_000), r"state.json is nested too deeply"),
+    ],
+)
+def test_a_saved_data_set_has_its_files_in_its_folder(tmp_path, damage, message):
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(GOOD).save_to_disk(folder)
+    damage(folder, next(folder.glob("*.arrow")))
+    with pytest.raises(InputError, match=message):
+        load_local(folder)
+
+
+def _relist(folder, name):
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}))
+
+
+def test_a_stream_that_lacks_its_end_is_not_all_there(tmp_path):
+    table = pa.Table.from_pylist(GOOD)
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+        # What a writer that is killed now leaves behind: whole batches.
+        file.flush()
+        (tmp_path / "b.arrow").write_bytes((tmp_path / "a.arrow").read_bytes())
+    assert len(load_local(tmp_path / "a.arrow").train) > 0
+    with pytest.raises(InputError, match=r"b.arrow is damaged, or not all of it is there"):
+        load_local(tmp_path / "b.arrow")
 
 
 def test_names_of_classes_come_from_the_file_where_it_has_them(tmp_path):

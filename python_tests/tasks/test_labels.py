@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,6 +83,41 @@ def test_labels_that_can_be_read_in_two_ways_are_refused(tmp_path, labels, messa
         assert load_task(path, kind="classification").kind == "classification"
 
 
+@pytest.mark.parametrize("mark", ["-", "?", "N/A", "null", "-1"])
+@pytest.mark.parametrize("name", ["data.csv", "data.jsonl"])
+def test_marks_of_no_label_are_no_class(tmp_path, name, mark):
+    path = write(tmp_path / name, ["good", "bad", mark, "bad"] * 8)
+    with pytest.raises(InputError, match=rf"label {re.escape(mark)}, like 8 of 32, may mean that there is none"):
+        load_task(path)
+    assert load_task(path, kind="classification").num_labels == 3
+
+
+@pytest.mark.parametrize("labels", [["+", "-"], ["+1", "-1"], [-1, 1], ["none", "one"]])
+def test_opposites_and_words_are_classes(tmp_path, labels):
+    assert load_task(write(tmp_path / "data.csv", labels * 8)).num_labels == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("a.csv", [i / 10 for i in range(31)] + ["3.2."]),
+        ("a.jsonl", [1.5, 2.5, "x"] * 5),
+        ("a.csv", ["0", "1"] * 9 + ["NA"]),
+        ("a.jsonl", [1, 0, 1, 0, True]),
+    ],
+)
+def test_a_stray_word_does_not_make_classes_of_numbers(tmp_path, name, labels):
+    path = write(tmp_path / name, labels)
+    with pytest.raises(InputError, match=r"in column label is no number, like \d of \d+ labels: correct it, or say"):
+        load_task(path)
+    assert load_task(path, kind="classification").kind == "classification"
+
+
+def test_classes_that_look_alike_are_said(tmp_path):
+    task = load_task(write(tmp_path / "a.csv", ["Good", "bad", "good", "bad"] * 8))
+    assert task.remarks == ("the labels Good, good are different classes",)
+
+
 def test_minus_one_beside_one_is_a_class_and_said(tmp_path):
     task = load_task(write(tmp_path / "data.jsonl", [-1, 1] * 8))
     assert task.labels == ("-1", "1")
@@ -147,6 +183,16 @@ def test_rows_that_train_and_validate_are_counted(tmp_path, caplog, shared, said
         task = load_task(tmp_path)
     doubt = f"{shared} of 40 validation rows have a text of the training rows"
     assert (doubt in caplog.text) == (doubt in task.remarks) == said
+
+
+def test_rows_that_differ_in_case_and_rows_that_validate_and_report_are_counted(tmp_path):
+    write(tmp_path / "train.jsonl", [0, 1] * 20)
+    write(tmp_path / "dev.jsonl", [0, 1] * 5, [f"TRAIN  {i}" if i < 5 else f"dev {i}" for i in range(10)])
+    write(tmp_path / "test.jsonl", [0, 1] * 5, [f"dev {i}" for i in range(10)])
+    assert load_task(tmp_path).remarks == (
+        "5 of 10 validation rows have a text of the training rows",
+        "5 of 10 report rows have a text of the validation rows",
+    )
 
 
 def test_one_class_of_validation_or_test_rows_is_said(tmp_path, caplog):

@@ -79,8 +79,8 @@ def found(folder: Path) -> dict[str, list[str]]:
         (["train.jsonl/part-0.jsonl", "train.jsonl/_SUCCESS"], {"train": ["train.jsonl/part-0.jsonl"]}),
         # Numbered parts, in the order of their numbers.
         (
-            ["train_10.jsonl", "train_9.jsonl", "train_1.jsonl", "val.jsonl"],
-            {"train": ["train_1.jsonl", "train_9.jsonl", "train_10.jsonl"], "validation": ["val.jsonl"]},
+            ["train_10.jsonl", "train_9.jsonl", "train_11.jsonl", "val.jsonl"],
+            {"train": ["train_9.jsonl", "train_10.jsonl", "train_11.jsonl"], "validation": ["val.jsonl"]},
         ),
         # Names with other words, Kaggle's and the hub's.
         (
@@ -117,6 +117,8 @@ def test_splits_are_found(tmp_path, names, expected):
         (["train-00000-of-00002.jsonl"], r"has 1 of the 2 shards of split train, without number 1: fetch all"),
         (["data/train-00001-of-00003.jsonl", "data/train-00002-of-00003.jsonl"], r"2 of the 3 shards .* number 0"),
         (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"], r"2 of the 1 shards|without number"),
+        (["train-0.jsonl", "train-1.jsonl", "train-3.jsonl"], r"has no part 2 of split train: fetch all"),
+        (["train.jsonl", "dev_part1.jsonl", "dev_part3.jsonl"], r"has no part 2 of split dev_part: fetch all"),
         (["train/x-00000-of-00002.jsonl"], r"has 1 of the 2 shards of split x"),
         (["train.jsonl", "dev-00000-of-00002.jsonl"], r"has 1 of the 2 shards of split dev"),
         (["train-00000-of-00001.jsonl", "train.jsonl"], r"several files for split train"),
@@ -132,6 +134,37 @@ def test_splits_are_found(tmp_path, names, expected):
 def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path, names, message):
     with pytest.raises(InputError, match=message):
         load_task(put(tmp_path, *names))
+
+
+def test_parts_numbered_by_years_are_all_of_them(tmp_path):
+    assert found(put(tmp_path, "train-2018.jsonl", "train-2021.jsonl"))["train"] == [
+        "train-2018.jsonl",
+        "train-2021.jsonl",
+    ]
+
+
+def test_a_split_that_a_saved_data_set_lists_is_there(tmp_path):
+    splits = {name: datasets.Dataset.from_list([{"text": name, "label": 0}]) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path)
+    (tmp_path / "test" / "state.json").unlink()
+    with pytest.raises(InputError, match=r"lacks the split 'test' that its dataset_dict.json lists"):
+        find_splits(tmp_path)
+
+
+def test_folders_that_may_not_be_entered_are_no_splits(tmp_path, monkeypatch):
+    put(tmp_path, "train.jsonl", "closed/x.jsonl")
+    plain = Path.is_dir
+
+    def is_dir(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert found(tmp_path) == {"train": ["train.jsonl"]}
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(InputError, match="has no training split"):
+        find_splits(tmp_path)
 
 
 def test_a_shard_alone_is_refused(tmp_path):

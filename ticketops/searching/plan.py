@@ -1,6 +1,5 @@
 """The configuration of a search and the list of its trials. Imports no torch."""
 
-import codecs
 import dataclasses
 import json
 import math
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ticketops.errors import OWN_LOOP, InputError, shown, spelled
-from ticketops.files import user_path
+from ticketops.files import text_encoding, user_path
 from ticketops.searching.config import (
     DATA,
     PLAN,
@@ -226,7 +225,7 @@ class SearchConfig(Config):
         if self.task_kind is not None and self.task_kind not in ("classification", "regression"):
             raise InputError(f"{spelled('task_kind')} {shown(self.task_kind)} is unknown: {OWN_LOOP}")
         if self.encoding is not None:
-            put("encoding", _encoding(text("encoding", self.encoding)))
+            put("encoding", text_encoding(text("encoding", self.encoding)))
         for name in ("epochs", "batch_size", "max_length"):
             put(name, whole(name, getattr(self, name), 1))
         put("min_heads", whole("min_heads", self.min_heads, 0))
@@ -366,15 +365,6 @@ def search_plan(config: SearchConfig, identity: Mapping[str, Any]) -> list[Trial
 def json_identity(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as JSON gives them back, so that a fresh configuration compares with a stored one."""
     return json.loads(json.dumps(values))
-
-
-def _encoding(name: str) -> str:
-    """Python's own name of a text encoding, so that two spellings of one are equal."""
-    try:
-        "".encode(name)
-    except (LookupError, ValueError) as error:
-        raise InputError(f"encoding {name!r} is unknown: give utf-8, latin-1, utf-16, cp1252 or the like") from error
-    return codecs.lookup(name).name
 
 
 def _kind(entry: Any) -> str:

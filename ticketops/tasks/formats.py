@@ -6,7 +6,6 @@ quotes in a tab-separated file follow RFC 4180 or belong to the texts, as in GLU
 """
 
 import bz2
-import codecs
 import contextlib
 import csv
 import gzip
@@ -26,18 +25,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ticketops.errors import InputError, spelled
+from ticketops.files import read_json, text_encoding
+from ticketops.text import repeated
 
 #: Rows in a batch.
 BATCH = 1_000
 #: File that marks a folder written by `datasets.Dataset.save_to_disk`.
 SAVED = "state.json"
+# Bytes that it may have; it names every Arrow file.
+_MOST_STATE = 2**26
+# What ends an Arrow stream whose writer was not interrupted.
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 # A field quoted by RFC 4180: quotes inside are doubled.
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
 # Columns of CoLA's own files, which have no header.
 _COLA = ("source", "label", "annotation", "sentence")
-_BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+# How files of other encodings begin; the mark of UTF-32 begins with that of UTF-16.
+_BYTE_ORDER_MARKS = {
+    b"\xef\xbb\xbf": "utf-8",
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+# Without a mark they begin with a letter or a bracket, which has zeros beside it.
+_ZEROS: Mapping[tuple[int, ...], str] = {
+    (0, 1, 1, 1): "utf-32-le",
+    (1, 1, 1, 0): "utf-32-be",
+    (0, 1, 0, 1): "utf-16-le",
+    (1, 0, 1, 0): "utf-16-be",
+}
+# How files begin that are no text, and what they are: the usual answer to an unreadable byte, another encoding, would
+# make rows of them.
+_NO_TEXT = {
+    b"\x1f\x8b": "compressed by gzip: call it {}.gz",
+    b"BZh": "compressed by bzip2: call it {}.bz2",
+    b"\xfd7zXZ\0": "compressed by xz: call it {}.xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: decompress it",
+    b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save the sheet as CSV",
+    b"PAR1": "a Parquet file: call it .parquet",
+    b"ARROW1": "an Arrow file: call it .arrow",
+}
 _LFS_POINTER = b"version https://git-lfs."
 _COMPRESSIONS: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -115,10 +145,7 @@ def open_source(path: Path, encoding: str | None = None) -> Source:
     Raises:
         InputError: the path is not a file, cannot be read or decoded, is damaged, or has an unknown extension.
     """
-    try:
-        encoding = codecs.lookup(encoding or "utf-8").name.removesuffix("-sig")
-    except LookupError as error:
-        raise InputError(f"encoding {encoding!r} is unknown: give utf-8, latin-1, utf-16 or the like") from error
+    encoding = text_encoding(encoding or "utf-8").removesuffix("-sig")
     opener: Callable[[Path, str], Source] = _open_saved
     kind = ""
     if not path.is_dir():
@@ -198,13 +225,19 @@ def _bytes(path: Path) -> IO[bytes]:
 def _text(path: Path, encoding: str, newline: str) -> Iterator[IO[str]]:
     """Opens the file as text, behind its byte-order mark."""
     with _bytes(path) as raw:
-        start = raw.read(3)
-    for mark, name in _BYTE_ORDER_MARKS.items():
-        if start.startswith(mark) and not encoding.startswith((name, "utf-32")):
-            raise InputError(
-                f"file {path} is not {encoding.upper()} (it starts with the mark of {name}): say "
-                f"{spelled('encoding', name)}"
-            )
+        start = raw.read(6)
+    for mark, what in _NO_TEXT.items():
+        if start.startswith(mark):
+            raise InputError(f"file {path} is {what.format(path.name)}")
+    found = next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "")
+    if found and not encoding.startswith(found):
+        raise InputError(
+            f"file {path} is not {encoding.upper()} (it starts with the mark of {found}): say "
+            f"{spelled('encoding', found)}"
+        )
+    found = "" if found else _ZEROS.get(tuple(int(byte == 0) for byte in start[:4]), "")
+    if found and encoding != found:
+        raise InputError(f"file {path} is not {encoding.upper()} (it has zero bytes): say {spelled('encoding', found)}")
     opener: Callable[..., Any] = _COMPRESSIONS.get(path.suffix.lower(), open)
     with opener(path, "rt", encoding=encoding, newline=newline) as stream:
         if stream.read(1) != "\ufeff":
@@ -241,16 +274,13 @@ def _open_delimited(path: Path, encoding: str) -> Source:
     options = {"delimiter": delimiter, "quoting": quoting}
     _, header = next(_records(path, encoding, **options), (0, []))
     if any("\0" in name for name in header):
-        raise InputError(
-            f"file {path} has zero bytes in its header: if it is UTF-16, say {spelled('encoding', 'utf-16-le')}"
-        )
+        raise InputError(f"file {path} has zero bytes in its header: write it again")
     headed = not (delimiter == "\t" and len(header) == 4 and header[1] in ("0", "1") and header[2] in ("", "*"))
     if not headed:
         header = list(_COLA)
         remarks.append("no header: the columns of CoLA")
     named = [name.strip() for name in header]
-    if twice := [name for name in dict.fromkeys(named) if name and named.count(name) > 1]:
-        raise InputError(f"file {path} has a column name twice ({twice[0]}): rename one")
+    _check_columns(filter(None, named), path)
 
     def read(columns: Sequence[str]) -> Iterator[Batch]:
         places = [named.index(column) for column in columns]
@@ -267,12 +297,20 @@ def _open_delimited(path: Path, encoding: str) -> Source:
                     raise InputError(
                         f"{path}, line {line}: {len(fields)} fields where the header has {len(named)}: {hint}"
                     )
-                yield line, [fields[place] or None for place in places]
+                found = [fields[place] or None for place in places]
+                if any("\0" in value for value in found if value):
+                    raise InputError(f"{path}, line {line}: a zero byte, as a crash leaves them: write the file again")
+                yield line, found
 
         with _refusing(path, encoding):
             yield from _batched(rows(), columns)
 
     return Source(path, tuple(named), read, unit="line", typed=False, encoded=True, remark=", ".join(remarks))
+
+
+def _check_columns(names: Iterable[str], path: Path) -> None:
+    if (name := repeated(names)) is not None:
+        raise InputError(f"file {path} has a column name twice ({name:.80}): rename one")
 
 
 def _records(path: Path, encoding: str, **options: Any) -> Iterator[tuple[int, list[str]]]:
@@ -438,11 +476,9 @@ def _parse(content: str, path: Path, line: int | None = None) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return found
+    if (key := repeated(key for key, _ in pairs)) is not None:
+        raise ValueError(f"the key {key!r:.80} is there twice")
+    return dict(pairs)
 
 
 # Shared, since making a decoder takes as long as decoding a row.
@@ -466,6 +502,7 @@ def _rows_of(value: Any, path: Path) -> list[Any]:
     if value.keys() == {"schema", "data"}:
         return list(value["data"])
     if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}:
+        _check_columns(value["columns"], path)
         return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]
     entries = list(value.values())
     if entries and all(isinstance(entry, list) for entry in entries):
@@ -501,6 +538,12 @@ def _open_arrow(path: Path, _: str) -> Source:
     """Opens an Arrow file in the random-access format (Feather) or the stream format (the cache of `datasets`)."""
     with path.open("rb") as stream:
         seekable = stream.read(6) == b"ARROW1"
+        # A writer that was interrupted may leave whole batches, but not this.
+        stream.seek(max(path.stat().st_size - len(_END_OF_STREAM), 0))
+        if not seekable and stream.read() != _END_OF_STREAM:
+            raise InputError(
+                f"file {path} is damaged, or not all of it is there (an Arrow stream has an end): write it again"
+            )
 
     def tables(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         with pa.memory_map(str(path)) as mapped:
@@ -520,6 +563,14 @@ def _open_arrow(path: Path, _: str) -> Source:
 
 def _open_saved(path: Path, _: str) -> Source:
     """Opens a folder written by `Dataset.save_to_disk`."""
+    for entry in path.iterdir():
+        if not entry.is_dir():
+            check_regular(entry)
+    state = read_json(path / SAVED, "save the data set again", _MOST_STATE)
+    # Files elsewhere are none of this data set's.
+    for name in [file["filename"] for file in state["_data_files"]]:
+        if name != Path(name).name or not (path / name).is_file():
+            raise InputError(f"{path / SAVED} lists the file {name:.80}, which is not in its folder: save it again")
     rows = datasets.load_from_disk(str(path))
 
     def tables(columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -539,14 +590,15 @@ def _columnar(path: Path, schema: pa.Schema, tables: Callable[[Sequence[str]], I
                 yield Batch(range(start, start + table.num_rows), found)
                 start += table.num_rows
 
-    if twice := [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]:
-        raise InputError(f"file {path} has a column name twice ({twice[0]}): rename one")
+    _check_columns(schema.names, path)
     try:
         types = datasets.Features.from_arrow_schema(schema)
     # The schema's metadata may come from another library, with types that `datasets` does not know.
     except Exception:
         types = {}
-    classes = {name: tuple(kind.names) for name, kind in types.items() if isinstance(kind, datasets.ClassLabel)}
+    classes = {
+        name: tuple(map(str, kind.names)) for name, kind in types.items() if isinstance(kind, datasets.ClassLabel)
+    }
     return Source(path, tuple(schema.names), read, classes=classes)
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 import reprlib
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ticketops.errors import OWN_LOOP, InputError, spelled
+from ticketops.errors import OWN_LOOP, InputError, shown, spelled
 from ticketops.tasks.task import Kind
+from ticketops.text import some
 
 # Numeric labels mean regression if at least this share of the training labels are fractions.
 _FRACTIONS = 0.25
@@ -21,6 +23,9 @@ _FEW = 20
 _LARGEST = float(np.finfo(np.float32).max)
 # Numbers as programs write them: 1, -2.5, 1e-05; but not 01, +1 or 1_000.
 _NUMBER = re.compile(r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+# How programs and people write that a row has no label, as SNLI does by "-".
+_NO_LABEL = {"-1", "-", "--", "?", "na", "n/a", "#n/a", "<na>", "nan", "null"}
+_OPPOSITES = {"-1": {"1", "+1"}, "-": {"+"}, "--": {"++"}}
 _DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 
 Label = str | bool | int | float
@@ -87,6 +92,8 @@ def read_label(value: Any, column: str, where: Callable[[], str]) -> Label | Non
             value.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{where()}: column {column} is not valid Unicode ({error.reason}): repair it") from error
+        if "\0" in value:
+            raise InputError(f"{where()}: label {value!r:.80} in column {column} has a zero byte: write the file again")
         unreal = isinstance(value, Untyped) and value.lower().lstrip("+-") in ("nan", "inf", "infinity")
         if not unreal:
             return value or None
@@ -149,16 +156,23 @@ def find_scheme(splits: Sequence[Labels], kind: Kind | None, names: tuple[str, .
         return Scheme("regression", ())
     if not numeric:
         _refuse_decimal_commas(splits)
-    hidden = [(labels, row) for labels, row, value in rows if value == -1] if numeric else []
-    remark = ""
-    if hidden:
+        if kind is None:
+            _refuse_strays(rows)
+    written = {str(value).lower() for labels in splits for value in labels.values}
+    # Beside their opposites these are classes.
+    marks = {mark for mark in _NO_LABEL & written if not written & _OPPOSITES.get(mark, set())}
+    # Of three classes, -1 may be the negative one.
+    marks |= {"-1"} & written if "0" in written else set()
+    hidden = [(labels, row) for labels, row, _ in rows if str(labels.values[row]).lower() in marks]
+    if hidden and kind is None:
         labels, row = hidden[0]
-        if kind is None and any(value == 0 for *_, value in rows):
-            raise InputError(
-                f"{labels.where(row)}: label -1, like {len(hidden):,} of {len(rows):,}, may mean that there is none: "
-                f"remove these rows, or say {spelled('task_kind', 'classification')} where -1 is a class"
-            )
-        remark = f"{len(hidden):,} labels of -1 are a class"
+        mark = str(labels.values[row])
+        raise InputError(
+            f"{labels.where(row)}: label {mark}, like {len(hidden):,} of {len(rows):,}, may mean that there is none: "
+            f"remove these rows, or say {spelled('task_kind', 'classification')} where {mark} is a class"
+        )
+    negative = sum(str(labels.values[row]) == "-1" for labels, row, _ in rows)
+    remarks = [f"{negative:,} labels of -1 are a class"] if negative else []
     known = sorted(set(class_names(splits)[0]), key=_rank)
     if kind is None and numeric and len(known) > max(_FEW, len(train.values) // 2):
         raise InputError(
@@ -166,7 +180,11 @@ def find_scheme(splits: Sequence[Labels], kind: Kind | None, names: tuple[str, .
             f"{spelled('task_kind', 'regression')} (or classification), or name the label column with "
             f"{spelled('label_column')}"
         )
-    return Scheme("classification", tuple(known), remark)
+    alike: dict[str, list[str]] = {}
+    for name in known:
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
+    remarks += [f"the labels {some(names)} are different classes" for names in alike.values() if len(names) > 1]
+    return Scheme("classification", tuple(known), "; ".join(remarks))
 
 
 def class_names(splits: Sequence[Labels]) -> list[list[str]]:
@@ -224,6 +242,18 @@ def _check_present(labels: Labels) -> None:
             raise InputError(f"{labels.where(row)}: no label in column {labels.column}: fill it in or remove the row")
 
 
+def _refuse_strays(rows: Sequence[tuple[Labels, int, int | float | None]]) -> None:
+    """Refuses words among numbers, by which a few damaged rows would make classes of all numbers."""
+    words = [(labels, row) for labels, row, value in rows if value is None]
+    fractions = any(isinstance(value, float) for *_, value in rows)
+    if len(words) < len(rows) and (fractions or len(words) < _FRACTIONS * len(rows)):
+        labels, row = words[0]
+        raise InputError(
+            f"{labels.where(row)}: label {shown(labels.values[row])} in column {labels.column} is no number, like "
+            f"{len(words):,} of {len(rows):,} labels: correct it, or say {spelled('task_kind', 'classification')}"
+        )
+
+
 def _refuse_decimal_commas(splits: Iterable[Labels]) -> None:
     values = {value for labels in splits for value in labels.values}
     commas = [value for value in values if isinstance(value, Untyped) and _DECIMAL_COMMA.fullmatch(value)]
@@ -235,8 +265,9 @@ def _unknown(labels: Labels, row: int, name: str, ids: Iterable[str]) -> InputEr
     where = labels.where(row)
     if name == "-1":
         return InputError(f"{where}: label -1 means a hidden label: use a split with labels")
-    known = ", ".join(ids)
-    return InputError(f"{where}: label {name!r} is not one of the training labels ({known}): correct or remove the row")
+    return InputError(
+        f"{where}: label {name!r:.80} is not one of the training labels ({some(ids)}): correct or remove the row"
+    )
 
 
 def _real(labels: Labels, row: int) -> float:

@@ -103,20 +103,24 @@ def _doubts(task: Task) -> list[str]:
     """Warnings about splits that make scores misleading: rows with one label, or rows shared with training."""
     doubts = []
     splits = {"validation": task.validation, "report": task.report, "test": task.test}
-    texts = set(_texts(task, task.train))
+    earlier = {"training": set(_texts(task, task.train))}
     for split, rows in splits.items():
         if rows is None:
             continue
         if task.kind == "classification" and "label" in rows.column_names and (only := _only_label(task, rows)):
             doubts.append(f"every {split} row has the label {only}, so all answers of that kind score the same")
-        shared = sum(text in texts for text in _texts(task, rows))
-        if shared >= _MOST_SHARED * len(rows):
-            doubts.append(f"{shared:,} of {len(rows):,} {split} rows have a text of the training rows")
+        for other, texts in earlier.items():
+            shared = sum(text in texts for text in _texts(task, rows))
+            if shared >= _MOST_SHARED * len(rows):
+                doubts.append(f"{shared:,} of {len(rows):,} {split} rows have a text of the {other} rows")
+        earlier[split] = set(_texts(task, rows))
     return doubts
 
 
 def _texts(task: Task, rows: datasets.Dataset) -> Iterator[tuple[str, ...]]:
-    return zip(*(rows[column][:] for column in task.columns), strict=True)
+    """The texts of each row, without differences of case and spaces, which many models do not see."""
+    columns = ((" ".join(text.casefold().split()) for text in rows[column][:]) for column in task.columns)
+    return zip(*columns, strict=True)
 
 
 def _only_label(task: Task, rows: datasets.Dataset) -> str:
@@ -173,7 +177,7 @@ def _whole_task(spec: str | os.PathLike[str], local: Mapping[str, Any], seed: in
         return load_local(path, **local, seed=seed)
     if named is None:
         raise InputError(
-            f"unknown task {os.fspath(spec)!r}: name one of demo, {', '.join(GLUE)}, or an existing file "
+            f"unknown task {os.fspath(spec)!r:.100}: name one of demo, {', '.join(GLUE)}, or an existing file "
             f"({', '.join(FORMATS)}) or a folder with train.* and validation.*"
         )
     if given := [name for name, value in local.items() if value is not None]:

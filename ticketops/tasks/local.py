@@ -20,6 +20,7 @@ from ticketops.tasks.labels import Labels, Untyped, encode, find_scheme, read_la
 from ticketops.tasks.sampling import hold_out
 from ticketops.tasks.splits import find_splits
 from ticketops.tasks.task import Kind, Task, features
+from ticketops.text import some
 
 # Accepted column names, in any case. The second group is searched only if no name of the first is there.
 TEXT_COLUMNS = (
@@ -42,7 +43,7 @@ TEXT_COLUMNS = (
             for name in (
                 *("review", "content", "comment", "comment_text", "tweet", "message", "body", "document", "utterance"),
                 *("review_text", "reviewtext", "query", "question", "headline", "title", "description", "article"),
-                *("sms", "post", "abstract", "input", "prompt"),
+                *("sms", "post", "abstract", "input", "prompt", "phrase"),
             )
         ),
     ),
@@ -154,7 +155,7 @@ def load_local(
     if not (given and label_column) and (texts not in TEXT_COLUMNS[0] or (label,) not in LABEL_COLUMNS[0]):
         remarks.append(f"texts in {' and '.join(texts)}, labels in {label}")
     remarks += [scheme.remark] if scheme.remark else []
-    remarks += [f"not read: {', '.join(layout.unread)}"] if layout.unread else []
+    remarks += [f"not read: {some(layout.unread)}"] if layout.unread else []
     return Task(
         name=path.resolve().name if path.is_dir() else bare_name(path),
         kind=scheme.kind,
@@ -289,8 +290,9 @@ def _spellings(name: str, source: Source) -> list[str]:
 
 def _no_column(problem: str, role: str, source: Source) -> InputError:
     flag = spelled("text_columns" if role == "text" else "label_column")
-    listing = ", ".join(source.columns)
-    return InputError(f"{problem}: {source.path} has the columns {listing}; name the right one with {flag}; {OWN_LOOP}")
+    return InputError(
+        f"{problem}: {source.path} has the columns {some(source.columns)}; name the right one with {flag}; {OWN_LOOP}"
+    )
 
 
 def _empty(source: Source) -> InputError:

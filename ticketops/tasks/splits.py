@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ticketops.errors import InputError
+from ticketops.files import read_json
 from ticketops.tasks.formats import SAVED, bare_name, check_regular, extension
+from ticketops.text import some
 
 #: Split -> accepted names of its files or its folder, the preferred name first.
 SPLIT_NAMES = {
@@ -16,9 +18,12 @@ SPLIT_NAMES = {
 }
 # Shards on the hub: train-00000-of-00004, with a hash at the end in older data sets.
 _SHARD = re.compile(r"[-_.](\d+)-of-(\d+)(?:-[0-9a-f]{8,})?$")
+_PART = re.compile(r"\d+$")
 _MARKER = re.compile(r"[-_.]?\d+$")
+# Lists the splits of a folder that `datasets.DatasetDict.save_to_disk` has written.
+_SAVED_SPLITS = "dataset_dict.json"
 # Metadata files that `datasets` and the hub write beside the rows.
-_DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json"}
+_DESCRIPTIONS = {_SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"}
 # Levels of subfolders to search: 2 finds data/english/train.csv.
 _DEPTH = 2
 
@@ -65,11 +70,11 @@ def find_splits(path: Path) -> Layout:
     if len(layouts) == 1:
         return next(iter(layouts.values()))
     if layouts:
-        names = ", ".join(str(folder.relative_to(path)) for folder in layouts)
+        names = some(folder.relative_to(path) for folder in layouts)
         raise InputError(
             f"folder {path} holds several data sets ({names}): give the folder of one, such as {next(iter(layouts))}"
         )
-    found = ", ".join(entry.name for entry in _entries(path) if _is_data(entry)) or "no data files"
+    found = some(entry.name for entry in _entries(path) if _is_data(entry)) or "no data files"
     raise InputError(
         f"folder {path} has no training split (found: {found}): call the file train.jsonl (or .csv, ...), or give the "
         "path of a single file"
@@ -83,7 +88,7 @@ def _layouts(folder: Path, depth: int, seen: set[Path]) -> dict[Path, Layout]:
     found: dict[Path, Layout] = {}
     for entry in _entries(folder) if depth else ():
         # A link to a parent folder would be followed without end.
-        if entry.is_dir() and not (entry / SAVED).is_file() and (place := entry.resolve()) not in seen:
+        if _is_folder(entry) and not (entry / SAVED).is_file() and (place := entry.resolve()) not in seen:
             seen.add(place)
             found |= _layouts(entry, depth - 1, seen)
     return found
@@ -95,6 +100,13 @@ def _layout(folder: Path) -> Layout | None:
     for entry in _entries(folder):
         if _is_data(entry):
             groups.setdefault(_group(entry), []).append(entry)
+    if (folder / _SAVED_SPLITS).exists():
+        splits = read_json(folder / _SAVED_SPLITS, "save the data set again").get("splits")
+        if lacking := [name for name in splits or () if not (folder / str(name) / SAVED).is_file()]:
+            raise InputError(
+                f"folder {folder} lacks the split {lacking[0]!r:.80} that its {_SAVED_SPLITS} lists: fetch all, or "
+                "take it off that list"
+            )
     chosen = {split: _choose(folder, split, groups) for split in SPLIT_NAMES}
     if not chosen["train"]:
         return None
@@ -138,7 +150,7 @@ def _files(folder: Path, name: str, entries: Sequence[Path]) -> tuple[Path, ...]
     stems = [bare_name(entry) for entry in entries]
     plain = [entry for entry, stem in zip(entries, stems, strict=True) if stem.lower() == name]
     if len(entries) > 1 and (plain or len({extension(entry) for entry in entries}) > 1):
-        names = ", ".join(entry.name for entry in entries)
+        names = some(entry.name for entry in entries)
         raise InputError(f"folder {folder} has several files for split {name} ({names}): keep one of them")
     shards = [(int(match[1]), int(match[2])) for stem in stems if (match := _SHARD.search(stem))]
     if shards:
@@ -152,6 +164,11 @@ def _files(folder: Path, name: str, entries: Sequence[Path]) -> tuple[Path, ...]
                 f"folder {folder} has {len(entries)} of the {count} shards of split {name}, {what}: fetch all, or "
                 f"remove what is left of an older set"
             )
+    # Years and the like may be numbers too, and begin elsewhere.
+    numbers = sorted(int(match[0]) for stem in stems if (match := _PART.search(stem)))
+    gap = {*range(numbers[0], numbers[-1])} - {*numbers} if numbers and numbers[0] < 2 else ()
+    if gap and not shards:
+        raise InputError(f"folder {folder} has no part {min(gap)} of split {name}: fetch all, or number them on")
     for entry in entries:
         if not entry.is_dir():
             check_regular(entry)
@@ -166,14 +183,22 @@ def _group(entry: Path) -> str:
 
 def _is_data(entry: Path) -> bool:
     """True if a folder's entry is, by its name, a data file or the folder of a split."""
-    if not entry.is_dir():
+    if not _is_folder(entry):
         return _is_rows(entry)
     named = any(bare_name(entry).lower() in names for names in SPLIT_NAMES.values())
     return named and ((entry / SAVED).is_file() or any(map(_is_rows, _entries(entry))))
 
 
 def _is_rows(entry: Path) -> bool:
-    return bool(extension(entry)) and not entry.is_dir() and entry.name not in _DESCRIPTIONS
+    return bool(extension(entry)) and not _is_folder(entry) and entry.name not in _DESCRIPTIONS
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    # A folder that may not be entered, such as another user's.
+    except OSError:
+        return False
 
 
 def _entries(folder: Path) -> list[Path]:
