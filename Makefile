@@ -11,12 +11,14 @@ OLDEST_TESTS := python_tests/models $(addprefix python_tests/searching/, \
 	test_run.py::test_a_search_finds_a_super_ticket_and_its_gain \
 	test_sharing.py::test_each_arm_is_one_record_with_every_tasks_own_metric \
 	test_transfer.py::test_both_ladders_are_climbed)
+# Another one has sentence-transformers and SetFit, which are optional.
+EMBEDDERS := .venv-sentence-transformers
 # Tests run in this many processes, of one thread each outside python_tests/ops.
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 PYTEST := -m pytest -q --numprocesses $(WORKERS) --dist loadgroup
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-isa test-long test-oldest lint bench sanitize gpu clean
+.PHONY: setup demo test test-isa test-long test-oldest test-sentence-transformers lint bench sanitize gpu clean
 
 setup: $(VENV)/.installed
 
@@ -52,17 +54,26 @@ test-isa: setup
 test-long: setup
 	$(BIN)/python $(PYTEST) -m long || test $$? -eq 5
 
-# A second environment that has its own transformers and sees .venv for everything else.
-$(OLDEST)/.installed: $(VENV)/.installed
-	$(BIN)/python -m venv --clear $(OLDEST)
+# Environments that see .venv, and have more or other packages.
+define BESIDE
+	$(BIN)/python -m venv --clear $(1)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-		> "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	$(OLDEST)/bin/python -m pip install --quiet \
-		"transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).*"
+		> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(1)/bin/python -m pip install --quiet $(2)
 	touch $@
+endef
+
+$(OLDEST)/.installed: $(VENV)/.installed
+	$(call BESIDE,$(OLDEST),"transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).*")
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python $(PYTEST) $(OLDEST_TESTS)
+
+$(EMBEDDERS)/.installed: $(VENV)/.installed
+	$(call BESIDE,$(EMBEDDERS),"sentence-transformers>=6" setfit)
+
+test-sentence-transformers: $(EMBEDDERS)/.installed
+	$(EMBEDDERS)/bin/python $(PYTEST) python_tests/models/test_sentence_transformers.py
 
 bench: setup
 	$(BIN)/python -m pytest bench/bench_step.py
@@ -82,4 +93,4 @@ gpu:
 	$$python -m bench.gpu $(GPU_FLAGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info ticketops/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(EMBEDDERS) build dist *.egg-info ticketops/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from bounds import roundings
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertForTokenClassification, BertModel
 from transformers.integrations.neftune import activate_neftune
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
@@ -357,6 +359,29 @@ def test_passes_before_one_backward_pass_share_their_masks(model, stock, passes)
     for found, each in ((importance.head, 0), (importance.ffn, 1)):
         want = torch.stack([(5 * mask[each].grad).abs().mean(0) for mask in masks]).double()
         torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5 * want.max().item())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_passes_that_checkpointing_runs_again_belong_to_their_step(model, reentrant):
+    batches, start = [tiny_batch(seed=seed) for seed in range(2)], torch.zeros((), requires_grad=True)
+
+    def importance(run):
+        with handle.record_importance() as found:
+            logits = [run(lambda _, batch=batch: model(**batch).logits, start) for batch in batches]
+            torch.stack(logits).prod(0).sum(1).mean().backward()
+        return found.head
+
+    def checkpointed(function, *args):
+        return checkpoint(function, *args, use_reentrant=reentrant)
+
+    with ticketops.patch(model) as handle:
+        want = importance(lambda function, *args: function(*args))
+        if reentrant:
+            # Their gradients come in backward passes of their own.
+            with pytest.raises(UnsupportedError, match="forward passes within one backward pass"):
+                importance(checkpointed)
+        else:
+            torch.testing.assert_close(importance(checkpointed), want, **roundings(1000))
 
 
 # --- other parameters than the model's own

@@ -19,6 +19,7 @@ from ticketops import ops
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models.adapter import Adapter
 from ticketops.models.boundary import ONLY_FIRST, Snapshot, only_first_tokens
+from ticketops.models.containers import separate_columns, transformers_model
 from ticketops.models.embeddings import SWAPS
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
 from ticketops.models.inputs import Inputs
@@ -40,7 +41,7 @@ _FIRST_TOKEN_HEADS = (
 )
 
 
-def patch(model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = None) -> "PatchHandle":
+def patch(model: Any, *, unpad: bool = True, bucket: int | None = None) -> "PatchHandle":
     """Makes a transformers model run on ticketops' ops, in place.
 
     Parameter names, state_dict, optimizer references and isinstance checks stay as they are; only the classes of the
@@ -48,7 +49,8 @@ def patch(model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = No
 
     Args:
         model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, ModernBERT, ViT or
-            DeiT of transformers, bare or with a task head, on any device.
+            DeiT of transformers, bare or with a task head, on any device. Or a SentenceTransformer, CrossEncoder or
+            SparseEncoder of sentence-transformers with one of them inside.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static and never waits for the
             device, for graphs that capture the whole model, and then every row of the attention mask must be one
             unbroken run.
@@ -66,7 +68,7 @@ def patch(model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = No
         UnsupportedError: a model, configuration or layer that is not served; the message names it.
         InputError: the model is patched already, or a bucket that is none.
     """
-    handle = PatchHandle(model, unpad=unpad, bucket=bucket)
+    handle = PatchHandle(transformers_model(model), unpad=unpad, bucket=bucket)
     try:
         handle.restore()
     except TicketopsError:
@@ -79,7 +81,7 @@ class PatchHandle:
     """A patched model's handle; made by `patch`.
 
     Attributes:
-        model: the patched model.
+        model: the patched model, of transformers.
         num_layers: encoder layers.
         num_heads: attention heads a layer of the architecture; a shrunk layer has fewer, under their old numbers.
         num_neurons: the same of the neurons of an FFN.
@@ -429,7 +431,8 @@ class PatchHandle:
         recording = self._recording = Recording(importance, skip_overflow)
         importance.feed_from(recording.settle)
         try:
-            yield importance
+            with separate_columns():
+                yield importance
             recording.settle()
         finally:
             self._recording = None

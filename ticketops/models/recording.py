@@ -40,8 +40,9 @@ class Recording:
             batch: rows.
             device: where the model computes.
         """
-        # What the backward passes before it have left is complete now.
-        self.settle()
+        # What the backward passes before it have left is complete now, unless it is within one of them.
+        if torch._C._current_graph_task_id() < 0:
+            self.settle()
         return Pass(self, layers, batch, device)
 
     def join(self, one: "Pass", task: int) -> None:
@@ -65,6 +66,11 @@ class Recording:
             raise UnsupportedError(
                 "importance per token of several forward passes before one backward pass has no meaning, since their "
                 'tokens are not the same: record with granularity "example" or "batch"'
+            )
+        if self.importance.granularity == "example" and sum(each.within >= 0 for each in group.passes) > 1:
+            raise UnsupportedError(
+                "forward passes within one backward pass, as cached losses make one for each mini-batch, do not say "
+                'whose examples they have: take the loss that is not cached, or record with granularity "batch"'
             )
         rows = sorted({each.batch for each in group.passes})
         if len(rows) > 1 and self.importance.granularity == "example":
@@ -116,11 +122,13 @@ class Pass:
 
     Attributes:
         batch: rows.
+        within: number of the backward pass during which it began; below 0 for none.
         head_importance, ffn_importance, neuron_importance: per layer, the leaf whose gradient becomes its partials.
     """
 
     def __init__(self, recording: Recording, layers: list[LayerState], batch: int, device: torch.device) -> None:
         self.recording, self.batch, self._device = recording, batch, device
+        self.within: int = torch._C._current_graph_task_id()
         self._task: int | None = None
         self._partials: _Partials = {}
         #: What is pruned has no backward pass of its own: it scores its 0 when another structure's has run.
@@ -176,7 +184,7 @@ class Pass:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
         # No result that needs a gradient was followed where the model's own is not differentiated.
-        self.recording.join(self, torch._C._current_graph_task_id() if self._task is None else self._task)
+        self._join(torch._C._current_graph_task_id() if self._task is None else self._task)
         there = self._partials.get(key)
         self._partials[key] = gradient if there is None else there + gradient
 
@@ -193,7 +201,13 @@ class Pass:
 
     def _arrive(self, _: Tensor) -> None:
         self._task = torch._C._current_graph_task_id()
-        self.recording.join(self, self._task)
+        self._join(self._task)
+
+    def _join(self, task: int) -> None:
+        self.recording.join(self, task)
+        if self.within >= 0:
+            # The gradients of all passes that began there are parts of one loss's.
+            self.recording.join(self, self.within)
 
     def collect(self) -> _Partials:
         """All partials so far, of every structure of the layers that had a backward pass."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ticketops.architectures import ARCHITECTURES, Architecture
 from ticketops.errors import UnsupportedError
 from ticketops.models.adapter import Adapter, LayerParts, activation_name
+from ticketops.models.containers import is_container
 from ticketops.models.record import head_dim, held_ticket, kept_neurons, num_neurons
 from ticketops.models.refusals import why_not
 from ticketops.models.swapping import stock_class
@@ -67,6 +68,11 @@ def _hint(model: nn.Module) -> str:
             return ": merge its adapters first, model = model.merge_and_unload()"
         # Learned prompts are in front of the model, whose layers are stock ones.
         return ": patch the model inside, model.get_base_model()"
+    if is_container(model):
+        return ": give the model inside, or shrink the object itself and call its save()"
+    if hasattr(model, "model_body"):
+        # SetFit's, whose body is a SentenceTransformer.
+        return ": give its model_body"
     if hasattr(model, "_orig_mod") or hasattr(model, "module"):
         return ": patch before torch.compile and before wrapping"
     return ""

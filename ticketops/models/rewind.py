@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from ticketops.errors import InputError
+from ticketops.models.containers import AnyModel, transformers_model
 from ticketops.models.record import held_ticket
 from ticketops.models.registry import find_adapter
 from ticketops.models.shrink import cut_indices
@@ -14,7 +14,7 @@ from ticketops.ops.copies import Slices, gather
 from ticketops.tickets import Ticket
 
 
-def rewind(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+def rewind(model: AnyModel, weights: Mapping[str, Tensor]) -> AnyModel:
     """Puts earlier weights back into a model, in place; on a GPU all of them in one launch.
 
     A ticket applied to a patched model stays applied, and a shrunk model takes of the whole model's weights the rows
@@ -22,12 +22,13 @@ def rewind(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedM
     its own affair.
 
     Args:
-        model: stock, patched or shrunk.
-        weights: tensors of the whole model's shapes by their names in the model's or the bare model's state_dict, of
-            any floating dtype, best on the model's device; what is not named, such as a task head, is left alone.
+        model: stock, patched or shrunk, or what `patch` takes with one inside.
+        weights: tensors of the whole model's shapes by their names in the state_dict of what was given, of the model
+            inside, or of the bare model, of any floating dtype, best on the model's device; what is not named, such as
+            a task head, is left alone.
 
     Returns:
-        The model itself.
+        What was given, the model itself.
 
     Raises:
         InputError: a name that the model does not know, a tensor of another shape, or weights that are the model's own,
@@ -36,16 +37,20 @@ def rewind(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedM
 
     Source: arXiv 2105.12002, section 3: a ticket starts again from the pre-trained weights.
     """
-    _, base = find_adapter(model)
+    inner = transformers_model(model)
+    _, base = find_adapter(inner)
     held = held_ticket(base.config)
-    places = cut_indices(model, Ticket.full(held.num_layers, held.num_heads), held)
-    state = model.state_dict(keep_vars=True)
-    prefix = f"{model.base_model_prefix}."
+    modules: nn.Module = model  # type: ignore[assignment]
+    places = cut_indices(modules, Ticket.full(held.num_layers, held.num_heads), held)
+    state = modules.state_dict(keep_vars=True)
+    inside = next(f"{name}." if name else "" for name, module in modules.named_modules() if module is inner)
+    prefixes = "", inside, f"{inside}{inner.base_model_prefix}."
     slices: list[Slices] = []
     targets: list[Tensor] = []
     indices: dict[tuple[int, torch.device], Tensor] = {}
     for given, value in weights.items():
-        name = given if given in state or given in places else prefix + given
+        names = [prefix + given for prefix in prefixes]
+        name = next((name for name in names if name in state or name in places), given)
         target = state.get(name)
         dim, kept = places.get(name, (0, None))
         if target is None and kept is not None:

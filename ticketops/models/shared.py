@@ -20,6 +20,7 @@ from ticketops.models.handle import PatchHandle
 from ticketops.models.indices import Indices
 from ticketops.models.note import without_note
 from ticketops.models.record import num_neurons
+from ticketops.models.registry import find_adapter
 from ticketops.models.swapping import stock_class
 from ticketops.tickets import Ticket
 
@@ -67,10 +68,11 @@ class SharedModel(nn.Module):
         if not models:
             raise InputError("a shared model needs a task: give a model for each task by its name")
         first, *others = models.values()
-        base: Any = first.base_model
+        _, base = find_adapter(first)
         prefix = first.base_model_prefix
         shape = _shape(base)
         for task, model in models.items():
+            find_adapter(model)
             other = _shape(model.base_model)
             if stock_class(model.base_model) is not stock_class(base) or other != shape:
                 apart = [name for name in {**shape, **other} if shape.get(name) != other.get(name)]

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from ticketops.errors import UnsupportedError
 from ticketops.models.adapter import Adapter, LayerParts
+from ticketops.models.containers import AnyModel, transformers_model
 from ticketops.models.handle import find_handle
 from ticketops.models.note import replace_config
 from ticketops.models.record import (
@@ -30,7 +31,7 @@ from ticketops.ops.copies import Slices, gather
 from ticketops.tickets import Ticket
 
 
-def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | None = None) -> PreTrainedModel:
+def shrink(model: AnyModel, ticket: Ticket, *, optimizer: Optimizer | None = None) -> AnyModel:
     """Removes pruned heads, FFNs and neurons from a model's weights, in place.
 
     What is left keeps its numbers: tickets and importances of a shrunk model have the architecture's shape. The model
@@ -39,25 +40,27 @@ def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | Non
     biases of a removed FFN are gone. Of sublayers with nothing left no parameter or module of size 0 stays behind.
 
     Args:
-        model: stock or patched; a ticket applied to a patched one stays applied to what is left.
+        model: stock or patched, or what `patch` takes with one inside; a ticket applied to a patched one stays applied
+            to what is left.
         ticket: what to keep, of the architecture's shape; what is gone already is passed over.
         optimizer: of this model; its state (moments) and gradients are cut along.
 
     Returns:
-        The model itself.
+        What was given, the model itself.
 
     Raises:
         InputError: a ticket for another number of layers, heads or neurons.
         UnsupportedError: a model that ticketops does not serve, or an optimizer whose state cannot be cut.
     """
-    adapter, base = find_adapter(model)
-    check_supported(model)
+    inner: PreTrainedModel = transformers_model(model)
+    adapter, base = find_adapter(inner)
+    check_supported(inner)
     held = held_ticket(base.config)
     ticket.check(held.num_layers, held.num_heads, num_neurons(base.config))
     left = held & ticket
     cuts = list(_cuts(adapter, adapter.encoder(base), base.config, held, left))
     state = {} if optimizer is None else _states(optimizer, cuts)
-    handle = find_handle(model)
+    handle = find_handle(inner)
     applied = None if handle is None else handle.ticket
     if handle is not None:
         handle.restrict(None)
@@ -74,7 +77,7 @@ def shrink(model: PreTrainedModel, ticket: Ticket, *, optimizer: Optimizer | Non
     if noted is not None and left & noted == left:
         # A stock model that was saved with this ticket applied; now it is nothing but the ticket.
         delattr(config, APPLIED)
-    replace_config(model, base.config, config)
+    replace_config(inner, base.config, config)
     if handle is not None:
         handle.set_present(left)
         handle.restrict(applied)
@@ -130,11 +133,11 @@ def narrow(encoder: nn.Module, config: Any) -> None:
     setattr(encoder, _IGNORED, {*(getattr(encoder, _IGNORED, None) or ()), *ignored})
 
 
-def cut_indices(model: PreTrainedModel, held: Ticket, left: Ticket) -> dict[str, tuple[int, Tensor]]:
+def cut_indices(model: nn.Module, held: Ticket, left: Ticket) -> dict[str, tuple[int, Tensor]]:
     """Tells where in a model's parameters the structures lie that a ticket leaves.
 
     Args:
-        model: with the structures of `held`, or of `left`.
+        model: of transformers, or an object with one inside; with the structures of `held`, or of `left`.
         held: what the model has, or had.
         left: a part of it.
 
@@ -142,7 +145,7 @@ def cut_indices(model: PreTrainedModel, held: Ticket, left: Ticket) -> dict[str,
         Parameter name -> (dimension, indices along it), for each parameter that shrinking would change; no indices for
         one that would be gone.
     """
-    adapter, base = find_adapter(model)
+    adapter, base = find_adapter(transformers_model(model))
     names = {id(child): f"{name}.{key}" for name, module in model.named_modules() for key, child in _children(module)}
     none = torch.empty(0, dtype=torch.int64)
     cuts = _cuts(adapter, adapter.encoder(base), base.config, held, left)
