@@ -11,12 +11,15 @@ import pytest
 import torch
 from bounds import roundings
 from datasets import Dataset
+from ops.cases import need
 from safetensors.torch import load_file
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, BertTokenizerFast
 
 import ticketops
 from models.conftest import HEADS, LAYERS, tiny_config
+from models.test_patch import calls
 from ticketops.errors import InputError, UnsupportedError
+from ticketops.models.handle import find_handle
 from ticketops.tickets import Ticket
 
 pytest.importorskip("sentence_transformers", reason="needs the extra: make test-sentence-transformers")
@@ -100,6 +103,24 @@ def test_results_equal_stock_under_no_ticket_a_ticket_and_shrunk(make, folder, t
     torch.testing.assert_close(results(model), small, **roundings(1000, 100))
     model.save_pretrained(str(tmp_path))
     torch.testing.assert_close(results(type(model)(str(tmp_path), device="cpu")), small, **roundings(1000, 100))
+
+
+def test_a_cross_encoder_computes_nothing_but_first_tokens_in_the_last_layer(folder):
+    for op in ("attention", "ffn", "residual"):
+        need("native", op, torch.float32)
+    model = CrossEncoder(str(folder / "pairs"), device="cpu")
+    with ticketops.patch(model) as handle:
+        said = calls(handle)
+        results(model)
+        copied = copy.deepcopy(model)
+        # Somebody who asks for hidden states gets those of all tokens.
+        model[0].model.config.output_hidden_states = True
+        results(model)
+    results(model)
+    assert [call.first_tokens for call in said] == [LAYERS - 1, None]
+    said = calls(find_handle(copied[0].model))
+    results(copied)
+    assert [call.first_tokens for call in said] == [LAYERS - 1]
 
 
 LOADER = """

@@ -51,6 +51,19 @@ def transformers_model(model: Any) -> Any:
     )
 
 
+def callers(model: Any) -> list[nn.Module]:
+    """The modules of an object of sentence-transformers that call the forward method of the model inside, past its
+    hooks.
+
+    Args:
+        model: such an object. Anything else has none.
+    """
+    if not is_container(model):
+        return []
+    library = sys.modules["sentence_transformers.base.modules.transformer"]
+    return [module for module in model.modules() if type(module) is library.Transformer]
+
+
 def separate_columns() -> AbstractContextManager[None]:
     """Has the losses of sentence-transformers embed each column of a batch in a forward pass of its own.
 

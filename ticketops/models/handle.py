@@ -19,7 +19,7 @@ from ticketops import ops
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models.adapter import Adapter
 from ticketops.models.boundary import ONLY_FIRST, Snapshot, only_first_tokens
-from ticketops.models.containers import separate_columns, transformers_model
+from ticketops.models.containers import callers, separate_columns, transformers_model
 from ticketops.models.embeddings import SWAPS
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
 from ticketops.models.inputs import Inputs
@@ -69,6 +69,8 @@ def patch(model: Any, *, unpad: bool = True, bucket: int | None = None) -> "Patc
         InputError: the model is patched already, or a bucket that is none.
     """
     handle = PatchHandle(transformers_model(model), unpad=unpad, bucket=bucket)
+    for caller in callers(model):
+        handle.tell_first_tokens(caller)
     try:
         handle.restore()
     except TicketopsError:
@@ -150,9 +152,17 @@ class PatchHandle:
         else:
             # ModernBERT's head for multiple choice looks for the first real token itself.
             self._first_token_head |= pooling == "cls" and any(n.endswith("ForSequenceClassification") for n in names)
-        if type(model) in self.adapter.first_token_heads:
+        self.tell_first_tokens(model)
+
+    def tell_first_tokens(self, caller: nn.Module) -> None:
+        """Has the bare model know where nothing but first tokens is read of its result.
+
+        Args:
+            caller: the model with its task head, or a module that hands keyword arguments to that one's forward.
+        """
+        if type(_head_of(caller)) in self.adapter.first_token_heads:
             hook = partial(_before_head, self._architecture)
-            self._hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+            self._hooks.append(caller.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _swap(self, module: nn.Module, swaps: dict[type[nn.Module], type[nn.Module]], state: object) -> None:
         stock = stock_class(module)
@@ -527,7 +537,14 @@ def find_handle(model: PreTrainedModel) -> PatchHandle | None:
 
 
 def _before_head(
-    architecture: type[nn.Module], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    architecture: type[nn.Module], caller: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Tells the bare model where a task head reads nothing but first tokens."""
-    return args, {**kwargs, ONLY_FIRST: True} if only_first_tokens(adapter_of(architecture), model) else kwargs
+    only = only_first_tokens(adapter_of(architecture), _head_of(caller))
+    return args, {**kwargs, ONLY_FIRST: True} if only else kwargs
+
+
+def _head_of(caller: Any) -> PreTrainedModel:
+    """The model with a task head that a module is, or calls."""
+    head: PreTrainedModel = caller if isinstance(caller, PreTrainedModel) else caller.model
+    return head
