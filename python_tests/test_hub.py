@@ -219,6 +219,43 @@ def test_a_download_that_fails_leaves_nothing_half(
     assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.usefixtures("model")
+def test_cached_weights_that_were_damaged_are_fetched_again_or_refused(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = find_model(NAME) / "model.safetensors"
+
+    def flip() -> None:
+        content = path.read_bytes()
+        path.resolve().write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    flip()
+    assert (find_model(NAME) / path.name).read_bytes() == (folder / path.name).read_bytes()
+    flip()
+    offline(hub, monkeypatch)
+    assert "its copy in the cache lacks model.safetensors as it was downloaded" in refusal(lambda: find_model(NAME))
+
+
+@pytest.mark.usefixtures("model")
+def test_damage_to_the_caches_own_files_is_no_traceback(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    found = find_model(NAME)
+    offline(hub, monkeypatch)
+    (found / "model.safetensors").unlink()
+    index = found / "model.safetensors.index.json"
+    for content in ("[" * 100_000, "{", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}'):
+        index.write_text(content)
+        assert str(index) in refusal(lambda: find_model(NAME))
+    (found.parents[1] / "refs" / "main").write_bytes(b"\xff")
+    assert "HF_HUB_OFFLINE" in refusal(lambda: find_model(NAME))
+
+
+def test_a_shard_without_its_index_is_no_model(hub: Hub, folder: Path, tmp_path: Path):
+    part = shutil.copytree(folder, tmp_path / "part")
+    (part / "model.safetensors").rename(part / "model-00001-of-00002.safetensors")
+    hub.add(NAME, part)
+    assert "its repository lacks its weights" in refusal(lambda: find_model(NAME))
+
+
 def test_a_revision_is_that_one_online_and_offline(
     hub: Hub, model: Repository, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

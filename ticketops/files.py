@@ -31,6 +31,8 @@ _REMEDIES = {
 }
 #: Bytes that a JSON file of ours may have; the records of the largest runs need a thousandth of it.
 MAX_JSON_BYTES = 2**20
+#: Bytes that an index of a model's shards may have; it names each tensor, so it grows with the model.
+MAX_INDEX_BYTES = 2**26
 
 
 def user_path(path: str | os.PathLike[str], name: str) -> Path:
@@ -47,9 +49,12 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
         InputError: its user is unknown, or the operating system does not take it: too long, a loop of links, a folder
             that may not be entered.
     """
-    shown = ascii(os.fspath(path))
-    if len(shown) > 100:
-        shown = f"{shown[:100]}...'"
+    if not isinstance(path, str | bytes | os.PathLike):
+        # Such as a model in memory.
+        raise InputError(f"{name} {shown(path)} is not a path")
+    given = ascii(os.fspath(path))
+    if len(given) > 100:
+        given = f"{given[:100]}...'"
     try:
         # A run notes its paths as text, so bytes that are none cannot be read back.
         os.fspath(path).encode()
@@ -61,11 +66,11 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return found
     except RuntimeError as error:
-        raise InputError(f"{name} {shown}: there is no such user, or that user has no home folder") from error
+        raise InputError(f"{name} {given}: there is no such user, or that user has no home folder") from error
     # A null character in it is a ValueError, and so are bytes that are no text.
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name} {shown} cannot be used: {reason}") from error
+        raise InputError(f"{name} {given} cannot be used: {reason}") from error
     return found
 
 

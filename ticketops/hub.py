@@ -1,7 +1,6 @@
 """From a name on the Hugging Face hub to files in its local cache: all of what is needed, or one line that says why."""
 
-import hashlib
-import json
+import contextlib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from ticketops.errors import InputError
+from ticketops.files import MAX_INDEX_BYTES, read_json, sha256
 
 # The hub's own client waits and tries again for minutes where packets vanish. One short request tells as much: without
 # an answer the cache alone is used.
@@ -55,8 +55,9 @@ def fetch_model(name: str, revision: str | None = None, weights: bool = True) ->
     """
     check_name(name)
     cached = _cached(name, revision)
-    if cached is not None and revision and _COMMIT.fullmatch(revision) and not missing_files(cached, weights):
-        return cached
+    with contextlib.suppress(HubError):
+        if cached is not None and revision and _COMMIT.fullmatch(revision) and not missing_files(cached, weights):
+            return cached
     try:
         info = contact(name, "model", revision)
         return _download(name, revision, info, weights)
@@ -134,7 +135,10 @@ def explain(
     if has(GatedRepoError):
         return f"it is gated on the Hugging Face hub: ask for access at {page}, and log in with 'hf auth login'"
     if has(RevisionNotFoundError):
-        return f"it has no revision {revision!r} on the Hugging Face hub: give a branch, tag or commit of {page}"
+        return (
+            f"it has no revision {revision or 'main'!r:.80} on the Hugging Face hub: give a branch, tag or commit of "
+            f"{page}"
+        )
     if has(RepositoryNotFoundError):
         return (
             f"the Hugging Face hub ({endpoint}) has no such repository that this account can read: check the name, and "
@@ -173,19 +177,29 @@ def missing_files(folder: Path, weights: bool) -> str:
     for single, _ in _WEIGHTS:
         index = f"{single}.index.json"
         if single in names or (index in names and _shards(folder / index) <= names):
-            return ""
+            # A bit that has changed since the download would change every result.
+            damaged = next((path.name for path in sorted(folder.iterdir()) if _is_damaged(path)), None)
+            return f"{damaged} as it was downloaded" if damaged else ""
     return "its weights"
 
 
 def _shards(index: Path) -> set[str]:
+    remedy = "delete it, and run the same command again"
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise HubError(f"{index} is damaged: delete it, and run the same command again") from error
+        shards = read_json(index, remedy, MAX_INDEX_BYTES).get("weight_map")
+    except InputError as error:
+        raise HubError(str(error)) from error
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise HubError(f"{index} lists no files of weights: {remedy}")
+    return set(shards.values())
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
-    found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    # The cache's own files may be damaged or closed too.
+    except (OSError, ValueError):
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -218,20 +232,20 @@ def _download(name: str, revision: str | None, info: Any, weights: bool) -> Path
     # The weights come last, so that a snapshot that has them has all the rest.
     for file in [file for file in listed if Path(file).suffix in _CONFIGURATION] + large:
         known = isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=info.sha), str)
-        path = fetch(file, info.sha)
-        if not known:
-            _verify(path)
-    return path.parent
+        # What was downloaded earlier may have been damaged since, and is fetched anew.
+        for _ in range(1 + known):
+            path = fetch(file, info.sha)
+            if damaged := _is_damaged(path):
+                path.resolve().unlink()
+                path.unlink(missing_ok=True)
+        if damaged:
+            raise HubError(f"the download of {path.name} does not have the checksum that the hub gives: run it again")
+    if gaps := missing_files(folder, weights):
+        raise HubError(f"its repository lacks {gaps}: give another")
+    return folder
 
 
-def _verify(path: Path) -> None:
-    """Compares a fresh download with its checksum, which is the name that the cache gives to large files."""
+def _is_damaged(path: Path) -> bool:
+    """Compares a file with its checksum, which is the name that the cache gives to large files."""
     blob = path.resolve()
-    if not _SHA256.fullmatch(blob.name):
-        return
-    with blob.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != blob.name:
-        blob.unlink()
-        path.unlink(missing_ok=True)
-        raise HubError(f"the download of {path.name} does not have the checksum that the hub gives: run it again")
+    return _SHA256.fullmatch(blob.name) is not None and sha256(blob) != blob.name

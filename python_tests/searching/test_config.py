@@ -89,6 +89,26 @@ def test_a_module_or_a_name_in_the_wrong_place_is_one_short_line():
         assert "\n" not in str(caught.value)
 
 
+def test_a_mapping_or_a_module_is_no_list_of_values():
+    for fields in (
+        {"kinds": {"winning": 0.3}},
+        {"seeds": {1: 2}},
+        {"text_columns": [nn.Linear(2, 2)]},
+        {"text_columns": [None]},
+        {"text_columns": [True]},
+    ):
+        with pytest.raises(InputError, match=r"is a mapping: give a list|is not a name or a path"):
+            SearchConfig(**fields)
+    assert SearchConfig(text_columns=["1", 2]).text_columns == ("1", "2")
+
+
+@pytest.mark.parametrize("act", [ticketops.report, ticketops.load, load_task, ticketops.SharedModel.load])
+def test_what_is_no_path_is_said(act: Any):
+    for value in (5, nn.Linear(2, 2), None):
+        with pytest.raises(InputError, match=r"(5|of type Linear|None) is not a path"):
+            act(value)
+
+
 def test_paths_of_the_home_folder_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert SearchConfig(output="~/run").output == str(tmp_path / "run")

@@ -15,15 +15,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
-from ticketops.files import MAX_JSON_BYTES, read_json, read_manifest, user_path
+from ticketops.files import MAX_INDEX_BYTES, MAX_JSON_BYTES, read_json, read_manifest, user_path
 from ticketops.models.note import without_note
 from ticketops.models.record import applied_ticket, held_ticket
 from ticketops.models.registry import check_supported, find_adapter
 
 #: The file of an export, or of a run's kept model, that says how it was made and has its files' checksums.
 NOTE = "ticketops.json"
-# An index names each tensor, so it grows with the model.
-_MAX_INDEX_BYTES = 2**26
 # No size of any encoder comes near; a configuration with more would have a loader allocate it.
 _MAX_SIZE = 10**7
 _MAX_LABELS = 10**5
@@ -195,7 +193,7 @@ def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single.name]
     if index.is_file() and not single.exists():
-        shards = _read_json(index, _MAX_INDEX_BYTES)["weight_map"].values()
+        shards = _read_json(index, MAX_INDEX_BYTES)["weight_map"].values()
         if bad := [name for name in shards if not isinstance(name, str) or not _SHARD.fullmatch(name)]:
             raise InputError(f"{index.name} names the file {bad[0]!r:.60}, no shard in this folder; export it again")
         files = sorted(set(shards))

@@ -194,8 +194,10 @@ def list_of(name: str, value: Any) -> list[Any]:
         value: as given.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or they are keys of a mapping.
     """
+    if isinstance(value, Mapping):
+        raise InputError(f"{spelled(name)} {shown(value)} is a mapping: give a list, or values separated by commas")
     entries = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
     if not isinstance(entries, Iterable):
         entries = [entries]
@@ -261,6 +263,20 @@ def text(name: str, value: Any) -> str:
         remedy = ": save it with save_pretrained and give the folder" if hasattr(value, "state_dict") else ""
         raise InputError(f"{spelled(name)} {shown(value)} is not a name or a path{remedy}")
     return str(value)
+
+
+def read_columns(name: str, value: Any) -> tuple[str, ...]:
+    """Reads names of columns, which may look like numbers.
+
+    Args:
+        name: of the field, for the error message.
+        value: as given.
+
+    Raises:
+        InputError: there is none, or one is no name.
+    """
+    entries = list_of(name, value)
+    return tuple(str(entry) if type(entry) is int else text(name, entry) for entry in entries)
 
 
 def whole(name: str, value: Any, least: int) -> int:

@@ -21,6 +21,7 @@ from ticketops.searching.config import (
     check_choice,
     list_of,
     option,
+    read_columns,
     read_seeds,
     read_sparsities,
     real,
@@ -219,7 +220,7 @@ class SearchConfig(Config):
         put("kinds", tuple(dict.fromkeys(_kind(entry) for entry in list_of("kinds", self.kinds))))
         put("seeds", read_seeds(self.seeds))
         if self.text_columns is not None:
-            put("text_columns", tuple(str(column) for column in list_of("text_columns", self.text_columns)))
+            put("text_columns", read_columns("text_columns", self.text_columns))
         if self.label_column is not None:
             put("label_column", text("label_column", self.label_column))
         if self.task_kind is not None and self.task_kind not in ("classification", "regression"):

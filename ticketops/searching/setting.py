@@ -306,7 +306,9 @@ def _loading(name: str) -> Iterator[None]:
         raise InputError(f"model {name!r} cannot be loaded: {error}") from error
     # A damaged checkpoint surfaces as any of a dozen exception types of four libraries.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # A KeyError's text is the key alone.
+        text = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
+        reason = (text or type(error).__name__).splitlines()[0][:300]
         raise InputError(
             f"model {name!r} cannot be loaded ({reason}): give a folder made by save_pretrained"
         ) from error

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ticketops.errors import InputError, spelled
-from ticketops.searching.config import list_of
+from ticketops.searching.config import list_of, read_columns
 
 #: Fields of `SearchConfig` that say how a task's files are read.
 DATA_OPTIONS = ("text_columns", "label_column", "task_kind", "encoding")
@@ -34,7 +34,7 @@ def read_option(name: str, value: Any, tasks: Iterable[str]) -> tuple[str, ...] 
             for task, entries in value.items()
             for position, entry in enumerate(list_of(name, entries))
         ]
-    entries = tuple(str(entry) for entry in list_of(name, value))
+    entries = read_columns(name, value)
     for entry in entries:
         if "=" in entry and not _is_named(entry, tasks):
             raise InputError(f"{spelled(name)} {entry!r} names none of the tasks {', '.join(tasks)}: write TASK=VALUE")

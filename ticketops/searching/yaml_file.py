@@ -1,6 +1,7 @@
 """Reads YAML configuration files, without aliases, tags, duplicate keys and ambiguous numbers."""
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,15 @@ class _Loader(yaml.SafeLoader):
     """Loads plain values only, with decimal numbers and without duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
+        seen: set[Any] = set()
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)
+            # Lists and mappings as keys are refused below.
+            if not isinstance(name, Hashable):
+                continue
             if name in seen:
                 raise _Refused(f"the key {name!r:.60} twice: keep one", key.start_mark)
-            seen.append(name)
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
