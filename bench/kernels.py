@@ -2,8 +2,8 @@
 
     python -m bench.kernels --threads 2
 
-All contenders take turns in one process, and a ratio is that of their fastest rounds. For comparison the output has the
-machine's own rates: a copy through memory (data in caches is faster) and a torch matrix product of the same dtype.
+All contenders take turns in one process. Ratios are those of the fastest rounds. For comparison the machine's own rates
+are printed: a copy in memory (data in caches is faster) and a torch matrix product of the same dtype.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def step(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each contender (default: 10)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of each contender (default: 10)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)

@@ -39,8 +39,8 @@ def main() -> int:
     """Writes train.jsonl and validation.jsonl."""
     parser = argparse.ArgumentParser(prog="python -m bench.reviews", description=__doc__.partition("\n")[0])
     parser.add_argument("archive", type=Path, help="the sdist of vaderSentiment 3.3.2")
-    parser.add_argument("output", type=Path, help="the folder to make")
-    parser.add_argument("--without", type=Path, help="a task's folder whose sentences are left out")
+    parser.add_argument("output", type=Path, help="folder to create")
+    parser.add_argument("--without", type=Path, help="folder of a task whose sentences are left out")
     options = parser.parse_args()
     known = {
         words(json.loads(line)["sentence"])

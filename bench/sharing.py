@@ -3,7 +3,7 @@
     python -m bench.sharing --data DIR --tasks sst2,mrpc,rte,stsb --json
 
 Both take turns on every batch in one process. All tickets keep equally many heads and FFNs, so that the difference is
-the cost of switching alone: look-ups, slices that the optimizer must not change, and which weights are in the caches.
+the cost of switching alone: look-ups, slices that the optimizer must not change, and cold caches of weights.
 """
 
 import argparse
@@ -123,11 +123,11 @@ def main() -> int:
         "--batches",
         type=int,
         default=12,
-        help="of a task to time, after as many others to warm up on (default: %(default)s)",
+        help="batches per task to time, after as many others to warm up (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=2, help="steps timed on each batch (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens a row at most (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows per batch (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="maximum tokens per row (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()

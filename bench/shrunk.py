@@ -145,7 +145,7 @@ def measure(
         as the median of the turns' ratios.
     """
     inputs = make_batch(next(iter(models.values())), batch, length)
-    # With dropout, stock attention keeps several [batch, heads, length, length] a layer, more than a computer has.
+    # With dropout, stock attention keeps several tensors [batch, heads, length, length] per layer: too much memory.
     heavy = kind == "training" and batch * length**2 > _MOST_STOCK_SCORES
     chosen = {name: model for name, model in models.items() if not (heavy and name == STOCK)}
     calls = {name: runner(model, inputs, kind) for name, model in chosen.items()}
@@ -172,7 +172,7 @@ def measure(
 
 
 def _peaks(name: str, contender: str) -> dict[str, float]:
-    """Measures the peak memory in MiB that one call of each kind adds, in a process of its own."""
+    """Measures the peak memory in MiB that one call of each kind adds. Runs in a separate process."""
     model = contenders(make(name, "cpu"))[contender]
     batch, length = MEMORY_CELL
     inputs = make_batch(model, batch, min(length, model.config.max_position_embeddings))
@@ -180,7 +180,7 @@ def _peaks(name: str, contender: str) -> dict[str, float]:
     for kind in PASSES:
         call = runner(model, inputs, kind)
         gc.collect()
-        # Resets Linux's peak value, so that making the models does not count.
+        # Reset Linux's peak value, so that the construction of the models does not count.
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
         call()
@@ -307,10 +307,14 @@ def main() -> int:
     parser.add_argument("--batches", type=_numbers, default=[1, 8, 32, 128])
     parser.add_argument("--lengths", type=_numbers, default=[32, 128, 512])
     parser.add_argument("--passes", default=",".join(PASSES), help="inference, training or both")
-    parser.add_argument("--seconds", type=float, default=6, help="for each batch, beyond the least turns")
-    parser.add_argument("--least-turns", type=int, default=3, help="of each contender on each batch")
-    parser.add_argument("--most-tokens", type=int, default=2**16, help="leaves out larger batches")
-    parser.add_argument("--no-sizes", action="store_true", help="leaves out file size and peak memory")
+    parser.add_argument(
+        "--seconds", type=float, default=6, help="seconds per batch, beyond the minimum number of turns"
+    )
+    parser.add_argument(
+        "--least-turns", type=int, default=3, help="minimum number of turns of each contender on each batch"
+    )
+    parser.add_argument("--most-tokens", type=int, default=2**16, help="skip batches with more tokens")
+    parser.add_argument("--no-sizes", action="store_true", help="skip file sizes and peak memory")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()

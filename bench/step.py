@@ -1,11 +1,11 @@
-"""Compares a fine-tuning step (forward, backward, AdamW), and the inference of one sequence of 32 tokens, of a patched
-model with those of stock transformers, on the same batches.
+"""Compares a patched model with stock transformers: a fine-tuning step (forward, backward, AdamW) on the same batches,
+and inference of one sequence of 32 tokens.
 
     python -m bench.step --data DIR --task rte --dtype fp32 --json
 
 All contenders run in one process and take turns on every batch, because a machine's speed drifts more than they differ.
-They warm up on as many other batches, and the timed ones are new to them, as in training. Packed batches nearly all
-have different numbers of tokens, so the cost of a library that compiles for each size shows.
+They warm up on as many other batches; the timed batches are new to them, as in training. Nearly every packed batch has
+a different number of tokens, so the times include the cost of libraries that compile for each size.
 """
 
 import argparse
@@ -125,9 +125,9 @@ def contender(setup: Setup, name: str) -> Contender:
 
     Args:
         setup: what all contenders share.
-        name: "sdpa" and "compile" are stock transformers; "full" is patched, "importance" records as well, "ticket50"
-            is shrunk to half of all heads and FFNs, as a search trains them, "applied50" is whole with that half
-            applied, and "switching" applies another half at every step.
+        name: "sdpa" and "compile" are stock transformers. "full" is patched; "importance" also records importance;
+            "ticket50" is shrunk to half of all heads and FFNs, as in a search; "applied50" is whole, with that half
+            applied as a ticket; "switching" applies a different half at every step.
     """
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -168,25 +168,25 @@ def contender(setup: Setup, name: str) -> Contender:
 
 
 def turned(ticket: Ticket, number: int = 4) -> list[Ticket]:
-    """Tickets of exactly the same cost: one, and others with its heads turned within each layer and its FFNs between
-    all layers but the last, whose FFN costs less than the others in a classification.
+    """Makes tickets of exactly the same cost. Heads are rotated within each layer. FFNs are rotated among all layers
+    but the last, whose FFN costs less in a classification, because only first tokens need it.
 
     Args:
-        ticket: the first of them.
-        number: how many.
+        ticket: the first ticket.
+        number: number of tickets.
     """
     ffns, last = ticket.ffn_mask[:-1], ticket.ffn_mask[-1:]
     return [Ticket(ticket.head_mask.roll(turn, 1), torch.cat([ffns.roll(turn), last])) for turn in range(number)]
 
 
 def check_equal(setup: Setup, stock: Contender, patched: Contender) -> float:
-    """Compares logits before anything is timed: a wrong answer has no speed.
+    """Compares the logits of both models, so that no speed is reported for wrong results.
 
     Returns:
-        The largest difference of the logits on the first batch, dropout off.
+        The largest absolute difference of the logits on the first batch, without dropout.
 
     Raises:
-        TicketopsError: the models disagree by more than rounding.
+        TicketopsError: the difference is larger than rounding explains.
     """
     logits = []
     for each in (stock, patched):
@@ -209,16 +209,16 @@ def _product(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[Callable[[], None]]:
-    """Yields functions that run the matrix products which a step needs at least: forward, input gradient and weight
-    gradient, on real tokens only. After the last attention, a classification needs one token per row."""
+    """Yields functions that run only the matrix products of a step: forward, input gradient and weight gradient of each
+    linear layer, on real tokens. After the last attention, a classification needs one token per row."""
     dtype, product = torch.bfloat16 if setup.dtype == "bf16" else torch.float32, _product(setup.device)
     encoder = contender.model.base_model.encoder
     last = encoder.layer[-1]
-    behind = {last.attention.output.dense, last.intermediate.dense, last.output.dense}
+    after_last_attention = {last.attention.output.dense, last.intermediate.dense, last.output.dense}
     real, rows = int(batch["attention_mask"].sum()), len(batch["attention_mask"])
     for module in encoder.modules():
         if isinstance(module, torch.nn.Linear) and module.weight.numel():
-            tokens = rows if module in behind else real
+            tokens = rows if module in after_last_attention else real
             x = torch.randn(tokens, module.in_features, device=setup.device, dtype=dtype)
             gradient = torch.randn(tokens, module.out_features, device=setup.device, dtype=dtype)
             weight = module.weight.detach().to(dtype)
@@ -244,7 +244,7 @@ def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int
     """
     batch = setup.batches[0]
     ids = batch["input_ids"][batch["attention_mask"].bool()][:32][None]
-    # What a tokenizer makes of one sentence.
+    # As a tokenizer encodes one sentence.
     one = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
     dtype, product = torch.bfloat16 if setup.dtype == "bf16" else torch.float32, _product(setup.device)
     linears = [m for m in contenders["full"].model.base_model.encoder.modules() if isinstance(m, torch.nn.Linear)]
@@ -265,9 +265,9 @@ def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int
 
         return forward
 
-    # A model that records importance infers as the one that does not, and so does one whose tickets are switched.
-    alike = ("importance", "applied50", "switching")
-    runs = {name: run(each) for name, each in contenders.items() if name not in alike}
+    # These infer like "full": outside training nothing is recorded, and no ticket is switched.
+    skipped = ("importance", "applied50", "switching")
+    runs = {name: run(each) for name, each in contenders.items() if name not in skipped}
     for each in contenders.values():
         each.model.eval()
     runs["matmul_floor"] = forward_products
@@ -281,7 +281,7 @@ def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Returns the wall-clock seconds of one call, until the GPU has finished."""
+    """Returns the wall-clock seconds of one call, including the GPU's work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -308,30 +308,30 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
     for name, each in list(contenders.items()):
         print(f"warming up {name}", file=sys.stderr)
         try:
-            # The compiled model compiles, allocators and thread pools warm up.
+            # Compile the compiled model, and warm up allocators and thread pools.
             for batch in setup.earlier:
                 each.step(batch)
-        # Inductor needs a C++ compiler and fails in many ways; the other contenders go on without it.
+        # Inductor needs a C++ compiler and fails with many exceptions; the other contenders run without it.
         except Exception as error:
             if name != "compile":
                 raise
             failures[name] = (str(error).splitlines() or [type(error).__name__])[0]
             del contenders[name]
-    # What a step cannot do without, of the whole model and of its ticket.
-    least = {"full": "", "ticket50": "ticket50_"}
-    floors = [prefix + part for prefix in least.values() for part in ("matmul_floor", "optimizer")]
+    # Lower bounds of a step's time, for the whole model and for its ticket.
+    floor_prefixes = {"full": "", "ticket50": "ticket50_"}
+    floors = [prefix + part for prefix in floor_prefixes.values() for part in ("matmul_floor", "optimizer")]
     times: dict[str, list[float]] = {name: [] for name in [*contenders, *floors]}
     for turn in range(rounds):
         print(f"round {turn + 1} of {rounds}", file=sys.stderr)
         for place, batch in enumerate(setup.batches):
-            # Whoever comes first compiles what the others find, and has the batch out of the caches.
+            # Rotate the order: the first contender runs with cold caches and compiles kernels that others share.
             turns = list(contenders.items())
             for name, each in turns[place % len(turns) :] + turns[: place % len(turns)]:
                 times[name].append(seconds(lambda each=each, batch=batch: each.step(batch), setup.device))
-            for name, prefix in least.items():
+            for name, prefix in floor_prefixes.items():
                 floor = 0.0
                 for run in matmul_floor(setup, contenders[name], batch):
-                    # What compiles for these shapes compiles now.
+                    # Warm up: libraries may compile for these shapes.
                     run()
                     floor += seconds(run, setup.device)
                 times[f"{prefix}matmul_floor"].append(floor)
@@ -346,7 +346,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
         return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
     recorded, switched = ratio("importance", "full"), ratio("switching", "applied50")
-    # Were all but matrix products and the optimizer free, on both sides, a ticket would gain so much.
+    # The speed-up of the ticket if everything but matrix products and the optimizer took no time.
     bounds = [sum(parts[:2]) / sum(parts[2:]) for parts in zip(*(times[name] for name in floors), strict=True)]
     real = sum(int(batch["attention_mask"].sum()) for batch in setup.batches)
     return {
@@ -414,11 +414,14 @@ def main() -> int:
     )
     parser.add_argument("--model", default="demo", help="encoder, a folder or name (default: the demo's MiniLM)")
     parser.add_argument(
-        "--batches", type=int, default=12, help="to time, after as many others to warm up on (default: %(default)s)"
+        "--batches",
+        type=int,
+        default=12,
+        help="batches to time, after as many others to warm up (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=1, help="steps timed on each batch (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens a row at most (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows per batch (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="maximum tokens per row (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; full_vs_compile is null")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")

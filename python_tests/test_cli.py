@@ -139,7 +139,7 @@ def test_doctor_explains_a_backend_that_cannot_run_everything(wanted: str, words
 
 def test_doctor_refuses_a_backend_that_there_is_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TICKETOPS_BACKEND", "nonsense")
-    refused(invoke("doctor"), 2, "TICKETOPS_BACKEND=nonsense is none of its values here: use auto, native,")
+    refused(invoke("doctor"), 2, "TICKETOPS_BACKEND=nonsense is not supported here: use auto, native,")
 
 
 def test_doctor_says_how_a_model_is_served(tmp_path: Path):

@@ -1,1 +1,2 @@
-"""`make gpu`: tests and benchmarks on a CUDA GPU, side by side with what one would use instead, without a network."""
+"""`make gpu`: tests and benchmarks on a CUDA GPU, compared with the alternatives in torch and other libraries; runs
+offline."""

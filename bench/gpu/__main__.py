@@ -1,9 +1,9 @@
 """python -m bench.gpu [--tiny] [--output DIR] [--only attention,ffn,projection,residual,step,sharing,shrunk]
 
-Runs the tests that need a GPU, compute-sanitizer where it is installed, and the benchmarks; writes <device>.json
-(<device>-<benchmarks>.json of some) and pictures. A ratio is given only where the tests and the workload's own
-correctness gate are green. `--tiny` goes the same way on tiny shapes in Triton's interpreter on the CPU, and gives no
-ratios; it is what runs where there is no GPU.
+Runs the tests that need a GPU, compute-sanitizer if it is installed, and the benchmarks. Writes <device>.json (with
+--only: <device>-<benchmarks>.json) and charts. Ratios are reported only if the tests and the workload's correctness
+gate are green. `--tiny` runs the same code on tiny shapes in Triton's interpreter on the CPU and reports no ratios; it
+is the default without a GPU.
 """
 
 import argparse
@@ -25,8 +25,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--tiny", action="store_true", help="tiny shapes in Triton's interpreter on the CPU")
     parser.add_argument("--output", type=Path, help="folder for the results (default: bench/results; tiny: build/gpu)")
-    parser.add_argument("--only", default=",".join(BENCHES), help="which benchmarks, separated by commas")
-    parser.add_argument("--skip-tests", action="store_true", help="skips tests and sanitizer, and with them all ratios")
+    parser.add_argument("--only", default=",".join(BENCHES), help="names of benchmarks, separated by commas")
+    parser.add_argument(
+        "--skip-tests", action="store_true", help="skip tests and sanitizer; no ratios are reported then"
+    )
     options = parser.parse_args()
     options.only = options.only.split(",")
     unknown = set(options.only) - set(BENCHES)
@@ -36,7 +38,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _has_gpu() -> bool:
-    # Asked in a process of its own: this one must not import Triton before it knows how.
+    # In a separate process, because this one must set TRITON_INTERPRET before it imports Triton.
     command = [sys.executable, "-c", "import torch, sys; sys.exit(not torch.cuda.is_available())"]
     return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -51,7 +53,7 @@ def _run(command: list[str], root: Path, **variables: str) -> tuple[bool, str]:
 
 def _tests(tiny: bool, root: Path) -> dict[str, Any]:
     some = ["python_tests/ops/test_triton.py", "-k", "of_nothing"] if tiny else ["python_tests", "-m", "gpu"]
-    # The tests' time goes into compiling kernels, which fills all cores where pytest-xdist is installed.
+    # Most of the tests' time is compilation of kernels, so run them on all cores if pytest-xdist is installed.
     workers = ["-n", "auto"] if not tiny and importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *some]
     passed, summary = _run(command, root)
@@ -65,7 +67,7 @@ def _sanitizer(tiny: bool, root: Path) -> dict[str, Any]:
 
     def checked(tool: str) -> dict[str, Any]:
         step = [sys.executable, "-m", "bench.gpu.small_step"]
-        # An allocation of its own for each tensor, so that reading past its end shows.
+        # Allocate each tensor separately, so that memcheck detects accesses outside it.
         caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
         passed, summary = _run([program, "--tool", tool, "--error-exitcode", "1", *step], root, **caching)
         return {"passed": passed, "summary": summary}
@@ -75,7 +77,7 @@ def _sanitizer(tiny: bool, root: Path) -> dict[str, Any]:
 
 
 def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times as fast as each contender ticketops is, where its results are right."""
+    """Returns the speed-up of ticketops over each contender, for workloads whose gate is green."""
     ratios = []
     for row in rows:
         if row["contender"] != "ticketops" or row["ms"] is None or row["gate"] != "green":
@@ -88,8 +90,8 @@ def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return ratios
 
 
-#: What is promised of an H100: name, bench, pass, which workloads, the contenders of which the fastest counts, and the
-#: least ratio of its time to that of ticketops (or of the contender named last).
+#: Targets on an H100: name, benchmark, pass, substring of the workloads' names, rivals, least ratio, contender. The
+#: ratio is the fastest rival's time divided by the contender's.
 _RIVALS = ("sdpa math", "sdpa flash", "sdpa efficient", "sdpa cudnn", "flex", "torch varlen", "flash-attn")
 _PADDED, _PACKED = _RIVALS[:5], _RIVALS[5:]
 _WHOLE = "forward+backward"
@@ -112,7 +114,7 @@ TARGETS: tuple[tuple[str, str, str, str, tuple[str, ...], float, str], ...] = (
 
 
 def _verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each target with the ratio measured for every workload, and whether all of them reach it."""
+    """Returns each target with the measured ratio of every workload, and whether all of them reach it."""
     verdicts = []
     for name, bench, kind, part, others, least, whose in TARGETS:
         times: dict[str, dict[str, float]] = {}
@@ -133,18 +135,21 @@ def main() -> int:
     """The command behind `make gpu`.
 
     Returns:
-        The exit code: 0, or 1 where a test or gate is red.
+        The exit code: 0, or 1 if a test, the sanitizer or a gate is red.
     """
     options = _arguments()
     if not options.tiny and not _has_gpu():
-        print("no CUDA GPU here: tiny shapes in Triton's interpreter instead, which measure nothing", file=sys.stderr)
+        print(
+            "no CUDA GPU was found: running --tiny, in Triton's interpreter; its timings are meaningless",
+            file=sys.stderr,
+        )
         options.tiny = True
     if options.tiny:
         os.environ["TICKETOPS_BACKEND"] = "triton"
-        # Triton reads it where a kernel is decorated, hence the imports below.
+        # Triton reads it when a kernel is decorated, so the imports must follow.
         os.environ["TRITON_INTERPRET"] = "1"
     else:
-        # What a user of the GPU gets: Triton's kernels, and beside them those in CUDA C++ where they are built.
+        # The default backends of a GPU: Triton, and the CUDA C++ kernels if they are built.
         os.environ.pop("TICKETOPS_BACKEND", None)
         os.environ.pop("TRITON_INTERPRET", None)
     import torch
@@ -175,13 +180,13 @@ def main() -> int:
     verdicts = [verdict for verdict in record.get("sanitizer", {}).values() if isinstance(verdict, dict)]
     sanitized = all(verdict["passed"] for verdict in verdicts)
     if options.tiny:
-        record["ratios_withheld"] = "timings of Triton's interpreter say nothing of a GPU"
+        record["ratios_withheld"] = "these are timings of Triton's interpreter, not of a GPU"
     elif not (record["tests"]["passed"] and sanitized):
         record["ratios_withheld"] = "the tests or the sanitizer are red, or the tests were not run"
     else:
         record["ratios"] = _ratios(rows)
         record["targets"] = _verdicts(rows)
-    # Timings of the interpreter have no place among results.
+    # Timings of the interpreter do not belong in bench/results.
     folder = options.output or measure.ROOT / ("build/gpu" if options.tiny else "bench/results")
     folder.mkdir(parents=True, exist_ok=True)
     device = record["machine"]["device"]

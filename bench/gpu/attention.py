@@ -1,4 +1,5 @@
-"""Attention, forward and backward with importance, against torch's sdpa and varlen, FlexAttention and flash-attn."""
+"""Measures attention, forward and backward with importance, against torch's sdpa and varlen_attn, FlexAttention and
+flash-attn."""
 
 from collections.abc import Callable
 
@@ -12,12 +13,12 @@ from bench.gpu.workloads import Workload, workloads
 from ticketops import ops
 
 PASSES = ("forward", "forward+backward")
-# A workload's gate looks at this many of its sequences.
+# Number of sequences of a workload that its correctness gate compares.
 GATED = 4
 
 
 def _step(out: Callable[[], Tensor], leaves: tuple[Tensor, ...], kind: str) -> Callable[[], object]:
-    """What is timed: the forward pass, or it and the gradients of all leaves."""
+    """Returns the function to time: the forward pass, or forward and the gradients of all leaves."""
     if kind == "forward":
 
         def forward() -> Tensor:
@@ -66,7 +67,7 @@ def flex(work: Workload, setting: Setting, heads: int, head_dim: int, kind: str)
         mask = create_block_mask(
             lambda b, h, i, j: j < lengths[b], len(work.lengths), None, work.width, work.width, setting.device
         )
-    # With and without a mask and gradients, of fixed shapes and of dynamic ones, all from one function.
+    # One function is compiled with and without mask and gradients, and for fixed and dynamic shapes.
     torch._dynamo.config.recompile_limit = 32
     compiled = setting.compile(flex_attention)
     return _step(lambda: compiled(q, k, v, block_mask=mask), (q, k, v), kind)
@@ -81,7 +82,7 @@ def flash(work: Workload, setting: Setting, heads: int, head_dim: int, kind: str
 
 
 def varlen(work: Workload, setting: Setting, heads: int, head_dim: int, kind: str) -> Callable[[], object]:
-    """torch's own attention over packed sequences."""
+    """Builds torch's own attention over packed sequences."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (setting.randn(work.tokens, heads, head_dim) for _ in range(3))
@@ -90,7 +91,7 @@ def varlen(work: Workload, setting: Setting, heads: int, head_dim: int, kind: st
 
 
 def check(work: Workload, setting: Setting, heads: int, head_dim: int) -> str:
-    """The correctness gate of a workload, on its first sequences."""
+    """Returns the correctness gate of a workload, on its first sequences."""
     some = Workload(work.name, work.lengths[:GATED])
     torch.manual_seed(0)
     values = [setting.randn(some.tokens, heads, head_dim) for _ in range(3)]
@@ -114,7 +115,7 @@ def rows(setting: Setting) -> list[Row]:
     """Measures every workload with every contender.
 
     Returns:
-        The rows; `gate` tells whether the workload's own results are right.
+        The rows; `gate` is the result of `check` for the row's workload.
     """
     heads, head_dim = (2, 16) if setting.tiny else (12, 64)
     contenders: dict[str, Callable[..., Callable[[], object]]] = {

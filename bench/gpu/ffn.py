@@ -1,4 +1,4 @@
-"""FFN, forward and backward with importance, against cuBLAS with unfused torch and against torch.compile."""
+"""Measures the FFN, forward and backward with importance, against unfused torch (cuBLAS) and torch.compile."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def _leaves(tokens: int, setting: Setting) -> list[Tensor]:
 
 
 def check(setting: Setting) -> str:
-    """The correctness gate, on few tokens."""
+    """Returns the correctness gate, on few tokens."""
     torch.manual_seed(0)
     values = _leaves(8 if setting.tiny else 512, setting)
     sequences = Workload("", (len(values[0]),)).sequences(setting.device)

@@ -1,4 +1,4 @@
-"""Timing, correctness gates and the record of a machine."""
+"""Timing, correctness gates, and the description of the machine."""
 
 import platform
 import re
@@ -16,7 +16,8 @@ import triton
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Dense 16-bit matrix operations and bytes of memory a second, from the maker's data sheets, by part of a device name.
+#: Part of a device name -> (dense 16-bit floating-point operations, bytes of memory traffic) per second, from data
+#: sheets.
 PEAKS = {
     "A100-SXM4-80GB": (312e12, 2.04e12),
     "H100 80GB HBM3": (989e12, 3.35e12),
@@ -31,12 +32,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run measures on.
+    """Device, dtype and scale of a run.
 
     Attributes:
-        device: "cuda", or "cpu" in Triton's interpreter.
-        dtype: of all tensors.
-        tiny: shapes that the interpreter can bear, two repeats, no ratios.
+        device: "cuda", or "cpu" for Triton's interpreter.
+        dtype: dtype of all tensors.
+        tiny: True for shapes small enough for the interpreter, two repeats, and no ratios.
     """
 
     device: str
@@ -48,21 +49,22 @@ class Setting:
 
     def compile(self, function: Callable, mode: str | None = None) -> Callable:
         if self.tiny:
-            # The interpreter's run only shows that the way through is clear; Inductor would take minutes.
+            # A tiny run only checks that the code runs; Inductor would take minutes.
             return torch.compile(function, backend="eager")
         return torch.compile(function, mode=mode)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a computation cannot do without: floating-point operations, and bytes to and from memory."""
+    """The least work of a computation: floating-point operations, and bytes read from and written to memory."""
 
     operations: float
     bytes: float
 
 
 def milliseconds(call: Callable[[], object], setting: Setting) -> tuple[float, float, float]:
-    """Median, 20 % and 80 % quantile of a call's time; on a GPU with a cold cache, as between the layers of a model."""
+    """Returns the median, 20 % and 80 % quantile of a call's milliseconds. On a GPU the L2 cache is cleared before each
+    call, as it is cold between the layers of a model."""
     if setting.device == "cuda":
         return tuple(triton.testing.do_bench(call, warmup=20, rep=100, quantiles=list(QUANTILES)))
     times = []
@@ -74,29 +76,29 @@ def milliseconds(call: Callable[[], object], setting: Setting) -> tuple[float, f
 
 
 def measured(row: Row, call: Callable[[], Callable[[], object]], work: Work | None, setting: Setting) -> Row:
-    """One row of results; a contender that cannot run here has a note in place of figures.
+    """Times one contender. If it fails, the row has a note in place of times.
 
     Args:
-        row: what identifies the measurement.
-        call: builds what is timed.
-        work: for rates and the share of the machine's floor.
-        setting: the run.
+        row: fields that identify the measurement.
+        call: builds the function to time.
+        work: least work of the function, for rates and the share of the machine's peak; None for neither.
+        setting: device and dtype of the run.
 
     Returns:
-        The row with its figures.
+        The row with milliseconds (median and quantiles) and rates.
     """
     place = "  {bench}, {workload}, {pass}, {contender}".format_map(row)
     try:
-        # Those that refuse warn of every reason.
+        # sdpa backends that refuse an input warn about every reason.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             timed = call()
             timed()
             median, low, high = milliseconds(timed, setting)
-    # Contenders refuse shapes and machines with exceptions of all kinds.
+    # Contenders refuse shapes and machines with exceptions of any class.
     except Exception as error:
         first = (str(error).strip().splitlines() or ["no message"])[0]
-        print(f"{place}: does not run here", flush=True)
+        print(f"{place}: failed", flush=True)
         return {**row, "ms": None, "note": f"{type(error).__name__}: {first[:160]}"}
     print(f"{place}: {median:.3f} ms", flush=True)
     figures = {"ms": median, "ms_q20": low, "ms_q80": high}
@@ -110,11 +112,16 @@ def measured(row: Row, call: Callable[[], Callable[[], object]], work: Work | No
 
 
 def gate(actual: Iterable[Tensor], same: Iterable[Tensor], exact: Iterable[Tensor]) -> str:
-    """Compares results with float64: the first may err twice as much as plain PyTorch in the same dtype, the others,
-    gradients, three times.
+    """Compares results with float64. The error of the first, the output, may be twice that of plain PyTorch in the same
+    dtype; the errors of the others, gradients, three times.
+
+    Args:
+        actual: results to check.
+        same: results of plain PyTorch in the same dtype.
+        exact: results of plain PyTorch in float64.
 
     Returns:
-        "green", or what is wrong.
+        "green", or a description of the first error that is too large.
     """
     for i, (ours, plain, true) in enumerate(zip(actual, same, exact, strict=True)):
         error, allowed = ((x.double() - true).abs().max().item() for x in (ours, plain))
@@ -125,15 +132,15 @@ def gate(actual: Iterable[Tensor], same: Iterable[Tensor], exact: Iterable[Tenso
 
 
 def compare(ours: Callable[..., Tensor], plain: Callable[..., Tensor], values: list[Tensor], setting: Setting) -> str:
-    """Holds a call's output and the gradients of all its arguments against float64, as `gate` does.
+    """Compares a function's output and the gradients of all its arguments with float64, as `gate` does.
 
     Args:
-        ours, plain: of the same arguments; their output has the first one's shape.
-        values: the arguments.
-        setting: the run.
+        ours, plain: functions of `values` to compare; the output has the shape of the first argument.
+        values: arguments of both.
+        setting: device and dtype of the run.
 
     Returns:
-        "green", or what is wrong.
+        "green", or a description of the first error that is too large.
     """
     gradient = torch.randn_like(values[0])
 
@@ -148,31 +155,24 @@ def compare(ours: Callable[..., Tensor], plain: Callable[..., Tensor], values: l
 def both_passes(
     call: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor, inputs: list[Tensor] | None = None
 ) -> Callable[[], Callable[[], object]]:
-    """Builds what `measured` times: a call's forward and backward pass.
+    """Returns a builder for `measured` of a function that runs the forward and backward pass of `call`.
 
     Args:
-        call: of the leaves.
-        leaves: its arguments.
-        gradient: of its output.
-        inputs: whose gradients are formed; the leaves'.
-
-    Returns:
-        The builder.
+        call: function of the leaves.
+        leaves: arguments of `call`.
+        gradient: gradient of its output.
+        inputs: tensors whose gradients are computed; None for the leaves.
     """
     return lambda: lambda: torch.autograd.grad(call(*leaves), inputs or leaves, gradient)
 
 
 def stem(device: str) -> str:
-    """A device's name as files of results have it.
-
-    Args:
-        device: as torch names it.
-    """
+    """Converts a device's name, as torch gives it, to the form in names of result files: "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def machine(setting: Setting) -> Row:
-    """The record that every file of results carries."""
+    """Describes device, versions and commit, for every file of results."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     record = {
         "device": "Triton interpreter on the CPU",

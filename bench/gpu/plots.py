@@ -1,4 +1,4 @@
-"""Bars of the measured times."""
+"""Bar charts of the measured times."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from bench.gpu.measure import Row
 
 
 def draw(rows: list[Row], device: str, folder: Path, stem: str) -> list[Path]:
-    """Draws one picture a benchmark and pass: a group of bars a workload, a bar a contender, whiskers from the 20 % to
-    the 80 % quantile.
+    """Draws one chart per benchmark and pass: a group of bars per workload, one bar per contender, whiskers from the
+    20 % to the 80 % quantile.
 
     Args:
-        rows: results; those without figures are left out.
-        device: for the title.
-        folder: where to.
-        stem: begins the files' names.
+        rows: results; those without a time are skipped.
+        device: name of the device, for the title.
+        folder: folder to write to.
+        stem: prefix of the file names.
 
     Returns:
-        The files.
+        The paths of the PNG files.
     """
     paths = []
     kinds = dict.fromkeys((row["bench"], row["pass"]) for row in rows)

@@ -1,5 +1,5 @@
-"""Projections of some of BERT-base's heads, forward and backward: the indexed kernels against compaction, which is to
-settle triton_configs.MOST_INDEXED_TOKENS, and against all heads."""
+"""Measures projections of some of BERT-base's heads, forward and backward: the indexed kernels against compaction (to
+choose triton_configs.MOST_INDEXED_TOKENS) and against all heads."""
 
 from collections.abc import Callable
 from unittest import mock
@@ -14,20 +14,21 @@ from ticketops.ops import projection
 
 
 def _leaves(tokens: int, setting: Setting) -> list[Tensor]:
-    """x, the weights of q, k, v and the output, and the biases of q, k and v."""
+    """Returns x, the weights of q, k, v and the output, and the biases of q, k and v."""
     channels = 32 if setting.tiny else 768
     weights = [setting.randn(channels, channels, scale=channels**-0.5) for _ in range(4)]
     return [setting.randn(tokens, channels), *weights, *(setting.randn(channels) for _ in range(3))]
 
 
 def _kept(heads: int, share: float, setting: Setting) -> Tensor:
-    """Indices of some heads, spread over all."""
+    """Returns the indices of a share of the heads, evenly spaced."""
     kept = round(heads * share)
     return torch.arange(kept, device=setting.device) * heads // kept
 
 
 def _projections(groups: Tensor, heads: int, most_indexed_tokens: int) -> Callable[..., Tensor]:
-    """All four projections, by the kernels up to a number of tokens, else by compaction."""
+    """Returns a function of all four projections, which uses the kernels up to a number of tokens, compaction above
+    it."""
 
     def call(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, *biases: Tensor) -> Tensor:
         with mock.patch.object(projection, "_most_indexed_tokens", return_value=most_indexed_tokens):
@@ -43,7 +44,7 @@ def _whole(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, *biases: T
 
 
 def check(setting: Setting, groups: Tensor, heads: int) -> str:
-    """The correctness gate, on few tokens."""
+    """Returns the correctness gate, on few tokens."""
     torch.manual_seed(0)
     values = _leaves(8 if setting.tiny else 512, setting)
     ours, plain = (_projections(groups, heads, most) for most in (len(values[0]), 0))

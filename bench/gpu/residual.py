@@ -1,5 +1,5 @@
-"""Bias, dropout, residual and LayerNorm, forward and backward: the kernel against unfused torch and against Inductor,
-which is to settle whether the op stays a kernel."""
+"""Measures bias, dropout, residual and LayerNorm, forward and backward: the kernel against unfused torch and Inductor,
+to decide whether the op needs a kernel."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ def _leaves(tokens: int, setting: Setting) -> list[Tensor]:
 
 
 def check(setting: Setting) -> str:
-    """The correctness gate, on few tokens and without dropout, which torch draws in its own way."""
+    """Returns the correctness gate, on few tokens and without dropout, whose masks differ from torch's."""
     torch.manual_seed(0)
     values = _leaves(8 if setting.tiny else 512, setting)
     return compare(partial(_ours, dropout_p=0.0), partial(_plain, dropout_p=0.0), values, setting)

@@ -1,4 +1,4 @@
-"""Steps of four tasks on one BERT-base: every task its own ticket, against one ticket for all of them."""
+"""Measures training steps of four tasks on one BERT-base: a ticket per task against one ticket for all tasks."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ TASKS = 4
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Measures four steps, one a task; "ticketops" switches tickets, the other contender does not.
+    """Measures four steps, one per task; "ticketops" switches tickets, the other contender does not.
 
     Returns:
         The rows.

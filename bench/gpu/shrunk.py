@@ -1,5 +1,5 @@
-"""What is left of BERT-base when 25, 50 and 75 % of its heads and FFNs are gone, against all of it: inference and
-training at the sizes of `bench.shrunk`, memory and bytes."""
+"""Compares BERT-base shrunk by 25, 50 and 75 % of its heads and FFNs with the whole model: time of inference and
+training at the sizes of `bench.shrunk`, peak memory, and bytes of the weights."""
 
 import copy
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from ticketops import patch, shrink
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Measures what each ticket leaves ("ticketops") against the whole model, patched and in stock transformers.
+    """Measures the model shrunk to each ticket ("ticketops") against the whole model, patched and stock.
 
     Returns:
-        The rows, with the most memory that a call allocated on a GPU, and the bytes of the weights.
+        The rows, with the bytes of the weights and, on a GPU, the peak memory in MiB.
     """
     torch.manual_seed(0)
     sizes = (

@@ -1,4 +1,4 @@
-"""Every kernel once on small ragged shapes: what compute-sanitizer runs."""
+"""Runs every kernel once on small ragged shapes, for compute-sanitizer."""
 
 import torch
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def whole_layers(sequences: ops.Sequences, tokens: int) -> None:
-    """Layers as one op, as under autocast: with an FFN and without, of all tokens and of first ones."""
+    """Runs whole layers as one op under autocast: with and without an FFN, for all tokens and for first tokens only."""
 
     def parameter(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", requires_grad=True)
@@ -63,7 +63,7 @@ def whole_layers(sequences: ops.Sequences, tokens: int) -> None:
 
 
 def around_the_layers(lengths: list[int], tokens: torch.Tensor) -> None:
-    """Packing, the ranking of importance, and slices of weights: the CUDA extension's kernels, where it is built."""
+    """Runs packing, the ranking of importance, and copies of slices: the CUDA extension's kernels, if it is built."""
     width = max(lengths) + 3
     mask = torch.arange(width, device="cuda") < torch.tensor(lengths, device="cuda")[:, None]
     packing = ops.Packing.from_mask(mask, *mask.shape, mask.device)

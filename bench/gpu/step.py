@@ -1,7 +1,8 @@
-"""A whole fine-tuning step of BERT-base, random weights and the length spread of real tasks, against transformers.
+"""Measures a fine-tuning step of BERT-base against transformers, with random weights and sequence lengths as in real
+tasks.
 
-All contenders get the same batch, padded to its longest row. "ticketops, reduce-overhead" is the patched model with its
-tokens in a bucket, compiled and captured in CUDA graphs.
+All contenders get the same batch, padded to its longest row. "ticketops, reduce-overhead" is the patched model with the
+number of tokens padded to a multiple of BUCKET, compiled and captured in CUDA graphs.
 """
 
 import contextlib
@@ -57,7 +58,7 @@ def _step(model: torch.nn.Module, call: Callable, batch: Batch, setting: Setting
 
 
 def check(batch: Batch, setting: Setting) -> str:
-    """The correctness gate: logits without dropout, against the stock model in float64."""
+    """Returns the correctness gate: logits without dropout, against the stock model in float64."""
     model = _model(setting).eval()
     with torch.no_grad(), _autocast(setting):
         same = model(**batch).logits
@@ -69,8 +70,9 @@ def check(batch: Batch, setting: Setting) -> str:
 
 
 def _need(work: Workload, model: BertForSequenceClassification) -> Work:
-    """What a step cannot do without: the layers' products on real tokens, forward once and backward twice, and AdamW's
-    reading of parameters, gradients and both moments and its writing of all but the gradients, in float32."""
+    """Returns the least work of a step. Operations: the layers' matrix products on real tokens, one forward and two
+    backward. Bytes: AdamW reads parameters, gradients and both moments, and writes all but the gradients, in
+    float32."""
     config = model.config
     channels, layers = config.hidden_size, config.num_hidden_layers
     dense = 2 * work.tokens * (4 * channels**2 + 2 * channels * config.intermediate_size)
@@ -79,7 +81,7 @@ def _need(work: Workload, model: BertForSequenceClassification) -> Work:
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Measures batches of both tasks with every contender; ticketops records importance while it trains.
+    """Measures batches of each task with every contender; ticketops records importance while it trains.
 
     Returns:
         The rows.

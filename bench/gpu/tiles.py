@@ -1,8 +1,8 @@
 """python -m bench.gpu.tiles [--output DIR] [--only forward_kernel,dq_kernel,...] [--repeat MS]
 
-Times each Triton kernel alone with every candidate tile, on BERT-base's shapes in bfloat16: what the entries of
-ticketops.ops.triton_configs are chosen by. Writes tiles-<device>.json and prints, for each kernel and workload, the
-tile that the table has and the fastest three.
+Times each Triton kernel alone with every candidate tile, on BERT-base's shapes in bfloat16, to choose the entries of
+ticketops.ops.triton_configs. Writes tiles-<device>.json, and prints for each kernel and workload the table's tile and
+the fastest three.
 """
 
 import argparse
@@ -38,13 +38,13 @@ class Case:
     """A kernel on a workload.
 
     Attributes:
-        kernel: the name of its function.
-        workload: what it runs on.
-        module: where it is launched.
-        entry: the attribute of triton_configs that its tile comes from.
-        value: what the attribute is to be for a tile.
-        call: runs it, with whatever else its op launches.
-        tiles: the candidates.
+        kernel: name of the kernel's function.
+        workload: description of the inputs.
+        module: module that launches the kernel.
+        entry: attribute of triton_configs that determines its tile.
+        value: function from a tile to a value of that attribute that selects the tile.
+        call: runs the op, which launches the kernel and perhaps others.
+        tiles: candidates.
     """
 
     kernel: str
@@ -156,7 +156,7 @@ def _pointwise_cases() -> Iterator[Case]:
         name = f"{tokens} tokens"
         for kernel, call in (("forward_kernel", ffn_forward), ("backward_kernel", ffn_backward)):
             yield Case(kernel, f"FFN, {name}", ffn, "FFN", lambda tile: tile, call, FFN)
-        # As under autocast, where the residual is in float32.
+        # As under autocast, which keeps the residual in float32.
         stream, gradient = (torch.randn((tokens, CHANNELS), device=setting.device) for _ in range(2))
         seed, gamma = torch.tensor([5], device=setting.device), torch.ones(CHANNELS, device=setting.device)
         _, mean, rstd = residual.forward(x, stream, b2, gamma, gamma, seed, 0.1, 1e-5)
@@ -180,7 +180,7 @@ def _projection_cases() -> Iterator[Case]:
     for tokens in (2048, TOKENS):
         x = setting.randn(tokens, CHANNELS).detach()
         ys = [setting.randn(tokens, CHANNELS // 2).detach() for _ in range(3)]
-        # As under autocast, where weights are in float32.
+        # As under autocast, which keeps weights in float32.
         weights = [torch.randn((CHANNELS, CHANNELS), device=setting.device) for _ in range(3)]
 
         def into(x: Tensor = x, weights: list[Tensor] = weights) -> object:
@@ -205,31 +205,31 @@ def _projection_cases() -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
-    """What is timed."""
+    """Yields every kernel and workload to time."""
     yield from _attention_cases()
     yield from _pointwise_cases()
     yield from _projection_cases()
 
 
 def launches(case: Case, tile: Tile | None) -> list[Launch]:
-    """Runs a case.
+    """Runs a case and records the launches of its kernel.
 
     Args:
-        case: what to run.
-        tile: of its kernel; None for the table's own.
+        case: kernel and workload.
+        tile: tile of the kernel; None for the table's.
 
     Returns:
-        The launches of its kernel, with everything that repeats them.
+        The arguments of each launch.
     """
     found: list[Launch] = []
 
-    def note(kernel: Any, programs: int, its_tile: Tile, **arguments: Any) -> None:
+    def record(kernel: Any, programs: int, its_tile: Tile, **arguments: Any) -> None:
         if kernel.fn.__name__ == case.kernel:
             found.append((kernel, programs, its_tile, arguments))
         triton_common.launch(kernel, programs, its_tile, **arguments)
 
     value = getattr(triton_configs, case.entry) if tile is None else case.value(tile)
-    with mock.patch.object(case.module, "launch", note), mock.patch.object(triton_configs, case.entry, value):
+    with mock.patch.object(case.module, "launch", record), mock.patch.object(triton_configs, case.entry, value):
         case.call()
     return found
 
@@ -238,12 +238,12 @@ def timed(case: Case, tile: Tile | None, repeat: int) -> Row:
     """Times a case's kernel.
 
     Args:
-        case: what to time.
-        tile: of its kernel; None for the table's own.
+        case: kernel and workload.
+        tile: tile of the kernel; None for the table's.
         repeat: milliseconds of repeats.
 
     Returns:
-        The row; what does not fit the GPU has a note in place of figures.
+        The row; a tile that the GPU cannot run has a note in place of times.
     """
     row: Row = {"kernel": case.kernel, "workload": case.workload, "shipped": tile is None}
     if tile is not None:
@@ -259,7 +259,7 @@ def timed(case: Case, tile: Tile | None, repeat: int) -> Row:
             rep=repeat,
             quantiles=[0.5, 0.2, 0.8],
         )
-    # Tiles are refused with exceptions of all kinds.
+    # Tiles that do not fit fail with exceptions of any class.
     except Exception as error:
         return {**row, "ms": None, "note": f"{type(error).__name__}: {str(error)[:100]}"}
     return {**row, "tile": asdict(its_tile), "ms": median, "ms_q20": low, "ms_q80": high}
@@ -272,7 +272,7 @@ def _short(row: Row) -> str:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.tiles", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
     parser.add_argument("--only", help="names of kernels, separated by commas (default: all)")
@@ -293,7 +293,7 @@ def main() -> int:
         print(f"{case.kernel}, {case.workload}: {' | '.join(entries) or mine[0]['note']}", flush=True)
     place = machine(Setting("cuda", torch.bfloat16, tiny=False))
     options.output.mkdir(parents=True, exist_ok=True)
-    # Over a thousand rows, a line each.
+    # One line per row: there are over a thousand.
     lines = ",\n".join(map(json.dumps, rows))
     path = options.output / f"tiles-{stem(place['device'])}.json"
     write_atomically(path, f'{{"machine": {json.dumps(place)},\n"rows": [\n{lines}\n]}}\n')

@@ -1,4 +1,4 @@
-"""Sequence lengths to measure on: fixed ones, and the spread of real tasks."""
+"""Sequence lengths of the benchmarks: fixed ones, and the distributions of real tasks."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ import torch
 from bench.gpu.measure import Setting
 from ticketops.ops import Sequences
 
-#: Every twentieth part of the lengths in word pieces of two GLUE training sets (bert-base-uncased, special tokens
-#: included), which RTE's is cut to 128 of below, as in fine-tuning. MNLI's training set was not at hand: in its place
-#: stands a log-normal spread with median 36 and sigma 0.45, an assumption that nothing here was measured for.
+#: The 0, 5, 10, ..., 100 % quantiles of the lengths, in word pieces, of two GLUE training sets (bert-base-uncased,
+#: special tokens included). `task_lengths` truncates them to MAX_LENGTH, as in fine-tuning. "mnli-assumed" is not
+#: measured: it is a log-normal distribution with median 36 and sigma 0.45.
 QUANTILES = {
     "sst2": (3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 11, 13, 14, 16, 18, 20, 23, 27, 33, 66),
     "rte": (13, 29, 33, 37, 40, 43, 45, 47, 50, 53, 56, 59, 62, 67, 72, 85, 103, 120, 135, 157, 289),
@@ -20,7 +20,12 @@ MAX_LENGTH = 128
 
 @dataclass(frozen=True)
 class Workload:
-    """Sequences of some number of tokens in all."""
+    """Sequences to measure on.
+
+    Attributes:
+        name: name in the results.
+        lengths: number of tokens of each sequence.
+    """
 
     name: str
     lengths: tuple[int, ...]
@@ -42,20 +47,20 @@ class Workload:
         return Sequences(packed.starts.to(device), packed.lengths.to(device), packed.max_length)
 
     def real(self, device: str) -> torch.Tensor:
-        """bool [B, S], True for a real token of the padded batch."""
+        """Returns the mask of the padded batch: bool [B, S], True for real tokens."""
         return torch.arange(self.width, device=device) < torch.tensor(self.lengths, device=device)[:, None]
 
 
 def task_lengths(task: str, batch: int, seed: int = 0) -> tuple[int, ...]:
-    """Lengths of a batch, spread as a task's are.
+    """Draws the sequence lengths of a batch from a task's distribution.
 
     Args:
         task: a key of QUANTILES.
-        batch: how many.
-        seed: of the draw.
+        batch: number of sequences.
+        seed: seed of the random numbers.
 
     Returns:
-        The lengths.
+        The number of tokens of each sequence.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = torch.tensor(QUANTILES[task], dtype=torch.float64)
@@ -66,11 +71,7 @@ def task_lengths(task: str, batch: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def workloads(setting: Setting) -> list[Workload]:
-    """What attention and FFN are measured on, 4k to 64k tokens.
-
-    Returns:
-        The workloads.
-    """
+    """Returns the workloads of the attention benchmark, of 4k to 64k tokens."""
     if setting.tiny:
         return [Workload("2 x 4", (4, 4)), Workload("ragged", (5, 2))]
     some = []

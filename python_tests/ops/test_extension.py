@@ -209,7 +209,7 @@ def test_every_switch_refuses_what_means_nothing(monkeypatch):
             with pytest.raises(UnsupportedError) as refused:
                 read.get(variable, extension._load)()
             message = str(refused.value)
-            assert message == f"{variable}={value} is none of its values here: use {choices}, or unset it"
+            assert message == f"{variable}={value} is not supported here: use {choices}, or unset it"
         monkeypatch.setenv(variable, "")
         extension._load()
         cuda_extension._load()
@@ -229,7 +229,7 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", lambda name: Poor())
     monkeypatch.setenv("TICKETOPS_ISA", "amx")
-    with pytest.raises(UnsupportedError, match="TICKETOPS_ISA=amx is none of its values here: use avx2"):
+    with pytest.raises(UnsupportedError, match="TICKETOPS_ISA=amx is not supported here: use avx2"):
         extension._load()
 
 

@@ -439,14 +439,14 @@ class PatchHandle:
             neurons=self.num_neurons if neurons else None,
         )
         recording = self._recording = Recording(importance, skip_overflow)
-        importance.feed_from(recording.settle)
+        importance.connect(recording.settle)
         try:
             with separate_columns():
                 yield importance
             recording.settle()
         finally:
             self._recording = None
-            importance.feed_from(None)
+            importance.connect(None)
 
     def __copy__(self) -> "PatchHandle":
         # A second handle of one model would not know what the first has applied.

@@ -31,7 +31,7 @@ def switch(variable: str, choices: Sequence[str]) -> str | None:
     """
     value = os.environ.get(variable) or None
     if value is not None and value not in choices:
-        raise UnsupportedError(f"{variable}={value} is none of its values here: use {', '.join(choices)}, or unset it")
+        raise UnsupportedError(f"{variable}={value} is not supported here: use {', '.join(choices)}, or unset it")
     return value
 
 

@@ -150,7 +150,7 @@ def _sources(
     (table, ids) addresses; and the number of rows of each table."""
     word = tables[0]
     assert word is not None
-    held: list[Tensor] = []
+    kept_alive: list[Tensor] = []
     addresses, sizes = [], []
     for name, table, places in zip(_SOURCES, tables, ids, strict=True):
         if table is None:
@@ -159,10 +159,10 @@ def _sources(
             continue
         table = checked(f"the {name} table", table, word.dtype, table.shape[0], word.shape[1])
         places = checked(f"ids of the {name} table", places.flatten().long(), torch.int64, ids[0].numel())
-        held += [table, places]
+        kept_alive += [table, places]
         addresses.append((address(table), address(places)))
         sizes.append(table.shape[0])
-    return held, addresses, sizes
+    return kept_alive, addresses, sizes
 
 
 def _embed_all(*arguments):

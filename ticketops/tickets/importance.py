@@ -64,8 +64,8 @@ class Importance:
         self.sequences_per_example = sequences_per_example
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.skipped = 0
-        # Set while a recording is active: adds the terms that it holds back.
-        self._bring: Callable[[], None] | None = None
+        # Function that adds the pending terms of an active recording; None without one.
+        self._add_pending: Callable[[], None] | None = None
         self._heads = _Sums("head", torch.zeros(layers, heads, dtype=torch.float64), [0] * layers)
         self._ffns = _Sums("FFN", torch.zeros(layers, dtype=torch.float64), [0] * layers)
         # [layers, 0] if neurons are not recorded.
@@ -301,23 +301,23 @@ class Importance:
         self._settle()
         return self._heads, self._ffns, self._neurons
 
-    def feed_from(self, bring: Callable[[], None] | None) -> None:
+    def connect(self, add_pending: Callable[[], None] | None) -> None:
         """Connects a recording, whose pending terms are then added before scores are read.
 
         Args:
-            bring: function that adds the recording's pending terms; None disconnects it.
+            add_pending: function that adds the recording's pending terms; None disconnects it.
         """
-        self._bring = bring
+        self._add_pending = add_pending
 
     def complete(self) -> None:
         """Adds the pending terms of an active recording. Every method that reads scores calls it."""
-        if self._bring is not None:
-            self._bring()
+        if self._add_pending is not None:
+            self._add_pending()
 
     def __getstate__(self) -> dict[str, Any]:
         self.complete()
         # A copy is not connected to the recording.
-        return {**vars(self), "_bring": None}
+        return {**vars(self), "_add_pending": None}
 
     def _settle(self) -> None:
         """Adds pending partials to the sums of heads and FFNs."""

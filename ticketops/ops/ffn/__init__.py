@@ -91,21 +91,21 @@ def ffn(
             w1, b1, w2 = _compacted(w1, b1, w2, blocks, count, gated)
             blocks, count = None, 1
     tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if blocks is None:
-        given = dict(zip(given, autocast(*given.values()), strict=True))
-        same_dtype("ffn", DTYPES, **given)
+        present = dict(zip(present, autocast(*present.values()), strict=True))
+        same_dtype("ffn", DTYPES, **present)
     else:
-        (given["x"],) = autocast(x)
-        check_weights("ffn", given["x"], [given[name] for name in given if name != "x"])
-    x, w1, b1, w2, b2 = given["x"], given["w1"], given.get("b1"), given["w2"], given.get("b2")
+        (present["x"],) = autocast(x)
+        check_weights("ffn", present["x"], [present[name] for name in present if name != "x"])
+    x, w1, b1, w2, b2 = present["x"], present["w1"], present.get("b1"), present["w2"], present.get("b2")
     if activation not in ACTIVATIONS:
         raise UnsupportedError(
             f"ffn does not support the activation {activation!r}: use one of {', '.join(ACTIVATIONS)}"
         )
     channels, neurons = w2.shape
     wanted = {"w1": ((1 + gated) * neurons, channels), "b1": ((1 + gated) * neurons,), "b2": (channels,)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in present.items()}
     if x.ndim != 2 or x.shape[1] != channels or any(shapes.get(name, shape) != shape for name, shape in wanted.items()):
         first = "2N" if gated else "N"
         raise InputError(f"ffn needs x [T, C], w1 [{first}, C], b1 [{first}], w2 [C, N], b2 [C], got {shapes}")

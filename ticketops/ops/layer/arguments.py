@@ -103,8 +103,8 @@ class Inputs(NamedTuple):
 
     def heads(self, settings: Settings) -> tuple[int, int]:
         """Returns the number of heads in the weights, and the number of heads that are computed."""
-        there = self.weights.wq.shape[0] // settings.head_dim
-        return there, there if self.weights.heads is None else self.weights.heads.shape[0]
+        all_heads = self.weights.wq.shape[0] // settings.head_dim
+        return all_heads, all_heads if self.weights.heads is None else self.weights.heads.shape[0]
 
     def rows(self, settings: Settings) -> Tensor | None:
         """Returns the rows that are computed after attention: int64 [B] with `first_tokens`, else None for all."""
@@ -112,7 +112,7 @@ class Inputs(NamedTuple):
             return None
         return Sequences(self.starts, self.lengths, settings.max_length).first_rows(self.x.shape[0])
 
-    def left(self, settings: Settings) -> tuple[Tensor, Tensor]:
+    def spans_after_attention(self, settings: Settings) -> tuple[Tensor, Tensor]:
         """Returns the starts and lengths of the sequences after attention: with `first_tokens`, each has one token."""
         if not settings.first_tokens:
             return self.starts, self.lengths
@@ -217,7 +217,7 @@ def needed(saved: Saved, wanted: Wanted, none: Tensor) -> Saved:
         "w_1": wanted.projected(),
         "w_2": wanted.inner(),
     }
-    return saved._replace(**{name: none for name, there in read.items() if not there})
+    return saved._replace(**{name: none for name, is_read in read.items() if not is_read})
 
 
 #: Number of results of a backward pass: dx, five importance partials, the gradients of the parameters.
@@ -239,7 +239,7 @@ def seeds_of(seeds: Tensor | None, settings: Settings) -> Iterator[Tensor | None
         yield next(drawn, None) if p else None
 
 
-def as_given(x: Tensor) -> AbstractContextManager[Any]:
+def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
     """Returns a context in which autocast is off. If it is off already, as in backward passes, the context does
     nothing, which is faster than torch.autocast.
 
@@ -255,7 +255,7 @@ def select(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
-def in_order(gradients: dict[str, Tensor]) -> Iterator[Tensor | None]:
+def in_weights_order(gradients: dict[str, Tensor]) -> Iterator[Tensor | None]:
     """Orders the gradients of the parameters as in Weights.
 
     Args:

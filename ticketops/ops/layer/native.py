@@ -15,8 +15,8 @@ from ticketops.ops.layer.arguments import (
     Saved,
     Settings,
     Wanted,
-    as_given,
-    in_order,
+    autocast_off,
+    in_weights_order,
     results,
     seeds_of,
     select,
@@ -148,7 +148,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     copies.run()
     rows = inputs.rows(s)
     stream = select(x, rows)
-    with as_given(x):
+    with autocast_off(x):
         if count:
             # [T, 3 K D]
             flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if bf16 else product(cast_x, w_qkv.t(), biases)
@@ -202,7 +202,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     gradients: dict[str, Tensor] = {}
     none = torch.empty(0, dtype=torch.float32, device=x.device)
     rows = inputs.rows(s)
-    left = inputs.left(s)
+    spans = inputs.spans_after_attention(s)
 
     copies = Table()
 
@@ -220,11 +220,11 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
 
     def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor, ...]:
         copies.run()
-        results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_order(gradients))
+        results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_weights_order(gradients))
         # torch does not allow the same tensor twice among an op's results.
         return tuple(torch.empty_like(none) if x is None or x is none else x for x in results)
 
-    with as_given(x):
+    with autocast_off(x):
         ffn_signed, ffn_absolute, by_neuron = none, none, none
         if (ffn_weights := w.ffn()) is not None:
             w1, b1, w2, b2 = ffn_weights
@@ -234,7 +234,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             )
             doutput = doutput if doutput.ndim > 1 else dmiddle
             if wanted.ffn_sums:
-                ffn_signed, ffn_absolute = ffn.token_sums(doutput, saved.output, *left, 1.0, b2.float())
+                ffn_signed, ffn_absolute = ffn.token_sums(doutput, saved.output, *spans, 1.0, b2.float())
             if wanted.any("w2"):
                 keep("w2", gradient_product(doutput, saved.hidden), 1, w1.shape[0], neurons)
             for name, gradient in (("b2", db2), ("gamma2", dgamma2), ("beta2", dbeta2)):
@@ -244,7 +244,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             dpre = product(doutput, saved.w_2 if saved.w_2.numel() else w2)
             db1, by_neuron = ffn.activate_backward(
                 *(dpre, saved.pre, saved.hidden if wanted.neuron_sums else None, None, None, s.activation),
-                *(wanted.any("b1"), wanted.neuron_sums, wanted.per_token, *left),
+                *(wanted.any("b1"), wanted.neuron_sums, wanted.per_token, *spans),
                 bias=_bias(b1, neurons),
             )
             if wanted.any("w1"):

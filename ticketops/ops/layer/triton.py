@@ -19,8 +19,8 @@ from ticketops.ops.layer.arguments import (
     Settings,
     Wanted,
     Weights,
-    as_given,
-    in_order,
+    autocast_off,
+    in_weights_order,
     results,
     seeds_of,
     select,
@@ -92,14 +92,16 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         private.copy_all(copies, sources)
     rows = inputs.rows(s)
     stream = select(x, rows)
-    with as_given(x):
+    with autocast_off(x):
         if count:
             if heads is None:
                 qkv = torch.addmm(biases, cast_x, w_qkv.t()).view(tokens, 3, count, s.head_dim)
             else:
                 qkv = x.new_empty((tokens, 3, count, s.head_dim), dtype=dtype)
-                given = [p.contiguous() for p in w[:6]]
-                projection.into(cast_x, given[:3], given[3:], heads, all_heads, ys=qkv.view(tokens, 3, width).unbind(1))
+                projections = [p.contiguous() for p in w[:6]]
+                projection.into(
+                    cast_x, projections[:3], projections[3:], heads, all_heads, ys=qkv.view(tokens, 3, width).unbind(1)
+                )
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
                 q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, s.attention_dropout
@@ -144,7 +146,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
     gradients: dict[str, Tensor] = {}
     rows = inputs.rows(s)
-    left = inputs.left(s)
+    spans = inputs.spans_after_attention(s)
     none = x.new_empty(0, dtype=torch.float32)
     by_neuron, parts = none, ffn.Parts(None, None, None)
     #: Partial sums [parts, 3, C] of the gradients of a bias and a LayerNorm's two parameters, to be added up.
@@ -154,7 +156,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor, ...]:
         named = {("b2", "gamma2", "beta2"): after_ffn, ("bo", "gamma1", "beta1"): after_attention}
         sums = [x.flatten(1) if x is not None and wanted.any(*names) else None for names, x in named.items()]
-        (db1, *vectors), *of_ffn = ffn.finish(parts._replace(db2=sums[0]), *left, None, torch.float32, sums[1])
+        (db1, *vectors), *of_ffn = ffn.finish(parts._replace(db2=sums[0]), *spans, None, torch.float32, sums[1])
         if db1 is not None:
             gradients["b1"] = db1
         for names, three in zip(named, vectors, strict=True):
@@ -162,10 +164,10 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 gradients.update(zip(names, three.chunk(3), strict=True))
         # Sums are in float32.
         found = {name: gradient.to(getattr(w, name).dtype) for name, gradient in gradients.items() if wanted.any(name)}
-        results = (dx, signed, absolute, *of_ffn, by_neuron, *in_order(found))
+        results = (dx, signed, absolute, *of_ffn, by_neuron, *in_weights_order(found))
         return tuple(torch.empty_like(none) if result is None or result is none else result for result in results)
 
-    with as_given(x):
+    with autocast_off(x):
         if (ffn_weights := w.ffn()) is not None:
             w1, _, w2, _ = ffn_weights
             doutput, dmiddle, after_ffn = residual.first_stage(
@@ -181,7 +183,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             if wanted.inner() or wanted.ffn_sums:
                 sums = ffn.Wanted(wanted.any("b1"), False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token)
                 dpre, parts, by_neuron = ffn.activation_backward(
-                    gradient, doutput, saved.output, pre, *left, None, None, s.activation, sums
+                    gradient, doutput, saved.output, pre, *spans, None, None, s.activation, sums
                 )
             if wanted.any("w1"):
                 gradients["w1"] = _product(dpre.t(), saved.cast_middle if cast else saved.middle, w1.dtype)
