@@ -1,4 +1,4 @@
-"""Files and folders that are wholly there or not at all, survive a power cut, and are checked when they are read."""
+"""Reading and writing of files and folders: writes are atomic and survive a power cut, reads are checked."""
 
 import codecs
 import contextlib
@@ -29,25 +29,25 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another OUTPUT folder",
     errno.ENAMETOOLONG: "the path is too long: choose a shorter OUTPUT folder",
 }
-#: Bytes that a JSON file of ours may have; the records of the largest runs need a thousandth of it.
+#: Maximum size of a JSON file in bytes. Records of the largest runs have a thousandth of it.
 MAX_JSON_BYTES = 2**20
-#: Bytes that an index of a model's shards may have; it names each tensor, so it grows with the model.
+#: Maximum size of the index of a model's shards in bytes. It names each tensor, so it grows with the model.
 MAX_INDEX_BYTES = 2**26
 
 
 def user_path(path: str | os.PathLike[str], name: str) -> Path:
-    """Expands a path that a user gave, and refuses one that no file could have.
+    """Expands "~" and "~user" in a path from the user, and checks that the operating system accepts the path.
 
     Args:
-        path: as given; "~" and "~user" are expanded.
-        name: what the path is of, for the error message.
+        path: path as the user wrote it.
+        name: what the path is for, e.g. "the folder to export"; used in the error message.
 
     Returns:
-        The path, whether or not something is there.
+        The expanded path, which may or may not exist.
 
     Raises:
-        InputError: its user is unknown, or the operating system does not take it: too long, a loop of links, a folder
-            that may not be entered.
+        InputError: the user is unknown or has no home folder, or the operating system rejects the path: too long, a
+            loop of links, a folder without permission.
     """
     if not isinstance(path, str | bytes | os.PathLike):
         # Such as a model in memory.
@@ -56,10 +56,10 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
     if len(given) > 100:
         given = f"{given[:100]}...'"
     try:
-        # A run notes its paths as text, so bytes that are none cannot be read back.
+        # Runs record their paths as UTF-8 text, so undecodable bytes are refused.
         os.fspath(path).encode()
         found = Path(path).expanduser()
-        # Accounts of services have homes that are not there.
+        # Service accounts may have a home folder that does not exist.
         if found != Path(path) and not Path(Path(path).parts[0]).expanduser().is_dir():
             raise RuntimeError
         found.stat()
@@ -67,7 +67,7 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
         return found
     except RuntimeError as error:
         raise InputError(f"{name} {given}: there is no such user, or that user has no home folder") from error
-    # A null character in it is a ValueError, and so are bytes that are no text.
+    # A null character or an undecodable byte raises ValueError.
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name} {given} cannot be used: {reason}") from error
@@ -75,13 +75,13 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
 
 
 def text_encoding(name: str) -> str:
-    """Python's own name of a text encoding, so that two spellings of one are equal.
+    """Returns Python's canonical name of a text encoding, e.g. "utf-8" for "UTF8".
 
     Args:
-        name: of the encoding, as a user gave it.
+        name: name of the encoding, as the user wrote it.
 
     Raises:
-        InputError: Python knows no such encoding of text.
+        InputError: Python has no text encoding of this name.
     """
     try:
         "".encode(name)
@@ -93,11 +93,11 @@ def text_encoding(name: str) -> str:
 
 
 def store_error(path: Path, error: OSError) -> StoreError:
-    """Turns an operating-system error on `path` into a StoreError that says what to do.
+    """Converts an operating-system error to a StoreError with a remedy.
 
     Args:
-        path: the file or folder that could not be written.
-        error: what the operating system answered.
+        path: file or folder that could not be written.
+        error: error of the operating system.
 
     Returns:
         The error to raise.
@@ -109,13 +109,13 @@ def store_error(path: Path, error: OSError) -> StoreError:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and what it lies in, where they are missing, so that they survive a power cut.
+    """Creates a folder and its missing parents, durably: they survive a power cut.
 
     Args:
-        folder: to be made.
+        folder: folder to create; may exist.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,16 +124,16 @@ def make_folder(folder: Path) -> None:
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Writes a file so that a reader, or a process killed at any moment, sees all of it or nothing of it.
+    """Writes a file atomically: if the process is killed at any moment, either the old or the whole new file exists.
 
     When it returns, the file survives a power cut.
 
     Args:
-        path: the file to write; its folder is created where it is missing.
-        data: the content; text is written as UTF-8.
+        path: file to write; missing folders are created.
+        data: content; text is encoded as UTF-8.
 
     Raises:
-        StoreError: the folder cannot be written (full, read-only, no permission).
+        StoreError: the file cannot be written (disk full, read-only, no permission).
     """
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
@@ -155,13 +155,14 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Makes a folder that is there when all went well, and not at all when not; it then survives a power cut.
+    """Creates a folder atomically: the context fills a temporary folder, which is renamed at the end if no error
+    occurred. The folder then survives a power cut.
 
     Args:
-        folder: must not exist, or be empty.
+        folder: folder to create; must not exist, or must be empty.
 
     Yields:
-        A folder beside it, to be filled, that takes its name in the end.
+        The temporary folder, next to `folder`.
 
     Raises:
         StoreError: the folder is not empty, or cannot be written.
@@ -180,7 +181,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise store_error(folder, error) from error
     except SafetensorError as error:
-        # It names the operating system's error in its text alone.
+        # It gives the number of the operating system's error only in its text.
         number = re.search(r"os error (\d+)", str(error))
         raise store_error(folder, OSError(int(number[1]) if number else 0, str(error))) from error
     finally:
@@ -189,8 +190,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _finish(path: Path) -> None:
-    """Gives a file or folder the permissions that any other new one has, and puts it on the disk."""
-    # mkstemp, mkdtemp and the writers of safetensors make private ones.
+    """Sets the default permissions of a new file or folder, and flushes it to the disk."""
+    # mkstemp, mkdtemp and safetensors create files that only their owner can read.
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
@@ -206,29 +207,32 @@ def _sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with a checksum of all else in it, which `read_json` compares.
+    """Adds a checksum to a JSON object, which `read_json` verifies.
 
     Args:
         content: the object.
+
+    Returns:
+        A copy with the key "checksum".
     """
     return {**content, "checksum": _checksum(content)}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object, sealed, as `write_atomically` does.
+    """Writes a JSON object with its checksum, atomically.
 
     Args:
-        path: the file to write.
+        path: file to write.
         content: the object.
 
     Raises:
-        StoreError: the folder cannot be written.
+        StoreError: the file cannot be written.
     """
     write_atomically(path, json.dumps(sealed(content), indent=2, allow_nan=False) + "\n")
 
@@ -236,20 +240,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(
     path: Path, remedy: str, most: int = MAX_JSON_BYTES, largest: int | None = None, unsealed: bool = True
 ) -> dict[str, Any]:
-    """Reads a JSON object more strictly than json does: of bounded size, no NaN, no key twice, and as it was written.
+    """Reads a JSON object strictly: its size is bounded, numbers are finite, keys are unique, and the checksum is
+    verified.
 
     Args:
-        path: the file.
-        remedy: what to do where it is damaged, for the message.
-        most: bytes that it may have.
-        largest: the largest whole number that it may have; None for any.
-        unsealed: whether it may lack the checksum that `sealed` adds.
+        path: file to read.
+        remedy: what the user can do if the file is damaged; ends the error message.
+        most: maximum size of the file in bytes.
+        largest: maximum absolute value of integers; None for no limit.
+        unsealed: True accepts files without the checksum that `sealed` adds.
 
     Returns:
         The object, without its checksum.
 
     Raises:
-        InputError: it cannot be read, is too large, no such object, or was changed after it was written.
+        InputError: the file cannot be read, is too large, is not a JSON object, or was changed after it was written.
     """
 
     def refuse(reason: str) -> NoReturn:
@@ -265,7 +270,7 @@ def read_json(
             refuse(f"has the number {text:.20}, which is not finite")
         return float(text)
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if (name := repeated(name for name, _ in pairs)) is not None:
             refuse(f"has the key {name!r:.60} twice")
         return dict(pairs)
@@ -280,7 +285,7 @@ def read_json(
             parse_int=whole,
             parse_float=number,
             parse_constant=number,
-            object_pairs_hook=once,
+            object_pairs_hook=unique,
         )
         if not isinstance(content, dict):
             refuse(f"is a JSON {type(content).__name__}, not an object")
@@ -304,12 +309,12 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, name: str, fields: Mapping[str, Any]) -> None:
-    """Writes a JSON file that describes a folder and has the checksums of all other files in it.
+    """Writes a JSON file with the checksums of all other files of a folder.
 
     Args:
-        folder: complete but for this file.
-        name: of the file.
-        fields: what else it says.
+        folder: folder that is complete except for this file.
+        name: name of the file.
+        fields: further fields of the JSON object.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != name)
     sums = {str(path.relative_to(folder)): sha256(path) for path in paths}
@@ -318,18 +323,18 @@ def write_manifest(folder: Path, name: str, fields: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path, name: str, remedy: str) -> dict[str, Any]:
-    """Reads what `write_manifest` wrote, and compares every file that it lists.
+    """Reads a file that `write_manifest` wrote, and verifies the checksum of every file that it lists.
 
     Args:
-        folder: with the file.
-        name: of the file.
-        remedy: what to do where something is missing or damaged, for the message.
+        folder: folder of the file.
+        name: name of the file.
+        remedy: what the user can do if a file is missing or damaged; ends the error message.
 
     Returns:
-        Its content.
+        The JSON object.
 
     Raises:
-        InputError: it is damaged, or a file that it lists is missing or was changed.
+        InputError: the file is damaged, or a file that it lists is missing or was changed.
     """
     path = folder / name
     content = read_json(path, remedy)
@@ -337,7 +342,7 @@ def read_manifest(folder: Path, name: str, remedy: str) -> dict[str, Any]:
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         raise InputError(f"{path} does not list the folder's checksums: {remedy}")
     for entry, expected in sums.items():
-        # A file's name in the folder or below, and nothing else.
+        # Entries must be relative paths inside the folder.
         if Path(entry).is_absolute() or ".." in Path(entry).parts or "\0" in entry:
             raise InputError(f"{path} lists {entry!r:.100}, no file of this folder: {remedy}")
         try:

@@ -1,4 +1,4 @@
-"""The report's figures, drawn without a display and in colours that colour-blind readers can tell apart."""
+"""Figures of a report. Drawing needs no display; the colours are distinguishable for colour-blind readers."""
 
 from collections.abc import Mapping, Sequence
 from typing import IO
@@ -15,7 +15,7 @@ from ticketops.searching.selection import Level, Selection
 from ticketops.searching.statistics import Spread
 from ticketops.tickets import Importance, Ticket
 
-# Okabe and Ito's palette; markers differ too, for print in black and white.
+# Okabe and Ito's palette. Markers differ too, for black-and-white print.
 _STYLES: Mapping[str, tuple[str, str]] = {
     "winning": ("#0072B2", "o"),
     "random": ("#E69F00", "s"),
@@ -26,12 +26,12 @@ KEPT = LinearSegmentedColormap.from_list("kept", ["#ECECEC", "#0072B2"])
 
 
 def phase_transition(selection: Selection, metric: str, file: IO[bytes]) -> None:
-    """Draws the metric against the weights remaining: mean and standard deviation over seeds, one line a kind.
+    """Plots the metric over the weights remaining: mean and standard deviation over seeds, one line per kind of ticket.
 
     Args:
-        selection: the levels.
-        metric: its name.
-        file: where to write the PNG.
+        selection: levels and scores of a search.
+        metric: name of the metric.
+        file: binary file to which the PNG is written.
     """
 
     def spread(level: Level) -> Spread:
@@ -72,7 +72,7 @@ def phase_transition(selection: Selection, metric: str, file: IO[bytes]) -> None
     axes.set_title(
         f"Mean over {seeds} seeds, bars and band: one standard deviation" if seeds > 1 else "One seed", fontsize=10
     )
-    # Sparser to the right, as training goes from the full model on.
+    # Sparsity grows to the right.
     axes.invert_xaxis()
     axes.grid(alpha=0.25)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
@@ -80,13 +80,13 @@ def phase_transition(selection: Selection, metric: str, file: IO[bytes]) -> None
 
 
 def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket], name: str, file: IO[bytes]) -> None:
-    """Draws how important each head and FFN is and, beside it, what the super ticket keeps.
+    """Draws the importance of each head and FFN, and the share of seeds in which the super ticket keeps it.
 
     Args:
-        importances: one a seed; their normalised scores are averaged.
-        tickets: the super ticket's, one a seed; none draws the importance alone.
-        name: what the tickets are, for the title.
-        file: where to write the PNG.
+        importances: importance of each seed; the normalised scores are averaged.
+        tickets: super ticket of each seed; if empty, only the importance is drawn.
+        name: name of the tickets in the title.
+        file: binary file to which the PNG is written.
     """
     heads = np.mean([importance.normalized_head().numpy() for importance in importances], axis=0)
     ffns = np.mean([(one.ffn / one.ffn.norm().clamp_min(1e-30)).numpy() for one in importances], axis=0)
@@ -114,8 +114,7 @@ def new_figure(width: float, height: float) -> Figure:
     """Makes a figure that needs no display.
 
     Args:
-        width: in inches.
-        height: in inches.
+        width, height: size in inches.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -125,7 +124,7 @@ def new_figure(width: float, height: float) -> Figure:
 def _structures(
     axes: Axes, heads: np.ndarray, ffns: np.ndarray, colours: str | Colormap, top: float | None
 ) -> AxesImage:
-    """Draws one cell a structure: a row a layer, a column a head, and the FFNs behind a gap."""
+    """Draws one cell per structure: a row per layer, a column per head and, after a gap, a column of FFNs."""
     layers, width = heads.shape
     cells = np.full((layers, width + 2), np.nan)
     cells[:, :width], cells[:, -1] = heads, ffns
@@ -146,7 +145,7 @@ def _structures(
 
 
 def _colour_bar(axes: Axes, image: AxesImage, label: str) -> Colorbar:
-    """A colour bar as tall as its cells; constrained layout would make it as tall as the figure."""
+    """Adds a colour bar as tall as the cells. (Constrained layout would make it as tall as the figure.)"""
     figure = axes.get_figure(root=True)
     assert figure is not None, "the axes were made by a figure"
     bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0.0, 0.035, 1.0)))

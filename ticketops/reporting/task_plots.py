@@ -1,4 +1,5 @@
-"""Figures of several tasks: arms against each other, overlaps and layer profiles of tickets, ladders of data."""
+"""Figures of several tasks: scores of arms, overlaps and layer profiles of tickets, scores by number of training
+rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import IO
@@ -10,7 +11,7 @@ from ticketops.reporting.plots import FULL, KEPT, SUPER, new_figure
 from ticketops.searching.statistics import Spread
 from ticketops.tickets import Ticket
 
-# Okabe and Ito's palette; markers differ too, for print in black and white.
+# Okabe and Ito's palette. Markers differ too, for black-and-white print.
 _STYLES = [
     ("#404040", "D"),
     ("#999999", "d"),
@@ -25,13 +26,13 @@ _STYLES = [
 def arms(
     spreads: Mapping[str, Mapping[str, Spread]], titles: Mapping[str, str], relative: bool, file: IO[bytes]
 ) -> None:
-    """Draws each arm's scores by task, or their differences to plain multi-task training.
+    """Draws each arm's scores by task, or their differences from multi-task training without tickets.
 
     Args:
-        spreads: arm -> task -> spread over seeds.
-        titles: of tasks whose name is not to be read.
-        relative: whether they are differences.
-        file: where to write the PNG.
+        spreads: arm -> task -> mean and standard deviation over seeds.
+        titles: task -> its label; other tasks are labelled with their name.
+        relative: True if `spreads` are differences.
+        file: binary file to which the PNG is written.
     """
     tasks = list(dict.fromkeys(task for by_task in spreads.values() for task in by_task))
     figure = new_figure(2.6 + 1.3 * max(len(tasks), 3), 4.2)
@@ -41,11 +42,11 @@ def arms(
     width = 0.8 / max(len(spreads), 1)
     for place, (arm, by_task) in enumerate(spreads.items()):
         colour, marker = _STYLES[place % len(_STYLES)]
-        there = [task for task in tasks if task in by_task]
+        scored = [task for task in tasks if task in by_task]
         axes.errorbar(
-            [tasks.index(task) + (place + 0.5) * width - 0.4 for task in there],
-            [100 * by_task[task].mean for task in there],
-            yerr=[100 * (by_task[task].std or 0.0) for task in there],
+            [tasks.index(task) + (place + 0.5) * width - 0.4 for task in scored],
+            [100 * by_task[task].mean for task in scored],
+            yerr=[100 * (by_task[task].std or 0.0) for task in scored],
             color=colour,
             marker=marker,
             markersize=7,
@@ -64,19 +65,19 @@ def arms(
     spread_note = f"Mean over {seeds} seeds, bars: one standard deviation" if seeds > 1 else "One seed"
     axes.set_title(spread_note + (" of the difference by seed" if relative and seeds > 1 else ""), fontsize=10)
     axes.grid(axis="y", alpha=0.25)
-    # Below, where long names of arms do not squeeze the picture.
+    # Below the axes, so that long names of arms do not narrow the plot.
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(file, format="png", dpi=150)
 
 
 def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray, file: IO[bytes]) -> None:
-    """Draws how alike the tasks' tickets are, and by how much more than random ones.
+    """Draws the overlap of the tasks' tickets, and its difference from that of random tickets.
 
     Args:
-        tasks: names.
-        overlap: mean Jaccard overlap [tasks, tasks], the diagonal between seeds; NaN where there is no pair.
-        chance: what random tickets of the same sizes have, likewise.
-        file: where to write the PNG.
+        tasks: names of the tasks.
+        overlap: [tasks, tasks], mean Jaccard overlap; on the diagonal between seeds; NaN if there is no pair.
+        chance: [tasks, tasks], the same for random tickets of the same sizes.
+        file: binary file to which the PNG is written.
     """
     side = 0.75 * len(tasks) + 1.2
     figure = new_figure(2 * side + 1.6, side + 1.2)
@@ -85,7 +86,7 @@ def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray, file
     excess = 100 * (overlap - chance)
     reach = max(float(np.nanmax(np.abs(excess))) if np.isfinite(excess).any() else 0.0, 1.0)
     _matrix(second, tasks, excess, "More than by chance (points)", (-reach, reach), "PuOr_r", "{:+.1f}")
-    # The layout leaves too little room above squares with slanted names below.
+    # The layout cuts off the titles above square axes with slanted labels; a tight box does not.
     figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
 
 
@@ -113,17 +114,17 @@ def _matrix(
 
 
 def profiles(tickets: Mapping[str, Mapping[int, Ticket]], file: IO[bytes]) -> None:
-    """Draws what the tasks' tickets keep of each layer, mean over seeds.
+    """Draws the share of heads and of the FFN that the tasks' tickets keep in each layer, averaged over seeds.
 
     Args:
         tickets: task -> seed -> ticket.
-        file: where to write the PNG.
+        file: binary file to which the PNG is written.
     """
-    there = {task: list(by_seed.values()) for task, by_seed in tickets.items() if by_seed}
-    heads = np.array([np.mean([t.head_mask.float().mean(1).numpy() for t in own], axis=0) for own in there.values()])
-    ffns = np.array([np.mean([t.ffn_shares.float().numpy() for t in own], axis=0) for own in there.values()])
+    by_task = {task: list(by_seed.values()) for task, by_seed in tickets.items() if by_seed}
+    heads = np.array([np.mean([t.head_mask.float().mean(1).numpy() for t in own], axis=0) for own in by_task.values()])
+    ffns = np.array([np.mean([t.ffn_shares.float().numpy() for t in own], axis=0) for own in by_task.values()])
     layers = heads.shape[1]
-    figure = new_figure(2 * (0.42 * layers + 1.5) + 0.8, 0.45 * len(there) + 1.9)
+    figure = new_figure(2 * (0.42 * layers + 1.5) + 0.8, 0.45 * len(by_task) + 1.9)
     panels = figure.subplots(1, 2)
     for axes, values, title in zip(panels, (heads, ffns), ("Heads kept", "FFN kept"), strict=True):
         image = axes.imshow(values, cmap=KEPT, vmin=0.0, vmax=1.0, aspect="auto")
@@ -131,11 +132,11 @@ def profiles(tickets: Mapping[str, Mapping[int, Ticket]], file: IO[bytes]) -> No
             colour = "white" if value > 0.6 else "black"
             axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(0, layers, 1 + (layers - 1) // 12))
-        axes.set_yticks(range(len(there)), list(there))
+        axes.set_yticks(range(len(by_task)), list(by_task))
         axes.set_xlabel("layer")
         axes.set_title(f"{title} (%)", fontsize=10)
         axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(len(there) + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(len(by_task) + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1.0)
         axes.tick_params(which="minor", length=0)
         axes.spines[:].set_visible(False)
@@ -145,12 +146,12 @@ def profiles(tickets: Mapping[str, Mapping[int, Ticket]], file: IO[bytes]) -> No
 
 
 def ladders(panels: Mapping[str, tuple[str, Mapping[int, tuple[Spread, Spread]], float]], file: IO[bytes]) -> None:
-    """Draws scores against the number of training rows, full model and super ticket.
+    """Plots the scores of full model and super ticket over the number of training rows.
 
     Args:
-        panels: title -> (metric and its split, training rows -> (full model, super ticket), what one constant answer
-            scores).
-        file: where to write the PNG.
+        panels: title -> (name of metric and split, training rows -> (full model, super ticket), score of a constant
+            answer).
+        file: binary file to which the PNG is written.
     """
     figure = new_figure(4.6 * len(panels) + 0.6, 4.1)
     for axes, (title, (metric, rungs, majority)) in zip(
@@ -159,12 +160,12 @@ def ladders(panels: Mapping[str, tuple[str, Mapping[int, tuple[Spread, Spread]],
         rows = sorted(rungs)
         styles = (("full model", FULL, "D", 0.97), ("super ticket", SUPER, "o", 1.03))
         for place, (name, colour, marker, shift) in enumerate(styles):
-            there = [count for count in rows if rungs[count][place].count]
+            measured = [count for count in rows if rungs[count][place].count]
             axes.errorbar(
-                # Side by side, so that one's bar does not hide the other's.
-                [count * shift for count in there],
-                [100 * rungs[count][place].mean for count in there],
-                yerr=[100 * (rungs[count][place].std or 0.0) for count in there],
+                # Shift the points, so that the error bars do not hide each other.
+                [count * shift for count in measured],
+                [100 * rungs[count][place].mean for count in measured],
+                yerr=[100 * (rungs[count][place].std or 0.0) for count in measured],
                 color=colour,
                 marker=marker,
                 linewidth=1.6,

@@ -30,23 +30,22 @@ def release(
     """Exports a trained ticket of a run, one task of a shared model, or a model's folder with a ticket.
 
     Args:
-        source: the output folder of a run whose models were saved, a shared model's folder, or one made by
-            `save_pretrained`.
-        output: the folder to make.
+        source: output folder of a run with saved models, a shared model's folder, or a folder of `save_pretrained`.
+        output: folder to create.
         format: `compact`, `dense` or `onnx`.
-        ticket: of a model's folder; by default its ticket.safetensors, where there is one.
-        trial: the id of a run's trial; by default the super ticket's, or a share's tickets', with the best seed.
-        task: of a share or shared model, which task leaves it.
-        push_to_hub: a repository of the Hugging Face hub to which the folder goes too.
+        ticket: file of a ticket, if `source` is a model's folder; by default its ticket.safetensors, if it has one.
+        trial: id of a run's trial; by default the best seed of a search's super ticket, or of a share with tickets.
+        task: name of the task to export, if `source` is a share or a shared model.
+        push_to_hub: repository of the Hugging Face hub to which the folder is also uploaded.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: no such model, ticket or trial.
-        UnsupportedError: a model that ticketops does not serve, or its image processor lacks a library.
+        InputError: there is no such model, ticket, trial or task.
+        UnsupportedError: ticketops does not support the model, or a library for its image processor is missing.
         StoreError: the folder cannot be written.
-        TicketopsError: what was written does not compute what the model does.
+        TicketopsError: the exported model's outputs differ from the model's.
     """
     folder = user_path(source, "the folder to export")
     if not folder.is_dir():
@@ -78,7 +77,7 @@ def release(
             raise InputError(
                 f"{folder} is no finished run: {spelled('trial')} goes with a run's {spelled('output')} folder"
             )
-        # A shared model has it beside its first task's weights.
+        # A shared model has its tokenizer in the folder of its first task.
         vocabulary = folder / "task-0" if (folder / "task-0").is_dir() else folder
         try:
             check_folder(vocabulary)
@@ -89,7 +88,7 @@ def release(
         if (vocabulary / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(vocabulary, **LOCAL)
         elif run:
-            # Earlier versions of ticketops kept a model without it.
+            # Earlier versions of ticketops saved models without their tokenizer.
             place = find_model(run["config"]["model"], run["config"].get("revision"))
             tokenizer = AutoTokenizer.from_pretrained(place, **LOCAL)
         elif (folder / "preprocessor_config.json").is_file():
@@ -116,14 +115,15 @@ def release(
         path = user_path(ticket, spelled("ticket")) if ticket is not None else folder / "ticket.safetensors"
         keep = Ticket.load(path) if ticket is not None or path.is_file() else None
         options = {"ticket": keep, "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
-        # Its notice that a ticket is to be applied again is for those who go on with the model.
+        # Suppress the notice that a ticket must be applied again: `export` applies it.
         with quiet():
             model = load(folder)
         return export(model, output, format, **options)
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model card says of a model's score: that of the split that reports, and of the one that selected apart."""
+    """Returns the fields of a model card about scores: the score of the split for reporting, and separately that of the
+    split for selection."""
     split = "validation" if record.get("report_score") is None else "report"
     found = {"metric": record["metric"], "score": record["score"], "split": f"{split}, which selected too"}
     if split == "report":

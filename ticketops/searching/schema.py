@@ -1,6 +1,6 @@
-"""What the JSON files of a run hold: one type for each, by which every file is checked when it is read.
+"""Types of a run's JSON files. Every file is validated against its type when it is read.
 
-Keys that are not named here are let through, so that a later version may add some.
+Unknown keys are allowed, so that later versions can add some.
 """
 
 import functools
@@ -18,7 +18,8 @@ Score = Annotated[float, Ge(-1e6), Le(1e6)]
 
 
 def text_of_at_most_4096_characters(value: Any) -> bool:
-    """Whether a value is such a text; it may have bytes of a path that are no text, as Python's lone surrogates."""
+    """Returns True if a value is such a text. It may contain lone surrogates, Python's form of undecodable path
+    bytes."""
     return isinstance(value, str) and len(value) <= 4096
 
 
@@ -26,28 +27,28 @@ Name = Annotated[Any, Predicate(text_of_at_most_4096_characters)]
 
 
 class Scores(TypedDict):
-    """Metric -> value, on the split that selects and on the one that reports."""
+    """Metric -> value, on the split for selection and on the split for reporting."""
 
     validation: dict[Name, Score]
     report: NotRequired[dict[Name, Score]]
 
 
 class Rows(TypedDict):
-    """How many rows each split has that scores."""
+    """Number of scored rows of each split."""
 
     validation: Positive
     report: NotRequired[Positive]
 
 
 class Constants(TypedDict):
-    """What a constant answer scores on each split."""
+    """Score of a constant answer on each split."""
 
     validation: Score
     report: NotRequired[Score]
 
 
 class Cost(TypedDict):
-    """What a model costs: fields of `ticketops.models.Cost`."""
+    """Cost of a model: fields of `ticketops.models.Cost`."""
 
     parameters: Positive
     macs_per_token: Positive
@@ -56,14 +57,14 @@ class Cost(TypedDict):
 
 
 class Costs(TypedDict):
-    """Of the whole model, and of what a ticket leaves of it."""
+    """Cost of the whole model, and of the model shrunk to its ticket."""
 
     whole: Cost
     left: Cost
 
 
 class Environment(TypedDict):
-    """Versions and machine, as `environment.circumstances` gives them."""
+    """Versions and machine, as `environment.circumstances` returns them."""
 
     versions: dict[Name, Name]
     machine: dict[Name, str | int | None]
@@ -71,7 +72,7 @@ class Environment(TypedDict):
 
 
 class Scored(TypedDict):
-    """A model's scores on one task, and what its ticket prunes."""
+    """Scores of a model on one task, and the number of structures that its ticket prunes."""
 
     metric: Name
     score: Score
@@ -90,7 +91,7 @@ class Scored(TypedDict):
 
 
 class Trained(TypedDict):
-    """What every record says of its training."""
+    """Training of a trial: fields that all records have."""
 
     id: Name
     seed: Count
@@ -99,23 +100,23 @@ class Trained(TypedDict):
     timing: "Timing"
     model: NotRequired[Name]
     environment: NotRequired[Environment]
-    #: Split, or "TASK.split" -> where its logits are.
+    #: Split, or "TASK.split" -> file of its logits.
     predictions: NotRequired[dict[Name, "Kept"]]
-    #: Digest of model and data, by which a record of another run is told.
+    #: Digest of the run's model and data, which identifies records of other runs.
     run: NotRequired[Name]
-    #: Path in the run's folder -> SHA-256 of what the trial has left there.
+    #: Path in the run's folder -> SHA-256, for each file that the trial wrote.
     files: NotRequired[dict[Name, Name]]
 
 
 class Kept(TypedDict):
-    """A file in the run's folder."""
+    """A file in the run's folder, and its checksum."""
 
     file: Name
     sha256: Name
 
 
 class Timing(TypedDict):
-    """Seconds by what took them."""
+    """Duration of the parts of a trial, in seconds."""
 
     train_seconds: Seconds
     evaluate_seconds: NotRequired[Seconds]
@@ -169,12 +170,12 @@ class Failure(TypedDict):
 
 
 class Single(TypedDict):
-    """The scores of a task's search inside a larger run, as `single_scores` makes them."""
+    """Scores of a task's search inside a larger run, as `single_scores` returns them."""
 
     metric: Name
     majority: Score
     sparsity: Sparsity | None
-    #: Full model and super ticket -> seed -> scores on the splits that select and report.
+    #: Full model and super ticket -> seed -> scores on the splits for selection and reporting.
     scores: dict[
         Literal["full", "winning"],
         dict[Annotated[str, MaxLen(10), Predicate(str.isdecimal)], Annotated[list[Score | None], Len(2, 2)]],
@@ -192,14 +193,14 @@ class Latency(TypedDict):
 
 
 class Latencies(TypedDict):
-    """What the full model and the super ticket took."""
+    """Latencies of the full model and of the model shrunk to the super ticket."""
 
     machine: dict[Name, str | int | None]
     rows: list[Latency]
 
 
 class Identity(TypedDict):
-    """What a run's results depend on."""
+    """Everything that a run's results depend on."""
 
     kind: NotRequired[Literal["search", "share", "transfer"]]
     config: dict[str, Any]
@@ -217,7 +218,7 @@ class Identity(TypedDict):
 
 
 class Notes(Environment):
-    """What is noted of a run's first process."""
+    """Notes of the process that created the run; results do not depend on them."""
 
     validation: NotRequired[Name | dict[Name, Name]]
     tasks: NotRequired[dict[Name, Name]]
@@ -233,21 +234,21 @@ class Description(TypedDict):
 
 @functools.cache
 def _adapter(kind: Any) -> Any:
-    # Only what reads runs needs it.
+    # Imported here, because only the reading of runs needs it.
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
 
 
 def problem(kind: Any, content: Any) -> str | None:
-    """What is wrong with a file's content.
+    """Validates the content of a JSON file.
 
     Args:
-        kind: what it should be, a type of this module.
-        content: as JSON gives it.
+        kind: type of the file, one of this module.
+        content: parsed JSON.
 
     Returns:
-        The first problem in words, with the place; None where there is none.
+        A description of the first problem, with its place in the content; None if there is none.
     """
     from pydantic import ValidationError
 

@@ -1,4 +1,4 @@
-"""The output folder of a search: one atomically written file per finished thing, so that a killed search resumes."""
+"""The output folder of a run. Every finished part is one atomically written file, so that a killed run can resume."""
 
 import dataclasses
 import hashlib
@@ -25,43 +25,43 @@ from ticketops.searching.task_options import DATA_OPTIONS
 from ticketops.searching.transfer_plan import SCORES, TransferConfig, transfer_plan
 from ticketops.tickets import Importance, Ticket
 
-#: Of a run's `config.json`. Format 1 had no checksum, and lacks fields of the configuration that came later.
+#: Format of a run's `config.json`. Format 1 had no checksum, and fewer fields of the configuration.
 FORMAT = 2
 Record = dict[str, Any]
 AnyConfig = TypeVar("AnyConfig", bound=Config)
-#: The file of what was timed in the end.
+#: File of the latencies, which are measured at the end of a search.
 _LATENCIES = "latency.json"
 _REMEDY = "delete it and run the same command again"
 
-#: Kind of run, as `identity["kind"]` names it -> its configuration, and what lists its trials from both.
+#: Kind of run, `identity["kind"]` -> its configuration class, and a function (config, identity) that lists its trials.
 KINDS: Mapping[str, tuple[type[Config], Callable[[Any, Mapping[str, Any]], Sequence[Any]]]] = {
     "search": (SearchConfig, search_plan),
     "share": (ShareConfig, lambda config, identity: share_plan(config, identity.get("first_tasks"))),
     "transfer": (TransferConfig, transfer_plan),
 }
-#: Fields that may differ from an earlier command's: what they read is known by its fingerprint.
+#: Fields that may differ from an earlier command's, because fingerprints identify what they refer to.
 _FINGERPRINTED = ("model", "task", "tickets", *DATA_OPTIONS)
 
 
 class Named(Protocol):
-    """A trial of any kind: what its files are called, and its seed."""
+    """A trial of any kind."""
 
     @property
     def id(self) -> str:
-        """A name that is unique in its run and can be a file's name."""
+        """Name that is unique in its run and valid as a file name."""
 
     @property
     def seed(self) -> int:
-        """Of its randomness."""
+        """Seed of all random numbers of the trial."""
 
 
 class Store:
-    """The folder in which a search, or another run of trials, keeps what it has finished.
+    """The output folder of a search, share or transfer.
 
-    `config.json` says which search it is, `trials/` has one record a trial, `failures/` one a trial that failed,
-    `predictions/` each trial's logits, `importance/`, `tickets/` and `models/` what was scored, drawn and trained,
-    `latency.json` what was timed in the end. A record has the checksums of what its trial has left. Use `Store.create`
-    to search (it holds the folder's lock until closed) and `Store.read` to report.
+    `config.json` identifies the run. `trials/` has a record of each finished trial, `failures/` of each failed one;
+    `predictions/` has logits, `importance/`, `tickets/` and `models/` the files of these names, and `latency.json` the
+    latencies. A record has the checksums of all files that its trial wrote. Use `Store.create` to run trials (it locks
+    the folder until closed) and `Store.read` to read results.
     """
 
     def __init__(self, folder: Path, description: Record, lock: FileLock | None = None):
@@ -71,16 +71,16 @@ class Store:
 
     @classmethod
     def create(cls, folder: str | Path, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> "Store":
-        """Opens a folder for a search, new, to be resumed or to be extended, and locks it against a second process.
+        """Opens a folder to start, resume or extend a run, and locks it against other processes.
 
         Args:
-            folder: the output folder; made where it is missing.
-            identity: what the search's results depend on. It may have more seeds, levels and the like than the
-                folder's; a folder with another identity is refused.
-            notes: what is only noted, such as versions; the first search's notes stay.
+            folder: output folder; created if missing.
+            identity: everything that the results depend on. It may have more seeds, levels and the like than the
+                folder's identity, but must otherwise be equal.
+            notes: information that results do not depend on, such as versions. An existing run keeps its notes.
 
         Raises:
-            StoreError: the folder is in use, holds another search or other files, is corrupt, or cannot be written.
+            StoreError: the folder is in use, contains another run or other files, is corrupt, or cannot be written.
         """
         folder = user_path(folder, spelled("output"))
         wanted = json_identity(identity)
@@ -101,7 +101,7 @@ class Store:
             if (folder / "config.json").exists():
                 found = _read_description(folder)
                 _refuse_another_search(folder, found["identity"], wanted)
-                # The tasks of a share grow with it.
+                # The tasks of a share may be extended, so these notes are replaced.
                 tasks = {"tasks": notes["tasks"]} if "tasks" in notes else {}
                 description = {**found, "format": FORMAT, "identity": wanted, "notes": {**found["notes"], **tasks}}
                 changed = description["identity"] != found["identity"]
@@ -116,13 +116,13 @@ class Store:
 
     @classmethod
     def check(cls, folder: str | Path, identity: Mapping[str, Any]) -> None:
-        """Makes sure that what a folder holds would let `create` open it; nothing is locked or written.
+        """Checks that `create` would accept a folder, without locking or writing it.
 
         Args:
-            folder, identity: as `create` takes them.
+            folder, identity: see `create`.
 
         Raises:
-            StoreError: the folder holds another search or other files, is corrupt, or is none.
+            StoreError: the folder contains another run or other files, is corrupt, or is not a folder.
         """
         folder = user_path(folder, spelled("output"))
         try:
@@ -136,14 +136,14 @@ class Store:
 
     @classmethod
     def read(cls, folder: str | Path, kind: str | None = None) -> "Store":
-        """Opens a run's folder to look at it; nothing is locked or written.
+        """Opens a run's folder for reading, without locking it.
 
         Args:
-            folder: its output folder.
-            kind: what the run must be, a key of `KINDS`; None for any.
+            folder: output folder of a run.
+            kind: required kind of run, a key of `KINDS`; None for any.
 
         Raises:
-            InputError: there is no such run in the folder.
+            InputError: the folder has no run of this kind.
             StoreError: its `config.json` is corrupt.
         """
         folder = user_path(folder, spelled("output"))
@@ -171,20 +171,20 @@ class Store:
 
     @property
     def kind(self) -> str:
-        """What the run is: a key of `KINDS`."""
+        """Kind of the run, a key of `KINDS`."""
         return _kind(self.description["identity"])
 
     @property
     def config(self) -> Any:
-        """The configuration of the run, of its kind's class, with `output` and `save_models` as they are."""
-        # Neither is part of a run's identity; models may have been asked for later.
-        apart = {"output": str(self.folder), "save_models": (self.folder / "models").is_dir()}
-        values = {**self.description["identity"]["config"], **apart}
+        """Configuration of the run. `output` is the folder; `save_models` is True if it has models."""
+        # Neither is part of the identity: a later command may have asked for models.
+        not_in_identity = {"output": str(self.folder), "save_models": (self.folder / "models").is_dir()}
+        values = {**self.description["identity"]["config"], **not_in_identity}
         return KINDS[self.kind][0].from_dict(values)
 
     @property
     def _mark(self) -> str:
-        """What a run's records have in common, however many seeds, levels or tasks are added."""
+        """Digest that all records of the run share, even if seeds, levels or tasks are added later."""
         identity = self.description["identity"]
         parts = [_kind(identity), identity["model_fingerprint"]]
         if _kind(identity) != "share":
@@ -193,41 +193,41 @@ class Store:
 
     @property
     def plan(self) -> list[Any]:
-        """All trials of the run, finished or not."""
+        """All trials of the run, finished and unfinished."""
         identity = self.description["identity"]
         return list(KINDS[self.kind][1](self.config, identity))
 
     def record_path(self, trial: Named) -> Path:
-        """The file of a trial's record."""
+        """Returns the path of a trial's record."""
         return self.folder / "trials" / f"{trial.id}.json"
 
     def failure_path(self, trial: Named) -> Path:
-        """The file that says why a trial failed."""
+        """Returns the path of a failed trial's error."""
         return self.folder / "failures" / f"{trial.id}.json"
 
     def ticket_path(self, trial: Named) -> Path:
-        """The file of a trial's ticket."""
+        """Returns the path of a trial's ticket."""
         return self.folder / "tickets" / f"{trial.id}.safetensors"
 
     def importance_path(self, seed: int, way: str) -> Path:
-        """The file of the importance of a seed's full model, scored in this way ("pass" or "on_the_fly")."""
+        """Returns the path of the importance of a seed's full model. `way` is "pass" or "on_the_fly"."""
         return self.folder / "importance" / f"seed-{seed}-{way}.safetensors"
 
     def model_path(self, trial: Named) -> Path:
-        """The folder of a trial's trained model."""
+        """Returns the path of the folder of a trial's trained model."""
         return self.folder / "models" / trial.id
 
     def model(self, trial: Named) -> Path | None:
-        """The folder of a trial's trained model, every file of it compared with its checksum.
+        """Finds a trial's trained model and verifies the checksum of every file.
 
         Args:
-            trial: of the run.
+            trial: a trial of the run.
 
         Returns:
-            The folder; None where no model of the trial was kept.
+            The model's folder; None if the trial's model was not saved.
 
         Raises:
-            StoreError: a file of it is missing or was changed.
+            StoreError: a file of the model is missing or was changed.
         """
         path = self.model_path(trial)
         notes = [note for note in (path / NOTE, path / SharedModel.NOTE) if self._sum(note, trial) is not None]
@@ -245,20 +245,20 @@ class Store:
         return path
 
     def has_model(self, trial: Named) -> bool:
-        """Whether a trial's trained model is there, and whole."""
+        """Returns True if a trial's trained model exists and is complete."""
         try:
             return self.model(trial) is not None
         except StoreError:
             return False
 
     def clear_model(self, trial: Named) -> Path:
-        """Makes room for a trial's trained model: removes an earlier one, and what a killed run has left of one.
+        """Removes a trial's trained model, including temporary folders of a killed run.
 
         Args:
-            trial: names the folder.
+            trial: a trial of the run.
 
         Returns:
-            The folder, which is not there.
+            Path of the model's folder, which does not exist now.
         """
         path = self.model_path(trial)
         for old in (path, *path.parent.glob(f".{path.name}.*.part")):
@@ -266,10 +266,10 @@ class Store:
         return path
 
     def record(self, trial: Named) -> Record | None:
-        """A trial's record, or None while it is unfinished.
+        """Reads a trial's record; None if the trial is unfinished.
 
         Raises:
-            StoreError: the file is truncated, damaged, or another trial's.
+            StoreError: the file is truncated, damaged, or of another trial.
         """
         from ticketops.searching import schema
 
@@ -286,34 +286,34 @@ class Store:
         return record
 
     def records(self) -> list[Record]:
-        """The records of all finished trials, in the plan's order."""
+        """Reads the records of all finished trials, in the order of the plan."""
         return [record for trial in self.plan if (record := self.record(trial)) is not None]
 
     def write_record(self, trial: Named, record: Record, files: Iterable[Path] = ()) -> None:
         """Writes a trial's record, which marks the trial as finished.
 
         Args:
-            trial: names the file.
-            record: JSON values.
-            files: in the run's folder, that the trial has left beside its ticket and its model; the record has the
-                checksums of all of them.
+            trial: the trial.
+            record: fields of the record, as JSON values.
+            files: files in the run's folder that the trial wrote, other than its ticket and model. Their checksums are
+                added to the record.
         """
         model = self.model_path(trial)
-        # What the trial's model answers is in the record's "predictions" already.
+        # The record's "predictions" have their checksums already.
         paths = {*files, self.ticket_path(trial), model / NOTE, model / SharedModel.NOTE}
         sums = {str(path.relative_to(self.folder)): sha256(path) for path in sorted(paths) if path.is_file()}
         write_json(self.record_path(trial), {**record, "run": self._mark, "files": sums})
         self.failure_path(trial).unlink(missing_ok=True)
 
     def write_predictions(self, trial: Named, predictions: Mapping[str, np.ndarray]) -> Record:
-        """Writes what a trial's model answers, one .npy file a split, before the record that names them.
+        """Writes the predictions of a trial's model, one .npy file per split.
 
         Args:
-            trial: names the folder.
-            predictions: "validation" and the like, of a share "TASK.validation" -> logits [rows, labels].
+            trial: the trial.
+            predictions: split, in a share "TASK.split", e.g. "sst2.validation" -> logits [rows, labels].
 
         Returns:
-            The same names -> path in the run's folder and sha256, for the trial's record.
+            The same keys -> path in the run's folder and SHA-256, for the trial's record.
         """
         kept = {}
         for name, logits in predictions.items():
@@ -325,14 +325,14 @@ class Store:
         return kept
 
     def predictions(self, trial: Named) -> dict[str, np.ndarray] | None:
-        """What a finished trial's model answers, as `write_predictions` takes it.
+        """Reads the predictions of a finished trial's model.
 
         Returns:
-            Logits by name; empty where the record is of a version of ticketops that kept none. None where the trial is
-            not finished, or a file is missing.
+            Logits by the keys of `write_predictions`; empty if an earlier version of ticketops wrote the record without
+            predictions. None if the trial is unfinished or a file is missing.
 
         Raises:
-            StoreError: a file is damaged, or not the one that the record names.
+            StoreError: a file does not have the checksum in the record.
         """
         record, found = self.record(trial), {}
         if record is None:
@@ -351,7 +351,7 @@ class Store:
         return found
 
     def failure(self, trial: Named) -> Record | None:
-        """Why a trial failed when it was last tried, or None where it has not.
+        """Reads why a trial failed when it last ran; None if it did not fail.
 
         Returns:
             Its "id", "seed", "error" and "environment".
@@ -364,24 +364,24 @@ class Store:
         return None if self.record_path(trial).exists() else _read(self.failure_path(trial), schema.Failure)
 
     def failures(self) -> list[Record]:
-        """Why the trials failed that did, in the plan's order."""
+        """Reads the failures of all failed trials, in the order of the plan."""
         return [failure for trial in self.plan if (failure := self.failure(trial)) is not None]
 
     def write_failure(self, trial: Named, reason: str) -> None:
-        """Writes why a trial failed; a later run tries it again."""
+        """Writes why a trial failed. The next command runs the trial again."""
         content = {"id": trial.id, "seed": trial.seed, "error": reason, "environment": environment.circumstances()}
         write_json(self.failure_path(trial), content)
 
     def importance(self, seed: int, way: str, trial: Named | None = None) -> Importance | None:
-        """The importance of a seed's full model, or None where it was not scored yet.
+        """Reads the importance of a seed's full model; None if it was not scored yet.
 
         Args:
-            seed: of the full model.
-            way: in which it was scored.
-            trial: that has scored it; the file must then be the one that its record was made with.
+            seed: seed of the full model.
+            way: "pass" or "on_the_fly".
+            trial: trial that scored it; the file is then compared with the checksum in its record.
 
         Raises:
-            StoreError: the file is damaged, or another one.
+            StoreError: the file is damaged, or has another checksum.
         """
         path = self.importance_path(seed, way)
         if not path.exists():
@@ -396,10 +396,10 @@ class Store:
         _save(importance, self.importance_path(seed, way))
 
     def facts(self, name: str) -> Record | None:
-        """What one of the run's own files says, or None where it is not written yet.
+        """Reads a JSON file of the run that belongs to no trial; None if it does not exist yet.
 
         Args:
-            name: of the JSON file.
+            name: name of the file.
 
         Raises:
             StoreError: the file is truncated or damaged.
@@ -410,16 +410,16 @@ class Store:
         return _read(self.folder / name, kinds[name])
 
     def write_facts(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Writes one of the run's own files.
+        """Writes a JSON file of the run that belongs to no trial.
 
         Args:
-            name: of the JSON file.
-            facts: what it says.
+            name: name of the file.
+            facts: content of the file.
         """
         write_json(self.folder / name, facts)
 
     def latencies(self) -> Record | None:
-        """What the full model and the super ticket took on the machine of the search, or None before its end.
+        """Reads the latencies of full model and super ticket; None if the search is unfinished.
 
         Raises:
             StoreError: the file is truncated or damaged.
@@ -427,14 +427,14 @@ class Store:
         return self.facts(_LATENCIES)
 
     def write_latencies(self, latencies: Mapping[str, Any]) -> None:
-        """Writes what the full model and the super ticket took."""
+        """Writes the latencies of full model and super ticket."""
         self.write_facts(_LATENCIES, latencies)
 
     def ticket(self, trial: Named) -> Ticket | None:
-        """A trial's ticket, or None where it was not drawn yet.
+        """Reads a trial's ticket; None if it was not drawn yet.
 
         Raises:
-            StoreError: the file is damaged, or not the one that the trial's record was made with.
+            StoreError: the file is damaged, or does not have the checksum in the trial's record.
         """
         path = self.ticket_path(trial)
         if not path.exists():
@@ -444,7 +444,7 @@ class Store:
         return ticket
 
     def tickets(self, kind: str, sparsity: float) -> dict[int, Ticket]:
-        """Seed -> ticket of one level, for the seeds whose trial is finished."""
+        """Reads the tickets of one level's finished trials, by seed."""
         trials = [trial for trial in self.plan if (trial.kind, trial.sparsity) == (kind, sparsity)]
         found = {trial.seed: self.ticket(trial) for trial in trials if self.record_path(trial).exists()}
         return {seed: ticket for seed, ticket in found.items() if ticket is not None}
@@ -453,13 +453,13 @@ class Store:
         """Writes a trial's ticket, unless the trial is finished and has one.
 
         Args:
-            trial: names the file.
-            ticket: as it is drawn now.
-            finished: whether the trial is. It then keeps the ticket that it was trained with, which is another one
-                where the importance was scored anew on another machine.
+            trial: the trial.
+            ticket: ticket drawn from the current importance.
+            finished: True if the trial is finished. It then keeps the ticket that it was trained with. (`ticket` can
+                differ from it if the importance was scored again on another machine.)
 
         Returns:
-            Whether the trial can stay finished: it cannot where its ticket was lost and another one is drawn now.
+            True if the trial can stay finished; False if its ticket was lost and `ticket` is a different one.
         """
         found, path = self.ticket(trial), self.ticket_path(trial)
         if finished and found is not None:
@@ -470,15 +470,15 @@ class Store:
         return expected is None or sha256(path) == expected
 
     def _sum(self, path: Path, trial: Named) -> str | None:
-        """The checksum that a trial's record has of a file; None where there is none."""
+        """Returns the checksum of a file in a trial's record; None if there is none."""
         name = str(path.relative_to(self.folder))
-        # A task's ticket is no trial of its own: those that stand on it have its checksum.
+        # A task's ticket is not a trial; the records of the trials that use it have its checksum.
         records = [self.record(trial)] if hasattr(trial, "kind") else self.records()
         found = (record["files"][name] for record in records if record and name in record.get("files", {}))
         return next(found, None)
 
     def _compare(self, path: Path, trial: Named, remedy: str = _REMEDY) -> None:
-        """Compares a file of a finished trial with the checksum that its record has."""
+        """Compares a file of a finished trial with the checksum in its record."""
         expected = self._sum(path, trial)
         try:
             if expected is not None and sha256(path) != expected:
@@ -488,13 +488,13 @@ class Store:
 
 
 def extended(config: AnyConfig) -> AnyConfig:
-    """A run's configuration with the seeds, levels and the like that its output folder has beside its own.
+    """Adds the seeds, levels and the like of an existing output folder to a run's configuration.
 
     Args:
-        config: of a run that may have begun.
+        config: configuration of a new or existing run.
 
     Returns:
-        The configuration; of a new run the same one. Whether the rest of it is the folder's, `Store.create` asks.
+        The extended configuration; for a new run `config` itself. Other fields are not compared: `Store.create` does.
 
     Raises:
         StoreError: the folder's `config.json` is corrupt.
@@ -519,14 +519,14 @@ def _model_remedy() -> str:
 
 
 def _config_remedy() -> str:
-    # Not to be deleted, as other files are: without it the folder's records are nobody's.
+    # Unlike other files it must not be deleted: the records are useless without it.
     return f"restore it, or choose another {spelled('output')} folder"
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes half-written files of a killed run; nobody else writes these while the lock is held.
+    """Removes temporary files of a killed run. The lock ensures that no other process is writing them.
 
-    Folders stay: one of that name is an export that somebody writes beside the run's own files.
+    Folders are kept: a folder of that name may be an export in progress.
     """
     try:
         parts = (folder / name for name in ("trials", "failures", "importance", "tickets"))
@@ -553,7 +553,7 @@ def _load(kind: type[Any], path: Path) -> Any:
 
 
 def _read(path: Path, kind: Any, remedy: str = _REMEDY, unsealed: bool = True) -> Record | None:
-    """A JSON file of a run, checked against its type; None where there is none."""
+    """Reads a JSON file of a run and validates its type; None if it does not exist."""
     from ticketops.searching import schema
 
     if not path.exists():
@@ -576,19 +576,19 @@ def _read_description(folder: Path) -> Record:
         raise StoreError(f"{path} is not there: {_config_remedy()}")
     identity = description["identity"]
     kind, plan = KINDS[_kind(identity)]
-    # What other kinds of runs have, as their types cannot say.
+    # Required fields of other kinds of runs, which the type `Identity` cannot express.
     needed = {"share": ("tickets",), "transfer": ("source", "source_fingerprint")}.get(_kind(identity), ())
     try:
         if lacking := [name for name in needed if name not in identity]:
             raise InputError(f"the identity has no {lacking[0]}")
         if _kind(identity) != "search" and "tasks" not in description["notes"]:
             raise InputError("the notes have no tasks")
-        # Fields that came after the folder take their defaults.
+        # Fields that were added after the folder was written get their defaults.
         identity["config"] = _filled(kind, identity["config"])
         if "source" in identity:
             identity["source"] = _filled(SearchConfig, identity["source"])
         identity.setdefault("training", FORMAT_1_TRAINING[identity["config"]["recipe"]])
-        # Of all records of the source's search, whichever seeds the run has.
+        # Earlier versions stored one digest of all records of the source, whatever seeds the run has; drop it.
         if isinstance(identity.get("source_results"), str):
             del identity["source_results"]
         plan(kind.from_dict(identity["config"]), identity)
@@ -610,7 +610,7 @@ def _kind(identity: Mapping[str, Any]) -> str:
 
 def _refuse_files_of_others(folder: Path) -> None:
     others = [name for name in sorted(os.listdir(folder)) if name != ".lock"]
-    # What a search killed in its very first write leaves behind is not somebody's file.
+    # A run that is killed in its first write leaves a temporary file; ignore it.
     foreign = [name for name in others if not name.startswith(".config.json.")]
     if foreign and not (folder / "config.json").exists():
         raise StoreError(
@@ -651,7 +651,7 @@ def _refuse_another_search(folder: Path, stored: Mapping[str, Any], wanted: Mapp
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], additive: Iterable[str]) -> dict[str, Any]:
-    """Name -> old and new value of the fields by which finished results would differ."""
+    """Returns name -> (old, new) value of the fields that differ and affect finished results."""
     return {
         name: (old, wanted[name])
         for name, old in stored.items()
