@@ -10,6 +10,7 @@ from bounds import roundings
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from sklearn.datasets import load_digits
 from torch import nn
+from transformers import DataCollatorWithFlattening
 
 import ticketops
 from models.conftest import HEADS, LAYERS
@@ -131,6 +132,54 @@ def test_every_task_head_equals_stock(name):
     stock = copy.deepcopy(model)
     with ticketops.patch(model):
         compare(model, stock, draw(model))
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_packed_inputs_are_the_sequences_that_flash_attention_sees(name):
+    model = make(f"{name}ForTokenClassification")
+    stock, padded, base = copy.deepcopy(model), draw(model), model.base_model
+    real = padded["attention_mask"].bool()
+    rows = [{"input_ids": ids[keep].tolist()} for ids, keep in zip(padded["input_ids"], real, strict=True)]
+    table = getattr(base.embeddings, "position_embeddings", None)
+    start = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, position_ids_start=start)
+    packed = collate(rows)
+    del packed["labels"]
+    positions = {key: packed[key] for key in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        apart, together = stock(**padded).logits[real], stock(**positions).logits[0]
+    found = []
+    with ticketops.patch(model) as handle:
+        for batch in (padded, packed):
+            model.zero_grad()
+            with handle.apply(None).record_importance() as importance:
+                logits = model(**batch).logits
+                logits = logits[real] if batch is padded else logits[0]
+                (logits.square().sum() / 4).backward()
+            assert importance._heads.counts == [4] * LAYERS
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            found.append([logits, importance.head, importance.ffn, *gradients])
+            torch.testing.assert_close(logits, apart, **roundings(1000, 100))
+            handle.apply(TICKETS["neither"])
+            found[-1].append(model(**batch).logits[real if batch is padded else slice(None)].reshape(-1, 3))
+            if batch is padded:
+                # Nobody who computes attention otherwise tells them apart.
+                with pytest.raises(
+                    UnsupportedError, match="the argument cu_seq_lens_q, beside padding or without flash"
+                ):
+                    model(**packed)
+                model.config._attn_implementation = "flash_attention_2"
+        for got, want in zip(*reversed(found), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+        handle.apply(None)
+        # Not every encoder's attention gets to see the positions.
+        want = apart if handle.adapter.reads_positions else together
+        torch.testing.assert_close(model(**positions).logits[0], want, **roundings(1000, 100))
+        mask = torch.ones_like(packed["input_ids"])
+        torch.testing.assert_close(model(**packed, attention_mask=mask).logits[0], apart, **roundings(1000, 100))
+        for change in ({"max_length_q": 3}, {"cu_seq_lens_q": packed["cu_seq_lens_q"] + 1}):
+            with pytest.raises(InputError, match=r"must rise from 0|differ"):
+                model(**packed | change)
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -170,6 +170,24 @@ def test_heads_that_read_every_token_get_them(kind, batch):
     assert said == [None]
 
 
+def test_packed_inputs_have_one_first_token(model, stock, batch):
+    ids, bounds = batch["input_ids"][:2].reshape(1, -1), torch.tensor([0, 17, 34])
+    packed = {
+        "input_ids": ids,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": 17,
+        "max_length_k": 17,
+    }
+    model.config._attn_implementation = "flash_attention_2"
+    with ticketops.patch(model), torch.no_grad():
+        said = watched(model)
+        # Positions are the first sequence's, then the others'.
+        logits = model(**packed).logits
+    assert said == [None]
+    torch.testing.assert_close(logits, stock(input_ids=ids[:, :17]).logits, **roundings(1000))
+
+
 def test_what_accelerate_wraps_is_served(model, stock, batch):
     with ticketops.patch(model):
         said = watched(model)

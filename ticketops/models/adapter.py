@@ -161,6 +161,7 @@ class Adapter:
         gated: the FFNs have a gate.
         biases: whether a configuration gives biases to the layers around attention, and to the FFN's.
         window: how far a layer's attention reaches under a configuration, by its index; None for the whole sequence.
+        reads_positions: the layers get position_ids, by which flash attention tells packed sequences apart.
         no_mask: what the bare model takes for an attention mask that was seen to already.
     """
 
@@ -181,6 +182,7 @@ class Adapter:
     gated: bool = False
     biases: Callable[[Any], tuple[bool, bool]] = lambda config: (True, True)
     window: Callable[[Any, int], int | None] = lambda config, layer: None
+    reads_positions: bool = False
     no_mask: Mapping[str, None] | None = None
 
     def layers(self, base: Any) -> list[Any]:

@@ -414,4 +414,5 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         calls_with_heads=lambda layer: (layer.attention,),
         first_token_heads={head: reader for head, reader in heads.items() if head is not None},
         pooler=stock("Pooler"),
+        reads_positions=True,
     )

@@ -16,7 +16,7 @@ from ticketops.models.record import APPLIED
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import unsharded_class
 from ticketops.ops import Packing
-from ticketops.ops.packing import check_rows
+from ticketops.ops.packing import check_rows, require
 from ticketops.ops.products import compute_dtype
 
 if TYPE_CHECKING:
@@ -33,10 +33,13 @@ _STOCK_ARGUMENTS = (
     "cache",
     "past_key_values",
     "use_cache",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
     "is_causal",
 )
+
+#: Arguments that tell flash attention where sequences begin that come one behind the other. Other functions pass over
+#: them.
+_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_FLASH = ("flash_attention_2", "flash_attention_3")
 
 #: Inputs of a model that have a value, or a vector, for each token.
 _TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "task_type_ids")
@@ -165,7 +168,11 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
         # Nothing to pack, as in a batch of one; where shapes are to repeat themselves, values are not asked for.
         mask = None
     dtype = compute_dtype(handle.weight(base))
-    packing = Packing.from_mask(mask, batch, width, device, unpad, bucket if unpad else None, handle.holes, dtype)
+    flat = _flat(handle, base, given, batch, width)
+    if flat is None:
+        packing = Packing.from_mask(mask, batch, width, device, unpad, bucket if unpad else None, handle.holes, dtype)
+    else:
+        packing = flat
     # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one.
     given["attention_mask"] = handle.adapter.no_mask
     embeds_positions = "position_ids" in handle.arguments and hasattr(base.embeddings, "position_embeddings")
@@ -176,7 +183,8 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     rows = batch * width if packing.indices is None else len(packing.indices)
     hidden = given.get("output_hidden_states")
     hidden = base.config.output_hidden_states if hidden is None else hidden
-    only_first = only_first and rows > 0 and hidden in (None, False)
+    # Of packed inputs a head reads the first token of a row, not of each sequence.
+    only_first = only_first and flat is None and rows > 0 and hidden in (None, False)
     given["ticketops"] = handle.call(base, packing, device, packed, only_first)
     if packing.indices is not None and packed:
         _pack_inputs(base.embeddings, packing, packing.indices.clamp_min(0), given)
@@ -198,6 +206,10 @@ def stock_argument(base: Any, given: dict[str, Any]) -> str | None:
         if value is not None and value is not False:
             return f"the argument {name}"
     config = base.config
+    if not _has_bounds(base, given):
+        for name in _BOUNDS[:2]:
+            if given.get(name) is not None:
+                return f"the argument {name}, beside padding or without flash attention"
     if config.output_attentions and given.get("output_attentions") is None:
         return "config.output_attentions"
     if config._attn_implementation not in _ATTENTIONS:
@@ -207,6 +219,37 @@ def stock_argument(base: Any, given: dict[str, Any]) -> str | None:
         if value is not None and type(value) not in (Tensor, nn.Parameter):
             return f"{name} of type {type(value).__name__}"
     return None
+
+
+def _tells_sequences_apart(base: Any, given: dict[str, Any]) -> bool:
+    """True if the stock model's attention tells packed sequences apart, as flash attention does without padding."""
+    mask = given.get("attention_mask")
+    return base.config._attn_implementation in _FLASH and (mask is None or bool(mask.all()))
+
+
+def _has_bounds(base: Any, given: dict[str, Any]) -> bool:
+    """True if the stock model would tell sequences apart by bounds that it is given."""
+    return all(given.get(name) is not None for name in _BOUNDS) and _tells_sequences_apart(base, given)
+
+
+def _flat(handle: "PatchHandle", base: Any, given: dict[str, Any], batch: int, width: int) -> Packing | None:
+    """The packing of inputs that come packed, as flash attention takes them; None for others."""
+    if _has_bounds(base, given):
+        bounds, others = given["cu_seq_lens_q"], given["cu_seq_lens_k"]
+        if bounds is not others:
+            require(
+                (bounds == others).all(), "cu_seq_lens_q and cu_seq_lens_k differ, and self-attention has one of them"
+            )
+        return Packing.from_bounds(bounds, int(given["max_length_q"]), batch, width)
+    positions = given.get("position_ids")
+    if positions is None or batch != 1 or not handle.adapter.reads_positions:
+        return None
+    if not _tells_sequences_apart(base, given) or bool((positions.diff() == 1).all()):
+        return None
+    # Each sequence begins where the positions do.
+    starts = (positions.flatten() == positions.min()).nonzero().flatten()
+    bounds = torch.cat([starts, starts.new_full((1,), width)])
+    return Packing.from_bounds(bounds, int(bounds.diff().max()), batch, width)
 
 
 def _mask_obstacle(

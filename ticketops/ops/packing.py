@@ -154,6 +154,30 @@ class Packing:
         starts, lengths = (x.to(device, non_blocking=True) for x in (starts, lengths))
         return cls(None, None, Sequences(starts, lengths, width), batch, width)
 
+    @classmethod
+    def from_bounds(cls, bounds: Tensor, longest: int, batch: int, width: int) -> "Packing":
+        """Builds the packing for tokens that are packed already: sequences one behind the other, without padding.
+
+        Args:
+            bounds: integers [sequences + 1] from 0 to B * S: where each sequence begins, and where the last one ends.
+            longest: upper bound of the sequences' lengths.
+            batch: B, number of rows that the tokens come in; sequences may lie across them.
+            width: S, tokens per row.
+
+        Returns:
+            The packing; `pack` and `unpack` only flatten and restore the rows.
+
+        Raises:
+            InputError: the bounds do not rise from 0 to B * S, or a sequence is longer than `longest`. On a GPU an
+                assertion on the device stops the program instead.
+        """
+        bounds = bounds.to(torch.int32)
+        lengths = bounds.diff()
+        fine = (bounds[0] == 0) & (bounds[-1] == batch * width) & (lengths >= 0).all() & (lengths <= longest).all()
+        problem = f"must rise from 0 to the number of tokens, {batch * width}, in steps of at most {longest}"
+        require(fine, f"the bounds of packed sequences (cu_seq_lens_q, or where position_ids begin anew) {problem}")
+        return cls(None, None, Sequences(bounds[:-1], lengths, longest), batch, width)
+
     def pack(self, padded: Tensor) -> Tensor:
         """Flattens a padded batch and removes its padding.
 
@@ -190,6 +214,23 @@ def _unbroken(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     columns = torch.arange(real.shape[1], device=real.device)
     run = (columns >= first[:, None]) & (columns < (first + lengths)[:, None])
     return first, lengths, (run == real).all(1)
+
+
+def require(fine: Tensor, problem: str) -> None:
+    """Refuses inputs that are invalid. For a tensor on a GPU, which the host does not read, an assertion on the device
+    stops the program.
+
+    Args:
+        fine: bool [], False for invalid inputs.
+        problem: the error's text.
+
+    Raises:
+        InputError: the inputs are invalid, and `fine` is on the CPU.
+    """
+    if not fine.is_cpu or torch.compiler.is_compiling():
+        private.assert_on_device(fine, problem)
+    elif not fine:
+        raise InputError(problem)
 
 
 def check_rows(fine: Tensor, problem: str, wait: bool) -> None:
