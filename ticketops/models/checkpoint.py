@@ -1,4 +1,5 @@
-"""Reading a model's folder that may be damaged or hostile: safetensors and JSON only, checked before it is built."""
+"""Safe loading of model folders, which may be damaged or hostile: only safetensors and JSON are read, and they are
+checked before the model is built."""
 
 import os
 import re
@@ -20,15 +21,15 @@ from ticketops.models.note import without_note
 from ticketops.models.record import applied_ticket, held_ticket
 from ticketops.models.registry import check_supported, find_adapter
 
-#: The file of an export, or of a run's kept model, that says how it was made and has its files' checksums.
+#: File in an export or a run's saved model that has its origin and the checksums of its files.
 NOTE = "ticketops.json"
 # No size of any encoder comes near; a configuration with more would have a loader allocate it.
 _MAX_SIZE = 10**7
 _MAX_LABELS = 10**5
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-#: Arguments with which every from_pretrained of ticketops reads a folder: no download, no foreign code, no question.
+#: Arguments of every from_pretrained that reads a folder: no download, no remote code, no prompt.
 LOCAL: Mapping[str, Any] = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
-#: Files in which a folder can name code of its own, under this key.
+#: Files in which a folder can refer to custom code, under _CODE_KEY.
 _CODE_FILES = (
     "config.json",
     "tokenizer_config.json",
@@ -37,7 +38,7 @@ _CODE_FILES = (
     "video_preprocessor_config.json",
 )
 _CODE_KEY = "auto_map"
-#: What has from_pretrained read files that are not the folder's own weights.
+#: Keys and a file that make from_pretrained read files other than the folder's own weights.
 _REFUSED_KEYS = ("quantization_config", "transformers_weights")
 _REFUSED_FILE = "adapter_config.json"
 
@@ -45,38 +46,38 @@ _REFUSED_FILE = "adapter_config.json"
 def load(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """Reads a model that `export` (compact or dense) or `save_pretrained` wrote; safetensors and JSON only.
 
-    A checkpoint of transformers 4.x with `pruned_heads` loads too, and is written anew by `export`.
+    A checkpoint of transformers 4.x with `pruned_heads` loads too; `export` converts it.
 
-    Every size and name is checked against the files' headers before anything is allocated, and nothing is executed.
+    Every size and name is checked against the files' headers before memory is allocated. No code is executed.
 
     Args:
-        folder: with config.json and model.safetensors or its shards.
+        folder: folder with config.json and model.safetensors or its shards.
 
     Returns:
-        The model with the task head that it was saved with, on the CPU, in evaluation mode.
+        The model with its task head, on the CPU, in evaluation mode.
 
     Raises:
         InputError: a file is missing, damaged, or does not fit the others.
-        UnsupportedError: a model that ticketops does not serve.
+        UnsupportedError: ticketops does not support the model.
     """
     folder = user_path(folder, "the folder of the model")
     try:
         return _load(folder)
     except TicketopsError as error:
         raise type(error)(f"cannot load the model {folder}: {error}") from error
-    # A damaged checkpoint surfaces as any of a dozen exception types of four libraries.
+    # A damaged checkpoint raises any of a dozen exception types from four libraries.
     except Exception as error:
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise InputError(f"cannot load the model {folder}: it is damaged ({reason}); export it again") from error
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """Refuses a model's folder that brings code, names other models, or holds files that never end.
+    """Checks that a model's folder refers to no code and no other models, and contains only regular files.
 
-    Done before transformers reads anything of the folder.
+    Must be called before transformers reads anything from the folder.
 
     Args:
-        folder: with config.json.
+        folder: folder with config.json.
 
     Returns:
         The content of config.json.
@@ -85,7 +86,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         InputError: one of its files is missing, damaged or hostile.
     """
     for path in folder.iterdir():
-        # A pipe, a device, a socket; or a link that leads nowhere.
+        # Such as a pipe, a device, a socket, or a broken link.
         if not path.is_file() and not path.is_dir():
             raise InputError(f"{path.name!r:.80} is no regular file; remove it")
     content = _read_json(folder / "config.json", largest=_MAX_SIZE)
@@ -104,10 +105,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> tuple[Any, Any]:
-    """Reads which model a folder holds, and refuses what would run code, read other files or build endlessly.
+    """Reads the class and configuration of the model in a folder, and checks that building it is safe.
 
     Args:
-        folder: with config.json.
+        folder: folder with config.json.
 
     Returns:
         The model's class and its configuration.
@@ -127,7 +128,7 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     config: Any = AutoConfig.from_pretrained(folder, **LOCAL)
     if kind.config_class is None or not isinstance(config, kind.config_class):
         raise InputError(f"config.json is a {type(config).__name__}, which is none of {kind.__name__}")
-    # Another name of an attention would be that of a kernel to download.
+    # Other names of attention implementations refer to kernels on the hub, which would be downloaded.
     config._attn_implementation = None
     held_ticket(config)
     applied_ticket(config)
@@ -135,13 +136,13 @@ def read_config(folder: Path) -> tuple[Any, Any]:
 
 
 def check_files(folder: Path) -> None:
-    """Compares the files of an export, or of a run's kept model, with the checksums that its `ticketops.json` lists.
+    """Verifies the checksums in the `ticketops.json` of an export or of a run's saved model.
 
     Args:
-        folder: a model's; one without `ticketops.json` has nothing to compare.
+        folder: folder of a model; without `ticketops.json` there is nothing to verify.
 
     Raises:
-        InputError: the note is damaged, or a file is missing or was changed.
+        InputError: `ticketops.json` is damaged, or a file is missing or was changed.
     """
     if not (folder / NOTE).exists():
         return
@@ -155,12 +156,12 @@ def _load(folder: Path) -> PreTrainedModel:
     check_files(folder)
     kind, config = read_config(folder)
     files = _weight_files(folder)
-    # Each layer has the weights of two LayerNorms, or the model does for the one that its first layer lacks: a bound on
-    # what building the model can cost, known before it is built.
+    # A lower bound of the size of the weights: two LayerNorms per layer. (If the first layer lacks one, the model has
+    # it.) It limits the layers that a hostile configuration can have built.
     least = 2 * config.num_hidden_layers * config.hidden_size * torch.bfloat16.itemsize
-    if least > (there := sum(path.stat().st_size for path in files)):
+    if least > (found := sum(path.stat().st_size for path in files)):
         raise InputError(
-            f"{there} bytes of weights are too few for the {config.num_hidden_layers} layers of size "
+            f"{found} bytes of weights are too few for the {config.num_hidden_layers} layers of size "
             f"{config.hidden_size} in config.json; export it again"
         )
     with torch.device("meta"), no_init_weights():
@@ -182,14 +183,14 @@ def _load(folder: Path) -> PreTrainedModel:
 
 
 def _read_json(path: Path, most: int = MAX_JSON_BYTES, largest: int | None = None) -> dict[str, Any]:
-    """A JSON object of a model's folder."""
+    """Reads a JSON object from a model's folder."""
     if not path.is_file():
         raise InputError(f"no {path.name}; give a folder made by ticketops export or save_pretrained")
     return read_json(path, "correct it, or export it again", most, largest)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that from_pretrained will read, each one in the folder itself."""
+    """Returns the weight files that from_pretrained will read; all are in the folder itself."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single.name]
     if index.is_file() and not single.exists():
@@ -203,21 +204,21 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_weights(files: list[Path], skeleton: PreTrainedModel) -> None:
-    """Compares the files' headers with the shapes that the configuration makes, before anything is allocated."""
+    """Compares the shapes in the files' headers with those of the model's parameters, before memory is allocated."""
     shapes = {name: list(value.shape) for name, value in skeleton.state_dict().items()}
-    # transformers keeps the names of old checkpoints on disk where it has renamed modules since.
+    # If transformers has renamed modules, files on disk keep the old names.
     renamings = get_model_conversion_mapping(skeleton)
     found: dict[str, str] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                # A buffer that transformers below 4.31 saved and no later one reads.
+                # A buffer that transformers before 4.31 saved, and that later versions ignore.
                 if key.endswith("embeddings.position_ids"):
                     continue
                 part, name = file.get_slice(key), key
                 for renaming in renamings:
                     name = renaming.rename_source_key(name)[0]
-                # Earlier versions wrote what is left of a removed sublayer as tensors of size 0.
+                # Earlier versions wrote the weights of removed sublayers as tensors of size 0.
                 if name not in shapes and 0 in part.get_shape():
                     continue
                 if name in found:

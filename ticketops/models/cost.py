@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates, bytes, time; of the whole model and of what a ticket left."""
+"""Cost of a model, whole and shrunk: parameters, multiply-accumulates, bytes, latency."""
 
 import time
 from collections.abc import Iterable
@@ -18,13 +18,13 @@ from ticketops.tickets import Ticket
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs.
+    """Cost of a model.
 
     Attributes:
-        parameters: of the whole model, shared ones once.
-        macs_per_token: multiply-accumulates of the encoder's layers for one token among `length`, on average.
-        bytes: of the parameters.
-        length: tokens of a sequence, all of which attend to each other.
+        parameters: number of parameters, embeddings and head included; shared ones count once.
+        macs_per_token: multiply-accumulates in the encoder's layers per token, averaged over a sequence of `length`.
+        bytes: bytes of the parameters.
+        length: tokens per sequence, without padding.
     """
 
     parameters: int
@@ -34,25 +34,26 @@ class Cost:
 
 
 def costs(model: PreTrainedModel, length: int | None = None, ticket: Ticket | None = None) -> tuple[Cost, Cost]:
-    """Counts what a model costs, and what its architecture does with nothing removed.
+    """Computes the cost of a model and of its whole architecture.
 
     Args:
-        model: stock, patched or shrunk.
-        length: tokens of a sequence, all of which attend to each other; by default 128 of text, or an image's.
-        ticket: counts what it would leave; by default what is only masked counts as there.
+        model: stock, patched or shrunk model.
+        length: tokens per sequence, without padding; by default 128 for text, or the tokens of an image.
+        ticket: if given, the cost is that of the model shrunk to it. Otherwise structures that an applied ticket masks
+            count as present.
 
     Returns:
-        The whole architecture's cost, and the model's.
+        Costs of the whole architecture and of the model.
 
     Raises:
-        InputError: a ticket of another shape.
-        UnsupportedError: a model that ticketops does not serve.
+        InputError: the ticket has another shape.
+        UnsupportedError: ticketops does not support the model.
     """
     adapter, base = find_adapter(model)
     length = adapter.inputs.length(base.config) if length is None else length
     held, hidden, dim = held_ticket(base.config), base.config.hidden_size, head_dim(base.config)
     width = num_neurons(base.config)
-    # A head's share of q, k, v and o, and its scores and contexts with every token within reach.
+    # Per token: a head's part of q, k, v and o, and its scores and contexts over all tokens in the window.
     reach = [_reach(length, window) for window in adapter.windows(base.config)]
     head = torch.tensor([4 * hidden * dim + 2 * dim * tokens // max(length, 1) for tokens in reach])
     neuron = (2 + adapter.gated) * hidden
@@ -61,7 +62,7 @@ def costs(model: PreTrainedModel, length: int | None = None, ticket: Ticket | No
     present = sum(parameter.numel() for parameter in model.parameters())
 
     def weights(of: Ticket) -> int:
-        """Of the layers' parts that a ticket keeps."""
+        """Returns the number of weights in the structures that a ticket keeps."""
         heads, neurons = int(of.head_mask.sum()), int(kept_neurons(of, width).sum())
         return heads * head_weights + neurons * neuron_weights + int(of.ffn_mask.sum()) * rest
 
@@ -76,10 +77,10 @@ def costs(model: PreTrainedModel, length: int | None = None, ticket: Ticket | No
 
 
 def _reach(length: int, window: int | None) -> int:
-    """Pairs of tokens of a sequence that attend to each other, both ways."""
+    """Returns the number of (query, key) pairs of a sequence that are at most `window` tokens apart."""
     if window is None or window >= length - 1:
         return length * length
-    # Each token sees 2 w + 1, less what lies beyond either end.
+    # Each token attends to 2 window + 1 tokens, minus those beyond the sequence's ends.
     return length * (2 * window + 1) - window * (window + 1)
 
 
@@ -90,16 +91,18 @@ def latencies(
     lengths: Iterable[int] = (32, 128),
     turns: int = 7,
 ) -> list[dict[str, Any]]:
-    """Measures how long two models take for a batch without padding, in turns, since a machine's speed drifts.
+    """Measures the latency of two models on batches without padding. They take turns, because a machine's speed drifts.
 
     Args:
-        whole, left: the same task head on the same device, in evaluation mode, patched or stock.
-        batches: sequences a batch.
-        lengths: tokens a sequence; those beyond the models' positions are left out, and images have only theirs.
-        turns: of each model at most; after 5 seconds no more are begun.
+        whole, left: whole and shrunk model with the same task head, on the same device, in evaluation mode, patched or
+            stock.
+        batches: batch sizes in sequences.
+        lengths: tokens per sequence. Lengths beyond the models' positions are skipped; images have a fixed length.
+        turns: maximum number of turns of each model; after 5 seconds no further turn starts.
 
     Returns:
-        One row a batch and length: `batch`, `length`; the medians `whole_ms` and `left_ms` in milliseconds and their
+        One row per batch size and length: `batch`, `length`; the medians `whole_ms` and `left_ms` in milliseconds and
+            their
         lower and upper quartiles over the turns, `whole_quartiles_ms` and `left_quartiles_ms`; and `turns`, each turn's
         pair of times.
     """
@@ -110,13 +113,13 @@ def latencies(
             arguments = inputs.draw(whole.config, batch, length, whole.device)
             models = list(enumerate((whole, left)))
             for _, model in models:
-                # The first time warms up.
+                # Warm up.
                 _milliseconds(model, arguments)
             times: list[list[float]] = []
             end = time.perf_counter() + 5
             while not times or (len(times) < turns and time.perf_counter() < end):
                 times.append([0.0, 0.0])
-                # Either is first in every other turn: what one leaves in the caches touches the next.
+                # Alternate the order, because each model's caches affect the next one.
                 for place, model in models if len(times) % 2 else models[::-1]:
                     times[-1][place] = _milliseconds(model, arguments)
             row: dict[str, Any] = {"batch": batch, "length": length}

@@ -1,5 +1,4 @@
-"""What a model computes before its layers: embedding tables, LayerNorm and dropout, on ticketops' ops where these
-serve."""
+"""The modules before a model's layers, on ticketops' ops where supported: embedding tables, LayerNorm and dropout."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from ticketops.ops.embedding import dropout, embedding, embeddings, layer_norm, 
 
 
 class TicketEmbedding(nn.Embedding):
-    """A table whose gradient costs what its rows in use cost."""
+    """An embedding table whose gradient is computed for the rows in use only."""
 
     is_altered: Callable[[], bool]
 
@@ -24,12 +23,12 @@ class TicketEmbedding(nn.Embedding):
         return embedding(self.weight, input, self.padding_idx)
 
     def is_plain(self) -> bool:
-        """Whether it does no more than look rows up."""
+        """Returns True if the table only looks up rows: no max_norm, scaling by frequency or sparse gradient."""
         return counts_no_tokens(self) and not self.sparse
 
 
 class TicketLayerNorm(nn.LayerNorm):
-    """LayerNorm whose results lie in kept memory."""
+    """LayerNorm whose results are in reused memory (ticketops.ops.memory)."""
 
     is_altered: Callable[[], bool]
 
@@ -41,12 +40,12 @@ class TicketLayerNorm(nn.LayerNorm):
         return layer_norm(input, self.weight, self.bias, self.eps)
 
     def is_plain(self) -> bool:
-        """Whether it normalises single tokens, and has a weight and a bias."""
+        """Returns True if it normalises the last dimension, and has a weight and a bias."""
         return self.elementwise_affine and self.bias is not None and len(self.normalized_shape) == 1
 
 
 class TicketDropout(nn.Dropout):
-    """Dropout that draws on all threads."""
+    """Dropout that draws its masks on all threads."""
 
     is_altered: Callable[[], bool]
 
@@ -59,7 +58,7 @@ class TicketDropout(nn.Dropout):
 
 
 class TicketEmbeddings(nn.Module):
-    """The embeddings of BERT and its kin, by one op where `embed` can."""
+    """The embeddings of BERT-like models, as one op where `embed` supports it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes ids [B, S], or embeddings of words [B, S, C]; returns [B, S, C]."""
@@ -72,10 +71,11 @@ class TicketEmbeddings(nn.Module):
 
 
 def counts_no_tokens(module: nn.Module) -> bool:
-    """True unless a module is a table for which it matters what else is looked up, padding included.
+    """Returns True unless a module is an embedding table whose result or gradient depends on all ids of the batch,
+    including padding.
 
     Args:
-        module: of any class.
+        module: module of any class.
     """
     return not isinstance(module, nn.Embedding) or (module.max_norm is None and not module.scale_grad_by_freq)
 

@@ -1,4 +1,4 @@
-"""Three ways out of ticketops: compact and dense transformers folders, and ONNX; each verified before it is there."""
+"""Export of pruned models as compact or dense transformers folders or as ONNX. Each export is verified."""
 
 import os
 from collections.abc import Mapping
@@ -36,33 +36,35 @@ def export(
     run: Mapping[str, Any] | None = None,
     push_to_hub: str | None = None,
 ) -> Path:
-    """Writes the model that a ticket leaves, and reads it back to see that it computes the same, before it is there.
+    """Writes a model shrunk to a ticket. The written files are loaded and their outputs compared with the model's,
+    before the folder appears under its name.
 
-    `compact` has true shapes: `AutoModelFor*.from_pretrained` loads it after `import ticketops`. `dense` has full
-    shapes with zeros where something was pruned: plain transformers loads it, at the full model's cost. `onnx` has true
-    shapes and runs in onnxruntime. The ticket, a `ticketops.json` and a model card go along. The model is not changed.
+    `compact` has the shrunk shapes: `AutoModelFor*.from_pretrained` loads it after `import ticketops`. `dense` has full
+    shapes with zeros for pruned structures: plain transformers loads it, at the full model's cost. `onnx` has the
+        shrunk
+    shapes and runs in onnxruntime. The folder also has the ticket, `ticketops.json` and a model card. The model is not
+    changed.
 
     Args:
-        model: stock, patched or shrunk.
-        folder: to be made; must not exist, or be empty.
+        model: stock, patched or shrunk model.
+        folder: folder to create; must not exist, or must be empty.
         format: `compact`, `dense` or `onnx`.
-        ticket: what to keep; by default what is applied to a patched model, or was applied to a stock one when it was
-            saved.
-        tokenizer: saved along and used on the verification's sentences; without it token ids are drawn. An image
-            processor for models that read images.
-        run: where the model comes from, as JSON values, for `ticketops.json` and the card.
-        push_to_hub: a repository of the Hugging Face hub, `name/of-it`, to which the whole verified folder goes too;
-            `push_to_hub` of a loaded model sends its weights and configuration alone.
+        ticket: structures to keep; by default the ticket that is applied to a patched model, or that was applied to a
+            stock model when it was saved.
+        tokenizer: tokenizer of the model (image processor for a vision model). It is saved with the model and used for
+            the verification; without it the verification uses random token ids.
+        run: origin of the model, as JSON values, for `ticketops.json` and the card.
+        push_to_hub: repository of the Hugging Face hub, e.g. "name/model", to which the verified folder is also
+            uploaded. (`push_to_hub` of a loaded model uploads its weights and configuration only.)
 
     Returns:
         The folder.
 
     Raises:
-        InputError: a ticket of another shape, an unknown format.
-        UnsupportedError: a model that ticketops does not serve.
+        InputError: the ticket has another shape, or the format is unknown.
+        UnsupportedError: ticketops does not support the model.
         StoreError: the folder is not empty, or cannot be written.
-        TicketopsError: what was written does not compute what the model does; nothing is left behind. Or the hub did
-            not take it; the folder is there.
+        TicketopsError: the outputs differ, and nothing was written; or the upload failed, and the folder exists.
     """
     folder = user_path(folder, "the folder to write")
     if format not in get_args(Format):
@@ -73,7 +75,7 @@ def export(
             from ticketops.models.onnx import run_onnx, save_onnx
 
             save_onnx(small, batch, temporary)
-            # For what serves the graph: labels, and which class it was.
+            # The configuration tells users of the graph the labels and the class of the model.
             small.config.architectures = [type(small).__name__]
             small.config.save_pretrained(temporary)
             got, tolerance = run_onnx(temporary, batch), 1e-4
@@ -86,7 +88,7 @@ def export(
         left.save(temporary / "ticket.safetensors")
         note = {"format": format, "largest_difference": difference, "run": dict(run or {})}
         write_manifest(temporary, NOTE, note)
-        # After the checksums, since a card is there to be edited.
+        # Written after the checksums, because users edit the card.
         (temporary / "README.md").write_text(_card(small, left, format, difference, run or {}))
     if push_to_hub is not None:
         _push(folder, push_to_hub)
@@ -94,13 +96,13 @@ def export(
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes the full-shape twin of a shrunk model, with zeros where something was removed: the same outputs anywhere.
+    """Makes a full-shape copy of a shrunk model, with zeros for removed structures; its outputs are the same.
 
     Args:
-        model: shrunk, stock classes; left as it is.
+        model: shrunk model of stock classes; not changed.
 
     Returns:
-        A new model without a record, of the same class and dtype, on the CPU, in evaluation mode.
+        A new model of the same class and dtype, without a record, on the CPU, in evaluation mode.
     """
     held = held_ticket(model.base_model.config)
     full = Ticket.full(held.num_layers, held.num_heads)
@@ -116,7 +118,8 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
 def _small(
     model: PreTrainedModel, ticket: Ticket | None, tokenizer: Any
 ) -> tuple[PreTrainedModel, Ticket, dict[str, Tensor], dict[str, Tensor]]:
-    """A shrunk copy, what it keeps, a batch of text, and what the model itself answers under the ticket."""
+    """Returns a shrunk copy, the ticket of what it keeps, a batch to verify with, and the model's outputs under the
+    ticket."""
     adapter, base = find_adapter(model)
     check_supported(model)
     handle = find_handle(model)
@@ -137,7 +140,7 @@ def _small(
         else:
             handle.restrict(applied)
     small = stock_class(model)._from_config(without_note(model.config), dtype=model.dtype)
-    # A plain dictionary does not tell of the ticket.
+    # As a plain dictionary, without the metadata about the ticket.
     small.load_state_dict(dict(model.state_dict()))
     return shrink(small.eval(), left), left, batch, want
 
@@ -153,15 +156,15 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor], mask: Tensor | None, tolerance: float) -> float:
-    """The largest difference, relative to the largest output where that is above 1; more than `tolerance` is an
-    error."""
+    """Returns the largest difference, relative to the largest output if that is above 1. Raises if it exceeds
+    `tolerance`."""
     largest = 0.0
     for name, expected in want.items():
         found = got.get(name)
         if found is None or found.shape != expected.shape:
             raise TicketopsError(f"the export was not written: {name} is missing when it is read back; report this")
         if mask is not None and expected.shape[: mask.ndim] == mask.shape:
-            # What stands at padding means nothing, and the ops do not compute it.
+            # Outputs at padding are meaningless, and the ops do not compute them.
             found, expected = found[mask.bool()], expected[mask.bool()]
         difference = float((found - expected).abs().max() / max(1.0, float(expected.abs().max())))
         if not difference <= tolerance:
@@ -177,10 +180,10 @@ def _push(folder: Path, repository: str) -> None:
     hub = huggingface_hub.HfApi()
     files = [huggingface_hub.CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
     try:
-        # One commit, as transformers' own push_to_hub makes it; that one would put a blank card in place of ours.
+        # Not with transformers' push_to_hub, which would replace our card by a blank one.
         name = hub.create_repo(repository, exist_ok=True).repo_id
         hub.create_commit(name, files, commit_message="Upload a pruned model")
-    # Of the network, of permissions, of the name: half a dozen types of two libraries.
+    # Errors of network, permissions or name have half a dozen types from two libraries.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise TicketopsError(
@@ -190,7 +193,7 @@ def _push(folder: Path, repository: str) -> None:
 
 
 def _card(model: PreTrainedModel, ticket: Ticket, format: str, difference: float, run: Mapping[str, Any]) -> str:
-    """The model card: what it is, what was pruned, how it was verified, how to use it."""
+    """Returns the model card: cost, ticket, usage, origin and verification."""
     inputs = find_adapter(model)[0].inputs
     name, (whole, small) = type(model).__name__, costs(model)
     need = {
@@ -234,7 +237,7 @@ tags: [ticketops, super-ticket, pruned]
 {ticket.heads_pruned} of {count(ticket.num_layers * ticket.num_heads, "attention head")} and {ticket.ffns_pruned} of \
 {count(ticket.num_layers, "FFN")} were pruned{neurons}. {shapes}
 
-| | whole model | left | |
+| | whole model | pruned model | |
 | --- | ---: | ---: | ---: |
 {table}
 

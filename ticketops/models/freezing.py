@@ -1,4 +1,4 @@
-"""Keeps pruned weights still: no optimizer of torch.optim moves them, whatever its momentum or weight decay."""
+"""Freezing of slices of parameters: no optimizer of torch.optim changes them, whatever its momentum or weight decay."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ _FROZEN_SLICES = "_ticketops_frozen_slices"
 
 @dataclass(frozen=True)
 class Frozen:
-    """Slices of a parameter that no optimizer may move.
+    """Slices of a parameter that no optimizer may change.
 
     Attributes:
-        dim: the dimension that is divided into groups.
-        groups: equal slices along `dim` (heads).
-        places: which of them are frozen.
+        dim: dimension that is divided into groups.
+        groups: number of equal slices along `dim`, e.g. heads.
+        places: indices of the frozen ones.
     """
 
     dim: int
@@ -32,16 +32,16 @@ class Frozen:
     places: Indices
 
     def slices(self, tensor: Tensor) -> Slices:
-        """The frozen slices of the parameter, or of a tensor of its shape."""
+        """Returns the frozen slices of the parameter, or of a tensor of its shape."""
         return Slices(tensor, self.dim, self.groups, self.places.on(tensor.device))
 
 
 def freeze(parameter: Tensor, frozen: Frozen) -> None:
-    """Marks slices of a parameter as frozen, in place of what was marked before.
+    """Marks slices of a parameter as frozen; replaces an earlier mark.
 
     Args:
-        parameter: the weight or bias.
-        frozen: which slices; none lifts the mark.
+        parameter: weight or bias.
+        frozen: slices to freeze; if there are none, the mark is removed.
     """
     if frozen.places:
         _install_hooks()
@@ -51,33 +51,33 @@ def freeze(parameter: Tensor, frozen: Frozen) -> None:
 
 
 def unfreeze(parameter: Tensor) -> None:
-    """Lifts the mark of `freeze`.
+    """Removes the mark of `freeze`.
 
     Args:
-        parameter: the weight or bias.
+        parameter: weight or bias.
     """
     if hasattr(parameter, _MARK):
         delattr(parameter, _MARK)
 
 
 def is_frozen_as(parameter: Tensor, frozen: Frozen) -> bool:
-    """True if a parameter has the mark of these slices, in this process.
+    """Returns True if exactly this mark is on a parameter and effective in this process.
 
     Args:
-        parameter: the weight or bias.
-        frozen: which slices; none is no mark.
+        parameter: weight or bias.
+        frozen: slices of the mark; if there are none, True means that the parameter has no mark.
     """
     return getattr(parameter, _MARK, None) is (frozen if frozen.places else None) and (_installed or not frozen.places)
 
 
 def trainable_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of what an optimizer may move.
+    """Returns gradients in which those of frozen slices are zeros.
 
     Args:
         parameters: weights and biases, each with a gradient.
 
     Returns:
-        Their gradients: the very tensors, or where slices are frozen copies with zeros in these.
+        The gradient tensors themselves; for parameters with frozen slices, copies with zeros in these.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     frozen = []
@@ -91,18 +91,19 @@ def trainable_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 class FrozenSlices:
-    """What an optimizer's steps must leave alone, and its copy, which stays from step to step.
+    """The frozen slices of an optimizer's parameters and states, and a copy of them that is reused from step to step.
 
     Args:
-        parts: parameters and their state, each with which of its slices are frozen.
+        parts: parameters and state tensors, each with its frozen slices.
 
     Attributes:
-        stepping: a step has begun.
+        stepping: True from `save` to `restore`, during a step.
     """
 
     def __init__(self, parts: list[tuple[Tensor, Frozen]]) -> None:
         self._parts = parts
-        # The state is the optimizer's alone. A parameter is written to in many ways, `parameter.data` among them.
+        # Only the optimizer writes its state, so its copy stays valid. Parameters are written by others too, e.g.
+        # through `parameter.data`, and must be copied at each step.
         parameters, state = (
             [frozen.slices(tensor) for tensor, frozen in parts if tensor.requires_grad == wanted]
             for wanted in (True, False)
@@ -111,27 +112,28 @@ class FrozenSlices:
         self.stepping = False
 
     def holds(self, parts: list[tuple[Tensor, Frozen]]) -> bool:
-        """Whether it was made for these."""
+        """Returns True if the object was made for these tensors and frozen slices."""
         pairs = zip(parts, self._parts, strict=False)
         return len(parts) == len(self._parts) and all(x is y and a is b for (x, a), (y, b) in pairs)
 
     def save(self) -> None:
-        """Copies what a step is to leave alone."""
+        """Copies the frozen slices before a step."""
         self._saved.save()
         self.stepping = True
 
     def restore(self) -> None:
-        """Undoes what a step has done since `save`."""
+        """Writes the copies back after a step."""
         if self.stepping:
             self._saved.restore()
             self.stepping = False
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """Has what is frozen put aside: now, or where the step is given a closure that makes the gradients, behind it."""
-    # A step that was cut short has not put back what rests; the next one does.
+    """Saves the frozen slices before a step. If the step has a closure that computes gradients, saves them after each
+    call of the closure."""
+    # If the last step raised an error, its slices have not been restored yet.
     _after_step(optimizer, args, kwargs)
-    # The optimizer itself comes first.
+    # args[0] is the optimizer.
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None:
         _put_aside(optimizer)
@@ -148,11 +150,11 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
 
 
 def _put_aside(optimizer: Optimizer) -> None:
-    """Hides wholly frozen parameters from the optimizer and copies the frozen slices of the others, with their
+    """Hides completely frozen parameters from the optimizer; saves the frozen slices of the others and of their
     state."""
     parts: list[tuple[Tensor, Frozen]] = []
     fresh = []
-    # It moves along its history what has no gradient any more.
+    # LBFGS changes parameters without a gradient too, along its history.
     moves_all = isinstance(optimizer, LBFGS)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -178,13 +180,14 @@ def _put_aside(optimizer: Optimizer) -> None:
                 fresh.append(frozen.slices(parameter))
     slices: FrozenSlices | None = getattr(optimizer, _FROZEN_SLICES, None)
     if slices is not None and slices.stepping:
-        # A closure that is called again in one step finds weights that have moved already.
+        # The closure is called again within one step, and the weights have changed since: keep the first copy.
         return
     if slices is None or not slices.holds(parts):
         slices = FrozenSlices(parts)
         setattr(optimizer, _FROZEN_SLICES, slices)
     slices.save()
-    # Momentum that this step makes must not begin with the decay of weights at rest: it decays zeros.
+    # A state that this step creates must not contain the weight decay of frozen weights, so they are zeros during the
+    # step.
     scatter(fresh, [each.tensor.new_zeros(each.shape) for each in fresh])
 
 
@@ -198,8 +201,7 @@ _installed = False
 
 
 def _install_hooks() -> None:
-    """Global hooks, since a ticket may be applied before or after any optimizer is made; unmarked parameters cost a
-    look-up."""
+    """Installs hooks for all optimizers, because a ticket may be applied before or after an optimizer is created."""
     global _installed
     if not _installed:
         register_optimizer_step_pre_hook(_before_step)

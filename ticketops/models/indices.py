@@ -1,4 +1,4 @@
-"""Numbers of structures as indices on a device, copied there once."""
+"""Indices of structures, as tensors that are copied to each device once."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class Indices:
-    """Ascending numbers that never change, and their tensor on every device that asked for it.
+    """Immutable ascending indices, with a cached tensor per device.
 
-    Copies, deep or pickled, have the numbers and make tensors of their own.
+    Deep copies and pickles contain the indices only, not the tensors.
 
     Args:
-        values: the numbers.
+        values: the indices.
     """
 
     def __init__(self, values: Iterable[int]) -> None:
@@ -27,13 +27,13 @@ class Indices:
         return Indices, (self.values,)
 
     def on(self, device: torch.device) -> Tensor:
-        """The numbers as int64 on a device; only the first call for a device makes a tensor.
+        """Returns the indices as an int64 tensor; only the first call for a device makes one.
 
         Args:
-            device: where the indexed tensor lies.
+            device: device of the indexed tensor.
         """
         if device not in self._tensors:
-            # Made under inference_mode it could not be saved for a backward pass later on.
+            # A tensor made in inference mode could not be saved for a later backward pass.
             with torch.inference_mode(False):
                 self._tensors[device] = torch.tensor(self.values, dtype=torch.int64, device=device)
         return self._tensors[device]

@@ -1,4 +1,4 @@
-"""What a model reads, text or images: the few places that must know ask these."""
+"""Inputs of models, text or images: shapes, examples and random batches."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-#: What every export of a model for text is verified on.
+#: Sentences on which exports of text models are verified.
 SENTENCES = (
     "It was the best of times, it was the worst of times.",
     "A slow, tender film that trusts its actors and never once raises its voice.",
@@ -20,30 +20,31 @@ SENTENCES = (
 
 
 class Inputs(Protocol):
-    """What ticketops must know of a model's inputs.
+    """Kind of a model's inputs.
 
     Attributes:
-        noun: what an export is verified on, in the plural.
-        ragged: whether rows may be of any length, padded and with an attention mask; all are of one size if not.
+        noun: name of the inputs in the plural, e.g. "sentences".
+        ragged: True if rows have different lengths, with padding and an attention mask; False if all have one size.
     """
 
     noun: str
     ragged: bool
 
     def shape(self, config: Any, arguments: Mapping[str, Any]) -> tuple[int, int, torch.device] | None:
-        """Rows, tokens a row and device of a forward pass's arguments; None where they hold no input."""
+        """Returns rows, tokens per row and device of a forward pass's arguments; None if they contain no input."""
 
     def sample(self, model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
-        """A few rows of real input, by the model's tokenizer or image processor, or without either."""
+        """Returns a few rows of real input, encoded with the tokenizer or image processor if there is one."""
 
     def length(self, config: Any) -> int:
-        """Tokens of a row that costs are counted for."""
+        """Returns the number of tokens per row for which costs are computed by default."""
 
     def lengths(self, base: Any, wanted: Iterable[int]) -> list[int]:
-        """Those of the wanted numbers of tokens a row that the model can have; its only one where it has no choice."""
+        """Returns those of the wanted numbers of tokens per row that the model supports; its fixed number for
+        images."""
 
     def draw(self, config: Any, rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
-        """Random input without padding, to measure with."""
+        """Returns random input without padding, for measurements."""
 
 
 class Text:
@@ -58,7 +59,7 @@ class Text:
         return None if tokens is None else (tokens.shape[0], tokens.shape[1], tokens.device)
 
     def sample(self, model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
-        """Sentences as token ids with padding; drawn ids of the sentences' lengths without a tokenizer."""
+        """Returns SENTENCES as padded token ids; without a tokenizer, random ids of similar lengths."""
         config = model.config
         longest = min(128, positions(model.base_model))
         if processor is not None:
@@ -99,7 +100,7 @@ class Images:
     """Images of one size, cut into patches.
 
     Attributes:
-        extra: tokens in front of the patches.
+        extra: number of tokens before the patches.
     """
 
     extra: int
@@ -115,7 +116,7 @@ class Images:
         return len(pixels), self._tokens(config, pixels.shape[2:]), pixels.device
 
     def sample(self, model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
-        """The two photographs that come with scikit-learn, whole and in halves."""
+        """Returns the two photographs of scikit-learn, whole and in halves."""
         from sklearn.datasets import load_sample_images
 
         config = model.config
@@ -149,18 +150,18 @@ class Images:
 
 
 def positions(base: Any) -> int:
-    """How many tokens a row of text may have.
+    """Returns the maximum number of tokens per row of text.
 
     Args:
-        base: a bare model for text.
+        base: bare model for text.
     """
     table: nn.Embedding | None = getattr(base.embeddings, "position_embeddings", None)
     if table is None:
         return int(base.config.max_position_embeddings)
-    # RoBERTa and its kin count positions from behind the padding id.
+    # In RoBERTa-like models, positions start after the padding id.
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    """A size of one number, or of two, as two."""
+    """Converts an image size, one number or two, to (height, width)."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -1,4 +1,4 @@
-"""What a patched model's configuration says of the ticket applied to it, so that whatever saves the model keeps it."""
+"""The applied ticket in a patched model's configuration, which every way of saving the model writes."""
 
 import copy
 from typing import Any
@@ -9,12 +9,12 @@ from ticketops.models.record import APPLIED
 
 
 class Note:
-    """The applied ticket, noted in the configuration of every model with the patched encoder.
+    """The applied ticket in the configurations of all models with the patched encoder.
 
-    A configuration that other models may have, too, is left alone: the models get a copy of it, once.
+    Other models may share a configuration object, so the models get a copy of it before the first change.
 
     Attributes:
-        record: what is noted, as `record_of` writes it; None where no ticket is applied.
+        record: the ticket, as `record_of` returns it; None if no ticket is applied.
     """
 
     def __init__(self) -> None:
@@ -23,18 +23,18 @@ class Note:
         self._own: list[Any] = []
 
     def add(self, model: PreTrainedModel) -> None:
-        """Has a model's configuration bear the note from the next time on that it is written.
+        """Adds a model, whose configuration gets the ticket at the next `write`.
 
         Args:
-            model: bare or with a task head.
+            model: bare model or model with a task head.
         """
         self._models.append(model)
 
     def write(self, record: dict[str, Any] | None) -> None:
-        """Notes a ticket; writes nothing where it is noted already.
+        """Writes a ticket to the configurations that do not have it yet.
 
         Args:
-            record: of the ticket; None removes the note.
+            record: the ticket, as `record_of` returns it; None removes it.
         """
         self.record = record
         for model in self._models:
@@ -52,12 +52,12 @@ class Note:
 
 
 def replace_config(model: PreTrainedModel, old: Any, new: Any) -> None:
-    """Gives a model another configuration object.
+    """Replaces a configuration object in all modules of a model.
 
     Args:
-        model: bare or with a task head.
-        old: all of its modules that have this one get the new one.
-        new: a changed copy of the old one.
+        model: bare model or model with a task head.
+        old: configuration object to replace.
+        new: replacement, a changed copy of `old`.
     """
     for module in model.modules():
         if getattr(module, "config", None) is old:
@@ -65,10 +65,10 @@ def replace_config(model: PreTrainedModel, old: Any, new: Any) -> None:
 
 
 def without_note(config: Any) -> Any:
-    """A copy of a configuration, for a model of which no ticket is applied.
+    """Copies a configuration without the applied ticket.
 
     Args:
-        config: with a note or without; left as it is.
+        config: configuration, with or without an applied ticket; not changed.
     """
     config = copy.deepcopy(config)
     vars(config).pop(APPLIED, None)

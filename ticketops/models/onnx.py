@@ -1,4 +1,4 @@
-"""ONNX: a shrunk model as one graph of true shapes, dynamic in batch and, where it reads text, in length."""
+"""ONNX export: a shrunk model as one graph with its shrunk shapes, dynamic in batch and, for text, in length."""
 
 import inspect
 import warnings
@@ -17,7 +17,7 @@ _FILE = "model.onnx"
 
 
 class _Graph(nn.Module):
-    """The model as a function of tensors in a fixed order."""
+    """Calls a model with positional tensors in a fixed order."""
 
     def __init__(self, model: PreTrainedModel, inputs: list[str]) -> None:
         super().__init__()
@@ -32,9 +32,9 @@ def save_onnx(model: PreTrainedModel, batch: Mapping[str, Tensor], folder: Path)
     """Writes model.onnx.
 
     Args:
-        model: shrunk, stock classes, in evaluation mode.
-        batch: inputs of the model; other sizes than theirs are traced, so that running them shows the axes dynamic.
-        folder: where to write.
+        model: shrunk model of stock classes, in evaluation mode.
+        batch: inputs of the model. A smaller part is traced, so that a later run of the batch tests the dynamic axes.
+        folder: folder to write to.
 
     Raises:
         UnsupportedError: the extra `onnx` is not installed, or the model has weights other than float32.
@@ -76,8 +76,8 @@ def run_onnx(folder: Path, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Runs model.onnx in onnxruntime on the CPU.
 
     Args:
-        folder: with the file.
-        batch: the inputs.
+        folder: folder with model.onnx.
+        batch: inputs by name.
 
     Returns:
         The outputs by name.

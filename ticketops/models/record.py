@@ -1,4 +1,5 @@
-"""The record in a model's configuration of what its weights still have: `config.ticketops`, plain JSON."""
+"""The record, in a model's configuration, of the structures that its weights still have: `config.ticketops`, plain
+JSON."""
 
 import re
 from itertools import pairwise
@@ -11,41 +12,41 @@ from ticketops.errors import InputError
 from ticketops.tickets import Ticket
 
 KEY = "ticketops"
-#: The ticket applied to a patched model, whose weights have more than it keeps; in the same form.
+#: Key of the ticket applied to a patched model, in the same form. The weights also have what it prunes.
 APPLIED = "ticketops_applied"
-#: What transformers 4.x wrote after `prune_heads`: layer -> heads that are gone. transformers 5 does not read it.
+#: Key of transformers 4.x for `prune_heads`: layer -> removed heads. transformers 5 does not read it.
 _OLD_KEY = "pruned_heads"
-# More than any encoder has; a configuration that claims more would have a loader build them all.
+# More than any encoder has. Larger values are refused, because a loader would build that many layers.
 MAX_LAYERS = MAX_HEADS = 1024
 
 
 def head_dim(config: Any) -> int:
-    """The size of one attention head.
+    """Returns the size of one attention head.
 
     Args:
-        config: of a model, shrunk or not; its `num_attention_heads` is the architecture's.
+        config: configuration of a model, shrunk or not; its `num_attention_heads` is the architecture's.
     """
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def num_neurons(config: Any) -> int:
-    """The width of the architecture's FFNs.
+    """Returns the width of the architecture's FFNs in neurons.
 
     Args:
-        config: of a model, shrunk or not.
+        config: configuration of a model, shrunk or not.
     """
     return int(getattr(config, "intermediate_size", None) or config.hidden_dim)
 
 
 def kept_neurons(ticket: Ticket, neurons: int) -> Tensor:
-    """Spells out which neurons a ticket keeps.
+    """Returns the mask of kept neurons, also for a ticket that has only a mask of FFNs.
 
     Args:
-        ticket: with a mask of neurons or without.
-        neurons: of an FFN of the architecture.
+        ticket: ticket, with or without a mask of neurons.
+        neurons: number of neurons of an FFN in the architecture.
 
     Returns:
-        Bool [layers, neurons], none of them kept where the FFN is pruned.
+        Bool [layers, neurons]; all False in a layer whose FFN is pruned.
     """
     found = ticket.neuron_mask
     return ticket.ffn_mask[:, None].expand(-1, neurons) if found is None else found
@@ -55,13 +56,13 @@ def held_ticket(config: Any) -> Ticket:
     """Reads which heads, FFNs and neurons of the architecture a model's weights have.
 
     Args:
-        config: of a transformers model.
+        config: configuration of a transformers model.
 
     Returns:
-        The ticket that keeps what is there; the full one where nothing was removed.
+        The ticket that keeps these structures; the full ticket if nothing was removed.
 
     Raises:
-        InputError: the record is damaged, or is not one of this architecture.
+        InputError: the record is damaged, or does not fit the architecture.
     """
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     record = getattr(config, KEY, None)
@@ -79,27 +80,27 @@ def applied_ticket(config: Any) -> Ticket | None:
     """Reads which ticket was applied to a model when it was saved.
 
     Args:
-        config: of a transformers model whose `held_ticket` is sound.
+        config: configuration of a transformers model whose record is valid (`held_ticket`).
 
     Returns:
-        The ticket; None where none was applied.
+        The ticket; None if none was applied.
 
     Raises:
-        InputError: the note is damaged, or is not one of this architecture.
+        InputError: the note is damaged, or does not fit the architecture.
     """
     record = getattr(config, APPLIED, None)
     return None if record is None else read_applied(record, config)
 
 
 def read_applied(record: Any, config: Any) -> Ticket:
-    """Reads what `record_of` made of an applied ticket.
+    """Reads an applied ticket from the form that `record_of` returns.
 
     Args:
         record: plain JSON.
-        config: of the model that it is of.
+        config: configuration of the model.
 
     Raises:
-        InputError: it is damaged, or is not one of this architecture.
+        InputError: the record is damaged, or does not fit the architecture.
     """
     return _read(record, config, APPLIED, "applied")
 
@@ -127,11 +128,11 @@ def _read(record: Any, config: Any, key: str, kind: str) -> Ticket:
 
 
 def write_record(config: Any, held: Ticket) -> None:
-    """Notes in a configuration which heads, FFNs and neurons the weights have; a whole model has no record.
+    """Records in a configuration which heads, FFNs and neurons the weights have. A whole model has no record.
 
     Args:
-        config: changed in place.
-        held: keeps what is there.
+        config: configuration to change, in place.
+        held: ticket that keeps the structures of the weights.
     """
     vars(config).pop(_OLD_KEY, None)
     if held.is_full:
@@ -141,14 +142,14 @@ def write_record(config: Any, held: Ticket) -> None:
 
 
 def record_of(ticket: Ticket) -> dict[str, Any]:
-    """Spells out in plain JSON what a ticket keeps.
+    """Converts the masks of a ticket to plain JSON.
 
     Args:
-        ticket: with a mask of neurons or without.
+        ticket: ticket, with or without a mask of neurons.
 
     Returns:
-        `heads`, their numbers in each layer; `ffns`, the layers that have one; `neurons` where some are pruned, of each
-        layer as one number in base 16 whose highest bit is neuron 0.
+        `heads`: the indices of the kept heads of each layer; `ffns`: the layers with an FFN; and if the ticket has a
+        mask of neurons, `neurons`: for each layer its mask as a hexadecimal number, whose highest bit is neuron 0.
     """
     heads = [row.nonzero().flatten().tolist() for row in ticket.head_mask]
     record = {"heads": heads, "ffns": ticket.ffn_mask.nonzero().flatten().tolist()}
@@ -158,7 +159,7 @@ def record_of(ticket: Ticket) -> dict[str, Any]:
 
 
 def _neurons(rows: Any, layers: int, config: Any, key: str) -> Tensor | None:
-    """The mask that a record's neurons describe, or None."""
+    """Returns the mask of neurons in a record, or None."""
     if rows is None:
         return None
     width = num_neurons(config)
@@ -184,7 +185,7 @@ def _to_hex(row: Tensor) -> str:
 
 
 def _migrate(pruned: Any, layers: int, heads: int) -> dict[str, Any]:
-    """The record that says what `pruned_heads` of transformers 4.x says."""
+    """Converts `pruned_heads` of transformers 4.x to a record."""
     gone = {str(layer): pruned[layer] for layer in pruned} if isinstance(pruned, dict) else None
     if (
         gone is None
@@ -199,7 +200,7 @@ def _migrate(pruned: Any, layers: int, heads: int) -> dict[str, Any]:
 
 
 def _are_numbers(values: Any, below: int) -> bool:
-    """Whether it is a list of ascending ints in [0, below)."""
+    """Returns True if `values` is a list of ascending ints in [0, below)."""
     return (
         isinstance(values, list)
         and all(type(value) is int and 0 <= value < below for value in values)

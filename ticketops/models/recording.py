@@ -1,4 +1,4 @@
-"""Importance from backward passes: what each one leaves of |dL/d mask|, put together where it belongs together."""
+"""Recording of importance, |dL/d mask|, from backward passes; passes that belong to the same examples are combined."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,20 +11,21 @@ from ticketops.models.indices import Indices
 from ticketops.models.state import LayerState
 from ticketops.tickets import Importance
 
-#: Of a pass: (kind of structure, layer) -> partials [B, structures] or [B].
+#: Partials of a forward pass: (kind of structure, layer) -> [B, structures] or [B].
 _Partials = dict[tuple[str, int], Tensor]
 
 
 class Recording:
     """Collects importance partials and adds them to an Importance.
 
-    A structure's mask is one number for an example in all forward passes of a backward pass, as two views of a sentence
-    or the two sides of a pair are. So signed partials of passes that share a backward pass are added up, example by
-    example, and so are those that one pass gets of several backward passes; only then is the absolute value taken.
+    Several forward passes can share one backward pass, such as those of the two sentences of a pair. A structure's mask
+    is then one number per example for all of them. So the signed partials of forward passes that share a backward pass
+    are added, example by example, before the absolute value is taken; and so are the partials that one forward pass
+    gets from several backward passes.
 
     Args:
-        importance: where to add to.
-        skip_overflow: leave out a batch with a gradient that is not finite, which waits for the device.
+        importance: Importance to add to.
+        skip_overflow: True skips batches with gradients that are not finite. The check waits for the device.
     """
 
     def __init__(self, importance: Importance, skip_overflow: bool) -> None:
@@ -33,24 +34,24 @@ class Recording:
         self._groups: list[_Group] = []
 
     def start(self, layers: list[LayerState], batch: int, device: torch.device) -> "Pass":
-        """Begins a forward pass, with a leaf for each importance partial.
+        """Starts the recording of a forward pass.
 
         Args:
-            layers: the states of the model's layers.
-            batch: rows.
-            device: where the model computes.
+            layers: states of the model's layers.
+            batch: number of rows of the batch.
+            device: device of the model.
         """
-        # What the backward passes before it have left is complete now, unless it is within one of them.
+        # Outside a backward pass, the earlier backward passes are complete.
         if torch._C._current_graph_task_id() < 0:
             self.settle()
         return Pass(self, layers, batch, device)
 
     def join(self, one: "Pass", task: int) -> None:
-        """Notes that a backward pass brings gradients to a forward pass.
+        """Records that a backward pass has reached a forward pass.
 
         Args:
             one: the forward pass.
-            task: number of the backward pass.
+            task: autograd's id of the backward pass.
         """
         if any(one in group.passes and task in group.tasks for group in self._groups):
             return
@@ -80,7 +81,7 @@ class Recording:
             )
 
     def settle(self) -> None:
-        """Adds what has come of all backward passes so far."""
+        """Adds the partials of all backward passes so far to the Importance."""
         groups, self._groups = self._groups, []
         for group in groups:
             self._add(group.partials(self.importance.granularity == "batch"))
@@ -96,13 +97,13 @@ class Recording:
 
 
 class _Group:
-    """Forward passes that belong together, and the backward passes that joined them."""
+    """Forward passes that are combined because they share backward passes, and the ids of these."""
 
     def __init__(self, passes: "list[Pass]", tasks: set[int]) -> None:
         self.passes, self.tasks = passes, tasks
 
     def partials(self, per_batch: bool) -> _Partials:
-        """The partials of all passes together."""
+        """Returns the combined partials of all passes."""
         first, *others = [each.collect() for each in self.passes]
         for other in others:
             for key, value in other.items():
@@ -110,7 +111,7 @@ class _Group:
                 if mine is None:
                     first[key] = value
                 elif per_batch:
-                    # The rows are added up later anyway, and there may be other numbers of them.
+                    # The numbers of rows may differ; the rows are summed later.
                     first[key] = torch.cat([mine, value])
                 else:
                     first[key] = mine + value
@@ -121,9 +122,9 @@ class Pass:
     """The importance partials of one forward pass.
 
     Attributes:
-        batch: rows.
-        within: number of the backward pass during which it began; below 0 for none.
-        head_importance, ffn_importance, neuron_importance: per layer, the leaf whose gradient becomes its partials.
+        batch: number of rows of the batch.
+        within: autograd's id of the backward pass during which the forward pass began; negative for none.
+        head_importance, ffn_importance, neuron_importance: layer -> leaf tensor whose gradient is the partials.
     """
 
     def __init__(self, recording: Recording, layers: list[LayerState], batch: int, device: torch.device) -> None:
@@ -131,9 +132,9 @@ class Pass:
         self.within: int = torch._C._current_graph_task_id()
         self._task: int | None = None
         self._partials: _Partials = {}
-        #: What is pruned has no backward pass of its own: it scores its 0 when another structure's has run.
+        #: Keys and shapes of pruned structures. They have no gradient, and score 0 once other structures have one.
         self._idle: list[tuple[tuple[str, int], tuple[int, ...]]] = []
-        # To spread partials of computed structures over all: their numbers, and how many there are.
+        # For layers that compute some structures only: the indices of these, and the number of all structures.
         self._spread: dict[tuple[str, int], tuple[Tensor, int]] = {}
         importance = recording.importance
         self.head_importance = {
@@ -155,16 +156,16 @@ class Pass:
             }
 
     def _leaf(self, kind: str, state: LayerState, numbers: Indices | None, total: int | None) -> Tensor | None:
-        """A tensor whose gradient, the importance partials, is taken as soon as a backward pass has formed it.
+        """Makes a leaf tensor, with a hook that collects its gradient, the importance partials.
 
         Args:
-            kind: of structure.
-            state: of the layer.
-            numbers: of the computed structures; None for all.
-            total: of the layer's structures; None where there is one, whose partials have no dimension for it.
+            kind: kind of structure.
+            state: state of the layer.
+            numbers: indices of the computed structures; None for all.
+            total: number of the layer's structures; None if its partials are [B], as for an FFN.
 
         Returns:
-            None where nothing is computed.
+            The leaf; None if no structure is computed.
         """
         key = kind, state.index
         shape = (self.batch,) if total is None else (self.batch, total)
@@ -175,7 +176,7 @@ class Pass:
             assert total is not None
             self._spread[key] = numbers.on(self._device), total
             shape = (self.batch, len(numbers))
-        # Nobody reads its values, so nothing is launched to write them.
+        # Uninitialised, because its values are never read.
         leaf = torch.empty(shape, device=self._device).requires_grad_()
         leaf.register_post_accumulate_grad_hook(partial(self._take, key))
         return leaf
@@ -183,18 +184,19 @@ class Pass:
     def _take(self, key: tuple[str, int], leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
-        # No result that needs a gradient was followed where the model's own is not differentiated.
+        # Without `_task`, the backward pass did not go through the model's output (see `follow`).
         self._join(torch._C._current_graph_task_id() if self._task is None else self._task)
-        there = self._partials.get(key)
-        self._partials[key] = gradient if there is None else there + gradient
+        earlier = self._partials.get(key)
+        self._partials[key] = gradient if earlier is None else earlier + gradient
 
     @torch.compiler.disable
     def follow(self, output: Tensor) -> None:
-        """Watches for the backward passes of the model's result.
+        """Registers a hook on the model's output that notes the id of each backward pass. Reentrant checkpointing
+        computes the layers' gradients in nested backward passes with ids of their own; the id at the output identifies
+        them.
 
         Args:
-            output: of the whole model. Reentrant checkpointing computes the layers' gradients in backward passes within
-                the one that comes by here.
+            output: output of the whole model.
         """
         if output.requires_grad:
             output.register_hook(self._arrive)
@@ -210,7 +212,7 @@ class Pass:
             self.recording.join(self, self.within)
 
     def collect(self) -> _Partials:
-        """All partials so far, of every structure of the layers that had a backward pass."""
+        """Returns the partials so far, expanded to all structures of their layer, and clears them."""
         found = {}
         for key, value in self._partials.items():
             if key in self._spread:

@@ -1,4 +1,4 @@
-"""Why an architecture is not served: what its modules do that the ops or the adapters do not."""
+"""Reasons why an architecture is not supported: features of its modules that the ops or adapters lack."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from transformers.models.auto import modeling_auto as auto
 
 _ROTARY = "rotary position embeddings, which only ModernBERT's adapter applies"
 _PRE_NORM = "LayerNorm before each sublayer, which no adapter for text serves yet"
-#: What cannot be seen in the modules, by model type.
+#: Model type -> reason, for reasons that the names of the modules do not show.
 _KNOWN = {
     "albert": "one layer's weights serve all layers, so a ticket has nothing of a single layer to prune",
     "big_bird": "block-sparse attention (ops.attention attends to every token of a row)",
@@ -35,13 +35,13 @@ _KNOWN = {
 
 
 def why_not(model: PreTrainedModel) -> str:
-    """Says what of an architecture without an adapter is not served, and what to do.
+    """Returns the reason why an architecture has no adapter, and the remedy.
 
     Args:
-        model: of any architecture, on any device, "meta" too.
+        model: model of any architecture, on any device including "meta".
 
     Returns:
-        The rest of a sentence that began with "X is not supported: ".
+        The end of a sentence that begins with "X is not supported: ".
     """
     config = model.config
     if config.is_encoder_decoder:
@@ -82,13 +82,13 @@ def _signs(model: PreTrainedModel) -> Iterator[str]:
 
 
 def _value(config: Any, name: str) -> Any:
-    """An attribute of a configuration, or None where it has none for the whole model."""
-    # One whose layers differ raises an error of its own, which is no AttributeError.
+    """Returns an attribute of a configuration; None if the whole model has no single value."""
+    # A configuration with different layers raises another error than AttributeError.
     with contextlib.suppress(Exception):
         return getattr(config, name)
     return None
 
 
 def _in_layer(name: str) -> bool:
-    """Whether a module lies in one of a list of layers."""
+    """Returns True if a module of this name is inside a list of layers."""
     return any(part.isdigit() for part in name.split("."))

@@ -1,4 +1,4 @@
-"""Which adapter serves a model, and whether its layers are what the ops compute."""
+"""Look-up of a model's adapter, and checks that the ops support its layers."""
 
 from importlib import import_module
 from typing import Any
@@ -19,7 +19,7 @@ from ticketops.tickets import WeightCounts
 def _adapter(architecture: Architecture) -> Adapter:
     family = import_module(f"ticketops.models.{architecture.family}")
     adapter: Adapter = family.make_adapter(import_module(architecture.module), architecture)
-    # Takes note of the stock forwards while they are the stock ones.
+    # Records the stock forward methods before anyone can replace them.
     adapter.altered()
     return adapter
 
@@ -29,10 +29,10 @@ _BY_BASE = {adapter.base: adapter for adapter in ADAPTERS}
 
 
 def adapter_of(base: type[nn.Module]) -> Adapter:
-    """The adapter of an architecture.
+    """Returns the adapter of an architecture.
 
     Args:
-        base: the bare model's stock class.
+        base: stock class of the bare model.
     """
     return _BY_BASE[base]
 
@@ -62,11 +62,11 @@ def find_adapter(model: nn.Module) -> tuple[Adapter, Any]:
 
 
 def _hint(model: nn.Module) -> str:
-    """What to do about a model inside another object."""
+    """Returns a remedy for a model inside another object, or an empty string."""
     if hasattr(model, "peft_config"):
         if hasattr(model, "merge_and_unload"):
             return ": merge its adapters first, model = model.merge_and_unload()"
-        # Learned prompts are in front of the model, whose layers are stock ones.
+        # With prompt learning, the layers are stock ones.
         return ": patch the model inside, model.get_base_model()"
     if is_container(model):
         return ": give the model inside, or shrink the object itself and call its save()"
@@ -91,11 +91,11 @@ def check_supported(model: nn.Module) -> None:
 
 
 def check_layers(adapter: Adapter, base: Any) -> list[LayerParts]:
-    """Checks that a model's layers are what the ops compute.
+    """Checks that the ops support a model's layers.
 
     Args:
-        adapter: the model's.
-        base: the bare model.
+        adapter: adapter of the model.
+        base: bare model.
 
     Returns:
         The prunable parts of each layer.
@@ -132,10 +132,10 @@ def check_layers(adapter: Adapter, base: Any) -> list[LayerParts]:
         if fault := parts.fault() or adapter.foreign(layer) or parts.weights_fault():
             raise UnsupportedError(f"layer {index} has {fault}")
         in_qkv, in_fc1 = parts.repeats
-        there, neurons = parts.qkv[0].out_features // in_qkv, parts.fc1.out_features // in_fc1
-        if (there, neurons) != (heads * dim, width):
+        channels, neurons = parts.qkv[0].out_features // in_qkv, parts.fc1.out_features // in_fc1
+        if (channels, neurons) != (heads * dim, width):
             raise UnsupportedError(
-                f"layer {index} has weights for {there / dim:g} heads where its configuration says {heads}, or for "
+                f"layer {index} has weights for {channels / dim:g} heads where its configuration says {heads}, or for "
                 f"{neurons} neurons where it says {width}: remove structures with ticketops.shrink, "
                 "which keeps the two in step"
             )

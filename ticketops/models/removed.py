@@ -1,18 +1,18 @@
-"""What stands where a linear layer was that has no inputs or no outputs left."""
+"""Replacement of linear layers that have no inputs or no outputs after shrinking."""
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 
 class RemovedLinear(nn.Module):
-    """Computes what a linear layer of no inputs, or of no outputs, does, without a weight of size 0.
+    """A linear layer without inputs or without outputs. It has no weight of size 0, for which quantizers return garbage
+    and optimizers and norms fail.
 
-    Quantizers answer garbage where a weight has no elements, and optimizers and norms fail on it. Where a bias is left,
-    it is a parameter under its old name. Without one nothing is: the layer is then a plain attribute of the module that
-    calls it, no submodule, so that what goes over a model's modules does not meet it.
+    A remaining bias is a parameter under its old name. A layer without a bias is not a submodule but a plain attribute
+    of the module that calls it, so that loops over a model's modules do not find it.
 
     Attributes:
-        in_features, out_features: one of them is 0.
+        in_features, out_features: number of inputs and outputs; one of them is 0.
         weight: None.
         bias: [out_features] of a layer without inputs, or None.
     """
@@ -23,10 +23,10 @@ class RemovedLinear(nn.Module):
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Takes [.., in_features], returns [.., out_features]: the bias, zeros without one, or nothing."""
+        """Takes [.., in_features], returns [.., out_features]: the bias, or zeros without one."""
         if not self.out_features:
             return x[..., :0]
-        # A sum over no inputs is zero. Padding keeps it in the graph, so that what computed x gets its gradient.
+        # A sum over no inputs is zero. As padding of x it stays in the autograd graph, so that x gets a gradient.
         zeros = functional.pad(x, (0, self.out_features))
         return zeros if self.bias is None else zeros + self.bias
 
@@ -35,8 +35,8 @@ def remove_linear(linear: nn.Linear, dim: int) -> None:
     """Turns a linear layer into a RemovedLinear, in place.
 
     Args:
-        linear: its weight is gone already.
-        dim: of the weight, along which nothing is left: 0 for outputs, 1 for inputs.
+        linear: linear layer, whose weight is already removed.
+        dim: dimension of size 0 of the weight: 0 for outputs, 1 for inputs.
     """
     if dim:
         linear.in_features = 0
@@ -46,14 +46,14 @@ def remove_linear(linear: nn.Linear, dim: int) -> None:
 
 
 def drop_removed(module: nn.Module) -> None:
-    """Takes every RemovedLinear without a bias off the list of submodules.
+    """Converts every RemovedLinear without a bias from a submodule to a plain attribute.
 
     Args:
-        module: a layer.
+        module: layer that contains them.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, RemovedLinear) and child.bias is None:
                 delattr(parent, name)
-                # As no submodule. transformers' initialisation is not to reach through the parent for its weight.
+                # The flag keeps transformers' initialisation of the parent from using the missing weight.
                 vars(parent).update({name: child, "_is_hf_initialized": True})

@@ -1,4 +1,4 @@
-"""Rewinding: a model gets its earlier weights back, such as the pre-trained ones, and keeps its ticket."""
+"""Rewinding: resets a model's weights to earlier values, such as the pre-trained ones, and keeps its ticket."""
 
 from collections.abc import Mapping
 
@@ -15,25 +15,25 @@ from ticketops.tickets import Ticket
 
 
 def rewind(model: AnyModel, weights: Mapping[str, Tensor]) -> AnyModel:
-    """Puts earlier weights back into a model, in place; on a GPU all of them in one launch.
+    """Copies earlier weights into a model, in place; on a GPU in one launch.
 
-    A ticket applied to a patched model stays applied, and a shrunk model takes of the whole model's weights the rows
-    and columns that it still has. Parameters stay the same objects, so an optimizer goes on with them; its state is
-    its own affair.
+    A ticket that is applied to a patched model stays applied. For a shrunk model, the rows and columns that it still
+    has are taken from the whole model's weights. Parameters stay the same objects, so optimizers can continue; their
+    state is not reset.
 
     Args:
-        model: stock, patched or shrunk, or what `patch` takes with one inside.
-        weights: tensors of the whole model's shapes by their names in the state_dict of what was given, of the model
-            inside, or of the bare model, of any floating dtype, best on the model's device; what is not named, such as
-            a task head, is left alone.
+        model: stock, patched or shrunk model, or an object that contains one and that `patch` accepts.
+        weights: name in the state_dict of `model`, of the model inside or of its bare model -> tensor of the whole
+            model's shape, of any floating dtype, preferably on the model's device. Other weights, such as a task head,
+            are not changed.
 
     Returns:
-        What was given, the model itself.
+        `model`.
 
     Raises:
-        InputError: a name that the model does not know, a tensor of another shape, or weights that are the model's own,
-            as those of a state_dict that was not copied.
-        UnsupportedError: a model that ticketops does not serve.
+        InputError: a name is unknown, a tensor has another shape, or the tensors are the model's own weights, as in a
+            state_dict that was not copied.
+        UnsupportedError: ticketops does not support the model.
 
     Source: arXiv 2105.12002, section 3: a ticket starts again from the pre-trained weights.
     """
@@ -54,7 +54,7 @@ def rewind(model: AnyModel, weights: Mapping[str, Tensor]) -> AnyModel:
         target = state.get(name)
         dim, kept = places.get(name, (0, None))
         if target is None and kept is not None:
-            # It went with its FFN.
+            # Removed with its FFN.
             continue
         shape = None if target is None else list(target.shape)
         if target is None or list(value.shape) != _whole(shape, dim, value, kept):
@@ -66,7 +66,7 @@ def rewind(model: AnyModel, weights: Mapping[str, Tensor]) -> AnyModel:
         value = value.detach().to(target.device, target.dtype)
         if kept is None and not value.ndim:
             value, target = value[None], target[None]
-        # What is not cut is one slice, the whole.
+        # A parameter that was not cut is copied as one slice.
         groups = 1 if kept is None else value.shape[dim]
         key = id(kept), target.device
         if key not in indices:
@@ -85,7 +85,7 @@ def rewind(model: AnyModel, weights: Mapping[str, Tensor]) -> AnyModel:
 
 
 def _whole(shape: list[int] | None, dim: int, value: Tensor, kept: Tensor | None) -> list[int] | None:
-    """The whole tensor's shape, of which the model has `shape`."""
+    """Returns the shape that a tensor of the whole model must have; `shape` is that of the model's parameter."""
     if shape is None or kept is None:
         return shape
     fits = dim < value.ndim and (not len(kept) or value.shape[dim] > int(kept.max()))

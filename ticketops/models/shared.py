@@ -1,4 +1,4 @@
-"""SharedModel: one encoder, and for each task a head and a ticket; switching tasks copies nothing."""
+"""SharedModel: one encoder for several tasks, each with its own head and ticket."""
 
 import os
 from collections.abc import Mapping
@@ -25,40 +25,41 @@ from ticketops.models.swapping import stock_class
 from ticketops.tickets import Ticket
 
 _HEAD, _TICKET = "head.safetensors", "ticket.safetensors"
-#: Version 2 has the checksums of all files, so that no task can be given another's head.
+#: Version 2 has the checksums of all files, so that swapped heads are detected.
 _FORMAT, _VERSION = "ticketops.shared", 2
 _REMEDY = "save it again, or run the search or share that made it again with --save-models"
 _WHOLE = Frozen(0, 1, Indices([0]))
 
 
 class SharedModel(nn.Module):
-    """Several tasks on one encoder: a batch of a task runs, and trains, that task's ticket and head alone.
+    """Several tasks on one encoder. A batch of a task runs and trains only that task's ticket and head.
 
-    The forward pass applies the task's ticket, which is a look-up; the optimizer step that follows its backward pass
-    moves what the ticket keeps, and of the other prunable structures nothing: no gradient, momentum or weight decay
-    reaches them, nor their moment estimates. So a structure that two tasks keep gets the updates of both. The other
-    tasks' heads rest too; embeddings, LayerNorms and a pooler belong to every task. Each optimizer step must be of one
-    task; with gradients that start at None or zero, clipping then measures that task's gradient alone.
+    The forward pass applies the task's ticket; switching copies nothing. The following optimizer step changes only the
+    structures that the ticket keeps: gradients, momentum and weight decay reach neither the other prunable structures
+        nor
+    their moment estimates. So a structure that two tickets keep gets the updates of both tasks. The heads of other
+    tasks are frozen as well; embeddings, LayerNorms and the pooler belong to all tasks. Each optimizer step must be of
+    one task. If gradients are None or zero before the backward pass, clipping measures only that task's gradient.
 
     Args:
-        models: task -> transformers model of one architecture with the task's head. The first one's encoder, which is
-            patched, becomes that of all, in place.
-        tickets: task -> what to keep for it; None, or a task that is left out, keeps everything.
+        models: task -> transformers model with the task's head; all of one architecture. The encoder of the first model
+            is patched, and replaces those of the others, in place.
+        tickets: task -> its ticket; None or a missing task keeps everything.
 
     Attributes:
-        handle: of the patched encoder.
+        handle: PatchHandle of the encoder.
         tickets: task -> its ticket.
 
     Raises:
-        InputError: no task, a ticket without a task or of another shape, a model of another architecture.
-        UnsupportedError: a model that ticketops does not serve.
+        InputError: there is no task, a ticket has no task or another shape, or a model has another architecture.
+        UnsupportedError: ticketops does not support the model.
 
     Source: arXiv 2105.12002, section 4.
     """
 
-    # The loss is the mean over the batch's rows; the Trainer is not to normalise it anew.
+    # The loss is the mean over the batch's rows; tells the Trainer not to normalise it again.
     accepts_loss_kwargs = False
-    #: The file of a saved one that names the tasks and has all other files' checksums.
+    #: File in a saved folder with the names of the tasks and the checksums of all other files.
     NOTE = "shared.json"
 
     def __init__(
@@ -81,16 +82,16 @@ class SharedModel(nn.Module):
                     f"({_described(base)}), apart in {', '.join(apart[:3]) or 'its class'}: give models of one "
                     "architecture"
                 )
-        given = dict(tickets or {})
-        if unknown := [task for task in given if task not in models]:
+        by_task = dict(tickets or {})
+        if unknown := [task for task in by_task if task not in models]:
             raise InputError(f"a ticket for {unknown[0]!r}, and no such task: the tasks are {', '.join(models)}")
-        # Before anything is touched.
+        # Check all tickets before anything is changed.
         full = Ticket.full(base.config.num_hidden_layers, base.config.num_attention_heads)
-        self.tickets = {task: given.get(task) or full for task in models}
+        self.tickets = {task: by_task.get(task) or full for task in models}
         for task, ticket in self.tickets.items():
             _check(task, ticket, full, num_neurons(base.config))
         self.handle = PatchHandle(first)
-        # Each task has its own.
+        # A ticket in a loaded state_dict is not applied: each task has its own.
         self.handle.loads_tickets = False
         for model in others:
             setattr(model, prefix, base)
@@ -109,10 +110,10 @@ class SharedModel(nn.Module):
         """Applies a task's ticket to the encoder.
 
         Args:
-            task: its name.
+            task: name of the task.
 
         Returns:
-            The task's model: the shared encoder and its own head, until another task is selected.
+            The task's model: the shared encoder and the task's head. Valid until another task is selected.
 
         Raises:
             InputError: there is no such task.
@@ -123,21 +124,22 @@ class SharedModel(nn.Module):
         if task != self._selected:
             for other, parameters in self._heads.items():
                 for parameter in parameters:
-                    # Gradients of zero, as zero_grad(set_to_none=False) leaves them, would let momentum move it.
+                    # Freeze: with gradients of zero, as zero_grad(set_to_none=False) sets them, momentum would change
+                    # it.
                     unfreeze(parameter) if other == task else freeze(parameter, _WHOLE)
             self._selected = task
         model: Any = self._models[self._places[task]]
         return model
 
     def forward(self, task: str, **inputs: Any) -> Any:
-        """Runs one task on its ticket.
+        """Runs the model of one task with its ticket applied.
 
         Args:
-            task: its name.
-            inputs: of its model, all rows of this task.
+            task: name of the task.
+            inputs: keyword arguments of the task's model.
 
         Returns:
-            What its model returns.
+            The output of the task's model.
         """
         return self.select(task)(**inputs)
 
@@ -145,10 +147,10 @@ class SharedModel(nn.Module):
         """Makes a model of one task that shares nothing with this one.
 
         Args:
-            task: its name.
+            task: name of the task.
 
         Returns:
-            A stock model on the CPU in evaluation mode, whole: `ticketops.export` and `ticketops.shrink` cut it to
+            A whole stock model on the CPU, in evaluation mode. `ticketops.export` and `ticketops.shrink` cut it to
             `tickets[task]`.
 
         Raises:
@@ -156,16 +158,16 @@ class SharedModel(nn.Module):
         """
         model = self.select(task)
         twin = stock_class(model)._from_config(without_note(model.config), dtype=model.dtype)
-        # A plain dictionary does not tell of the ticket.
+        # As a plain dictionary, without the metadata about the ticket.
         twin.load_state_dict(dict(model.state_dict()))
         return twin.eval()
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
-        """Writes the first task's model whole, of the others their heads, and every ticket; all of it or nothing.
+        """Writes the first task's whole model, the heads of the others, and all tickets, atomically.
 
         Args:
-            folder: to be made; must not exist, or be empty.
-            tokenizer: saved along with the first task's model.
+            folder: folder to create; must not exist, or must be empty.
+            tokenizer: tokenizer to save with the first task's model.
 
         Returns:
             The folder.
@@ -175,7 +177,7 @@ class SharedModel(nn.Module):
         """
         folder = user_path(folder, "the folder to write")
         with new_folder(folder) as temporary:
-            # The tickets are in files of their own.
+            # The tickets are saved in separate files.
             self.handle.apply(None)
             for place, task in enumerate(self.tasks):
                 model: Any = self._models[place]
@@ -194,10 +196,10 @@ class SharedModel(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """Reads what `save` wrote; safetensors and JSON only, nothing is executed.
+        """Loads a folder written by `save`. Only safetensors and JSON are read; no code is executed.
 
         Args:
-            folder: the folder.
+            folder: folder of a shared model.
 
         Returns:
             The shared model with all its tickets, on the CPU, in evaluation mode.
@@ -210,7 +212,7 @@ class SharedModel(nn.Module):
             return cls._load(folder)
         except TicketopsError as error:
             raise type(error)(f"cannot load the shared model {folder}: {error}") from error
-        # As in `load`.
+        # As in ticketops.models.load, damage raises exceptions of many types.
         except Exception as error:
             reason = " ".join((str(error) or type(error).__name__).split())[:300]
             raise InputError(
@@ -219,10 +221,10 @@ class SharedModel(nn.Module):
 
     @classmethod
     def check(cls, folder: Path) -> None:
-        """Compares the files of what `save` wrote with their checksums.
+        """Verifies the checksums of a folder written by `save`.
 
         Args:
-            folder: one without shared.json, or with one of an earlier version, has nothing to compare.
+            folder: folder of a shared model. Without shared.json, or with one of version 1, there is nothing to verify.
 
         Raises:
             InputError: shared.json is damaged, or a file is missing or was changed.
@@ -262,7 +264,7 @@ class SharedModel(nn.Module):
         self.revert()
 
     def revert(self) -> None:
-        """Gives the encoder its stock classes back and lifts every restriction; the encoder stays shared."""
+        """Restores the encoder's stock classes and removes all tickets; the encoder stays shared."""
         self.handle.revert()
         for parameters in self._heads.values():
             for parameter in parameters:
@@ -289,7 +291,7 @@ def _check(task: str, ticket: Ticket, full: Ticket, neurons: int) -> None:
 
 
 def _head(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What of a model's state is not the encoder's."""
+    """Returns the part of a model's state_dict that is not the encoder's."""
     inside = f"{model.base_model_prefix}."
     return {key: value for key, value in model.state_dict().items() if not key.startswith(inside)}
 
@@ -300,7 +302,7 @@ def _head_parameters(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _with_head(base: Any, folder: Path) -> PreTrainedModel:
-    """A task's model around an encoder, checked against the head's file before anything of it is made."""
+    """Builds a task's model around an encoder. The head's file is checked before its memory is allocated."""
     kind, config = read_config(folder)
     sizes = [(each.num_hidden_layers, each.hidden_size) for each in (config, base.config)]
     if sizes[0] != sizes[1]:

@@ -1,4 +1,4 @@
-"""Physical removal of what a ticket prunes: rows, columns and whole sublayers go, and nothing else changes."""
+"""Physical removal of pruned structures: rows and columns of weights, and whole sublayers."""
 
 import copy
 import re
@@ -34,23 +34,24 @@ from ticketops.tickets import Ticket
 def shrink(model: AnyModel, ticket: Ticket, *, optimizer: Optimizer | None = None) -> AnyModel:
     """Removes pruned heads, FFNs and neurons from a model's weights, in place.
 
-    What is left keeps its numbers: tickets and importances of a shrunk model have the architecture's shape. The model
-    runs in stock transformers code; it can be patched, trained, saved and shrunk further, and `save_pretrained` folders
-    of it load with `AutoModel` wherever ticketops is imported. Parameters stay the same objects, with smaller data; the
-    biases of a removed FFN are gone. Of sublayers with nothing left no parameter or module of size 0 stays behind.
+    The remaining structures keep their indices: tickets and importances of a shrunk model have the architecture's
+        shape.
+    The model runs in stock transformers code. It can be patched, trained, saved and shrunk further; its
+    `save_pretrained` folders load with `AutoModel` if ticketops is imported. Parameters stay the same objects, with
+    smaller data. The biases of a removed FFN are removed, and no parameter or module of size 0 remains.
 
     Args:
-        model: stock or patched, or what `patch` takes with one inside; a ticket applied to a patched one stays applied
-            to what is left.
-        ticket: what to keep, of the architecture's shape; what is gone already is passed over.
-        optimizer: of this model; its state (moments) and gradients are cut along.
+        model: stock or patched model, or an object that contains one and that `patch` accepts. A ticket that is applied
+            to a patched model stays applied.
+        ticket: structures to keep, in the architecture's shape. Structures that are already removed are ignored.
+        optimizer: optimizer of the model; its state (moments) and the gradients are cut too.
 
     Returns:
-        What was given, the model itself.
+        `model`.
 
     Raises:
-        InputError: a ticket for another number of layers, heads or neurons.
-        UnsupportedError: a model that ticketops does not serve, or an optimizer whose state cannot be cut.
+        InputError: the ticket is for another number of layers, heads or neurons.
+        UnsupportedError: ticketops does not support the model, or the optimizer's state cannot be cut.
     """
     inner: PreTrainedModel = transformers_model(model)
     adapter, base = find_adapter(inner)
@@ -70,12 +71,12 @@ def shrink(model: AnyModel, ticket: Ticket, *, optimizer: Optimizer | None = Non
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
         for parameter in [parameter for parameter in optimizer.state if id(parameter) in gone]:
             del optimizer.state[parameter]
-    # Another model may have been made from the same configuration object.
+    # Copied, because other models may use the same configuration object.
     config = copy.deepcopy(base.config)
     write_record(config, left)
     noted = applied_ticket(config)
     if noted is not None and left & noted == left:
-        # A stock model that was saved with this ticket applied; now it is nothing but the ticket.
+        # The model was saved with this ticket applied. Now the ticket prunes nothing that it still has.
         delattr(config, APPLIED)
     replace_config(inner, base.config, config)
     if handle is not None:
@@ -86,11 +87,11 @@ def shrink(model: AnyModel, ticket: Ticket, *, optimizer: Optimizer | None = Non
 
 @torch.no_grad()
 def put_back(shrunk: PreTrainedModel, whole: PreTrainedModel) -> None:
-    """Copies the weights of a shrunk model to where they were cut from.
+    """Copies the weights of a shrunk model back into a whole model, in place.
 
     Args:
-        shrunk: what `shrink` makes of a model like `whole`.
-        whole: stock or patched; what the other one lacks keeps its weights here.
+        shrunk: shrunk model of the same architecture as `whole`.
+        whole: stock or patched model; structures that `shrunk` lacks keep their weights.
     """
     held, left = (held_ticket(model.base_model.config) for model in (whole, shrunk))
     places, small = cut_indices(whole, held, left), shrunk.state_dict()
@@ -103,17 +104,17 @@ def put_back(shrunk: PreTrainedModel, whole: PreTrainedModel) -> None:
 
 
 def narrow(encoder: nn.Module, config: Any) -> None:
-    """Gives a new encoder of full shape the shapes that its configuration records.
+    """Cuts a new encoder of full shape to the shapes in its configuration's record.
 
     Args:
-        encoder: just made by its stock class, on any device.
-        config: with a record.
+        encoder: new encoder of a stock class, on any device.
+        config: configuration with a record.
 
     Raises:
         InputError: the record is damaged.
     """
     adapter = next(adapter for adapter in ADAPTERS if isinstance(encoder, (adapter.base, *adapter.swaps)))
-    # from_pretrained makes models with the meta device as default, where masks would have no values.
+    # In from_pretrained the default device is "meta", on which masks would have no values.
     with torch.device("cpu"):
         left = held_ticket(config)
         full = Ticket.full(left.num_layers, left.num_heads)
@@ -125,25 +126,26 @@ def narrow(encoder: nn.Module, config: Any) -> None:
         if isinstance(child, RemovedLinear)
     ]
     for _, linear in removed:
-        # transformers' initialisation knows linear layers only.
+        # transformers initialises nn.Linear, not RemovedLinear.
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
-    # Files of earlier versions hold tensors of size 0 under these names, and transformers would warn of them.
+    # Files of earlier versions have tensors of size 0 under these names, about which transformers would warn.
     ignored = [rf"{re.escape(name)}\.(weight|bias)$" for name, _ in removed]
     setattr(encoder, _IGNORED, {*(getattr(encoder, _IGNORED, None) or ()), *ignored})
 
 
 def cut_indices(model: nn.Module, held: Ticket, left: Ticket) -> dict[str, tuple[int, Tensor]]:
-    """Tells where in a model's parameters the structures lie that a ticket leaves.
+    """Finds the slices of a model's parameters that remain when the model is shrunk.
 
     Args:
-        model: of transformers, or an object with one inside; with the structures of `held`, or of `left`.
-        held: what the model has, or had.
-        left: a part of it.
+        model: transformers model with the structures of `held`, or already shrunk to `left`; or an object that contains
+            one.
+        held: structures before shrinking.
+        left: structures after shrinking, a subset of `held`.
 
     Returns:
-        Parameter name -> (dimension, indices along it), for each parameter that shrinking would change; no indices for
-        one that would be gone.
+        Parameter name -> (dimension, indices along it) for each parameter that shrinking changes; the indices are empty
+        if the parameter is removed.
     """
     adapter, base = find_adapter(transformers_model(model))
     names = {id(child): f"{name}.{key}" for name, module in model.named_modules() for key, child in _children(module)}
@@ -156,10 +158,11 @@ Cut = tuple[nn.Linear, str, int, Tensor | None]
 
 
 def _cuts(adapter: Adapter, encoder: Any, config: Any, held: Ticket, left: Ticket) -> Iterator[Cut]:
-    """What to do to which parameter: (its linear, its name there, dimension, what to keep of it; None for nothing)."""
+    """Yields the parameters to cut: (linear layer, name of the parameter, dimension, indices to keep or None to
+    remove)."""
     dim, neurons, (around_attention, around_ffn) = head_dim(config), num_neurons(config), adapter.biases(config)
     masks = (held.head_mask, left.head_mask, kept_neurons(held, neurons), kept_neurons(left, neurons))
-    for layer, heads, left_heads, there, left_there in zip(getattr(encoder, adapter.stack), *masks, strict=True):
+    for layer, heads, left_heads, neurons_of, left_neurons in zip(getattr(encoder, adapter.stack), *masks, strict=True):
         parts: LayerParts = adapter.parts(layer)
         if not torch.equal(heads, left_heads):
             kept = left_heads[heads].repeat_interleave(dim).nonzero().flatten()
@@ -169,31 +172,31 @@ def _cuts(adapter: Adapter, encoder: Any, config: Any, held: Ticket, left: Ticke
                 if around_attention:
                     yield linear, "bias", 0, rows
             yield parts.output, "weight", 1, kept if len(kept) else None
-        if not torch.equal(there, left_there):
-            kept = left_there[there].nonzero().flatten()
-            rows = _repeated(kept, int(there.sum()), parts.repeats[1]) if len(kept) else None
+        if not torch.equal(neurons_of, left_neurons):
+            kept = left_neurons[neurons_of].nonzero().flatten()
+            rows = _repeated(kept, int(neurons_of.sum()), parts.repeats[1]) if len(kept) else None
             yield parts.fc1, "weight", 0, rows
             yield parts.fc2, "weight", 1, kept if len(kept) else None
             if around_ffn:
                 yield parts.fc1, "bias", 0, rows
-                # The bias of the output goes with the FFN.
+                # A removed FFN has no output bias either.
                 if rows is None:
                     yield parts.fc2, "bias", 0, None
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The submodules of a module by name, and what `shrink` left of some."""
+    """Yields (name, submodule), including each RemovedLinear, which is a plain attribute."""
     yield from module.named_children()
     yield from ((name, value) for name, value in vars(module).items() if isinstance(value, RemovedLinear))
 
 
 def _repeated(kept: Tensor, structures: int, times: int) -> Tensor:
-    """Indices among structures that come several times, one set behind the other."""
+    """Repeats the indices for a matrix that consists of several blocks of `structures` rows."""
     return kept if times == 1 else torch.cat([kept + turn * structures for turn in range(times)])
 
 
 def _states(optimizer: Optimizer, cuts: list[Cut]) -> dict[int, dict[str, Any]]:
-    """The optimizer's state of each parameter that will be cut, checked before anything is touched."""
+    """Returns the optimizer's state of each parameter to cut by the parameter's id. Raises if a state cannot be cut."""
     states = {}
     for linear, name, _, kept in cuts:
         parameter = getattr(linear, name)
@@ -210,9 +213,9 @@ def _states(optimizer: Optimizer, cuts: list[Cut]) -> dict[int, dict[str, Any]]:
 
 @torch.no_grad()
 def _cut(adapter: Adapter, encoder: Any, cuts: list[Cut], left: Ticket, states: dict[int, dict[str, Any]]) -> set[int]:
-    """Cuts parameters, gradients and states; returns the ids of parameters that are gone."""
+    """Cuts parameters, gradients and optimizer states. Returns the ids of removed parameters."""
     gone = set()
-    # What to copy out of which tensor, and where to put it: all copies of a model are made together.
+    # Slices to copy, and for each a function that stores the copy: all copies of a model are made in one call.
     slices: list[Slices] = []
     places: list[Callable[[Tensor], object]] = []
     indices: dict[tuple[int, torch.device], Tensor] = {}
@@ -255,8 +258,8 @@ def _cut(adapter: Adapter, encoder: Any, cuts: list[Cut], left: Ticket, states: 
 
 
 def _attend_without_heads(layer: nn.Module) -> None:
-    """Has a layer without heads compute no attention: fused functions divide by their number, and quantizers stumble
-    over products of size 0."""
+    """Replaces the attention function of a layer without heads. Fused functions divide by the number of heads, and
+    quantizers fail on products of size 0."""
     for module in layer.modules():
         config: Any = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig):
@@ -268,7 +271,8 @@ def _attend_without_heads(layer: nn.Module) -> None:
 def _attention_of_no_heads(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """An attention function of transformers, for [B, 0, S, D]: contexts [B, S, 0, D] and weights [B, 0, S, S]."""
+    """Attention function in transformers' interface for [B, 0, S, D]; returns contexts [B, S, 0, D] and weights
+    [B, 0, S, S]."""
     return query.transpose(1, 2), query.new_empty(*query.shape[:3], key.shape[2])
 
 

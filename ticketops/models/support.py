@@ -1,4 +1,4 @@
-"""Whether and how ticketops serves a model, known from its configuration alone: no weight is loaded or allocated."""
+"""Description of how ticketops supports a model, from its configuration alone: no weights are loaded or allocated."""
 
 from typing import Any
 
@@ -15,20 +15,20 @@ from ticketops.ops import backends
 
 
 def describe(config: PretrainedConfig) -> dict[str, Any]:
-    """Says how ticketops would serve a model.
+    """Describes how ticketops would run a model.
 
     Args:
-        config: the model's.
+        config: configuration of the model.
 
     Returns:
-        JSON values: `architecture`, `model_type`, `adapter` (the bare model's class that it is for), `layers`, `heads`,
+        JSON values: `architecture`, `model_type`, `adapter` (its bare model's class), `layers`, `heads`,
         `neurons` (the FFNs' width), `hidden_size`, `head_size`, `activation`, `dtype`, `heads_left`, `ffns_left`,
-        `neurons_left`, and `backends`: for each op, device at hand and dtype that the model would meet, the backend
-        and why.
+        `neurons_left`, and `backends`: for each op, available device and dtype of the model, the backend and the
+        reason for it.
 
     Raises:
-        UnsupportedError: names why ticketops does not serve it.
-        InputError: no model can be made of the configuration.
+        UnsupportedError: ticketops does not support the model; gives the reason.
+        InputError: no model can be built from the configuration.
     """
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
@@ -68,7 +68,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights: the class that the configuration names, else the bare model."""
+    """Builds the model on the meta device: the class that the configuration names, otherwise the bare model."""
     layers = getattr(config, "num_hidden_layers", 1)
     if not isinstance(layers, int) or layers > MAX_LAYERS:
         raise InputError(f"its config.json claims {layers} layers: ticketops serves 1 to {MAX_LAYERS}")
@@ -81,7 +81,7 @@ def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
             model: PreTrainedModel = make(config)
     except (InputError, UnsupportedError):
         raise
-    # What does not fit together surfaces as whatever the architecture's own code raises.
+    # An inconsistent configuration raises any exception of the architecture's code.
     except Exception as error:
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise InputError(f"no {config.model_type} model can be made of its config.json ({reason})") from error

@@ -1,4 +1,4 @@
-"""Classes that stand in for stock ones: a patched module has another class and goes by its stock class's name."""
+"""Subclasses of stock classes for patched modules, which keep the stock class's name."""
 
 import functools
 import sys
@@ -8,9 +8,10 @@ from torch import nn
 
 
 class Swapped:
-    """What all stand-ins have in common: they look like their stock classes to whoever asks for a name.
+    """Base of all these subclasses.
 
-    transformers, accelerate and FSDP find classes by name, to save a configuration, to capture outputs, to wrap layers.
+    They have the names of their stock classes, because transformers, accelerate and FSDP find classes by name when they
+    save a configuration, capture outputs or wrap layers.
     """
 
     _ticketops_mixin: type
@@ -19,16 +20,16 @@ class Swapped:
 
     @classmethod
     def is_altered(cls) -> bool:
-        """True if somebody has replaced the stock class's forward since it was swapped first."""
+        """Returns True if the stock class's forward was replaced after the subclass was made."""
         return cls._ticketops_stock.forward is not cls._ticketops_stock_forward
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Somebody makes another model of a patched model's class. It is not patched.
+        # A new instance, e.g. type(patched_model)(config), is not patched.
         self.__class__ = self._ticketops_stock  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy or a pickle finds the class by its two parts, since its name leads to the stock class.
+        # Copies and pickles refer to the class by mixin and stock class, because its name is the stock class's.
         parts: Any = super().__reduce_ex__(protocol)
         _, _, *state = parts
         return _new, (self._ticketops_mixin, self._ticketops_stock), *state
@@ -45,11 +46,12 @@ def stand_in(mixin: Any, stock: Any) -> type[nn.Module]:
     """Makes the class that replaces a stock one.
 
     Args:
-        mixin: what it does differently; its methods call `super()` for what the stock class does.
-        stock: a class of transformers or torch.
+        mixin: class with the changed methods, which call `super()` for the stock behaviour.
+        stock: class of transformers or torch.
 
     Returns:
-        A subclass of both under the stock class's name. Its forward has the stock signature, which transformers reads.
+        A subclass of both with the stock class's name. Its forward has the stock signature, which transformers
+        inspects.
     """
     namespace: dict[str, Any] = {
         "__doc__": mixin.__doc__,
@@ -70,20 +72,20 @@ def stand_in(mixin: Any, stock: Any) -> type[nn.Module]:
 
 
 def stock_class(module: nn.Module) -> type[Any]:
-    """The class that a module had before it was patched; its class where it is not.
+    """Returns the stock class of a patched module; the class of any other module.
 
     Args:
-        module: of any class.
+        module: patched or stock module.
     """
     kind = type(module)
     return kind._ticketops_stock if issubclass(kind, Swapped) else kind
 
 
 def unsharded_class(kind: type) -> type:
-    """The class that a module had before FSDP's fully_shard put a class of its own over it.
+    """Returns the class that a module had before FSDP's fully_shard replaced it with a subclass.
 
     Args:
-        kind: of any module.
+        kind: class of a module.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not issubclass(kind, fsdp.FSDPModule):
