@@ -13,7 +13,13 @@ from bounds import roundings
 from datasets import Dataset
 from ops.cases import need
 from safetensors.torch import load_file
-from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, BertTokenizerFast
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+    modeling_flash_attention_utils,
+)
 
 import ticketops
 from models.conftest import HEADS, LAYERS, tiny_config
@@ -121,6 +127,30 @@ def test_a_cross_encoder_computes_nothing_but_first_tokens_in_the_last_layer(fol
     said = calls(find_handle(copied[0].model))
     results(copied)
     assert [call.first_tokens for call in said] == [LAYERS - 1]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(SentenceTransformer, "bare"), (SparseEncoder, "terms")])
+def test_inputs_that_the_library_packs_are_served_with_a_ticket_too(kind, name, folder, monkeypatch):
+    model = kind(str(folder / name), device="cpu")
+    handle = ticketops.patch(model).apply(TICKET)
+    want, columns = results(model), ("anchor", "positive")
+    # SpladePooling writes over what a backward pass reads, in evaluation and of packed inputs.
+    trains = kind is SentenceTransformer
+    with handle.record_importance() as padded:
+        if trains:
+            losses.MultipleNegativesRankingLoss(model)(tokenized(model, columns), None).backward()
+    # The library packs where flash attention could be imported, which a patched model does not call.
+    flash = (None, object()), None
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda _: flash)
+    model[0].model.config._attn_implementation = "flash_attention_2"
+    model[0].unpad_inputs = True
+    assert "cu_seq_lens_q" in model.preprocess(TEXTS)
+    torch.testing.assert_close(results(model), want, **roundings(1000, 100))
+    if not trains:
+        return
+    with handle.record_importance() as packed:
+        losses.MultipleNegativesRankingLoss(model)(tokenized(model, columns), None).backward()
+    torch.testing.assert_close(packed.head, padded.head, rtol=1e-3, atol=1e-5 * padded.head.max().item())
 
 
 LOADER = """
