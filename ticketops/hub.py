@@ -1,4 +1,4 @@
-"""From a name on the Hugging Face hub to files in its local cache: all of what is needed, or one line that says why."""
+"""Download of models from the Hugging Face hub to its local cache, and one-line explanations of failures."""
 
 import contextlib
 import re
@@ -18,14 +18,14 @@ from huggingface_hub.errors import (
 from ticketops.errors import InputError
 from ticketops.files import MAX_INDEX_BYTES, read_json, sha256
 
-# The hub's own client waits and tries again for minutes where packets vanish. One short request tells as much: without
-# an answer the cache alone is used.
+# If packets are lost, the hub's client retries for minutes. So one request with a short timeout comes first; if it
+# fails, only the cache is used.
 _CONTACT_SECONDS = 5.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# What from_pretrained reads of a repository besides its weights; never its code.
+# Suffixes of the files, other than weights, that from_pretrained reads. Code is not among them.
 _CONFIGURATION = {".json", ".txt", ".model", ".jinja", ".codes", ".bpe", ".spm", ".vocab", ".tokenizer"}
-# In the order of preference; shards come with an index.
+# Names of weight files, in order of preference: a single file, or shards with an index.
 _WEIGHTS = (
     ("model.safetensors", re.compile(r"model-\d{5}-of-\d{5}\.safetensors")),
     ("pytorch_model.bin", re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin")),
@@ -33,25 +33,27 @@ _WEIGHTS = (
 
 
 class HubError(InputError):
-    """A repository that the hub does not give, or that is neither reached nor cached; the message is the reason."""
+    """A repository that does not exist, is not accessible, or is neither reachable nor cached. The message is the
+    reason."""
 
 
 def fetch_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
-    """Brings a model of the hub into the local cache, where it is not there already.
+    """Downloads a model from the hub to the local cache, if it is not cached yet.
 
-    Where the hub gives no answer, or refuses, a cached copy that is whole serves.
+    If the hub does not answer or denies access, a complete cached copy is used.
 
     Args:
-        name: the repository, such as "google-bert/bert-base-uncased".
-        revision: a branch, tag or commit; by default the main branch.
-        weights: fetch tokenizer and weights too, not the configuration alone.
+        name: name of the repository, e.g. "google-bert/bert-base-uncased".
+        revision: branch, tag or commit; by default the main branch.
+        weights: True fetches tokenizer and weights too; False the configuration only.
 
     Returns:
-        The folder of the cached snapshot; it holds code of the repository only if somebody else has put it there.
+        The folder of the cached snapshot. Code of the repository is never downloaded, but another program may have put
+        it there.
 
     Raises:
-        HubError: there is no such repository or revision, it is closed to this account, its files are not those of a
-            model, or the hub cannot be reached and the cache does not hold all of it.
+        HubError: there is no such repository or revision, this account has no access to it, it has no model, or the hub
+            cannot be reached and the cached copy is incomplete.
     """
     check_name(name)
     cached = _cached(name, revision)
@@ -65,7 +67,7 @@ def fetch_model(name: str, revision: str | None = None, weights: bool = True) ->
         raise HubError(explain(error, name, revision=revision)) from error
     except HubError:
         raise
-    # Besides the hub's own errors there are those of its HTTP client, which has changed, and the disk's.
+    # Errors of the hub, of its HTTP client (which library depends on the version), or of the disk.
     except Exception as error:
         if cached is not None and not (gaps := missing_files(cached, weights)):
             return cached
@@ -76,30 +78,30 @@ def fetch_model(name: str, revision: str | None = None, weights: bool = True) ->
 
 
 def contact(name: str, kind: Literal["model", "dataset"], revision: str | None = None) -> Any:
-    """Asks the hub about a repository, once and for a few seconds.
+    """Requests information about a repository from the hub, once, with a timeout of a few seconds.
 
     Args:
-        name: the repository.
-        kind: what it holds.
-        revision: a branch, tag or commit; by default the main branch.
+        name: name of the repository.
+        kind: type of the repository.
+        revision: branch, tag or commit; by default the main branch.
 
     Returns:
-        What huggingface_hub knows about it.
+        The repository information of huggingface_hub.
 
     Raises:
-        Exception: of huggingface_hub, or of the HTTP client below it; `explain` puts it into words.
+        Exception: any exception of huggingface_hub or its HTTP client; `explain` converts it to a message.
     """
     return huggingface_hub.HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_CONTACT_SECONDS)
 
 
 def check_name(name: str) -> None:
-    """Makes sure that a text can be the name of a repository.
+    """Checks that a text is a valid name of a repository.
 
     Args:
-        name: the repository.
+        name: name to check.
 
     Raises:
-        HubError: it cannot.
+        HubError: the name is not valid.
     """
     try:
         huggingface_hub.utils.validate_repo_id(name)
@@ -110,13 +112,13 @@ def check_name(name: str) -> None:
 def explain(
     error: BaseException, name: str, kind: Literal["model", "dataset"] = "model", revision: str | None = None
 ) -> str:
-    """Puts into words why the hub did not give a repository, and what to do.
+    """Explains why a repository could not be downloaded.
 
     Args:
-        error: what was raised; the errors that it came from are looked at too.
-        name: the repository.
-        kind: what it holds.
-        revision: the one that was asked for.
+        error: the exception; its causes are examined too.
+        name: name of the repository.
+        kind: type of the repository.
+        revision: requested revision.
 
     Returns:
         The reason and the remedy.
@@ -152,7 +154,7 @@ def explain(
     words = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:200]
     if "onsistency check" in words or "peer closed" in words:
         return f"its download broke off ({words}): run the same command again"
-    # The hub's HTTP client has been another library before, and its errors are no built-in ones.
+    # Earlier versions of the hub's client used another HTTP library. The current one's errors are not built-in ones.
     if has(ConnectionError, TimeoutError) or any("httpx" in type(link).__module__ for link in chain):
         return f"the Hugging Face hub ({endpoint}) cannot be reached ({words}): check the connection"
     return f"it cannot be downloaded ({words}): check {page} and the cache in {huggingface_hub.constants.HF_HOME}"
@@ -163,11 +165,11 @@ def _cause(error: BaseException) -> BaseException | None:
 
 
 def missing_files(folder: Path, weights: bool) -> str:
-    """Names what a cached model lacks; empty where it is whole.
+    """Describes the missing or damaged files of a cached model; empty if it is complete.
 
     Args:
-        folder: the snapshot.
-        weights: whether tokenizer and weights are wanted, not the configuration alone.
+        folder: folder of the snapshot.
+        weights: True if tokenizer and weights are required; False if only the configuration is.
     """
     names = {path.name for path in folder.iterdir() if path.is_file()}
     if "config.json" not in names:
@@ -177,7 +179,7 @@ def missing_files(folder: Path, weights: bool) -> str:
     for single, _ in _WEIGHTS:
         index = f"{single}.index.json"
         if single in names or (index in names and _shards(folder / index) <= names):
-            # A bit that has changed since the download would change every result.
+            # Verify checksums: a damaged weight would change every result.
             damaged = next((path.name for path in sorted(folder.iterdir()) if _is_damaged(path)), None)
             return f"{damaged} as it was downloaded" if damaged else ""
     return "its weights"
@@ -197,7 +199,7 @@ def _shards(index: Path) -> set[str]:
 def _cached(name: str, revision: str | None) -> Path | None:
     try:
         found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-    # The cache's own files may be damaged or closed too.
+    # The cache's own files may be damaged or unreadable.
     except (OSError, ValueError):
         return None
     return Path(found).parent if isinstance(found, str) else None
@@ -212,7 +214,8 @@ def _download(name: str, revision: str | None, info: Any, weights: bool) -> Path
         found = huggingface_hub.hf_hub_download(name, file, revision=revision, etag_timeout=_CONTACT_SECONDS)
         return Path(found)
 
-    # By the revision's name, under which the cache finds the commit again without the hub; all else by the commit.
+    # Fetched by the revision's name, so that the cache can resolve the name offline. The other files are fetched by
+    # commit.
     folder = fetch("config.json", revision).parent
     if not weights:
         return folder
@@ -229,10 +232,10 @@ def _download(name: str, revision: str | None, info: Any, weights: bool) -> Path
         raise HubError(
             "its repository has no weights that are read here (model.safetensors or pytorch_model.bin): give another"
         )
-    # The weights come last, so that a snapshot that has them has all the rest.
+    # The weights come last, so that a snapshot with weights is complete.
     for file in [file for file in listed if Path(file).suffix in _CONFIGURATION] + large:
         known = isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=info.sha), str)
-        # What was downloaded earlier may have been damaged since, and is fetched anew.
+        # A file from an earlier download may be damaged; it is then downloaded again.
         for _ in range(1 + known):
             path = fetch(file, info.sha)
             if damaged := _is_damaged(path):

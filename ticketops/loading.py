@@ -1,9 +1,9 @@
-"""Lets transformers' own `from_pretrained` make shrunk models, without importing transformers.
+"""Makes transformers' `from_pretrained` load shrunk models, without importing transformers.
 
-Here one method of a few classes learns about the record in a configuration. transformers' register_patch_mapping, the
-other way, is not used: it holds for every model that is made afterwards, takes names for regular expressions (so
-"BertEncoder" would stand for MobileBertEncoder and for bert_generation's BertEncoder too), gives models other classes
-than the stock ones, and its per-layer sizes would have to repeat what the record says.
+The constructors of a few classes are wrapped, so that they apply the record in a configuration. transformers'
+register_patch_mapping is not used, because it affects every model that is made afterwards, interprets names as regular
+expressions ("BertEncoder" would also match MobileBertEncoder and bert_generation's BertEncoder), replaces stock
+classes, and needs per-layer sizes that would duplicate the record.
 """
 
 import functools
@@ -17,12 +17,12 @@ from typing import Any
 
 from ticketops.architectures import ARCHITECTURES
 
-#: Modeling module -> the names of its class that holds the list of layers, and of its bare model.
+#: Modeling module -> names of its class with the list of layers, and of its bare model.
 _CLASSES = {each.module: (each.stack, f"{each.prefix}Model") for each in ARCHITECTURES}
 
 
 class _Finder(MetaPathFinder):
-    """Waits for transformers to import one of the modules."""
+    """Import hook that wraps the classes when transformers imports one of the modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -31,23 +31,23 @@ class _Finder(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            _teach_after_import(spec.loader)
+            _wrap_after_import(spec.loader)
         return spec
 
 
-def _teach_after_import(loader: Loader) -> None:
+def _wrap_after_import(loader: Loader) -> None:
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         execute(module)
-        _teach(module)
+        _wrap_classes(module)
 
     loader.exec_module = exec_module  # type: ignore[method-assign]
 
 
-def _teach(module: ModuleType) -> None:
-    """Has the module's encoder take the shapes that a configuration records, and its stock models tell of a ticket that
-    was applied to what they load."""
+def _wrap_classes(module: ModuleType) -> None:
+    """Wraps the module's encoder, so that it is built with the shapes in its configuration's record, and its bare
+    model, so that a stock model warns if it loads weights to which a ticket was applied."""
     encoder, base = (getattr(module, name) for name in _CLASSES[module.__name__])
     make = encoder.__init__
     if hasattr(make, "__wrapped__"):
@@ -56,7 +56,7 @@ def _teach(module: ModuleType) -> None:
     @functools.wraps(make)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         make(self, config, *args, **kwargs)
-        # The second is what transformers 4.x wrote after prune_heads, and transformers 5 ignores.
+        # transformers 4.x wrote `pruned_heads`; transformers 5 ignores it.
         if getattr(config, "ticketops", None) is not None or getattr(config, "pruned_heads", None):
             from ticketops.models.shrink import narrow
 
@@ -74,7 +74,7 @@ def _teach(module: ModuleType) -> None:
     @functools.wraps(load)
     def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, metadata: Any, *args: Any) -> None:
         load(self, state_dict, prefix, metadata, *args)
-        # A patched model sees to it itself.
+        # A patched model handles the metadata itself.
         if "ticketops_applied" in metadata and not hasattr(self, "_ticketops"):
             warnings.warn(
                 "these weights were saved with a ticket applied, which a stock model does not take: call "
@@ -86,9 +86,9 @@ def _teach(module: ModuleType) -> None:
 
 
 def install() -> None:
-    """Lets transformers load shrunk models, imported or not; called by `import ticketops`."""
+    """Makes transformers load shrunk models, whether it is already imported or not. `import ticketops` calls it."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name in _CLASSES:
         if name in sys.modules:
-            _teach(sys.modules[name])
+            _wrap_classes(sys.modules[name])

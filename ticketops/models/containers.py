@@ -1,4 +1,4 @@
-"""Where the transformers model is inside an object of sentence-transformers."""
+"""Look-up of the transformers model inside an object of sentence-transformers."""
 
 import sys
 from collections.abc import Iterator
@@ -15,24 +15,24 @@ AnyModel = TypeVar("AnyModel")
 
 
 def is_container(model: Any) -> bool:
-    """True for a SentenceTransformer, CrossEncoder, SparseEncoder or MultiVectorEncoder.
+    """Returns True for a SentenceTransformer, CrossEncoder, SparseEncoder or MultiVectorEncoder.
 
     Args:
-        model: of any class.
+        model: object of any class.
     """
-    # Whoever has such an object has imported the library.
+    # If such an object exists, the library is imported.
     library = sys.modules.get("sentence_transformers.base.model")
     return library is not None and isinstance(model, library.BaseModel)
 
 
 def transformers_model(model: Any) -> Any:
-    """The one transformers model inside an object of sentence-transformers.
+    """Returns the transformers model inside an object of sentence-transformers.
 
     Args:
-        model: such an object. Anything else is returned as it is.
+        model: object of sentence-transformers. Any other object is returned itself.
 
     Raises:
-        UnsupportedError: there is none inside, or several.
+        UnsupportedError: it contains no transformers model, or several.
     """
     if not is_container(model):
         return model
@@ -52,11 +52,11 @@ def transformers_model(model: Any) -> Any:
 
 
 def callers(model: Any) -> list[nn.Module]:
-    """The modules of an object of sentence-transformers that call the forward method of the model inside, past its
-    hooks.
+    """Returns the modules of an object of sentence-transformers that call the inner model's forward method directly, so
+    that its hooks do not run.
 
     Args:
-        model: such an object. Anything else has none.
+        model: object of sentence-transformers. For any other object the list is empty.
     """
     if not is_container(model):
         return []
@@ -65,17 +65,17 @@ def callers(model: Any) -> list[nn.Module]:
 
 
 def separate_columns() -> AbstractContextManager[None]:
-    """Has the losses of sentence-transformers embed each column of a batch in a forward pass of its own.
+    """Returns a context in which the losses of sentence-transformers embed each column of a batch in a separate forward
+    pass.
 
-    They would put columns behind each other in one pass, for speed alone, in which nobody could tell whose example a
-    row is.
+    By default they concatenate the columns to one pass, for speed; then the example of a row is not known.
     """
     library = sys.modules.get("sentence_transformers.base.losses.merged_forward")
     return getattr(library, "column_merging_disabled", nullcontext)()
 
 
 def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """The transformers models inside a module, without those inside another one of them."""
+    """Yields the transformers models inside a module, except those inside another one."""
     if isinstance(module, PreTrainedModel):
         yield module
         return

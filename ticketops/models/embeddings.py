@@ -81,17 +81,17 @@ def counts_no_tokens(module: nn.Module) -> bool:
 
 
 def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tensor | None = None) -> Tensor | None:
-    """Embeds words, their positions and token types, with LayerNorm and dropout behind them, by one op.
+    """Computes the embeddings of words, positions and token types, LayerNorm and dropout in one op.
 
     Args:
-        module: has them as `word_embeddings`, `position_embeddings`, `LayerNorm`, `dropout` and, if there are token
+        module: module with `word_embeddings`, `position_embeddings`, `LayerNorm`, `dropout` and, if there are token
             types, `token_type_embeddings`.
-        ids: of words.
-        positions: of each word, of the same shape, as packed batches come.
-        types: likewise; None for the first type.
+        ids: int64 [..], ids of the words.
+        positions: int64 [..], position of each word.
+        types: int64 [..], token type of each word; None for the default types.
 
     Returns:
-        [.., C]; None where the module's own modules must do it: they are not plain, or somebody looks on.
+        [.., C]; None if the op does not support the modules, or a hook or transform must see them.
     """
     words, places, kinds = module.word_embeddings, module.position_embeddings, None
     norm, drop = module.LayerNorm, module.dropout

@@ -17,15 +17,15 @@ from ticketops.text import count, fenced, markdown
 
 
 def missing(store: Store, records: Sequence[Record], searches: Sequence[Store] = ()) -> list[str]:
-    """Says which trials are not finished or failed, and whether finished ones ran under different circumstances.
+    """Lists unfinished and failed trials, and differences between the environments of finished ones.
 
     Args:
-        store: of the run.
-        records: of the finished ones.
-        searches: inside the run.
+        store: store of the run.
+        records: records of its finished trials.
+        searches: stores of the searches inside the run.
 
     Returns:
-        Lines of Markdown; none where there is nothing to say.
+        Lines of Markdown; empty if all trials are finished, in one environment.
     """
     failures = {failure["id"]: failure["error"] for failure in store.failures()}
     done = {record["id"] for record in records}
@@ -50,13 +50,13 @@ def _some(names: Sequence[str]) -> str:
 
 
 def mixed(records: Sequence[Record]) -> list[str]:
-    """Says in which circumstances the trials of a run differ that change results in their last digits, or more.
+    """Lists differences between the trials' environments (machines, versions) that can change results.
 
     Args:
-        records: of the run.
+        records: records of the run.
 
     Returns:
-        A sentence for each such circumstance.
+        A sentence for each difference.
     """
     found: dict[str, Counter[str]] = {}
     for environment in (record["environment"] for record in records if "environment" in record):
@@ -76,7 +76,7 @@ def mixed(records: Sequence[Record]) -> list[str]:
 
 
 def reproduction(store: Store, records: Sequence[Record]) -> list[str]:
-    """The section on how to reproduce the run: command, configuration, versions, machine and hashes of the inputs.
+    """Returns the section on reproduction: command, configuration, versions, machine and hashes of the inputs.
 
     Args:
         store: of the run.
@@ -108,7 +108,7 @@ def reproduction(store: Store, records: Sequence[Record]) -> list[str]:
 
 
 def shown(comparison: Comparison, family: str) -> str:
-    """A difference with its interval: "+1.2 ± 0.4 points over 5 seeds (95 % interval +0.3 to +2.1, ...)".
+    """Formats a difference with its interval: "+1.2 ± 0.4 points over 5 seeds (95 % interval +0.3 to +2.1, ...)".
 
     Args:
         comparison: of scores.
@@ -126,27 +126,27 @@ def shown(comparison: Comparison, family: str) -> str:
 
 
 def scored_rows(rows: Mapping[str, int]) -> str:
-    """Says how many rows the scores are of, and what one of them is worth.
+    """Returns a sentence with the number of scored rows.
 
     Args:
-        rows: name of a task or split, as text -> rows scored; 0 where the records are of a version that did not say.
+        rows: name of a task or split -> number of scored rows; 0 if the records do not contain it.
     """
     known = [f"{count(number, 'row')} of {name}" for name, number in rows.items() if number]
     return f"Scored on {', '.join(known)}." if known else "How many rows were scored is not in the records."
 
 
 def warning_of_a_constant(what: str, metric: str, scores: Collection[float], constant: float, rows: int) -> list[str]:
-    """Warns of a model that is not shown to be better than one constant answer.
+    """Returns a warning if a model is not shown to be better than a constant answer.
 
     Args:
-        what: the model, as the subject of a sentence.
-        metric: of its scores.
-        scores: one a seed.
-        constant: what one constant answer scores.
-        rows: that were scored; 0 where that is not known.
+        what: name of the model, the subject of the sentence.
+        metric: name of the metric.
+        scores: score of each seed.
+        constant: score of a constant answer.
+        rows: number of scored rows; 0 if unknown.
 
     Returns:
-        A sentence, or none.
+        One sentence, or an empty list.
     """
     if not scores or not is_like_a_constant(scores, constant, rows):
         return []
@@ -158,7 +158,7 @@ def warning_of_a_constant(what: str, metric: str, scores: Collection[float], con
 
 
 def quoted(warnings: Iterable[str]) -> list[str]:
-    """Warnings as lines of Markdown.
+    """Formats warnings as lines of Markdown.
 
     Args:
         warnings: text.
@@ -167,7 +167,7 @@ def quoted(warnings: Iterable[str]) -> list[str]:
 
 
 def listed(values: dict[str, Any]) -> str:
-    """Names and values in one line.
+    """Joins names and values to one line.
 
     Args:
         values: by name; None is left out.
@@ -184,7 +184,7 @@ def figure(path: Path, draw: Any, *arguments: Any) -> None:
         arguments: its others.
     """
     image = io.BytesIO()
-    # A name may hold dollar signs, which would be mathematics.
+    # Names may contain dollar signs, which matplotlib would parse as mathematics.
     with matplotlib.rc_context({"text.parse_math": False}):
         draw(*arguments, image)
     write_atomically(path, image.getvalue())

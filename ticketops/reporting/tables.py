@@ -1,4 +1,4 @@
-"""Records as tables: one row a trial for programs, one row a level for readers."""
+"""Tables of records: CSV with one row per trial, Markdown with one row per level."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def results_csv(records: Iterable[Mapping[str, Any]]) -> str:
-    """Lays out records as CSV, one row a trial.
+    """Formats records as CSV, one row per trial.
 
     Args:
         records: of one search.
@@ -53,14 +53,14 @@ def results_csv(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows of cells as the text of a CSV file, header first."""
+    """Formats rows of cells as CSV, header first."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([cell(value) for value in row] for row in rows)
     return text.getvalue()
 
 
 def points(spread: Spread, sign: bool = False) -> str:
-    """A mean, and its deviation where there are several seeds, times 100: `83.8 ± 0.4`."""
+    """Formats a mean and, with several seeds, its standard deviation, times 100: `83.8 ± 0.4`."""
     if not spread.count:
         return "–"
     mean = f"{100 * spread.mean:{'+' if sign else ''}.1f}"
@@ -68,7 +68,7 @@ def points(spread: Spread, sign: bool = False) -> str:
 
 
 def level_rows(selection: Selection) -> list[list[str]]:
-    """One row a level, header first: what it prunes, what remains, its scores over seeds.
+    """Returns one row per level, header first: structures pruned, weights remaining, scores over seeds.
 
     Args:
         selection: the levels of a search.
@@ -91,14 +91,14 @@ def level_rows(selection: Selection) -> list[list[str]]:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """A Markdown table of rows of cells, header first, numbers to the right."""
+    """Formats rows of cells as a Markdown table, header first, numbers aligned right."""
     head, *body = ([markdown(text) for text in row] for row in rows)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cost_rows(costs: Mapping[str, Mapping[str, int]], latencies: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """What a model costs before and after pruning, header first.
+    """Returns a table of a model's cost before and after pruning, header first.
 
     Args:
         costs: "whole" and "left": the fields of `ticketops.models.Cost`, of the whole model and of what is left.
@@ -128,14 +128,14 @@ def cost_rows(costs: Mapping[str, Mapping[str, int]], latencies: Iterable[Mappin
 
 
 def _time(median: float, quartiles: Sequence[float] | None) -> str:
-    """A median, and its quartiles where they are known, in milliseconds: `20.1 (19.8 to 20.6)`."""
+    """Formats a median and, if known, its quartiles, in milliseconds: `20.1 (19.8 to 20.6)`."""
     digits = 1 if median >= 10 else 2
     spread = f" ({quartiles[0]:.{digits}f} to {quartiles[1]:.{digits}f})" if quartiles else ""
     return f"{median:.{digits}f}{spread}"
 
 
 def _speed(comparison: Comparison) -> str:
-    """How many times as fast the smaller model is, where the turns show a difference."""
+    """Returns the speed-up of the smaller model, if it is significant over the turns."""
     if comparison.low is None or comparison.high is None:
         return "not judged: one turn"
     low, mean, high = (math.exp(value) for value in (comparison.low, comparison.difference.mean, comparison.high))

@@ -12,7 +12,7 @@ from ticketops.searching.yaml_file import read_yaml
 
 #: A larger number of seeds is probably meant as the seed itself.
 _MOST_SEEDS = 1_000
-#: What other tools call an option: the Trainer's arguments, its example scripts, and short forms.
+#: Names of options in other tools (the Trainer, its example scripts, short forms) -> names of our fields.
 _ALIASES = {
     "lr": ("learning_rate",),
     "rate": ("learning_rate",),
@@ -48,15 +48,15 @@ WHAT, PLAN, TRAINING, SCORING, DATA = "What", "Which tickets", "Training", "Impo
 def option(
     default: Any, help: str, group: str, flag_type: type = str, shown: str | None = None, additive: bool = False
 ) -> Any:
-    """Makes a configuration's field.
+    """Makes a field of a configuration.
 
     Args:
-        default: its value where nothing is given.
-        help: what it means, with its unit.
-        group: of its flag in `--help`.
-        flag_type: of its flag's value.
-        shown: its default as the help shows it.
-        additive: whether more of its values only add trials to a run that was made with some of them.
+        default: default value.
+        help: description of the field with its unit.
+        group: group of the flag in `--help`.
+        flag_type: type of the flag's value.
+        shown: text of the default in the help.
+        additive: True if further values only add trials to an existing run.
 
     Returns:
         A dataclass field.
@@ -68,12 +68,12 @@ def option(
 
 
 class Config:
-    """What every run's configuration can do: be read from plain values, be written as such, and name its command.
+    """Base of the configurations: conversion from and to plain values, and to a command line.
 
     Deriving classes are frozen dataclasses whose fields are made by `option`, with a `recipe` among them.
     """
 
-    #: The command of `ticketops` that makes the run.
+    #: Subcommand of `ticketops` that runs the configuration.
     verb: ClassVar[str]
     #: Fields that defaults of other fields depend on.
     decisive: ClassVar[tuple[str, ...]] = ()
@@ -116,7 +116,7 @@ class Config:
         values = _by_name(values or {}, source)
 
         def spell(option: str, value: Any) -> str:
-            """Of the file where it has the option, else as before."""
+            """Spells an option as in the file if it has it, otherwise as before."""
             if option in values and option not in overrides:
                 return f"{as_keyword(option, value)} (in {path})"
             return outside(option, value)
@@ -127,16 +127,16 @@ class Config:
 
     @classmethod
     def additive(cls) -> list[str]:
-        """Names of the fields whose values only add trials to a run that was made with some of them."""
+        """Returns the names of the fields whose further values only add trials to an existing run."""
         return [field.name for field in _fields(cls) if field.metadata["additive"]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON and YAML hold and `from_dict` reads back to an equal configuration."""
+        """Converts to plain values for JSON and YAML, from which `from_dict` makes an equal configuration."""
         values = {field.name: getattr(self, field.name) for field in _fields(type(self))}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def command(self) -> str:
-        """The `ticketops` command that makes this run, with the flags that differ from the defaults."""
+        """Returns the `ticketops` command of this run, with the flags that differ from the defaults."""
         kind: Any = type(self)
         given = {name: getattr(self, name) for name in self.decisive}
         fallback = kind(**given, recipe=getattr(self, "recipe")).to_dict()  # noqa: B009
@@ -155,7 +155,7 @@ class Config:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Finds the option that an unknown name means: by what other tools call it, else by a similar spelling.
+    """Finds the option that an unknown name probably means, by its name in other tools or by similar spelling.
 
     Args:
         name: unknown, in any case, with dashes or underscores.
@@ -172,7 +172,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def _by_name(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The values by the names of the fields, whose words a flag or key may join by dashes."""
+    """Renames keys with dashes to the names of the fields."""
     fields: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
