@@ -35,21 +35,21 @@ _OTHER_CLASSES = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleLis
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The prunable parts of one encoder layer, as they are now.
+    """The current prunable parts of one encoder layer.
 
     Attributes:
-        qkv: the linear layers from the hidden size to heads * head_dim of queries, keys and values, or one that has the
-            rows of all three, one behind the other. Each linear layer is a RemovedLinear where nothing of it is left.
-        output: linear layer from heads * head_dim back to the hidden size; its bias stays when heads go.
-        fc1, fc2: the two linear layers of the FFN.
-        activation: the module between them.
-        attention_norm, ffn_norm: the LayerNorm of each sublayer; None where there is none.
-        dropouts: the dropout modules inside the layer.
+        qkv: linear layers of queries, keys and values, from the hidden size to heads * head_dim; or one linear layer
+            with the rows of all three. A linear layer without inputs or outputs is a RemovedLinear, here and below.
+        output: linear layer from heads * head_dim back to the hidden size; its bias stays if heads are pruned.
+        fc1, fc2: linear layers of the FFN.
+        activation: module between fc1 and fc2.
+        attention_norm, ffn_norm: LayerNorm of each sublayer; None if there is none.
+        dropouts: dropout modules inside the layer.
         scale: factor of the attention scores.
-        rates: dropout probabilities in force, of the attention weights, the attention's output and the FFN's output;
-            0 for a module in evaluation mode.
+        rates: current dropout probabilities of the attention weights, attention's output and the FFN's output; 0 for a
+            module in evaluation mode.
         head_dim: width of a head.
-        causal: no token attends to later ones, where there is no padding.
+        causal: True if tokens of a batch without padding do not attend to later ones.
         gated: fc1 has the rows of a gate behind those of the neurons.
         bare: nothing of it needs a bias.
     """
@@ -76,11 +76,12 @@ class LayerParts:
 
     @property
     def repeats(self) -> tuple[int, int]:
-        """How often a head's rows come in a layer of `qkv`, and a neuron's in fc1."""
+        """Number of row blocks of each head in a linear layer of `qkv` (3 if joined), and of each neuron in fc1 (2 if
+        gated)."""
         return 3 // len(self.qkv), 1 + self.gated
 
     def tensors(self) -> list[Tensor | None]:
-        """Weights and biases of all parts in a fixed order; None where a part has none as a parameter of its own."""
+        """Returns weights and biases of all parts in a fixed order; None for a missing one."""
         modules = (*self.qkv, self.output, self.attention_norm, self.fc1, self.fc2, self.ffn_norm)
         there = [module._parameters for module in modules if module is not None]
         return [parameters.get(name) for parameters in there for name in ("weight", "bias")]
@@ -128,27 +129,27 @@ class LayerParts:
 
 
 def rate(dropout: Any, training: bool | None = None) -> float:
-    """The probability with which a dropout module drops now.
+    """Returns the current dropout probability of a module.
 
     Args:
-        dropout: the module; one of another class is found to be a fault later.
-        training: whether it does; by default what the module says of itself.
+        dropout: dropout module. A module of another class counts as 0; `LayerParts.fault` refuses it.
+        training: True for training mode; by default the module's own mode.
     """
     return getattr(dropout, "p", 0.0) if (dropout.training if training is None else training) else 0.0
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """How ticketops meets one architecture.
+    """Describes one architecture to ticketops.
 
     Attributes:
-        modeling: the architecture's module in transformers.
-        base: the bare model's class, to which every task head gives access as `model.base_model`.
-        swaps: the stock class of each module whose class is swapped, and its replacement, a subclass.
-        encoder: finds the module in the bare model that has the list of layers.
-        parts: finds the prunable parts of a layer.
-        resize: tells a layer's attention how many heads its weights have.
-        refusal: says what of a configuration is not served, or None.
+        modeling: module of the architecture in transformers.
+        base: class of the bare model, `model.base_model` of every task head.
+        swaps: stock class -> the subclass that replaces it when a model is patched.
+        encoder: function that returns the module with the list of layers in a bare model.
+        parts: function that returns the parts of a layer.
+        resize: function (layer, heads) that sets the number of heads in a layer's attention modules.
+        refusal: function that returns why a configuration is not supported, or None.
         calls: the modules of a layer that its patched class still calls, besides itself and those to queries, keys and
             values; hooks on the others are refused.
         calls_with_heads: those of them that see what they see in a stock layer where a ticket picks heads.
@@ -156,13 +157,15 @@ class Adapter:
             `classifier` where that takes the token from the row; None where the pooler or the head's forward does.
         pooler: the class of the bare model's pooler, which reads each row's first token.
         stack: the name of the list of layers in the encoder; their parameters are "the encoder" of weight counts.
-        inputs: what the model reads.
-        ops: which ops its layers run on.
-        gated: the FFNs have a gate.
-        biases: whether a configuration gives biases to the layers around attention, and to the FFN's.
-        window: how far a layer's attention reaches under a configuration, by its index; None for the whole sequence.
-        reads_positions: the layers get position_ids, by which flash attention tells packed sequences apart.
-        no_mask: what the bare model takes for an attention mask that was seen to already.
+        inputs: kind of the model's inputs.
+        ops: names of the ops that its layers run on.
+        gated: True if the FFNs have a gate.
+        biases: function of a configuration that returns if the linear layers of attention, and those of the FFN, have
+            biases.
+        window: function (configuration, layer) that returns the attention window in tokens; None for the whole
+            sequence.
+        reads_positions: True if layers get position_ids, with which flash attention separates packed sequences.
+        no_mask: attention mask argument with which the bare model builds no mask, since the layers read the packing.
     """
 
     modeling: ModuleType
@@ -186,11 +189,12 @@ class Adapter:
     no_mask: Mapping[str, None] | None = None
 
     def layers(self, base: Any) -> list[Any]:
-        """The layers of the bare model's encoder, as they are now."""
+        """Returns the current layers of the bare model's encoder."""
         return list(getattr(self.encoder(base), self.stack))
 
     def weights(self, config: Any) -> tuple[int, int, int]:
-        """Weights of one head, of one neuron, and of what goes with an FFN besides its neurons."""
+        """Returns the number of weights of a head, of a neuron, and of an FFN apart from its neurons (the output
+        bias)."""
         (around_attention, around_ffn), hidden = self.biases(config), config.hidden_size
         head = (4 * hidden + 3 * around_attention) * head_dim(config)
         return head, (2 + self.gated) * hidden + (1 + self.gated) * around_ffn, hidden * around_ffn
@@ -236,10 +240,10 @@ class Adapter:
 
 
 def activation_name(module: nn.Module) -> str:
-    """The FFN op's name for an activation module.
+    """Returns the name of an activation module in the FFN op.
 
     Args:
-        module: what the model applies between the FFN's linear layers.
+        module: activation module of the FFN.
 
     Returns:
         "gelu", "gelu_tanh" or "relu".

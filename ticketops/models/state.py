@@ -1,4 +1,4 @@
-"""What a patched layer knows: what of it a ticket keeps, and what a forward pass of the whole model hands to it."""
+"""State of a patched layer: the structures that a ticket keeps, and the arguments of the current forward pass."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a ticket keeps of one layer; made once a ticket, so that applying it again makes no tensor.
+    """The structures of one layer that a ticket keeps. Made once per ticket, so that applying it again makes no tensor.
 
     Attributes:
-        attention: whether any head is computed.
-        heads: places of the computed heads among those that are there; None for all, on the path without indexing.
-        numbers: the computed heads by their numbers in the architecture; None for all of the architecture.
-        ffn: whether the FFN is computed.
-        neurons: places of the FFN's computed neurons among those that are there; None for all.
-        neuron_numbers: the computed neurons by their numbers in the architecture; None for all of the architecture.
-        frozen_rows: what no optimizer moves of the weights and biases of q, k and v.
-        frozen_columns: the same of the output projection's weight.
-        frozen_fc1: the same of the FFN's first linear layer.
-        frozen_fc2: the same of the weight of its second.
-        frozen_bias: the same of the second's bias.
-        number: tells the ticket from others that were applied to the model. No identity would do: what distributes a
-            model may copy what goes to its layers.
+        attention: True if any head is computed.
+        heads: indices of the computed heads among those that the weights have; None for all.
+        numbers: indices of the computed heads in the architecture; None for all heads of the architecture.
+        ffn: True if the FFN is computed.
+        neurons: indices of the FFN's computed neurons among those that the weights have; None for all.
+        neuron_numbers: indices of the computed neurons in the architecture; None for all neurons of the architecture.
+        frozen_rows: frozen slices of the weights and biases of q, k and v.
+        frozen_columns: frozen slices of the output projection's weight.
+        frozen_fc1: frozen slices of the weight and bias of the FFN's first linear layer.
+        frozen_fc2: frozen slices of the weight of its second linear layer.
+        frozen_bias: frozen slices of the bias of its second linear layer.
+        number: id of the ticket among those applied to the model. An object's identity would not do, since wrappers for
+            distributed training may copy the arguments of layers.
     """
 
     attention: bool
@@ -49,10 +49,10 @@ class Kept:
     number: int
 
     def frozen(self, parts: LayerParts) -> list[tuple[nn.Linear, str, Frozen]]:
-        """Each prunable parameter of a layer, by its module and name, with what of it no optimizer may move.
+        """Returns (module, name, frozen slices) for each prunable parameter of a layer.
 
         Args:
-            parts: the layer's.
+            parts: parts of the layer.
         """
         return [
             *((linear, name, self.frozen_rows) for linear in parts.qkv for name in ("weight", "bias")),
@@ -64,16 +64,16 @@ class Kept:
 
 
 class LayerState:
-    """What a patched layer needs to know of the ticket; one object a layer, shared by the layer's patched modules.
+    """State of a patched layer, one object per layer, shared by the layer's patched modules.
 
     Attributes:
-        handle: of the whole model.
-        index: of the layer.
-        activation: the FFN op's name for its activation.
+        handle: handle of the whole model.
+        index: index of the layer.
+        activation: name of its activation in the FFN op.
         head_dim: width of a head.
-        repeats: how often a head's rows come in a layer to queries, keys and values, and a neuron's in the FFN's first.
-        shapes: of all parameters of its parts, in their order.
-        kept: what of the layer is computed.
+        repeats: see LayerParts.
+        shapes: shapes of the parameters, in the order of LayerParts.tensors.
+        kept: structures that are computed.
     """
 
     kept: Kept
@@ -85,12 +85,12 @@ class LayerState:
         self.repeats, self.head_dim = parts.repeats, parts.head_dim
 
     def set_present(self, heads: list[bool], neurons: list[bool], parts: LayerParts) -> None:
-        """Sets which structures the layer's weights have; all of them are computed.
+        """Sets the structures that the layer's weights have; all of them are computed.
 
         Args:
-            heads: for each head of the architecture, whether it is there.
-            neurons: for each neuron of the architecture's FFN, whether it is there; all False where the FFN is not.
-            parts: the layer's.
+            heads: for each head of the architecture, True if the weights have it.
+            neurons: for each neuron of the architecture's FFN, True if the weights have it.
+            parts: parts of the layer.
         """
         self.heads = tuple(head for head, there in enumerate(heads) if there)
         self.neurons = tuple(neuron for neuron, there in enumerate(neurons) if there)
@@ -98,15 +98,15 @@ class LayerState:
         self.kept = self.keep(heads, neurons)
 
     def keep(self, heads: list[bool], neurons: list[bool], number: int = 0) -> Kept:
-        """Works out what to compute of the structures that are there.
+        """Makes the value of `kept` for a ticket.
 
         Args:
-            heads: for each head of the architecture, whether to compute it.
-            neurons: for each neuron of the architecture's FFN, whether to compute it.
-            number: of the ticket that says so.
+            heads: for each head of the architecture, True to compute it.
+            neurons: for each neuron of the architecture's FFN, True to compute it.
+            number: id of the ticket.
 
         Returns:
-            What `kept` is to be for that.
+            The structures that the weights have and the ticket keeps.
         """
         places = [place for place, head in enumerate(self.heads) if heads[head]]
         pruned = Indices(place for place, head in enumerate(self.heads) if not heads[head])
@@ -115,7 +115,7 @@ class LayerState:
         if ffn_places:
             groups, idle = len(self.neurons), Indices(p for p, neuron in enumerate(self.neurons) if not neurons[neuron])
         else:
-            # The FFN goes as a whole, with the bias of its output, if it is there.
+            # The whole FFN is pruned, with its output's bias: one group that is frozen, if the weights have it.
             groups, idle, in_fc1 = 1, Indices([0] if self.neurons else []), 1
         return Kept(
             attention=bool(places),
@@ -133,10 +133,10 @@ class LayerState:
         )
 
     def fault(self, parts: LayerParts) -> str | None:
-        """Says what of the layer is no longer what the ops compute for it, or None.
+        """Describes a change of the layer since it was patched that the ops do not support; None if there is none.
 
         Args:
-            parts: the layer's, as they are now.
+            parts: current parts of the layer.
         """
         if fault := parts.fault():
             return fault
