@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import random
 import shutil
 import string
@@ -184,7 +185,8 @@ def damage(path: Path, draw: random.Random, others: list[Path]) -> str:
         path.write_bytes(draw.choice([b"", b"\0" * len(content), content + b"x", draw.randbytes(64)]))
     elif kind == 4:
         path.unlink()
-        path.mkdir()
+        # Of these two, a reader that does not look first never comes back.
+        draw.choice([path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")])()
     elif kind == 5 or path.suffix != ".json":
         changed = bytearray(content)
         changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
@@ -269,6 +271,8 @@ def test_no_damaged_file_is_believed(runs: Runs, count: int):
             raise AssertionError(f"mutation {number} of {path}, {how}, met by {name}: {error!r:.2000}") from error
         if path.is_dir():
             path.rmdir()
+        elif path.exists() and not path.is_file():
+            path.unlink()
         for path, content in before.items():
             if not path.is_file() or path.read_bytes() != content:
                 path.parent.mkdir(parents=True, exist_ok=True)

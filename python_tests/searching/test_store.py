@@ -335,3 +335,29 @@ def test_predictions_are_named_by_the_record_and_checked_against_it(store: Store
         store.predictions(trial)
     path.unlink()
     assert store.predictions(trial) is None
+
+
+@pytest.mark.parametrize("name", ["failures", "trials", "tickets", "importance", "predictions"])
+def test_a_file_in_the_way_of_a_folder_is_said(store: Store, name: str):
+    (store.folder / name).write_text("")
+
+    def finish(trial: Any) -> None:
+        store.write_importance(0, "pass", importance(0))
+        store.keep_ticket(trial, prune(importance(0), 0.5))
+        store.write_predictions(trial, {"validation": np.zeros((2, 2))})
+        store.write_record(trial, record(trial))
+
+    with pytest.raises(StoreError, match=rf"cannot write {store.folder / name}.*: choose another output folder"):
+        finish(store.plan[1])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_what_never_ends_is_not_read_for_its_checksum(store: Store, make: Callable[[Path], Any]):
+    trial = store.plan[0]
+    kept = store.write_predictions(trial, {"validation": np.zeros((2, 2))})
+    store.write_record(trial, record(trial, predictions=kept))
+    path = store.folder / kept["validation"]["file"]
+    path.unlink()
+    make(path)
+    with pytest.raises(StoreError, match=rf"cannot read {path} \(it is no regular file\): delete it"):
+        store.predictions(trial)
