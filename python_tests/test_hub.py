@@ -337,6 +337,38 @@ def test_data_sets_that_are_not_given_say_why(hub: Hub, glue: Path, monkeypatch:
     assert len(load().train) == 20
 
 
+def test_a_data_set_that_was_damaged_on_its_way_is_fetched_again(hub: Hub, glue: Path):
+    repository = hub.add(GLUE, glue, "dataset", damaged={"rte/train-00000-of-00001.parquet"})
+    assert "GLUE task rte cannot be loaded" in refusal(lambda: load_task("rte"))
+    repository.damaged.clear()
+    assert len(load_task("rte").train) == 20
+    path = next(Path(datasets.config.HF_DATASETS_CACHE).rglob("*train.arrow"))
+    path.write_bytes(path.read_bytes()[:300])
+    assert len(load_task("rte").train) == 20
+
+
+def test_a_data_set_of_that_name_with_other_columns_or_labels_is_refused(hub: Hub, glue: Path, tmp_path: Path):
+    other = shutil.copytree(glue, tmp_path / "other")
+    path = other / "rte" / "train-00000-of-00001.parquet"
+    rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+    changes = (
+        (rows.rename_column("sentence2", "text"), "no split train of rte with the column sentence2"),
+        (
+            rows.cast_column("label", datasets.ClassLabel(names=["not_entailment", "entailment"])),
+            "calls the labels of rte not_entailment, entailment, and GLUE entailment, not_entailment",
+        ),
+    )
+    for number, (changed, words) in enumerate(changes):
+        served = shutil.copytree(other, tmp_path / str(number))
+        for split in ("train", "validation", "test"):
+            changed.to_parquet(served / "rte" / f"{split}-00000-of-00001.parquet")
+        hub.repositories.clear()
+        hub.add(GLUE, served, "dataset")
+        message = refusal(lambda: load_task("rte"))
+        assert words in message
+        assert "task='path/to/rte'" in message
+
+
 def test_the_command_line_searches_a_model_and_a_task_of_the_hub(folder: Path, glue: Path, tmp_path: Path):
     """In processes of their own, as users have them: a first use, and again without the network."""
     fields = {**FIELDS, "train_rows": 20, "epochs": 1, "sparsities": "0.5", "kinds": "winning"}

@@ -88,7 +88,7 @@ def text_encoding(name: str) -> str:
         "".encode(name)
     except (LookupError, ValueError) as error:
         raise InputError(
-            f"encoding {shown(name)} is unknown: give utf-8, latin-1, utf-16, cp1252 or the like"
+            f"{spelled('encoding')} {shown(name)} is unknown: give utf-8, latin-1, utf-16, cp1252 or the like"
         ) from error
     return codecs.lookup(name).name
 

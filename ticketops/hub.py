@@ -125,9 +125,7 @@ def explain(
     """
     endpoint = huggingface_hub.constants.ENDPOINT
     page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
-    chain = [error]
-    while (cause := _cause(chain[-1])) is not None and cause not in chain:
-        chain.append(cause)
+    chain = causes(error)
 
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
@@ -158,6 +156,18 @@ def explain(
     if has(ConnectionError, TimeoutError) or any("httpx" in type(link).__module__ for link in chain):
         return f"the Hugging Face hub ({endpoint}) cannot be reached ({words}): check the connection"
     return f"it cannot be downloaded ({words}): check {page} and the cache in {huggingface_hub.constants.HF_HOME}"
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and the errors that it came from, the last one first.
+
+    Args:
+        error: what was raised.
+    """
+    chain = [error]
+    while (cause := _cause(chain[-1])) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
 
 
 def _cause(error: BaseException) -> BaseException | None:

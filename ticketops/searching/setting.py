@@ -268,7 +268,9 @@ def find_model(name: str, revision: str | None = None, weights: bool = True) -> 
         except HubError as error:
             raise InputError(f"model {name!r} is no folder here, and {error}; or {remedy}") from error
     elif revision is not None:
-        raise InputError(f"revision {revision!r} is of a model on the Hugging Face hub, and {name!r} is a folder")
+        raise InputError(
+            f"{spelled('revision')} {revision!r} is of a model on the Hugging Face hub, and {name!r} is a folder"
+        )
     elif not (folder / "config.json").is_file():
         raise InputError(f"model folder {name} has no config.json: give a folder made by save_pretrained")
     with _loading(name):

@@ -58,8 +58,8 @@ def load_tickets(
         path = user_path(rest if task else entry, spelled("tickets"))
         if not path.exists():
             raise InputError(
-                f"tickets entry {entry!r}: there is no {path}; give a search's output folder or a ticket's file, "
-                f"as PATH or TASK=PATH with one of the tasks {', '.join(settings)}"
+                f"{spelled('tickets')} {entry!r}: there is no {path}; give a search's output folder or a ticket's "
+                f"file, as PATH or TASK=PATH with one of the tasks {', '.join(settings)}"
             )
         for folder in _searches(path, settings) if task is None else [path]:
             own, tickets, single, model = _read_tickets(folder, config, chosen, task)

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
 
 from ticketops.errors import InputError, spelled
-from ticketops.hub import contact, explain
+from ticketops.hub import causes, contact, explain
 from ticketops.tasks.task import Kind, Task
 
 HUB_DATASET = "nyu-mll/glue"
@@ -101,21 +103,47 @@ def load_glue(name: str) -> Task:
         refusal = error
     try:
         with _offline() if refusal is not None else nullcontext():
-            splits = datasets.load_dataset(HUB_DATASET, name)
+            splits = _load(name)
     # The hub's client raises half a dozen unrelated classes for a missing connection, different ones in each version.
     except Exception as error:
         reason = explain(refusal or error, HUB_DATASET, "dataset")
         raise InputError(
-            f"GLUE task {name} cannot be loaded from {HUB_DATASET}: {reason}; or get the rows elsewhere and use a "
-            f"folder: {spelled('task', f'path/to/{name}')} with train.jsonl and validation.jsonl (columns "
-            f"{', '.join(glue.columns)}, "
-            "label)"
+            f"GLUE task {name} cannot be loaded from {HUB_DATASET}: {reason}; or {_elsewhere(name)}"
         ) from error
-    train, validation = (splits[split].select_columns([*glue.columns, "label"]) for split in ("train", glue.validation))
-    for split, rows in (("train", train), (glue.validation, validation)):
+    names, columns = ("train", glue.validation), [*glue.columns, "label"]
+    for split in names:
+        types = splits[split].features if split in splits else {}
+        if lacking := [column for column in columns if column not in types]:
+            raise InputError(
+                f"{HUB_DATASET} has no split {split} of {name} with the column {lacking[0]}: {_elsewhere(name)}"
+            )
+        if glue.labels and list(glue.labels) != getattr(types["label"], "names", list(glue.labels)):
+            raise InputError(
+                f"{HUB_DATASET} calls the labels of {name} {', '.join(types['label'].names)}, and GLUE "
+                f"{', '.join(glue.labels)}: {_elsewhere(name)}"
+            )
+    train, validation = (splits[split].select_columns(columns) for split in names)
+    for split, rows in zip(names, (train, validation), strict=True):
         if len(rows) and min(rows["label"][:]) < 0:
             raise InputError(f"split {split} of GLUE task {name} has hidden labels (-1): use a split with labels")
     return Task(name, glue.kind, glue.labels, glue.columns, glue.metrics, train, validation, glue.validation)
+
+
+def _elsewhere(name: str) -> str:
+    return (
+        f"get the rows elsewhere and use a folder: {spelled('task', f'path/to/{name}')} with train.jsonl and "
+        f"validation.jsonl (columns {', '.join(GLUE[name].columns)}, label)"
+    )
+
+
+def _load(name: str) -> Any:
+    try:
+        return datasets.load_dataset(HUB_DATASET, name)
+    except Exception as error:
+        # What an earlier download has left in the cache is damaged, and would be read again each time.
+        if not any(isinstance(link, pa.ArrowException) for link in causes(error)):
+            raise
+        return datasets.load_dataset(HUB_DATASET, name, download_mode="force_redownload")
 
 
 @contextmanager

@@ -103,13 +103,13 @@ def load_local(
         InputError: a file is missing, unreadable or malformed, or a row has no usable text or label.
     """
     if kind not in (None, "classification", "regression"):
-        raise InputError(f"kind {kind!r} is unknown: choose classification or regression")
+        raise InputError(f"{spelled('task_kind')} {kind!r} is unknown: choose classification or regression")
     layout = find_splits(path)
     files = {"train": layout.train, "validation": layout.validation, "test": layout.test}
     sources = {split: [open_source(file, encoding) for file in there] for split, there in files.items() if there}
     everything = list(itertools.chain(*sources.values()))
     if encoding is not None and not any(source.encoded for source in everything):
-        raise InputError(f"encoding {encoding} given for {path}, which has no text files: leave it out")
+        raise InputError(f"{spelled('encoding')} {encoding} given for {path}, which has no text files: leave it out")
     glue = GLUE.get(glue_name(path.resolve().name) or "") if path.is_dir() else None
 
     first = sources["train"][0]
