@@ -21,7 +21,7 @@ from ticketops.searching.config import Config, nearest
 from ticketops.searching.plan import SearchConfig
 from ticketops.searching.sharing_plan import ShareConfig
 from ticketops.searching.transfer_plan import TransferConfig
-from ticketops.text import count, printable
+from ticketops.text import count, duration, printable
 
 if TYPE_CHECKING:
     from ticketops.searching.store import Named, Record
@@ -245,6 +245,48 @@ def _report(
         _print_report(path)
 
 
+@app.command("status")
+def _status(
+    folder: Annotated[Path, typer.Argument(help="The --output folder of a search, share or transfer.")],
+    as_json: Json = False,
+    traceback: Trace = False,
+) -> None:
+    """Print how far a run is: finished, failed and missing trials, and an estimate of the time that is left."""
+    with _errors(traceback):
+        from ticketops.searching.progress import status
+
+        found = status(folder)
+        if as_json:
+            typer.echo(json.dumps(dataclasses.asdict(found)))
+            return
+        trials = len(found.finished) + len(found.failed) + len(found.left)
+        done = f"{len(found.finished)} of {count(trials, 'trial')} finished, in {duration(found.seconds)}"
+        rest = "" if not found.seconds_left else f", about {duration(found.seconds_left)} left"
+        working = {True: "a process is working there", False: "no process is working there", None: ""}[found.working]
+        _say("; ".join(filter(None, (f"{found.kind}: {done}{rest}", working))))
+        for name, error in found.failed.items():
+            _say(f"failed: {name}: {error}")
+        for name in found.left:
+            _say(f"missing: {name}")
+
+
+@app.command("verify")
+def _verify(
+    folder: Annotated[Path, typer.Argument(help="The --output folder of a search, share or transfer.")],
+    traceback: Trace = False,
+) -> None:
+    """Compare every file of a run with its checksum; exit code 1 if one is damaged or missing."""
+    with _errors(traceback):
+        from ticketops.searching.progress import status, verify
+
+        damaged = verify(folder)
+        for line in damaged:
+            _say(line)
+        if damaged:
+            raise typer.Exit(1)
+        _say(f"the files of {count(len(status(folder).finished), 'finished trial')} are whole")
+
+
 class Format(StrEnum):
     """The formats of an export."""
 
@@ -454,7 +496,8 @@ def _print_kernels(as_json: bool, output: Path | None) -> None:
         typer.echo(json.dumps({"kernels": rows, "cuda_kernels": built, "cuda_kernels_missing": why}))
         return
     for table in filter(None, (rows, built)):
-        _print_table([list(table[0]), *([str(value) for value in row.values()] for row in table)])
+        titles = [name for name in table[0] if name != "digest"]
+        _print_table([titles, *([str(row[title]) for title in titles] for row in table)])
     if why is not None:
         typer.echo(f"no CUDA kernels: {why}")
     typer.echo("Compiled only: no number of this comes from a run on a GPU.")

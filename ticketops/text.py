@@ -24,6 +24,20 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def duration(seconds: float) -> str:
+    """A duration in its largest units: "40 s", "12 min", "3 h 5 min", "2 d 4 h".
+
+    Args:
+        seconds: the duration.
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
+    parts = [f"{number} {unit}" for number, unit in ((days, "d"), (hours, "h"), (minutes, "min")) if number]
+    return " ".join(parts[:2])
+
+
 def structures(heads: int, ffns: int, neurons: int | None = None) -> str:
     """Counts of heads, FFNs and, optionally, neurons: "21 heads, 1 FFN and 30 neurons".
 

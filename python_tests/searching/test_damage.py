@@ -30,6 +30,7 @@ from ticketops.searching import (
     run_share,
     run_transfer,
 )
+from ticketops.searching.progress import status, verify
 from ticketops.searching.release import release
 from ticketops.searching.sharing import prepare_share
 from ticketops.searching.transfer import _adapted, prepare_transfer
@@ -253,7 +254,7 @@ def judge(read: Callable[[], Any], want: Any, path: Path, how: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [300, pytest.param(3000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
-def test_no_damaged_file_is_believed(runs: Runs, count: int):
+def test_no_damaged_file_is_believed(runs: Runs, count: int, record_property: Callable[[str, object], None]):
     want = {name: read() for name, read in runs.readers.items()}
     files = [
         path for path in sorted(runs.root.rglob("*")) if path.is_file() and path.name not in (".lock", "report.md")
@@ -280,4 +281,25 @@ def test_no_damaged_file_is_believed(runs: Runs, count: int):
         for failure in runs.root.rglob("failures/*"):
             failure.unlink()
     assert found["refused"] + found["made again"] > count / 2
-    print(f"{count} damaged files: {dict(found)}")
+    record_property("said", f"{count} damaged files: {dict(found)}")
+
+
+def test_verify_finds_whichever_file_is_damaged(runs: Runs):
+    for run, trials in (("search", 3), ("share", 6), ("transfer", 6)):
+        folder = runs.root / run
+        found = status(folder)
+        assert (len(found.finished), found.failed, found.left, found.working) == (trials, {}, [], False)
+        assert verify(folder) == []
+        parts = ("trials", "tickets", "importance", "predictions", "models")
+        files = [sorted(path for path in folder.rglob(f"{part}/**/*.*") if path.is_file()) for part in parts]
+        for path in {several[place] for several in files for place in (0, -1)}:
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            damaged = verify(folder)
+            path.write_bytes(content)
+            assert any(path.name in line or path.parent.name in line for line in damaged), path
+        record = next(folder.glob("trials/*.json"))
+        content = record.read_bytes()
+        record.unlink()
+        assert status(folder).left == [record.stem]
+        record.write_bytes(content)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,12 @@ LONG = [pytest.mark.long, pytest.mark.timeout(7200)]
     ],
 )
 def test_what_killed_runs_leave_equals_an_undisturbed_run(
-    kind: str, kills: int, inputs: dict[str, str], pairs: str, tmp_path: Path
+    kind: str,
+    kills: int,
+    inputs: dict[str, str],
+    pairs: str,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ):
     tasks = {
         "search": {"task": inputs["task"], "kinds": "winning"},
@@ -53,7 +59,7 @@ def test_what_killed_runs_leave_equals_an_undisturbed_run(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    print(f"{kind}: {done.stdout.strip()}")
+    record_property("said", f"{kind}: {done.stdout.strip()}")
     assert found["kills"] >= kills
     assert found["power cuts"] > 0
     assert found["moments"] > 50

@@ -1,6 +1,7 @@
 """Registers, spills and shared memory of the Triton kernels on any GPU. The launches that the ops would make are
 compiled ahead of time, and the numbers are read from the machine code. Needs no GPU."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -32,6 +33,8 @@ SHARED_LIMIT = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 #: Limits per multiprocessor, the same for all of these GPUs: registers, warps, programs; and the bytes of shared memory
 #: that the system reserves per program.
 _REGISTERS, _WARPS, _PROGRAMS, _SHARED_RESERVED = 65536, 64, 32, 1024
+#: Columns of the table that are read from machine code.
+_RESOURCES = ("registers", "spill_bytes", "shared_bytes", "per_multiprocessor", "matrix_unit")
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -281,26 +284,41 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
 
 
 def kernel_table(
-    progress: Callable[[str], None] | None = None, targets: Iterable[tuple[int, int]] = TARGETS
+    progress: Callable[[str], None] | None = None,
+    targets: Iterable[tuple[int, int]] = TARGETS,
+    kept: Iterable[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Compiles every configuration of every kernel. Takes minutes the first time, then Triton's cache serves it.
 
     Args:
         progress: called with a description of each launch before it is compiled.
         targets: compute capabilities.
+        kept: rows of an earlier table by the same Triton. A launch with the digest of one is not compiled again.
 
     Returns:
         One row per kernel, target and configuration, with keys kernel, target, dtype, case, tile, warps, stages,
         registers, spill_bytes, shared_bytes, per_multiprocessor (number of programs that fit one multiprocessor),
-        matrix_unit and timed (file with the timings that the configuration was chosen by).
+        matrix_unit, timed (file with the timings that the configuration was chosen by) and digest (of everything that
+        Triton compiles: the kernel's source, its arguments' types and constants, the options and the target).
     """
     rows = []
+    resources = {row["digest"]: {name: row[name] for name in _RESOURCES} for row in kept}
     for launch in shipped_launches(targets):
         name = f"{launch.kernel.__module__.split('.')[-2]}.{launch.kernel.__name__.removesuffix('_kernel')}"
         target = "sm_{}{}".format(*launch.target)
-        if progress is not None:
-            progress(f"{name} for {target}, {launch.case['dtype']} {launch.case['case']}")
-        compiled = compile_launch(launch)
+        key = digest(launch)
+        if key not in resources:
+            if progress is not None:
+                progress(f"{name} for {target}, {launch.case['dtype']} {launch.case['case']}")
+            compiled = compile_launch(launch)
+            values = (
+                compiled.registers,
+                compiled.spills,
+                compiled.shared,
+                _per_multiprocessor(compiled, launch),
+                compiled.matrix_unit,
+            )
+            resources[key] = dict(zip(_RESOURCES, values, strict=True))
         rows.append(
             {
                 "kernel": name,
@@ -309,12 +327,9 @@ def kernel_table(
                 "tile": f"{launch.tile.rows}x{launch.tile.columns}",
                 "warps": launch.tile.warps,
                 "stages": launch.tile.stages,
-                "registers": compiled.registers,
-                "spill_bytes": compiled.spills,
-                "shared_bytes": compiled.shared,
-                "per_multiprocessor": _per_multiprocessor(compiled, launch),
-                "matrix_unit": compiled.matrix_unit,
+                **resources[key],
                 "timed": launch.tile.timed or "by no GPU",
+                "digest": key,
             }
         )
     return rows
@@ -349,15 +364,16 @@ def write_table(
     stem = f"kernels-{version}" if compiler == "Triton" else f"kernels-{compiler}-{version}"
     record = {compiler.lower(): version, "torch": torch.__version__, "measured_on_gpu": False, "rows": rows}
     write_atomically(folder / f"{stem}.json", json.dumps(record, indent=1) + "\n")
+    columns = [name for name in rows[0] if name != "digest"]
     lines = [
         f"# {compiler} {version} kernels, compiled ahead of time",
         "",
         "Registers of a thread, bytes spilled and bytes of shared memory of every shipped configuration.",
         "Compiled only: no number of this comes from a run on a GPU.",
         "",
-        "| " + " | ".join(rows[0]) + " |",
-        "|" + " --- |" * len(rows[0]),
-        *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows),
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows),
     ]
     path = folder / f"{stem}.md"
     write_atomically(path, "\n".join(lines) + "\n")
@@ -379,6 +395,31 @@ def compile_launch(launch: Launch) -> Compiled:
     """
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it")
+    compiled = triton.compile(_source(launch), target=_gpu(launch), options=compile_options(launch.tile))
+    ptx = compiled.asm["ptx"]
+    registers, local = _resources(compiled.asm["cubin"])
+    units = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
+    unit = next((name for name, instruction in units.items() if instruction in ptx), "none")
+    return Compiled(registers, _spills(ptx, launch.target) if local else 0, compiled.metadata.shared, unit)
+
+
+def digest(launch: Launch) -> str:
+    """Returns a digest of everything that Triton compiles for a launch.
+
+    Args:
+        launch: the launch.
+    """
+    parts = _source(launch).hash(), str(_gpu(launch)), str(compile_options(launch.tile))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _gpu(launch: Launch) -> GPUTarget:
+    major, minor = launch.target
+    return GPUTarget("cuda", 10 * major + minor, 32)
+
+
+def _source(launch: Launch) -> ASTSource:
+    """Returns the kernel specialised to a launch's arguments, as Triton specialises it on the target GPU."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -393,18 +434,7 @@ def compile_launch(launch: Launch) -> Compiled:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, Tensor) or (specialized and value % 16 == 0):
             attributes[i,] = [["tt.divisibility", 16]]
-    major, minor = launch.target
-    target = GPUTarget("cuda", 10 * major + minor, 32)
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes),
-        target=target,
-        options=compile_options(launch.tile),
-    )
-    ptx = compiled.asm["ptx"]
-    registers, local = _resources(compiled.asm["cubin"])
-    units = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
-    unit = next((name for name, instruction in units.items() if instruction in ptx), "none")
-    return Compiled(registers, _spills(ptx, launch.target) if local else 0, compiled.metadata.shared, unit)
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 
 
 def _tool(name: str) -> str:

@@ -30,8 +30,8 @@ FORMAT = 2
 Record = dict[str, Any]
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 #: File of the latencies, which are measured at the end of a search.
-_LATENCIES = "latency.json"
-_REMEDY = "delete it and run the same command again"
+LATENCIES = "latency.json"
+REMEDY = "delete it and run the same command again"
 
 #: Kind of run, `identity["kind"]` -> its configuration class, and a function (config, identity) that lists its trials.
 KINDS: Mapping[str, tuple[type[Config], Callable[[Any, Mapping[str, Any]], Sequence[Any]]]] = {
@@ -155,6 +155,20 @@ class Store:
         if kind is not None and store.kind != kind:
             raise InputError(f"{folder} holds the results of ticketops {store.kind}, and a {kind} is needed here")
         return store
+
+    def is_locked(self) -> bool | None:
+        """Returns True if a process is working in the folder; None if this user may not know."""
+        lock = FileLock(self.folder / ".lock", mode=0o666)
+        try:
+            if not Path(lock.lock_file).exists():
+                return False
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        except OSError:
+            return None
+        lock.release()
+        return False
 
     def close(self) -> None:
         """Releases the folder's lock."""
@@ -280,9 +294,9 @@ class Store:
             return None
         wanted = {"id": trial.id, "seed": trial.seed, "kind": getattr(trial, "kind", None)}
         if wrong := [name for name, value in wanted.items() if record[name] != value]:
-            raise StoreError(f"the record {path} is of {wrong[0]} {record[wrong[0]]!r:.100}: {_REMEDY}")
+            raise StoreError(f"the record {path} is of {wrong[0]} {record[wrong[0]]!r:.100}: {REMEDY}")
         if record.get("run", self._mark) != self._mark:
-            raise StoreError(f"the record {path} is of another run's model or data: {_REMEDY}")
+            raise StoreError(f"the record {path} is of another run's model or data: {REMEDY}")
         return record
 
     def records(self) -> list[Record]:
@@ -346,13 +360,13 @@ class Store:
                 return None
             try:
                 if sha256(path) != kept["sha256"]:
-                    raise StoreError(f"{path} is truncated or damaged: {_REMEDY}")
+                    raise StoreError(f"{path} is truncated or damaged: {REMEDY}")
                 found[name] = np.load(path, allow_pickle=False)
             except OSError as error:
-                raise StoreError(f"cannot read {path} ({error.strerror}): {_REMEDY}") from error
+                raise StoreError(f"cannot read {path} ({error.strerror}): {REMEDY}") from error
             # Its checksum is the record's, and whoever forged that may have forged this.
             except (ValueError, EOFError, MemoryError) as error:
-                raise StoreError(f"{path} holds no logits: {_REMEDY}") from error
+                raise StoreError(f"{path} holds no logits: {REMEDY}") from error
         return found
 
     def failure(self, trial: Named) -> Record | None:
@@ -411,7 +425,7 @@ class Store:
         """
         from ticketops.searching import schema
 
-        kinds = {_LATENCIES: schema.Latencies, SCORES: schema.Single, SINGLE: dict[str, schema.Single]}
+        kinds = {LATENCIES: schema.Latencies, SCORES: schema.Single, SINGLE: dict[str, schema.Single]}
         return _read(self.folder / name, kinds[name])
 
     def write_facts(self, name: str, facts: Mapping[str, Any]) -> None:
@@ -429,11 +443,11 @@ class Store:
         Raises:
             StoreError: the file is truncated or damaged.
         """
-        return self.facts(_LATENCIES)
+        return self.facts(LATENCIES)
 
     def write_latencies(self, latencies: Mapping[str, Any]) -> None:
         """Writes the latencies of full model and super ticket."""
-        self.write_facts(_LATENCIES, latencies)
+        self.write_facts(LATENCIES, latencies)
 
     def ticket(self, trial: Named) -> Ticket | None:
         """Reads a trial's ticket; None if it was not drawn yet.
@@ -482,7 +496,7 @@ class Store:
         found = (record["files"][name] for record in records if record and name in record.get("files", {}))
         return next(found, None)
 
-    def _compare(self, path: Path, trial: Named, remedy: str = _REMEDY) -> None:
+    def _compare(self, path: Path, trial: Named, remedy: str = REMEDY) -> None:
         """Compares a file of a finished trial with the checksum in its record."""
         expected = self._sum(path, trial)
         try:
@@ -554,10 +568,10 @@ def _load(kind: type[Any], path: Path) -> Any:
     try:
         return kind.load(path)
     except InputError as error:
-        raise StoreError(f"{path} is truncated or damaged: {_REMEDY}") from error
+        raise StoreError(f"{path} is truncated or damaged: {REMEDY}") from error
 
 
-def _read(path: Path, kind: Any, remedy: str = _REMEDY, unsealed: bool = True) -> Record | None:
+def _read(path: Path, kind: Any, remedy: str = REMEDY, unsealed: bool = True) -> Record | None:
     """Reads a JSON file of a run and validates its type; None if it does not exist."""
     from ticketops.searching import schema
 
