@@ -24,7 +24,7 @@ from transformers import (
 import ticketops
 from models.conftest import HEADS, LAYERS, tiny_config
 from models.test_patch import calls
-from ticketops.errors import InputError, UnsupportedError
+from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models.handle import find_handle
 from ticketops.tickets import Ticket
 
@@ -32,13 +32,22 @@ pytest.importorskip("sentence_transformers", reason="needs the extra: make test-
 
 from sentence_transformers import (
     CrossEncoder,
+    MultiVectorEncoder,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
     SparseEncoder,
 )
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Router, StaticEmbedding, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    CNN,
+    Normalize,
+    Pooling,
+    Router,
+    StaticEmbedding,
+    Transformer,
+)
 
 WORDS = [f"w{number}" for number in range(95)]
 TEXTS = [" ".join(WORDS[start : start + length]) for start, length in ((0, 9), (11, 1), (23, 14), (40, 5), (50, 3))]
@@ -79,7 +88,15 @@ def pooled_by(mode):
     return make
 
 
+def many_vectors(folder):
+    expansion = {"strategy": "fixed", "length": 12, "attend": True}
+    encoder = Transformer(str(folder / "bare"), query_expansion=expansion)
+    return MultiVectorEncoder(modules=[encoder, MultiVectorMask()], device="cpu")
+
+
 def results(model):
+    if isinstance(model, MultiVectorEncoder):
+        return torch.cat([torch.as_tensor(each) for each in model.encode_query(TEXTS)])
     if isinstance(model, CrossEncoder):
         return torch.tensor(model.predict(list(zip(TEXTS, reversed(TEXTS), strict=True))))
     found = model.encode(TEXTS, convert_to_tensor=True)
@@ -92,8 +109,9 @@ def results(model):
         *map(pooled_by, ("mean", "cls", "max", "weightedmean", "lasttoken")),
         lambda folder: CrossEncoder(str(folder / "pairs"), device="cpu"),
         lambda folder: SparseEncoder(str(folder / "terms"), device="cpu"),
+        many_vectors,
     ],
-    ids=["mean", "cls", "max", "weightedmean", "lasttoken", "cross", "sparse"],
+    ids=["mean", "cls", "max", "weightedmean", "lasttoken", "cross", "sparse", "many_vectors"],
 )
 def test_results_equal_stock_under_no_ticket_a_ticket_and_shrunk(make, folder, tmp_path):
     model = make(folder)
@@ -291,6 +309,17 @@ def none(folder):
     return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
 
 
+def convolved(folder):
+    encoder = Transformer(str(folder / "bare"))
+    return SentenceTransformer(modules=[encoder, CNN(48, 12), Pooling(36)], device="cpu")
+
+
+def expanded(folder):
+    expansion = {"strategy": "fixed", "length": 12}
+    encoder = Transformer(str(folder / "bare"), query_expansion=expansion)
+    return MultiVectorEncoder(modules=[encoder, MultiVectorMask()], device="cpu")
+
+
 def patched_already(folder):
     model = SentenceTransformer(str(folder / "bare"), device="cpu")
     ticketops.patch(model[0].model)
@@ -302,6 +331,8 @@ def patched_already(folder):
     [
         (several, "this SentenceTransformer has 2 transformers models inside.* give them one by one"),
         (none, "this SentenceTransformer has no transformers model inside: load one whose first module"),
+        (convolved, "this SentenceTransformer has a CNN, which reads hidden states at padding"),
+        (expanded, "this MultiVectorEncoder has a query_expansion without attention, which.* set its attend=True"),
         (patched_already, "this BertModel is patched already"),
         (lambda folder: losses.CosineSimilarityLoss(pooled_by("mean")(folder)), "Loss is not a transformers model"),
     ],
@@ -351,3 +382,14 @@ def test_setfit_trains_and_predicts_as_with_the_stock_model(folder, tmp_path):
     torch.testing.assert_close(loaded.predict_proba(TEXTS), model.predict_proba(TEXTS))
     with pytest.raises(UnsupportedError, match="SetFitModel is not a transformers model: give its model_body"):
         ticketops.patch(model)
+
+
+def test_the_benchmark_compares_equal_embeddings(folder):
+    from bench.embed import contenders, measure
+
+    models = contenders(str(folder / "bare"))
+    ratios = measure(models, TEXTS, batch_size=2, turns=2)["times_as_fast_as_stock"]
+    assert ratios.keys() == models.keys()
+    models["patched"] = models["applied50"]
+    with pytest.raises(TicketopsError, match="embeddings of patched and stock differ"):
+        measure(models, TEXTS, batch_size=2, turns=2)

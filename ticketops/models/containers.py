@@ -51,6 +51,30 @@ def transformers_model(model: Any) -> Any:
     )
 
 
+def refuse_readers_of_padding(model: Any) -> None:
+    """Refuses an object of sentence-transformers that reads hidden states at padding, which a patched model leaves out.
+
+    Args:
+        model: such an object. Of anything else nothing is known.
+
+    Raises:
+        UnsupportedError: names the module.
+    """
+    if not is_container(model):
+        return
+    modules = sys.modules["sentence_transformers.sentence_transformer.modules"]
+    for module in model.modules():
+        expansion = getattr(module, "query_expansion", None)
+        if isinstance(module, modules.CNN) or (isinstance(expansion, dict) and not expansion["attend"]):
+            what, remedy = "CNN", "leave it unpatched"
+            if expansion:
+                what, remedy = "query_expansion without attention", "set its attend=True, or leave the model unpatched"
+            raise UnsupportedError(
+                f"this {type(model).__name__} has a {what}, which reads hidden states at padding, and a patched model "
+                f"has none there: {remedy}"
+            )
+
+
 def callers(model: Any) -> list[nn.Module]:
     """Returns the modules of an object of sentence-transformers that call the inner model's forward method directly, so
     that its hooks do not run.

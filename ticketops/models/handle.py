@@ -19,7 +19,7 @@ from ticketops import ops
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models.adapter import Adapter
 from ticketops.models.boundary import ONLY_FIRST, Snapshot, only_first_tokens
-from ticketops.models.containers import callers, separate_columns, transformers_model
+from ticketops.models.containers import callers, refuse_readers_of_padding, separate_columns, transformers_model
 from ticketops.models.embeddings import SWAPS
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
 from ticketops.models.inputs import Inputs
@@ -68,6 +68,7 @@ def patch(model: Any, *, unpad: bool = True, bucket: int | None = None) -> "Patc
         UnsupportedError: a model, configuration or layer that is not served; the message names it.
         InputError: the model is patched already, or a bucket that is none.
     """
+    refuse_readers_of_padding(model)
     handle = PatchHandle(transformers_model(model), unpad=unpad, bucket=bucket)
     for caller in callers(model):
         handle.tell_first_tokens(caller)
