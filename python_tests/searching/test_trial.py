@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -14,6 +15,7 @@ from ticketops.models import patch, shrink
 from ticketops.optim import Adamax
 from ticketops.searching import SearchConfig, Setting, Trial, run_trial
 from ticketops.searching.plan import RECIPES
+from ticketops.searching.release import release
 from ticketops.searching.scoring import score_pass
 from ticketops.tickets import Ticket
 
@@ -175,6 +177,8 @@ def test_models_that_cannot_be_used_are_refused(setting: Setting, tmp_path: Any,
     [
         ({"num_hidden_layers": 3}, "lacks 16 pre-trained weights .*layer.2.*give a complete checkpoint"),
         ({"vocab_size": 9}, "do not fit its own config.json"),
+        ({"num_hidden_layers": 1}, r"weights of layers that its config.json does not name \(encoder.layer.1"),
+        ({"num_labels": 10**6}, "config.json has 1000000 labels"),
         ({"tokenizer": None}, "has no vocabulary: save its tokenizer"),
     ],
 )
@@ -189,6 +193,47 @@ def test_models_whose_files_contradict_each_other_are_refused(
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(InputError, match=words):
         with_fields(setting, model=str(folder))
+
+
+def test_weights_that_are_no_numbers_are_refused(setting: Setting, tmp_path: Path):
+    model = AutoModel.from_pretrained(setting.config.model)
+    with torch.no_grad():
+        model.pooler.dense.weight[3, 3] = torch.nan
+    folder = shutil.copytree(setting.config.model, tmp_path / "model")
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"weights that are NaN or infinite \(pooler.dense.weight\)"):
+        with_fields(setting, model=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("tokenizer_config.json", {"pad_token": None}, "has no padding token"),
+        ("tokenizer_config.json", {"model_max_length": "long"}, "takes at most 'long' tokens"),
+        ("tokenizer_config.json", {"model_max_length": -5}, "takes at most -5 tokens"),
+        ("tokenizer_config.json", {"tokenizer_class": [1]}, "cannot be loaded"),
+        ("tokenizer.json", None, "cannot be loaded"),
+        ("tokenizer.json", {"model": "story"}, "makes the token 9999, and the model has 22"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_its_model_is_refused(
+    setting: Setting, tmp_path: Path, file: str, changes: dict[str, Any] | None, words: str
+):
+    folder = shutil.copytree(setting.config.model, tmp_path / "model")
+    content = json.loads((folder / file).read_text())
+    if changes is None:
+        (folder / file).write_text("[" * 100_000)
+    elif word := changes.get("model"):
+        content["model"]["vocab"][word] = 9999
+        (folder / file).write_text(json.dumps(content))
+    else:
+        (folder / file).write_text(json.dumps({**content, **changes}))
+    with pytest.raises(InputError, match=words) as caught:
+        with_fields(setting, model=str(folder))
+    assert "\n" not in str(caught.value)
+    # An export says so too, or does without what it does not need.
+    with contextlib.suppress(InputError):
+        release(folder, tmp_path / "small")
 
 
 @pytest.mark.parametrize(

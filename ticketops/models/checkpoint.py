@@ -97,6 +97,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
                 f'{name} has "{_CODE_KEY}": it is made for custom code, which ticketops never runs; give a model of '
                 "transformers' own"
             )
+    labels = content.get("num_labels")
+    if isinstance(labels, int) and labels > _MAX_LABELS:
+        raise InputError(f"config.json has {labels} labels, each of which is given a name; correct it")
     if bad := [key for key in _REFUSED_KEYS if content.get(key) is not None]:
         raise InputError(f'config.json has "{bad[0]}", which would read more than this folder\'s weights; remove it')
     if (folder / _REFUSED_FILE).exists():
@@ -122,9 +125,6 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     is_model: bool = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
     if not is_model:
         raise InputError(f"config.json names no model class of transformers ({names!r:.60}); export it again")
-    labels = content.get("num_labels")
-    if isinstance(labels, int) and labels > _MAX_LABELS:
-        raise InputError(f"config.json has {labels} labels, each of which is given a name; correct it")
     config: Any = AutoConfig.from_pretrained(folder, **LOCAL)
     if kind.config_class is None or not isinstance(config, kind.config_class):
         raise InputError(f"config.json is a {type(config).__name__}, which is none of {kind.__name__}")

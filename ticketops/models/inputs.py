@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ticketops.errors import InputError
+
 #: Sentences on which exports of text models are verified.
 SENTENCES = (
     "It was the best of times, it was the worst of times.",
@@ -64,7 +66,12 @@ class Text:
         longest = min(128, positions(model.base_model))
         if processor is not None:
             options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
-            batch = dict(processor(list(SENTENCES), **options))
+            try:
+                batch = dict(processor(list(SENTENCES), **options))
+            # Such as one without a padding token, or with a length limit that is no number.
+            except (ValueError, TypeError, OverflowError) as error:
+                reason = str(error).splitlines()[0]
+                raise InputError(f"the tokenizer makes no batch ({reason}): repair it, or remove its files") from error
         else:
             lengths = torch.tensor([min(longest, 2 + len(sentence.split())) for sentence in SENTENCES])
             generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from ticketops.files import user_path
 from ticketops.models import Format, SharedModel, export, load
 from ticketops.models.checkpoint import LOCAL, check_files, check_folder
 from ticketops.searching.selection import select
-from ticketops.searching.setting import find_model, quiet
+from ticketops.searching.setting import find_model, loading_model, quiet
 from ticketops.searching.store import Store
 from ticketops.tickets import Ticket
 
@@ -86,11 +86,13 @@ def release(
         except (InputError, OSError) as error:
             raise InputError(f"cannot export {source}: {error}") from error
         if (vocabulary / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(vocabulary, **LOCAL)
+            with loading_model(str(source)):
+                tokenizer = AutoTokenizer.from_pretrained(vocabulary, **LOCAL)
         elif run:
             # Earlier versions of ticketops saved models without their tokenizer.
             place = find_model(run["config"]["model"], run["config"].get("revision"))
-            tokenizer = AutoTokenizer.from_pretrained(place, **LOCAL)
+            with loading_model(run["config"]["model"]):
+                tokenizer = AutoTokenizer.from_pretrained(place, **LOCAL)
         elif (folder / "preprocessor_config.json").is_file():
             try:
                 tokenizer = AutoImageProcessor.from_pretrained(folder, **LOCAL)

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 import transformers
 from torch import Tensor
@@ -28,6 +30,7 @@ from ticketops.searching.plan import RECIPES, SearchConfig, Trial, check_names, 
 from ticketops.tasks import Task, demo_model, load_task, tokenize
 from ticketops.text import structures
 
+_LAYER = re.compile(r"\blayers?\.\d+\.")
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
 
@@ -83,14 +86,14 @@ class Setting:
             )
             config = _with_rows(config, task)
             folder = find_model(config.model, config.revision)
-            with _loading(config.model):
+            with loading_model(config.model):
                 model_config = _read_config(config.model, folder)
             if getattr(model_config, "vocab_size", None) is None:
                 raise InputError(
                     f"model {config.model!r} reads no text, and tasks of a search are text: use ticketops.patch, prune "
                     "and shrink in Python"
                 )
-            with _loading(config.model):
+            with loading_model(config.model):
                 tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
                 # Only what the checkpoint has is pre-trained; a pooler it lacks belongs to each trial's fresh head.
                 encoder, report = AutoModel.from_pretrained(
@@ -117,12 +120,28 @@ class Setting:
                 raise InputError(
                     f"model {config.model!r} has weights that do not fit its own config.json: fix the folder"
                 )
+            # Heads of other tasks are no part of the encoder, but layers are.
+            if extra := sorted(key for key in report["unexpected_keys"] if _LAYER.search(key)):
+                raise InputError(
+                    f"model {config.model!r} has weights of layers that its config.json does not name ({extra[0]}, "
+                    "...): fix the folder"
+                )
             missing = set(report["missing_keys"])
             pretrained = {key: value for key, value in encoder.state_dict().items() if key not in missing}
             if absent := sorted(key for key in missing if "pooler" not in key):
                 raise InputError(
                     f"model {config.model!r} lacks {len(absent)} pre-trained weights that its config.json names "
                     f"({', '.join(absent[:3])}, ...): give a complete checkpoint"
+                )
+
+            if unreal := [key for key, value in pretrained.items() if not value.isfinite().all()]:
+                raise InputError(
+                    f"model {config.model!r} has weights that are NaN or infinite ({unreal[0]}): give a whole "
+                    "checkpoint"
+                )
+            if tokenizer.pad_token_id is None:
+                raise InputError(
+                    f"the tokenizer of model {config.model!r} has no padding token: set its pad_token and save it"
                 )
 
             model_config.num_labels = task.num_labels
@@ -146,6 +165,13 @@ class Setting:
                 for split, data in rows.items()
                 if data is not None
             }
+            known = encoder.get_input_embeddings().num_embeddings
+            largest = max(pc.max(pc.list_flatten(each.data.column("input_ids"))).as_py() for each in splits.values())
+            if largest >= known:
+                raise InputError(
+                    f"the tokenizer of model {config.model!r} makes the token {largest}, and the model has {known}: "
+                    "save its own tokenizer into the folder"
+                )
             # It remembers the last call's truncation, and would be saved with it.
             tokenizer("")
         return cls(config, task, tokenizer, model_config, pretrained, splits)
@@ -273,7 +299,7 @@ def find_model(name: str, revision: str | None = None, weights: bool = True) -> 
         )
     elif not (folder / "config.json").is_file():
         raise InputError(f"model folder {name} has no config.json: give a folder made by save_pretrained")
-    with _loading(name):
+    with loading_model(name):
         check_folder(folder)
     return folder
 
@@ -289,7 +315,7 @@ def load_config(name: str, revision: str | None = None) -> transformers.Pretrain
         InputError: there is no such model, or its configuration is damaged.
     """
     folder = find_model(name, revision, weights=False)
-    with _loading(name):
+    with loading_model(name):
         return _read_config(name, folder)
 
 
@@ -301,7 +327,12 @@ def _read_config(name: str, folder: Path) -> transformers.PretrainedConfig:
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
+def loading_model(name: str) -> Iterator[None]:
+    """Turns whatever a model's folder makes transformers raise into an InputError of one line.
+
+    Args:
+        name: name or folder of the model, for the error message.
+    """
     try:
         yield
     except InputError as error:

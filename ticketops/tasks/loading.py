@@ -149,6 +149,8 @@ def tokenize(
     """
     special = tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2)
     least, most = special + len(task.columns), tokenizer.model_max_length
+    if not isinstance(most, int | float) or most < least:
+        raise InputError(f"the tokenizer takes at most {most!r:.40} tokens: correct model_max_length in its files")
     if not least <= max_length <= most:
         # A tokenizer without a limit has 1e30 as its maximum.
         choices = f"from {least} to {most}" if most < 2**31 else f"at least {least}"
