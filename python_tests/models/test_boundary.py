@@ -1,14 +1,20 @@
 """What users do to a model before and after patching: the same comes of it as in the stock model, or a refusal."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from bounds import roundings
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from transformers import BertForTokenClassification, BertModel
+from transformers import BertForSequenceClassification, BertForTokenClassification, BertModel
 from transformers.integrations.neftune import activate_neftune
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert import modeling_bert
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 
 import ticketops
@@ -303,6 +309,233 @@ def test_forwards_replaced_in_a_class_are_called(text, monkeypatch, kind):
         handle.apply(ticket(heads=[(0, 1)]))
         with pytest.raises(UnsupportedError, match=rf"{kind.__name__}\.forward has been replaced"):
             model(**text)
+
+
+def scaled(function):
+    """The same code with half the result, an attention function's weights apart."""
+
+    @functools.wraps(function)
+    def run(*args, **options):
+        result = function(*args, **options)
+        return (result[0] * 0.5, *result[1:]) if isinstance(result, tuple) else result * 0.5
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "words"),
+    [
+        (BertLayer, "feed_forward_chunk", "BertLayer.feed_forward_chunk has been replaced"),
+        (modeling_bert, "eager_attention_forward", "modeling_bert.eager_attention_forward has been replaced"),
+        (functional, "scaled_dot_product_attention", "functional.scaled_dot_product_attention that has been replaced"),
+        (functional, "layer_norm", "functional.layer_norm that has been replaced"),
+        (functional, "embedding", "functional.embedding that has been replaced"),
+    ],
+)
+def test_functions_and_methods_replaced_in_stock_code_are_called(text, monkeypatch, owner, name, words):
+    model, stock = twins()
+    if name.startswith("eager"):
+        for each in (model, stock):
+            each.set_attn_implementation("eager")
+    with ticketops.patch(model) as handle:
+        compare(model, stock, text)
+        monkeypatch.setattr(owner, name, scaled(getattr(owner, name)))
+        compare(model, stock, text)
+        handle.apply(ticket(heads=[(0, 1)]))
+        with pytest.raises(UnsupportedError, match=words):
+            model(**text)
+
+
+@pytest.mark.parametrize("name", [*TOKENS, "ViTForImageClassification"])
+def test_attention_functions_registered_under_a_stock_name_are_called(name, monkeypatch):
+    model = make(name)
+    stock, batch = copy.deepcopy(model), draw(model)
+    with ticketops.patch(model) as handle:
+        compare(model, stock, batch)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", scaled(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+        compare(model, stock, batch)
+        handle.apply(ticket(heads=[(0, 1)]))
+        with pytest.raises(UnsupportedError, match="registered for the attention implementation 'sdpa'"):
+            model(**batch)
+
+
+class Halved(TorchFunctionMode):
+    """Watches all functions of torch, and halves what attention computes."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result * 0.5 if function is functional.scaled_dot_product_attention else result
+
+
+def test_a_function_mode_sees_what_it_sees_of_the_stock_model(text):
+    model, stock = twins()
+    with ticketops.patch(model) as handle:
+        with Halved():
+            compare(model, stock, text)
+        handle.apply(ticket(heads=[(0, 1)]))
+        with Halved(), pytest.raises(UnsupportedError, match="a TorchFunctionMode"):
+            model(**text)
+
+
+def own_chunk(model):
+    layer = layers(model)[1]
+    layer.feed_forward_chunk = scaled(layer.feed_forward_chunk)
+
+
+def own_loop(model):
+    """Skips a layer, as early exits and layer drop do."""
+
+    def forward(states, attention_mask=None, **options):
+        for layer in (layers(model)[0], layers(model)[2]):
+            states = layer(states, attention_mask, **options)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
+
+    model.bert.encoder.forward = forward
+
+
+def own_masks(model):
+    make_masks = model.bert._create_attention_masks
+    model.bert._create_attention_masks = lambda **options: (None, make_masks(**options)[1])
+
+
+def own_activation(model):
+    layers(model)[1].intermediate.intermediate_act_fn.act = functional.silu
+
+
+def learned_scale(model):
+    attention = layers(model)[1].attention.self
+    del attention.scaling
+    attention.scaling = nn.Parameter(torch.tensor(0.3))
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (own_chunk, "a feed_forward_chunk method of its own on its BertLayer"),
+        (own_loop, "a forward method of its own on its encoder"),
+        (own_masks, "a _create_attention_masks method of its own"),
+        (own_activation, "another function as its act"),
+        (learned_scale, "a Parameter as the factor of its attention scores"),
+    ],
+)
+def test_what_is_put_on_an_instance_is_what_computes(text, change, words):
+    model, stock = twins()
+    with ticketops.patch(model) as handle:
+        compare(model, stock, text)
+        for each in (model, stock):
+            change(each)
+        compare(model, stock, text)
+        handle.apply(ticket(heads=[(0, 1)]))
+        with pytest.raises(UnsupportedError, match=words):
+            model(**text)
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_a_layer_attends_as_it_is_told_to(kind):
+    model = make("ModernBertForTokenClassification")
+    stock, batch = copy.deepcopy(model), draw(model)
+    for patched_first in (True, False):
+        with ticketops.patch(copy.deepcopy(model)) as handle:
+            for each in (handle.model, twin := copy.deepcopy(stock)):
+                place = next(i for i, layer in enumerate(layers(each)) if layer.attention_type != kind)
+                layers(each)[place].attention_type = kind
+            if not patched_first:
+                handle.revert()
+                handle = ticketops.patch(handle.model)
+            compare(handle.model, twin, batch)
+            handle.apply(ticket(heads=[(0, 1)]))
+            with pytest.raises(UnsupportedError, match="where its configuration says"):
+                handle.model(**batch)
+
+
+# --- hidden states, and what hooks see beside them
+
+
+@pytest.mark.parametrize("name", [*TOKENS, "BertForSequenceClassification", "ViTForImageClassification"])
+@pytest.mark.parametrize("padding", ["right", "holes"])
+def test_gradients_flow_through_hidden_states(name, padding):
+    model = make(name)
+    stock, batch = copy.deepcopy(model), draw(model)
+    if padding == "holes" and "attention_mask" in batch and not name.startswith("ModernBert"):
+        batch["attention_mask"][0, [3, 5]] = 0
+    real = batch.get("attention_mask", torch.ones(4, 17)).bool()
+    found = []
+    with ticketops.patch(model):
+        for each in (model, stock):
+            output = each(**batch, output_hidden_states=True)
+            output.hidden_states[1].register_hook(lambda gradient: gradient * 0.5)
+            logits = output.logits[real] if output.logits.ndim == 3 else output.logits
+            wanted = [*output.hidden_states, *each.parameters()]
+            gradients = torch.autograd.grad(logits.square().sum(), wanted, allow_unused=True)
+            assert all(gradient is not None for gradient in gradients[: len(output.hidden_states)])
+            found.append([torch.zeros_like(w) if g is None else g for g, w in zip(gradients, wanted, strict=True)])
+    scale = max(each.abs().max().item() for each in found[1])
+    for place, (got, want) in enumerate(zip(*found, strict=True)):
+        if place <= 3:
+            got, want = got[real], want[real]
+        torch.testing.assert_close(got, want, **roundings(100, 100 * scale))
+
+
+def test_hooks_are_given_what_stock_modules_are_given(text):
+    """Masks and keyword arguments too: the same, or refused."""
+    model, stock = twins(BertForSequenceClassification)
+    seen = []
+
+    def note(module, args, *rest):
+        seen.append([(type(x).__name__, getattr(x, "shape", None)) for x in args])
+        seen.extend(sorted(x) for x in rest if type(x) is dict)
+
+    with ticketops.patch(model) as handle:
+        handle.apply(ticket(ffns=[1]))
+        places = ["", "bert.encoder.layer.0", "bert.encoder.layer.1.attention"]
+        hooks = [each.get_submodule(place).register_forward_hook(note) for place in places for each in (model, stock)]
+        hooks += [each.register_forward_hook(note, with_kwargs=True) for each in (model, stock)]
+        for each in (model, stock):
+            each(**text)
+        assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+        for place in ("bert.encoder.layer.1", "bert.encoder"):
+            hook = model.get_submodule(place).register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+            with pytest.raises(UnsupportedError, match="with keyword arguments, which differ from a stock model's"):
+                model(**text)
+            hook.remove()
+        # Stock attention returns its weights then.
+        for each in (model, stock):
+            each.set_attn_implementation("eager")
+        with pytest.raises(UnsupportedError, match=r"layer 1 has hooks on its attention"):
+            model(**text)
+        for hook in hooks:
+            hook.remove()
+
+
+def test_holes_are_named_where_hooks_see_padded_batches(text):
+    model, stock = twins()
+    text["attention_mask"][0, 3] = 0
+    with ticketops.patch(model) as handle:
+        for each in (model, stock):
+            each.bert.encoder.layer[1].register_forward_hook(lambda *_: None)
+        compare(model, stock, text)
+        handle.apply(ticket(heads=[(0, 1)]))
+        with pytest.raises(UnsupportedError, match="hooks inside it, which see padded batches, with holes"):
+            model(**text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_ids_that_torch_does_not_take_are_no_ids(text, dtype):
+    model, stock = twins()
+    text["input_ids"] = text["input_ids"].to(dtype)
+    with ticketops.patch(model):
+        for each in (model, stock):
+            with pytest.raises(RuntimeError, match="Expected tensor for argument #1 'indices'"):
+                each(**text)
+
+
+def test_several_gradients_at_once_are_refused_by_name(text):
+    model, _ = twins()
+    with ticketops.patch(model):
+        logits = model(**text).logits[0, :2].flatten()
+        with pytest.raises(UnsupportedError, match=r"several gradients at once.*one by one"):
+            torch.autograd.grad(logits, [*model.parameters()], torch.eye(6), is_grads_batched=True, allow_unused=True)
 
 
 # --- parameters

@@ -1,5 +1,6 @@
 """Recorded importance against its definition: one example at a time, masks multiplied in by hand, autograd."""
 
+import contextlib
 import copy
 
 import pytest
@@ -219,3 +220,27 @@ def test_neurons_are_recorded_only_when_asked(model, batch):
         _ = importance.neuron
     with pytest.raises(InputError, match="has no neurons"):
         ticketops.prune(importance, 0.5, neurons=True)
+
+
+def test_importance_is_single_precision_whatever_the_default_dtype(model, batch):
+    with ticketops.patch(model) as handle:
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            try:
+                with handle.record_importance() as importance:
+                    model(**batch).loss.backward()
+            finally:
+                torch.set_default_dtype(torch.float32)
+            found.append(importance.head)
+    torch.testing.assert_close(found[1], found[0], **roundings(10))
+
+
+def test_an_error_leaves_what_was_recorded_before_it(model, batch):
+    with ticketops.patch(model) as handle:
+        with contextlib.suppress(KeyError), handle.record_importance() as importance:
+            model(**batch).loss.backward()
+            raise KeyError
+        with handle.record_importance() as again:
+            model(**batch).loss.backward()
+    torch.testing.assert_close(importance.head, again.head)

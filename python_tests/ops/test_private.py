@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ticketops.ops import private
 
 #: Of `private`, what has a public way instead: each is there in this version, so that nobody takes the slow one unseen.
 FOUND = ["_dispatch_modes", "_functorch_active", "_below_autograd", "_copy_all", "_assert_async"]
+FOUND += ["_function_modes", "_is_batched"]
 
 
 class Mode(TorchDispatchMode):
@@ -48,6 +50,25 @@ def test_modes_transforms_and_tangents_are_seen(monkeypatch):
     assert private.has_modes()
     assert not private.in_transform()
     assert private.in_forward_ad()
+
+
+def test_function_modes_and_batched_gradients_are_seen():
+    class FunctionMode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    assert not private.has_function_modes()
+    with torch.device("cpu"):
+        assert not private.has_function_modes()
+    with FunctionMode():
+        assert private.has_function_modes()
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda gradient: seen.append(private.is_batched(gradient)))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert seen == [True]
+    assert not private.is_batched(x)
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -3,13 +3,15 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import activations
 
 from ticketops.errors import UnsupportedError
+from ticketops.models.hooks import methods_of
 from ticketops.models.inputs import TEXT, Inputs
 from ticketops.models.record import head_dim
 from ticketops.models.removed import RemovedLinear
@@ -52,6 +54,7 @@ class LayerParts:
         causal: True if tokens of a batch without padding do not attend to later ones.
         gated: fc1 has the rows of a gate behind those of the neurons.
         bare: nothing of it needs a bias.
+        window: how far its attention reaches; None for the whole sequence.
     """
 
     qkv: tuple[nn.Linear, ...]
@@ -68,6 +71,7 @@ class LayerParts:
     causal: bool
     gated: bool = False
     bare: bool = False
+    window: int | None = None
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linear layers by name."""
@@ -106,11 +110,13 @@ class LayerParts:
             if expected is nn.Dropout:
                 continue
             weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+            if getattr(module, "weight", None) is None:
+                return f"no weight in its {name}, which ticketops does not serve"
             if weight is None or type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
                 kind = type(getattr(module, "weight", None))
                 return (
                     f"a {kind.__module__}.{kind.__name__} as the weight of its {name}, not a plain parameter: undo "
-                    "quantization before patching"
+                    "quantization before patching, and what torch.nn.utils computes it by (prune, weight_norm, ...)"
                 )
             if bias is None and not self.bare:
                 return f"no bias in its {name}, which ticketops does not serve"
@@ -152,6 +158,7 @@ class Adapter:
         refusal: function that returns why a configuration is not supported, or None.
         calls: the modules of a layer that its patched class still calls, besides itself and those to queries, keys and
             values; hooks on the others are refused.
+        attentions: those of them whose results have attention weights under eager attention.
         calls_with_heads: those of them that see what they see in a stock layer where a ticket picks heads.
         first_token_heads: task heads that read nothing but each row's first token, and for each the class of its
             `classifier` where that takes the token from the row; None where the pooler or the head's forward does.
@@ -177,6 +184,7 @@ class Adapter:
     refusal: Callable[[Any], str | None]
     calls: Callable[[Any], tuple[nn.Module, ...]]
     calls_with_heads: Callable[[Any], tuple[nn.Module, ...]]
+    attentions: Callable[[Any], tuple[nn.Module, ...]] = lambda layer: ()
     first_token_heads: Mapping[type[nn.Module], type[nn.Module] | None] = field(default_factory=dict)
     pooler: type[nn.Module] | None = None
     stack: str = "layer"
@@ -204,16 +212,24 @@ class Adapter:
         return [self.window(config, layer) for layer in range(config.num_hidden_layers)]
 
     @functools.cached_property
-    def _forwards(self) -> dict[type[nn.Module], Any]:
-        """The stock classes that layers are made of, each with its forward as it was when ticketops was imported."""
+    def _kinds(self) -> dict[type[nn.Module], None]:
+        """The stock classes that layers are made of."""
         own = [kind for kind in vars(self.modeling).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
         own = [kind for kind in own if kind.__module__ == self.modeling.__name__]
-        kinds: tuple[Any, ...] = (*own, *self.swaps, *_ACTIVATIONS, *_OTHER_CLASSES)
-        return {kind: kind.forward for kind in kinds}
+        return dict.fromkeys((*own, *self.swaps, *_ACTIVATIONS, *_OTHER_CLASSES))
+
+    @functools.cached_property
+    def _code(self) -> list[tuple[Any, str, Any]]:
+        """What stock models are computed by, as it was when ticketops was imported: the methods of their classes and
+        the functions of their module, each as its owner, its name and itself."""
+        methods = [(kind, name) for kind in self._kinds for name in dict.fromkeys(("forward", *methods_of(kind)))]
+        functions = [name for name, value in vars(self.modeling).items() if isinstance(value, FunctionType)]
+        names: list[tuple[Any, str]] = [*methods, *((self.modeling, name) for name in functions)]
+        return [(owner, name, getattr(owner, name)) for owner, name in names]
 
     @functools.cached_property
     def _known(self) -> frozenset[type[nn.Module]]:
-        return frozenset((*self._forwards, *self.swaps.values()))
+        return frozenset((*self._kinds, *self.swaps.values()))
 
     def knows(self, module: nn.Module) -> bool:
         """True if a module's class is one that a stock model of the architecture is made of, or stands in for one."""
@@ -232,10 +248,10 @@ class Adapter:
         return None
 
     def altered(self) -> str | None:
-        """Names a stock class whose forward somebody has replaced since ticketops was imported, or None."""
-        for kind, forward in self._forwards.items():
-            if kind.forward is not forward:
-                return f"{kind.__name__}.forward has been replaced by other code"
+        """Names a stock class's method, or a function, that has been replaced since ticketops was imported, or None."""
+        for owner, name, code in self._code:
+            if getattr(owner, name, None) is not code:
+                return f"{owner.__name__}.{name} has been replaced by other code"
         return None
 
 
@@ -259,4 +275,15 @@ def activation_name(module: nn.Module) -> str:
             f"the activation {kind.__name__} is not supported: ticketops serves gelu (erf), its tanh approximations "
             "and relu"
         )
+    if not _computes_its_own(module, _ACTIVATIONS[kind]):
+        raise UnsupportedError(f"the activation {kind.__name__} is not supported with another function as its act")
     return _ACTIVATIONS[kind]
+
+
+def _computes_its_own(module: nn.Module, name: str) -> bool:
+    """True unless an activation module calls a function that its class does not give it."""
+    act = vars(module).get("act")
+    if isinstance(act, functools.partial):
+        return name == "gelu_tanh" and act.func is functional.gelu and act.keywords == {"approximate": "tanh"}
+    own = getattr(act, "__func__", None) in vars(type(module)).values()
+    return act is None or own or (name == "gelu" and act is functional.gelu)

@@ -32,12 +32,12 @@ class TicketEncoder(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)
         packing = ticketops.packing
         if packing.indices is not None and not ticketops.packed:
-            hidden_states = packing.pack(hidden_states)[None]
+            hidden_states = ticketops.leave(packing.pack(hidden_states)[None])
         output: Any = super().forward(hidden_states, *args, ticketops=ticketops, **kwargs)
         if ticketops.first_tokens is not None:
             empty = packing.sequences.lengths == 0
             output.last_hidden_state = output.last_hidden_state.masked_fill(empty[:, None, None], 0)
-        elif packing.indices is not None:
+        elif packing.indices is not None and not ticketops.spread:
             output.last_hidden_state = packing.unpack(output.last_hidden_state[0])
         return output
 
@@ -111,14 +111,15 @@ class TicketLayer(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)
         attention, parts = self.attention, _parts(self)
         self._ticketops.check(ticketops)
-        around = (attention, attention.self, attention.output)
+        around, hidden_states = (attention, attention.self, attention.output), ticketops.enter(hidden_states)
         done = whole_layer(self._ticketops, parts, around, hidden_states, ticketops)
-        if done is not None:
-            return done
-        return read_tokens(self._ticketops, self._by_modules(hidden_states, ticketops), ticketops)
+        if done is None:
+            done = read_tokens(self._ticketops, self._by_modules(hidden_states, args[:1], ticketops), ticketops)
+        return ticketops.leave(done)
 
-    def _by_modules(self, hidden_states: Tensor, ticketops: Call) -> Tensor:
-        hidden_states, _ = self.attention(hidden_states, ticketops=ticketops)
+    def _by_modules(self, hidden_states: Tensor, mask: tuple[Any, ...], ticketops: Call) -> Tensor:
+        # Nobody but hooks reads the mask.
+        hidden_states, _ = self.attention(hidden_states, *mask, ticketops=ticketops)
         if not self._ticketops.kept.ffn:
             return self.output.LayerNorm(hidden_states)
         output = feed_forward(self._ticketops, self.intermediate.dense, self.output.dense, hidden_states, ticketops)
@@ -412,6 +413,7 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         refusal=_refusal,
         calls=lambda layer: (layer.attention, layer.attention.self, layer.attention.output),
         calls_with_heads=lambda layer: (layer.attention,),
+        attentions=lambda layer: (layer.attention, layer.attention.self),
         first_token_heads={head: reader for head, reader in heads.items() if head is not None},
         pooler=stock("Pooler"),
         reads_positions=True,

@@ -7,16 +7,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ticketops.errors import InputError
 from ticketops.models.adapter import Adapter, LayerParts
 from ticketops.models.embeddings import SWAPS, counts_no_tokens
-from ticketops.models.hooks import any_module_is_hooked, is_hooked, minds_packing, transform
+from ticketops.models.hooks import (
+    any_module_is_hooked,
+    computing_methods,
+    is_hooked,
+    minds_packing,
+    own_method,
+    sees_keywords,
+    transform,
+)
 from ticketops.models.record import APPLIED
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import unsharded_class
 from ticketops.ops import Packing
-from ticketops.ops.packing import check_rows, require
+from ticketops.ops.packing import check_rows, is_unbroken, require
 from ticketops.ops.products import compute_dtype
 
 if TYPE_CHECKING:
@@ -44,8 +54,12 @@ _FLASH = ("flash_attention_2", "flash_attention_3")
 #: Inputs of a model that have a value, or a vector, for each token.
 _TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "task_type_ids")
 
-#: Attention functions that compute what ops.attention computes.
-_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+#: Attention functions that compute what ops.attention computes: of each name the function and the one that makes its
+#: mask, as they were when ticketops was imported.
+_ATTENTIONS = {
+    name: (ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name))
+    for name in (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+}
 
 #: Classes among the embeddings that treat each token alone, where they have no hooks.
 _TOKENWISE = frozenset((nn.Linear, nn.Identity, *SWAPS, *SWAPS.values()))
@@ -69,7 +83,7 @@ class TicketModel(nn.Module):
         call: Call = entered["ticketops"]
         output = super().forward(**entered)
         if call.packing.indices is not None:
-            output = _padded(handle.packs, call.packing, output)
+            output = _padded(handle.packs, call, output)
         if call.recorded is not None:
             call.recorded.follow(output[0])
         return output
@@ -109,6 +123,9 @@ _SETTINGS = (
     "head_dim",
     "max_norm",
     "scale_grad_by_freq",
+    "act",
+    "scaling",
+    "attention_type",
 )
 
 
@@ -159,6 +176,12 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
         obstacle = look.obstacle
     if obstacle is None and look.watched and not handle.restricts:
         obstacle = "hooks inside it"
+    hidden = given.get("output_hidden_states")
+    hidden = base.config.output_hidden_states if hidden is None else hidden
+    # It may be the number of a layer, 0 too.
+    hidden = hidden is not None and hidden is not False
+    if obstacle is None and look.watched and handle.unpad and mask is not None and not is_unbroken(mask).all():
+        obstacle = "hooks inside it, which see padded batches, with holes in the attention mask"
     if obstacle is not None:
         handle.refuse_stock(obstacle)
         return None
@@ -173,19 +196,21 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
         packing = Packing.from_mask(mask, batch, width, device, unpad, bucket if unpad else None, handle.holes, dtype)
     else:
         packing = flat
-    # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one.
-    given["attention_mask"] = handle.adapter.no_mask
+    if not look.watched:
+        # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one, which hooks may see.
+        given["attention_mask"] = handle.adapter.no_mask
     embeds_positions = "position_ids" in handle.arguments and hasattr(base.embeddings, "position_embeddings")
     # On a GPU the embeddings of padding are no time worth a further launch.
-    packed = packing.indices is not None and (
-        handle.packs or (device.type == "cpu" and embeds_positions and look.front_packs)
+    spread = packing.indices is not None and hidden and torch.is_grad_enabled()
+    packed = (
+        packing.indices is not None
+        and not spread
+        and (handle.packs or (device.type == "cpu" and embeds_positions and look.front_packs))
     )
     rows = batch * width if packing.indices is None else len(packing.indices)
-    hidden = given.get("output_hidden_states")
-    hidden = base.config.output_hidden_states if hidden is None else hidden
     # Of packed inputs a head reads the first token of a row, not of each sequence.
-    only_first = only_first and flat is None and rows > 0 and hidden in (None, False)
-    given["ticketops"] = handle.call(base, packing, device, packed, only_first)
+    only_first = only_first and flat is None and rows > 0 and not hidden
+    given["ticketops"] = handle.call(base, packing, device, packed, spread, only_first)
     if packing.indices is not None and packed:
         _pack_inputs(base.embeddings, packing, packing.indices.clamp_min(0), given)
     return given
@@ -212,8 +237,11 @@ def stock_argument(base: Any, given: dict[str, Any]) -> str | None:
                 return f"the argument {name}, beside padding or without flash attention"
     if config.output_attentions and given.get("output_attentions") is None:
         return "config.output_attentions"
-    if config._attn_implementation not in _ATTENTIONS:
-        return f"the attention implementation {config._attn_implementation!r}"
+    name = config._attn_implementation
+    if name not in _ATTENTIONS:
+        return f"the attention implementation {name!r}"
+    if (ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)) != _ATTENTIONS[name]:
+        return f"other functions registered for the attention implementation {name!r}"
     for name in ("input_ids", "inputs_embeds", "attention_mask", "pixel_values"):
         value = given.get(name)
         if value is not None and type(value) not in (Tensor, nn.Parameter):
@@ -294,10 +322,10 @@ class Snapshot:
         """
         if base is not self._base:
             return False
-        for module, state, kind, children, hooks, parameters, settings in self._modules:
+        for module, state, kind, methods, children, hooks, parameters, settings in self._modules:
             if (
                 module.__class__ is not kind
-                or "forward" in state
+                or not state.keys().isdisjoint(methods)
                 or (children and tuple(state["_modules"].values()) != children)
                 or (not children and state["_modules"])
                 or _hook_numbers(state) != hooks
@@ -326,7 +354,9 @@ def _noted(module: nn.Module) -> tuple[Any, ...]:
     settings = [(name, state[name]) for name in _SETTINGS if name in state]
     if "attention_dropout" in state:
         settings.append(("training", module.training))
-    return module, state, type(module), tuple(state["_modules"].values()), _hook_numbers(state), parameters, settings
+    kind: Any = type(module)
+    children = tuple(state["_modules"].values())
+    return module, state, kind, computing_methods(kind), children, _hook_numbers(state), parameters, settings
 
 
 def _hook_numbers(state: dict[str, Any]) -> tuple[int, ...]:
@@ -370,7 +400,11 @@ def _examine_modules(handle: "PatchHandle", base: Any) -> Look:
     layers = adapter.layers(base)
     if len(layers) != handle.num_layers:
         return Look(f"{len(layers)} layers where there were {handle.num_layers} when it was patched")
+    if (method := own_method(base)) not in (None, "forward"):
+        return Look(f"a {method} method of its own")
     watched, first = False, None
+    if encoder is not base and (fault := _interest(base, encoder)):
+        return Look(fault)
     for index, layer in enumerate(layers):
         state = layer.__dict__.get("_ticketops")
         if not isinstance(state, LayerState) or state.index != index:
@@ -391,9 +425,16 @@ def _examine_modules(handle: "PatchHandle", base: Any) -> Look:
             if state.kept.heads is not None:
                 # Where a ticket picks heads, their weights are read past their modules, and contexts are narrower.
                 called = [layer, *adapter.calls_with_heads(layer)]
+            if base.config._attn_implementation in (None, "eager"):
+                # Their results have attention weights then.
+                called = [each for each in called if not any(each is one for one in adapter.attentions(layer))]
             for module in hooked:
-                if "forward" in module.__dict__ or not any(module is each for each in called):
-                    return Look(f"layer {index} has {_interest(layer, module)}")
+                fault = _interest(layer, module)
+                if fault is None and not any(module is each for each in called):
+                    place = _name_of(layer, module)
+                    fault = f"hooks on its {place}, which a patched layer does not call as a stock one does"
+                if fault is not None:
+                    return Look(f"layer {index} has {fault}")
             watched = True
     front = not is_hooked(encoder)
     for name, child in base.named_children():
@@ -411,12 +452,17 @@ def _examine_modules(handle: "PatchHandle", base: Any) -> Look:
     return Look(None, watched, front)
 
 
-def _interest(layer: nn.Module, module: nn.Module) -> str:
-    """What somebody has attached to a module of a layer."""
-    name = next(name for name, each in layer.named_modules() if each is module) or type(layer).__name__
-    if "forward" in module.__dict__:
-        return f"a forward method of its own on its {name}"
-    return f"hooks on its {name}, which a patched layer does not call as a stock one does"
+def _interest(owner: nn.Module, module: nn.Module) -> str | None:
+    """What somebody has attached to a module that no patched module could call as a stock one does, or None."""
+    if method := own_method(module):
+        return f"a {method} method of its own on its {_name_of(owner, module)}"
+    if sees_keywords(module):
+        return f"hooks on its {_name_of(owner, module)} with keyword arguments, which differ from a stock model's"
+    return None
+
+
+def _name_of(owner: nn.Module, module: nn.Module) -> str:
+    return next(name for name, each in owner.named_modules() if each is module) or type(owner).__name__
 
 
 def _weights_fault(state: LayerState, layer: nn.Module, parts: LayerParts, first: LayerParts) -> str | None:
@@ -472,20 +518,23 @@ def _pack_inputs(embeddings: Any, packing: Packing, indices: Tensor, kwargs: dic
             kwargs[name] = rows.flatten(0, 1).index_select(0, indices)[None]
 
 
-def _padded(packs: bool, packing: Packing, output: Any) -> Any:
+def _padded(packs: bool, call: Call, output: Any) -> Any:
     """Pads hidden states that were captured between packed layers, and the last one where no encoder has (`packs`)."""
-    # The encoder has padded this one, and it is the last of the captured states. Shapes would not tell: one sequence
+    # An encoder has padded this one, and it is the last of the captured states. Shapes would not tell: one sequence
     # in a bucket as long as its row has the same packed and padded.
-    last = None if packs else output[0]
+    packing, last = call.packing, output[0]
+    # Layers that are spread have padded the others. What comes behind them need not leave zeros at padding.
+    clean = packing.unpack(packing.pack(last) if call.spread else last[0]) if packs else last
 
     def padded(state: Tensor | None) -> Tensor | None:
-        return state if state is None or state is last else packing.unpack(state[0])
+        if state is last:
+            return clean
+        return state if state is None or call.spread else packing.unpack(state[0])
 
     if isinstance(output, tuple):
         output = tuple(tuple(map(padded, x)) if isinstance(x, tuple) else x for x in output)
-        return (padded(output[0]), *output[1:]) if packs else output
-    if packs:
-        output["last_hidden_state"] = padded(output["last_hidden_state"])
+        return (clean, *output[1:])
+    output["last_hidden_state"] = clean
     if output.get("hidden_states") is not None:
         output["hidden_states"] = tuple(map(padded, output["hidden_states"]))
     return output
@@ -503,7 +552,10 @@ def only_first_tokens(adapter: Adapter, model: PreTrainedModel) -> bool:
         return False
     own = model.__dict__.get("forward")
     # Accelerate wraps a model's forward, which still is the same inside.
-    if own is not None and inspect.unwrap(own) is not inspect.unwrap(type(model).forward):
+    if own is not None and not _hands_on(own, type(model).forward):
+        return False
+    # What tells the bare model so would be seen beside what was given to the model.
+    if len(model._forward_pre_hooks_with_kwargs) > 1 or model._forward_hooks_with_kwargs:
         return False
     base: Any = model.base_model
     pooler, classifier = getattr(base, "pooler", None), adapter.first_token_heads[type(model)]
@@ -513,3 +565,11 @@ def only_first_tokens(adapter: Adapter, model: PreTrainedModel) -> bool:
     stock = pooler is None or type(pooler) is adapter.pooler
     stock = stock and (classifier is None or type(model.classifier) is classifier)
     return stock and not any(map(is_hooked, readers))
+
+
+def _hands_on(own: Any, forward: Any) -> bool:
+    """True if a forward method that was put on a model wraps its class's and takes any keyword arguments."""
+    if inspect.unwrap(own) is not inspect.unwrap(forward):
+        return False
+    parameters = inspect.signature(own, follow_wrapped=False).parameters.values()
+    return any(each.kind is each.VAR_KEYWORD for each in parameters)

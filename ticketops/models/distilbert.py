@@ -30,10 +30,11 @@ class TicketTransformerBlock(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)
         parts = _parts(self)
         self._ticketops.check(ticketops)
+        hidden_states = ticketops.enter(hidden_states)
         done = whole_layer(self._ticketops, parts, (), hidden_states, ticketops)
-        if done is not None:
-            return done
-        return read_tokens(self._ticketops, self._by_modules(hidden_states, parts, ticketops), ticketops)
+        if done is None:
+            done = read_tokens(self._ticketops, self._by_modules(hidden_states, parts, ticketops), ticketops)
+        return ticketops.leave(done)
 
     def _by_modules(self, hidden_states: Tensor, parts: LayerParts, ticketops: Call) -> Tensor:
         state, output = self._ticketops, parts.output

@@ -10,6 +10,9 @@ from ticketops.models.hooks import is_hooked, transform
 from ticketops.models.swapping import stand_in
 from ticketops.ops.embedding import dropout, embedding, embeddings, layer_norm, serves_embedding
 
+#: What torch looks rows up by.
+_IDS = (torch.int64, torch.int32)
+
 
 class TicketEmbedding(nn.Embedding):
     """An embedding table whose gradient is computed for the rows in use only."""
@@ -18,7 +21,8 @@ class TicketEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Takes ids [..], returns rows [.., C]."""
-        if not self.is_plain() or self.is_altered() or transform() or not serves_embedding(self.weight):
+        plain = self.is_plain() and not self.is_altered() and input.dtype in _IDS
+        if not plain or transform() or not serves_embedding(self.weight):
             return super().forward(input)
         return embedding(self.weight, input, self.padding_idx)
 
@@ -104,6 +108,8 @@ def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tens
             types = torch.zeros_like(ids) if buffer is None else buffer.expand(len(ids), -1).gather(1, positions)
         if types.shape != ids.shape:
             return None
+    if any(each is not None and each.dtype not in _IDS for each in (ids, positions, types)):
+        return None
     tables = [table for table in (words, kinds, places) if table is not None]
     plain = all(type(table) is SWAPS[nn.Embedding] and table.is_plain() for table in tables)
     if not plain or type(norm) is not SWAPS[nn.LayerNorm] or not norm.is_plain() or type(drop) is not SWAPS[nn.Dropout]:

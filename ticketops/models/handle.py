@@ -197,6 +197,14 @@ class PatchHandle:
         """True if packing may close holes in a mask: within a window, what was too far apart would come near."""
         return not any(window is not None for window in self.adapter.windows(self._base.config))
 
+    def window(self, layer: int) -> int | None:
+        """How far a layer's attention reaches by the configuration as it is now; None for the whole sequence.
+
+        Args:
+            layer: its index.
+        """
+        return self.adapter.window(self._base.config, layer)
+
     @property
     def inputs(self) -> Inputs:
         """What the model reads."""
@@ -444,10 +452,13 @@ class PatchHandle:
         try:
             with separate_columns():
                 yield importance
-            recording.settle()
         finally:
             self._recording = None
-            importance.connect(None)
+            try:
+                # What comes after an error goes on from all batches before it.
+                recording.settle()
+            finally:
+                importance.connect(None)
 
     def __copy__(self) -> "PatchHandle":
         # A second handle of one model would not know what the first has applied.
@@ -481,7 +492,9 @@ class PatchHandle:
         """
         return self.adapter.parts(self.adapter.layers(base)[0]).ffn_norm.weight
 
-    def call(self, base: Any, packing: Packing, device: torch.device, packed: bool, only_first: bool) -> Call:
+    def call(
+        self, base: Any, packing: Packing, device: torch.device, packed: bool, spread: bool, only_first: bool
+    ) -> Call:
         """What a forward pass hands to the layers, with a leaf for each importance partial if it records.
 
         Args:
@@ -489,6 +502,7 @@ class PatchHandle:
             packing: of its inputs.
             device: of its inputs.
             packed: the encoder's input is packed already.
+            spread: layers hand on padded batches.
             only_first: only first tokens of the last layer's result are read.
         """
         for state in self._states:
@@ -502,7 +516,7 @@ class PatchHandle:
         weight = self.weight(base)
         whole = ops.serves_layer(weight, weight)
         last = self.num_layers - 1 if whole and only_first else None
-        call = Call(packing, self._states[0].kept.number, packed=packed, whole=whole, first_tokens=last)
+        call = Call(packing, self._states[0].kept.number, packed=packed, spread=spread, whole=whole, first_tokens=last)
         if self._recording is None or not torch.is_grad_enabled():
             return call
         return self._recorded(call, device)

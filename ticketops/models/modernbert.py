@@ -27,11 +27,16 @@ class TicketModernBertEncoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Any:
         """Takes and returns hidden states [.., C]; takes cosines and sines [.., head_dim] of the tokens' positions."""
-        state, attention = self._ticketops, self.attn
         if ticketops is None:
-            state.refuse_stock()
+            self._ticketops.refuse_stock()
             return super().forward(hidden_states, *args, **kwargs)
-        parts = _parts(self)
+        positions = kwargs["position_embeddings"]
+        if ticketops.spread:
+            positions = tuple(ticketops.enter(x.expand(*hidden_states.shape[:-1], -1)) for x in positions)
+        return ticketops.leave(self._by_modules(ticketops.enter(hidden_states), positions, ticketops))
+
+    def _by_modules(self, hidden_states: Tensor, positions: tuple[Tensor, Tensor], ticketops: Call) -> Tensor:
+        state, attention, parts = self._ticketops, self.attn, _parts(self)
         state.check(ticketops)
         contexts = attend(
             state,
@@ -40,8 +45,8 @@ class TicketModernBertEncoderLayer(nn.Module):
             ticketops,
             parts.scale,
             parts.rates[0],
-            window=_window(attention.config, state.index),
-            turn=partial(_turn, hidden_states, kwargs["position_embeddings"]),
+            window=parts.window,
+            turn=partial(_turn, hidden_states, positions),
         )
         projected = project(state, attention.Wo, contexts, hidden_states)
         if attention.Wo.bias is not None:
@@ -64,8 +69,8 @@ def _turn(
     return turned
 
 
-def _window(config: Any, layer: int) -> int | None:
-    return config.local_attention // 2 if config.layer_types[layer] == "sliding_attention" else None
+def _window(config: Any, kind: str) -> int | None:
+    return config.local_attention // 2 if kind == "sliding_attention" else None
 
 
 def _parts(layer: Any) -> LayerParts:
@@ -88,6 +93,7 @@ def _parts(layer: Any) -> LayerParts:
         causal=attention.is_causal,
         gated=True,
         bare=True,
+        window=_window(attention.config, layer.attention_type),
     )
 
 
@@ -124,6 +130,6 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         ops=("attention", "ffn", "projection"),
         gated=True,
         biases=lambda config: (config.attention_bias, config.mlp_bias),
-        window=_window,
+        window=lambda config, layer: _window(config, config.layer_types[layer]),
         no_mask={"full_attention": None, "sliding_attention": None},
     )

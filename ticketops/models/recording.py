@@ -177,7 +177,7 @@ class Pass:
             self._spread[key] = numbers.on(self._device), total
             shape = (self.batch, len(numbers))
         # Uninitialised, because its values are never read.
-        leaf = torch.empty(shape, device=self._device).requires_grad_()
+        leaf = torch.empty(shape, dtype=torch.float32, device=self._device).requires_grad_()
         leaf.register_post_accumulate_grad_hook(partial(self._take, key))
         return leaf
 

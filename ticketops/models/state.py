@@ -150,6 +150,11 @@ class LayerState:
             return f"heads of width {parts.head_dim} where they had {self.head_dim} when it was patched"
         if parts.causal:
             return "causal attention (is_causal=True)"
+        if not isinstance(parts.scale, (float, int)):
+            return f"a {type(parts.scale).__name__} as the factor of its attention scores, not a number"
+        window = self.handle.window(self.index)
+        if parts.window != window:
+            return f"attention that reaches {_reach(parts.window)} where its configuration says {_reach(window)}"
         if any(dropout.p >= 1 for dropout in parts.dropouts) or max(parts.rates) >= 1:
             return "a dropout of everything"
         return None
@@ -179,6 +184,11 @@ class LayerState:
         return len(self.heads)
 
 
+def _reach(window: int | None) -> str:
+    """How far attention reaches, in words."""
+    return "over the whole sequence" if window is None else f"{window} tokens to either side"
+
+
 def _repeated(places: Indices, groups: int, times: int) -> Indices:
     """Places among groups that come several times, one set behind the other."""
     return Indices(place + turn * groups for turn in range(times) for place in places.values)
@@ -197,6 +207,8 @@ class Call:
         neuron_importance: the same for its computed neurons; empty also when these are not recorded.
         per_token: the granularity is "token".
         packed: the encoder's input is packed already.
+        spread: layers take and return padded batches and pack inside, since somebody may ask for the gradients of the
+            hidden states between them.
         whole: one op computes each layer whose input has its weights' dtype.
         first_tokens: number of the layer of whose result only the first token of each row is read; None where all may
             be.
@@ -210,6 +222,23 @@ class Call:
     neuron_importance: dict[int, Tensor] = field(default_factory=dict)
     per_token: bool = False
     packed: bool = False
+    spread: bool = False
     whole: bool = False
     first_tokens: int | None = None
     recorded: Any = None
+
+    def enter(self, hidden_states: Tensor) -> Tensor:
+        """What a layer computes: its input, packed if it is spread.
+
+        Args:
+            hidden_states: [.., C].
+        """
+        return self.packing.pack(hidden_states)[None] if self.spread else hidden_states
+
+    def leave(self, hidden_states: Tensor) -> Tensor:
+        """What a layer returns: its result, padded again if its input was.
+
+        Args:
+            hidden_states: [.., C].
+        """
+        return self.packing.unpack(hidden_states[0]) if self.spread else hidden_states

@@ -206,6 +206,15 @@ class Packing:
         return packed.view(self.batch, self.width, packed.shape[-1])
 
 
+def is_unbroken(mask: Tensor) -> Tensor:
+    """Returns, for each row of an attention mask [B, S], True if its real tokens are contiguous.
+
+    Args:
+        mask: nonzero for a real token, any dtype.
+    """
+    return _unbroken(mask.bool())[2]
+
+
 def _unbroken(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns, for each row of a mask: the index of its first real token, the number of real tokens, and True if these
     are contiguous."""

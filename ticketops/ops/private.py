@@ -22,6 +22,8 @@ def _find(path: str) -> Any:
 
 _dispatch_modes = _find("_C._len_torch_dispatch_stack")
 _functorch_active = _find("_C._are_functorch_transforms_active")
+_is_batched = _find("_C._functorch.is_legacy_batchedtensor")
+_function_modes = _find("overrides._get_current_function_mode_stack")
 _below_autograd = _find("_C._AutoDispatchBelowAutograd")
 _raw_stream = _find("_C._cuda_getCurrentRawStream")
 _copy_all = _find("_foreach_copy_")
@@ -34,6 +36,18 @@ from_dlpack = _find("_C._from_dlpack") or torch.from_dlpack
 def has_modes() -> bool:
     """True if a TorchDispatchMode is active, or if this version of torch does not tell."""
     return _dispatch_modes is None or _dispatch_modes() > 0
+
+
+def has_function_modes() -> bool:
+    """True if a TorchFunctionMode is active, which may replace what any function of torch computes. `torch.device` as a
+    context is one that does not. False if this version of torch does not tell."""
+    return _function_modes is not None and any(type(mode).__name__ != "DeviceContext" for mode in _function_modes())
+
+
+def is_batched(x: Tensor) -> bool:
+    """True if a tensor stands for several, as gradients do under `torch.autograd.grad(is_grads_batched=True)`. False if
+    this version of torch does not tell; then kernels refuse it, since it has no memory."""
+    return _is_batched is not None and _is_batched(x)
 
 
 def in_transform() -> bool:

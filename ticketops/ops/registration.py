@@ -22,7 +22,7 @@ def _no_second_derivative(name: str) -> Callable:
     return refuse
 
 
-def _formula(backward: Callable, setup_context: Callable) -> tuple[Callable, Callable]:
+def _formula(name: str, backward: Callable, setup_context: Callable) -> tuple[Callable, Callable]:
     """Wraps an op's autograd formula, so that it runs only if some output has a gradient; outputs without one have
     None."""
 
@@ -34,6 +34,11 @@ def _formula(backward: Callable, setup_context: Callable) -> tuple[Callable, Cal
     def gradients(ctx, *gradients):
         if all(gradient is None for gradient in gradients):
             return (None,) * len(ctx.needs_input_grad)
+        if any(gradient is not None and private.is_batched(gradient) for gradient in gradients):
+            raise UnsupportedError(
+                f"{name} has no backward pass for several gradients at once, as under is_grads_batched=True or "
+                "vectorize=True: take them one by one, or revert() the model for it"
+            )
         return backward(ctx, *gradients)
 
     return gradients, setup
@@ -188,7 +193,7 @@ def define(
     if backward is None or setup_context is None:
         backward, setup_context = _no_second_derivative(name), lambda ctx, inputs, output: None
     else:
-        backward, setup_context = _formula(backward, setup_context)
+        backward, setup_context = _formula(name, backward, setup_context)
     op = getattr(torch.ops.ticketops, name).default
 
     def dispatched(*arguments):
