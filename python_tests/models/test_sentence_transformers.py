@@ -4,6 +4,7 @@ They call `model.forward(...)` itself, and several times before one backward pas
 """
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -32,12 +33,17 @@ pytest.importorskip("sentence_transformers", reason="needs the extra: make test-
 
 from sentence_transformers import (
     CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
     MultiVectorEncoder,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
     SparseEncoder,
+    SparseEncoderTrainer,
+    SparseEncoderTrainingArguments,
 )
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import (
@@ -48,6 +54,7 @@ from sentence_transformers.sentence_transformer.modules import (
     StaticEmbedding,
     Transformer,
 )
+from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 
 WORDS = [f"w{number}" for number in range(95)]
 TEXTS = [" ".join(WORDS[start : start + length]) for start, length in ((0, 9), (11, 1), (23, 14), (40, 5), (50, 3))]
@@ -88,6 +95,14 @@ def pooled_by(mode):
     return make
 
 
+def cross_encoder(folder):
+    return CrossEncoder(str(folder / "pairs"), device="cpu")
+
+
+def sparse_encoder(folder):
+    return SparseEncoder(str(folder / "terms"), device="cpu")
+
+
 def many_vectors(folder):
     expansion = {"strategy": "fixed", "length": 12, "attend": True}
     encoder = Transformer(str(folder / "bare"), query_expansion=expansion)
@@ -107,8 +122,8 @@ def results(model):
     "make",
     [
         *map(pooled_by, ("mean", "cls", "max", "weightedmean", "lasttoken")),
-        lambda folder: CrossEncoder(str(folder / "pairs"), device="cpu"),
-        lambda folder: SparseEncoder(str(folder / "terms"), device="cpu"),
+        cross_encoder,
+        sparse_encoder,
         many_vectors,
     ],
     ids=["mean", "cls", "max", "weightedmean", "lasttoken", "cross", "sparse", "many_vectors"],
@@ -120,6 +135,7 @@ def test_results_equal_stock_under_no_ticket_a_ticket_and_shrunk(make, folder, t
     torch.testing.assert_close(results(model), want, **roundings(1000, 100))
     handle.apply(TICKET)
     small = results(model)
+    torch.testing.assert_close(results(pickle.loads(pickle.dumps(model))), small)
     assert not torch.allclose(small, want, rtol=0.01)
     assert ticketops.shrink(model, TICKET) is model
     torch.testing.assert_close(results(model), small, **roundings(1000, 100))
@@ -132,7 +148,7 @@ def test_results_equal_stock_under_no_ticket_a_ticket_and_shrunk(make, folder, t
 def test_a_cross_encoder_computes_nothing_but_first_tokens_in_the_last_layer(folder):
     for op in ("attention", "ffn", "residual"):
         need("native", op, torch.float32)
-    model = CrossEncoder(str(folder / "pairs"), device="cpu")
+    model = cross_encoder(folder)
     with ticketops.patch(model) as handle:
         said = calls(handle)
         results(model)
@@ -201,12 +217,20 @@ def test_a_ticket_that_is_applied_is_saved_along(embedder, tmp_path):
 # --- training
 
 
+TRAINERS = {
+    SentenceTransformer: (SentenceTransformerTrainer, SentenceTransformerTrainingArguments),
+    CrossEncoder: (CrossEncoderTrainer, CrossEncoderTrainingArguments),
+    SparseEncoder: (SparseEncoderTrainer, SparseEncoderTrainingArguments),
+}
+
+
 def trained(model, loss, columns, folder):
     """The losses of a few steps of the library's own trainer."""
-    rows = {name: ROWS[name] * 2 for name in columns}
-    if loss is losses.CosineSimilarityLoss:
+    rows = {name: ROWS[name] * 2 for name in columns if name != "score"}
+    if "score" in columns:
         rows["score"] = [0.1 * number for number in range(10)]
-    arguments = SentenceTransformerTrainingArguments(
+    trainer, arguments = TRAINERS[type(model)]
+    settings = arguments(
         output_dir=str(folder),
         per_device_train_batch_size=5,
         num_train_epochs=2,
@@ -217,23 +241,32 @@ def trained(model, loss, columns, folder):
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = SentenceTransformerTrainer(model, arguments, Dataset.from_dict(rows), loss=loss(model))
+    trainer = trainer(model, settings, Dataset.from_dict(rows), loss=loss(model))
     trainer.train()
     return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
+def splade(model):
+    ranking = SparseMultipleNegativesRankingLoss(model)
+    return SpladeLoss(model, ranking, document_regularizer_weight=3e-5, query_regularizer_weight=5e-5)
+
+
 @pytest.mark.parametrize(
-    ("loss", "columns"),
+    ("make", "loss", "columns"),
     [
-        (losses.CosineSimilarityLoss, ("anchor", "positive")),
-        (losses.MultipleNegativesRankingLoss, ("anchor", "positive", "negative")),
-        (losses.CachedMultipleNegativesRankingLoss, ("anchor", "positive")),
+        (pooled_by("mean"), losses.CosineSimilarityLoss, ("anchor", "positive", "score")),
+        (pooled_by("mean"), losses.MultipleNegativesRankingLoss, ("anchor", "positive", "negative")),
+        (pooled_by("mean"), losses.CachedMultipleNegativesRankingLoss, ("anchor", "positive")),
+        (cross_encoder, BinaryCrossEntropyLoss, ("anchor", "positive", "score")),
+        (sparse_encoder, splade, ("anchor", "positive", "negative")),
     ],
+    ids=["cosine", "ranking", "cached", "cross", "sparse"],
 )
-def test_losses_equal_stock_step_by_step(embedder, loss, columns, tmp_path):
-    stock = copy.deepcopy(embedder)
-    ticketops.patch(embedder)
-    got, want = (trained(model, loss, columns, tmp_path) for model in (embedder, stock))
+def test_losses_equal_stock_step_by_step(make, loss, columns, folder, tmp_path):
+    model = make(folder)
+    stock = copy.deepcopy(model)
+    ticketops.patch(model)
+    got, want = (trained(each, loss, columns, tmp_path) for each in (model, stock))
     assert len(want) == 4
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
@@ -241,7 +274,7 @@ def test_losses_equal_stock_step_by_step(embedder, loss, columns, tmp_path):
 def test_what_a_ticket_prunes_does_not_move_in_training(embedder, tmp_path):
     ticketops.patch(embedder).apply(TICKET)
     before = copy.deepcopy(embedder.state_dict())
-    trained(embedder, losses.CosineSimilarityLoss, ("anchor", "positive"), tmp_path)
+    trained(embedder, losses.CosineSimilarityLoss, ("anchor", "positive", "score"), tmp_path)
     query, ffn = (f"0.model.encoder.layer.1.{name}.weight" for name in ("attention.self.query", "intermediate.dense"))
     after = embedder.state_dict()
     moved = (after[query] != before[query]).view(HEADS, -1).any(1)
