@@ -5,8 +5,10 @@ They call `model.forward(...)` itself, and several times before one backward pas
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -353,6 +355,12 @@ def expanded(folder):
     return MultiVectorEncoder(modules=[encoder, MultiVectorMask()], device="cpu")
 
 
+def compiled(folder):
+    model = SentenceTransformer(str(folder / "bare"), device="cpu")
+    model[0].model = torch.compile(model[0].model)
+    return model
+
+
 def patched_already(folder):
     model = SentenceTransformer(str(folder / "bare"), device="cpu")
     ticketops.patch(model[0].model)
@@ -366,6 +374,7 @@ def patched_already(folder):
         (none, "this SentenceTransformer has no transformers model inside: load one whose first module"),
         (convolved, "this SentenceTransformer has a CNN, which reads hidden states at padding"),
         (expanded, "this MultiVectorEncoder has a query_expansion without attention, which.* set its attend=True"),
+        (compiled, "OptimizedModule is not a transformers model: patch before torch.compile"),
         (patched_already, "this BertModel is patched already"),
         (lambda folder: losses.CosineSimilarityLoss(pooled_by("mean")(folder)), "Loss is not a transformers model"),
     ],
@@ -387,6 +396,19 @@ def test_encoders_of_a_router_are_patched_one_by_one(folder):
     want = model.encode_query(TEXTS, convert_to_tensor=True)
     ticketops.patch(model[0].sub_modules["query"][0].model)
     torch.testing.assert_close(model.encode_query(TEXTS, convert_to_tensor=True), want, **roundings(1000, 100))
+
+
+# --- what is written of them
+
+
+def test_the_example_in_the_guide_runs(folder, tmp_path, monkeypatch):
+    guide = Path(__file__).parents[2].joinpath("docs", "guide.md").read_text(encoding="utf-8")
+    (code,) = re.findall("```python\n(import copy, ticketops\nfrom sentence_transformers .*?)```", guide, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    pairs = Dataset.from_dict({name: ROWS[name] for name in ("anchor", "positive")})
+    exec(code.replace("sentence-transformers/all-MiniLM-L6-v2", str(folder / "bare")), {"pairs": pairs})
+    heads = [layer.attention.self.num_attention_heads for layer in SentenceTransformer("small")[0].model.encoder.layer]
+    assert sum(heads) == LAYERS * HEADS // 2
 
 
 # --- SetFit

@@ -98,9 +98,10 @@ def separate_columns() -> AbstractContextManager[None]:
     return getattr(library, "column_merging_disabled", nullcontext)()
 
 
-def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """Yields the transformers models inside a module, except those inside another one."""
-    if isinstance(module, PreTrainedModel):
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    """The transformers models inside a module, without those inside another one of them; of what torch.compile made of
+    one the wrapper, which is refused."""
+    if isinstance(module, PreTrainedModel) or hasattr(module, "_orig_mod"):
         yield module
         return
     for child in module.children():
