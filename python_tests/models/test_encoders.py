@@ -142,9 +142,9 @@ def test_packed_inputs_are_the_sequences_that_flash_attention_sees(name):
     rows = [{"input_ids": ids[keep].tolist()} for ids, keep in zip(padded["input_ids"], real, strict=True)]
     table = getattr(base.embeddings, "position_embeddings", None)
     start = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
-    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, position_ids_start=start)
-    packed = collate(rows)
+    packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
     del packed["labels"]
+    packed["position_ids"] += start
     positions = {key: packed[key] for key in ("input_ids", "position_ids")}
     with torch.no_grad():
         apart, together = stock(**padded).logits[real], stock(**positions).logits[0]
