@@ -2,7 +2,6 @@
 
 import platform
 import re
-import statistics
 import subprocess
 import time
 import warnings
@@ -63,16 +62,15 @@ class Work:
 
 
 def milliseconds(call: Callable[[], object], setting: Setting) -> tuple[float, float, float]:
-    """Returns the median, 20 % and 80 % quantile of a call's milliseconds. On a GPU the L2 cache is cleared before each
-    call, as it is cold between the layers of a model."""
+    """Returns the median, 20 % and 80 % quantile of a call's milliseconds. On a GPU the first call is not timed, and
+    the L2 cache is cleared before each, as it is cold between the layers of a model. On a CPU, in Triton's interpreter,
+    the only call is timed."""
     if setting.device == "cuda":
         return tuple(triton.testing.do_bench(call, warmup=20, rep=100, quantiles=list(QUANTILES)))
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times), min(times), max(times)
+    start = time.perf_counter()
+    call()
+    taken = 1e3 * (time.perf_counter() - start)
+    return taken, taken, taken
 
 
 def measured(row: Row, call: Callable[[], Callable[[], object]], work: Work | None, setting: Setting) -> Row:
@@ -92,9 +90,7 @@ def measured(row: Row, call: Callable[[], Callable[[], object]], work: Work | No
         # sdpa backends that refuse an input warn about every reason.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            timed = call()
-            timed()
-            median, low, high = milliseconds(timed, setting)
+            median, low, high = milliseconds(call(), setting)
     # Contenders refuse shapes and machines with exceptions of any class.
     except Exception as error:
         first = (str(error).strip().splitlines() or ["no message"])[0]

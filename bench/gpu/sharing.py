@@ -7,7 +7,7 @@ import torch
 from bench import sharing
 from bench.gpu import step
 from bench.gpu.measure import Row, Setting, measured
-from bench.gpu.workloads import QUANTILES, Workload, task_lengths
+from bench.gpu.workloads import Workload, task_lengths, tasks
 
 TASKS = 4
 
@@ -19,7 +19,7 @@ def rows(setting: Setting) -> list[Row]:
         The rows.
     """
     table = []
-    for task in QUANTILES:
+    for task in tasks(setting):
         size = 2 if setting.tiny else 32
         work = Workload(f"{task}, batch {size}, {TASKS} tasks", (5, 2) if setting.tiny else task_lengths(task, size))
         batch = step._batch(work, setting)

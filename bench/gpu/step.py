@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from bench.gpu.measure import Row, Setting, Work, gate, measured
-from bench.gpu.workloads import QUANTILES, Workload, task_lengths
+from bench.gpu.workloads import Workload, task_lengths, tasks
 from ticketops import patch
 
 Batch = dict[str, torch.Tensor]
@@ -87,7 +87,7 @@ def rows(setting: Setting) -> list[Row]:
         The rows.
     """
     table = []
-    for task in QUANTILES:
+    for task in tasks(setting):
         for size in (2,) if setting.tiny else (32, 128):
             work = Workload(f"{task}, batch {size}", (5, 2) if setting.tiny else task_lengths(task, size))
             batch = _batch(work, setting)

@@ -70,6 +70,11 @@ def task_lengths(task: str, batch: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(lengths.round().long().clamp(max=MAX_LENGTH).tolist())
 
 
+def tasks(setting: Setting) -> list[str]:
+    """Returns the keys of QUANTILES to measure. Tiny batches are the same for every task."""
+    return list(QUANTILES)[: 1 if setting.tiny else None]
+
+
 def workloads(setting: Setting) -> list[Workload]:
     """Returns the workloads of the attention benchmark, of 4k to 64k tokens."""
     if setting.tiny:
