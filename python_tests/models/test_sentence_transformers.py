@@ -253,16 +253,22 @@ def splade(model):
     return SpladeLoss(model, ranking, document_regularizer_weight=3e-5, query_regularizer_weight=5e-5)
 
 
+def on_layers(model):
+    inner = losses.CoSENTLoss(model)
+    return losses.Matryoshka2dLoss(model, inner, [48, 24], n_layers_per_step=-1, n_dims_per_step=-1)
+
+
 @pytest.mark.parametrize(
     ("make", "loss", "columns"),
     [
         (pooled_by("mean"), losses.CosineSimilarityLoss, ("anchor", "positive", "score")),
         (pooled_by("mean"), losses.MultipleNegativesRankingLoss, ("anchor", "positive", "negative")),
         (pooled_by("mean"), losses.CachedMultipleNegativesRankingLoss, ("anchor", "positive")),
+        (pooled_by("cls"), on_layers, ("anchor", "positive", "score")),
         (cross_encoder, BinaryCrossEntropyLoss, ("anchor", "positive", "score")),
         (sparse_encoder, splade, ("anchor", "positive", "negative")),
     ],
-    ids=["cosine", "ranking", "cached", "cross", "sparse"],
+    ids=["cosine", "ranking", "cached", "layers", "cross", "sparse"],
 )
 def test_losses_equal_stock_step_by_step(make, loss, columns, folder, tmp_path):
     model = make(folder)
