@@ -177,7 +177,8 @@ def test_packed_inputs_are_the_sequences_that_flash_attention_sees(name):
         torch.testing.assert_close(model(**positions).logits[0], want, **roundings(1000, 100))
         mask = torch.ones_like(packed["input_ids"])
         torch.testing.assert_close(model(**packed, attention_mask=mask).logits[0], apart, **roundings(1000, 100))
-        for change in ({"max_length_q": 3}, {"cu_seq_lens_q": packed["cu_seq_lens_q"] + 1}):
+        bounds = packed["cu_seq_lens_q"]
+        for change in ({"max_length_q": 3}, {"cu_seq_lens_q": bounds + 1}, {"cu_seq_lens_k": bounds[1:]}):
             with pytest.raises(InputError, match=r"must rise from 0|differ"):
                 model(**packed | change)
 

@@ -251,8 +251,10 @@ def stock_argument(base: Any, given: dict[str, Any]) -> str | None:
 
 def _tells_sequences_apart(base: Any, given: dict[str, Any]) -> bool:
     """True if the stock model's attention tells packed sequences apart, as flash attention does without padding."""
+    if base.config._attn_implementation not in _FLASH:
+        return False
     mask = given.get("attention_mask")
-    return base.config._attn_implementation in _FLASH and (mask is None or bool(mask.all()))
+    return mask is None or (isinstance(mask, Tensor) and bool(mask.all()))
 
 
 def _has_bounds(base: Any, given: dict[str, Any]) -> bool:
@@ -264,10 +266,10 @@ def _flat(handle: "PatchHandle", base: Any, given: dict[str, Any], batch: int, w
     """The packing of inputs that come packed, as flash attention takes them; None for others."""
     if _has_bounds(base, given):
         bounds, others = given["cu_seq_lens_q"], given["cu_seq_lens_k"]
-        if bounds is not others:
-            require(
-                (bounds == others).all(), "cu_seq_lens_q and cu_seq_lens_k differ, and self-attention has one of them"
-            )
+        problem = "cu_seq_lens_q and cu_seq_lens_k differ, and self-attention has one of them"
+        if bounds.shape != others.shape:
+            raise InputError(problem)
+        require((bounds == others).all(), problem)
         return Packing.from_bounds(bounds, int(given["max_length_q"]), batch, width)
     positions = given.get("position_ids")
     if positions is None or batch != 1 or not handle.adapter.reads_positions:
