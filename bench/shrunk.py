@@ -197,13 +197,15 @@ def _resident(name: str) -> int:
 def sizes(name: str, models: dict[str, PreTrainedModel]) -> list[Row]:
     """Returns the number of parameters, bytes of the saved weights, and peak memory of each contender."""
     rows = []
-    spawn = multiprocessing.get_context("spawn")
+    # A fresh process for each, all forked from one that has nothing but the imports.
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload(["bench.shrunk"])
     for contender, model in models.items():
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             stored = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         row: Row = {"contender": contender, "bytes": stored, "parameters": sum(p.numel() for p in model.parameters())}
-        with spawn.Pool(1) as pool:
+        with fresh.Pool(1) as pool:
             rows.append(row | pool.apply(_peaks, (name, contender)))
     return rows
 

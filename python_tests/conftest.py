@@ -42,21 +42,22 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps tests that share a fixture of their module in one process of a parallel run, and starts with the slow."""
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        module, _, _ = item.nodeid.partition("::")
-        if not item.get_closest_marker("xdist_group") and _shares_fixtures(item):
-            item.add_marker(pytest.mark.xdist_group(module))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keeps tests that share a fixture of their module in one process of a parallel run."""
+    # Later, pytest-xdist has put the groups into the tests' names already.
+    if not item.get_closest_marker("xdist_group") and _shares_fixtures(item):
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
-def _shares_fixtures(item: pytest.Item) -> bool:
+def _shares_fixtures(item: Any) -> bool:
     definitions = item._fixtureinfo.name2fixturedefs.values()
     return any(each.scope in ("class", "module", "package") for each in (found[-1] for found in definitions))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Starts a parallel run with the slow tests."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

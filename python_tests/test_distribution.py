@@ -124,7 +124,7 @@ def test_what_is_demanded_and_cannot_be_built_is_an_error(source, tmp_path, envi
     assert message in done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_wheel_built_from_the_sdist_has_the_kernels(source, tmp_path):
     if extension.native is None:
         pytest.skip(extension.status)

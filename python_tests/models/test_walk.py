@@ -79,7 +79,7 @@ def test_each_operation_once_whole_and_once_with_a_ticket(record_property):
 
 @pytest.mark.slow
 def test_short_walks(record_property):
-    record_property("said", said(random_walks(30, 10)))
+    record_property("said", said(random_walks(15, 10)))
 
 
 @pytest.mark.long

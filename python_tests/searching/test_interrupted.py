@@ -28,8 +28,6 @@ LONG = [pytest.mark.long, pytest.mark.timeout(7200)]
     ("kind", "kills"),
     [
         ("search", 4),
-        ("share", 2),
-        ("transfer", 2),
         pytest.param("search", 100, marks=LONG),
         pytest.param("share", 50, marks=LONG),
         pytest.param("transfer", 50, marks=LONG),
