@@ -135,8 +135,8 @@ def _configured(kind: type[Config]) -> Callable[[Callable[..., None]], Callable[
 
 
 def _settings(kind: type[Any], config: Path | None, flags: dict[str, Any]) -> Any:
-    given = {name: value for name, value in flags.items() if value is not None}
-    return kind.from_yaml(config, **given) if config else kind.from_dict(given)
+    chosen = {name: value for name, value in flags.items() if value is not None}
+    return kind.from_yaml(config, **chosen) if config else kind.from_dict(chosen)
 
 
 @_configured(SearchConfig)

@@ -53,9 +53,9 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
     if not isinstance(path, str | bytes | os.PathLike):
         # Such as a model in memory.
         raise InputError(f"{name} {shown(path)} is not a path")
-    given = ascii(os.fspath(path))
-    if len(given) > 100:
-        given = f"{given[:100]}...'"
+    quoted = ascii(os.fspath(path))
+    if len(quoted) > 100:
+        quoted = f"{quoted[:100]}...'"
     try:
         # Runs record their paths as UTF-8 text, so undecodable bytes are refused.
         os.fspath(path).encode()
@@ -67,11 +67,11 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return found
     except RuntimeError as error:
-        raise InputError(f"{name} {given}: there is no such user, or that user has no home folder") from error
+        raise InputError(f"{name} {quoted}: there is no such user, or that user has no home folder") from error
     # A null character or an undecodable byte raises ValueError.
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name} {given} cannot be used: {reason}") from error
+        raise InputError(f"{name} {quoted} cannot be used: {reason}") from error
     return found
 
 

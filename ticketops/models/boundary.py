@@ -159,14 +159,14 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
         UnsupportedError: the stock code would have to compute it, and would ignore a ticket or a recording.
         InputError: an attention mask that is not served.
     """
-    given = dict(zip(handle.arguments, args, strict=False)) | kwargs
-    shape = handle.inputs.shape(base.config, given)
-    if shape is None or len(given) < len(args) + len(kwargs):
+    arguments = dict(zip(handle.arguments, args, strict=False)) | kwargs
+    shape = handle.inputs.shape(base.config, arguments)
+    if shape is None or len(arguments) < len(args) + len(kwargs):
         # The stock model has the right words for missing and surplus arguments.
         return None
     batch, width, device = shape
-    mask = given.get("attention_mask")
-    obstacle, look = transform() or stock_argument(base, given), Look(None)
+    mask = arguments.get("attention_mask")
+    obstacle, look = transform() or stock_argument(base, arguments), Look(None)
     if obstacle is None and device.type not in ("cpu", "cuda"):
         obstacle = f"a device of type {device.type!r}"
     if obstacle is None and mask is not None:
@@ -176,7 +176,7 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
         obstacle = look.obstacle
     if obstacle is None and look.watched and not handle.restricts:
         obstacle = "hooks inside it"
-    hidden = given.get("output_hidden_states")
+    hidden = arguments.get("output_hidden_states")
     hidden = base.config.output_hidden_states if hidden is None else hidden
     # It may be the number of a layer, 0 too.
     hidden = hidden is not None and hidden is not False
@@ -185,20 +185,20 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     if obstacle is not None:
         handle.refuse_stock(obstacle)
         return None
-    only_first = given.pop(ONLY_FIRST, False)
+    only_first = arguments.pop(ONLY_FIRST, False)
     unpad, bucket = handle.unpad and not look.watched, handle.bucket
     if mask is not None and device.type == "cpu" and unpad and not bucket and mask.all():
         # Nothing to pack, as in a batch of one; where shapes are to repeat themselves, values are not asked for.
         mask = None
     dtype = compute_dtype(handle.weight(base))
-    flat = _flat(handle, base, given, batch, width)
+    flat = _flat(handle, base, arguments, batch, width)
     if flat is None:
         packing = Packing.from_mask(mask, batch, width, device, unpad, bucket if unpad else None, handle.holes, dtype)
     else:
         packing = flat
     if not look.watched:
         # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one, which hooks may see.
-        given["attention_mask"] = handle.adapter.no_mask
+        arguments["attention_mask"] = handle.adapter.no_mask
     embeds_positions = "position_ids" in handle.arguments and hasattr(base.embeddings, "position_embeddings")
     # On a GPU the embeddings of padding are no time worth a further launch.
     spread = packing.indices is not None and hidden and torch.is_grad_enabled()
@@ -210,10 +210,10 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     rows = batch * width if packing.indices is None else len(packing.indices)
     # Of packed inputs a head reads the first token of a row, not of each sequence.
     only_first = only_first and flat is None and rows > 0 and not hidden
-    given["ticketops"] = handle.call(base, packing, device, packed, spread, only_first)
+    arguments["ticketops"] = handle.call(base, packing, device, packed, spread, only_first)
     if packing.indices is not None and packed:
-        _pack_inputs(base.embeddings, packing, packing.indices.clamp_min(0), given)
-    return given
+        _pack_inputs(base.embeddings, packing, packing.indices.clamp_min(0), arguments)
+    return arguments
 
 
 # Packing asks for the number of real tokens, which a compiler cannot know: it runs outside of compiled graphs.
@@ -224,18 +224,18 @@ def _enter_packed(
     return _enter(handle, base, args, kwargs)
 
 
-def stock_argument(base: Any, given: dict[str, Any]) -> str | None:
+def stock_argument(base: Any, arguments: dict[str, Any]) -> str | None:
     """Names an argument, or a setting of the configuration, that asks for what only stock layers do, or None."""
     for name in _STOCK_ARGUMENTS:
-        value = given.get(name)
+        value = arguments.get(name)
         if value is not None and value is not False:
             return f"the argument {name}"
     config = base.config
-    if not _has_bounds(base, given):
+    if not _has_bounds(base, arguments):
         for name in _BOUNDS[:2]:
-            if given.get(name) is not None:
+            if arguments.get(name) is not None:
                 return f"the argument {name}, beside padding or without flash attention"
-    if config.output_attentions and given.get("output_attentions") is None:
+    if config.output_attentions and arguments.get("output_attentions") is None:
         return "config.output_attentions"
     name = config._attn_implementation
     if name not in _ATTENTIONS:
@@ -243,38 +243,38 @@ def stock_argument(base: Any, given: dict[str, Any]) -> str | None:
     if (ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)) != _ATTENTIONS[name]:
         return f"other functions registered for the attention implementation {name!r}"
     for name in ("input_ids", "inputs_embeds", "attention_mask", "pixel_values"):
-        value = given.get(name)
+        value = arguments.get(name)
         if value is not None and type(value) not in (Tensor, nn.Parameter):
             return f"{name} of type {type(value).__name__}"
     return None
 
 
-def _tells_sequences_apart(base: Any, given: dict[str, Any]) -> bool:
+def _tells_sequences_apart(base: Any, arguments: dict[str, Any]) -> bool:
     """True if the stock model's attention tells packed sequences apart, as flash attention does without padding."""
     if base.config._attn_implementation not in _FLASH:
         return False
-    mask = given.get("attention_mask")
+    mask = arguments.get("attention_mask")
     return mask is None or (isinstance(mask, Tensor) and bool(mask.all()))
 
 
-def _has_bounds(base: Any, given: dict[str, Any]) -> bool:
-    """True if the stock model would tell sequences apart by bounds that it is given."""
-    return all(given.get(name) is not None for name in _BOUNDS) and _tells_sequences_apart(base, given)
+def _has_bounds(base: Any, arguments: dict[str, Any]) -> bool:
+    """True if the stock model would tell sequences apart by the bounds among a pass's arguments."""
+    return all(arguments.get(name) is not None for name in _BOUNDS) and _tells_sequences_apart(base, arguments)
 
 
-def _flat(handle: "PatchHandle", base: Any, given: dict[str, Any], batch: int, width: int) -> Packing | None:
+def _flat(handle: "PatchHandle", base: Any, arguments: dict[str, Any], batch: int, width: int) -> Packing | None:
     """The packing of inputs that come packed, as flash attention takes them; None for others."""
-    if _has_bounds(base, given):
-        bounds, others = given["cu_seq_lens_q"], given["cu_seq_lens_k"]
+    if _has_bounds(base, arguments):
+        bounds, others = arguments["cu_seq_lens_q"], arguments["cu_seq_lens_k"]
         problem = "cu_seq_lens_q and cu_seq_lens_k differ, and self-attention has one of them"
         if bounds.shape != others.shape:
             raise InputError(problem)
         require((bounds == others).all(), problem)
-        return Packing.from_bounds(bounds, int(given["max_length_q"]), batch, width)
-    positions = given.get("position_ids")
+        return Packing.from_bounds(bounds, int(arguments["max_length_q"]), batch, width)
+    positions = arguments.get("position_ids")
     if positions is None or batch != 1 or not handle.adapter.reads_positions:
         return None
-    if not _tells_sequences_apart(base, given) or bool((positions.diff() == 1).all()):
+    if not _tells_sequences_apart(base, arguments) or bool((positions.diff() == 1).all()):
         return None
     # Each sequence begins where the positions do.
     starts = (positions.flatten() == positions.min()).nonzero().flatten()
@@ -362,7 +362,7 @@ def _noted(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _hook_numbers(state: dict[str, Any]) -> tuple[int, ...]:
-    """The numbers of a module's hooks, which are never given twice."""
+    """The numbers of a module's hooks. torch never uses a number twice."""
     kinds = forward, before, backward, before_backward = (
         state["_forward_hooks"],
         state["_forward_pre_hooks"],
@@ -556,7 +556,7 @@ def only_first_tokens(adapter: Adapter, model: PreTrainedModel) -> bool:
     # Accelerate wraps a model's forward, which still is the same inside.
     if own is not None and not _hands_on(own, type(model).forward):
         return False
-    # What tells the bare model so would be seen beside what was given to the model.
+    # These hooks would see the argument that tells the bare model so.
     if len(model._forward_pre_hooks_with_kwargs) > 1 or model._forward_hooks_with_kwargs:
         return False
     base: Any = model.base_model

@@ -48,9 +48,9 @@ def rewind(model: AnyModel, weights: Mapping[str, Tensor]) -> AnyModel:
     slices: list[Slices] = []
     targets: list[Tensor] = []
     indices: dict[tuple[int, torch.device], Tensor] = {}
-    for given, value in weights.items():
-        names = [prefix + given for prefix in prefixes]
-        name = next((name for name in names if name in state or name in places), given)
+    for saved, value in weights.items():
+        names = [prefix + saved for prefix in prefixes]
+        name = next((name for name in names if name in state or name in places), saved)
         target = state.get(name)
         dim, kept = places.get(name, (0, None))
         if target is None and kept is not None:
@@ -60,7 +60,7 @@ def rewind(model: AnyModel, weights: Mapping[str, Tensor]) -> AnyModel:
         if target is None or list(value.shape) != _whole(shape, dim, value, kept):
             known = "no such weights" if target is None else f"{shape} of it"
             raise InputError(
-                f"cannot rewind {given!r} to {list(value.shape)}: this {type(model).__name__} has {known}; pass the "
+                f"cannot rewind {saved!r} to {list(value.shape)}: this {type(model).__name__} has {known}; pass the "
                 "state_dict of the whole model"
             )
         value = value.detach().to(target.device, target.dtype)

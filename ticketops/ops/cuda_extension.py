@@ -73,8 +73,8 @@ def checked(
         InputError: the device, dtype, layout or shape differs.
     """
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
-    there = x.device == device and device.type == kernels.device and x.layout == torch.strided
-    if not there or x.dtype not in dtypes or x.shape != shape:
+    on_device = x.device == device and device.type == kernels.device and x.layout == torch.strided
+    if not on_device or x.dtype not in dtypes or x.shape != shape:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise InputError(
             f"the CUDA kernel needs {name} as {kinds} {list(shape)} on {device}, got {x.dtype} "

@@ -138,10 +138,10 @@ class Config:
     def command(self) -> str:
         """Returns the `ticketops` command of this run, with the flags that differ from the defaults."""
         kind: Any = type(self)
-        given = {name: getattr(self, name) for name in self.decisive}
-        fallback = kind(**given, recipe=getattr(self, "recipe")).to_dict()  # noqa: B009
-        fallback |= {field.name: field.default for field in _fields(kind) if field.name in given}
-        fallback["recipe"] = kind(**given).recipe
+        decisive = {name: getattr(self, name) for name in self.decisive}
+        fallback = kind(**decisive, recipe=getattr(self, "recipe")).to_dict()  # noqa: B009
+        fallback |= {field.name: field.default for field in _fields(kind) if field.name in decisive}
+        fallback["recipe"] = kind(**decisive).recipe
         words = ["ticketops", self.verb]
         for name, value in self.to_dict().items():
             if value != fallback[name]:
@@ -191,7 +191,7 @@ def list_of(name: str, value: Any) -> list[Any]:
 
     Args:
         name: of the field, for the error message.
-        value: as given.
+        value: value of the field, from Python, a YAML file or the command line.
 
     Raises:
         InputError: there is none, or they are keys of a mapping.
@@ -212,7 +212,7 @@ def read_sparsities(name: str, value: Any) -> tuple[float, ...]:
 
     Args:
         name: of the field, for the error message.
-        value: as given.
+        value: value of the field, from Python, a YAML file or the command line.
 
     Raises:
         InputError: one is no number in [0, 1).
@@ -230,7 +230,7 @@ def read_seeds(value: Any) -> tuple[int, ...]:
     """Reads seeds: a bare number counts them; anything with a comma, and any list, names them.
 
     Args:
-        value: as given.
+        value: value of the field, from Python, a YAML file or the command line.
 
     Raises:
         InputError: one is no whole number from 0 on, or they are too many.
@@ -253,7 +253,7 @@ def text(name: str, value: Any) -> str:
 
     Args:
         name: of the field, for the error message.
-        value: as given.
+        value: value of the field, from Python, a YAML file or the command line.
 
     Raises:
         InputError: it is empty or no text.
@@ -270,7 +270,7 @@ def read_columns(name: str, value: Any) -> tuple[str, ...]:
 
     Args:
         name: of the field, for the error message.
-        value: as given.
+        value: value of the field, from Python, a YAML file or the command line.
 
     Raises:
         InputError: there is none, or one is no name.
@@ -284,7 +284,7 @@ def whole(name: str, value: Any, least: int) -> int:
 
     Args:
         name: of the field, for the error message.
-        value: as given.
+        value: value of the field, from Python, a YAML file or the command line.
         least: the smallest allowed.
 
     Raises:
@@ -301,7 +301,7 @@ def real(name: str, value: Any) -> float:
 
     Args:
         name: of the field, for the error message.
-        value: as given.
+        value: value of the field, from Python, a YAML file or the command line.
 
     Raises:
         InputError: it is none.
@@ -314,7 +314,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
     Args:
         name: of the field, for the error message.
-        value: as given.
+        value: value of the field, from Python, a YAML file or the command line.
         choices: what is allowed.
 
     Raises:

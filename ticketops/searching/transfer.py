@@ -290,9 +290,9 @@ def load_source(config: TransferConfig) -> Source:
             "out, or name the source task itself"
         )
     setting = Setting.load(store.config)
-    identity, there = setting.identity(), store.description["identity"]
+    identity, stored = setting.identity(), store.description["identity"]
     for what, name in (("rows of its task", "task_fingerprint"), ("pre-trained weights", "model_fingerprint")):
-        if identity[name] != there[name]:
+        if identity[name] != stored[name]:
             raise InputError(f"the {what} have changed since the search in {folder}: search again into a new folder")
     return Source(setting, folder, True, chosen)
 

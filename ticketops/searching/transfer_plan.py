@@ -122,8 +122,8 @@ class TransferConfig(Config):
         own, names = self._names(self.source), self._names()
         return [
             name
-            for name, given in entries.items()
-            if option_of(name, given, own, names) != option_of(name, given, (), names)
+            for name, entry in entries.items()
+            if option_of(name, entry, own, names) != option_of(name, entry, (), names)
         ]
 
     def _names(self, task: str | None = None) -> list[str]:

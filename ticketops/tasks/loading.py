@@ -182,9 +182,9 @@ def _whole_task(spec: str | os.PathLike[str], local: Mapping[str, Any], seed: in
             f"unknown task {os.fspath(spec)!r:.100}: name one of demo, {', '.join(GLUE)}, or an existing file "
             f"({', '.join(FORMATS)}) or a folder with train.* and validation.*"
         )
-    if given := [name for name, value in local.items() if value is not None]:
+    if options := [name for name, value in local.items() if value is not None]:
         raise InputError(
-            f"{', '.join(spelled('task_kind' if name == 'kind' else name) for name in given)} given for task "
+            f"{', '.join(spelled('task_kind' if name == 'kind' else name) for name in options)} given for task "
             f"{named}: only local files and folders take it; leave it out"
         )
     return load_demo() if named == "demo" else load_glue(named)

@@ -106,15 +106,15 @@ def load_local(
         raise InputError(f"{spelled('task_kind')} {kind!r} is unknown: choose classification or regression")
     layout = find_splits(path)
     files = {"train": layout.train, "validation": layout.validation, "test": layout.test}
-    sources = {split: [open_source(file, encoding) for file in there] for split, there in files.items() if there}
+    sources = {split: [open_source(path, encoding) for path in paths] for split, paths in files.items() if paths}
     everything = list(itertools.chain(*sources.values()))
     if encoding is not None and not any(source.encoded for source in everything):
         raise InputError(f"{spelled('encoding')} {encoding} given for {path}, which has no text files: leave it out")
     glue = GLUE.get(glue_name(path.resolve().name) or "") if path.is_dir() else None
 
     first = sources["train"][0]
-    given = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
-    texts = _find_columns("text", TEXT_COLUMNS, given, first)
+    chosen = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
+    texts = _find_columns("text", TEXT_COLUMNS, chosen, first)
     (label,) = _find_columns("label", LABEL_COLUMNS, (label_column,) if label_column else (), first)
     # Some columns have other names in GLUE's own files than on the hub.
     columns = glue.columns if glue is not None and texts == glue.original_columns else texts
@@ -126,7 +126,7 @@ def load_local(
     if glue is not None and (glue.columns != columns or kind not in (None, glue.kind)):
         glue = None
 
-    rows = {split: _read(split, there, texts, label) for split, there in sources.items()}
+    rows = {split: _read(split, source, texts, label) for split, source in sources.items()}
     labels = {split: table.labels for split, table in rows.items() if not table.labels.hidden}
     for split in ("train", "validation"):
         if split in rows and split not in labels:
@@ -152,7 +152,7 @@ def load_local(
     else:
         metrics = ("accuracy", "f1") if len(scheme.names) == 2 else ("accuracy",)
     remarks = [f"{source.path.name}: {source.remark}" for source in everything if source.remark]
-    if not (given and label_column) and (texts not in TEXT_COLUMNS[0] or (label,) not in LABEL_COLUMNS[0]):
+    if not (chosen and label_column) and (texts not in TEXT_COLUMNS[0] or (label,) not in LABEL_COLUMNS[0]):
         remarks.append(f"texts in {' and '.join(texts)}, labels in {label}")
     remarks += [scheme.remark] if scheme.remark else []
     remarks += [f"not read: {some(layout.unread)}"] if layout.unread else []
@@ -201,13 +201,14 @@ def _read(split: str, sources: Sequence[Source], texts: Sequence[str], label: st
             raise _empty(source)
         found = {column: _find_column("text", column, source) for column in texts}
         # Kaggle's test files have no label column.
-        there = [] if split == "test" and not _spellings(label, source) else [_find_column("label", label, source)]
-        for batch in source.read(list(dict.fromkeys([*found.values(), *there]))):
+        hidden = split == "test" and not _spellings(label, source)
+        answers = [] if hidden else [_find_column("label", label, source)]
+        for batch in source.read(list(dict.fromkeys([*found.values(), *answers]))):
             start = len(values)
             places.append((start, source, batch.numbers))
             for column, name in found.items():
                 chunks[column].append(_strings(batch.columns[name], name, start, where))
-            raw = batch.columns[there[0]] if there else [None] * len(batch.numbers)
+            raw = batch.columns[answers[0]] if answers else [None] * len(batch.numbers)
             if not source.typed:
                 raw = [value if value is None else Untyped(value) for value in raw]
             values += (read_label(value, label, partial(where, row)) for row, value in enumerate(raw, start=start))
@@ -256,19 +257,19 @@ def _class_names(sources: Sequence[Source], label: str) -> tuple[str, ...] | Non
 
 
 def _find_columns(
-    role: str, candidates: Sequence[Sequence[tuple[str, ...]]], given: Sequence[str], source: Source
+    role: str, candidates: Sequence[Sequence[tuple[str, ...]]], chosen: Sequence[str], source: Source
 ) -> tuple[str, ...]:
     """Finds the columns named by the user, or else the candidate whose columns are there: the pair before one of it."""
     if not source.columns:
         raise _empty(source)
-    if given:
-        return tuple(_find_column(role, column, source) for column in given)
+    if chosen:
+        return tuple(_find_column(role, column, source) for column in chosen)
     for tier in candidates:
-        there = [names for names in tier if all(_spellings(name, source) for name in names)]
-        there = [names for names in there if not any(set(names) < set(other) for other in there)]
-        if len(there) == 1:
-            return tuple(_find_column(role, name, source) for name in there[0])
-        if there:
+        found = [names for names in tier if all(_spellings(name, source) for name in names)]
+        found = [names for names in found if not any(set(names) < set(other) for other in found)]
+        if len(found) == 1:
+            return tuple(_find_column(role, name, source) for name in found[0])
+        if found:
             raise _no_column(f"more than one choice of {role} column", role, source)
     raise _no_column(f"no known {role} column", role, source)
 

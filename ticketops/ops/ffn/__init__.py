@@ -217,14 +217,14 @@ def _fake_backward(
     batch, neurons = lengths.shape[0], w2.shape[1] if blocks is None else blocks.shape[0] * (w2.shape[1] // count)
     statistics = torch.float64 if dout.dtype == torch.float64 else torch.float32
 
-    def sums(there, *shape):
-        return dout.new_empty(shape if there else (0,), dtype=statistics)
+    def sums(needed, *shape):
+        return dout.new_empty(shape if needed else (0,), dtype=statistics)
 
     shapes = (dout.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     return (
         *(
-            (dout if like is dout.shape else w1).new_empty(like if there else (0,))
-            for like, there in zip(shapes, wanted, strict=True)
+            (dout if like is dout.shape else w1).new_empty(like if needed else (0,))
+            for like, needed in zip(shapes, wanted, strict=True)
         ),
         sums(token_sums, batch),
         sums(token_sums, batch),
@@ -262,7 +262,7 @@ def _setup_context(ctx, inputs, output):
         "x": needs[1],
     }
     out, pre, hidden, x = (
-        tensor if there else None for tensor, there in zip((out, pre, hidden, x), kept.values(), strict=True)
+        tensor if needed else None for tensor, needed in zip((out, pre, hidden, x), kept.values(), strict=True)
     )
     ctx.save_for_backward(out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, blocks)
     ctx.importance_dtypes = [None if sink is None else sink.dtype for sink in (importance, neuron_importance)]
@@ -301,7 +301,7 @@ def _gradients(ctx, dout, *_):
     dtype, neuron_dtype = ctx.importance_dtypes
     partial = (absolute if ctx.per_token else signed).to(dtype) if ctx.recording else None
     neuron_partial = by_neuron.to(neuron_dtype) if ctx.neuron_recording else None
-    gradients = [gradient if there else None for gradient, there in zip(gradients, needs[:5], strict=True)]
+    gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs[:5], strict=True)]
     return *gradients, None, None, dmask, dneuron_mask, partial, neuron_partial, None, None, None, None
 
 

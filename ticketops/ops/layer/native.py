@@ -328,8 +328,8 @@ def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tu
     cast, head_dim, (_, count) = dtype != x.dtype, settings.head_dim, inputs.heads(settings)
     neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]
 
-    def new(*shape: int, there: bool = True, dtype: torch.dtype = dtype) -> Tensor:
-        return x.new_empty(shape, dtype=dtype) if there else x.new_empty(0)
+    def new(*shape: int, needed: bool = True, dtype: torch.dtype = dtype) -> Tensor:
+        return x.new_empty(shape, dtype=dtype) if needed else x.new_empty(0)
 
     attends, feeds = count != 0, w.w1 is not None
     rows = starts.shape[0] if settings.first_tokens else tokens
@@ -339,24 +339,24 @@ def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tu
         return new(rows, dtype=torch.float32)
 
     saved = Saved(
-        cast_x=new(tokens, channels, there=cast),
-        qkv=new(tokens, 3, count, head_dim, there=attends),
-        context=new(tokens, count, head_dim, there=attends),
-        lse=new(tokens, count, there=attends, dtype=torch.float32),
-        projected=new(*stream, there=attends),
+        cast_x=new(tokens, channels, needed=cast),
+        qkv=new(tokens, 3, count, head_dim, needed=attends),
+        context=new(tokens, count, head_dim, needed=attends),
+        lse=new(tokens, count, needed=attends, dtype=torch.float32),
+        projected=new(*stream, needed=attends),
         mean1=statistics(),
         rstd1=statistics(),
-        middle=new(*stream, there=feeds or on_gpu, dtype=x.dtype),
-        cast_middle=new(*stream, there=cast and feeds),
-        pre=new(rows, neuron_count, there=feeds),
-        hidden=new(rows, neuron_count, there=feeds),
-        output=new(*stream, there=feeds),
+        middle=new(*stream, needed=feeds or on_gpu, dtype=x.dtype),
+        cast_middle=new(*stream, needed=cast and feeds),
+        pre=new(rows, neuron_count, needed=feeds),
+        hidden=new(rows, neuron_count, needed=feeds),
+        output=new(*stream, needed=feeds),
         mean2=statistics(),
         rstd2=statistics(),
-        w_qkv=new(3 * count * head_dim, channels, there=attends and not (on_gpu and w.heads is not None)),
-        w_o=new(channels, count * head_dim, there=attends and (cast if w.heads is None else not on_gpu)),
-        w_1=new(neuron_count, channels, there=feeds and (cast or w.neurons is not None)),
-        w_2=new(channels, neuron_count, there=feeds and (cast or w.neurons is not None)),
+        w_qkv=new(3 * count * head_dim, channels, needed=attends and not (on_gpu and w.heads is not None)),
+        w_o=new(channels, count * head_dim, needed=attends and (cast if w.heads is None else not on_gpu)),
+        w_1=new(neuron_count, channels, needed=feeds and (cast or w.neurons is not None)),
+        w_2=new(channels, neuron_count, needed=feeds and (cast or w.neurons is not None)),
     )
     return x.new_empty(stream), *saved
 
@@ -366,19 +366,19 @@ def fake_backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings
     x, w, _, lengths, _ = inputs
     batch, (_, count) = lengths.shape[0], inputs.heads(settings)
 
-    def new(*shape: int, there: bool = True) -> Tensor:
-        return x.new_empty(shape if there else (0,), dtype=torch.float32)
+    def new(*shape: int, needed: bool = True) -> Tensor:
+        return x.new_empty(shape if needed else (0,), dtype=torch.float32)
 
     attends, feeds = count != 0, w.w1 is not None
     neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]
     parts = [attends] * 7 + [True] * 3 + [feeds] * 4 + [True] * 2
     return (
         x.new_empty(x.shape) if wanted.tokens else new(0),
-        *(new(batch, count, there=wanted.attention()) for _ in range(2)),
-        *(new(batch, there=feeds and wanted.ffn_sums) for _ in range(2)),
-        new(batch, neuron_count, there=feeds and wanted.neuron_sums),
+        *(new(batch, count, needed=wanted.attention()) for _ in range(2)),
+        *(new(batch, needed=feeds and wanted.ffn_sums) for _ in range(2)),
+        new(batch, neuron_count, needed=feeds and wanted.neuron_sums),
         *(
-            new(0) if p is None or not (part and there) else p.new_empty(p.shape)
-            for p, part, there in zip(w[:PARAMETERS], parts, wanted.parameters, strict=True)
+            new(0) if p is None or not (part and needed) else p.new_empty(p.shape)
+            for p, part, needed in zip(w[:PARAMETERS], parts, wanted.parameters, strict=True)
         ),
     )
