@@ -42,7 +42,7 @@ lint: setup
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter has a test run of its own.
 test: lint
 	$(BIN)/python $(PYTEST)
-	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) python_tests/ops/test_triton.py python_tests/ops/test_guards.py
+	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) -k triton python_tests/ops/test_triton.py python_tests/ops/test_guards.py
 
 # Each instruction set that the processor has beside its best, of the kernels and of torch, whose results differ by
 # roundings: as many runs of the tests of ops and models, but for the slow ones.
@@ -50,7 +50,7 @@ test-isa: setup
 	@set -e; $(BIN)/python python_tests/instruction_sets.py | while read setting; do echo "$$setting"; \
 		env $$setting $(BIN)/python $(PYTEST) -m "not long and not slow" python_tests/ops python_tests/models < /dev/null; done
 
-# Fuzzing, kills, random walks and a wheel's compilation, minutes each. pytest ends with 5 where no test is marked so.
+# Fuzzing, kills, random walks, whole builds and benchmarks, minutes each. pytest ends with 5 where no test is marked so.
 test-long: setup
 	$(BIN)/python $(PYTEST) -m long || test $$? -eq 5
 

@@ -55,9 +55,11 @@ def _shares_fixtures(item: Any) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Starts a parallel run with the slow tests."""
+    """Starts a parallel run with the slow tests, then those that stay together, so that no process ends long after the
+    others."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        marks = ("slow", "xdist_group")
+        items.sort(key=lambda item: tuple(item.get_closest_marker(mark) is None for mark in marks))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

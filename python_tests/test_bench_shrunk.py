@@ -9,7 +9,7 @@ from searching.tiny import make_model
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_table_of_times_sizes_and_memory(tmp_path):
     make_model(tmp_path / "model")
     command = [sys.executable, "-m", "bench.shrunk", "--model", str(tmp_path / "model"), "--seconds", "0"]
