@@ -18,7 +18,7 @@ WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 PYTEST := -m pytest -q --numprocesses $(WORKERS) --dist loadgroup
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-isa test-long test-oldest test-sentence-transformers lint bench sanitize gpu clean
+.PHONY: setup demo test test-triton test-isa test-long test-oldest test-sentence-transformers lint bench sanitize gpu clean
 
 setup: $(VENV)/.installed
 
@@ -39,9 +39,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter has a test run of its own.
 test: lint
 	$(BIN)/python $(PYTEST)
+
+# Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter has a test run of its own.
+test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) -k triton python_tests/ops/test_triton.py python_tests/ops/test_guards.py
 
 # Each instruction set that the processor has beside its best, of the kernels and of torch, whose results differ by

@@ -49,6 +49,7 @@ REMEDIES = (
     "give ",
     "remove",
     "correct it",
+    "finish the search",
 )
 JUNK: list[Any] = [
     None, True, 0, -1, 1, 1.5, 1e308, 10**4000, float("nan"), float("inf"), "", "\ud800", "\0", "../../etc/passwd",
@@ -181,7 +182,11 @@ def damage(path: Path, draw: random.Random, others: list[Path]) -> str:
         path.write_bytes(content[: draw.randrange(len(content)) if content else 0])
     elif kind == 2:
         alike = [other for other in others if other.suffix == path.suffix and other != path]
-        path.write_bytes(draw.choice(alike).read_bytes() if alike else b"")
+        other = draw.choice(alike) if alike else None
+        path.write_bytes(b"" if other is None else other.read_bytes())
+        if other is not None and other.name == path.name == "config.json":
+            # Another run's whole configuration, which says something else where both have the same model and data.
+            return "forged"
     elif kind == 3:
         path.write_bytes(draw.choice([b"", b"\0" * len(content), content + b"x", draw.randbytes(64)]))
     elif kind == 4:
@@ -229,6 +234,16 @@ def edit(path: Path, draw: random.Random, content: Any) -> str:
     return "forged" if forged else "damaged"
 
 
+def difference(one: Any, other: Any, place: str = "") -> str:
+    """Where two readings differ first."""
+    if type(one) is type(other) and isinstance(one, dict | list | tuple) and len(one) == len(other):
+        keys = one if isinstance(one, dict) else range(len(one))
+        for key in keys:
+            if key not in keys or one[key] != other[key]:
+                return difference(one[key], other[key], f"{place}.{key}")
+    return f"{place} is {one!r:.200}, not {other!r:.200}"
+
+
 def judge(read: Callable[[], Any], want: Any, path: Path, how: str) -> str:
     """What came of reading a damaged file; anything but a refusal or the same result fails the test."""
     try:
@@ -248,7 +263,7 @@ def judge(read: Callable[[], Any], want: Any, path: Path, how: str) -> str:
     if got == want:
         return "read as it was"
     # Whoever writes a file anew with its checksum, or takes one away, says something else.
-    assert how in ("forged", "lost"), f"{how}: {got} is not {want}"
+    assert how in ("forged", "lost"), f"{how}: {difference(got, want)}"
     return f"{how}, told otherwise"
 
 

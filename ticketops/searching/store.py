@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ticketops.errors import InputError, StoreError, TicketopsError, spelled
+from ticketops.errors import InputError, StoreError, TicketopsError, shown, spelled
 from ticketops.files import make_folder, read_json, sha256, store_error, user_path, write_atomically, write_json
 from ticketops.models.checkpoint import NOTE, check_files
 from ticketops.models.shared import SharedModel
@@ -662,7 +662,9 @@ def _refuse_another_search(folder: Path, stored: Mapping[str, Any], wanted: Mapp
             if not _holds(value, other.get(key))
         }
     if differing:
-        fields = "; ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in differing.items())
+        fields = "; ".join(
+            f"{name} is {shown(old)} there and {shown(new)} here" for name, (old, new) in differing.items()
+        )
         raise StoreError(
             f"{folder} holds another {_kind(stored)} ({fields}): choose another {spelled('output')} folder, or the "
             "same values"
