@@ -294,6 +294,26 @@ def test_hooks_on_contexts_are_refused_where_a_ticket_makes_them_narrower(text, 
             model(**text)
 
 
+def test_a_ticket_goes_off_whatever_layers_there_are_and_leaves_nothing_frozen(model, batch):
+    layers, pruned = model.bert.encoder.layer, ticket(heads=[(0, 1)], ffns=[0])
+    handle = ticketops.patch(model).apply(pruned)
+    before, layers[0] = layers[0], copy.deepcopy(BertForSequenceClassification(tiny_config()).bert.encoder.layer[0])
+    with pytest.raises(UnsupportedError, match=r"layers are not the .* revert\(\) and patch it again"):
+        handle.apply(pruned)
+    with pytest.raises(UnsupportedError, match=r"handle.apply\(None\)"):
+        model(**batch)
+    handle.apply(None)
+    model(**batch)
+    # What was taken away under the ticket comes back.
+    layers[0] = before
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    weights = {name: value.clone() for name, value in before.named_parameters() if value.ndim == 2}
+    model(**batch).loss.backward()
+    optimizer.step()
+    for name, value in weights.items():
+        assert (before.get_parameter(name) != value).any(1).all(), name
+
+
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Embedding, BertEmbeddings, BertLayer, nn.Linear])
 def test_forwards_replaced_in_a_class_are_called(text, monkeypatch, kind):
     model, stock = twins()

@@ -934,11 +934,12 @@ def draw_ticket(random: random.Random) -> Ticket:
 @change
 def ticket(walker, random):
     new = draw_ticket(random)
-    if not walker.stock:
-        if walker.handle is None:
-            stop()
-        walker.handle.apply(new)
+    if not walker.stock and walker.handle is None:
+        stop()
+    # Where layers were replaced, the ticket is refused.
     walker.ticket = new
+    if not walker.stock:
+        walker.handle.apply(new)
 
 
 @change

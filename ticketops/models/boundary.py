@@ -389,6 +389,8 @@ def examine(handle: "PatchHandle", base: Any) -> Look:
     if handle.snapshot is not None and handle.snapshot.holds(base):
         return handle.snapshot.look
     look = _examine_modules(handle, base)
+    if look.obstacle is None and handle.ticket is None:
+        handle.thaw(base)
     # Hooks mean something else under each ticket.
     handle.snapshot = None if look.obstacle or look.watched else Snapshot(base, look)
     return look

@@ -294,7 +294,8 @@ class PatchHandle:
         for state, kept in zip(self._states, layers, strict=True):
             state.kept = kept
         try:
-            self._freeze(self._base)
+            # Without a ticket nothing is frozen, whatever layers there are now.
+            self._freeze(self._base, others=full)
         except UnsupportedError:
             for state, kept in zip(self._states, before, strict=True):
                 state.kept = kept
@@ -344,23 +345,29 @@ class PatchHandle:
         # Of what is there it may prune nothing.
         return ticket.is_full, kept, None if held & ticket == held else record_of(ticket)
 
-    def _prunable(self, base: Any) -> Iterator[tuple[nn.Linear, str, Frozen]]:
-        """Each prunable parameter by its module and name, with the slices of it that no optimizer may move."""
+    def _prunable(self, base: Any, others: bool = False) -> Iterator[tuple[nn.Linear, str, Frozen]]:
+        """Each prunable parameter by its module and name, with the slices of it that no optimizer may move.
+
+        Args:
+            base: the bare model.
+            others: pass over layers that were put there after patching, which are refused otherwise.
+        """
         layers = self.adapter.layers(base)
         states = [layer.__dict__.get("_ticketops") for layer in layers]
-        if [getattr(state, "index", None) for state in states] != list(range(self.num_layers)):
+        if not others and [getattr(state, "index", None) for state in states] != list(range(self.num_layers)):
             raise UnsupportedError(
                 f"the model's layers are not the {self.num_layers} that it had when it was patched, which a ticket is "
                 "for: revert() and patch it again"
             )
         for layer, state in zip(layers, states, strict=True):
-            yield from state.kept.frozen(self.adapter.parts(layer))
+            if state is not None:
+                yield from state.kept.frozen(self.adapter.parts(layer))
 
-    def _freeze(self, base: Any) -> None:
-        """Marks what the applied ticket prunes, so that no optimizer moves it."""
+    def _freeze(self, base: Any, others: bool = False) -> None:
+        """Marks what the applied ticket prunes, so that no optimizer moves it; see `_prunable`."""
         marks: list[tuple[nn.Parameter, Frozen]] = []
         seen: dict[int, Frozen] = {}
-        for linear, name, frozen in self._prunable(base):
+        for linear, name, frozen in self._prunable(base, others):
             parameter = getattr(linear, name, None)
             if parameter is None:
                 continue
@@ -379,6 +386,16 @@ class PatchHandle:
             marks.append((parameter, frozen))
         for parameter, frozen in marks:
             freeze(parameter, frozen)
+
+    def thaw(self, base: Any) -> None:
+        """Removes marks that no ticket asks for: a layer that was taken away under a ticket comes back with them.
+
+        Args:
+            base: the bare model.
+        """
+        for linear, name, _ in self._prunable(base, others=True):
+            if (parameter := linear._parameters.get(name)) is not None:
+                unfreeze(parameter)
 
     def _hold_still(self, base: Any) -> None:
         """Marks again where marks are gone: copies, other processes and new parameters have none."""
