@@ -54,7 +54,7 @@ test-isa: setup
 
 # Fuzzing, kills, random walks, whole builds and benchmarks, minutes each. pytest ends with 5 where no test is marked so.
 test-long: setup
-	$(BIN)/python $(PYTEST) -m long || test $$? -eq 5
+	$(BIN)/python $(PYTEST) -m long $(TESTS) || test $$? -eq 5
 
 # Environments that see .venv, and have more or other packages.
 define BESIDE

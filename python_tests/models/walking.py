@@ -1478,10 +1478,9 @@ def same(got: Any, want: Any, coarse: float = 1.0, what: str = "") -> None:
             if not torch.equal(a, b):
                 raise Apart(f"{what}: other whole numbers")
             continue
-        # Infinite and undefined numbers are to be in the same places. In float16 the stock code may overflow alone, as
-        # masks of eager attention do.
-        stays = torch.logical_or(a.isfinite(), ~b.isfinite()).all() if b.dtype == torch.half else False
-        if not stays and not torch.equal(a.isfinite(), b.isfinite()):
+        # Infinite and undefined numbers are to be in the same places. The stock code may overflow alone, as masks of
+        # eager attention do in float16 and float64.
+        if not torch.logical_or(a.isfinite(), ~b.isfinite()).all():
             raise Apart(
                 f"{what}[{place}]: {int((~a.isfinite()).sum())} numbers not finite for {int((~b.isfinite()).sum())}"
             )
