@@ -71,11 +71,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def same_start() -> None:
-    """No test depends on what those before it, in the same process, have drawn at random or compiled."""
+    """No test depends on what those before it, in the same process, have drawn at random, compiled or set up."""
     random.seed(0)
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+    if "accelerate.state" in sys.modules:
+        # One for the whole process, which refuses other settings than the first.
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
