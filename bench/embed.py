@@ -22,7 +22,7 @@ import transformers
 from sentence_transformers import SentenceTransformer
 
 from bench.shrunk import random_ticket
-from bench.step import circumstances, public, seconds
+from bench.step import circumstances, exit_code, public, seconds
 from ticketops import patch, shrink
 from ticketops.errors import TicketopsError
 from ticketops.tasks import demo_model, load_task
@@ -113,8 +113,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except TicketopsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main))

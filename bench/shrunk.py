@@ -25,9 +25,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from bench.step import circumstances, public
+from bench.step import circumstances, exit_code, public
 from ticketops import Importance, Ticket, patch, prune, shrink
-from ticketops.errors import TicketopsError
 from ticketops.files import write_atomically
 from ticketops.tasks import demo_model
 
@@ -358,8 +357,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except TicketopsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main))

@@ -383,6 +383,15 @@ def _quantiles(values: list[float]) -> tuple[float, float, float]:
     return cuts[0], statistics.median(values), cuts[3]
 
 
+def exit_code(main: Callable[[], int]) -> int:
+    """Runs a benchmark's main function and returns its exit code; for an error of ticketops one line and 2."""
+    try:
+        return main()
+    except TicketopsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 def public(arguments: list[str]) -> list[str]:
     """Removes this machine's paths from the command line, for publication."""
     return ["DIR" if os.sep in argument else argument for argument in arguments]
