@@ -1,4 +1,5 @@
 import copy
+import gc
 
 import pytest
 import torch
@@ -51,3 +52,14 @@ def stock(model):
 @pytest.fixture
 def batch():
     return tiny_batch()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A process group of torch.distributed with this process alone."""
+    store = torch.distributed.FileStore(str(tmp_path / "process-group"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    # Whoever frees the group last waits for its threads; a DDP model would do so holding the GIL, which they need.
+    gc.collect()
+    torch.distributed.destroy_process_group()

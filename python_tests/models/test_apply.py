@@ -121,12 +121,9 @@ def test_lbfgs_moves_nothing_that_is_pruned_along_its_history(model, batch):
 
 
 @pytest.fixture
-def mesh(tmp_path):
+def mesh(process_group):
     """One process of its own."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
+    return torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
 
 
 @pytest.mark.parametrize("by_layer", [False, True])

@@ -75,18 +75,13 @@ def test_every_parameter_gets_a_gradient(whole, name, patched):
 
 
 @pytest.mark.parametrize("patched", [False, True])
-def test_it_trains_where_gradients_of_all_parameters_are_awaited(patched, model, batch, tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        ticketops.shrink(model, TICKETS["neither"])
-        if patched:
-            ticketops.patch(model)
-        parallel = DistributedDataParallel(model)
-        for _ in range(3):
-            parallel(**batch).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+def test_it_trains_where_gradients_of_all_parameters_are_awaited(patched, model, batch, process_group):
+    ticketops.shrink(model, TICKETS["neither"])
+    if patched:
+        ticketops.patch(model)
+    parallel = DistributedDataParallel(model)
+    for _ in range(3):
+        parallel(**batch).loss.backward()
 
 
 def test_files_with_tensors_of_size_zero_load(whole, tmp_path):
