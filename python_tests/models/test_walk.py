@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from transformers.utils import logging
 
+import ticketops
 from models import walking
 from ticketops.ops import memory
 
@@ -106,3 +107,22 @@ def test_a_walk_sees_what_differs(monkeypatch, fault):
     steps = [("train", 0), ("change", 0)]
     with pytest.raises(walking.Apart, match="change"):
         walking.walk("BertForTokenClassification", True, None, steps, Counter())
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
+@pytest.mark.parametrize("name", ["ModernBertForSequenceClassification", "ViTForImageClassification"])
+def test_hooks_beside_what_a_ticket_prunes(monkeypatch, name, kind):
+    """The LayerNorm and the dropout of a sublayer that is gone see what they see in the stock model."""
+
+    def watch(walker, random):
+        for layer in walker.layers:
+            for path in ("attn_norm", "mlp_norm", "layernorm_before", "layernorm_after", "dropout"):
+                if hasattr(layer, path) and not isinstance(getattr(layer, path), torch.nn.Identity):
+                    walking.register(getattr(layer, path), kind, walking.Hook(kind, False, walker.seen))
+
+    monkeypatch.setitem(walking.OPERATIONS, "watch", watch)
+    masks = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool(), torch.tensor([1, 0, 0]).bool()
+    monkeypatch.setattr(walking, "draw_ticket", lambda random: ticketops.Ticket(*masks))
+    counts: Counter[str] = Counter()
+    walking.walk(name, True, None, [("watch", 0), ("ticket", 0)], counts)
+    assert not counts["refused"]

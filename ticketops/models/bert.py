@@ -275,15 +275,20 @@ def project(state: LayerState, linear: nn.Linear, contexts: Tensor, residual: Te
     return torch.zeros_like(residual)
 
 
-def with_unread(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Keeps the parameters of a LayerNorm in the graph where nothing of the sublayer behind it is computed.
+def with_unread(norm: nn.Module, hidden_states: Tensor, normed: Tensor | None = None) -> Tensor:
+    """Keeps a LayerNorm in the graph where nothing of the sublayer behind it is computed.
 
-    Their gradients are zeros, as in stock code: what distributes a model waits for a gradient of every parameter.
+    The gradients of its parameters are zeros, as in stock code: what distributes a model waits for a gradient of every
+    parameter. Where the LayerNorm has hooks, it is called, and they see what they see in a stock layer.
 
     Args:
-        norm: in front of the sublayer.
-        hidden_states: the residual stream behind it.
+        norm: LayerNorm in front of the sublayer.
+        hidden_states: residual stream behind the sublayer, [.., C].
+        normed: result of the LayerNorm, if it was called already.
     """
+    if is_hooked(norm):
+        normed = norm(hidden_states) if normed is None else normed
+        return hidden_states + normed.flatten()[:0].sum()
     trained = [parameter for parameter in norm.parameters() if parameter.requires_grad]
     if not trained or not torch.is_grad_enabled():
         return hidden_states

@@ -38,10 +38,11 @@ class TicketModernBertEncoderLayer(nn.Module):
     def _by_modules(self, hidden_states: Tensor, positions: tuple[Tensor, Tensor], ticketops: Call) -> Tensor:
         state, attention, parts = self._ticketops, self.attn, _parts(self)
         state.check(ticketops)
+        normed = self.attn_norm(hidden_states)
         contexts = attend(
             state,
             parts.qkv,
-            self.attn_norm(hidden_states),
+            normed,
             ticketops,
             parts.scale,
             parts.rates[0],
@@ -53,7 +54,7 @@ class TicketModernBertEncoderLayer(nn.Module):
             projected = projected + attention.Wo.bias
         hidden_states = hidden_states + attention.out_drop(projected)
         if not state.kept.attention:
-            hidden_states = with_unread(self.attn_norm, hidden_states)
+            hidden_states = with_unread(self.attn_norm, hidden_states, normed)
         if not state.kept.ffn:
             return with_unread(self.mlp_norm, hidden_states)
         output = feed_forward(state, self.mlp.Wi, self.mlp.Wo, self.mlp_norm(hidden_states), ticketops)

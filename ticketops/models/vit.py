@@ -3,12 +3,14 @@
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts
 from ticketops.models.bert import attend, feed_forward, project, with_unread
 from ticketops.models.boundary import TicketModel
+from ticketops.models.hooks import is_hooked
 from ticketops.models.inputs import Images
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
@@ -36,9 +38,13 @@ class PreNormLayer(nn.Module):
         projected = project(state, parts.output, contexts, hidden_states) + parts.output.bias
         hidden_states = hidden_states + self.dropout(projected)
         if not state.kept.attention:
-            hidden_states = with_unread(self.layernorm_before, hidden_states)
+            hidden_states = with_unread(self.layernorm_before, hidden_states, normed)
         if not state.kept.ffn:
-            return with_unread(self.layernorm_after, hidden_states)
+            hidden_states = with_unread(self.layernorm_after, hidden_states)
+            if is_hooked(self.dropout):
+                nothing = torch.zeros_like(hidden_states).requires_grad_(hidden_states.requires_grad)
+                hidden_states = hidden_states + self.dropout(nothing)
+            return hidden_states
         output = feed_forward(state, parts.fc1, parts.fc2, self.layernorm_after(hidden_states), ticketops)
         return hidden_states + self.dropout(output.view_as(hidden_states))
 
