@@ -8,7 +8,9 @@ from ticketops.loading import install as _install
 if TYPE_CHECKING:
     from ticketops.api import search, share, transfer
     from ticketops.errors import InputError, StoreError, TicketopsError, UnsupportedError
+    from ticketops.models.callback import TicketCallback
     from ticketops.models.checkpoint import load
+    from ticketops.models.drawing import draw
     from ticketops.models.export import export
     from ticketops.models.handle import PatchHandle, patch
     from ticketops.models.rewind import rewind
@@ -25,8 +27,10 @@ __all__ = [
     "SharedModel",
     "StoreError",
     "Ticket",
+    "TicketCallback",
     "TicketopsError",
     "UnsupportedError",
+    "draw",
     "export",
     "load",
     "patch",
@@ -46,8 +50,10 @@ _HOMES = {
     "SharedModel": "ticketops.models",
     "StoreError": "ticketops.errors",
     "Ticket": "ticketops.tickets",
+    "TicketCallback": "ticketops.models",
     "TicketopsError": "ticketops.errors",
     "UnsupportedError": "ticketops.errors",
+    "draw": "ticketops.models",
     "export": "ticketops.models",
     "load": "ticketops.models",
     "patch": "ticketops.models",

@@ -1,7 +1,9 @@
 """Where ticketops meets Hugging Face: patching models and counting their weights."""
 
+from ticketops.models.callback import TicketCallback
 from ticketops.models.checkpoint import load
 from ticketops.models.cost import Cost, costs, latencies
+from ticketops.models.drawing import Drawing, draw
 from ticketops.models.export import Format, expand, export
 from ticketops.models.handle import PatchHandle, patch
 from ticketops.models.registry import check_supported, weight_counts
@@ -12,12 +14,15 @@ from ticketops.models.support import describe
 
 __all__ = [
     "Cost",
+    "Drawing",
     "Format",
     "PatchHandle",
     "SharedModel",
+    "TicketCallback",
     "check_supported",
     "costs",
     "describe",
+    "draw",
     "expand",
     "export",
     "latencies",

@@ -1,6 +1,7 @@
 """Rewinding: resets a model's weights to earlier values, such as the pre-trained ones, and keeps its ticket."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,31 @@ def rewind(model: AnyModel, weights: Mapping[str, Tensor]) -> AnyModel:
 
     Source: arXiv 2105.12002, section 3: a ticket starts again from the pre-trained weights.
     """
+    slices, targets = _copies(model, weights)
+    with torch.no_grad():
+        gather(slices, targets)
+    return model
+
+
+def check_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Refuses what `rewind` would refuse, and changes nothing.
+
+    Args:
+        model: see `rewind`.
+        weights: see `rewind`.
+
+    Raises:
+        InputError, UnsupportedError: see `rewind`.
+    """
+    _copies(model, weights)
+
+
+def _copies(model: Any, weights: Mapping[str, Tensor]) -> tuple[list[Slices], list[Tensor]]:
+    """Returns what to copy of the weights, and the model's tensors to copy it to."""
     inner = transformers_model(model)
     _, base = find_adapter(inner)
     held = held_ticket(base.config)
-    modules: nn.Module = model  # type: ignore[assignment]
+    modules: nn.Module = model
     places = cut_indices(modules, Ticket.full(held.num_layers, held.num_heads), held)
     state = modules.state_dict(keep_vars=True)
     inside = next(f"{name}." if name else "" for name, module in modules.named_modules() if module is inner)
@@ -79,9 +101,7 @@ def rewind(model: AnyModel, weights: Mapping[str, Tensor]) -> AnyModel:
             "the weights to rewind to are the model's own and have changed along with it: before training, take "
             "copy.deepcopy(model.state_dict())"
         )
-    with torch.no_grad():
-        gather(slices, targets)
-    return model
+    return slices, targets
 
 
 def _whole(shape: list[int] | None, dim: int, value: Tensor, kept: Tensor | None) -> list[int] | None:

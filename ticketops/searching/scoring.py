@@ -1,11 +1,9 @@
-"""Importance scores of a fine-tuned model, from a separate pass after training or from its last training epoch."""
+"""Importance scores of a fine-tuned model, from a separate pass after training."""
 
-import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from ticketops.models import PatchHandle
 from ticketops.tickets import Granularity, Importance
@@ -45,31 +43,3 @@ def score_pass(
         for parameter in trained:
             parameter.requires_grad_(True)
     return importance
-
-
-class LastEpochScorer(TrainerCallback):
-    """Records importance during the last training epoch. Saves a pass, but dropout is on and weights still change.
-
-    Args:
-        handle: handle of the patched model in training.
-        granularity: what absolute values are taken of: "example", "token" or "batch".
-        neurons: True to score single neurons of the FFNs too.
-    """
-
-    def __init__(self, handle: PatchHandle, granularity: Granularity, neurons: bool = False):
-        self.importance: Importance | None = None
-        self._handle = handle
-        self._granularity = granularity
-        self._neurons = neurons
-        self._open = contextlib.ExitStack()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts recording when the last epoch begins."""
-        if state.global_step >= state.max_steps - state.max_steps // int(args.num_train_epochs):
-            self.importance = self._open.enter_context(
-                self._handle.record_importance(self._granularity, neurons=self._neurons)
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops recording."""
-        self._open.close()

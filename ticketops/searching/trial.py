@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from ticketops.errors import TrialError, spelled
-from ticketops.models import costs, patch, put_back, shrink, weight_counts
+from ticketops.models import TicketCallback, costs, patch, put_back, shrink, weight_counts
 from ticketops.optim import Adamax
 from ticketops.searching import environment
 from ticketops.searching.plan import RECIPES, Trial
-from ticketops.searching.scoring import LastEpochScorer, score_pass
+from ticketops.searching.scoring import score_pass
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.store import Named, Record
 from ticketops.tickets import Importance, Ticket, WeightCounts
@@ -100,11 +100,13 @@ def run_trial(
         # Shrunk, so that pruned weights cost the optimizer neither time nor memory.
         trained = model if ticket is None else shrink(copy.deepcopy(model), ticket)
         handle = stack.enter_context(patch(trained))
-        scorer = LastEpochScorer(handle, config.granularity, config.prune_neurons) if "on_the_fly" in ways else None
+        # Of the last epoch. It saves a pass, but dropout is on and weights still change.
+        options: dict[str, Any] = {"granularity": config.granularity, "neurons": config.prune_neurons}
+        recorder = TicketCallback(handle, **options) if "on_the_fly" in ways else None
         trainer = Trainer(
             model=trained,
             train_dataset=setting.splits["train"],
-            callbacks=[Steps(listener or Listener()), *([scorer] if scorer else [])],
+            callbacks=[Steps(listener or Listener()), *([recorder] if recorder else [])],
             **trainer_options(setting, trial.seed),
         )
         trainer.remove_callback(PrinterCallback)
@@ -114,7 +116,7 @@ def run_trial(
         with timing.of("evaluate_seconds"):
             predictions = predict(trainer, setting)
         check_converged(trial.id, config, loss, predictions)
-        importance = {"on_the_fly": scorer.importance} if scorer and scorer.importance is not None else {}
+        importance = {"on_the_fly": recorder.importance} if recorder else {}
         if "pass" in ways:
             batches = DataLoader(setting.splits["train"], config.batch_size, collate_fn=trainer.data_collator)
             with timing.of("score_seconds"):
