@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ticketops.models.drawing import draw
     from ticketops.models.export import export
     from ticketops.models.handle import PatchHandle, patch
+    from ticketops.models.packing_collator import PackingCollator
     from ticketops.models.rewind import rewind
     from ticketops.models.shared import SharedModel
     from ticketops.models.shrink import shrink
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Importance",
     "InputError",
+    "PackingCollator",
     "PatchHandle",
     "SharedModel",
     "StoreError",
@@ -46,6 +48,7 @@ __all__ = [
 _HOMES = {
     "Importance": "ticketops.tickets",
     "InputError": "ticketops.errors",
+    "PackingCollator": "ticketops.models",
     "PatchHandle": "ticketops.models",
     "SharedModel": "ticketops.models",
     "StoreError": "ticketops.errors",

@@ -22,6 +22,7 @@ from ticketops.models.hooks import (
     sees_keywords,
     transform,
 )
+from ticketops.models.packing_collator import PACKED
 from ticketops.models.record import APPLIED
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import unsharded_class
@@ -74,6 +75,11 @@ class TicketModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the stock model does; hidden states at padding are zeros."""
         handle: PatchHandle = self._ticketops
+        if PACKED in kwargs:
+            raise InputError(
+                f"a batch of PackingCollator reached {type(handle.model).__name__} otherwise than through "
+                "model(**batch) of a ...ForSequenceClassification: only these take it; pad the batch for others"
+            )
         # What is exported cannot leave its graph to pack.
         enter = _enter_packed if handle.unpad and not torch.compiler.is_exporting() else _enter
         entered = enter(handle, self, args, kwargs)

@@ -24,6 +24,7 @@ from ticketops.models.embeddings import SWAPS
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
 from ticketops.models.inputs import Inputs
 from ticketops.models.note import Note
+from ticketops.models.packing_collator import PACKED, put_in_rows
 from ticketops.models.record import applied_ticket, held_ticket, kept_neurons, num_neurons, read_applied, record_of
 from ticketops.models.recording import Recording
 from ticketops.models.registry import adapter_of, check_layers, find_adapter
@@ -156,12 +157,13 @@ class PatchHandle:
         self.tell_first_tokens(model)
 
     def tell_first_tokens(self, caller: nn.Module) -> None:
-        """Has the bare model know where nothing but first tokens is read of its result.
+        """Has the bare model know where nothing but first tokens is read of its result, and rows of what is packed.
 
         Args:
             caller: the model with its task head, or a module that hands keyword arguments to that one's forward.
         """
-        if type(_head_of(caller)) in self.adapter.first_token_heads:
+        head = _head_of(caller)
+        if type(head) in self.adapter.first_token_heads or _classifies_sequences(head):
             hook = partial(_before_head, self._architecture)
             self._hooks.append(caller.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -571,9 +573,16 @@ def find_handle(model: PreTrainedModel) -> PatchHandle | None:
 def _before_head(
     architecture: type[nn.Module], caller: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Tells the bare model where a task head reads nothing but first tokens."""
-    only = only_first_tokens(adapter_of(architecture), _head_of(caller))
+    """Puts a packed batch in rows, and tells the bare model where a task head reads nothing but first tokens."""
+    head = _head_of(caller)
+    if PACKED in kwargs and _classifies_sequences(head):
+        kwargs = put_in_rows(head.config, kwargs)
+    only = only_first_tokens(adapter_of(architecture), head)
     return args, {**kwargs, ONLY_FIRST: True} if only else kwargs
+
+
+def _classifies_sequences(head: nn.Module) -> bool:
+    return any(kind.__name__.endswith("ForSequenceClassification") for kind in type(head).__mro__)
 
 
 def _head_of(caller: Any) -> PreTrainedModel:
