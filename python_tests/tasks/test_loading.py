@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ticketops.errors import InputError
-from ticketops.tasks import GLUE, Task, load_task, tokenize
-from ticketops.tasks.task import features
+from ticketops.tasks import GLUE, SequenceTask, load_task, tokenize
+from ticketops.tasks.sequences import features
 
 
 def hub_rows(name, labels):
@@ -131,7 +131,7 @@ def toy_task(kind, columns, labels):
     texts = dict(zip(columns, (["a b c d e f", "g"], ["h", "h h"]), strict=False))
     names = ("no", "yes") if kind == "classification" else ()
     rows = datasets.Dataset.from_dict(texts | {"label": labels}, features=features(kind, names, columns))
-    return Task("toy", kind, names, columns, ("accuracy",), rows, rows, "validation")
+    return SequenceTask("toy", kind, names, columns, ("accuracy",), rows, rows, "validation")
 
 
 def test_tokenize_truncates_and_does_not_pad(tokenizer):

@@ -269,7 +269,7 @@ GOOD = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
         ("a.jsonl", GOOD + '{"text": "c", "label": [0, 1]}\n', r"line 3: label \[0, 1\] .* give one number"),
         ("a.jsonl", '{"text": "c", "label": 1}\n' * 9, r"has no training rows left"),
         ("a.csv", "text,label\n" + "".join(f"t{i},1\n" for i in range(9)), r"every training row .* has the label 1"),
-        ("a.xlsx", "x", r"a\.xlsx has an unknown extension: use one of \.jsonl, .*\.csv, \.tsv, \.parquet"),
+        ("a.xlsx", "x", r"a\.xlsx has an unknown extension: use one of \.jsonl, .*\.csv, \.tsv, .*\.parquet"),
         ("a.parquet", "PAR1 nonsense", r"a\.parquet is damaged, or not what its name says"),
         ("a.csv", b"text,label\ncaf\xe9,0\n", r"a\.csv is not UTF-8 \(byte 0xe9 at offset 14\): .* encoding='latin-1'"),
     ],

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ticketops.errors import InputError
-from ticketops.tasks import Task
+from ticketops.tasks import SequenceTask
 from ticketops.tasks.sampling import hold_out, spread, take
-from ticketops.tasks.task import features
+from ticketops.tasks.sequences import features
 
 
 def rows(labels, kind="classification", names=("no", "yes")):
@@ -20,7 +20,7 @@ def rows(labels, kind="classification", names=("no", "yes")):
 
 def make_task(labels=(0, 1, 1), kind="classification", names=("no", "yes"), metrics=("accuracy", "f1")):
     split = rows(list(labels), kind, names)
-    return Task("toy", kind, tuple(names), ("text",), tuple(metrics), split, split, "validation")
+    return SequenceTask("toy", kind, tuple(names), ("text",), tuple(metrics), split, split, "validation")
 
 
 def test_classification_metrics():

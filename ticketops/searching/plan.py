@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from ticketops.errors import OWN_LOOP, InputError, shown, spelled
 from ticketops.files import text_encoding, user_path
+from ticketops.kinds import KINDS, Kind
 from ticketops.searching.config import (
     DATA,
     PLAN,
@@ -175,12 +176,15 @@ class SearchConfig(Config):
         "example", "Absolute importance per example (the paper's formula), token (its code) or batch.", SCORING
     )
     text_columns: tuple[str, ...] | None = option(
-        None, "Local data: the one or two text columns, comma-separated.", DATA, shown="found by name"
+        None, "Local data: the text columns, comma-separated.", DATA, shown="found by name"
     )
-    label_column: str | None = option(None, "Local data: the label column.", DATA, shown="label or labels")
-    task_kind: Literal["classification", "regression"] | None = option(
-        None, "Local data: classification or regression.", DATA, shown="as the labels look"
+    label_column: str | None = option(
+        None,
+        "Local data: the label column; of a multi-label task also one 0/1 column a label, comma-separated.",
+        DATA,
+        shown="found by name",
     )
+    task_kind: Kind | None = option(None, f"Local data: {', '.join(KINDS)}.", DATA, shown="as columns and labels look")
     encoding: str | None = option(
         None, "Local data: encoding of text files, such as latin-1 or utf-16.", DATA, shown="utf-8"
     )
@@ -223,7 +227,7 @@ class SearchConfig(Config):
             put("text_columns", read_columns("text_columns", self.text_columns))
         if self.label_column is not None:
             put("label_column", text("label_column", self.label_column))
-        if self.task_kind is not None and self.task_kind not in ("classification", "regression"):
+        if self.task_kind is not None and self.task_kind not in KINDS:
             raise InputError(f"{spelled('task_kind')} {shown(self.task_kind)} is unknown: {OWN_LOOP}")
         if self.encoding is not None:
             put("encoding", text_encoding(text("encoding", self.encoding)))

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from ticketops.errors import InputError, spelled
 from ticketops.files import user_path
@@ -94,7 +95,7 @@ class Setting:
                     "and shrink in Python"
                 )
             with loading_model(config.model):
-                tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+                tokenizer = _load_tokenizer(folder, task)
                 # Only what the checkpoint has is pre-trained; a pooler it lacks belongs to each trial's fresh head.
                 encoder, report = AutoModel.from_pretrained(
                     folder,
@@ -106,6 +107,7 @@ class Setting:
                     **LOCAL,
                 )
             check_supported(encoder)
+            task.check_model(model_config)
             # A search cuts tickets from all heads and FFNs of the architecture, and counts what is left of these.
             if not (held := held_ticket(encoder.config)).is_full:
                 gone = structures(held.heads_pruned, held.ffns_pruned, held.neurons_pruned)
@@ -144,11 +146,7 @@ class Setting:
                     f"the tokenizer of model {config.model!r} has no padding token: set its pad_token and save it"
                 )
 
-            model_config.num_labels = task.num_labels
-            if task.labels:
-                model_config.id2label = dict(enumerate(task.labels))
-                model_config.label2id = {label: number for number, label in enumerate(task.labels)}
-            model_config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+            task.configure(model_config)
             dropout = RECIPES[config.recipe].dropout
             for field in _DROPOUTS if dropout is not None else ():
                 if hasattr(model_config, field):
@@ -161,12 +159,12 @@ class Setting:
                 )
             rows = {"train": task.train, "validation": task.validation, "report": task.report}
             splits = {
-                split: tokenize(data, task, tokenizer, config.max_length)
+                split: tokenize(data, task, tokenizer, config.max_length, scored=split != "train")
                 for split, data in rows.items()
                 if data is not None
             }
             known = encoder.get_input_embeddings().num_embeddings
-            largest = max(pc.max(pc.list_flatten(each.data.column("input_ids"))).as_py() for each in splits.values())
+            largest = max(pc.max(_flat(each.data.column("input_ids"))).as_py() for each in splits.values())
             if largest >= known:
                 raise InputError(
                     f"the tokenizer of model {config.model!r} makes the token {largest}, and the model has {known}: "
@@ -230,11 +228,26 @@ class Setting:
         """
         transformers.set_seed(seed)
         # The Trainer writes into a model's configuration, and a trial must not depend on those before it.
-        model = AutoModelForSequenceClassification.from_config(copy.deepcopy(self.model_config), dtype=torch.float32)
+        model = self.task.make_model(copy.deepcopy(self.model_config))
         # Weights that only the bare model has, such as an unused pooler, stay behind.
         model.base_model.load_state_dict(self.pretrained, strict=False)
         model.load_state_dict(self.head, strict=False)
         return model.train()
+
+
+def _load_tokenizer(folder: Path, task: Task) -> transformers.PreTrainedTokenizerBase:
+    tokenizer: transformers.PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    # Tokenizers that keep spaces as part of words need one in front of each word that is given alone.
+    if task.gives_words and "ByteLevel" in repr(getattr(tokenizer, "backend_tokenizer", None)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, add_prefix_space=True, **LOCAL)
+    return tokenizer
+
+
+def _flat(column: Any) -> Any:
+    """The numbers in a column of lists, or of lists of lists."""
+    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = pc.list_flatten(column)
+    return column
 
 
 def _with_rows(config: SearchConfig, task: Task) -> SearchConfig:

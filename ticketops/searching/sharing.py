@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
-from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, set_seed
+from transformers import PrinterCallback, Trainer, set_seed
 
 from ticketops.errors import InputError, TrialError
 from ticketops.models import SharedModel, weight_counts
@@ -223,7 +223,7 @@ def run_share_trial(
         name: {
             **scored(setting, predictions[name]),
             **remaining(shared.tickets[name], counts[name]),
-            "train_rows": len(setting.splits["train"]),
+            "train_rows": len(setting.task.train),
             "steps": steps[place],
         }
         for place, (name, setting) in enumerate(settings.items())
@@ -259,7 +259,7 @@ class MixedSteps(Dataset):
     def __init__(self, settings: Mapping[str, Setting], schedule: Sequence[Step]):
         self._schedule = schedule
         self._tasks = [
-            (name, setting.splits["train"], DataCollatorWithPadding(setting.tokenizer))
+            (name, setting.splits["train"], setting.task.collator(setting.tokenizer))
             for name, setting in settings.items()
         ]
 

@@ -34,8 +34,12 @@ from ticketops.searching.store import Record, Store, extended
 from ticketops.searching.task_tickets import single_scores
 from ticketops.searching.transfer_plan import SCORES, SOURCE, TransferConfig, TransferTrial, transfer_plan
 from ticketops.searching.trial import Listener, run_trial
+from ticketops.tasks import tokenize
 from ticketops.tasks.sampling import spread
 from ticketops.tickets import Ticket
+
+# What tasks without label names answer with.
+_WITHOUT_NAMES = {"regression": "a number", "question-answering": "a part of the context"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +241,7 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
         selection, records = source.selection()
         level = source.level()
         scores = single_scores(records, selection)
-        scores["train_rows"] = len(source.setting.splits["train"])
+        scores["train_rows"] = len(source.setting.task.train)
         store.write_facts(SCORES, scores)
 
         def run(trial: TransferTrial, ticket: Ticket | None) -> Record:
@@ -326,14 +330,21 @@ def subset(setting: Setting, fraction: float, seed: int, min_steps: int = 0) -> 
         )
     config = setting.config
     epochs = max(config.epochs, math.ceil(min_steps / math.ceil(count / config.batch_size)))
-    splits = {**setting.splits, "train": setting.splits["train"].select(chosen)}
-    return replace(setting, splits=splits, config=replace(config, epochs=epochs))
+    whole = setting.splits["train"]
+    # Where long rows are several inputs, these have no numbers to choose by.
+    part = (
+        whole.select(chosen)
+        if len(whole) == rows
+        else tokenize(setting.task.train.select(chosen), setting.task, setting.tokenizer, config.max_length)
+    )
+    task = replace(setting.task, train=setting.task.train.select(chosen))
+    return replace(setting, task=task, splits={**setting.splits, "train": part}, config=replace(config, epochs=epochs))
 
 
 def _check_shares(setting: Setting, config: TransferConfig) -> None:
     """Whether every share of a task's rows can be trained on, and in a new run is another one than the next."""
     for seed in config.seeds:
-        sizes = [len(subset(setting, fraction, seed).splits["train"]) for fraction in config.fractions]
+        sizes = [len(subset(setting, fraction, seed).task.train) for fraction in config.fractions]
     # Earlier versions began such runs, and these go on.
     begun = (Path(config.output) / "config.json").is_file()
     for (one, size), (other, larger) in itertools.pairwise(zip(config.fractions, sizes, strict=True)):
@@ -348,7 +359,7 @@ def _check_head(config: TransferConfig, source: Setting, target: Setting) -> Non
     """Whether the target can go on with the source's task head."""
     one, other = source.task, target.task
     if config.head == "keep" and (one.kind, one.labels) != (other.kind, other.labels):
-        described = [", ".join(task.labels) if task.kind == "classification" else "a number" for task in (one, other)]
+        described = [", ".join(task.labels) or _WITHOUT_NAMES.get(task.kind, task.kind) for task in (one, other)]
         raise InputError(
             f"the labels of source {one.name} ({described[0]}) are not those of target {other.name} ({described[1]}), "
             f"so its task head cannot be kept: start the target with a new one, {spelled('head', 'fresh')}, or give "
@@ -407,7 +418,7 @@ def _run(
     if keeps_model(trial, config):
         keep_model(store, trial, outcome.model, target.tokenizer, ticket)
     kept = {"predictions": store.write_predictions(trial, outcome.predictions)}
-    rows = {"fraction": trial.fraction, "train_rows": len(part.splits["train"]), "epochs": part.config.epochs}
+    rows = {"fraction": trial.fraction, "train_rows": len(part.task.train), "epochs": part.config.epochs}
     return {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows, **kept}
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -60,7 +59,7 @@ class Outcome:
     Attributes:
         record: what the store keeps as JSON; all but its `timing` and `environment` is reproducible.
         model: the trained model, reverted to the stock classes; pruned structures have their pre-trained weights.
-        predictions: split ("validation", "report") -> the trained model's logits [rows, labels].
+        predictions: split ("validation", "report") -> the trained model's logits, [rows, labels] for whole texts.
         importance: way ("pass", "on_the_fly") -> importance, as asked for.
     """
 
@@ -200,7 +199,7 @@ def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, An
     optimizer, extra = own[recipe.optimizer]
     return {
         "args": arguments,
-        "data_collator": DataCollatorWithPadding(setting.tokenizer),
+        "data_collator": setting.task.collator(setting.tokenizer),
         "optimizer_cls_and_kwargs": (
             optimizer,
             {"lr": config.learning_rate, "betas": recipe.betas, "eps": recipe.eps, **extra},
@@ -216,13 +215,12 @@ def predict(trainer: Trainer, setting: Setting) -> dict[str, np.ndarray]:
         setting: of its task.
 
     Returns:
-        "validation" and, where held out, "report" -> logits [rows, labels].
+        "validation" and, where held out, "report" -> logits, as `Task.logits` returns them.
     """
     logits = {}
     for split, rows in setting.splits.items():
         if split != "train":
-            predictions = trainer.predict(rows).predictions
-            logits[split] = predictions[0] if isinstance(predictions, tuple) else predictions
+            logits[split] = setting.task.logits(trainer.predict(rows).predictions)
     return logits
 
 
@@ -254,8 +252,7 @@ def scored(setting: Setting, predictions: Mapping[str, np.ndarray]) -> Record:
     """
     task, metric = setting.task, setting.task.metric
     scores = {
-        split: task.compute(logits, np.asarray(setting.splits[split]["labels"]))
-        for split, logits in predictions.items()
+        split: task.score(logits, setting.splits[split], getattr(task, split)) for split, logits in predictions.items()
     }
     return {
         "split": "validation",
@@ -263,7 +260,7 @@ def scored(setting: Setting, predictions: Mapping[str, np.ndarray]) -> Record:
         "score": scores["validation"][metric],
         "report_score": scores["report"][metric] if "report" in scores else None,
         "scores": scores,
-        "rows": {split: len(logits) for split, logits in predictions.items()},
+        "rows": {split: len(getattr(task, split)) for split in predictions},
         "majority": task.majority(),
         "constant_scores": {split: task.majority(getattr(task, split)) for split in predictions},
         # Tells two runs of a trial apart where their scores happen to be equal.

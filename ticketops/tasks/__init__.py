@@ -1,8 +1,25 @@
-"""Tasks: GLUE by name from the hub, local files and folders, and the embedded demo; tokenising and metrics."""
+"""Tasks: GLUE by name from the hub, local files of six kinds, and the embedded demo; encoding and metrics."""
 
+from ticketops.kinds import KINDS, Kind
+from ticketops.tasks.choices import ChoiceTask
 from ticketops.tasks.demo import demo_model
+from ticketops.tasks.entities import EntityTask
 from ticketops.tasks.glue import GLUE
 from ticketops.tasks.loading import load_task, tokenize
-from ticketops.tasks.task import Kind, Task
+from ticketops.tasks.questions import QuestionTask
+from ticketops.tasks.sequences import SequenceTask
+from ticketops.tasks.task import Task
 
-__all__ = ["GLUE", "Kind", "Task", "demo_model", "load_task", "tokenize"]
+__all__ = [
+    "GLUE",
+    "KINDS",
+    "ChoiceTask",
+    "EntityTask",
+    "Kind",
+    "QuestionTask",
+    "SequenceTask",
+    "Task",
+    "demo_model",
+    "load_task",
+    "tokenize",
+]

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from ticketops.errors import InputError
 from ticketops.tasks.sampling import hold_out
-from ticketops.tasks.task import Task, features
+from ticketops.tasks.sequences import SequenceTask, features
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def demo_model() -> Path:
     return _fetch(_MODEL)
 
 
-def load_demo() -> Task:
+def load_demo() -> SequenceTask:
     """Loads the demo task: whether a sentence of a film review is positive or negative, by its mean human rating.
 
     Sentences rated within half a point of neutral (on a scale from -4 to 4) are left out. The split is always the same.
@@ -136,7 +136,9 @@ def load_demo() -> Task:
         features=features("classification", labels, ("sentence",)),
     )
     train, validation = hold_out(rows, ("sentence",), VALIDATION_ROWS, seed=0)
-    return Task("demo", "classification", labels, ("sentence",), ("accuracy",), train, validation, "held out of demo")
+    return SequenceTask(
+        "demo", "classification", labels, ("sentence",), ("accuracy",), train, validation, "held out of demo"
+    )
 
 
 def movie_sentences() -> list[tuple[float, str]]:

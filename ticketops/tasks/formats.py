@@ -1,6 +1,7 @@
 """Readers of data files: CSV, TSV, JSON, JSON lines, Parquet, Arrow and saved data sets.
 
-A reader yields the requested columns in batches of rows. Text files may be compressed (.gz, .bz2, .xz). A .csv or .tsv
+A reader yields the requested columns in batches of rows. SQuAD's nested JSON is read as its questions, CoNLL files as
+sentences with `tokens` and `ner_tags`. Text files may be compressed (.gz, .bz2, .xz). A .csv or .tsv
 file may separate fields by commas, tabs, semicolons or bars: the header shows which. `_is_quoted` decides whether the
 quotes in a tab-separated file follow RFC 4180 or belong to the texts, as in GLUE's own files.
 """
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 
 from ticketops.errors import InputError, spelled
 from ticketops.files import read_json, text_encoding
-from ticketops.text import repeated
+from ticketops.text import count, repeated
 
 #: Rows in a batch.
 BATCH = 1_000
@@ -40,6 +41,8 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 # A field quoted by RFC 4180: quotes inside are doubled.
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
+# Columns of a CoNLL file.
+_CONLL = ("tokens", "ner_tags")
 # Columns of CoLA's own files, which have no header.
 _COLA = ("source", "label", "annotation", "sentence")
 # How files of other encodings begin; the mark of UTF-32 begins with that of UTF-16.
@@ -95,7 +98,7 @@ class Source:
         read: function that takes column names and yields batches of these columns, from the first row on.
         unit: what `Batch.numbers` count: "line" or "row".
         typed: False if all values are text, as in CSV.
-        classes: column name -> label names by id, for columns whose labels the file itself names.
+        classes: column name -> label names by id, for columns of labels or lists of labels that the file itself names.
         encoded: True if the file is text, so that an encoding applies.
         remark: how the file is read, if its extension does not say so; else empty.
     """
@@ -422,6 +425,45 @@ def _standard_reading(path: Path, encoding: str) -> tuple[bool, bool]:
     return True, across
 
 
+# CoNLL.
+
+
+def _open_conll(path: Path, encoding: str) -> Source:
+    """Opens a file of one word a line, its tag last, with an empty line behind each sentence."""
+
+    def rows() -> Iterator[tuple[int, tuple[list[str], list[str]]]]:
+        words: list[str] = []
+        tags: list[str] = []
+        number = width = 0
+        with _text(path, encoding, newline="\n") as stream:
+            for number, line in enumerate(stream, start=1):
+                # Words may hold spaces in files that separate by tabs.
+                fields = line.strip("\r\n ").split("\t") if "\t" in line else line.split()
+                if not any(fields) or fields[0] == "-DOCSTART-":
+                    if words:
+                        yield number - 1, (words, tags)
+                    words, tags = [], []
+                    continue
+                width = width or len(fields)
+                if len(fields) != width or width < 2:
+                    raise InputError(
+                        f"{path}, line {number}: {count(len(fields), 'field')}, where a word and its tag belong, as in "
+                        "the lines before: repair the line"
+                    )
+                words.append(fields[0])
+                tags.append(fields[-1])
+        if words:
+            yield number, (words, tags)
+
+    def read(columns: Sequence[str]) -> Iterator[Batch]:
+        places = [_CONLL.index(column) for column in columns]
+        with _refusing(path, encoding):
+            yield from _batched(((number, [row[place] for place in places]) for number, row in rows()), columns)
+
+    columns = _CONLL if next(rows(), None) else ()
+    return Source(path, columns, read, unit="line", encoded=True)
+
+
 # JSON.
 
 
@@ -504,6 +546,14 @@ def _rows_of(value: Any, path: Path) -> list[Any]:
     if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}:
         _check_columns(value["columns"], path)
         return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]
+    articles = value.get("data")
+    if isinstance(articles, list) and all(isinstance(each, dict) and "paragraphs" in each for each in articles):
+        return [
+            {**question, "context": paragraph["context"]}
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
     entries = list(value.values())
     if entries and all(isinstance(entry, list) for entry in entries):
         return [dict(zip(value, row, strict=True)) for row in zip(*entries, strict=True)]
@@ -596,6 +646,8 @@ def _columnar(path: Path, schema: pa.Schema, tables: Callable[[Sequence[str]], I
     # The schema's metadata may come from another library, with types that `datasets` does not know.
     except Exception:
         types = {}
+    # Lists of them are the tags of words, or several labels of a text.
+    types = {name: getattr(kind, "feature", kind) for name, kind in types.items()}
     classes = {
         name: tuple(map(str, kind.names)) for name, kind in types.items() if isinstance(kind, datasets.ClassLabel)
     }
@@ -608,6 +660,7 @@ _TEXT_FORMATS: Mapping[str, Callable[[Path, str], Source]] = {
     ".json": _open_json,
     ".csv": _open_delimited,
     ".tsv": _open_delimited,
+    **dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), _open_conll),
 }
 #: Extension -> function that takes a path and an encoding and opens the file.
 FORMATS: Mapping[str, Callable[[Path, str], Source]] = {

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from ticketops.errors import InputError, spelled
 from ticketops.hub import causes, contact, explain
-from ticketops.tasks.task import Kind, Task
+from ticketops.kinds import Kind
+from ticketops.tasks.sequences import SequenceTask
 
 HUB_DATASET = "nyu-mll/glue"
 
@@ -79,7 +80,7 @@ def glue_name(name: str) -> str | None:
     return plain if plain in GLUE else None
 
 
-def load_glue(name: str) -> Task:
+def load_glue(name: str) -> SequenceTask:
     """Loads a GLUE task from the hub, or from the hub's local cache where the hub cannot be reached.
 
     MNLI is validated on its matched split; the mismatched one is not loaded.
@@ -126,7 +127,7 @@ def load_glue(name: str) -> Task:
     for split, rows in zip(names, (train, validation), strict=True):
         if len(rows) and min(rows["label"][:]) < 0:
             raise InputError(f"split {split} of GLUE task {name} has hidden labels (-1): use a split with labels")
-    return Task(name, glue.kind, glue.labels, glue.columns, glue.metrics, train, validation, glue.validation)
+    return SequenceTask(name, glue.kind, glue.labels, glue.columns, glue.metrics, train, validation, glue.validation)
 
 
 def _elsewhere(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ticketops.errors import OWN_LOOP, InputError, shown, spelled
-from ticketops.tasks.task import Kind
+from ticketops.kinds import Kind
 from ticketops.text import some
 
 # Numeric labels mean regression if at least this share of the training labels are fractions.
@@ -42,19 +42,95 @@ class Labels:
     Attributes:
         split: "train", "validation" or "test".
         column: the label column, for error messages.
-        values: label of each row; None where a row has none.
+        values: label of each row; None where a row has none. Of several labels a row, what the files have.
         where: function that names a row's file and line, for error messages.
     """
 
     split: str
     column: str
-    values: Sequence[Label | None]
+    values: Sequence[Any]
     where: Callable[[int], str]
 
     @property
     def hidden(self) -> bool:
         """True if the split has no labels: all values are missing, or all are -1, the hub's mark of hidden labels."""
-        return all(value is None for value in self.values) or all(str(value) == "-1" for value in self.values)
+        return all(
+            value is None or (isinstance(value, tuple) and set(value) == {None}) for value in self.values
+        ) or all(str(value) == "-1" for value in self.values)
+
+
+def find_label_sets(
+    splits: Sequence[Labels], columns: Sequence[str], names: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], dict[str, list[list[int]]]]:
+    """Reads the labels of texts that have any number of them.
+
+    Args:
+        splits: labels as the files have them, the training split first: lists, strings such as "a, b", or one value a
+            column, 0 or 1.
+        columns: names of the label columns; of several, each is a label.
+        names: label names by id, if the files have them.
+
+    Returns:
+        Label names by id, and for each labelled split the ids of each row, ascending.
+
+    Raises:
+        InputError: a value cannot be read, no training row has a label, or a label is unknown.
+    """
+    several = len(columns) > 1
+    read = {
+        labels.split: [
+            _read_flags(value, columns, labels, row) if several else _read_set(value, labels, row)
+            for row, value in enumerate(labels.values)
+        ]
+        for labels in splits
+        if not labels.hidden
+    }
+    for labels in splits:
+        if labels.split not in read and labels.split != "test":
+            raise InputError(f"split {labels.split} has no labels in column {labels.column}: use a split with labels")
+    train = splits[0]
+    found = columns if several else sorted({name for row in read[train.split] for name in row}, key=_rank)
+    known = names or tuple(found)
+    by_number = names is not None and all(name.isdigit() for rows in read.values() for row in rows for name in row)
+    ids = {str(number) if by_number else name: number for number, name in enumerate(known)}
+    if len(known) < 2 or not any(read[train.split]):
+        raise InputError(f"column {train.column} has {len(known)} labels in the training rows: give two or more")
+    for labels in splits:
+        for row, found in enumerate(read.get(labels.split, ())):
+            if unknown := [name for name in found if name not in ids]:
+                raise _unknown(labels, row, unknown[0], ids)
+    return known, {split: [sorted({ids[name] for name in row}) for row in rows] for split, rows in read.items()}
+
+
+def _read_set(value: Any, labels: Labels, row: int) -> list[str]:
+    """The names in one value of a column of several labels."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        separators = [mark for mark in ("|", ";", ",") if mark in value]
+        if len(separators) > 1:
+            raise InputError(
+                f"{labels.where(row)}: label {value!r:.80} in column {labels.column} has both {separators[0]} and "
+                f"{separators[1]}: separate labels by one of them"
+            )
+        value = value.split(separators[0]) if separators else [value]
+    if not isinstance(value, list | tuple):
+        value = [value]
+    found = [read_label(each, labels.column, lambda: labels.where(row)) for each in value]
+    if None in found:
+        raise InputError(f"{labels.where(row)}: an empty label in column {labels.column}: remove it")
+    return [str(each).lower() if isinstance(each, bool) else str(each) for each in found]
+
+
+def _read_flags(values: Sequence[Any], columns: Sequence[str], labels: Labels, row: int) -> list[str]:
+    """The names of the columns whose value says that the row has their label."""
+    found = []
+    for column, value in zip(columns, values, strict=True):
+        flag = {"0": False, "1": True, "0.0": False, "1.0": True, "true": True, "false": False}.get(str(value).lower())
+        if flag is None:
+            raise InputError(f"{labels.where(row)}: column {column} holds {shown(value)}: give 0 or 1 for each label")
+        found += [column] if flag else []
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import datasets
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ticketops.errors import InputError, spelled
 from ticketops.files import user_path
+from ticketops.kinds import Kind
 from ticketops.tasks.demo import load_demo
 from ticketops.tasks.formats import FORMATS
 from ticketops.tasks.glue import GLUE, glue_name, load_glue
 from ticketops.tasks.local import load_local
 from ticketops.tasks.sampling import hold_out, take
-from ticketops.tasks.task import Kind, Task
+from ticketops.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ def load_task(
 
     Args:
         spec: `demo`, a GLUE name (`rte`, `SST-2`), or a path (`./rte` is a folder, `rte` is the GLUE task).
-        text_columns: names of the one or two text columns; found by name by default. Local data only.
-        label_column: name of the label column; found by name by default. Local data only.
-        kind: "classification" or "regression"; decided by the labels by default. Local data only.
+        text_columns: names of the text columns; found by name by default. Local data only.
+        label_column: name of the label column, or comma-separated names of 0/1 columns of a multi-label task; found by
+            name by default. Local data only.
+        kind: kind of the task; recognized by columns and labels by default. Local data only.
         encoding: encoding of text files; UTF-8 by default. Local data only.
         train_rows: number of training rows to use, chosen by seed and stratified; all by default.
         validation_rows: number of validation rows to use, before report rows are held out of them; all by default.
@@ -77,7 +78,7 @@ def load_task(
         if report_fraction:
             report_name = f"{100 * report_fraction:g} % of the validation rows, held out"
             validation, report = hold_out(
-                validation, task.columns, max(1, round(report_fraction * len(validation))), seed
+                validation, task.grouped_by, max(1, round(report_fraction * len(validation))), seed
             )
         elif test is not None and "label" in test.column_names:
             report, test, report_name = test, None, "the data's own test split"
@@ -119,8 +120,12 @@ def _doubts(task: Task) -> list[str]:
 
 def _texts(task: Task, rows: datasets.Dataset) -> Iterator[tuple[str, ...]]:
     """The texts of each row, without differences of case and spaces, which many models do not see."""
-    columns = ((" ".join(text.casefold().split()) for text in rows[column][:]) for column in task.columns)
+    columns = (map(_plain, rows[column][:]) for column in task.columns)
     return zip(*columns, strict=True)
+
+
+def _plain(text: str | list[str]) -> str:
+    return " ".join((text if isinstance(text, str) else " ".join(text)).casefold().split())
 
 
 def _only_label(task: Task, rows: datasets.Dataset) -> str:
@@ -130,41 +135,45 @@ def _only_label(task: Task, rows: datasets.Dataset) -> str:
 
 
 def tokenize(
-    dataset: datasets.Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+    dataset: datasets.Dataset,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    scored: bool = False,
 ) -> datasets.Dataset:
-    """Tokenizes rows in their order, truncated but not padded.
+    """Turns rows into inputs of the model, in the rows' order, truncated but not padded.
 
     Args:
         dataset: rows of one of the task's splits.
-        task: the task, for its text columns and kind.
+        task: the task.
         tokenizer: tokenizer of the model.
-        max_length: maximum number of tokens in a row, special tokens included.
+        max_length: maximum number of tokens in an input, special tokens included.
+        scored: True for rows that `task.score` will score, which may need more than the model's arguments.
 
     Returns:
-        Rows of `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer has them, and `labels` (int64 class
-        ids, or float32 numbers).
+        Rows of `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer has them, and labels, as `task.encode`
+        makes them. Question answering makes several inputs of a row with a long context.
 
     Raises:
         InputError: `max_length` leaves no room for text or exceeds the tokenizer's limit.
     """
-    special = tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2)
-    least, most = special + len(task.columns), tokenizer.model_max_length
+    special = tokenizer.num_special_tokens_to_add(pair=task.segments == 2)
+    least, most = special + task.segments, tokenizer.model_max_length
     if not isinstance(most, int | float) or most < least:
         raise InputError(f"the tokenizer takes at most {most!r:.40} tokens: correct model_max_length in its files")
     if not least <= max_length <= most:
         # A tokenizer without a limit has 1e30 as its maximum.
         choices = f"from {least} to {most}" if most < 2**31 else f"at least {least}"
         raise InputError(f"{spelled('max_length')} {max_length} does not suit the tokenizer and task: choose {choices}")
-    dtype = np.int64 if task.kind == "classification" else np.float32
 
-    def encode(batch: Mapping[str, list]) -> dict[str, Any]:
-        tokens = tokenizer(*(batch[column] for column in task.columns), truncation=True, max_length=max_length)
-        return {**tokens, "labels": np.asarray(batch["label"], dtype=dtype)}
+    def encode(batch: Mapping[str, list], indices: list[int]) -> dict[str, Any]:
+        return task.encode(batch, indices, tokenizer, max_length, scored)
 
     with _no_progress_bars():
         return dataset.map(
             encode,
             batched=True,
+            with_indices=True,
             remove_columns=dataset.column_names,
             keep_in_memory=True,
             # Avoids the slow hash of the tokenizer, which only the cache would need.

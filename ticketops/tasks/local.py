@@ -1,8 +1,5 @@
 """Tasks from local files: one file, a folder of splits, a clone of a data set of the hub, or a saved data set."""
 
-import bisect
-import itertools
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 
-from ticketops.errors import OWN_LOOP, InputError, spelled
-from ticketops.tasks.formats import Source, bare_name, open_source
+from ticketops.errors import InputError, spelled
+from ticketops.kinds import KINDS, Kind
+from ticketops.tasks.choices import has_choices, load_choices
+from ticketops.tasks.columns import Files, Places, batches, check_text, spellings
+from ticketops.tasks.entities import has_tags, load_entities
+from ticketops.tasks.formats import Source, open_source
 from ticketops.tasks.glue import GLUE, glue_name
-from ticketops.tasks.labels import Labels, Untyped, encode, find_scheme, read_label
-from ticketops.tasks.sampling import hold_out
+from ticketops.tasks.labels import Labels, Untyped, encode, find_label_sets, find_scheme, read_label
+from ticketops.tasks.questions import has_questions, load_questions
+from ticketops.tasks.sequences import SequenceTask, features
 from ticketops.tasks.splits import find_splits
-from ticketops.tasks.task import Kind, Task, features
-from ticketops.text import some
+from ticketops.tasks.task import Task
 
-# Accepted column names, in any case. The second group is searched only if no name of the first is there.
+# Accepted column names of texts and their labels, in any case. The second group is searched only if no name of the
+# first is there.
 TEXT_COLUMNS = (
     (
         ("sentence1", "sentence2"),
@@ -69,8 +70,12 @@ LABEL_COLUMNS = (
     ),
 )
 
-# Share of the training rows that is held out for validation if there is no validation split.
-HELD_OUT = 0.1
+# Kind -> recognizes it by a file's columns, and loads it.
+_LOADERS: Mapping[str, tuple[Callable[[Source], bool], Callable[[Files], Task]]] = {
+    "token-classification": (has_tags, load_entities),
+    "question-answering": (has_questions, load_questions),
+    "multiple-choice": (has_choices, load_choices),
+}
 
 
 def load_local(
@@ -90,9 +95,11 @@ def load_local(
 
     Args:
         path: the file or folder.
-        text_columns: names of the one or two text columns; found by name by default.
-        label_column: name of the label column; found by name by default.
-        kind: "classification" or "regression"; by default regression if many labels are fractions.
+        text_columns: names of the text columns; found by name by default.
+        label_column: name of the label column; found by name by default. Several names, separated by commas, are the
+            columns of 0 and 1 of a multi-label task, one for each label.
+        kind: kind of the task; by default recognized by the columns, and by the labels: regression if many of them are
+            fractions, multi-label if they are lists.
         encoding: encoding of text files; UTF-8 by default.
         seed: seed of the choice of held-out rows.
 
@@ -102,141 +109,120 @@ def load_local(
     Raises:
         InputError: a file is missing, unreadable or malformed, or a row has no usable text or label.
     """
-    if kind not in (None, "classification", "regression"):
-        raise InputError(f"{spelled('task_kind')} {kind!r} is unknown: choose classification or regression")
+    if kind not in (None, *KINDS):
+        raise InputError(f"{spelled('task_kind')} {kind!r} is unknown: choose from {', '.join(KINDS)}")
     layout = find_splits(path)
-    files = {"train": layout.train, "validation": layout.validation, "test": layout.test}
-    sources = {split: [open_source(path, encoding) for path in paths] for split, paths in files.items() if paths}
-    everything = list(itertools.chain(*sources.values()))
-    if encoding is not None and not any(source.encoded for source in everything):
-        raise InputError(f"{spelled('encoding')} {encoding} given for {path}, which has no text files: leave it out")
-    glue = GLUE.get(glue_name(path.resolve().name) or "") if path.is_dir() else None
-
-    first = sources["train"][0]
+    paths = {"train": layout.train, "validation": layout.validation, "test": layout.test}
+    sources = {split: [open_source(file, encoding) for file in own] for split, own in paths.items() if own}
     chosen = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
-    texts = _find_columns("text", TEXT_COLUMNS, chosen, first)
-    (label,) = _find_columns("label", LABEL_COLUMNS, (label_column,) if label_column else (), first)
+    files = Files(path, layout, sources, chosen, label_column, seed)
+    if encoding is not None and not any(source.encoded for source in files.everything):
+        raise InputError(f"{spelled('encoding')} {encoding} given for {path}, which has no text files: leave it out")
+    for name, (recognizes, load) in _LOADERS.items():
+        if kind == name or (kind is None and not chosen and recognizes(files.first)):
+            return load(files)
+    return _load_sequences(files, kind)
+
+
+def _load_sequences(files: Files, kind: Kind | None) -> SequenceTask:
+    """Loads a task on whole texts; None decides its kind by the labels."""
+    glue = GLUE.get(glue_name(files.path.resolve().name) or "") if files.path.is_dir() else None
+    texts, answers = files.find("text", TEXT_COLUMNS), _label_columns(files)
     # Some columns have other names in GLUE's own files than on the hub.
     columns = glue.columns if glue is not None and texts == glue.original_columns else texts
-    if len(texts) > 2 or label in texts or "label" in columns or len(set(texts)) < len(texts):
+    if len(texts) > 2 or {*answers} & {*texts} or "label" in columns or len(set(texts)) < len(texts):
         raise InputError(
-            f"text columns {', '.join(texts)} with label column {label}: give one or two text columns, none of them "
-            f"called label or used as the label"
+            f"text columns {', '.join(texts)} with label column {', '.join(answers)}: give one or two text columns, "
+            f"none of them called label or used as the label"
         )
     if glue is not None and (glue.columns != columns or kind not in (None, glue.kind)):
         glue = None
 
-    rows = {split: _read(split, source, texts, label) for split, source in sources.items()}
-    labels = {split: table.labels for split, table in rows.items() if not table.labels.hidden}
-    for split in ("train", "validation"):
-        if split in rows and split not in labels:
-            name = layout.validation_name if split == "validation" else split
-            raise InputError(
-                f"split {name} of {path} has hidden labels (none, or -1, in column {label}): use a split with labels"
-            )
-    names = (glue.labels or None) if glue is not None else _class_names(everything, label)
-    scheme = find_scheme(list(labels.values()), glue.kind if glue is not None else kind, names)
-    ids = dict(zip(labels, encode(list(labels.values()), scheme, by_id=names is not None), strict=True))
-    splits = {
-        split: _dataset(table.texts, ids.get(split), features(scheme.kind, scheme.names, columns))
-        for split, table in rows.items()
-    }
-    if "validation" not in splits:
-        count = max(1, round(HELD_OUT * len(splits["train"])))
-        splits["train"], splits["validation"] = hold_out(splits["train"], columns, count, seed)
-
-    if glue is not None:
-        metrics = glue.metrics
-    elif scheme.kind == "regression":
-        metrics = ("pearson", "spearman")
+    rows = {split: _read(split, sources, texts, answers) for split, sources in files.sources.items()}
+    sets = [isinstance(value, list | tuple) for value in rows["train"].labels]
+    ids: Mapping[str, Any]
+    metrics: tuple[str, ...]
+    if kind == "multi-label" or (kind is None and all(sets)):
+        written = [Labels(split, ", ".join(answers), table.labels, table.where) for split, table in rows.items()]
+        names, ids = find_label_sets(written, answers, files.class_names(answers[0]))
+        kind, remark, metrics = "multi-label", "", ("micro_f1", "macro_f1")
     else:
-        metrics = ("accuracy", "f1") if len(scheme.names) == 2 else ("accuracy",)
-    remarks = [f"{source.path.name}: {source.remark}" for source in everything if source.remark]
-    if not (chosen and label_column) and (texts not in TEXT_COLUMNS[0] or (label,) not in LABEL_COLUMNS[0]):
-        remarks.append(f"texts in {' and '.join(texts)}, labels in {label}")
-    remarks += [scheme.remark] if scheme.remark else []
-    remarks += [f"not read: {some(layout.unread)}"] if layout.unread else []
-    return Task(
-        name=path.resolve().name if path.is_dir() else bare_name(path),
-        kind=scheme.kind,
-        labels=scheme.names,
-        columns=columns,
-        metrics=metrics,
-        train=splits["train"],
-        validation=splits["validation"],
-        validation_name=layout.validation_name or f"held out of {layout.train[0].name}",
-        test=splits.get("test"),
-        remarks=tuple(dict.fromkeys(remarks)),
-    )
+        (label,) = answers
+        labels = {split: table.scalars(split, label) for split, table in rows.items()}
+        labels = {split: found for split, found in labels.items() if not found.hidden}
+        for split in ("train", "validation"):
+            if split in rows and split not in labels:
+                raise files.no_labels(split, label)
+        known = (glue.labels or None) if glue is not None else files.class_names(label)
+        scheme = find_scheme(list(labels.values()), glue.kind if glue is not None else kind, known)
+        ids = dict(zip(labels, encode(list(labels.values()), scheme, by_id=known is not None), strict=True))
+        kind, names, remark = scheme.kind, scheme.names, scheme.remark
+        if glue is not None:
+            metrics = glue.metrics
+        elif kind == "regression":
+            metrics = ("pearson", "spearman")
+        else:
+            metrics = ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
+    types = features(kind, names, columns)
+    splits = {split: _dataset(table.texts, ids.get(split), types) for split, table in rows.items()}
+    remarks = []
+    named = files.text_columns and files.label_column
+    if not named and (texts not in TEXT_COLUMNS[0] or answers not in LABEL_COLUMNS[0]):
+        remarks.append(f"texts in {' and '.join(texts)}, labels in {', '.join(answers)}")
+    remarks += [remark] if remark else []
+    return files.task(SequenceTask, splits, remarks, kind=kind, labels=names, columns=columns, metrics=metrics)
+
+
+def _label_columns(files: Files) -> tuple[str, ...]:
+    """The label column, or several that the user has named."""
+    named = files.label_column or ""
+    if "," in named and not spellings(named, files.first):
+        parts = [part.strip() for part in named.split(",")]
+        return tuple(column for part in parts for column in files.named("label", part))
+    return files.find("label", LABEL_COLUMNS)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a split: column name -> texts as Arrow strings, and the labels."""
+    """The rows of a split.
+
+    Attributes:
+        texts: column name -> texts as Arrow strings.
+        labels: value of each row's label column; a tuple where there are several label columns.
+        where: names a row's file and line.
+    """
 
     texts: Mapping[str, pa.ChunkedArray]
-    labels: Labels
+    labels: Sequence[Any]
+    where: Places
+
+    def scalars(self, split: str, column: str) -> Labels:
+        """The labels, one a row."""
+        labels = [read_label(value, column, partial(self.where, row)) for row, value in enumerate(self.labels)]
+        return Labels(split, column, labels, self.where)
 
 
-def _read(split: str, sources: Sequence[Source], texts: Sequence[str], label: str) -> _Rows:
-    """Reads the named columns of a split's files, one after the other.
-
-    Args:
-        split: name of the split; a test split may have no label column.
-        sources: its files.
-        texts: names of the text columns in the training split.
-        label: name of the label column in the training split.
-    """
+def _read(split: str, sources: Sequence[Source], texts: Sequence[str], answers: Sequence[str]) -> _Rows:
+    """Reads the named columns of a split's files, one after the other."""
     chunks: dict[str, list[pa.Array]] = {column: [] for column in texts}
-    values: list[Any] = []
-    # For each batch: the number of its first row in the split, its file, and the numbers of its rows in the file.
-    places: list[tuple[int, Source, Sequence[int]]] = []
-
-    def where(row: int) -> str:
-        start, source, numbers = places[bisect.bisect_right(places, row, key=lambda place: place[0]) - 1]
-        return f"{source.path}, {source.unit} {numbers[row - start]}"
-
-    for source in sources:
-        if not source.columns:
-            raise _empty(source)
-        found = {column: _find_column("text", column, source) for column in texts}
-        # Kaggle's test files have no label column.
-        hidden = split == "test" and not _spellings(label, source)
-        answers = [] if hidden else [_find_column("label", label, source)]
-        for batch in source.read(list(dict.fromkeys([*found.values(), *answers]))):
-            start = len(values)
-            places.append((start, source, batch.numbers))
-            for column, name in found.items():
-                chunks[column].append(_strings(batch.columns[name], name, start, where))
-            raw = batch.columns[answers[0]] if answers else [None] * len(batch.numbers)
-            if not source.typed:
-                raw = [value if value is None else Untyped(value) for value in raw]
-            values += (read_label(value, label, partial(where, row)) for row, value in enumerate(raw, start=start))
-    if not values:
-        raise _empty(sources[0])
+    labels: list[Any] = []
+    places = Places()
+    for batch in batches(split, sources, texts, answers):
+        places.add(batch.start, batch.source, batch.numbers)
+        for column, values in zip(texts, batch.texts, strict=True):
+            checked = [
+                check_text(value, column, partial(places, row)) for row, value in enumerate(values, start=batch.start)
+            ]
+            chunks[column].append(pa.array(checked, type=pa.string()))
+        found = batch.labels
+        if not batch.source.typed:
+            found = [[value if value is None else Untyped(value) for value in each] for each in found]
+        labels += found[0] if len(answers) == 1 else zip(*found, strict=True)
     columns = {column: pa.chunked_array(parts, type=pa.string()) for column, parts in chunks.items()}
-    return _Rows(columns, Labels(split, label, values, where))
+    return _Rows(columns, labels, places)
 
 
-def _strings(values: Sequence[Any], column: str, first: int, where: Callable[[int], str]) -> pa.Array:
-    for row, value in enumerate(values, start=first):
-        if value is None:
-            raise InputError(f"{where(row)}: no text in column {column}: fill it in or remove the row")
-        if not isinstance(value, str):
-            shown = reprlib.repr(value)
-            raise InputError(f"{where(row)}: column {column} holds {shown}, not a text: put a string there")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{where(row)}: column {column} is not valid Unicode ({error.reason}): repair the text"
-            ) from error
-    return pa.array(values, type=pa.string())
-
-
-def _dataset(
-    texts: Mapping[str, pa.ChunkedArray], labels: np.ndarray | None, types: datasets.Features
-) -> datasets.Dataset:
+def _dataset(texts: Mapping[str, pa.ChunkedArray], labels: Any, types: datasets.Features) -> datasets.Dataset:
     """Makes the data set of a split; without a label column if the labels are hidden."""
     columns = [column for column in types if column != "label"]
     arrays = dict(zip(columns, texts.values(), strict=True))
@@ -245,56 +231,3 @@ def _dataset(
     else:
         arrays["label"] = pa.array(labels)
     return datasets.Dataset(pa.table(arrays), info=datasets.DatasetInfo(features=types))
-
-
-def _class_names(sources: Sequence[Source], label: str) -> tuple[str, ...] | None:
-    """The class names that the files themselves have; None if they have none."""
-    found = {source.classes[name] for source in sources for name in _spellings(label, source) if name in source.classes}
-    if len(found) > 1:
-        listing = " and ".join(", ".join(names) for names in sorted(found))
-        raise InputError(f"the files name the classes of column {label} differently ({listing}): write them alike")
-    return found.pop() if found else None
-
-
-def _find_columns(
-    role: str, candidates: Sequence[Sequence[tuple[str, ...]]], chosen: Sequence[str], source: Source
-) -> tuple[str, ...]:
-    """Finds the columns named by the user, or else the candidate whose columns are there: the pair before one of it."""
-    if not source.columns:
-        raise _empty(source)
-    if chosen:
-        return tuple(_find_column(role, column, source) for column in chosen)
-    for tier in candidates:
-        found = [names for names in tier if all(_spellings(name, source) for name in names)]
-        found = [names for names in found if not any(set(names) < set(other) for other in found)]
-        if len(found) == 1:
-            return tuple(_find_column(role, name, source) for name in found[0])
-        if found:
-            raise _no_column(f"more than one choice of {role} column", role, source)
-    raise _no_column(f"no known {role} column", role, source)
-
-
-def _find_column(role: str, name: str, source: Source) -> str:
-    """The file's own spelling of a column name: the same, or else one that differs in case alone."""
-    spellings = _spellings(name, source)
-    if len(spellings) != 1:
-        problem = "more than one choice of" if spellings else "no"
-        raise _no_column(f"{problem} {role} column {name}", role, source)
-    return spellings[0]
-
-
-def _spellings(name: str, source: Source) -> list[str]:
-    if name in source.columns:
-        return [name]
-    return [column for column in source.columns if column.casefold() == name.casefold()]
-
-
-def _no_column(problem: str, role: str, source: Source) -> InputError:
-    flag = spelled("text_columns" if role == "text" else "label_column")
-    return InputError(
-        f"{problem}: {source.path} has the columns {some(source.columns)}; name the right one with {flag}; {OWN_LOOP}"
-    )
-
-
-def _empty(source: Source) -> InputError:
-    return InputError(f"file {source.path} is empty: it needs at least one row with text and label")

@@ -1,6 +1,8 @@
 """Seeded, stratified subsets of rows; a larger subset contains a smaller one."""
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -10,16 +12,17 @@ def spread(rows: datasets.Dataset, seed: int) -> np.ndarray:
     """Orders rows so that every prefix has, to within rounding, the label shares of the whole.
 
     Args:
-        rows: rows with a `label`; a float label (regression) is not stratified.
+        rows: rows with a `label`; only class ids are stratified, not numbers or lists.
         seed: seed of the shuffling.
 
     Returns:
         Row numbers in the new order, int64 [rows].
     """
     shuffled = np.random.default_rng(seed).permutation(len(rows))
-    labels = np.asarray(rows["label"][:])[shuffled]
-    if not np.issubdtype(labels.dtype, np.integer):
+    kind = rows.features["label"]
+    if not (isinstance(kind, datasets.ClassLabel) or (isinstance(kind, datasets.Value) and "int" in kind.dtype)):
         return shuffled
+    labels = np.asarray(rows["label"][:])[shuffled]
     classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)[1:]
     by_class = np.argsort(classes, kind="stable")
     rank = np.empty_like(by_class)
@@ -49,14 +52,18 @@ def hold_out(
 
     Args:
         rows: the rows to split.
-        columns: the text columns.
+        columns: columns whose equal values keep rows together: the text columns, or the paragraph of questions.
         count: number of rows to hold out; a few more are held out where several rows have the same text.
         seed: seed of the choice.
 
     Returns:
         The remaining rows and the held-out rows, each in their original order.
     """
-    texts = list(zip(*(rows[column][:] for column in columns), strict=True))
+    texts = list(zip(*(map(_hashable, rows[column][:]) for column in columns), strict=True))
     chosen = {texts[i] for i in spread(rows, seed)[:count]}
     held = np.array([text in chosen for text in texts], dtype=bool)
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+def _hashable(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,83 +1,35 @@
-"""A task: rows to train on, rows to score on, and the metrics that score them."""
+"""Task: rows to train on and to score on, the head that answers them, and the metrics that score its answers."""
 
+import abc
+import dataclasses
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Self
 
 import datasets
 import numpy as np
-import numpy.typing as npt
-from scipy import stats
-from sklearn import metrics as sklearn_metrics
+import transformers
+from transformers import DataCollatorWithPadding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ticketops.errors import InputError
-
-Kind = Literal["classification", "regression"]
-
-
-def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
-    return float(np.mean(labels == predictions))
-
-
-def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
-    # `labels=[1]` keeps a split without the positive class at 0 rather than an error.
-    return float(sklearn_metrics.f1_score(labels, predictions, labels=[1], average="macro", zero_division=0.0))
-
-
-def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
-    return float(sklearn_metrics.matthews_corrcoef(labels, predictions))
-
-
-def _correlation(function: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarray], float]:
-    def score(labels: np.ndarray, predictions: np.ndarray) -> float:
-        if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-            return 0.0
-        # scipy warns of nearly constant input, where the correlation may underflow to NaN; that counts as 0.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = float(function(labels, predictions).statistic)
-        return value if np.isfinite(value) else 0.0
-
-    return score
-
-
-METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "matthews_correlation": _matthews,
-    "pearson": _correlation(stats.pearsonr),
-    "spearman": _correlation(stats.spearmanr),
-}
-
-
-def features(kind: Kind, labels: Sequence[str], columns: Sequence[str]) -> datasets.Features:
-    """Column types of a task's rows.
-
-    Args:
-        kind: "classification" or "regression".
-        labels: label names by id; unused for regression.
-        columns: names of the text columns.
-
-    Returns:
-        Strings for the text columns, a class label or a float32 for `label`.
-    """
-    label = datasets.ClassLabel(names=list(labels)) if kind == "classification" else datasets.Value("float32")
-    return datasets.Features({column: datasets.Value("string") for column in columns} | {"label": label})
+from ticketops.errors import InputError, UnsupportedError
+from ticketops.tasks.sampling import hold_out
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """A data set to fine-tune on, with the metrics that score a model on it.
+class Task(abc.ABC):
+    """A data set to fine-tune on, with the head that it needs and the metrics that score a model on it.
+
+    This is the interface of all kinds of tasks. A class of your own derives from it (or from the class of a kind) and
+    defines `head`, `num_labels`, `encode`, `score` and `majority`; `ticketops.search(task=...)` takes an instance.
 
     Attributes:
-        name: GLUE name, or name of the file or folder.
-        kind: "classification" (cross entropy over `labels`) or "regression" (one number).
-        labels: label names by id; empty for regression.
-        columns: names of the one or two text columns.
+        name: name of the task in reports and records.
+        kind: what the task asks for, such as "classification"; any word for a class of your own.
+        labels: label names by id; empty where there are none.
+        columns: names of the text columns of the rows.
         metrics: names of the metrics; the first one selects the super ticket.
         train: training rows, with the text columns and `label`.
         validation: rows whose score selects the super ticket.
@@ -90,7 +42,7 @@ class Task:
     """
 
     name: str
-    kind: Kind
+    kind: str
     labels: tuple[str, ...]
     columns: tuple[str, ...]
     metrics: tuple[str, ...]
@@ -102,15 +54,148 @@ class Task:
     test: datasets.Dataset | None = None
     remarks: tuple[str, ...] = ()
 
+    #: Auto class of transformers that makes the model with the task's head.
+    head: ClassVar[str]
+    #: True if the texts are lists of words, which the tokenizer must not split again.
+    gives_words: ClassVar[bool] = False
+
+    @property
+    @abc.abstractmethod
+    def num_labels(self) -> int:
+        """Width of the head's output, or its number of outputs."""
+
+    @property
+    def segments(self) -> int:
+        """Number of texts in one input of the model: 1, or 2 for pairs."""
+        return len(self.columns)
+
+    @property
+    def grouped_by(self) -> tuple[str, ...]:
+        """Columns whose equal values keep rows together when rows are held out, so that no text is on both sides."""
+        return self.columns
+
     @property
     def metric(self) -> str:
         """Name of the metric that selects the super ticket; higher is better."""
         return self.metrics[0]
 
-    @property
-    def num_labels(self) -> int:
-        """The width of the model's output: the number of classes, 1 for regression."""
-        return len(self.labels) if self.kind == "classification" else 1
+    @abc.abstractmethod
+    def encode(
+        self,
+        batch: Mapping[str, Sequence[Any]],
+        indices: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        scored: bool,
+    ) -> dict[str, Any]:
+        """Turns rows into inputs of the model, not padded.
+
+        Args:
+            batch: column name -> value of each row.
+            indices: number of each row in its split.
+            tokenizer: tokenizer of the model.
+            max_length: maximum number of tokens in an input, special tokens included.
+            scored: True for rows that `score` will score; False for training rows, which have the model's arguments
+                alone.
+
+        Returns:
+            Argument of the model -> value of each input, labels included; with `scored` also what `score` needs.
+        """
+
+    @abc.abstractmethod
+    def score(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> dict[str, float]:
+        """Scores a model's answers on a split.
+
+        Args:
+            logits: as `logits` returns them, one entry for each input.
+            inputs: what `encode` made of the rows.
+            rows: the rows.
+
+        Returns:
+            Metric -> value, higher for better, for each name in `metrics`.
+
+        Raises:
+            InputError: a logit is NaN or infinite, or the shape does not fit the task.
+        """
+
+    @abc.abstractmethod
+    def majority(self, split: datasets.Dataset | None = None) -> float:
+        """Score that a model reaches without reading, by one constant answer.
+
+        Args:
+            split: rows to score on; the validation rows by default.
+
+        Returns:
+            The value of `metric`.
+        """
+
+    def with_validation(self, share: float, seed: int) -> Self:
+        """Holds a share of the training rows out for validation.
+
+        Args:
+            share: share of the rows, in (0, 1); at least one row.
+            seed: seed of the choice.
+
+        Returns:
+            The task whose validation rows have no text in common with its training rows.
+        """
+        count = max(1, round(share * len(self.train)))
+        train, validation = hold_out(self.train, self.grouped_by, count, seed)
+        return dataclasses.replace(self, train=train, validation=validation)
+
+    def configure(self, config: PretrainedConfig) -> None:
+        """Writes the task's labels into a model's configuration.
+
+        Args:
+            config: configuration of the model; changed in place.
+        """
+        config.num_labels = self.num_labels
+        if self.labels:
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {label: number for number, label in enumerate(self.labels)}
+
+    def check_model(self, config: PretrainedConfig) -> None:
+        """Checks that the architecture has the task's head.
+
+        Args:
+            config: configuration of the model.
+
+        Raises:
+            UnsupportedError: transformers has no such head for it.
+        """
+        if type(config) not in getattr(transformers, self.head)._model_mapping:
+            raise UnsupportedError(
+                f"transformers has no {self.head.removeprefix('AutoModelFor')} head for {config.model_type}, which "
+                f"task {self.name} ({self.kind}) needs: choose another model"
+            )
+
+    def make_model(self, config: PretrainedConfig) -> PreTrainedModel:
+        """Makes a model with the task's head and random float32 weights.
+
+        Args:
+            config: configuration of the model, as `configure` leaves it.
+        """
+        model: PreTrainedModel = getattr(transformers, self.head).from_config(config, dtype="float32")
+        return model
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Makes the function that pads inputs to a batch of tensors.
+
+        Args:
+            tokenizer: tokenizer of the model.
+        """
+        return DataCollatorWithPadding(tokenizer)
+
+    def logits(self, predictions: Any) -> np.ndarray:
+        """The outputs of the head that `score` needs, as one array.
+
+        Args:
+            predictions: `predictions` of a Trainer: an array, or a tuple of arrays whose first one is the logits.
+
+        Returns:
+            Floats [inputs, ...].
+        """
+        return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -124,64 +209,39 @@ class Task:
                 digest.update(json.dumps([batch[column] for column in columns]).encode())
         return digest.hexdigest()
 
-    def compute(self, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
-        """Scores a model's outputs.
-
-        Args:
-            predictions: logits [rows, num_labels]; for regression [rows] or [rows, 1].
-            labels: class ids [rows], or numbers [rows] for regression.
-
-        Returns:
-            Metric -> value: fractions in [0, 1], correlations in [-1, 1]; constant predictions have correlation 0.
-
-        Raises:
-            InputError: the shapes do not fit the task, there are no rows, or a prediction is NaN or infinite.
-        """
-        scores, targets = np.asarray(predictions, dtype=np.float64), np.asarray(labels)
-        if self.kind == "regression" and scores.ndim == 1:
-            scores = scores[:, None]
-        if scores.shape != (targets.size, self.num_labels) or targets.ndim != 1 or targets.size == 0:
-            raise InputError(
-                f"predictions of shape {np.shape(predictions)} with labels of shape {targets.shape} do not fit task "
-                f"{self.name}: give [rows, {self.num_labels}] and [rows], at least one row"
-            )
-        bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
-        if bad.size:
-            raise InputError(
-                f"{bad.size} of {targets.size} predictions for task {self.name} are NaN or infinite, the first in row "
-                f"{bad[0]}: the training diverged; lower the learning rate or use a wider dtype"
-            )
-        outputs = scores.argmax(axis=1) if self.kind == "classification" else scores[:, 0]
-        return {metric: METRICS[metric](targets, outputs) for metric in self.metrics}
-
-    def majority(self, split: datasets.Dataset | None = None) -> float:
-        """Score of always predicting a split's most frequent label.
-
-        Args:
-            split: rows to score on; the validation rows by default.
-
-        Returns:
-            The value of `metric`; 0 for correlations.
-        """
-        if self.kind == "regression":
-            return 0.0
-        labels = np.asarray((self.validation if split is None else split)["label"][:])
-        constant = np.full_like(labels, np.bincount(labels, minlength=self.num_labels).argmax())
-        return METRICS[self.metric](labels, constant)
-
     def describe(self) -> str:
-        """Describes the task in one line: rows and use of each split, labels, metrics, score of the majority label."""
+        """Describes the task in one line: rows and use of each split, labels, metrics, score of a constant answer."""
         rows = f"{len(self.train):,} training and {len(self.validation):,} validation rows ({self.validation_name})"
         if self.report is not None:
             rows += f", {len(self.report):,} report rows" + (f" ({self.report_name})" if self.report_name else "")
         if self.test is not None:
             hidden = "" if "label" in self.test.column_names else " without labels"
             rows += f", {len(self.test):,} test rows{hidden}, which are not used"
-        remarks = "".join(f"; {remark}" for remark in self.remarks)
-        if self.kind == "regression":
-            return f"{self.name}: {rows}, regression, metrics {', '.join(self.metrics)}{remarks}"
-        names = ", ".join(self.labels[:6]) + (", ..." if self.num_labels > 6 else "")
-        return (
-            f"{self.name}: {rows}, {self.num_labels} labels ({names}), metrics {', '.join(self.metrics)}, "
-            f"majority {self.metric} {self.majority():.3f}{remarks}"
+        what = "" if self.kind == "classification" else f", {self.kind}"
+        if self.labels:
+            names = ", ".join(self.labels[:6]) + (", ..." if len(self.labels) > 6 else "")
+            what += f", {len(self.labels)} labels ({names})"
+        majority = self.majority()
+        return "; ".join(
+            [
+                f"{self.name}: {rows}{what}, metrics {', '.join(self.metrics)}"
+                + (f", majority {self.metric} {majority:.3f}" if majority else ""),
+                *self.remarks,
+            ]
         )
+
+    def check_finite(self, logits: np.ndarray) -> None:
+        """Checks a model's outputs.
+
+        Args:
+            logits: floats [inputs, ...].
+
+        Raises:
+            InputError: one is NaN or infinite.
+        """
+        bad = np.flatnonzero(~np.isfinite(logits).reshape(len(logits), -1).all(axis=1))
+        if bad.size:
+            raise InputError(
+                f"{bad.size} of {len(logits)} predictions for task {self.name} are NaN or infinite, the first in row "
+                f"{bad[0]}: the training diverged; lower the learning rate or use a wider dtype"
+            )

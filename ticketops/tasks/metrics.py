@@ -1,0 +1,129 @@
+"""Metrics of tasks: each takes what is right and what a model answers; a higher value is better."""
+
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+#: Takes labels and predictions: class ids [rows], multi-hot [rows, labels], or numbers [rows].
+Metric = Callable[[np.ndarray, np.ndarray], float]
+
+
+def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return float(sklearn_metrics.accuracy_score(labels, predictions))
+
+
+def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    # `labels=[1]` keeps a split without the positive class at 0 rather than an error.
+    return float(sklearn_metrics.f1_score(labels, predictions, labels=[1], average="macro", zero_division=0.0))
+
+
+def _averaged_f1(average: str) -> Metric:
+    def score(labels: np.ndarray, predictions: np.ndarray) -> float:
+        return float(sklearn_metrics.f1_score(labels, predictions, average=average, zero_division=0.0))
+
+    return score
+
+
+def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return float(sklearn_metrics.matthews_corrcoef(labels, predictions))
+
+
+def _correlation(function: Callable[..., Any]) -> Metric:
+    def score(labels: np.ndarray, predictions: np.ndarray) -> float:
+        if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+            return 0.0
+        # scipy warns of nearly constant input, where the correlation may underflow to NaN; that counts as 0.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = float(function(labels, predictions).statistic)
+        return value if np.isfinite(value) else 0.0
+
+    return score
+
+
+#: Metrics of whole texts, by name.
+METRICS: Mapping[str, Metric] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "macro_f1": _averaged_f1("macro"),
+    "micro_f1": _averaged_f1("micro"),
+    "matthews_correlation": _matthews,
+    "pearson": _correlation(stats.pearsonr),
+    "spearman": _correlation(stats.spearmanr),
+}
+
+
+def entity_scores(tags: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Scores tags by the entities that they mark: an entity counts if its kind, its first and its last word are right.
+
+    Args:
+        tags: the right tags of each row's words, such as "B-PER", "I-PER" and "O"; also of the schemes IOB1, IOE, IOBES
+            and BILOU.
+        predicted: as many predicted tags.
+
+    Returns:
+        "entity_f1", "entity_precision" and "entity_recall" over the entities of all rows.
+
+    Source: seqeval, which reads tags as the CoNLL-2000 evaluation script does.
+    """
+    from seqeval import metrics
+
+    # seqeval knows the last word and the single word of an entity by the letters of IOBES alone.
+    right, answers = (
+        [[{"L": "E", "U": "S"}.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in rows]
+        for rows in (tags, predicted)
+    )
+    functions = {
+        "entity_f1": metrics.f1_score,
+        "entity_precision": metrics.precision_score,
+        "entity_recall": metrics.recall_score,
+    }
+    return {name: float(function(right, answers, zero_division=0)) for name, function in functions.items()}
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalized(answer: str) -> str:
+    """An answer without case, punctuation, English articles and superfluous spaces, as SQuAD compares answers.
+
+    Args:
+        answer: the text.
+    """
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
+
+
+def answer_scores(answers: Iterable[Sequence[str]], predicted: Iterable[str]) -> dict[str, float]:
+    """Scores extracted answers, each against the right answer of its question that it is nearest to.
+
+    Args:
+        answers: the right answers of each question; none for a question without an answer in its context.
+        predicted: the predicted answer of each question; empty for "no answer".
+
+    Returns:
+        "f1" (over the words that an answer shares with a right one) and "exact_match", means over questions in [0, 1].
+
+    Source: the evaluation script of SQuAD 2.0.
+    """
+    exact, overlap = [], []
+    for right, text in zip(answers, predicted, strict=True):
+        # Where normalization leaves nothing of any right answer, "no answer" is right.
+        known = [answer for answer in right if normalized(answer)] or [""]
+        exact.append(max(float(normalized(answer) == normalized(text)) for answer in known))
+        overlap.append(max(_word_f1(normalized(answer).split(), normalized(text).split()) for answer in known))
+    return {"f1": float(np.mean(overlap)), "exact_match": float(np.mean(exact))}
+
+
+def _word_f1(right: Sequence[str], words: Sequence[str]) -> float:
+    if not right or not words:
+        return float(right == words)
+    same = (Counter(right) & Counter(words)).total()
+    return 2 * same / (len(right) + len(words))
