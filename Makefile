@@ -11,7 +11,7 @@ OLDEST_TESTS := python_tests/models $(addprefix python_tests/searching/, \
 	test_run.py::test_a_search_finds_a_super_ticket_and_its_gain \
 	test_sharing.py::test_each_arm_is_one_record_with_every_tasks_own_metric \
 	test_transfer.py::test_both_ladders_are_climbed)
-# Another one has sentence-transformers and SetFit, which are optional.
+# Another one has sentence-transformers, SetFit and Lightning, which are optional.
 EMBEDDERS := .venv-sentence-transformers
 # Tests run in this many processes, of one thread each outside python_tests/ops.
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
@@ -72,10 +72,10 @@ test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python $(PYTEST) $(OLDEST_TESTS)
 
 $(EMBEDDERS)/.installed: $(VENV)/.installed
-	$(call BESIDE,$(EMBEDDERS),"sentence-transformers>=6" setfit)
+	$(call BESIDE,$(EMBEDDERS),"sentence-transformers>=6" setfit lightning)
 
 test-sentence-transformers: $(EMBEDDERS)/.installed
-	$(EMBEDDERS)/bin/python $(PYTEST) python_tests/models/test_sentence_transformers.py
+	$(EMBEDDERS)/bin/python $(PYTEST) python_tests/models/test_sentence_transformers.py python_tests/test_examples.py
 
 bench: setup
 	$(BIN)/python -m pytest bench/bench_step.py

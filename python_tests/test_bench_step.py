@@ -30,12 +30,13 @@ def test_one_json_object_with_medians_and_ratios(tmp_path):
     assert result["full_vs_compile"] is None
     seconds = result["seconds"]
     inference = {f"inference_{name}" for name in ("sdpa", "full", "ticket50", "matmul_floor")}
-    steps = {"sdpa", "full", "importance", "ticket50", "applied50", "switching"}
+    steps = {"sdpa", "full", "importance", "packed", "ticket50", "applied50", "switching"}
     steps |= {prefix + part for prefix in ("", "ticket50_") for part in ("matmul_floor", "optimizer")}
     assert set(seconds) == steps | inference
     assert all(0 < each["q20"] <= each["median"] <= each["q80"] for each in seconds.values())
     for ratio in (
         "full_vs_sdpa",
+        "packed_vs_full",
         "ticket50_vs_full",
         "ticket50_vs_full_of_floors",
         "inference_vs_sdpa",

@@ -173,8 +173,8 @@ def test_a_batch_that_does_not_fit_its_mask_is_refused(model):
         model(**batch)
 
 
-def test_a_compiled_model_takes_packed_batches(model):
-    rows = make_rows()
+def test_a_compiled_model_takes_packed_batches():
+    model, rows = BertForSequenceClassification(tiny_config(num_hidden_layers=1)).eval(), make_rows()
     want = copy.deepcopy(model)(**padded(rows)).logits
     ticketops.patch(model)
     compiled = torch.compile(model, backend="eager")
