@@ -110,7 +110,7 @@ def latencies(
     rows = []
     for length in inputs.lengths(whole.base_model, lengths):
         for batch in batches:
-            arguments = inputs.draw(whole.config, batch, length, whole.device)
+            arguments = inputs.draw(whole, batch, length)
             models = list(enumerate((whole, left)))
             for _, model in models:
                 # Warm up.

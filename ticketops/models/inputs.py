@@ -45,7 +45,7 @@ class Inputs(Protocol):
         """Returns those of the wanted numbers of tokens per row that the model supports; its fixed number for
         images."""
 
-    def draw(self, config: Any, rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    def draw(self, model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
         """Returns random input without padding, for measurements."""
 
 
@@ -80,10 +80,8 @@ class Text:
             batch = {"input_ids": ids, "attention_mask": (torch.arange(shape[1]) < lengths[:, None]).long()}
             if getattr(config, "type_vocab_size", 0) > 1:
                 batch["token_type_ids"] = torch.zeros_like(ids)
-        if type(model).__name__.endswith("ForMultipleChoice"):
-            batch = {name: value[None] for name, value in batch.items()}
         names = ("input_ids", "attention_mask", "token_type_ids")
-        return {name: value for name, value in batch.items() if name in names}
+        return _as_choices(model, {name: value for name, value in batch.items() if name in names})
 
     def length(self, config: Any) -> int:
         """See Inputs."""
@@ -93,13 +91,21 @@ class Text:
         """See Inputs."""
         return [length for length in wanted if length <= positions(base)]
 
-    def draw(self, config: Any, rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    def draw(self, model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
         """See Inputs."""
-        ids = torch.randint(min(5, config.vocab_size - 1), config.vocab_size, (rows, length), device=device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        vocabulary = model.config.vocab_size
+        ids = torch.randint(min(5, vocabulary - 1), vocabulary, (rows, length), device=model.device)
+        return _as_choices(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 TEXT = Text()
+
+
+def _as_choices(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows as the choices of one example, for a multiple-choice model; else as they are."""
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        return {name: value[None] for name, value in batch.items()}
+    return batch
 
 
 @dataclass(frozen=True)
@@ -147,9 +153,10 @@ class Images:
         """See Inputs."""
         return [self.length(base.config)]
 
-    def draw(self, config: Any, rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    def draw(self, model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
         """See Inputs."""
-        return {"pixel_values": torch.randn(rows, config.num_channels, *_pair(config.image_size), device=device)}
+        shape = (rows, model.config.num_channels, *_pair(model.config.image_size))
+        return {"pixel_values": torch.randn(shape, device=model.device)}
 
     def _tokens(self, config: Any, size: Iterable[int]) -> int:
         height, width = (pixels // patch for pixels, patch in zip(size, _pair(config.patch_size), strict=True))

@@ -36,14 +36,14 @@ class SharedModel(nn.Module):
 
     The forward pass applies the task's ticket; switching copies nothing. The following optimizer step changes only the
     structures that the ticket keeps: gradients, momentum and weight decay reach neither the other prunable structures
-        nor
-    their moment estimates. So a structure that two tickets keep gets the updates of both tasks. The heads of other
+    nor their moment estimates. So a structure that two tickets keep gets the updates of both tasks. The heads of other
     tasks are frozen as well; embeddings, LayerNorms and the pooler belong to all tasks. Each optimizer step must be of
     one task. If gradients are None or zero before the backward pass, clipping measures only that task's gradient.
 
     Args:
-        models: task -> transformers model with the task's head; all of one architecture. The encoder of the first model
-            is patched, and replaces those of the others, in place.
+        models: task -> transformers model with the task's head; all of one architecture, though some heads need no
+            pooler. The encoder of the first model, or of the first one with a pooler, is patched and replaces those of
+            the others, in place.
         tickets: task -> its ticket; None or a missing task keeps everything.
 
     Attributes:
@@ -68,15 +68,16 @@ class SharedModel(nn.Module):
         super().__init__()
         if not models:
             raise InputError("a shared model needs a task: give a model for each task by its name")
+        # A model without a pooler runs on an encoder with one as well.
+        models = dict(sorted(models.items(), key=lambda entry: -len(_shape(entry[1].base_model))))
         first, *others = models.values()
         _, base = find_adapter(first)
         prefix = first.base_model_prefix
         shape = _shape(base)
         for task, model in models.items():
             find_adapter(model)
-            other = _shape(model.base_model)
-            if stock_class(model.base_model) is not stock_class(base) or other != shape:
-                apart = [name for name in {**shape, **other} if shape.get(name) != other.get(name)]
+            apart = _apart(shape, _shape(model.base_model))
+            if stock_class(model.base_model) is not stock_class(base) or apart:
                 raise InputError(
                     f"the model of task {task} has another encoder ({_described(model.base_model)}) than the first one "
                     f"({_described(base)}), apart in {', '.join(apart[:3]) or 'its class'}: give models of one "
@@ -159,7 +160,9 @@ class SharedModel(nn.Module):
         model = self.select(task)
         twin = stock_class(model)._from_config(without_note(model.config), dtype=model.dtype)
         # As a plain dictionary, without the metadata about the ticket.
-        twin.load_state_dict(dict(model.state_dict()))
+        own = twin.state_dict().keys()
+        # The shared encoder may have a pooler that this head does not need.
+        twin.load_state_dict({name: value for name, value in model.state_dict().items() if name in own})
         return twin.eval()
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
@@ -275,6 +278,12 @@ def _shape(base: Any) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in base.state_dict().items()}
 
 
+def _apart(shape: Mapping[str, torch.Size], other: Mapping[str, torch.Size]) -> list[str]:
+    """The weights in which two encoders differ, apart from a pooler that only the first one has."""
+    names = [name for name in shape if not (name.startswith("pooler.") and name not in other)]
+    return [name for name in {**dict.fromkeys(names), **other} if shape.get(name) != other.get(name)]
+
+
 def _described(base: Any) -> str:
     config = base.config
     return (
@@ -309,7 +318,7 @@ def _with_head(base: Any, folder: Path) -> PreTrainedModel:
         raise InputError(f"{folder.name} is not of this encoder; save it again")
     with torch.device("meta"), no_init_weights():
         skeleton = kind(without_note(config))
-    if type(skeleton.base_model) is not stock_class(base) or _shape(skeleton.base_model) != _shape(base):
+    if type(skeleton.base_model) is not stock_class(base) or _apart(_shape(base), _shape(skeleton.base_model)):
         raise InputError(f"{folder.name} is not of this encoder; save it again")
     head = load_file(folder / _HEAD)
     wanted = {key: (value.shape, base.dtype) for key, value in _head(skeleton).items()}

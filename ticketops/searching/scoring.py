@@ -6,20 +6,17 @@ from typing import Any
 import torch
 
 from ticketops.models import PatchHandle
-from ticketops.tickets import Granularity, Importance
+from ticketops.tickets import Importance
 
 
-def score_pass(
-    handle: PatchHandle, batches: Iterable[Any], granularity: Granularity, autocast: bool, neurons: bool = False
-) -> Importance:
+def score_pass(handle: PatchHandle, batches: Iterable[Any], autocast: bool, **options: Any) -> Importance:
     """Scores heads and FFNs in one pass over the training rows, without dropout and without weight gradients.
 
     Args:
         handle: handle of the patched, fine-tuned model; the model is left in evaluation mode.
         batches: batches of the training split: the model's keyword arguments, with labels; moved to its device.
-        granularity: what absolute values are taken of: "example", "token" or "batch".
         autocast: True to run under bfloat16 autocast.
-        neurons: True to score single neurons of the FFNs too.
+        options: granularity, neurons and sequences_per_example of `PatchHandle.record_importance`.
 
     Returns:
         The importance, averaged over the rows.
@@ -33,7 +30,7 @@ def score_pass(
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        with handle.record_importance(granularity, neurons=neurons) as importance:
+        with handle.record_importance(**options) as importance:
             for batch in batches:
                 batch = {key: value.to(model.device) for key, value in batch.items()}
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):

@@ -99,8 +99,12 @@ def run_trial(
         # Shrunk, so that pruned weights cost the optimizer neither time nor memory.
         trained = model if ticket is None else shrink(copy.deepcopy(model), ticket)
         handle = stack.enter_context(patch(trained))
+        options: dict[str, Any] = {
+            "granularity": config.granularity,
+            "neurons": config.prune_neurons,
+            "sequences_per_example": setting.task.sequences_per_example,
+        }
         # Of the last epoch. It saves a pass, but dropout is on and weights still change.
-        options: dict[str, Any] = {"granularity": config.granularity, "neurons": config.prune_neurons}
         recorder = TicketCallback(handle, **options) if "on_the_fly" in ways else None
         trainer = Trainer(
             model=trained,
@@ -119,9 +123,7 @@ def run_trial(
         if "pass" in ways:
             batches = DataLoader(setting.splits["train"], config.batch_size, collate_fn=trainer.data_collator)
             with timing.of("score_seconds"):
-                importance["pass"] = score_pass(
-                    handle, batches, config.granularity, config.dtype == "bf16", config.prune_neurons
-                )
+                importance["pass"] = score_pass(handle, batches, config.dtype == "bf16", **options)
 
     if trained is not model:
         put_back(trained, model)

@@ -54,6 +54,11 @@ class ChoiceTask(Task):
         """2: a context and a choice."""
         return 2
 
+    @property
+    def sequences_per_example(self) -> int:
+        """The choices of a row."""
+        return self.num_labels
+
     def configure(self, config: PretrainedConfig) -> None:
         """Changes nothing: the head has one output, whatever the number of choices."""
 

@@ -218,9 +218,11 @@ def _read_answers(value: Any, context: str, label: str, where: Callable[[], str]
         raise InputError(
             f"{where()}: column {label} holds {shown(value)}: give the answers as SQuAD does, texts and their starts"
         )
-    if starts is None or None in starts:
+    if starts is None or starts == [None] * len(texts):
         starts = [context.find(text) for text in texts]
-    for text, start in zip(texts, starts, strict=len(texts) == len(starts)):
+    if not isinstance(starts, list) or len(starts) != len(texts):
+        raise InputError(f"{where()}: column {label} has {len(texts)} answers with other starts than these: correct it")
+    for text, start in zip(texts, starts, strict=True):
         if not isinstance(start, int) or start < 0 or context[start : start + len(text)] != text:
             place = f" at character {start}" if isinstance(start, int) and start >= 0 else ""
             raise InputError(f"{where()}: the answer {shown(text)} is not in its context{place}: correct it")

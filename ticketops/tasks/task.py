@@ -70,6 +70,11 @@ class Task(abc.ABC):
         return len(self.columns)
 
     @property
+    def sequences_per_example(self) -> int:
+        """Number of sequences that the model reads for one example of its loss: above 1 for multiple choice."""
+        return 1
+
+    @property
     def grouped_by(self) -> tuple[str, ...]:
         """Columns whose equal values keep rows together when rows are held out, so that no text is on both sides."""
         return self.columns
