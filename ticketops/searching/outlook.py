@@ -117,7 +117,8 @@ def _transfer(config: TransferConfig) -> Outlook:
 
 
 def _steps(setting: Setting, epochs: int | None = None) -> int:
-    return (epochs or setting.config.epochs) * math.ceil(len(setting.splits["train"]) / setting.config.batch_size)
+    batches = math.ceil(len(setting.splits["train"]) / setting.config.batch_size)
+    return (epochs or setting.config.epochs) * math.ceil(batches / setting.config.gradient_accumulation_steps)
 
 
 def _levels(setting: Setting, prefix: str = "") -> list[_Kind]:
@@ -159,7 +160,12 @@ def _outlook(
         table.append([kind.name, *known, f"{kind.rows:,}", f"{kind.steps:,}", str(kind.seeds)])
     trials, steps = sum(kind.seeds for kind in kinds), {kind.steps for kind in kinds}
     total = f"{sum(kind.steps * kind.seeds for kind in kinds):,}"
-    amount = f"of {count(steps.pop(), 'step')}, {total} in all" if len(steps) == 1 else f"of {total} steps in all"
+    most = "at most " if getattr(config, "early_stopping_patience", None) is not None else ""
+    amount = (
+        f"of {most}{count(steps.pop(), 'step')}, {total} in all"
+        if len(steps) == 1
+        else f"of {most}{total} steps in all"
+    )
     unknown = ["– depends on tickets that are found on the way, or on each task's own"]
     bytes_each = 4 * counts.total
     kept = f"{count(models, 'model')} kept, {models * bytes_each / 1e6:,.0f} MB" if models else "no model kept"

@@ -80,6 +80,26 @@ RECIPES: dict[str, Recipe] = {
     "demo": Recipe(learning_rate=1e-4, epochs=1, train_rows=3000),
 }
 
+#: Fields of a search that a recipe decides where they are left out -> the recipe's own.
+_BY_RECIPE = {
+    "batch_size": "batch_size",
+    "learning_rate": "learning_rate",
+    "train_rows": "train_rows",
+    "warmup_steps": "warmup",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "clip",
+}
+#: Schedules of the Trainer that need nothing but their name.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
 
 def training(recipe: str) -> dict[str, Any]:
     """What of a recipe a configuration does not say: the optimizer and its constants, as JSON values.
@@ -87,9 +107,22 @@ def training(recipe: str) -> dict[str, Any]:
     Args:
         recipe: its name.
     """
-    apart = ("learning_rate", "epochs", "batch_size", "train_rows", "long_tasks", "long_epochs")
+    apart = (*_BY_RECIPE.values(), "epochs", "long_tasks", "long_epochs")
     values = dataclasses.asdict(RECIPES[recipe])
     return json_identity({name: value for name, value in values.items() if name not in apart})
+
+
+def without_options(training: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divides what earlier versions kept of a recipe: some of its constants are options of a search by now.
+
+    Args:
+        training: as such a run kept it.
+
+    Returns:
+        What `training` keeps, and fields of `SearchConfig`.
+    """
+    moved = {field: training[name] for field, name in _BY_RECIPE.items() if name in training}
+    return {name: value for name, value in training.items() if name not in _BY_RECIPE.values()}, moved
 
 
 _CONSTANTS = {"betas": [0.9, 0.999], "warmup": 0.1, "weight_decay": 0.01, "clip": 1.0}
@@ -159,7 +192,30 @@ class SearchConfig(Config):
     epochs: int = option(None, "Passes over the training split.", TRAINING, int, shown="recipe")
     batch_size: int = option(None, "Examples a step.", TRAINING, int, shown="recipe")
     learning_rate: float = option(None, "Peak step size.", TRAINING, float, shown="recipe")
-    dtype: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 for bfloat16 autocast over fp32 weights.", TRAINING)
+    warmup_steps: float = option(
+        None,
+        "Steps over which the step size rises from zero; below 1 a share of all steps.",
+        TRAINING,
+        float,
+        shown="recipe",
+    )
+    lr_scheduler_type: str = option("linear", f"How the step size falls: {', '.join(SCHEDULES)}.", TRAINING)
+    weight_decay: float = option(None, "Of all weights but biases and LayerNorm.", TRAINING, float, shown="recipe")
+    max_grad_norm: float = option(
+        None, "Largest l2 norm of a step's gradient; 0 for no clipping.", TRAINING, float, shown="recipe"
+    )
+    gradient_accumulation_steps: int = option(1, "Batches whose gradients add up to one optimizer step.", TRAINING, int)
+    early_stopping_patience: int | None = option(
+        None,
+        "Score the validation rows after each epoch, keep the best epoch's weights, and stop after so many epochs "
+        "without a better one. It selects on the validation split.",
+        TRAINING,
+        int,
+        shown="all epochs, the last one's weights",
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "fp32, or autocast over fp32 weights: bf16, or fp16 (GPUs only).", TRAINING
+    )
     save_models: bool = option(
         False,
         "Keep each trial's trained model in models/ (the size of the checkpoint each); a finished trial "
@@ -210,12 +266,8 @@ class SearchConfig(Config):
         # In any of the usual spellings, or a folder of that name.
         name = Path(self.task).name.lower().replace("-", "").replace("_", "")
         epochs = recipe.long_epochs if name in recipe.long_tasks else recipe.epochs
-        for name, value in (
-            ("epochs", epochs),
-            ("batch_size", recipe.batch_size),
-            ("learning_rate", recipe.learning_rate),
-            ("train_rows", recipe.train_rows),
-        ):
+        chosen = {"epochs": epochs, **{field: getattr(recipe, name) for field, name in _BY_RECIPE.items()}}
+        for name, value in chosen.items():
             if getattr(self, name) is None:
                 put(name, value)
 
@@ -231,7 +283,7 @@ class SearchConfig(Config):
             raise InputError(f"{spelled('task_kind')} {shown(self.task_kind)} is unknown: {OWN_LOOP}")
         if self.encoding is not None:
             put("encoding", text_encoding(text("encoding", self.encoding)))
-        for name in ("epochs", "batch_size", "max_length"):
+        for name in ("epochs", "batch_size", "max_length", "gradient_accumulation_steps"):
             put(name, whole(name, getattr(self, name), 1))
         put("min_heads", whole("min_heads", self.min_heads, 0))
         for name in ("train_rows", "validation_rows"):
@@ -247,8 +299,26 @@ class SearchConfig(Config):
                 f"{spelled('report_fraction')} {fraction:g} is outside [0, 1): give the share, such as 0.5"
             )
         put("report_fraction", fraction)
-        check_choice("dtype", self.dtype, ("fp32", "bf16"))
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            value = real(name, getattr(self, name))
+            if not 0 <= value < math.inf:
+                raise InputError(f"{spelled(name)} {value:g} is out of range: give a number from 0 on")
+            put(name, value)
+        if self.warmup_steps >= 1 and self.warmup_steps % 1:
+            raise InputError(
+                f"{spelled('warmup_steps')} {self.warmup_steps:g} is neither a whole number of steps nor a share of "
+                "them below 1"
+            )
+        check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        check_choice("dtype", self.dtype, ("fp32", "bf16", "fp16"))
         check_choice("importance", self.importance, ("pass", "on_the_fly", "both"))
+        if self.early_stopping_patience is not None:
+            put("early_stopping_patience", whole("early_stopping_patience", self.early_stopping_patience, 1))
+            if self.importance != "pass":
+                raise InputError(
+                    f"{spelled('importance')} {self.importance} records the last epoch, and "
+                    f"{spelled('early_stopping_patience')} keeps the best one: choose pass, or leave one of them out"
+                )
         check_choice("granularity", self.granularity, ("example", "token", "batch"))
         for name in ("save_models", "prune_neurons"):
             if not isinstance(getattr(self, name), bool):

@@ -131,6 +131,8 @@ class SearchRecord(Scored, Trained):
     sparsity: Sparsity
     weights: NotRequired[Positive]
     costs: NotRequired[Costs]
+    #: With early stopping, the optimizer step whose weights were kept.
+    best_step: NotRequired[Count | None]
     rank_correlation: NotRequired[dict[Literal["head", "ffn"], Score | None]]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 from ticketops.errors import InputError, spelled
 from ticketops.files import user_path
@@ -74,6 +75,7 @@ class Setting:
         if config.train_rows == RECIPES[config.recipe].train_rows:
             bounds = ("train_rows", *bounds)
         with quiet():
+            _check_dtype(config.dtype)
             task = load_task(
                 config.task,
                 text_columns=config.text_columns,
@@ -233,6 +235,27 @@ class Setting:
         model.base_model.load_state_dict(self.pretrained, strict=False)
         model.load_state_dict(self.head, strict=False)
         return model.train()
+
+
+def precision(dtype: str) -> dict[str, bool]:
+    """A dtype as arguments of a Trainer, on the device that it trains on."""
+    # Without `use_cpu` the Trainer refuses bfloat16 where there is no accelerator.
+    return {"bf16": dtype == "bf16", "fp16": dtype == "fp16", "use_cpu": not torch.accelerator.is_available()}
+
+
+def _check_dtype(dtype: str) -> None:
+    """Asks the Trainer whether this machine trains in a dtype."""
+    if dtype == "fp32":
+        return
+    try:
+        arguments = TrainingArguments(tempfile.gettempdir(), report_to="none", **precision(dtype))
+        trainer = Trainer(torch.nn.Linear(1, 1), arguments)
+        # Where there is no accelerator, float16 is left aside without a word.
+        if dtype == "fp16" and not trainer.accelerator.native_amp:
+            raise ValueError("the Trainer takes it on accelerators alone")
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{spelled('dtype', dtype)} does not run here ({reason}): choose another one") from error
 
 
 def _load_tokenizer(folder: Path, task: Task) -> transformers.PreTrainedTokenizerBase:

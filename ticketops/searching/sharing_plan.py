@@ -15,7 +15,7 @@ MIXINGS: tuple[str, ...] = get_args(Mixing)
 Arm = Literal["tickets", "plain", "random", "union", "intersection"]
 ARMS: tuple[str, ...] = get_args(Arm)
 
-#: What a single-task search and sharing have in common.
+#: What a single-task search has in common with runs of several tasks, where they have the field.
 COMMON = (
     "model",
     "revision",
@@ -28,6 +28,12 @@ COMMON = (
     "epochs",
     "batch_size",
     "learning_rate",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "gradient_accumulation_steps",
+    "early_stopping_patience",
     "dtype",
     "save_models",
     "granularity",
@@ -76,6 +82,15 @@ def task_names(spec: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, (spec, path.name, path.stem, Path(path.stem).stem))))
 
 
+def common_fields(config: Any) -> dict[str, Any]:
+    """Values of a run of several tasks that the searches of its tasks have, too.
+
+    Args:
+        config: the run.
+    """
+    return {name: getattr(config, name) for name in COMMON if hasattr(config, name)}
+
+
 def put_common(config: Any, tasks: Sequence[str]) -> None:
     """Copies the normalized values and defaults of the tasks' searches into a run of several tasks.
 
@@ -89,7 +104,7 @@ def put_common(config: Any, tasks: Sequence[str]) -> None:
     object.__setattr__(config, "recipe", config.recipe or "default")
     searches = [config.search(task) for task in tasks]
     epochs = {search.epochs for search in searches}
-    for name in COMMON:
+    for name in common_fields(config):
         value = getattr(searches[0], name) if name != "epochs" or len(epochs) == 1 else None
         object.__setattr__(config, name, value)
 
@@ -146,7 +161,11 @@ class ShareConfig(Config):
     )
     batch_size: int = inherited_from_search("batch_size", help="Examples a step, all of one task.")
     learning_rate: float = inherited_from_search("learning_rate")
-    dtype: Literal["fp32", "bf16"] = inherited_from_search("dtype")
+    warmup_steps: float = inherited_from_search("warmup_steps")
+    lr_scheduler_type: str = inherited_from_search("lr_scheduler_type")
+    weight_decay: float = inherited_from_search("weight_decay")
+    max_grad_norm: float = inherited_from_search("max_grad_norm")
+    dtype: Literal["fp32", "bf16", "fp16"] = inherited_from_search("dtype")
     save_models: bool = inherited_from_search(
         "save_models",
         help="Keep each trial's shared model in models/ (the size of the checkpoint each); a finished trial "
@@ -195,7 +214,7 @@ class ShareConfig(Config):
             task: as `tasks` has it.
             changes: of the search's fields.
         """
-        common = {name: getattr(self, name) for name in COMMON}
+        common = common_fields(self)
         for name in DATA_OPTIONS:
             common[name] = option_of(name, getattr(self, name), task_names(task), self._names())
         return SearchConfig(**{**common, "task": task, "kinds": ("winning",), **changes})

@@ -19,7 +19,7 @@ from ticketops.models.checkpoint import NOTE, check_files
 from ticketops.models.shared import SharedModel
 from ticketops.searching import environment
 from ticketops.searching.config import Config
-from ticketops.searching.plan import FORMAT_1_TRAINING, SearchConfig, json_identity, search_plan
+from ticketops.searching.plan import FORMAT_1_TRAINING, SearchConfig, json_identity, search_plan, without_options
 from ticketops.searching.sharing_plan import SINGLE, ShareConfig, share_plan
 from ticketops.searching.task_options import DATA_OPTIONS
 from ticketops.searching.transfer_plan import SCORES, TransferConfig, transfer_plan
@@ -603,10 +603,11 @@ def _read_description(folder: Path) -> Record:
         if _kind(identity) != "search" and "tasks" not in description["notes"]:
             raise InputError("the notes have no tasks")
         # Fields that were added after the folder was written get their defaults.
-        identity["config"] = _filled(kind, identity["config"])
+        training = identity.get("training", FORMAT_1_TRAINING.get(identity["config"].get("recipe", ""), {}))
+        identity["training"], moved = without_options(training)
+        identity["config"] = _filled(kind, {**moved, **identity["config"]})
         if "source" in identity:
-            identity["source"] = _filled(SearchConfig, identity["source"])
-        identity.setdefault("training", FORMAT_1_TRAINING[identity["config"]["recipe"]])
+            identity["source"] = _filled(SearchConfig, {**moved, **identity["source"]})
         # Earlier versions stored one digest of all records of the source, whatever seeds the run has; drop it.
         if isinstance(identity.get("source_results"), str):
             del identity["source_results"]

@@ -329,7 +329,8 @@ def subset(setting: Setting, fraction: float, seed: int, min_steps: int = 0) -> 
             f"larger {spelled('fractions')}"
         )
     config = setting.config
-    epochs = max(config.epochs, math.ceil(min_steps / math.ceil(count / config.batch_size)))
+    steps = math.ceil(math.ceil(count / config.batch_size) / config.gradient_accumulation_steps)
+    epochs = max(config.epochs, math.ceil(min_steps / steps))
     whole = setting.splits["train"]
     # Where long rows are several inputs, these have no numbers to choose by.
     part = (

@@ -19,7 +19,7 @@ from ticketops.searching.config import (
     whole,
 )
 from ticketops.searching.plan import SearchConfig, Trial, search_plan
-from ticketops.searching.sharing_plan import COMMON, inherited_from_search, per_task, put_common, task_names
+from ticketops.searching.sharing_plan import common_fields, inherited_from_search, per_task, put_common, task_names
 from ticketops.searching.task_options import DATA_OPTIONS, option_of, read_option
 
 #: The folder of the source's search, inside a transfer's own, and the file of what it scored.
@@ -71,7 +71,13 @@ class TransferConfig(Config):
     epochs: int | None = inherited_from_search("epochs", shown="recipe, for each task its own")
     batch_size: int = inherited_from_search("batch_size")
     learning_rate: float = inherited_from_search("learning_rate")
-    dtype: Literal["fp32", "bf16"] = inherited_from_search("dtype")
+    warmup_steps: float = inherited_from_search("warmup_steps")
+    lr_scheduler_type: str = inherited_from_search("lr_scheduler_type")
+    weight_decay: float = inherited_from_search("weight_decay")
+    max_grad_norm: float = inherited_from_search("max_grad_norm")
+    gradient_accumulation_steps: int = inherited_from_search("gradient_accumulation_steps")
+    early_stopping_patience: int | None = inherited_from_search("early_stopping_patience")
+    dtype: Literal["fp32", "bf16", "fp16"] = inherited_from_search("dtype")
     save_models: bool = inherited_from_search(
         "save_models",
         help="Keep each target trial's model (the checkpoint's size each); a finished trial without its "
@@ -138,7 +144,7 @@ class TransferConfig(Config):
             task: as `source` or `target` has it.
             changes: of the search's fields.
         """
-        common = {name: getattr(self, name) for name in COMMON}
+        common = common_fields(self)
         for name in DATA_OPTIONS:
             common[name] = option_of(name, getattr(self, name), self._names(task), self._names())
         model = {"model": self.model or SearchConfig.__dataclass_fields__["model"].default}

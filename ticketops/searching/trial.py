@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -28,7 +29,7 @@ from ticketops.optim import Adamax
 from ticketops.searching import environment
 from ticketops.searching.plan import RECIPES, Trial
 from ticketops.searching.scoring import score_pass
-from ticketops.searching.setting import Setting, quiet
+from ticketops.searching.setting import Setting, precision, quiet
 from ticketops.searching.store import Named, Record
 from ticketops.tickets import Importance, Ticket, WeightCounts
 
@@ -106,11 +107,20 @@ def run_trial(
         }
         # Of the last epoch. It saves a pass, but dropout is on and weights still change.
         recorder = TicketCallback(handle, **options) if "on_the_fly" in ways else None
-        trainer = Trainer(
+        callbacks = [Steps(listener or Listener()), *([recorder] if recorder else [])]
+        selection: dict[str, Any] = {}
+        if config.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+            # The checkpoints that the best one is loaded from go with this folder.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ticketops-"))
+            selection = best_epoch(setting.task.metric, folder)
+        trainer = ScoringTrainer(
+            setting,
             model=trained,
             train_dataset=setting.splits["train"],
-            callbacks=[Steps(listener or Listener()), *([recorder] if recorder else [])],
-            **trainer_options(setting, trial.seed),
+            eval_dataset=setting.splits["validation"],
+            callbacks=callbacks,
+            **trainer_options(setting, trial.seed, **selection),
         )
         trainer.remove_callback(PrinterCallback)
         set_seed(trial.seed)
@@ -143,6 +153,8 @@ def run_trial(
         "timing": timing,
         "environment": environment.circumstances(),
     }
+    if config.early_stopping_patience is not None:
+        record["best_step"] = trainer.state.best_global_step
     if len(importance) == 2:
         correlation = importance["pass"].rank_correlation(importance["on_the_fly"])
         record["rank_correlation"] = {
@@ -176,14 +188,12 @@ def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, An
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": max(config.batch_size, 64),
         "learning_rate": config.learning_rate,
-        "lr_scheduler_type": "linear",
-        # Below 1 it is a share of the steps.
-        "warmup_steps": recipe.warmup,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.clip,
-        "bf16": config.dtype == "bf16",
-        # Without this the Trainer refuses bfloat16 where there is no accelerator.
-        "use_cpu": not torch.accelerator.is_available(),
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        **precision(config.dtype),
         "seed": seed,
         "data_seed": seed,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -195,7 +205,7 @@ def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, An
     own: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
         # A fused step reads and writes everything once: 16 ms in place of 87 for MiniLM on two cores of an Intel Xeon.
         "adamw": (torch.optim.AdamW, {"fused": True}),
-        # The Trainer has clipped the whole gradient to `recipe.clip` when Adamax clips each parameter's.
+        # The Trainer has clipped the whole gradient to `max_grad_norm` when Adamax clips each parameter's.
         "adamax": (Adamax, {"max_grad_norm": recipe.parameter_clip}),
     }
     optimizer, extra = own[recipe.optimizer]
@@ -207,6 +217,51 @@ def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, An
             {"lr": config.learning_rate, "betas": recipe.betas, "eps": recipe.eps, **extra},
         ),
     }
+
+
+def best_epoch(metric: str, folder: str) -> dict[str, Any]:
+    """Training arguments that keep the weights of the epoch with the best score on the validation rows.
+
+    Args:
+        metric: that selects; higher is better.
+        folder: for the checkpoints, of which at most two are there at a time.
+    """
+    return {
+        "output_dir": folder,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "save_only_model": True,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+        "greater_is_better": True,
+    }
+
+
+class ScoringTrainer(Trainer):
+    """A Trainer that evaluates by the task's own scores, whatever inputs and labels it has.
+
+    Args:
+        setting: of the task.
+        options: of the Trainer.
+    """
+
+    def __init__(self, setting: Setting, **options: Any):
+        super().__init__(**options)
+        self._setting = setting
+        # Heads take the argument that would divide the loss by what accumulated batches hold, and then do not.
+        self.model_accepts_loss_kwargs = False
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores the validation rows."""
+        task, rows = self._setting.task, self._setting.splits["validation"]
+        logits = task.logits(self.predict(rows).predictions)
+        # A training that diverged is reported behind its end, by `check_converged`.
+        finite = np.isfinite(logits).all()
+        scores = task.score(logits, rows, task.validation) if finite else dict.fromkeys(task.metrics, -math.inf)
+        metrics = {f"eval_{name}": value for name, value in scores.items()}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def predict(trainer: Trainer, setting: Setting) -> dict[str, np.ndarray]:
