@@ -64,7 +64,7 @@ def test_the_command_makes_the_same_search(config: SearchConfig):
         ({"learning_rate": "fast"}, ["fast"]),
         ({"report_fraction": 1}, ["report_fraction 1", "0.5"]),
         ({"recipe": "papr"}, ["papr", "default, paper, demo"]),
-        ({"dtype": "fp8"}, ["fp16", "fp32, bf16"]),
+        ({"dtype": "fp8"}, ["fp8", "fp32, bf16"]),
         ({"importance": "twice"}, ["twice", "on_the_fly"]),
         ({"granularity": "word"}, ["word", "example, token, batch"]),
         ({"task_kind": "ranking"}, ["ranking", "regression"]),

@@ -237,7 +237,7 @@ class Setting:
         return model.train()
 
 
-def precision(dtype: str) -> dict[str, bool]:
+def precision(dtype: str) -> dict[str, Any]:
     """A dtype as arguments of a Trainer, on the device that it trains on."""
     # Without `use_cpu` the Trainer refuses bfloat16 where there is no accelerator.
     return {"bf16": dtype == "bf16", "fp16": dtype == "fp16", "use_cpu": not torch.accelerator.is_available()}
