@@ -9,5 +9,11 @@ Kind = Literal[
     "token-classification",
     "question-answering",
     "multiple-choice",
+    "sentence-similarity",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
+
+#: Losses of sentence-transformers for pairs of texts with a score, and for pairs or triplets without one. The first of
+#: each is the default.
+SCORED_LOSSES = ("CosineSimilarityLoss", "CoSENTLoss", "AnglELoss")
+UNSCORED_LOSSES = ("MultipleNegativesRankingLoss", "TripletLoss")

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from ticketops.errors import OWN_LOOP, InputError, shown, spelled
 from ticketops.files import text_encoding, user_path
-from ticketops.kinds import KINDS, Kind
+from ticketops.kinds import KINDS, SCORED_LOSSES, UNSCORED_LOSSES, Kind
 from ticketops.searching.config import (
     DATA,
     PLAN,
@@ -241,6 +241,13 @@ class SearchConfig(Config):
         shown="found by name",
     )
     task_kind: Kind | None = option(None, f"Local data: {', '.join(KINDS)}.", DATA, shown="as columns and labels look")
+    loss: str | None = option(
+        None,
+        f"sentence-similarity: loss of sentence-transformers; {', '.join(SCORED_LOSSES)} for pairs with a score, "
+        f"{', '.join(UNSCORED_LOSSES)} without.",
+        DATA,
+        shown="the first that fits",
+    )
     encoding: str | None = option(
         None, "Local data: encoding of text files, such as latin-1 or utf-16.", DATA, shown="utf-8"
     )
@@ -281,6 +288,13 @@ class SearchConfig(Config):
             put("label_column", text("label_column", self.label_column))
         if self.task_kind is not None and self.task_kind not in KINDS:
             raise InputError(f"{spelled('task_kind')} {shown(self.task_kind)} is unknown: {OWN_LOOP}")
+        if self.loss is not None:
+            check_choice("loss", self.loss, SCORED_LOSSES + UNSCORED_LOSSES)
+            if self.task_kind != "sentence-similarity":
+                raise InputError(
+                    f"{spelled('loss')} {self.loss} goes with {spelled('task_kind', 'sentence-similarity')} alone: "
+                    "give that too, or leave it out"
+                )
         if self.encoding is not None:
             put("encoding", text_encoding(text("encoding", self.encoding)))
         for name in ("epochs", "batch_size", "max_length", "gradient_accumulation_steps"):

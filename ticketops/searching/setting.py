@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
-from ticketops.errors import InputError, spelled
+from ticketops.errors import InputError, UnsupportedError, spelled
 from ticketops.files import user_path
 from ticketops.hub import HubError, fetch_model
 from ticketops.models import check_supported
@@ -82,11 +82,17 @@ class Setting:
                 label_column=config.label_column,
                 kind=config.task_kind,
                 encoding=config.encoding,
+                loss=config.loss,
                 train_rows=config.train_rows,
                 validation_rows=config.validation_rows,
                 report_fraction=config.report_fraction,
                 at_most=bounds,
             )
+            if config.granularity == "token" and not task.head:
+                raise InputError(
+                    f"{spelled('granularity')} token has no meaning for {task.kind}, where the texts of an example go "
+                    "through forward passes of their own: use example or batch"
+                )
             config = _with_rows(config, task)
             folder = find_model(config.model, config.revision)
             with loading_model(config.model):
@@ -97,7 +103,7 @@ class Setting:
                     "and shrink in Python"
                 )
             with loading_model(config.model):
-                tokenizer = _load_tokenizer(folder, task)
+                task, tokenizer = task.with_model(folder, _load_tokenizer(folder, task))
                 # Only what the checkpoint has is pre-trained; a pooler it lacks belongs to each trial's fresh head.
                 encoder, report = AutoModel.from_pretrained(
                     folder,
@@ -190,6 +196,20 @@ class Setting:
     def num_neurons(self) -> int:
         """Neurons of an FFN."""
         return num_neurons(self.model_config)
+
+    def require_head(self, verb: str) -> None:
+        """Checks that the task has a head of its own on the encoder.
+
+        Args:
+            verb: what needs it, "share" or "transfer".
+
+        Raises:
+            UnsupportedError: the task trains the encoder alone.
+        """
+        if not self.task.head:
+            raise UnsupportedError(
+                f"{verb} does not take {self.task.kind}, as of task {self.task.name}: use ticketops search for it"
+            )
 
     def plan(self) -> list[Trial]:
         """Lists the trials of the search in the order in which they run.
@@ -285,7 +305,8 @@ def _with_rows(config: SearchConfig, task: Task) -> SearchConfig:
 def quiet() -> Iterator[None]:
     """Silences progress bars, log messages and warnings of the underlying libraries."""
     loggers = [
-        logging.getLogger(name) for name in ("transformers", "datasets", "huggingface_hub", "accelerate", "torch")
+        logging.getLogger(name)
+        for name in ("transformers", "datasets", "huggingface_hub", "accelerate", "torch", "sentence_transformers")
     ]
     levels = [logger.level for logger in loggers]
     bars = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
@@ -371,8 +392,8 @@ def loading_model(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError as error:
-        raise InputError(f"model {name!r} cannot be loaded: {error}") from error
+    except (InputError, UnsupportedError) as error:
+        raise type(error)(f"model {name!r} cannot be loaded: {error}") from error
     # A damaged checkpoint surfaces as any of a dozen exception types of four libraries.
     except Exception as error:
         # A KeyError's text is the key alone.

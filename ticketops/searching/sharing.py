@@ -94,6 +94,7 @@ def load_settings(config: ShareConfig) -> dict[str, Setting]:
     specs: dict[str, str] = {}
     for spec in config.tasks:
         setting = Setting.load(config.search(spec), at_most=True)
+        setting.require_head("share")
         name = setting.task.name
         if name in settings:
             labels = [", ".join(one.task.labels) or "numbers" for one in (settings[name], setting)]

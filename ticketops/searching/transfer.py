@@ -186,6 +186,8 @@ def prepare_transfer(config: TransferConfig) -> Prepared:
     source = load_source(config)
     config = replace(config, model=source.setting.config.model, revision=source.setting.config.revision)
     target = Setting.load(config.search(config.target), at_most=True)
+    for setting in (source.setting, target):
+        setting.require_head("transfer")
     _check_head(config, source.setting, target)
     for setting in (target, *([source.setting] if config.source_ladder else [])):
         _check_shares(setting, config)

@@ -3,6 +3,7 @@
 from ticketops.kinds import KINDS, Kind
 from ticketops.tasks.choices import ChoiceTask
 from ticketops.tasks.demo import demo_model
+from ticketops.tasks.embedders import EmbedderTask
 from ticketops.tasks.entities import EntityTask
 from ticketops.tasks.glue import GLUE
 from ticketops.tasks.loading import load_task, tokenize
@@ -14,6 +15,7 @@ __all__ = [
     "GLUE",
     "KINDS",
     "ChoiceTask",
+    "EmbedderTask",
     "EntityTask",
     "Kind",
     "QuestionTask",

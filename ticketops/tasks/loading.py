@@ -33,6 +33,7 @@ def load_task(
     label_column: str | None = None,
     kind: Kind | None = None,
     encoding: str | None = None,
+    loss: str | None = None,
     train_rows: int | None = None,
     validation_rows: int | None = None,
     report_fraction: float = 0.0,
@@ -48,6 +49,7 @@ def load_task(
             name by default. Local data only.
         kind: kind of the task; recognized by columns and labels by default. Local data only.
         encoding: encoding of text files; UTF-8 by default. Local data only.
+        loss: loss of a sentence-similarity task, by its name in sentence-transformers. Local data only.
         train_rows: number of training rows to use, chosen by seed and stratified; all by default.
         validation_rows: number of validation rows to use, before report rows are held out of them; all by default.
         report_fraction: share of the validation rows, in [0, 1), that is held out to report. With 0, the data's own
@@ -67,6 +69,7 @@ def load_task(
         )
     with _no_progress_bars():
         local = {"text_columns": text_columns, "label_column": label_column, "kind": kind, "encoding": encoding}
+        local["loss"] = loss
         task = _whole_task(spec, local, seed)
         if train_rows and "train_rows" in at_most:
             train_rows = min(train_rows, len(task.train))

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from ticketops.errors import InputError, spelled
 from ticketops.kinds import KINDS, Kind
+from ticketops.optional import sentence_transformers
 from ticketops.tasks.choices import has_choices, load_choices
 from ticketops.tasks.columns import Files, Places, batches, check_text, spellings
+from ticketops.tasks.embedders import UNSCORED_COLUMNS, EmbedderTask, check_texts, choose_loss, scored_pairs
 from ticketops.tasks.entities import has_tags, load_entities
 from ticketops.tasks.formats import Source, open_source
 from ticketops.tasks.glue import GLUE, glue_name
@@ -85,6 +88,7 @@ def load_local(
     label_column: str | None = None,
     kind: Kind | None = None,
     encoding: str | None = None,
+    loss: str | None = None,
     seed: int = 0,
 ) -> Task:
     """Loads a task from a file or a folder, and writes nothing there.
@@ -101,6 +105,7 @@ def load_local(
         kind: kind of the task; by default recognized by the columns, and by the labels: regression if many of them are
             fractions, multi-label if they are lists.
         encoding: encoding of text files; UTF-8 by default.
+        loss: loss of a sentence-similarity task, by its name in sentence-transformers.
         seed: seed of the choice of held-out rows.
 
     Returns:
@@ -118,6 +123,8 @@ def load_local(
     files = Files(path, layout, sources, chosen, label_column, seed)
     if encoding is not None and not any(source.encoded for source in files.everything):
         raise InputError(f"{spelled('encoding')} {encoding} given for {path}, which has no text files: leave it out")
+    if kind == "sentence-similarity":
+        return _load_similarity(files, loss)
     for name, (recognizes, load) in _LOADERS.items():
         if kind == name or (kind is None and not chosen and recognizes(files.first)):
             return load(files)
@@ -171,6 +178,35 @@ def _load_sequences(files: Files, kind: Kind | None) -> SequenceTask:
         remarks.append(f"texts in {' and '.join(texts)}, labels in {', '.join(answers)}")
     remarks += [remark] if remark else []
     return files.task(SequenceTask, splits, remarks, kind=kind, labels=names, columns=columns, metrics=metrics)
+
+
+def _load_similarity(files: Files, loss: str | None) -> EmbedderTask:
+    """Loads pairs of texts with a score, or pairs or triplets without one."""
+    sentence_transformers()
+    labelled = any(spellings(name, files.first) for tier in LABEL_COLUMNS for (name,) in tier)
+    triplets = len(files.text_columns) > 2 or bool(not files.text_columns and spellings("negative", files.first))
+    if files.label_column or (labelled and not triplets):
+        pairs = _load_sequences(files, "regression")
+        check_texts(pairs.columns, scored=True)
+        return scored_pairs(pairs, loss)
+    texts = files.find("text", UNSCORED_COLUMNS + TEXT_COLUMNS)
+    check_texts(texts, scored=False)
+    rows = {split: _read(split, sources, texts, ()) for split, sources in files.sources.items()}
+    types, splits = features("regression", (), texts), {}
+    for split, each in rows.items():
+        # Every row says that its first two texts are alike.
+        splits[split] = _dataset(each.texts, np.ones(len(each.texts[texts[0]]), np.float32), types)
+    chosen = choose_loss(loss, texts, scored=False)
+    return files.task(
+        EmbedderTask,
+        splits,
+        [f"texts in {', '.join(texts)}", f"loss {chosen}"],
+        kind="sentence-similarity",
+        labels=(),
+        columns=texts,
+        metrics=("cosine_accuracy",),
+        loss=chosen,
+    )
 
 
 def _label_columns(files: Files) -> tuple[str, ...]:

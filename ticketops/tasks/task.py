@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import datasets
@@ -54,7 +55,7 @@ class Task(abc.ABC):
     test: datasets.Dataset | None = None
     remarks: tuple[str, ...] = ()
 
-    #: Auto class of transformers that makes the model with the task's head.
+    #: Auto class of transformers that makes the model with the task's head; empty for a model without one.
     head: ClassVar[str]
     #: True if the texts are lists of words, which the tokenizer must not split again.
     gives_words: ClassVar[bool] = False
@@ -173,6 +174,18 @@ class Task(abc.ABC):
                 f"transformers has no {self.head.removeprefix('AutoModelFor')} head for {config.model_type}, which "
                 f"task {self.name} ({self.kind}) needs: choose another model"
             )
+
+    def with_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Self, PreTrainedTokenizerBase]:
+        """Takes from a model's folder what the task needs beside the encoder; most tasks need nothing.
+
+        Args:
+            folder: folder of the model.
+            tokenizer: its tokenizer.
+
+        Returns:
+            The task, and the tokenizer to use.
+        """
+        return self, tokenizer
 
     def make_model(self, config: PretrainedConfig) -> PreTrainedModel:
         """Makes a model with the task's head and random float32 weights.
