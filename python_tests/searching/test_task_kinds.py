@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import ticketops
 from ticketops.errors import UnsupportedError
 from ticketops.searching import SearchConfig, Setting
 from ticketops.searching.release import release
+from ticketops.searching.setting import _load_tokenizer
 from ticketops.searching.store import Store
 from ticketops.searching.transfer import subset
 from ticketops.tasks import load_task
@@ -172,3 +174,20 @@ def test_a_model_without_the_head_is_refused(folders):
     task.check_model(transformers.BertConfig())
     with pytest.raises(UnsupportedError, match=r"no MultipleChoice head for vit, which task choices"):
         task.check_model(transformers.ViTConfig())
+
+
+def test_words_of_byte_level_tokenizers_begin_with_a_space(folders, tmp_path):
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<pad>"], vocab_size=300, initial_alphabet=alphabet)
+    bare.train_from_iterator([" Ada met Bob in Rome"] * 9, trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>").save_pretrained(tmp_path)
+    tokenizer = _load_tokenizer(tmp_path, load_task(folders["entities"]))
+    tokens = tokenizer(["Ada", "met"], is_split_into_words=True)
+    assert tokenizer.convert_ids_to_tokens(tokens["input_ids"]) == ["ĠAda", "Ġmet"]
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(["Ada", "met"], is_split_into_words=True)["input_ids"] == tokens["input_ids"]

@@ -166,6 +166,19 @@ def test_a_conll_file_with_a_line_of_other_fields_is_refused(tmp_path):
         load_task(tmp_path / "train.conll")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"words": "a b c", "sentence": "a b c", "label": 1},
+        {"question": "is it?", "context": "a b", "sentence": "a b", "answer": True, "label": 1},
+        {"options": "a or b", "sentence": "a b", "label": 1},
+    ],
+)
+def test_columns_of_other_values_are_no_other_kind(tmp_path, row):
+    rows = [{**row, "sentence": f"{row['sentence']} {number}", "label": number % 2} for number in range(20)]
+    assert load_task(write(tmp_path / "train.jsonl", rows), text_columns=None).kind == "classification"
+
+
 # Questions.
 
 CONTEXT = "a b c Ada d e f Rome g h i j ."

@@ -280,9 +280,13 @@ def _check_dtype(dtype: str) -> None:
 
 def _load_tokenizer(folder: Path, task: Task) -> transformers.PreTrainedTokenizerBase:
     tokenizer: transformers.PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **LOCAL)
-    # Tokenizers that keep spaces as part of words need one in front of each word that is given alone.
-    if task.gives_words and "ByteLevel" in repr(getattr(tokenizer, "backend_tokenizer", None)):
-        tokenizer = AutoTokenizer.from_pretrained(folder, add_prefix_space=True, **LOCAL)
+    if task.gives_words and tokenizer.is_fast:
+        # Where spaces are part of tokens, words that are given one by one need one in front, as inside a text.
+        splitter = tokenizer.backend_tokenizer.pre_tokenizer
+        if splitter is not None:
+            state = splitter.__getstate__().replace(b'"add_prefix_space":false', b'"add_prefix_space":true')
+            splitter.__setstate__(state)
+            tokenizer.backend_tokenizer.pre_tokenizer = splitter
     return tokenizer
 
 

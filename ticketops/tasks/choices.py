@@ -32,7 +32,7 @@ CONTEXT_COLUMNS = (
     ),
 )
 CHOICE_COLUMNS = ("choices", "endings", "options")
-ANSWER_COLUMNS = ((("label",), ("answer",), ("answerkey",), ("answer_key",)),)
+ANSWER_COLUMNS = tuple(((name,),) for name in ("label", "answer", "answerkey", "answer_key"))
 # Columns of one choice each: ending0, choice1, optionA, sol1.
 _NUMBERED = re.compile(r"(ending|choice|option|answer|sol)[-_ ]?([0-9]|[a-h])", re.IGNORECASE)
 
@@ -99,15 +99,14 @@ class ChoiceTask(Task):
         return float(np.bincount(labels).max() / len(labels))
 
 
-def has_choices(source: Source) -> bool:
-    """True if a file's columns are those of choices with one right answer.
+def has_choices(files: Files) -> bool:
+    """True if the columns are those of choices, a list or one column each, with one right answer.
 
     Args:
-        source: the file.
+        files: the task's files.
     """
-    listed = any(spellings(name, source) for name in CHOICE_COLUMNS)
-    answers = any(spellings(*name, source) for name in ANSWER_COLUMNS[0])
-    return answers and (listed or len(_numbered(source)) > 1)
+    listed = any(isinstance(files.peek(name), list | dict) for name in CHOICE_COLUMNS)
+    return bool(files.answered_by(ANSWER_COLUMNS)) and (listed or len(_numbered(files.first)) > 1)
 
 
 def load_choices(files: Files) -> ChoiceTask:

@@ -80,6 +80,27 @@ class Files:
                 raise _no_column(f"more than one choice of {role} column", role, self.first)
         raise _no_column(f"no known {role} column", role, self.first)
 
+    def peek(self, column: str) -> Any:
+        """The first value of a column of the first file; None if the file has no such column or no value in it.
+
+        Args:
+            column: name of the column, in any case.
+        """
+        found = spellings(column, self.first)
+        if len(found) != 1:
+            return None
+        values = (value for batch in self.first.read(found) for value in batch.columns[found[0]])
+        return next((value for value in values if value is not None), None)
+
+    def answered_by(self, candidates: Sequence[Sequence[tuple[str, ...]]]) -> list[str]:
+        """The label column that the user named, or else those of the accepted names that the first file has.
+
+        Args:
+            candidates: groups of accepted names.
+        """
+        names = [self.label_column] if self.label_column else [name for tier in candidates for (name,) in tier]
+        return [name for name in names if spellings(name, self.first)]
+
     def named(self, role: str, *columns: str) -> tuple[str, ...]:
         """Finds columns by the names that the user gave.
 

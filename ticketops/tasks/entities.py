@@ -9,14 +9,13 @@ import numpy as np
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from ticketops.errors import InputError, shown
-from ticketops.tasks.columns import Files, Table, check_text, spellings
-from ticketops.tasks.formats import Source
+from ticketops.tasks.columns import Files, Table, check_text
 from ticketops.tasks.metrics import entity_scores
-from ticketops.tasks.task import Task
+from ticketops.tasks.task import Task, check_fast
 
 #: Accepted names of the column of words and of the column of their tags.
-TOKEN_COLUMNS = ((("tokens",), ("words",)),)
-TAG_COLUMNS = ((("ner_tags",), ("tags",), ("labels",), ("label",), ("ner",)),)
+TOKEN_COLUMNS = ((("tokens",),), (("words",),))
+TAG_COLUMNS = tuple(((name,),) for name in ("ner_tags", "tags", "ner", "labels", "label"))
 # B begins an entity, I goes on, E or L ends it, S or U is one of a single word.
 _PREFIXES = "BIELSU"
 # What the loss leaves out, by its convention in torch and transformers.
@@ -49,6 +48,7 @@ class EntityTask(Task):
     ) -> dict[str, Any]:
         """Tokenizes words; `labels` is the tag id at a word's first token, else -100. With `scored` also `words`, the
         number of the word that each token begins, else -1."""
+        check_fast(tokenizer, self)
         (column,) = self.columns
         tokens = tokenizer(
             [list(words) for words in batch[column]], is_split_into_words=True, truncation=True, max_length=max_length
@@ -91,14 +91,14 @@ def _first_tokens(word_ids: Sequence[int | None]) -> list[int]:
     ]
 
 
-def has_tags(source: Source) -> bool:
-    """True if a file's columns are those of tagged words.
+def has_tags(files: Files) -> bool:
+    """True if the columns are those of tagged words: lists of words, and a column of tags.
 
     Args:
-        source: the file.
+        files: the task's files.
     """
-    texts, tags = (any(spellings(*name, source) for name in names[0]) for names in (TOKEN_COLUMNS, TAG_COLUMNS))
-    return texts and tags
+    words = any(isinstance(files.peek(name), list) for ((name,),) in TOKEN_COLUMNS)
+    return words and any(isinstance(files.peek(name), list) for name in files.answered_by(TAG_COLUMNS))
 
 
 def load_entities(files: Files) -> EntityTask:

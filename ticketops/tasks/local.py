@@ -74,7 +74,7 @@ LABEL_COLUMNS = (
 )
 
 # Kind -> recognizes it by a file's columns, and loads it.
-_LOADERS: Mapping[str, tuple[Callable[[Source], bool], Callable[[Files], Task]]] = {
+_LOADERS: Mapping[str, tuple[Callable[[Files], bool], Callable[[Files], Task]]] = {
     "token-classification": (has_tags, load_entities),
     "question-answering": (has_questions, load_questions),
     "multiple-choice": (has_choices, load_choices),
@@ -126,7 +126,7 @@ def load_local(
     if kind == "sentence-similarity":
         return _load_similarity(files, loss)
     for name, (recognizes, load) in _LOADERS.items():
-        if kind == name or (kind is None and not chosen and recognizes(files.first)):
+        if kind == name or (kind is None and not chosen and recognizes(files)):
             return load(files)
     return _load_sequences(files, kind)
 

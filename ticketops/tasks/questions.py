@@ -8,14 +8,13 @@ import datasets
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ticketops.errors import InputError, UnsupportedError, shown, spelled
-from ticketops.tasks.columns import Files, spellings
-from ticketops.tasks.formats import Source
+from ticketops.errors import InputError, shown, spelled
+from ticketops.tasks.columns import Files
 from ticketops.tasks.metrics import answer_scores, normalized
-from ticketops.tasks.task import Task
+from ticketops.tasks.task import Task, check_fast
 
 QUESTION_COLUMNS = ((("question", "context"),),)
-ANSWER_COLUMNS = ((("answers",), ("answer",)),)
+ANSWER_COLUMNS = ((("answers",),), (("answer",),))
 # Tokens of an answer at most, and the best starts and ends that are combined, as in SQuAD's baselines.
 _LONGEST_ANSWER, _BEST = 30, 20
 
@@ -56,8 +55,7 @@ class QuestionTask(Task):
         """Tokenizes questions with windows of their contexts; `start_positions` and `end_positions` are those of the
         first answer's tokens, 0 in a window without it. With `scored`, in place of these `row` and `offsets`: the
         question's number and each token's first and last character in the context, -1 outside of it."""
-        if not tokenizer.is_fast:
-            raise UnsupportedError("question answering needs a fast tokenizer: save the model with one")
+        check_fast(tokenizer, self)
         question, context = self.columns
         questions, contexts = [text.strip() for text in batch[question]], list(batch[context])
         stride = max_length // 3
@@ -161,14 +159,14 @@ def _place(label: Mapping[str, Sequence[Any]], offsets: Sequence[tuple[int, int]
     return (inside[0], inside[-1]) if whole else (0, 0)
 
 
-def has_questions(source: Source) -> bool:
-    """True if a file's columns are those of SQuAD.
+def has_questions(files: Files) -> bool:
+    """True if the columns are those of SQuAD: a question, its context, and answers that are texts.
 
     Args:
-        source: the file.
+        files: the task's files.
     """
-    answers = any(spellings(*name, source) for name in ANSWER_COLUMNS[0])
-    return answers and all(spellings(name, source) for name in QUESTION_COLUMNS[0][0])
+    asked = all(isinstance(files.peek(name), str) for name in QUESTION_COLUMNS[0][0])
+    return asked and any(isinstance(files.peek(name), dict | list | str) for name in files.answered_by(ANSWER_COLUMNS))
 
 
 def load_questions(files: Files) -> QuestionTask:

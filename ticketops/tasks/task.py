@@ -263,3 +263,20 @@ class Task(abc.ABC):
                 f"{bad.size} of {len(logits)} predictions for task {self.name} are NaN or infinite, the first in row "
                 f"{bad[0]}: the training diverged; lower the learning rate or use a wider dtype"
             )
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Checks that a tokenizer says which part of a text each token is.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        task: the task that needs to know.
+
+    Raises:
+        UnsupportedError: it is a slow one.
+    """
+    if not tokenizer.is_fast:
+        raise UnsupportedError(
+            f"task {task.name} ({task.kind}) needs a fast tokenizer, with a tokenizer.json, and the model has none: "
+            "choose another model"
+        )
