@@ -393,3 +393,16 @@ def test_the_command_line_searches_a_model_and_a_task_of_the_hub(folder: Path, g
     done = command(*words, HF_ENDPOINT=NOWHERE)
     assert done.returncode == 0, done.stderr
     assert "2 finished before" in done.stderr
+
+
+def test_modules_of_sentence_transformers_come_along(hub: Hub, folder: Path, tmp_path: Path):
+    embedder = tmp_path / "embedder"
+    shutil.copytree(folder, embedder)
+    (embedder / "modules.json").write_text("[]")
+    for name in ("1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/code.py", "onnx/model.safetensors"):
+        (embedder / name).parent.mkdir(exist_ok=True)
+        (embedder / name).write_text("{}")
+    hub.add(NAME, embedder)
+    found = find_model(NAME)
+    modules = {str(path.relative_to(found)) for path in found.rglob("*") if path.is_file() and path.parent != found}
+    assert modules == {"1_Pooling/config.json", "2_Dense/model.safetensors"}

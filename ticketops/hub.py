@@ -30,6 +30,8 @@ _WEIGHTS = (
     ("model.safetensors", re.compile(r"model-\d{5}-of-\d{5}\.safetensors")),
     ("pytorch_model.bin", re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin")),
 )
+# Configuration and weights of the modules behind the encoder in a repository of sentence-transformers.
+_MODULE = re.compile(r"[1-9]_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)")
 
 
 class HubError(InputError):
@@ -242,8 +244,9 @@ def _download(name: str, revision: str | None, info: Any, weights: bool) -> Path
         raise HubError(
             "its repository has no weights that are read here (model.safetensors or pytorch_model.bin): give another"
         )
+    modules = [file.rfilename for file in info.siblings or () if _MODULE.fullmatch(file.rfilename)]
     # The weights come last, so that a snapshot with weights is complete.
-    for file in [file for file in listed if Path(file).suffix in _CONFIGURATION] + large:
+    for file in [file for file in listed if Path(file).suffix in _CONFIGURATION] + modules + large:
         known = isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=info.sha), str)
         # A file from an earlier download may be damaged; it is then downloaded again.
         for _ in range(1 + known):

@@ -392,9 +392,23 @@ def test_what_cannot_be_patched_is_refused_in_one_line(make, words, folder):
 
 
 def test_what_takes_only_transformers_models_says_so(embedder, tmp_path):
-    for call in (lambda: ticketops.export(embedder, tmp_path / "x"), lambda: ticketops.SharedModel({"a": embedder})):
-        with pytest.raises(UnsupportedError, match="is not a transformers model: give the model inside, or shrink"):
-            call()
+    with pytest.raises(UnsupportedError, match="is not a transformers model: give the model inside, or shrink"):
+        ticketops.SharedModel({"a": embedder})
+    with pytest.raises(UnsupportedError, match="a SentenceTransformer has no export as onnx: .* compact or dense"):
+        ticketops.export(embedder, tmp_path / "x", "onnx")
+
+
+@pytest.mark.parametrize("make", [pooled_by("mean"), cross_encoder, sparse_encoder], ids=["mean", "cross", "sparse"])
+@pytest.mark.parametrize("format", ["compact", "dense"])
+def test_an_export_is_loaded_by_the_class_that_it_was_made_from(make, format, folder, tmp_path):
+    model = make(folder)
+    handle = ticketops.patch(model).apply(TICKET)
+    want = results(model)
+    ticketops.export(model, tmp_path / "small", format)
+    assert handle.ticket == TICKET
+    torch.testing.assert_close(
+        results(type(model)(str(tmp_path / "small"), device="cpu")), want, **roundings(1000, 100)
+    )
 
 
 def test_encoders_of_a_router_are_patched_one_by_one(folder):

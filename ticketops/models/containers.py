@@ -1,14 +1,20 @@
-"""Look-up of the transformers model inside an object of sentence-transformers."""
+"""Objects of sentence-transformers, and the transformers models inside them."""
 
+import copy
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ticketops.errors import UnsupportedError
+from ticketops.optional import sentence_transformers
+
+_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder", "MultiVectorEncoder")
 
 #: A transformers model, or an object with one inside.
 AnyModel = TypeVar("AnyModel")
@@ -49,6 +55,43 @@ def transformers_model(model: Any) -> Any:
         f"this {name} has {len(found)} transformers models inside, each of which has tickets of its own: give them one "
         "by one, each the `model` of its Transformer module"
     )
+
+
+def is_container_folder(folder: Path) -> bool:
+    """Returns True if a folder contains a saved object of sentence-transformers.
+
+    Args:
+        folder: folder of a model.
+    """
+    return (folder / "modules.json").is_file()
+
+
+def load_container(folder: Path) -> Any:
+    """Loads a saved object of sentence-transformers on the CPU. No code of the folder is executed.
+
+    Args:
+        folder: folder whose transformers model is checked already.
+
+    Raises:
+        UnsupportedError: sentence-transformers is not installed.
+    """
+    library, note = sentence_transformers(), folder / "config_sentence_transformers.json"
+    name = json.loads(note.read_text(encoding="utf-8")).get("model_type") if note.is_file() else None
+    kind = getattr(library, name if name in _CLASSES else "SentenceTransformer")
+    return kind(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
+
+
+def save_around(container: Any, inner: PreTrainedModel, folder: Path) -> None:
+    """Saves an object of sentence-transformers with another transformers model in the place of its own.
+
+    Args:
+        container: the object; not changed.
+        inner: model to save in it.
+        folder: folder to write to.
+    """
+    # A copy in which `inner` counts as the copy of the model.
+    twin = copy.deepcopy(container, {id(transformers_model(container)): inner})
+    twin.save_pretrained(str(folder), create_model_card=False)
 
 
 def refuse_readers_of_padding(model: Any) -> None:

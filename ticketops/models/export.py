@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ticketops.errors import InputError, TicketopsError
+from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.files import new_folder, user_path, write_manifest
 from ticketops.models.checkpoint import NOTE, load
+from ticketops.models.containers import is_container, save_around, transformers_model
 from ticketops.models.cost import costs
 from ticketops.models.handle import PatchHandle, find_handle
 from ticketops.models.note import without_note
@@ -27,7 +28,7 @@ Format = Literal["compact", "dense", "onnx"]
 
 
 def export(
-    model: PreTrainedModel,
+    model: Any,
     folder: str | os.PathLike[str],
     format: Format = "compact",
     *,
@@ -46,7 +47,8 @@ def export(
     changed.
 
     Args:
-        model: stock, patched or shrunk model.
+        model: stock, patched or shrunk model, or an object of sentence-transformers that contains one. Of such an
+            object the folder is one that its class loads, `compact` or `dense`.
         folder: folder to create; must not exist, or must be empty.
         format: `compact`, `dense` or `onnx`.
         ticket: structures to keep; by default the ticket that is applied to a patched model, or that was applied to a
@@ -62,13 +64,21 @@ def export(
 
     Raises:
         InputError: the ticket has another shape, or the format is unknown.
-        UnsupportedError: ticketops does not support the model.
+        UnsupportedError: ticketops does not support the model, or the format for an object of sentence-transformers.
         StoreError: the folder is not empty, or cannot be written.
         TicketopsError: the outputs differ, and nothing was written; or the upload failed, and the folder exists.
     """
     folder = user_path(folder, "the folder to write")
     if format not in get_args(Format):
         raise InputError(f"format {format!r} is unknown; use one of {', '.join(get_args(Format))}")
+    container, model = (model if is_container(model) else None), transformers_model(model)
+    if container is not None:
+        if format == "onnx":
+            raise UnsupportedError(
+                f"a {type(container).__name__} has no export as onnx: export the transformers model inside, or use "
+                "compact or dense"
+            )
+        tokenizer = container.tokenizer
     small, left, batch, want = _small(model, ticket, tokenizer)
     with new_folder(folder) as temporary:
         if format == "onnx":
@@ -80,16 +90,20 @@ def export(
             small.config.save_pretrained(temporary)
             got, tolerance = run_onnx(temporary, batch), 1e-4
         else:
-            (small if format == "compact" else expand(small)).save_pretrained(temporary)
+            written = small if format == "compact" else expand(small)
+            if container is None:
+                written.save_pretrained(temporary)
+            else:
+                save_around(container, written, temporary)
             got, tolerance = _outputs(load(temporary), batch), _tolerance(model.dtype)
         difference = _compare(want, got, batch.get("attention_mask"), tolerance)
-        if tokenizer is not None:
+        if tokenizer is not None and container is None:
             tokenizer.save_pretrained(temporary)
         left.save(temporary / "ticket.safetensors")
         note = {"format": format, "largest_difference": difference, "run": dict(run or {})}
         write_manifest(temporary, NOTE, note)
         # Written after the checksums, because users edit the card.
-        (temporary / "README.md").write_text(_card(small, left, format, difference, run or {}))
+        (temporary / "README.md").write_text(_card(small, left, format, difference, run or {}, container))
     if push_to_hub is not None:
         _push(folder, push_to_hub)
     return folder
@@ -178,7 +192,8 @@ def _compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor], mask: Tensor
 
 def _push(folder: Path, repository: str) -> None:
     hub = huggingface_hub.HfApi()
-    files = [huggingface_hub.CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [huggingface_hub.CommitOperationAdd(str(path.relative_to(folder)), path) for path in paths]
     try:
         # Not with transformers' push_to_hub, which would replace our card by a blank one.
         name = hub.create_repo(repository, exist_ok=True).repo_id
@@ -192,10 +207,13 @@ def _push(folder: Path, repository: str) -> None:
         ) from error
 
 
-def _card(model: PreTrainedModel, ticket: Ticket, format: str, difference: float, run: Mapping[str, Any]) -> str:
+def _card(
+    model: PreTrainedModel, ticket: Ticket, format: str, difference: float, run: Mapping[str, Any], container: Any
+) -> str:
     """Returns the model card: cost, ticket, usage, origin and verification."""
     inputs = find_adapter(model)[0].inputs
-    name, (whole, small) = type(model).__name__, costs(model)
+    name, (whole, small) = type(model if container is None else container).__name__, costs(model)
+    library, load_call = ("transformers", ".from_pretrained") if container is None else ("sentence-transformers", "")
     need = {
         "compact": "import ticketops  # lets transformers load layers of uneven width\n",
         "dense": "",
@@ -204,7 +222,7 @@ def _card(model: PreTrainedModel, ticket: Ticket, format: str, difference: float
     use = (
         'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")'
         if format == "onnx"
-        else f'{need}from transformers import {name}\n\nmodel = {name}.from_pretrained("path/to/this/folder")'
+        else f'{need}from {library.replace("-", "_")} import {name}\n\nmodel = {name}{load_call}("path/to/this/folder")'
     )
     facts = [(key, value) for key, value in run.items() if isinstance(value, str | int | float) and key != "command"]
     rows = "\n".join(f"| {markdown(key.replace('_', ' '))} | {markdown(value)} |" for key, value in facts)
@@ -228,7 +246,7 @@ def _card(model: PreTrainedModel, ticket: Ticket, format: str, difference: float
         for key, title in titles.items()
     )
     return f"""---
-library_name: {"onnx" if format == "onnx" else "transformers"}
+library_name: {"onnx" if format == "onnx" else library}
 tags: [ticketops, super-ticket, pruned]
 ---
 

@@ -69,7 +69,7 @@ class SharedModel(nn.Module):
         if not models:
             raise InputError("a shared model needs a task: give a model for each task by its name")
         # A model without a pooler runs on an encoder with one as well.
-        models = dict(sorted(models.items(), key=lambda entry: -len(_shape(entry[1].base_model))))
+        models = dict(sorted(models.items(), key=lambda entry: -len(_shape(find_adapter(entry[1])[1]))))
         first, *others = models.values()
         _, base = find_adapter(first)
         prefix = first.base_model_prefix

@@ -11,6 +11,7 @@ from ticketops.errors import InputError, TicketopsError, UnsupportedError, spell
 from ticketops.files import user_path
 from ticketops.models import Format, SharedModel, export, load
 from ticketops.models.checkpoint import LOCAL, check_files, check_folder
+from ticketops.models.containers import is_container_folder, load_container
 from ticketops.searching.selection import select
 from ticketops.searching.setting import find_model, loading_model, quiet
 from ticketops.searching.store import Store
@@ -119,7 +120,10 @@ def release(
         options = {"ticket": keep, "tokenizer": tokenizer, "run": run, "push_to_hub": push_to_hub}
         # Suppress the notice that a ticket must be applied again: `export` applies it.
         with quiet():
-            model = load(folder)
+            model: Any = load(folder)
+            if is_container_folder(folder):
+                with loading_model(str(source)):
+                    model = load_container(folder)
         return export(model, output, format, **options)
 
 
