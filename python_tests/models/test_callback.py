@@ -112,6 +112,17 @@ def test_one_run_draws_a_ticket_rewinds_and_trains_it_as_a_loop_by_hand_does(mod
     assert [row["ticket_heads_pruned"] for row in logged] == [LAYERS * HEADS // 2]
 
 
+def test_all_loggers_of_the_trainer_get_the_tickets_numbers(model, make_trainer):
+    logged = []
+    listener = At("on_log", lambda state, control, kwargs: logged.append(kwargs["logs"]))
+    trainer = make_trainer([listener], num_train_epochs=2)
+    trainer.add_callback(TicketCallback(ticketops.patch(model), counts=(2, 1), epoch=1, log=trainer.log))
+    trainer.train()
+    for rows in (logged, trainer.state.log_history):
+        (row,) = [each for each in rows if "ticket_heads_pruned" in each]
+        assert (row["ticket_heads_pruned"], row["ticket_ffns_pruned"], row["epoch"]) == (2, 1, 1)
+
+
 def test_draw_is_the_four_calls_one_after_the_other(model, stock, pretrained):
     options = {"counts": (2, 20), "kind": "losing", "min_heads": 0, "neurons": True}
     with ticketops.draw(ticketops.patch(model), granularity="batch", rewind=pretrained, **options) as drawing:

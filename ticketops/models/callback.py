@@ -67,7 +67,7 @@ class TicketCallback(TrainerCallback):
         self._patched, self._epoch, self._log = model, epoch, log
         self._options = {"sparsity": sparsity, "counts": counts, "rewind": rewind, **options}
         # An option of another name is refused here.
-        inspect.signature(Drawing).bind(None, **self._options)
+        inspect.signature(Drawing).bind(None, model=None, **self._options)
         self._drawing: Drawing | None = None
         self._why_none = "training has not begun"
         # Number of the epoch that trains, and of the one that is recorded; whether the ticket is yet to be applied.

@@ -125,8 +125,8 @@ def draw(
         handle: handle of the patched model.
         sparsity: share of heads and of FFNs to prune, in [0, 1); pass this or `counts`.
         counts: numbers of heads and of FFNs (with `neurons`: of neurons) to prune; pass this or `sparsity`.
-        rewind: copy of the pre-trained state_dict, to rewind the weights to; None keeps the weights. An optimizer's
-            state is the caller's: a rewound model starts with a new optimizer.
+        rewind: copy of the pre-trained state_dict of `handle.model`, to rewind the weights to; None keeps the weights.
+            An optimizer's state is the caller's: a rewound model starts with a new optimizer.
         options: kind, min_heads, seed and neurons of `prune`, granularity, sequences_per_example and skip_overflow of
             `PatchHandle.record_importance`.
 
