@@ -27,11 +27,7 @@ class StoreError(TicketopsError):
 
 
 #: The remedy for a task that no run serves.
-OWN_LOOP = (
-    "runs serve classification, regression and multi-label classification of one or two texts, named entities, "
-    "extractive question answering, multiple choice and sentence similarity; for other tasks use ticketops.patch in a "
-    "loop of your own"
-)
+OWN_LOOP = "for other tasks use ticketops.patch in a training loop of your own"
 
 #: Writes an option, and its value where that is not None, as the reader of a message would give it.
 Spelling = Callable[[str, Any], str]

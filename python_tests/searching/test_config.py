@@ -120,9 +120,11 @@ def test_paths_of_the_home_folder_are_expanded(tmp_path: Path, monkeypatch: pyte
         assert "\0" not in str(caught.value)
 
 
-@pytest.mark.parametrize("columns", [{"tokens": ["a"], "ner_tags": [0]}, {"text": "a", "label": [0, 1]}])
+@pytest.mark.parametrize("columns", [{"document": "a", "summary": "b"}, {"text": "a", "label": {"a": 1}}])
 def test_a_task_that_no_run_serves_is_sent_to_a_loop_of_ones_own(columns: dict[str, Any], tmp_path: Path):
-    with pytest.raises(InputError, match=r"task_kind 'ner' is unknown: .*ticketops.patch in a training loop"):
+    with pytest.raises(
+        InputError, match=r"task_kind 'ner' is unknown: choose from .*ticketops.patch in a training loop"
+    ):
         SearchConfig(task_kind="ner")
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(columns)}\n" * 9)
     with pytest.raises(InputError, match=r"ticketops.patch in a training loop of your own"):

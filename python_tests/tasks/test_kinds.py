@@ -147,7 +147,7 @@ def test_entities_count_whole(tags, predicted, f1):
         ({"tokens": ["Ada"], "ner_tags": ["PER"]}, r"line 2: tag 'PER' .* follows no scheme .* write B-PER"),
         ({"tokens": ["Ada"], "ner_tags": ["B-"]}, r"line 2: tag 'B-' .* follows no scheme"),
         ({"tokens": ["Ada"], "ner_tags": [3]}, r"line 2: tag 3 .* is a number without a name"),
-        ({"tokens": ["Ada"], "ner_tags": ["O", "O"]}, r"line 2: 1 words with 2 tags: give a tag for each word"),
+        ({"tokens": ["Ada"], "ner_tags": ["O", "O"]}, r"line 2: 1 word with 2 tags: give a tag for each word"),
         ({"tokens": "Ada", "ner_tags": ["O"]}, r"line 2: column tokens holds 'Ada': give the list"),
         ({"tokens": [None], "ner_tags": ["O"]}, r"line 2: no text in column tokens"),
         ({"tokens": ["Ada"], "ner_tags": "O"}, r"line 2: column ner_tags holds 'O': give the list"),
@@ -304,7 +304,7 @@ def test_answers_are_scored_as_squad_does(right, answer, f1, exact):
         ({"text": ["Eve"], "answer_start": [6]}, r"line 3: the answer 'Eve' is not in its context at character 6"),
         ({"text": ["Ada"], "answer_start": [7]}, r"line 3: the answer 'Ada' is not in its context at character 7"),
         (["Eve"], r"line 3: the answer 'Eve' is not in its context: correct it"),
-        ({"text": ["Ada"], "answer_start": []}, r"line 3: column answers has 1 answers with other starts"),
+        ({"text": ["Ada"], "answer_start": []}, r"line 3: column answers has 1 answer with 0 starts"),
         (7, r"line 3: column answers holds 7: give the answers as SQuAD does"),
     ],
 )
@@ -367,7 +367,7 @@ def test_choices_are_the_same_in_every_layout(tmp_path, tokenizer, row):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**LISTED, "choices": ["Ada"]}, r"line 2: 1 choices, where the first training row has 2"),
+        ({**LISTED, "choices": ["Ada"]}, r"line 2: 1 choice, where the first training row has 2"),
         ({**LISTED, "label": 5}, r"line 2: answer 5 in column label is none of the 2 choices"),
         ({**LISTED, "choices": "Ada"}, r"line 2: column choices holds 'Ada': give the list"),
         ({**LISTED, "choices": ["Ada", None]}, r"line 2: no text in column choices"),

@@ -14,6 +14,7 @@ from ticketops.tasks.columns import Files, Table, check_text, spellings
 from ticketops.tasks.formats import Source
 from ticketops.tasks.metrics import METRICS
 from ticketops.tasks.task import Task
+from ticketops.text import count
 
 #: Accepted names of the columns of a context and, where there are two, of what begins each choice.
 CONTEXT_COLUMNS = (
@@ -138,8 +139,8 @@ def load_choices(files: Files) -> ChoiceTask:
         for row, (choices, _) in enumerate(rows):
             if len(choices) != number or number < 2:
                 raise InputError(
-                    f"{tables[split].where(row)}: {len(choices)} choices, where the first training row has {number}: "
-                    "give every row the same number, two or more"
+                    f"{tables[split].where(row)}: {count(len(choices), 'choice')}, where the first training row has "
+                    f"{number}: give every row the same number, two or more"
                 )
     answers = {split: table.columns[label] for split, table in tables.items() if label in table.columns}
     base = _base([value for values in answers.values() for value in values], number)

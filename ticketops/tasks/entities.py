@@ -12,6 +12,7 @@ from ticketops.errors import InputError, shown
 from ticketops.tasks.columns import Files, Table, check_text
 from ticketops.tasks.metrics import entity_scores
 from ticketops.tasks.task import Task, check_fast
+from ticketops.text import count
 
 #: Accepted names of the column of words and of the column of their tags.
 TOKEN_COLUMNS = ((("tokens",),), (("words",),))
@@ -154,7 +155,8 @@ def _tagged(
     tags = [read_tags(value, where) for value, where in table.values(label)]
     for row, (one, other) in enumerate(zip(words, tags, strict=True)):
         if len(one) != len(other):
-            raise InputError(f"{table.where(row)}: {len(one)} words with {len(other)} tags: give a tag for each word")
+            found = f"{count(len(one), 'word')} with {count(len(other), 'tag')}"
+            raise InputError(f"{table.where(row)}: {found}: give a tag for each word")
     return words, tags
 
 

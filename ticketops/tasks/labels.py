@@ -13,7 +13,7 @@ import numpy as np
 
 from ticketops.errors import OWN_LOOP, InputError, shown, spelled
 from ticketops.kinds import Kind
-from ticketops.text import some
+from ticketops.text import count, some
 
 # Numeric labels mean regression if at least this share of the training labels are fractions.
 _FRACTIONS = 0.25
@@ -94,7 +94,9 @@ def find_label_sets(
     by_number = names is not None and all(name.isdigit() for rows in read.values() for row in rows for name in row)
     ids = {str(number) if by_number else name: number for number, name in enumerate(known)}
     if len(known) < 2 or not any(read[train.split]):
-        raise InputError(f"column {train.column} has {len(known)} labels in the training rows: give two or more")
+        raise InputError(
+            f"column {train.column} has {count(len(known), 'label')} in the training rows: give two or more"
+        )
     for labels in splits:
         for row, found in enumerate(read.get(labels.split, ())):
             if unknown := [name for name in found if name not in ids]:

@@ -12,6 +12,7 @@ from ticketops.errors import InputError, shown, spelled
 from ticketops.tasks.columns import Files
 from ticketops.tasks.metrics import answer_scores, normalized
 from ticketops.tasks.task import Task, check_fast
+from ticketops.text import count
 
 QUESTION_COLUMNS = ((("question", "context"),),)
 ANSWER_COLUMNS = ((("answers",),), (("answer",),))
@@ -219,7 +220,8 @@ def _read_answers(value: Any, context: str, label: str, where: Callable[[], str]
     if starts is None or starts == [None] * len(texts):
         starts = [context.find(text) for text in texts]
     if not isinstance(starts, list) or len(starts) != len(texts):
-        raise InputError(f"{where()}: column {label} has {len(texts)} answers with other starts than these: correct it")
+        begins = count(len(starts), "start") if isinstance(starts, list) else shown(starts)
+        raise InputError(f"{where()}: column {label} has {count(len(texts), 'answer')} with {begins}: correct it")
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(start, int) or start < 0 or context[start : start + len(text)] != text:
             place = f" at character {start}" if isinstance(start, int) and start >= 0 else ""
