@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from ticketops.errors import InputError, shown
 from ticketops.reporting import report
 from ticketops.searching.config import Config
+from ticketops.searching.objects import Objects, named_metric, named_task, named_tasks
 from ticketops.searching.plan import SearchConfig
 from ticketops.searching.run import SearchResult, run_search
 from ticketops.searching.sharing import ShareResult, run_share
@@ -22,6 +23,9 @@ def search(config: SearchConfig | None = None, *, listener: Listener | None = No
         config: configuration of the search; or pass its fields:
         listener: callbacks on the progress of trials and steps.
         fields: of `SearchConfig`, the flags of `ticketops search`: model, task, output, sparsities, kinds, seeds, ...
+            `task` may also be a `datasets.Dataset`, a `DatasetDict`, a dictionary of splits, or a
+            `ticketops.tasks.Task`; `metric` also a function (labels, predictions) -> float, an object with
+            `compute(predictions=, references=)`, or {name: one of these}.
 
     Returns:
         Records, the super ticket, its gain over the full model, and the report's path.
@@ -33,7 +37,7 @@ def search(config: SearchConfig | None = None, *, listener: Listener | None = No
 
     Source: arXiv 2105.12002.
     """
-    result = run_search(_configured(SearchConfig, config, fields), listener)
+    result = run_search(*_configured(SearchConfig, config, fields, listener))
     return dataclasses.replace(result, report_path=report(result.folder))
 
 
@@ -44,6 +48,7 @@ def share(config: ShareConfig | None = None, *, listener: Listener | None = None
         config: configuration of the run; or pass its fields:
         listener: callbacks on the progress of trials and steps.
         fields: of `ShareConfig`, the flags of `ticketops share`: tasks, model, output, tickets, arms, mixing, ...
+            `tasks` may have such objects as `task` of `search`, in a list or as {name: object}.
 
     Returns:
         Records, the tasks' tickets, and the report's path.
@@ -55,7 +60,7 @@ def share(config: ShareConfig | None = None, *, listener: Listener | None = None
 
     Source: arXiv 2105.12002, section 4.
     """
-    result = run_share(_configured(ShareConfig, config, fields), listener)
+    result = run_share(*_configured(ShareConfig, config, fields, listener))
     return dataclasses.replace(result, report_path=report(result.folder))
 
 
@@ -68,6 +73,7 @@ def transfer(
         config: configuration of the run; or pass its fields:
         listener: callbacks on the progress of trials and steps.
         fields: of `TransferConfig`, the flags of `ticketops transfer`: source, target, fractions, head, seeds, ...
+            `source` and `target` may be such objects as `task` of `search`.
 
     Returns:
         Records, the level of the source's super ticket, and the report's path.
@@ -79,21 +85,33 @@ def transfer(
 
     Source: arXiv 2105.12002, section 5.
     """
-    result = run_transfer(_configured(TransferConfig, config, fields), listener)
+    result = run_transfer(*_configured(TransferConfig, config, fields, listener))
     return dataclasses.replace(result, report_path=report(result.folder))
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-def _configured(kind: type[AnyConfig], config: AnyConfig | None, fields: dict[str, Any]) -> AnyConfig:
-    """The configuration itself, or one with these fields."""
+def _configured(
+    kind: type[AnyConfig], config: AnyConfig | None, fields: dict[str, Any], listener: Listener | None
+) -> tuple[AnyConfig, Listener | None, Objects]:
+    """The arguments of a run: the configuration itself or one with these fields, the listener, and the objects."""
     if config is not None and not isinstance(config, kind):
         raise InputError(
             f"{kind.verb}() takes a {kind.__name__}, or its fields as keywords such as output='runs/one', and not "
             f"{shown(config)}"
         )
     if config is not None and not fields:
-        return config
+        return config, listener, Objects()
+    tasks: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in ("task", "source", "target"):
+            fields[name], found = named_task(value, name, "data" if name == "task" else name)
+            tasks |= found
+        elif name == "tasks":
+            fields[name], tasks = named_tasks(value)
+        elif name == "metric":
+            fields[name], metrics = named_metric(value, kind is not SearchConfig)
     values = config.to_dict() if config is not None else {}
-    return kind.from_dict({**values, **fields}, source=f"{kind.verb}()")
+    return kind.from_dict({**values, **fields}, source=f"{kind.verb}()"), listener, Objects(tasks, metrics)

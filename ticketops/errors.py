@@ -27,7 +27,10 @@ class StoreError(TicketopsError):
 
 
 #: The remedy for a task that no run serves.
-OWN_LOOP = "for other tasks use ticketops.patch in a training loop of your own"
+OWN_LOOP = (
+    "for other tasks give ticketops.search a ticketops.tasks.Task of your own, or use ticketops.patch in a training loop "
+    "of your own"
+)
 
 #: Writes an option, and its value where that is not None, as the reader of a message would give it.
 Spelling = Callable[[str, Any], str]
@@ -83,6 +86,7 @@ def shown(value: Any) -> str:
         value: anything.
     """
     if isinstance(value, str | int | float | bool | list | tuple | dict | set | None):
-        text = repr(value)
+        # Dictionaries of other libraries write themselves on several lines.
+        text = " ".join(repr(value).split())
         return text if len(text) <= 80 else f"{text[:80]}..."
     return f"of type {type(value).__name__}"

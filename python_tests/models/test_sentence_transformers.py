@@ -394,7 +394,7 @@ def test_what_cannot_be_patched_is_refused_in_one_line(make, words, folder):
 def test_what_takes_only_transformers_models_says_so(embedder, tmp_path):
     with pytest.raises(UnsupportedError, match="is not a transformers model: give the model inside, or shrink"):
         ticketops.SharedModel({"a": embedder})
-    with pytest.raises(UnsupportedError, match="a SentenceTransformer has no export as onnx: .* compact or dense"):
+    with pytest.raises(UnsupportedError, match=r"a SentenceTransformer has no export as onnx: .* compact or dense"):
         ticketops.export(embedder, tmp_path / "x", "onnx")
 
 

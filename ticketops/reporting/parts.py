@@ -11,6 +11,7 @@ import yaml
 
 from ticketops.files import write_atomically
 from ticketops.reporting.tables import points
+from ticketops.searching.objects import bare, is_object
 from ticketops.searching.statistics import Comparison, Spread, is_like_a_constant
 from ticketops.searching.store import Record, Store
 from ticketops.text import count, fenced, markdown
@@ -95,7 +96,7 @@ def reproduction(store: Store, records: Sequence[Record]) -> list[str]:
     return [
         "## How to reproduce",
         "",
-        fenced(store.config.command(), "sh"),
+        *_command(store),
         "",
         fenced(yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100).rstrip(), "yaml"),
         "",
@@ -104,6 +105,22 @@ def reproduction(store: Store, records: Sequence[Record]) -> list[str]:
         f"- time: {seconds:,.0f} s in {count(len(records), 'trial')}",
         f"- data, sha256: {markdown(data)}",
         f"- pre-trained weights: sha256 {markdown(identity['model_fingerprint'])}",
+    ]
+
+
+def _command(store: Store) -> list[str]:
+    """The command of a run, or its call in Python where objects were given."""
+    config = store.config
+    values = [each for value in config.to_dict().values() for each in (value if isinstance(value, list) else [value])]
+    objects = [*dict.fromkeys(bare(value) for value in values if is_object(value))]
+    if not objects:
+        return [fenced(config.command(), "sh")]
+    one = len(objects) == 1
+    return [
+        f"{' and '.join(map(markdown, objects))} {'was an object' if one else 'were objects'} in Python, which no "
+        f"folder keeps: give the same {'one' if one else 'ones'} again.",
+        "",
+        fenced(config.call(), "python"),
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ticketops.errors import InputError, as_keyword, current_spelling, shown, spelled, spelling
+from ticketops.searching.objects import bare, is_object
 from ticketops.searching.yaml_file import read_yaml
 
 #: A larger number of seeds is probably meant as the seed itself.
@@ -147,21 +148,29 @@ class Config:
 
     def command(self) -> str:
         """Returns the `ticketops` command of this run, with the flags that differ from the defaults."""
+        words = ["ticketops", self.verb]
+        for name, value in self._choices().items():
+            flag = f"--{name.replace('_', '-')}"
+            if name == "seeds":
+                value = len(value) if value == list(range(len(value))) else ",".join(map(str, value)) + ","
+            elif isinstance(value, list):
+                value = ",".join(map(str, value))
+            words += [f"--no-{flag[2:]}" if value is False else flag, *([] if isinstance(value, bool) else [value])]
+        return shlex.join(map(str, words))
+
+    def call(self) -> str:
+        """Returns the call in Python of this run, with the fields that differ from the defaults; objects by name."""
+        fields = ", ".join(f"{name}={_written(value)}" for name, value in self._choices().items())
+        return f"ticketops.{self.verb}({fields})"
+
+    def _choices(self) -> dict[str, Any]:
+        """The fields that differ from the defaults."""
         kind: Any = type(self)
         decisive = {name: getattr(self, name) for name in self.decisive}
         fallback = kind(**decisive, recipe=getattr(self, "recipe")).to_dict()  # noqa: B009
         fallback |= {field.name: field.default for field in _fields(kind) if field.name in decisive}
         fallback["recipe"] = kind(**decisive).recipe
-        words = ["ticketops", self.verb]
-        for name, value in self.to_dict().items():
-            if value != fallback[name]:
-                flag = f"--{name.replace('_', '-')}"
-                if name == "seeds":
-                    value = len(value) if value == list(range(len(value))) else ",".join(map(str, value)) + ","
-                elif isinstance(value, list):
-                    value = ",".join(map(str, value))
-                words += [f"--no-{flag[2:]}" if value is False else flag, *([] if isinstance(value, bool) else [value])]
-        return shlex.join(map(str, words))
+        return {name: value for name, value in self.to_dict().items() if value != fallback[name]}
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -179,6 +188,13 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     found = [other for other in (plain, *_ALIASES.get(plain, ())) if other in names]
     found += difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
     return found[0] if found else None
+
+
+def _written(value: Any) -> str:
+    """A value in Python; objects by their bare names."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    return bare(value) if is_object(value) else repr(value)
 
 
 def _by_name(values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -269,8 +285,9 @@ def text(name: str, value: Any) -> str:
         InputError: it is empty or no text.
     """
     if not isinstance(value, str | Path) or not str(value).strip():
-        # A model in memory.
+        # A model in memory, or a data set.
         remedy = ": save it with save_pretrained and give the folder" if hasattr(value, "state_dict") else ""
+        remedy = f": give it to ticketops.search({name}=...) itself" if hasattr(value, "column_names") else remedy
         raise InputError(f"{spelled(name)} {shown(value)} is not a name or a path{remedy}")
     return str(value)
 

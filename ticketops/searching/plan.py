@@ -213,6 +213,13 @@ class SearchConfig(Config):
         int,
         shown="all epochs, the last one's weights",
     )
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = option(
+        None,
+        "Weights of the classes in the loss: 'balanced' (rare ones count more, as in scikit-learn), or a number for "
+        "each label, comma-separated; of several labels a text, those of rows that have the label.",
+        TRAINING,
+        shown="all alike",
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "fp32, or autocast over fp32 weights: bf16, or fp16 (GPUs only).", TRAINING
     )
@@ -230,6 +237,20 @@ class SearchConfig(Config):
     )
     granularity: Literal["example", "token", "batch"] = option(
         "example", "Absolute importance per example (the paper's formula), token (its code) or batch.", SCORING
+    )
+    metric: str | None = option(
+        None,
+        "Metric that selects the super ticket, such as accuracy, macro_f1, matthews_correlation or spearman; in Python "
+        "also a function.",
+        DATA,
+        shown="the task's first",
+    )
+    threshold: float | None = option(
+        None,
+        "Probability from which on a label of a multi-label task is predicted, in (0, 1).",
+        DATA,
+        float,
+        shown="0.5",
     )
     text_columns: tuple[str, ...] | None = option(
         None, "Local data: the text columns, comma-separated.", DATA, shown="found by name"
@@ -286,6 +307,14 @@ class SearchConfig(Config):
             put("text_columns", read_columns("text_columns", self.text_columns))
         if self.label_column is not None:
             put("label_column", text("label_column", self.label_column))
+        if self.metric is not None:
+            put("metric", text("metric", self.metric))
+        if self.threshold is not None:
+            put("threshold", real("threshold", self.threshold))
+            if not 0 < self.threshold < 1:
+                raise InputError(f"{spelled('threshold')} {self.threshold:g} is outside (0, 1): give a probability")
+        if self.class_weights is not None:
+            put("class_weights", _class_weights(self.class_weights))
         if self.task_kind is not None and self.task_kind not in KINDS:
             raise InputError(
                 f"{spelled('task_kind')} {shown(self.task_kind)} is unknown: choose from {', '.join(KINDS)}; {OWN_LOOP}"
@@ -449,6 +478,19 @@ def search_plan(config: SearchConfig, identity: Mapping[str, Any]) -> list[Trial
 def json_identity(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as JSON gives them back, so that a fresh configuration compares with a stored one."""
     return json.loads(json.dumps(values))
+
+
+def _class_weights(value: Any) -> str | tuple[float, ...]:
+    entries = list_of("class_weights", value)
+    if list(entries) == ["balanced"]:
+        return "balanced"
+    try:
+        weights = tuple(real("class_weights", entry) for entry in entries)
+    except InputError as error:
+        raise InputError(f"{error}: give 'balanced', or a number for each label") from error
+    if not all(0 < weight < math.inf for weight in weights):
+        raise InputError(f"{spelled('class_weights')} {shown(value)} has a weight that is not above 0: give others")
+    return weights
 
 
 def _kind(entry: Any) -> str:

@@ -13,6 +13,7 @@ from ticketops.files import new_folder, write_manifest
 from ticketops.models import latencies, patch, shrink
 from ticketops.models.checkpoint import NOTE
 from ticketops.searching import environment
+from ticketops.searching.objects import Objects
 from ticketops.searching.plan import SearchConfig, Trial
 from ticketops.searching.selection import Level, Selection, select
 from ticketops.searching.setting import Setting, quiet
@@ -74,12 +75,13 @@ class SearchResult:
         return self.selection.comparison
 
 
-def run_search(config: SearchConfig, listener: Listener | None = None) -> SearchResult:
+def run_search(config: SearchConfig, listener: Listener | None = None, objects: Objects | None = None) -> SearchResult:
     """Runs what is still missing of a search in its output folder.
 
     Args:
         config: the search; seeds, sparsities and kinds that the folder has beside these stay.
         listener: callbacks on the progress of trials and steps.
+        objects: the task and the metric that `config` names, where they are objects in Python.
 
     Returns:
         The result; no report is written.
@@ -89,7 +91,7 @@ def run_search(config: SearchConfig, listener: Listener | None = None) -> Search
         StoreError: the output folder cannot be used; finished trials stay.
         TrialError: every trial failed.
     """
-    return search_in(Setting.load(extended(config)), listener)
+    return search_in(Setting.load(extended(config), objects=objects), listener)
 
 
 def search_in(setting: Setting, listener: Listener | None = None, timed: bool = True) -> SearchResult:

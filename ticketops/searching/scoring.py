@@ -1,6 +1,6 @@
 """Importance scores of a fine-tuned model, from a separate pass after training."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,13 +9,20 @@ from ticketops.models import PatchHandle
 from ticketops.tickets import Importance
 
 
-def score_pass(handle: PatchHandle, batches: Iterable[Any], autocast: bool, **options: Any) -> Importance:
+def score_pass(
+    handle: PatchHandle,
+    batches: Iterable[Any],
+    autocast: bool,
+    loss: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
+    **options: Any,
+) -> Importance:
     """Scores heads and FFNs in one pass over the training rows, without dropout and without weight gradients.
 
     Args:
         handle: handle of the patched, fine-tuned model; the model is left in evaluation mode.
         batches: batches of the training split: the model's keyword arguments, with labels; moved to its device.
         autocast: True to run under bfloat16 autocast.
+        loss: takes the model's outputs and the labels; None for the model's own loss.
         options: granularity, neurons and sequences_per_example of `PatchHandle.record_importance`.
 
     Returns:
@@ -34,8 +41,12 @@ def score_pass(handle: PatchHandle, batches: Iterable[Any], autocast: bool, **op
             for batch in batches:
                 batch = {key: value.to(model.device) for key, value in batch.items()}
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-                    loss = model(**batch).loss
-                loss.backward()
+                    if loss is None:
+                        value = model(**batch).loss
+                    else:
+                        labels = batch.pop("labels")
+                        value = loss(model(**batch), labels)
+                value.backward()
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -28,6 +28,7 @@ from ticketops.models import check_supported
 from ticketops.models.checkpoint import LOCAL, check_folder
 from ticketops.models.inputs import positions
 from ticketops.models.record import held_ticket, num_neurons
+from ticketops.searching.objects import Objects
 from ticketops.searching.plan import RECIPES, SearchConfig, Trial, check_names, make_plan, training
 from ticketops.tasks import Task, demo_model, load_task, tokenize
 from ticketops.text import structures
@@ -59,13 +60,14 @@ class Setting:
     head: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, config: SearchConfig, at_most: bool = False) -> "Setting":
+    def load(cls, config: SearchConfig, at_most: bool = False, objects: Objects | None = None) -> "Setting":
         """Loads and checks everything that a search needs, before anything is trained.
 
         Args:
             config: configuration of the search.
             at_most: True if `train_rows` and `validation_rows` are upper bounds, as the recipe's `train_rows` always
                 are. The effective row counts are written back to the setting's `config`.
+            objects: the tasks and metrics that `config` names.
 
         Raises:
             InputError: the model or the task cannot be loaded, or they do not fit each other.
@@ -76,13 +78,18 @@ class Setting:
             bounds = ("train_rows", *bounds)
         with quiet():
             _check_dtype(config.dtype)
+            objects = objects or Objects()
+            spec, name = objects.task(config.task)
             task = load_task(
-                config.task,
+                spec,
+                name=name,
                 text_columns=config.text_columns,
                 label_column=config.label_column,
                 kind=config.task_kind,
                 encoding=config.encoding,
                 loss=config.loss,
+                metric=objects.metric(config.metric),
+                threshold=config.threshold,
                 train_rows=config.train_rows,
                 validation_rows=config.validation_rows,
                 report_fraction=config.report_fraction,
@@ -93,6 +100,8 @@ class Setting:
                     f"{spelled('granularity')} token has no meaning for {task.kind}, where the texts of an example go "
                     "through forward passes of their own: use example or batch"
                 )
+            # Weights of classes are checked by reading them.
+            task.loss_function(config.class_weights)
             config = _with_rows(config, task)
             folder = find_model(config.model, config.revision)
             with loading_model(config.model):
@@ -210,6 +219,11 @@ class Setting:
             raise UnsupportedError(
                 f"{verb} does not take {self.task.kind}, as of task {self.task.name}: use ticketops search for it"
             )
+
+    @property
+    def loss_function(self) -> Any:
+        """The loss of training and of importance, as `Task.loss_function` returns it."""
+        return self.task.loss_function(self.config.class_weights)
 
     def plan(self) -> list[Trial]:
         """Lists the trials of the search in the order in which they run.

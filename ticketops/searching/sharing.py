@@ -17,6 +17,7 @@ from ticketops.errors import InputError, TrialError
 from ticketops.models import SharedModel, weight_counts
 from ticketops.searching import environment
 from ticketops.searching.mixing import Step, make_schedule
+from ticketops.searching.objects import Objects
 from ticketops.searching.run import Inner, finished_trials, run_missing, search_in, stages
 from ticketops.searching.selection import at_sparsity, compare_arms
 from ticketops.searching.setting import Setting, quiet
@@ -78,11 +79,12 @@ class ShareResult:
         return compare_arms(self.records)
 
 
-def load_settings(config: ShareConfig) -> dict[str, Setting]:
+def load_settings(config: ShareConfig, objects: Objects | None = None) -> dict[str, Setting]:
     """Loads and checks the model and every task, before anything is trained.
 
     Args:
         config: the run.
+        objects: the tasks and metrics that `config` names, where they are objects in Python.
 
     Returns:
         Task name -> its setting, as its single-task search has it; all share one copy of the pre-trained weights.
@@ -93,7 +95,7 @@ def load_settings(config: ShareConfig) -> dict[str, Setting]:
     settings: dict[str, Setting] = {}
     specs: dict[str, str] = {}
     for spec in config.tasks:
-        setting = Setting.load(config.search(spec), at_most=True)
+        setting = Setting.load(config.search(spec), at_most=True, objects=objects)
         setting.require_head("share")
         name = setting.task.name
         if name in settings:
@@ -133,18 +135,19 @@ class PreparedShare:
     plan: list[ShareTrial]
 
 
-def prepare_share(config: ShareConfig) -> PreparedShare:
+def prepare_share(config: ShareConfig, objects: Objects | None = None) -> PreparedShare:
     """Loads and checks everything that sharing needs, before anything is trained or written.
 
     Args:
         config: the run.
+        objects: the tasks and metrics that `config` names, where they are objects in Python.
 
     Raises:
         InputError: model, tasks, tickets and configuration do not fit each other, or cannot be loaded.
         StoreError: the output folder's `config.json` is corrupt.
     """
     config = extended(config)
-    settings = load_settings(config)
+    settings = load_settings(config, objects)
     begun: Record = {}
     chosen: Mapping[str, float | None] = {}
     if (Path(config.output) / "config.json").is_file() and (store := Store.read(config.output)).kind == "share":
@@ -203,6 +206,7 @@ def run_share_trial(
         shared = SharedModel({name: own.fresh_model(trial.seed) for name, own in settings.items()}, tickets)
         counts = {name: weight_counts(shared.select(name)) for name in settings}
         trainer = MixedTrainer(
+            {name: own.loss_function for name, own in settings.items()},
             model=shared.train(),
             train_dataset=MixedSteps(settings, schedule),
             callbacks=[Steps(listener or Listener())],
@@ -274,7 +278,21 @@ class MixedSteps(Dataset):
 
 
 class MixedTrainer(Trainer):
-    """A Trainer whose data set yields whole batches, in the order of the schedule."""
+    """A Trainer whose data set yields whole batches, in the order of the schedule.
+
+    Args:
+        losses: of each task; None for the head's own.
+        options: of the Trainer.
+    """
+
+    def __init__(self, losses: Mapping[str, Any], **options: Any):
+        super().__init__(**options)
+        self._losses = losses
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of the step's task."""
+        self.compute_loss_func = self._losses[inputs["task"]]
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """The steps one by one; `_prepare_inputs` moves their tensors and leaves the task's name."""
@@ -288,12 +306,13 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareResult:
+def run_share(config: ShareConfig, listener: Listener | None = None, objects: Objects | None = None) -> ShareResult:
     """Runs what is still missing of a share in its output folder.
 
     Args:
         config: the run; tasks, seeds, levels, tickets and arms that the folder has beside these stay.
         listener: callbacks on the progress of trials and steps.
+        objects: the tasks and metrics that `config` names, where they are objects in Python.
 
     Returns:
         The result; no report is written.
@@ -304,7 +323,7 @@ def run_share(config: ShareConfig, listener: Listener | None = None) -> ShareRes
         TrialError: every trial failed.
     """
     listener = listener or Listener()
-    ready = prepare_share(config)
+    ready = prepare_share(config, objects)
     config, settings, plan = ready.config, ready.settings, ready.plan
     first = next(iter(settings.values()))
     notes = {

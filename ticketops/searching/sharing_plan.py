@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args
 
 from ticketops.errors import InputError
 from ticketops.searching.config import PLAN, TRAINING, WHAT, Config, check_choice, list_of, option, text
+from ticketops.searching.objects import bare
 from ticketops.searching.plan import RECIPES, SearchConfig
-from ticketops.searching.task_options import DATA_OPTIONS, option_of, read_option
+from ticketops.searching.task_options import options_of, read_options
 
 Mixing = Literal["proportional", "annealed", "uniform"]
 MIXINGS: tuple[str, ...] = get_args(Mixing)
@@ -37,7 +38,6 @@ COMMON = (
     "dtype",
     "save_models",
     "granularity",
-    "max_length",
     "train_rows",
     "validation_rows",
     "report_fraction",
@@ -78,7 +78,7 @@ def task_names(spec: str) -> tuple[str, ...]:
     Returns:
         The whole of it, and the name of its file or folder with and without the ending.
     """
-    path = Path(spec)
+    path = Path(bare(spec))
     return tuple(dict.fromkeys(filter(None, (spec, path.name, path.stem, Path(path.stem).stem))))
 
 
@@ -165,6 +165,7 @@ class ShareConfig(Config):
     lr_scheduler_type: str = inherited_from_search("lr_scheduler_type")
     weight_decay: float = inherited_from_search("weight_decay")
     max_grad_norm: float = inherited_from_search("max_grad_norm")
+    class_weights: tuple[str, ...] | None = per_task("class_weights")
     dtype: Literal["fp32", "bf16", "fp16"] = inherited_from_search("dtype")
     save_models: bool = inherited_from_search(
         "save_models",
@@ -172,11 +173,13 @@ class ShareConfig(Config):
         "without its model trains again.",
     )
     granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
+    metric: tuple[str, ...] | None = per_task("metric")
+    threshold: tuple[str, ...] | None = per_task("threshold")
     text_columns: tuple[str, ...] | None = per_task("text_columns")
     label_column: tuple[str, ...] | None = per_task("label_column")
     task_kind: tuple[str, ...] | None = per_task("task_kind")
     encoding: tuple[str, ...] | None = per_task("encoding")
-    max_length: int = inherited_from_search("max_length")
+    max_length: tuple[str, ...] = per_task("max_length")
     train_rows: int | None = inherited_from_search("train_rows", help="Training rows of each task at most.")
     validation_rows: int | None = inherited_from_search("validation_rows", help="Validation rows of each task at most.")
     report_fraction: float = inherited_from_search("report_fraction")
@@ -189,8 +192,7 @@ class ShareConfig(Config):
         if len(tasks) < 2:
             raise InputError(f"sharing takes two tasks or more, not {tasks[0]!r} alone: use ticketops search for one")
         put("tasks", tasks)
-        for name in DATA_OPTIONS:
-            put(name, read_option(name, getattr(self, name), self._names()))
+        read_options(self, self._names())
         put_common(self, tasks)
         if self.tickets is not None:
             put("tickets", tuple(text("tickets", entry) for entry in list_of("tickets", self.tickets)))
@@ -214,9 +216,7 @@ class ShareConfig(Config):
             task: as `tasks` has it.
             changes: of the search's fields.
         """
-        common = common_fields(self)
-        for name in DATA_OPTIONS:
-            common[name] = option_of(name, getattr(self, name), task_names(task), self._names())
+        common = {**common_fields(self), **options_of(self, task_names(task), self._names())}
         return SearchConfig(**{**common, "task": task, "kinds": ("winning",), **changes})
 
 

@@ -1,4 +1,4 @@
-"""Data options in a run of several tasks: `a,b` for all tasks, `TASK=a,b` for one. Imports no torch."""
+"""Options of single tasks in a run of several: `a,b` for all tasks, `TASK=a,b` for one. Imports no torch."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,6 +8,10 @@ from ticketops.searching.config import list_of, read_columns
 
 #: Fields of `SearchConfig` that say how a task's files are read.
 DATA_OPTIONS = ("text_columns", "label_column", "task_kind", "encoding")
+#: Fields of `SearchConfig` that may differ from task to task.
+TASK_OPTIONS = (*DATA_OPTIONS, "metric", "threshold", "class_weights", "max_length")
+# Those that take several values.
+_LISTS = ("text_columns", "class_weights")
 
 
 def read_option(name: str, value: Any, tasks: Iterable[str]) -> tuple[str, ...] | None:
@@ -34,7 +38,9 @@ def read_option(name: str, value: Any, tasks: Iterable[str]) -> tuple[str, ...] 
             for task, entries in value.items()
             for position, entry in enumerate(list_of(name, entries))
         ]
-    entries = read_columns(name, value)
+    entries = read_columns(
+        name, [str(entry) if type(entry) in (int, float) else entry for entry in list_of(name, value)]
+    )
     for entry in entries:
         if "=" in entry and not _is_named(entry, tasks):
             raise InputError(f"{spelled(name)} {entry!r} names none of the tasks {', '.join(tasks)}: write TASK=VALUE")
@@ -54,7 +60,7 @@ def option_of(name: str, entries: tuple[str, ...] | None, own: Iterable[str], ta
         A value for the field of `SearchConfig`: the task's own, else the one for all tasks, else None.
 
     Raises:
-        InputError: an option other than `text_columns` has several values.
+        InputError: an option has several values that takes one.
     """
     if entries is None:
         return None
@@ -70,13 +76,38 @@ def option_of(name: str, entries: tuple[str, ...] | None, own: Iterable[str], ta
     found = values[True] or values[False]
     if not found:
         return None
-    if name == "text_columns":
+    if name in _LISTS:
         return tuple(found)
     if len(found) > 1:
         raise InputError(
             f"{spelled(name)} {','.join(found)} gives one task several values: write VALUE, or TASK=VALUE for each"
         )
     return found[0]
+
+
+def read_options(config: Any, names: Iterable[str]) -> None:
+    """Reads all options of single tasks in a run's configuration.
+
+    Args:
+        config: the run, changed in place.
+        names: task names that may precede an equals sign.
+    """
+    names = tuple(names)
+    for name in TASK_OPTIONS:
+        object.__setattr__(config, name, read_option(name, getattr(config, name), names))
+
+
+def options_of(config: Any, own: Iterable[str], names: Iterable[str]) -> dict[str, Any]:
+    """The options of one task, by field of `SearchConfig`, without those that are left out.
+
+    Args:
+        config: the run.
+        own: names of this task.
+        names: names of all tasks.
+    """
+    own, names = tuple(own), tuple(names)
+    found = {name: option_of(name, getattr(config, name), own, names) for name in TASK_OPTIONS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _is_named(entry: str, tasks: Iterable[str]) -> str:

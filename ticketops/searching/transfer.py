@@ -14,6 +14,7 @@ from ticketops.files import user_path
 from ticketops.models import load
 from ticketops.searching import environment
 from ticketops.searching.ladder import compare_rungs, read_ladders
+from ticketops.searching.objects import Objects
 from ticketops.searching.plan import Trial, check_names
 from ticketops.searching.run import (
     WAYS,
@@ -173,19 +174,20 @@ class Prepared:
     plan: list[TransferTrial]
 
 
-def prepare_transfer(config: TransferConfig) -> Prepared:
+def prepare_transfer(config: TransferConfig, objects: Objects | None = None) -> Prepared:
     """Loads and checks everything that a transfer needs, before anything is trained or written.
 
     Args:
         config: the run.
+        objects: the tasks and metrics that `config` names, where they are objects in Python.
 
     Raises:
         InputError: model, tasks, labels, fractions and configuration do not fit each other, or cannot be loaded.
     """
     config = extended(config)
-    source = load_source(config)
+    source = load_source(config, objects)
     config = replace(config, model=source.setting.config.model, revision=source.setting.config.revision)
-    target = Setting.load(config.search(config.target), at_most=True)
+    target = Setting.load(config.search(config.target), at_most=True, objects=objects)
     for setting in (source.setting, target):
         setting.require_head("transfer")
     _check_head(config, source.setting, target)
@@ -207,12 +209,15 @@ def prepare_transfer(config: TransferConfig) -> Prepared:
     return Prepared(config, source, target, identity, plan)
 
 
-def run_transfer(config: TransferConfig, listener: Listener | None = None) -> TransferResult:
+def run_transfer(
+    config: TransferConfig, listener: Listener | None = None, objects: Objects | None = None
+) -> TransferResult:
     """Runs what is still missing of a transfer in its output folder.
 
     Args:
         config: the run; fractions, seeds and levels that the folder has beside these stay.
         listener: callbacks on the progress of trials and steps.
+        objects: the tasks and metrics that `config` names, where they are objects in Python.
 
     Returns:
         The result; no report is written.
@@ -223,7 +228,7 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
         TrialError: every trial failed.
     """
     listener = listener or Listener()
-    ready = prepare_transfer(config)
+    ready = prepare_transfer(config, objects)
     config, source, target, plan = ready.config, ready.source, ready.target, ready.plan
     notes = {
         **environment.circumstances(),
@@ -262,11 +267,12 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None) -> Tr
         return TransferResult(store.folder, config, store.records(), level, comparisons, failures)
 
 
-def load_source(config: TransferConfig) -> Source:
+def load_source(config: TransferConfig, objects: Objects | None = None) -> Source:
     """Loads and checks the source task, and its search where there is one already.
 
     Args:
         config: the run.
+        objects: the tasks and metrics that `config` names, where they are objects in Python.
 
     Raises:
         InputError: it cannot be loaded, or the search in the folder was made with other rows or another model.
@@ -277,7 +283,7 @@ def load_source(config: TransferConfig) -> Source:
         chosen = (own.facts(SCORES) or {}).get("sparsity") if finished else None
     if not (folder / "config.json").is_file():
         search = config.search(config.source, output=str(Path(config.output) / SOURCE), save_models=True)
-        setting = Setting.load(search, at_most=True)
+        setting = Setting.load(search, at_most=True, objects=objects)
         return Source(setting, Path(search.output), False, chosen)
     store = Store.read(folder, "search")
     if config.model not in (None, store.config.model):
@@ -295,7 +301,7 @@ def load_source(config: TransferConfig) -> Source:
             f"{spelled('revision')} "
             "out, or name the source task itself"
         )
-    setting = Setting.load(store.config)
+    setting = Setting.load(store.config, objects=objects)
     identity, stored = setting.identity(), store.description["identity"]
     for what, name in (("rows of its task", "task_fingerprint"), ("pre-trained weights", "model_fingerprint")):
         if identity[name] != stored[name]:

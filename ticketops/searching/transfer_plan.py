@@ -20,7 +20,7 @@ from ticketops.searching.config import (
 )
 from ticketops.searching.plan import SearchConfig, Trial, search_plan
 from ticketops.searching.sharing_plan import common_fields, inherited_from_search, per_task, put_common, task_names
-from ticketops.searching.task_options import DATA_OPTIONS, option_of, read_option
+from ticketops.searching.task_options import TASK_OPTIONS, option_of, options_of, read_options
 
 #: The folder of the source's search, inside a transfer's own, and the file of what it scored.
 SOURCE, SCORES = "source", "source.json"
@@ -77,6 +77,7 @@ class TransferConfig(Config):
     max_grad_norm: float = inherited_from_search("max_grad_norm")
     gradient_accumulation_steps: int = inherited_from_search("gradient_accumulation_steps")
     early_stopping_patience: int | None = inherited_from_search("early_stopping_patience")
+    class_weights: tuple[str, ...] | None = per_task("class_weights")
     dtype: Literal["fp32", "bf16", "fp16"] = inherited_from_search("dtype")
     save_models: bool = inherited_from_search(
         "save_models",
@@ -84,11 +85,13 @@ class TransferConfig(Config):
         "model trains again.",
     )
     granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
+    metric: tuple[str, ...] | None = per_task("metric")
+    threshold: tuple[str, ...] | None = per_task("threshold")
     text_columns: tuple[str, ...] | None = per_task("text_columns")
     label_column: tuple[str, ...] | None = per_task("label_column")
     task_kind: tuple[str, ...] | None = per_task("task_kind")
     encoding: tuple[str, ...] | None = per_task("encoding")
-    max_length: int = inherited_from_search("max_length")
+    max_length: tuple[str, ...] = per_task("max_length")
     train_rows: int | None = inherited_from_search(
         "train_rows", help="Training rows of source and target at most; the fractions are of these."
     )
@@ -101,8 +104,7 @@ class TransferConfig(Config):
 
         for name in ("source", "target"):
             put(name, text(name, getattr(self, name)))
-        for name in DATA_OPTIONS:
-            put(name, read_option(name, getattr(self, name), self._names()))
+        read_options(self, self._names())
         model = self.model
         put_common(self, (self.source, self.target))
         # Left out, it is that of the source's search.
@@ -123,8 +125,8 @@ class TransferConfig(Config):
 
     @property
     def source_options(self) -> list[str]:
-        """Names of the data options that are given for the source alone, rather than for both tasks."""
-        entries = {name: getattr(self, name) for name in DATA_OPTIONS}
+        """Names of the options that are given for the source alone, rather than for both tasks."""
+        entries = {name: getattr(self, name) for name in TASK_OPTIONS}
         own, names = self._names(self.source), self._names()
         return [
             name
@@ -144,9 +146,7 @@ class TransferConfig(Config):
             task: as `source` or `target` has it.
             changes: of the search's fields.
         """
-        common = common_fields(self)
-        for name in DATA_OPTIONS:
-            common[name] = option_of(name, getattr(self, name), self._names(task), self._names())
+        common = {**common_fields(self), **options_of(self, self._names(task), self._names())}
         model = {"model": self.model or SearchConfig.__dataclass_fields__["model"].default}
         return SearchConfig(**{**common, **model, "task": task, "kinds": ("winning",), **changes})
 

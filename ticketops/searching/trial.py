@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from ticketops.errors import TrialError, spelled
+from ticketops.errors import InputError, TrialError, spelled
 from ticketops.models import TicketCallback, costs, patch, put_back, shrink, weight_counts
 from ticketops.optim import Adamax
 from ticketops.searching import environment
@@ -133,7 +133,9 @@ def run_trial(
         if "pass" in ways:
             batches = DataLoader(setting.splits["train"], config.batch_size, collate_fn=trainer.data_collator)
             with timing.of("score_seconds"):
-                importance["pass"] = score_pass(handle, batches, config.dtype == "bf16", **options)
+                # Without a scaler of the loss float16 would lose small gradients, so that is scored in float32.
+                autocast, weighted = config.dtype == "bf16", setting.loss_function
+                importance["pass"] = score_pass(handle, batches, autocast, weighted, **options)
 
     if trained is not model:
         put_back(trained, model)
@@ -212,6 +214,7 @@ def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, An
     return {
         "args": arguments,
         "data_collator": setting.task.collator(setting.tokenizer),
+        "compute_loss_func": setting.loss_function,
         "optimizer_cls_and_kwargs": (
             optimizer,
             {"lr": config.learning_rate, "betas": recipe.betas, "eps": recipe.eps, **extra},
@@ -311,6 +314,12 @@ def scored(setting: Setting, predictions: Mapping[str, np.ndarray]) -> Record:
     scores = {
         split: task.score(logits, setting.splits[split], getattr(task, split)) for split, logits in predictions.items()
     }
+    for split, found in scores.items():
+        if lacking := [name for name in task.metrics if name not in found]:
+            raise InputError(
+                f"{type(task).__name__}.score() of task {task.name} returned no {lacking[0]} for split {split}: return "
+                "a value for each of its metrics"
+            )
     return {
         "split": "validation",
         "metric": metric,

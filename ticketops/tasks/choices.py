@@ -44,6 +44,7 @@ class ChoiceTask(Task):
     text column, and in `label` the number of the right one."""
 
     head: ClassVar[str] = "AutoModelForMultipleChoice"
+    takes_functions: ClassVar[bool] = True
 
     @property
     def num_labels(self) -> int:
@@ -92,12 +93,15 @@ class ChoiceTask(Task):
     def score(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> dict[str, float]:
         """Scores logits [rows, num_labels]."""
         self.check_finite(logits)
-        return {"accuracy": METRICS["accuracy"](np.asarray(inputs["labels"]), logits.argmax(axis=1))}
+        return self._evaluate(np.asarray(inputs["labels"]), logits.argmax(axis=1))
 
     def majority(self, split: datasets.Dataset | None = None) -> float:
-        """Accuracy of always choosing the place that is right most often."""
+        """Score of always choosing the place that is right most often."""
         labels = np.asarray((self.validation if split is None else split)["label"][:])
-        return float(np.bincount(labels).max() / len(labels))
+        return self._evaluate(labels, np.full_like(labels, np.bincount(labels).argmax()))[self.metric]
+
+    def _evaluate(self, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+        return {"accuracy": METRICS["accuracy"](labels, answers), **self.own_scores(labels, answers)}
 
 
 def has_choices(files: Files) -> bool:

@@ -1,4 +1,4 @@
-"""Readers of data files: CSV, TSV, JSON, JSON lines, Parquet, Arrow and saved data sets.
+"""Readers of data files: CSV, TSV, JSON, JSON lines, Parquet, Arrow, and of data sets, saved or in memory.
 
 A reader yields the requested columns in batches of rows. SQuAD's nested JSON is read as its questions, CoNLL files as
 sentences with `tokens` and `ner_tags`. Text files may be compressed (.gz, .bz2, .xz). A .csv or .tsv
@@ -93,7 +93,7 @@ class Source:
     """An open file of rows.
 
     Attributes:
-        path: the file, or the folder of a saved data set.
+        path: the file, the folder of a saved data set, or what messages call a data set in memory.
         columns: names of all columns.
         read: function that takes column names and yields batches of these columns, from the first row on.
         unit: what `Batch.numbers` count: "line" or "row".
@@ -621,7 +621,16 @@ def _open_saved(path: Path, _: str) -> Source:
     for name in [file["filename"] for file in state["_data_files"]]:
         if name != Path(name).name or not (path / name).is_file():
             raise InputError(f"{path / SAVED} lists the file {name:.80}, which is not in its folder: save it again")
-    rows = datasets.load_from_disk(str(path))
+    return open_rows(datasets.load_from_disk(str(path)), path)
+
+
+def open_rows(rows: datasets.Dataset, path: Path) -> Source:
+    """Opens a data set in memory.
+
+    Args:
+        rows: the data set; a format or transform of it is left aside.
+        path: what messages call it.
+    """
 
     def tables(columns: Sequence[str]) -> Iterator[pa.Table]:
         return rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=BATCH)

@@ -17,7 +17,10 @@ from ticketops.tasks.demo import load_demo
 from ticketops.tasks.formats import FORMATS
 from ticketops.tasks.glue import GLUE, glue_name, load_glue
 from ticketops.tasks.local import load_local
+from ticketops.tasks.metrics import Metric
+from ticketops.tasks.objects import load_object
 from ticketops.tasks.sampling import hold_out, take
+from ticketops.tasks.sequences import SequenceTask
 from ticketops.tasks.task import Task
 
 logger = logging.getLogger(__name__)
@@ -27,29 +30,37 @@ _MOST_SHARED = 0.05
 
 
 def load_task(
-    spec: str | os.PathLike[str],
+    spec: Any,
     *,
+    name: str = "data",
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
     kind: Kind | None = None,
     encoding: str | None = None,
     loss: str | None = None,
+    metric: str | tuple[str, Metric] | None = None,
+    threshold: float | None = None,
     train_rows: int | None = None,
     validation_rows: int | None = None,
     report_fraction: float = 0.0,
     seed: int = 0,
     at_most: Collection[str] = (),
 ) -> Task:
-    """Loads a task: `demo`, a GLUE task by name from the hub, or a local file or folder.
+    """Loads a task: `demo`, a GLUE task by name from the hub, a local file or folder, or an object in Python.
 
     Args:
-        spec: `demo`, a GLUE name (`rte`, `SST-2`), or a path (`./rte` is a folder, `rte` is the GLUE task).
+        spec: `demo`, a GLUE name (`rte`, `SST-2`), or a path (`./rte` is a folder, `rte` is the GLUE task); or a data
+            set or Task as `load_object` takes it.
+        name: name of a data set in memory.
         text_columns: names of the text columns; found by name by default. Local data only.
         label_column: name of the label column, or comma-separated names of 0/1 columns of a multi-label task; found by
             name by default. Local data only.
         kind: kind of the task; recognized by columns and labels by default. Local data only.
         encoding: encoding of text files; UTF-8 by default. Local data only.
         loss: loss of a sentence-similarity task, by its name in sentence-transformers. Local data only.
+        metric: name of the metric that selects, or name and function as `own_metric` returns them; the kind's by
+            default.
+        threshold: probability from which on a label of a multi-label task is predicted; the task's by default.
         train_rows: number of training rows to use, chosen by seed and stratified; all by default.
         validation_rows: number of validation rows to use, before report rows are held out of them; all by default.
         report_fraction: share of the validation rows, in [0, 1), that is held out to report. With 0, the data's own
@@ -70,33 +81,47 @@ def load_task(
     with _no_progress_bars():
         local = {"text_columns": text_columns, "label_column": label_column, "kind": kind, "encoding": encoding}
         local["loss"] = loss
-        task = _whole_task(spec, local, seed)
+        task = _whole_task(spec, name, local, seed)
         if train_rows and "train_rows" in at_most:
             train_rows = min(train_rows, len(task.train))
         if validation_rows and "validation_rows" in at_most:
             validation_rows = min(validation_rows, len(task.validation))
         train = _limit(task.train, train_rows, "train_rows", "training", seed)
         validation = _limit(task.validation, validation_rows, "validation_rows", "validation", seed)
-        report, test, report_name = None, task.test, ""
+        report, test, report_name = task.report, task.test, task.report_name
         if report_fraction:
             report_name = f"{100 * report_fraction:g} % of the validation rows, held out"
             validation, report = hold_out(
                 validation, task.grouped_by, max(1, round(report_fraction * len(validation))), seed
             )
-        elif test is not None and "label" in test.column_names:
+        elif report is None and test is not None and "label" in test.column_names:
             report, test, report_name = test, None, "the data's own test split"
             if validation_rows is not None:
                 report = take(report, min(validation_rows, len(report)), seed)
     for role, rows in (("training", train), ("validation", validation)):
         if not len(rows):
             raise InputError(f"task {task.name} has no {role} rows left: give it more distinct rows")
-    if task.kind == "classification" and (only := _only_label(task, train)):
+    if _is_classification(task) and (only := _only_label(task, train)):
         raise InputError(
             f"every training row of task {task.name} has the label {only}: give rows of two labels or more"
         )
     task = dataclasses.replace(
         task, train=train, validation=validation, report=report, report_name=report_name, test=test
     )
+    if metric is not None:
+        task = task.with_metric(*((metric,) if isinstance(metric, str) else metric))
+    task = _with_threshold(task, threshold)
+    # A metric or a task of the user's own is tried before anything is trained.
+    try:
+        task.majority()
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{type(task).__name__}.majority() of task {task.name} failed ({type(error).__name__}: {reason}): return "
+            "the score of a constant answer"
+        ) from error
     doubts = _doubts(task)
     for doubt in doubts:
         logger.warning("task %s: %s", task.name, doubt)
@@ -111,7 +136,7 @@ def _doubts(task: Task) -> list[str]:
     for split, rows in splits.items():
         if rows is None:
             continue
-        if task.kind == "classification" and "label" in rows.column_names and (only := _only_label(task, rows)):
+        if _is_classification(task) and "label" in rows.column_names and (only := _only_label(task, rows)):
             doubts.append(f"every {split} row has the label {only}, so all answers of that kind score the same")
         for other, texts in earlier.items():
             shared = sum(text in texts for text in _texts(task, rows))
@@ -127,8 +152,23 @@ def _texts(task: Task, rows: datasets.Dataset) -> Iterator[tuple[str, ...]]:
     return zip(*columns, strict=True)
 
 
-def _plain(text: str | list[str]) -> str:
-    return " ".join((text if isinstance(text, str) else " ".join(text)).casefold().split())
+def _plain(text: Any) -> str:
+    return " ".join((" ".join(map(str, text)) if isinstance(text, list) else str(text)).casefold().split())
+
+
+def _is_classification(task: Task) -> bool:
+    return isinstance(task, SequenceTask) and task.kind == "classification"
+
+
+def _with_threshold(task: Task, threshold: float | None) -> Task:
+    if threshold is None or threshold == getattr(task, "threshold", 0.5):
+        return task
+    if not isinstance(task, SequenceTask) or task.kind != "multi-label":
+        raise InputError(
+            f"{spelled('threshold')} {threshold:g} is for labels of a multi-label task, and {task.name} is {task.kind}"
+            ": leave it out"
+        )
+    return dataclasses.replace(task, threshold=threshold)
 
 
 def _only_label(task: Task, rows: datasets.Dataset) -> str:
@@ -184,7 +224,9 @@ def tokenize(
         )
 
 
-def _whole_task(spec: str | os.PathLike[str], local: Mapping[str, Any], seed: int) -> Task:
+def _whole_task(spec: Any, name: str, local: Mapping[str, Any], seed: int) -> Task:
+    if not isinstance(spec, str | os.PathLike):
+        return load_object(spec, name, local, seed)
     path = user_path(spec, spelled("task"))
     named = None if isinstance(spec, os.PathLike) else "demo" if spec == "demo" else glue_name(spec)
     if named is None and os.path.lexists(path):

@@ -114,19 +114,42 @@ def load_local(
     Raises:
         InputError: a file is missing, unreadable or malformed, or a row has no usable text or label.
     """
-    if kind not in (None, *KINDS):
-        raise InputError(f"{spelled('task_kind')} {kind!r} is unknown: choose from {', '.join(KINDS)}")
     layout = find_splits(path)
     paths = {"train": layout.train, "validation": layout.validation, "test": layout.test}
     sources = {split: [open_source(file, encoding) for file in own] for split, own in paths.items() if own}
-    chosen = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
-    files = Files(path, layout, sources, chosen, label_column, seed)
+    return load_files(Files(path, layout, sources, as_columns(text_columns), label_column, seed), kind, encoding, loss)
+
+
+def as_columns(text_columns: Sequence[str] | None) -> tuple[str, ...]:
+    """The text columns that the user has named, of which one may be given alone.
+
+    Args:
+        text_columns: as the user gives them.
+    """
+    return (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
+
+
+def load_files(files: Files, kind: Kind | None = None, encoding: str | None = None, loss: str | None = None) -> Task:
+    """Loads a task whose files are open.
+
+    Args:
+        files: the files, or parts of a data set in memory.
+        kind: kind of the task; by default recognized by columns and labels.
+        encoding: encoding that the user has given for text files.
+        loss: loss of a sentence-similarity task.
+
+    Raises:
+        InputError: a row has no usable text or label, or there are no text files for the encoding.
+    """
+    if kind not in (None, *KINDS):
+        raise InputError(f"{spelled('task_kind')} {kind!r} is unknown: choose from {', '.join(KINDS)}")
+    path = files.path
     if encoding is not None and not any(source.encoded for source in files.everything):
         raise InputError(f"{spelled('encoding')} {encoding} given for {path}, which has no text files: leave it out")
     if kind == "sentence-similarity":
         return _load_similarity(files, loss)
     for name, (recognizes, load) in _LOADERS.items():
-        if kind == name or (kind is None and not chosen and recognizes(files)):
+        if kind == name or (kind is None and not files.text_columns and recognizes(files)):
             return load(files)
     return _load_sequences(files, kind)
 

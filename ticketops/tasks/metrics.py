@@ -1,5 +1,6 @@
 """Metrics of tasks: each takes what is right and what a model answers; a higher value is better."""
 
+import math
 import re
 import string
 import warnings
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
+
+from ticketops.errors import InputError, shown
 
 #: Takes labels and predictions: class ids [rows], multi-hot [rows, labels], or numbers [rows].
 Metric = Callable[[np.ndarray, np.ndarray], float]
@@ -58,6 +61,61 @@ METRICS: Mapping[str, Metric] = {
     "pearson": _correlation(stats.pearsonr),
     "spearman": _correlation(stats.spearmanr),
 }
+
+
+def own_metric(metric: Any) -> tuple[str, Metric]:
+    """Reads a metric of the user's own.
+
+    Args:
+        metric: a function (labels, predictions) -> float; an object with `compute(predictions=, references=)`, as those
+            of Hugging Face's evaluate; or {name: one of these}. Of a dictionary that it returns, the value of that name
+            counts, or without a name the first one.
+
+    Returns:
+        Its name, and a function that calls it and raises InputError where it fails or returns no finite number.
+
+    Raises:
+        InputError: it is none of these, or has no name.
+    """
+    name: str | None = None
+    if isinstance(metric, Mapping) and len(metric) == 1:
+        ((name, metric),) = metric.items()
+    compute = getattr(metric, "compute", None)
+    if not callable(compute) and not callable(metric):
+        raise InputError(
+            f"metric {shown(metric)} is no metric: give a name, a function (labels, predictions) -> float, an object "
+            "with compute(predictions=, references=), or {name: one of these}"
+        )
+    named = name is not None
+    found = name if named else getattr(metric, "name" if callable(compute) else "__name__", type(metric).__name__)
+    if not isinstance(found, str) or not found.strip() or found == "<lambda>":
+        raise InputError("metric has no name: give it as {'its name': function}")
+
+    def score(labels: np.ndarray, predictions: np.ndarray) -> float:
+        try:
+            if callable(compute):
+                value = compute(predictions=predictions, references=labels)
+            else:
+                value = metric(labels, predictions)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"metric {found} failed ({type(error).__name__}: {reason}): correct it") from error
+        if isinstance(value, Mapping):
+            if named and found not in value and len(value) > 1:
+                raise InputError(f"metric {found} is none of what it returned ({', '.join(map(str, value))}): name one")
+            value = value.get(found, next(iter(value.values()), None)) if named else next(iter(value.values()), None)
+        try:
+            number = value = value if isinstance(value, str | bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(number, str | bool) or not abs(number) <= 1e6:
+            raise InputError(
+                f"metric {found} returned {shown(value)}: return one finite number, at most a million, higher for "
+                "better; also where all predictions are the same"
+            )
+        return number
+
+    return found, score
 
 
 def entity_scores(tags: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:

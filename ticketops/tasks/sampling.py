@@ -12,14 +12,14 @@ def spread(rows: datasets.Dataset, seed: int) -> np.ndarray:
     """Orders rows so that every prefix has, to within rounding, the label shares of the whole.
 
     Args:
-        rows: rows with a `label`; only class ids are stratified, not numbers or lists.
+        rows: rows with a `label`; only class ids are stratified, not numbers, lists, or rows without one.
         seed: seed of the shuffling.
 
     Returns:
         Row numbers in the new order, int64 [rows].
     """
     shuffled = np.random.default_rng(seed).permutation(len(rows))
-    kind = rows.features["label"]
+    kind = rows.features.get("label")
     if not (isinstance(kind, datasets.ClassLabel) or (isinstance(kind, datasets.Value) and "int" in kind.dtype)):
         return shuffled
     labels = np.asarray(rows["label"][:])[shuffled]
@@ -66,4 +66,4 @@ def hold_out(
 
 
 def _hashable(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)

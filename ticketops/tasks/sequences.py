@@ -11,6 +11,7 @@ import numpy.typing as npt
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ticketops.errors import InputError
+from ticketops.tasks.losses import ClassWeights, WeightedLoss, balanced_weights, read_weights
 from ticketops.tasks.metrics import METRICS
 from ticketops.tasks.task import Task
 
@@ -18,6 +19,12 @@ _PROBLEM_TYPES: Mapping[str, Any] = {
     "classification": "single_label_classification",
     "regression": "regression",
     "multi-label": "multi_label_classification",
+}
+# Metrics that suit a kind.
+_METRICS: Mapping[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "macro_f1", "micro_f1", "matthews_correlation"),
+    "regression": ("pearson", "spearman"),
+    "multi-label": ("micro_f1", "macro_f1", "accuracy"),
 }
 
 
@@ -50,11 +57,33 @@ class SequenceTask(Task):
     threshold: float = 0.5
 
     head: ClassVar[str] = "AutoModelForSequenceClassification"
+    takes_functions: ClassVar[bool] = True
 
     @property
     def num_labels(self) -> int:
         """Number of classes; 1 for regression."""
         return 1 if self.kind == "regression" else len(self.labels)
+
+    @property
+    def metric_choices(self) -> tuple[str, ...]:
+        """The metrics that suit the kind; "accuracy" of several labels counts rows of which all labels are right."""
+        choices = _METRICS[self.kind]
+        # Of the second of two classes.
+        return (*choices, "f1") if self.kind == "classification" and len(self.labels) == 2 else choices
+
+    def loss_function(self, class_weights: ClassWeights | None) -> WeightedLoss | None:
+        """Weighs classes, or the rows that have a label against those that have not."""
+        if class_weights is None or self.kind == "regression":
+            return super().loss_function(class_weights)
+        several = self.kind == "multi-label"
+        labels = self.train["label"][:]
+        if several:
+            having = self._multi_hot(labels).sum(axis=0)
+            lacking = len(labels) - having
+            balanced = np.where(having * lacking > 0, lacking / np.maximum(having, 1), 1.0)
+        else:
+            balanced = balanced_weights(np.asarray(labels), self.num_labels)
+        return WeightedLoss(read_weights(class_weights, self.labels, balanced), several)
 
     def configure(self, config: PretrainedConfig) -> None:
         """Writes labels and problem type, which decides the loss."""
@@ -108,10 +137,11 @@ class SequenceTask(Task):
         return self._evaluate(targets, self._outputs(scores))
 
     def majority(self, split: datasets.Dataset | None = None) -> float:
-        """Score of always predicting a split's most frequent label, or its most frequent labels; 0 for correlations."""
-        if self.kind == "regression":
-            return 0.0
+        """Score of always predicting a split's most frequent label or labels, or the mean of its numbers."""
         rows = (self.validation if split is None else split)["label"][:]
+        if self.kind == "regression":
+            numbers = np.asarray(rows, np.float32)
+            return self._evaluate(numbers, np.full_like(numbers, numbers.mean()))[self.metric]
         if self.kind == "classification":
             labels = np.asarray(rows)
             constant = np.full_like(labels, np.bincount(labels, minlength=self.num_labels).argmax())
@@ -135,7 +165,8 @@ class SequenceTask(Task):
         return scores.argmax(axis=1) if self.kind == "classification" else scores[:, 0]
 
     def _evaluate(self, labels: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
-        return {metric: METRICS[metric](labels, outputs) for metric in self.metrics}
+        known = {name: METRICS[name](labels, outputs) for name in self.metrics if name not in self.functions}
+        return {**known, **self.own_scores(labels, outputs)}
 
     def _multi_hot(self, labels: Sequence[Sequence[int]]) -> np.ndarray:
         found = np.zeros((len(labels), self.num_labels), np.float32)

@@ -81,6 +81,30 @@ def find_splits(path: Path) -> Layout:
     )
 
 
+def name_splits(names: Iterable[str], task: str) -> Layout:
+    """Finds the splits of a data set in memory by the same names as those of files.
+
+    Args:
+        names: names of its parts.
+        task: its name, for error messages.
+
+    Returns:
+        The name of each split's part in place of files.
+
+    Raises:
+        InputError: there is no training split, or several parts could be the same split.
+    """
+    groups = {name.lower(): name for name in names}
+    chosen = {split: groups.get(_choose(f"task {task}", split, groups), "") for split in SPLIT_NAMES}
+    if not chosen["train"]:
+        raise InputError(
+            f"task {task} has no training split (found: {some(groups.values()) or 'nothing'}): call it train"
+        )
+    train, validation, test = ((Path(name),) if name else () for name in chosen.values())
+    unread = tuple(name for name in groups.values() if name not in chosen.values())
+    return Layout(train, validation, test, chosen["validation"], unread)
+
+
 def _layouts(folder: Path, depth: int, seen: set[Path]) -> dict[Path, Layout]:
     """Folder -> its splits: of the folder itself or, if it has none, of its subfolders."""
     if (layout := _layout(folder)) is not None:
@@ -107,7 +131,7 @@ def _layout(folder: Path) -> Layout | None:
                 f"folder {folder} lacks the split {lacking[0]!r:.80} that its {_SAVED_SPLITS} lists: fetch all, or "
                 "take it off that list"
             )
-    chosen = {split: _choose(folder, split, groups) for split in SPLIT_NAMES}
+    chosen = {split: _choose(f"folder {folder}", split, groups) for split in SPLIT_NAMES}
     if not chosen["train"]:
         return None
     files = {split: _files(folder, name, groups[name]) if name else () for split, name in chosen.items()}
@@ -115,7 +139,7 @@ def _layout(folder: Path) -> Layout | None:
     return Layout(files["train"], files["validation"], files["test"], chosen["validation"], tuple(unread))
 
 
-def _choose(folder: Path, split: str, groups: Iterable[str]) -> str:
+def _choose(where: str, split: str, groups: Iterable[str]) -> str:
     """The split's group of files: named exactly so, or else the one with the split's name among other words."""
     for name in SPLIT_NAMES[split]:
         if name in groups:
@@ -128,7 +152,7 @@ def _choose(folder: Path, split: str, groups: Iterable[str]) -> str:
     ]
     if len(found) > 1 and split != "test":
         raise InputError(
-            f"folder {folder} has several files that could be the {split} split ({', '.join(found)}): call the right "
+            f"{where} has several files that could be the {split} split ({', '.join(found)}): call the right "
             f"one {split}"
         )
     return found[0] if len(found) == 1 else ""

@@ -15,7 +15,9 @@ import numpy as np
 import transformers
 from transformers import DataCollatorWithPadding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ticketops.errors import InputError, UnsupportedError
+from ticketops.errors import InputError, UnsupportedError, spelled
+from ticketops.tasks.losses import ClassWeights, WeightedLoss
+from ticketops.tasks.metrics import Metric
 from ticketops.tasks.sampling import hold_out
 
 
@@ -25,6 +27,7 @@ class Task(abc.ABC):
 
     This is the interface of all kinds of tasks. A class of your own derives from it (or from the class of a kind) and
     defines `head`, `num_labels`, `encode`, `score` and `majority`; `ticketops.search(task=...)` takes an instance.
+    Other columns of the rows than these are yours, and part of the task's identity.
 
     Attributes:
         name: name of the task in reports and records.
@@ -40,6 +43,7 @@ class Task(abc.ABC):
         test: rows of the data's own test split if it is not used: its labels are hidden (no column `label`), or
             other rows report. Else None.
         remarks: sentences for the user: how the data were read, if that is not obvious, and what looks wrong in them.
+        functions: metrics of the user's own among `metrics`: name -> function.
     """
 
     name: str
@@ -54,11 +58,14 @@ class Task(abc.ABC):
     report_name: str = ""
     test: datasets.Dataset | None = None
     remarks: tuple[str, ...] = ()
+    functions: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
 
     #: Auto class of transformers that makes the model with the task's head; empty for a model without one.
     head: ClassVar[str]
     #: True if the texts are lists of words, which the tokenizer must not split again.
     gives_words: ClassVar[bool] = False
+    #: True if `score` calls `functions`.
+    takes_functions: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -84,6 +91,11 @@ class Task(abc.ABC):
     def metric(self) -> str:
         """Name of the metric that selects the super ticket; higher is better."""
         return self.metrics[0]
+
+    @property
+    def metric_choices(self) -> tuple[str, ...]:
+        """Names of the metrics that can select the super ticket."""
+        return self.metrics
 
     @abc.abstractmethod
     def encode(
@@ -148,6 +160,51 @@ class Task(abc.ABC):
         count = max(1, round(share * len(self.train)))
         train, validation = hold_out(self.train, self.grouped_by, count, seed)
         return dataclasses.replace(self, train=train, validation=validation)
+
+    def with_metric(self, name: str, function: Metric | None = None) -> Self:
+        """Chooses the metric that selects the super ticket; the others are reported beside it.
+
+        Args:
+            name: name of the metric: one of `metric_choices`, or any name for a function.
+            function: takes labels and predictions; None for a metric of the task's.
+
+        Raises:
+            InputError: the task has no such metric, or takes no functions.
+        """
+        choices = ", ".join(self.metric_choices)
+        if function is not None and not self.takes_functions:
+            raise InputError(
+                f"task {self.name} ({self.kind}) takes no metric function: choose {spelled('metric')} from {choices}"
+            )
+        if function is None and name not in self.metric_choices:
+            function_too = ", or give a function in Python" if self.takes_functions else ""
+            raise InputError(
+                f"{spelled('metric')} {name!r} does not suit task {self.name} ({self.kind}): choose from "
+                f"{choices}{function_too}"
+            )
+        functions = self.functions if function is None else {**self.functions, name: function}
+        metrics = (name, *(metric for metric in self.metrics if metric != name))
+        return dataclasses.replace(self, metrics=metrics, functions=functions)
+
+    def loss_function(self, class_weights: ClassWeights | None) -> WeightedLoss | None:
+        """The loss that a model trains with, and that importance is recorded of, where it is not the head's own.
+
+        Args:
+            class_weights: "balanced", or a weight for each label; None for none.
+
+        Returns:
+            None for the head's own loss, or a function like a Trainer's `compute_loss_func`: it takes the model's
+            outputs, the labels and, where several batches make a step, the number of their labels.
+
+        Raises:
+            InputError: the task has no classes to weigh, or the weights do not fit them.
+        """
+        if class_weights is None:
+            return None
+        raise InputError(
+            f"{spelled('class_weights')} is given for task {self.name}, and {self.kind} has no classes to weigh: leave "
+            "it out"
+        )
 
     def configure(self, config: PretrainedConfig) -> None:
         """Writes the task's labels into a model's configuration.
@@ -223,8 +280,9 @@ class Task(abc.ABC):
         for role, rows in (splits | ({"test": self.test} if self.test is not None else {})).items():
             digest.update(f"\n{role}\n".encode())
             for batch in rows.iter(batch_size=1_000) if rows is not None else ():
-                columns = [column for column in (*self.columns, "label") if column in batch]
-                digest.update(json.dumps([batch[column] for column in columns]).encode())
+                known = [column for column in (*self.columns, "label") if column in batch]
+                columns = [*known, *sorted(batch.keys() - {*known})]
+                digest.update(json.dumps([batch[column] for column in columns], default=str).encode())
         return digest.hexdigest()
 
     def describe(self) -> str:
@@ -247,6 +305,18 @@ class Task(abc.ABC):
                 *self.remarks,
             ]
         )
+
+    def own_scores(self, labels: Any, predictions: Any) -> dict[str, float]:
+        """Scores by the metrics of the user's own.
+
+        Args:
+            labels: what is right, one entry a row.
+            predictions: what a model answers.
+
+        Raises:
+            InputError: a function fails, or returns no finite number.
+        """
+        return {name: function(labels, predictions) for name, function in self.functions.items()}
 
     def check_finite(self, logits: np.ndarray) -> None:
         """Checks a model's outputs.
