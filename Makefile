@@ -75,7 +75,8 @@ $(EMBEDDERS)/.installed: $(VENV)/.installed
 	$(call BESIDE,$(EMBEDDERS),"sentence-transformers>=6" setfit lightning)
 
 test-sentence-transformers: $(EMBEDDERS)/.installed
-	$(EMBEDDERS)/bin/python $(PYTEST) python_tests/models/test_sentence_transformers.py python_tests/test_examples.py
+	$(EMBEDDERS)/bin/python $(PYTEST) python_tests/test_examples.py \
+		python_tests/models/test_sentence_transformers.py python_tests/searching/test_embedders.py
 
 bench: setup
 	$(BIN)/python -m pytest bench/bench_step.py

@@ -81,17 +81,27 @@ def load_container(folder: Path) -> Any:
     return kind(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
 
 
-def save_around(container: Any, inner: PreTrainedModel, folder: Path) -> None:
-    """Saves an object of sentence-transformers with another transformers model in the place of its own.
+def copy_around(model: Any, inner: PreTrainedModel) -> Any:
+    """Copies an object of sentence-transformers, with another transformers model in the place of its own.
 
     Args:
-        container: the object; not changed.
-        inner: model to save in it.
+        model: the object; of a transformers model nothing is around it, and `inner` is returned.
+        inner: model to put into the copy.
+    """
+    # In `deepcopy`'s memory, `inner` is the copy of the model.
+    return copy.deepcopy(model, {id(transformers_model(model)): inner})
+
+
+def save(model: Any, folder: Path) -> None:
+    """Saves a transformers model or an object of sentence-transformers.
+
+    Args:
+        model: the model or object.
         folder: folder to write to.
     """
-    # A copy in which `inner` counts as the copy of the model.
-    twin = copy.deepcopy(container, {id(transformers_model(container)): inner})
-    twin.save_pretrained(str(folder), create_model_card=False)
+    # Its own card would say that the model is as it was.
+    options = {"create_model_card": False} if is_container(model) else {}
+    model.save_pretrained(str(folder), **options)
 
 
 def refuse_readers_of_padding(model: Any) -> None:

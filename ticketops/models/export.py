@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.files import new_folder, user_path, write_manifest
 from ticketops.models.checkpoint import NOTE, load
-from ticketops.models.containers import is_container, save_around, transformers_model
+from ticketops.models.containers import copy_around, save, transformers_model
 from ticketops.models.cost import costs
 from ticketops.models.handle import PatchHandle, find_handle
 from ticketops.models.note import without_note
@@ -71,14 +71,15 @@ def export(
     folder = user_path(folder, "the folder to write")
     if format not in get_args(Format):
         raise InputError(f"format {format!r} is unknown; use one of {', '.join(get_args(Format))}")
-    container, model = (model if is_container(model) else None), transformers_model(model)
-    if container is not None:
+    whole, model = model, transformers_model(model)
+    contained = whole is not model
+    if contained:
         if format == "onnx":
             raise UnsupportedError(
-                f"a {type(container).__name__} has no export as onnx: export the transformers model inside, or use "
+                f"a {type(whole).__name__} has no export as onnx: export the transformers model inside, or use "
                 "compact or dense"
             )
-        tokenizer = container.tokenizer
+        tokenizer = whole.tokenizer
     small, left, batch, want = _small(model, ticket, tokenizer)
     with new_folder(folder) as temporary:
         if format == "onnx":
@@ -91,19 +92,17 @@ def export(
             got, tolerance = run_onnx(temporary, batch), 1e-4
         else:
             written = small if format == "compact" else expand(small)
-            if container is None:
-                written.save_pretrained(temporary)
-            else:
-                save_around(container, written, temporary)
+            save(copy_around(whole, written), temporary)
             got, tolerance = _outputs(load(temporary), batch), _tolerance(model.dtype)
         difference = _compare(want, got, batch.get("attention_mask"), tolerance)
-        if tokenizer is not None and container is None:
+        if tokenizer is not None and not contained:
             tokenizer.save_pretrained(temporary)
         left.save(temporary / "ticket.safetensors")
         note = {"format": format, "largest_difference": difference, "run": dict(run or {})}
         write_manifest(temporary, NOTE, note)
         # Written after the checksums, because users edit the card.
-        (temporary / "README.md").write_text(_card(small, left, format, difference, run or {}, container))
+        name = type(whole if contained else small).__name__
+        (temporary / "README.md").write_text(_card(small, left, format, difference, run or {}, name))
     if push_to_hub is not None:
         _push(folder, push_to_hub)
     return folder
@@ -208,12 +207,13 @@ def _push(folder: Path, repository: str) -> None:
 
 
 def _card(
-    model: PreTrainedModel, ticket: Ticket, format: str, difference: float, run: Mapping[str, Any], container: Any
+    model: PreTrainedModel, ticket: Ticket, format: str, difference: float, run: Mapping[str, Any], name: str
 ) -> str:
     """Returns the model card: cost, ticket, usage, origin and verification."""
     inputs = find_adapter(model)[0].inputs
-    name, (whole, small) = type(model if container is None else container).__name__, costs(model)
-    library, load_call = ("transformers", ".from_pretrained") if container is None else ("sentence-transformers", "")
+    whole, small = costs(model)
+    contained = name != type(model).__name__
+    library, load_call = ("sentence-transformers", "") if contained else ("transformers", ".from_pretrained")
     need = {
         "compact": "import ticketops  # lets transformers load layers of uneven width\n",
         "dense": "",

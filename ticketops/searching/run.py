@@ -3,15 +3,16 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ticketops.errors import TrialError
 from ticketops.files import new_folder, write_manifest
 from ticketops.models import latencies, patch, shrink
 from ticketops.models.checkpoint import NOTE
+from ticketops.models.containers import save
 from ticketops.searching import environment
 from ticketops.searching.objects import Objects
 from ticketops.searching.plan import SearchConfig, Trial
@@ -124,7 +125,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
             outcome = run_trial(setting, trial, ticket, () if ticket else ways, listener)
             keep_importance(store, trial, outcome.importance)
             if config.save_models:
-                keep_model(store, trial, outcome.model, setting.tokenizer, ticket)
+                keep_model(store, trial, setting.task.product(outcome.model), setting.tokenizer, ticket)
             return {**outcome.record, "predictions": store.write_predictions(trial, outcome.predictions)}
 
         finished = _finished(store, plan, config)
@@ -343,14 +344,14 @@ def draw(importance: Importance, trial: Trial, config: SearchConfig) -> Ticket:
 
 
 def keep_model(
-    store: Store, trial: Named, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ticket: Ticket | None
+    store: Store, trial: Named, model: Any, tokenizer: PreTrainedTokenizerBase, ticket: Ticket | None
 ) -> None:
     """Writes a trial's trained model, in place of an earlier one; all of it or nothing.
 
     Args:
         store: of the run.
         trial: names the folder.
-        model: stock classes.
+        model: a model of stock classes, or an object of sentence-transformers.
         tokenizer: saved along, so that an export needs nothing else.
         ticket: saved along.
 
@@ -361,7 +362,7 @@ def keep_model(
         # Its weights are whole; the patched model's configuration says which ticket they were trained with.
         with patch(model) as handle:
             handle.apply(ticket)
-            model.save_pretrained(folder)
+            save(model, folder)
         tokenizer.save_pretrained(folder)
         if ticket is not None:
             ticket.save(folder / "ticket.safetensors")

@@ -101,10 +101,6 @@ class EmbedderModel(PreTrainedModel):
         loss = self._losses[0].compute_loss_from_embeddings(columns, scores) if return_loss else None
         return EmbedderOutput(loss, torch.stack(columns, 1))
 
-    def save_pretrained(self, save_directory: Any) -> None:  # type: ignore[override]
-        """Writes the folder of the SentenceTransformer."""
-        self.embedder.save_pretrained(str(save_directory), create_model_card=False)
-
 
 @dataclass(frozen=True, eq=False)
 class EmbedderTask(Task):
@@ -170,6 +166,10 @@ class EmbedderTask(Task):
         embedder = copy.deepcopy(self.embedder)
         embedder[0].model = AutoModel.from_config(config, dtype="float32")
         return EmbedderModel(embedder, self.loss)
+
+    def product(self, model: PreTrainedModel) -> Any:
+        """The SentenceTransformer, without its loss."""
+        return model.embedder
 
     def encode(
         self,

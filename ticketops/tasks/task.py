@@ -253,6 +253,14 @@ class Task(abc.ABC):
         model: PreTrainedModel = getattr(transformers, self.head).from_config(config, dtype="float32")
         return model
 
+    def product(self, model: PreTrainedModel) -> Any:
+        """What users want of a trained model, which is saved: most often the model itself.
+
+        Args:
+            model: model that `make_model` made.
+        """
+        return model
+
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Makes the function that pads inputs to a batch of tensors.
 
