@@ -28,8 +28,8 @@ class StoreError(TicketopsError):
 
 #: The remedy for a task that no run serves.
 OWN_LOOP = (
-    "for other tasks give ticketops.search a ticketops.tasks.Task of your own, or use ticketops.patch in a training loop "
-    "of your own"
+    "for other tasks give ticketops.search a ticketops.tasks.Task of your own, or use ticketops.patch in a training "
+    "loop of your own"
 )
 
 #: Writes an option, and its value where that is not None, as the reader of a message would give it.
