@@ -113,6 +113,24 @@ def test_show_prints_a_ticket(searched: Any):
     assert (shown["heads_pruned"], shown["ffns_pruned"], shown["metadata"]["kind"]) == (4, 1, "winning")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--metric", "spearman"], ["--metric 'spearman' does not suit task task", "choose from accuracy, macro_f1"]),
+        (["--metric", "python:mine"], ["--metric mine is an object in Python"]),
+        (["--threshold", "0.3"], ["--threshold 0.3 is for labels of a multi-label task"]),
+        (["--class-weights", "1,2,3"], ["--class-weights has 3 numbers", "2 labels (0, 1)"]),
+        (["--warmup-steps", "1.5"], ["--warmup-steps 1.5 is neither a whole number"]),
+        (["--lr-scheduler-type", "step"], ["--lr-scheduler-type 'step' is unknown", "cosine"]),
+        (["--early-stopping-patience", "1", "--importance", "both"], ["--early-stopping-patience keeps the best one"]),
+    ],
+)
+def test_wrong_options_of_training_are_one_line(inputs: dict[str, Any], tmp_path: Path, options: list, words: list):
+    result = invoke("search", *flags({**inputs, "output": tmp_path / "run"}), *options)
+    refused(result, 2, *words)
+    assert not (tmp_path / "run").exists()
+
+
 def test_doctor_says_what_would_run_and_why():
     result = invoke("doctor")
     assert result.exit_code == 0

@@ -136,6 +136,8 @@ def test_objects_are_named_by_themselves_by_the_user_or_by_their_part(rows: data
     config = ShareConfig(tasks=names, metric={"one": "macro_f1", "two": named_metric(share_of_good)[0]})
     assert config.search("python:one").metric == "macro_f1"
     assert config.search("python:two").metric == "python:share_of_good"
+    assert "ticketops.share(tasks={'one': one, 'two': two}, " in config.call()
+    assert "metric={'one': 'macro_f1', 'two': share_of_good}" in config.call()
     given = named_metric({"one": "macro_f1", "two": share_of_good}, several=True)
     assert given[0] == {"one": "macro_f1", "two": "python:share_of_good"}
     assert [*given[1]] == ["python:share_of_good"]
@@ -202,6 +204,7 @@ def test_options_of_single_tasks_keep_their_plain_form():
     one, other = config.search("a"), config.search("b")
     assert (one.max_length, one.threshold, one.metric, one.class_weights) == (64, 0.3, None, "balanced")
     assert (other.max_length, other.threshold, other.metric, other.class_weights) == (64, 0.3, "macro_f1", None)
+    assert (config.max_length, config.threshold, config.class_weights) == (64, 0.3, ("a=balanced",))
     assert ShareConfig.from_dict(config.to_dict()) == config
     assert "--max-length 64" in config.command()
     assert "--max-length" not in ShareConfig(tasks="a,b").command()

@@ -112,12 +112,14 @@ def _command(store: Store) -> list[str]:
     """The command of a run, or its call in Python where objects were given."""
     config = store.config
     values = [each for value in config.to_dict().values() for each in (value if isinstance(value, list) else [value])]
-    objects = [*dict.fromkeys(bare(value) for value in values if is_object(value))]
+    # An object, or one of a single task, as TASK=NAME.
+    parts = [part for value in values for part in (value, str(value).partition("=")[2])]
+    objects = [*dict.fromkeys(bare(part) for part in parts if is_object(part))]
     if not objects:
         return [fenced(config.command(), "sh")]
     one = len(objects) == 1
     return [
-        f"{' and '.join(map(markdown, objects))} {'was an object' if one else 'were objects'} in Python, which no "
+        f"{', '.join(map(markdown, objects))} {'was an object' if one else 'were objects'} in Python, which no "
         f"folder keeps: give the same {'one' if one else 'ones'} again.",
         "",
         fenced(config.call(), "python"),

@@ -192,9 +192,14 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 def _written(value: Any) -> str:
     """A value in Python; objects by their bare names."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_written, value))}]"
-    return bare(value) if is_object(value) else repr(value)
+    if not isinstance(value, list):
+        return bare(value) if is_object(value) else repr(value)
+    if value and all(map(is_object, value)):
+        return f"{{{', '.join(f'{bare(each)!r}: {bare(each)}' for each in value)}}}"
+    named = [str(each).partition("=") for each in value]
+    if any(is_object(each) for _, _, each in named):
+        return f"{{{', '.join(f'{task!r}: {_written(each)}' for task, _, each in named)}}}"
+    return f"[{', '.join(_written(each) for each in value)}]"
 
 
 def _by_name(values: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class SearchConfig(Config):
         shown="demo for task demo, else default",
     )
     epochs: int = option(None, "Passes over the training split.", TRAINING, int, shown="recipe")
-    batch_size: int = option(None, "Examples a step.", TRAINING, int, shown="recipe")
+    batch_size: int = option(None, "Examples a batch.", TRAINING, int, shown="recipe")
     learning_rate: float = option(None, "Peak step size.", TRAINING, float, shown="recipe")
     warmup_steps: float = option(
         None,
@@ -207,8 +207,8 @@ class SearchConfig(Config):
     gradient_accumulation_steps: int = option(1, "Batches whose gradients add up to one optimizer step.", TRAINING, int)
     early_stopping_patience: int | None = option(
         None,
-        "Score the validation rows after each epoch, keep the best epoch's weights, and stop after so many epochs "
-        "without a better one. It selects on the validation split.",
+        "Epochs without a better score on the validation rows after which training stops; the best epoch's weights "
+        "are kept. It selects on the validation split.",
         TRAINING,
         int,
         shown="all epochs, the last one's weights",

@@ -165,7 +165,7 @@ class ShareConfig(Config):
     lr_scheduler_type: str = inherited_from_search("lr_scheduler_type")
     weight_decay: float = inherited_from_search("weight_decay")
     max_grad_norm: float = inherited_from_search("max_grad_norm")
-    class_weights: tuple[str, ...] | None = per_task("class_weights")
+    class_weights: str | tuple[str, ...] | None = per_task("class_weights")
     dtype: Literal["fp32", "bf16", "fp16"] = inherited_from_search("dtype")
     save_models: bool = inherited_from_search(
         "save_models",
@@ -173,13 +173,13 @@ class ShareConfig(Config):
         "without its model trains again.",
     )
     granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
-    metric: tuple[str, ...] | None = per_task("metric")
-    threshold: tuple[str, ...] | None = per_task("threshold")
+    metric: str | tuple[str, ...] | None = per_task("metric")
+    threshold: float | tuple[str, ...] | None = per_task("threshold")
     text_columns: tuple[str, ...] | None = per_task("text_columns")
     label_column: tuple[str, ...] | None = per_task("label_column")
     task_kind: tuple[str, ...] | None = per_task("task_kind")
     encoding: tuple[str, ...] | None = per_task("encoding")
-    max_length: tuple[str, ...] = per_task("max_length")
+    max_length: int | tuple[str, ...] = per_task("max_length")
     train_rows: int | None = inherited_from_search("train_rows", help="Training rows of each task at most.")
     validation_rows: int | None = inherited_from_search("validation_rows", help="Validation rows of each task at most.")
     report_fraction: float = inherited_from_search("report_fraction")

@@ -5,6 +5,7 @@ from typing import Any
 
 from ticketops.errors import InputError, spelled
 from ticketops.searching.config import list_of, read_columns
+from ticketops.searching.plan import SearchConfig
 
 #: Fields of `SearchConfig` that say how a task's files are read.
 DATA_OPTIONS = ("text_columns", "label_column", "task_kind", "encoding")
@@ -47,12 +48,12 @@ def read_option(name: str, value: Any, tasks: Iterable[str]) -> tuple[str, ...] 
     return entries
 
 
-def option_of(name: str, entries: tuple[str, ...] | None, own: Iterable[str], tasks: Iterable[str]) -> Any:
+def option_of(name: str, entries: Any, own: Iterable[str], tasks: Iterable[str]) -> Any:
     """The value of an option for one task.
 
     Args:
         name: name of the option's field.
-        entries: entries as `read_option` returns them.
+        entries: entries as `read_option` returns them, or one value for all tasks.
         own: names of this task.
         tasks: names of all tasks.
 
@@ -62,8 +63,8 @@ def option_of(name: str, entries: tuple[str, ...] | None, own: Iterable[str], ta
     Raises:
         InputError: an option has several values that takes one.
     """
-    if entries is None:
-        return None
+    if not isinstance(entries, tuple):
+        return entries
     tasks, own = tuple(tasks), set(own)
     values: dict[bool, list[str]] = {False: [], True: []}
     # Values for all tasks come first; "TASK=" starts the values of one task.
@@ -94,7 +95,11 @@ def read_options(config: Any, names: Iterable[str]) -> None:
     """
     names = tuple(names)
     for name in TASK_OPTIONS:
-        object.__setattr__(config, name, read_option(name, getattr(config, name), names))
+        value: Any = read_option(name, getattr(config, name), names)
+        # One value for all tasks is kept as a search has it.
+        if name not in DATA_OPTIONS and value is not None and len(value) == 1 and not _is_named(value[0], names):
+            value = getattr(SearchConfig(**{name: value[0]}), name)
+        object.__setattr__(config, name, value)
 
 
 def options_of(config: Any, own: Iterable[str], names: Iterable[str]) -> dict[str, Any]:

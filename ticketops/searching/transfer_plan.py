@@ -77,7 +77,7 @@ class TransferConfig(Config):
     max_grad_norm: float = inherited_from_search("max_grad_norm")
     gradient_accumulation_steps: int = inherited_from_search("gradient_accumulation_steps")
     early_stopping_patience: int | None = inherited_from_search("early_stopping_patience")
-    class_weights: tuple[str, ...] | None = per_task("class_weights")
+    class_weights: str | tuple[str, ...] | None = per_task("class_weights")
     dtype: Literal["fp32", "bf16", "fp16"] = inherited_from_search("dtype")
     save_models: bool = inherited_from_search(
         "save_models",
@@ -85,13 +85,13 @@ class TransferConfig(Config):
         "model trains again.",
     )
     granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
-    metric: tuple[str, ...] | None = per_task("metric")
-    threshold: tuple[str, ...] | None = per_task("threshold")
+    metric: str | tuple[str, ...] | None = per_task("metric")
+    threshold: float | tuple[str, ...] | None = per_task("threshold")
     text_columns: tuple[str, ...] | None = per_task("text_columns")
     label_column: tuple[str, ...] | None = per_task("label_column")
     task_kind: tuple[str, ...] | None = per_task("task_kind")
     encoding: tuple[str, ...] | None = per_task("encoding")
-    max_length: tuple[str, ...] = per_task("max_length")
+    max_length: int | tuple[str, ...] = per_task("max_length")
     train_rows: int | None = inherited_from_search(
         "train_rows", help="Training rows of source and target at most; the fractions are of these."
     )
