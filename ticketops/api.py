@@ -1,6 +1,7 @@
 """The public functions search, share and transfer: each runs the trials and writes the report."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ticketops.errors import InputError, shown
@@ -16,12 +17,21 @@ from ticketops.searching.transfer_plan import TransferConfig
 from ticketops.searching.trial import Listener
 
 
-def search(config: SearchConfig | None = None, *, listener: Listener | None = None, **fields: Any) -> SearchResult:
+def search(
+    config: SearchConfig | None = None,
+    *,
+    listener: Listener | None = None,
+    trainer_factory: Callable[..., Any] | None = None,
+    **fields: Any,
+) -> SearchResult:
     """Finds the super ticket of a model on a task and writes the report. Finished trials do not run again.
 
     Args:
         config: configuration of the search; or pass its fields:
         listener: callbacks on the progress of trials and steps.
+        trainer_factory: function that makes each trial's Trainer: it takes the keyword arguments of a transformers
+            Trainer (model, args, train_dataset, eval_dataset, data_collator, callbacks, optimizer_cls_and_kwargs, ...)
+            and returns one, with anything changed but model and callbacks. Its loss is the one that importance is of.
         fields: of `SearchConfig`, the flags of `ticketops search`: model, task, output, sparsities, kinds, seeds, ...
             `task` may also be a `datasets.Dataset`, a `DatasetDict`, a dictionary of splits, or a
             `ticketops.tasks.Task`; `metric` also a function (labels, predictions) -> float, an object with
@@ -37,7 +47,9 @@ def search(config: SearchConfig | None = None, *, listener: Listener | None = No
 
     Source: arXiv 2105.12002.
     """
-    result = run_search(*_configured(SearchConfig, config, fields, listener))
+    configured, listener, objects = _configured(SearchConfig, config, fields, listener)
+    objects = dataclasses.replace(objects, trainer_factory=trainer_factory)
+    result = run_search(configured, listener, objects)
     return dataclasses.replace(result, report_path=report(result.folder))
 
 

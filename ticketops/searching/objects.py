@@ -1,8 +1,8 @@
-"""Tasks and metrics that are objects in Python: a configuration names them, and they go beside it. Imports no torch."""
+"""Tasks, metrics and Trainers that are objects in Python, which go beside a configuration. Imports no torch."""
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,18 @@ PREFIX = "python:"
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """The objects that a configuration names.
+    """The objects that a configuration names, and what makes the Trainers of a search.
 
     Attributes:
         tasks: name -> data set or Task.
         metrics: name -> function, or object with `compute`.
+        trainer_factory: function that takes the keyword arguments of a transformers Trainer and returns one; None for
+            ticketops' own.
     """
 
     tasks: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    trainer_factory: Callable[..., Any] | None = None
 
     def task(self, name: str) -> tuple[Any, str]:
         """What to load for a configuration's task, and the task's name.

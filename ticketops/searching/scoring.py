@@ -13,7 +13,7 @@ def score_pass(
     handle: PatchHandle,
     batches: Iterable[Any],
     autocast: bool,
-    loss: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
+    compute_loss: Callable[[Any, dict[str, Any]], Any],
     **options: Any,
 ) -> Importance:
     """Scores heads and FFNs in one pass over the training rows, without dropout and without weight gradients.
@@ -22,7 +22,7 @@ def score_pass(
         handle: handle of the patched, fine-tuned model; the model is left in evaluation mode.
         batches: batches of the training split: the model's keyword arguments, with labels; moved to its device.
         autocast: True to run under bfloat16 autocast.
-        loss: takes the model's outputs and the labels; None for the model's own loss.
+        compute_loss: takes the model and a batch and returns the loss, as a Trainer's method of this name does.
         options: granularity, neurons and sequences_per_example of `PatchHandle.record_importance`.
 
     Returns:
@@ -41,12 +41,8 @@ def score_pass(
             for batch in batches:
                 batch = {key: value.to(model.device) for key, value in batch.items()}
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-                    if loss is None:
-                        value = model(**batch).loss
-                    else:
-                        labels = batch.pop("labels")
-                        value = loss(model(**batch), labels)
-                value.backward()
+                    loss = compute_loss(model, batch)
+                loss.backward()
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

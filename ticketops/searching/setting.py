@@ -8,7 +8,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Setting:
         pretrained: pre-trained weights of the encoder, float32, on the CPU.
         splits: split name -> tokenized rows: "train", "validation" and, if there is one, "report".
         head: initial weights of the task head; empty to draw them from each trial's seed.
+        trainer_factory: makes the Trainer of a trial from a Trainer's keyword arguments; None for ticketops' own.
     """
 
     config: SearchConfig
@@ -58,6 +59,7 @@ class Setting:
     pretrained: dict[str, Tensor]
     splits: dict[str, datasets.Dataset]
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    trainer_factory: Callable[..., transformers.Trainer] | None = None
 
     @classmethod
     def load(cls, config: SearchConfig, at_most: bool = False, objects: Objects | None = None) -> "Setting":
@@ -67,7 +69,7 @@ class Setting:
             config: configuration of the search.
             at_most: True if `train_rows` and `validation_rows` are upper bounds, as the recipe's `train_rows` always
                 are. The effective row counts are written back to the setting's `config`.
-            objects: the tasks and metrics that `config` names.
+            objects: the tasks and metrics that `config` names, and what makes the Trainers.
 
         Raises:
             InputError: the model or the task cannot be loaded, or they do not fit each other.
@@ -79,6 +81,11 @@ class Setting:
         with quiet():
             _check_dtype(config.dtype)
             objects = objects or Objects()
+            if objects.trainer_factory is not None and config.early_stopping_patience is not None:
+                raise InputError(
+                    f"{spelled('early_stopping_patience')} goes with ticketops' own Trainer: leave it out, and "
+                    "give the Trainer of trainer_factory an EarlyStoppingCallback"
+                )
             spec, name = objects.task(config.task)
             task = load_task(
                 spec,
@@ -189,7 +196,7 @@ class Setting:
                 )
             # It remembers the last call's truncation, and would be saved with it.
             tokenizer("")
-        return cls(config, task, tokenizer, model_config, pretrained, splits)
+        return cls(config, task, tokenizer, model_config, pretrained, splits, trainer_factory=objects.trainer_factory)
 
     @property
     def num_layers(self) -> int:
@@ -251,6 +258,7 @@ class Setting:
             "heads": self.num_heads,
             "neurons": self.num_neurons,
             "training": training(self.config.recipe),
+            "trainer": name_of(self.trainer_factory) if self.trainer_factory else None,
         }
 
     def fresh_model(self, seed: int) -> PreTrainedModel:
@@ -309,6 +317,16 @@ def _flat(column: Any) -> Any:
     while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         column = pc.list_flatten(column)
     return column
+
+
+def name_of(function: Any) -> str:
+    """The module and the name of a function or class, or those of an object's class.
+
+    Args:
+        function: anything that can be called.
+    """
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _with_rows(config: SearchConfig, task: Task) -> SearchConfig:

@@ -23,13 +23,13 @@ from transformers import (
     set_seed,
 )
 
-from ticketops.errors import InputError, TrialError, spelled
+from ticketops.errors import InputError, TrialError, shown, spelled
 from ticketops.models import TicketCallback, costs, patch, put_back, shrink, weight_counts
 from ticketops.optim import Adamax
 from ticketops.searching import environment
 from ticketops.searching.plan import RECIPES, Trial
 from ticketops.searching.scoring import score_pass
-from ticketops.searching.setting import Setting, precision, quiet
+from ticketops.searching.setting import Setting, name_of, precision, quiet
 from ticketops.searching.store import Named, Record
 from ticketops.tickets import Importance, Ticket, WeightCounts
 
@@ -114,7 +114,7 @@ def run_trial(
             # The checkpoints that the best one is loaded from go with this folder.
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ticketops-"))
             selection = best_epoch(setting.task.metric, folder)
-        trainer = ScoringTrainer(
+        trainer = make_trainer(
             setting,
             model=trained,
             train_dataset=setting.splits["train"],
@@ -122,7 +122,6 @@ def run_trial(
             callbacks=callbacks,
             **trainer_options(setting, trial.seed, **selection),
         )
-        trainer.remove_callback(PrinterCallback)
         set_seed(trial.seed)
         with timing.of("train_seconds"):
             loss = trainer.train().training_loss
@@ -134,8 +133,8 @@ def run_trial(
             batches = DataLoader(setting.splits["train"], config.batch_size, collate_fn=trainer.data_collator)
             with timing.of("score_seconds"):
                 # Without a scaler of the loss float16 would lose small gradients, so that is scored in float32.
-                autocast, weighted = config.dtype == "bf16", setting.loss_function
-                importance["pass"] = score_pass(handle, batches, autocast, weighted, **options)
+                autocast = config.dtype == "bf16"
+                importance["pass"] = score_pass(handle, batches, autocast, trainer.compute_loss, **options)
 
     if trained is not model:
         put_back(trained, model)
@@ -163,6 +162,32 @@ def run_trial(
             name: value if math.isfinite(value) else None for name, value in correlation.items()
         }
     return Outcome(record, model, predictions, importance)
+
+
+def make_trainer(setting: Setting, **options: Any) -> Trainer:
+    """Makes the Trainer of a trial: the user's, where a search was given a `trainer_factory`.
+
+    Args:
+        setting: of the search.
+        options: keyword arguments of the Trainer.
+
+    Raises:
+        InputError: the factory returns no Trainer, or one of another model or without the callbacks that it was given.
+    """
+    if setting.trainer_factory is None:
+        trainer: Trainer = ScoringTrainer(setting, **options)
+    else:
+        name = f"trainer_factory {name_of(setting.trainer_factory)}"
+        trainer = setting.trainer_factory(**options)
+        if not isinstance(trainer, Trainer):
+            raise InputError(f"{name} returns {shown(trainer)}: return a transformers.Trainer made of its arguments")
+        if trainer.model is not options["model"]:
+            raise InputError(f"{name} makes a Trainer of another model: pass model= on to the Trainer")
+        if lacking := [each for each in options["callbacks"] if each not in trainer.callback_handler.callbacks]:
+            lacks = type(lacking[0]).__name__
+            raise InputError(f"{name} makes a Trainer without the callback {lacks}: pass callbacks= on to the Trainer")
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, Any]:
