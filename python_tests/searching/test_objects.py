@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from tasks.test_objects import Stars
 from torch.utils.data import DataLoader
 
 import ticketops
@@ -93,35 +94,28 @@ def test_the_report_says_that_the_task_was_an_object(searched: Path):
         Setting.load(Store.read(searched).config)
 
 
-def test_a_class_of_ones_own_is_searched_from_end_to_end(inputs: dict[str, str], tmp_path: Path):
+def test_the_class_in_the_guide_is_searched_from_end_to_end(inputs: dict[str, str], tmp_path: Path):
     def split(count: int) -> datasets.Dataset:
         found = [["bad", "bad film", "film", "good film", "good"][row % 5] for row in range(count)]
         return datasets.Dataset.from_dict(
             {"title": found, "body": ["the plot"] * count, "stars": [row % 5 + 1 for row in range(count)]}
         )
 
-    task = Stars(
-        name="stars",
-        kind="ordinal",
-        labels=(),
-        columns=("title", "body"),
-        metrics=("within_one", "exact"),
-        train=split(60),
-        validation=split(20),
-        validation_name="the last rows",
-    )
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    (code,) = re.findall(r"```python\n([^`]*class Stars\(Task\)[^`]*)```", guide)
     fields = {**SHORT, "model": inputs["model"], "output": str(tmp_path / "run"), "train_rows": None}
-    found = ticketops.search(task=task, **fields)
+    call = 'ticketops.search(model="bert-base-uncased", task=task, output="runs/stars")'
+    assert call in code
+    names: dict[str, Any] = {"train": split(60), "validation": split(20), "fields": fields}
+    exec(code.replace(call, "found = ticketops.search(task=task, **fields)"), names)
+    found = names["found"]
     record = found.records[0]
-    assert (record["task"], record["metric"], set(record["scores"]["validation"])) == (
-        "stars",
-        "within_one",
-        {"within_one", "exact"},
-    )
+    assert (record["task"], record["metric"]) == ("stars", "within_one")
+    assert set(record["scores"]["validation"]) == {"within_one", "exact"}
     assert found.super_ticket is not None
     assert "stars was an object in Python" in found.report_path.read_text()
     with pytest.raises(InputError, match="class_weights is given for task stars, and ordinal has no classes to weigh"):
-        ticketops.search(task=task, class_weights="balanced", **fields)
+        ticketops.search(task=names["task"], class_weights="balanced", **fields)
 
 
 def test_objects_are_named_by_themselves_by_the_user_or_by_their_part(rows: datasets.DatasetDict):
