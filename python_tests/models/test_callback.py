@@ -112,6 +112,21 @@ def test_one_run_draws_a_ticket_rewinds_and_trains_it_as_a_loop_by_hand_does(mod
     assert [row["ticket_heads_pruned"] for row in logged] == [LAYERS * HEADS // 2]
 
 
+def test_an_optimizer_that_is_made_with_a_state_starts_over_with_it(model, pretrained, make_trainer):
+    trainer = make_trainer([TicketCallback(ticketops.patch(model), 0.5, epoch=1, rewind=pretrained)])
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=1e-2, initial_accumulator_value=0.5)
+    trainer.optimizer = optimizer
+    seen = []
+
+    def look(*event):
+        seen.append({sums["sum"].min().item() for sums in optimizer.state.values()})
+
+    trainer.add_callback(At("on_step_begin", look))
+    trainer.train()
+    # At the first step, and at the first one of the rewound training.
+    assert [step for step, sums in enumerate(seen) if sums == {0.5}] == [0, len(seen) // 3]
+
+
 def test_all_loggers_of_the_trainer_get_the_tickets_numbers(model, make_trainer):
     logged = []
     listener = At("on_log", lambda state, control, kwargs: logged.append(kwargs["logs"]))

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -179,6 +180,10 @@ class TicketCallback(TrainerCallback):
         if self._drawing.rewinds and optimizer is not None:
             # The moments of the weights that are gone.
             optimizer.state.clear()
+            inner = getattr(optimizer, "optimizer", optimizer)
+            if isinstance(inner, torch.optim.Adagrad):
+                # Others make theirs in their first step.
+                inner.state.update(torch.optim.Adagrad(inner.param_groups, **inner.defaults).state)
         self._waits = False
 
     def _handle(self, trained: Any) -> PatchHandle:
