@@ -109,6 +109,11 @@ def test_embeddings_and_correlation_are_those_of_the_library(which, embedder, in
     assert found == pytest.approx({"spearman": want["spearman_cosine"], "pearson": want["pearson_cosine"]}, abs=1e-4)
 
 
+def test_another_metric_selects(embedder, folders):
+    task = load(embedder, folders["scored"], metric="pearson").task
+    assert (task.metric, task.has_scores) == ("pearson", True)
+
+
 def test_the_share_of_triplets_is_that_of_the_library(embedder, folders):
     setting = load(embedder, folders["triplets"])
     _, _, logits = predicted(setting)
@@ -124,6 +129,8 @@ def test_pairs_without_a_score_are_found_among_all_rows(embedder, folders, monke
     _, embeddings, logits = predicted(setting)
     cosines = torch.cosine_similarity(embeddings[:, None, 0], embeddings[None, :, 1], dim=-1)
     want = (cosines.argmax(1) == torch.arange(len(cosines))).float().mean().item()
+    others = cosines.masked_fill(torch.eye(len(cosines)).bool(), -1).amax(1)
+    torch.testing.assert_close(torch.tensor(logits).float(), torch.stack([cosines.diagonal(), others], 1))
     found = setting.task.score(logits, setting.splits["validation"], setting.task.validation)
     assert found == {"cosine_accuracy": pytest.approx(want)}
     assert setting.task.majority() == 1 / 20
@@ -241,6 +248,11 @@ def test_rows_without_a_score_train(rows, embedder, folders, tmp_path):
         ("triplets", {"loss": "CoSENTLoss"}, r"CoSENTLoss does not take triplets: choose from MultipleNegativesRank"),
         ("pairs", {"loss": "CachedMultipleNegativesRankingLoss"}, r"loss 'Cached.* is unknown: choose from Cosine"),
         ("scored", {"loss": "CoSENTLoss", "task_kind": None}, r"goes with task_kind='sentence-similarity' alone"),
+        (
+            "scored",
+            {"metric": "cosine_accuracy"},
+            r"'cosine_accuracy' does not suit task scored .* choose from spearman",
+        ),
         ("scored", {"granularity": "token"}, r"token has no meaning for sentence-similarity"),
         ("scored", {"text_columns": "sentence1"}, r"text columns sentence1 for sentence similarity: give"),
         ("triplets", {"text_columns": "anchor,anchor"}, r"text columns anchor, anchor for sentence similarity"),

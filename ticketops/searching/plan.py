@@ -319,6 +319,13 @@ class SearchConfig(Config):
             raise InputError(
                 f"{spelled('task_kind')} {shown(self.task_kind)} is unknown: choose from {', '.join(KINDS)}; {OWN_LOOP}"
             )
+        if self.loss is not None:
+            check_choice("loss", self.loss, SCORED_LOSSES + UNSCORED_LOSSES)
+            if self.task_kind != "sentence-similarity":
+                raise InputError(
+                    f"{spelled('loss')} {self.loss} goes with {spelled('task_kind', 'sentence-similarity')} alone: "
+                    "give that too, or leave it out"
+                )
         if self.encoding is not None:
             put("encoding", text_encoding(text("encoding", self.encoding)))
         for name in ("epochs", "batch_size", "max_length", "gradient_accumulation_steps"):

@@ -121,6 +121,7 @@ class EmbedderTask(Task):
     embedder: Any = None
 
     head: ClassVar[str] = ""
+    takes_functions: ClassVar[bool] = False
 
     @property
     def num_labels(self) -> int:
@@ -135,7 +136,7 @@ class EmbedderTask(Task):
     @property
     def has_scores(self) -> bool:
         """True for pairs with a score."""
-        return self.metric == "spearman"
+        return self.loss in SCORED_LOSSES
 
     def configure(self, config: PretrainedConfig) -> None:
         """Changes nothing."""
