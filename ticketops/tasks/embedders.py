@@ -121,7 +121,6 @@ class EmbedderTask(Task):
     embedder: Any = None
 
     head: ClassVar[str] = ""
-    takes_functions: ClassVar[bool] = False
 
     @property
     def num_labels(self) -> int:
