@@ -137,7 +137,8 @@ def load_once() -> None:
     """Has each setting loaded in this process alone; a forked child starts from it as from a fresh load."""
     load, found = Setting.load, {}
 
-    def cached(config: Any, at_most: bool = False) -> Setting:
+    def cached(config: Any, at_most: bool = False, objects: Any = None) -> Setting:
+        assert objects is None or not objects.tasks
         apart = {"output": config.output, "save_models": config.save_models}
         key = json.dumps([{**config.to_dict(), **dict.fromkeys(apart)}, at_most])
         if key not in found:

@@ -22,7 +22,7 @@ from ticketops.searching.plan import Trial
 from ticketops.searching.scoring import score_pass
 from ticketops.searching.sharing import load_settings, run_share_trial
 from ticketops.searching.sharing_plan import ShareTrial
-from ticketops.searching.trial import run_trial
+from ticketops.searching.trial import make_trainer, run_trial, trainer_options
 
 from .test_run import Heard
 from .tiny import FIELDS
@@ -159,18 +159,20 @@ def test_importance_is_of_the_weighted_loss(setting: Setting):
     weighted = dataclasses.replace(setting, config=dataclasses.replace(setting.config, class_weights=(0.5, 3.0)))
     with patch(setting.fresh_model(0)) as handle:
 
-        def scores(loss, chosen) -> torch.Tensor:
+        def scores(own: Setting, chosen) -> torch.Tensor:
+            trainer = make_trainer(own, model=handle.model, callbacks=[], **trainer_options(own, 0))
             part = setting.splits["train"].select(chosen)
             batches = DataLoader(part, 16, collate_fn=setting.task.collator(setting.tokenizer))
-            return score_pass(handle, batches, False, loss, granularity="example").head.float() * len(part)
+            importance = score_pass(handle, batches, False, trainer.compute_loss, granularity="example")
+            return importance.head.float() * len(part)
 
         labels = np.asarray(setting.splits["train"]["labels"][:])
         everything, each = range(len(labels)), [np.flatnonzero(labels == label) for label in (0, 1)]
-        plain = [scores(None, chosen) for chosen in each]
-        found = scores(weighted.loss_function, everything)
+        plain = [scores(setting, chosen) for chosen in each]
+        found = scores(weighted, everything)
         # Per example, so that a row's weight is a factor of its score.
         torch.testing.assert_close(found, 0.5 * plain[0] + 3.0 * plain[1], rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(found, scores(None, everything))
+        assert not torch.allclose(found, scores(setting, everything))
 
 
 def test_training_follows_the_weights_in_a_search_and_in_a_share(setting: Setting, pairs: str, inputs: dict[str, str]):
