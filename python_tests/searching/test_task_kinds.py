@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import ticketops
-from ticketops.errors import UnsupportedError
+from ticketops.errors import InputError, UnsupportedError
 from ticketops.searching import SearchConfig, Setting
 from ticketops.searching.release import release
 from ticketops.searching.setting import _load_tokenizer
@@ -135,6 +135,30 @@ def test_a_share_of_a_task_with_windows_has_their_rows(folders, inputs):
     rows = {row["context"] for row in part.task.train}
     assert rows < {row["context"] for row in setting.task.train}
     assert 12 <= len(part.splits["train"]) < len(setting.splits["train"])
+
+
+def test_a_ticket_of_entities_transfers_to_questions(folders, inputs, tmp_path):
+    result = ticketops.transfer(
+        model=inputs["model"],
+        source=str(folders["entities"]),
+        target=str(folders["questions"]),
+        output=str(tmp_path),
+        head="fresh",
+        fractions="0.5,1",
+        sparsities="0.25",
+        max_length=16,
+        batch_size=16,
+        epochs=1,
+        source_ladder=False,
+    )
+    assert [record["metric"] for record in result.records] == ["f1"] * 4
+    assert {record["train_rows"] for record in result.records} == {12, 24}
+    with pytest.raises(
+        InputError, match=r"entities \(O, B-X\) are not those of target questions \(a part of the context"
+    ):
+        ticketops.transfer(
+            source=str(folders["entities"]), target=str(folders["questions"]), output=str(tmp_path / "b")
+        )
 
 
 @pytest.mark.slow
