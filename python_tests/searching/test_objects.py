@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import ticketops
-from ticketops.errors import InputError, StoreError
+from ticketops.errors import InputError, StoreError, TrialError
 from ticketops.models import patch
 from ticketops.reporting import report
 from ticketops.searching import SearchConfig, Setting, ShareConfig, Store
@@ -22,7 +22,8 @@ from ticketops.searching.plan import Trial
 from ticketops.searching.scoring import score_pass
 from ticketops.searching.sharing import load_settings, run_share_trial
 from ticketops.searching.sharing_plan import ShareTrial
-from ticketops.searching.trial import make_trainer, run_trial, trainer_options
+from ticketops.searching.trial import make_trainer, run_trial, scored, trainer_options
+from ticketops.tasks.metrics import own_metric
 
 from .test_run import Heard
 from .tiny import FIELDS
@@ -173,6 +174,13 @@ def test_importance_is_of_the_weighted_loss(setting: Setting):
         # Per example, so that a row's weight is a factor of its score.
         torch.testing.assert_close(found, 0.5 * plain[0] + 3.0 * plain[1], rtol=1e-4, atol=1e-6)
         assert not torch.allclose(found, scores(setting, everything))
+
+
+def test_a_metric_that_fails_in_a_trial_fails_that_trial(setting: Setting):
+    metric = own_metric({"fickle": lambda labels, predictions: float("nan")})
+    fickle = dataclasses.replace(setting, task=setting.task.with_metric(*metric))
+    with pytest.raises(TrialError, match="metric fickle returned nan"):
+        scored(fickle, {"validation": np.zeros((len(setting.task.validation), 2))})
 
 
 def test_training_follows_the_weights_in_a_search_and_in_a_share(setting: Setting, pairs: str, inputs: dict[str, str]):

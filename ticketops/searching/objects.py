@@ -55,7 +55,7 @@ class Objects:
         if name not in objects:
             raise InputError(
                 f"{spelled(option)} {bare(name)} is an object in Python, which no folder keeps: give the same one "
-                f"again, as {option}= of ticketops.search"
+                "again, in Python"
             )
         return objects[name]
 

@@ -31,6 +31,7 @@ from ticketops.searching.plan import RECIPES, Trial
 from ticketops.searching.scoring import score_pass
 from ticketops.searching.setting import Setting, name_of, precision, quiet
 from ticketops.searching.store import Named, Record
+from ticketops.tasks import Task
 from ticketops.tickets import Importance, Ticket, WeightCounts
 
 
@@ -286,7 +287,7 @@ class ScoringTrainer(Trainer):
         logits = task.logits(self.predict(rows).predictions)
         # A training that diverged is reported behind its end, by `check_converged`.
         finite = np.isfinite(logits).all()
-        scores = task.score(logits, rows, task.validation) if finite else dict.fromkeys(task.metrics, -math.inf)
+        scores = score(task, "validation", logits, rows) if finite else dict.fromkeys(task.metrics, -math.inf)
         metrics = {f"eval_{name}": value for name, value in scores.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -336,15 +337,7 @@ def scored(setting: Setting, predictions: Mapping[str, np.ndarray]) -> Record:
         predictions: split -> logits.
     """
     task, metric = setting.task, setting.task.metric
-    scores = {
-        split: task.score(logits, setting.splits[split], getattr(task, split)) for split, logits in predictions.items()
-    }
-    for split, found in scores.items():
-        if lacking := [name for name in task.metrics if name not in found]:
-            raise InputError(
-                f"{type(task).__name__}.score() of task {task.name} returned no {lacking[0]} for split {split}: return "
-                "a value for each of its metrics"
-            )
+    scores = {split: score(task, split, logits, setting.splits[split]) for split, logits in predictions.items()}
     return {
         "split": "validation",
         "metric": metric,
@@ -357,6 +350,30 @@ def scored(setting: Setting, predictions: Mapping[str, np.ndarray]) -> Record:
         # Tells two runs of a trial apart where their scores happen to be equal.
         "predictions_sha256": hashlib.sha256(b"".join(map(np.ndarray.tobytes, predictions.values()))).hexdigest(),
     }
+
+
+def score(task: Task, split: str, logits: np.ndarray, inputs: Any) -> dict[str, float]:
+    """Scores a model's outputs on a split.
+
+    Args:
+        task: the task.
+        split: "validation" or "report".
+        logits: the outputs.
+        inputs: tokenized rows of the split.
+
+    Raises:
+        TrialError: the task or a metric of the user's own cannot score them.
+    """
+    try:
+        found = task.score(logits, inputs, getattr(task, split))
+    except InputError as error:
+        raise TrialError(str(error)) from error
+    if lacking := [name for name in task.metrics if name not in found]:
+        raise TrialError(
+            f"{type(task).__name__}.score() of task {task.name} returned no {lacking[0]}: return a value for "
+            "each of its metrics"
+        )
+    return found
 
 
 def remaining(kept: Ticket, counts: WeightCounts) -> Record:
