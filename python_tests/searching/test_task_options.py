@@ -87,3 +87,12 @@ def test_both_runs_offer_what_a_search_offers():
         assert set(OPTIONS) <= set(fields)
         assert all("TASK=VALUE" in fields[name].metadata["help"] for name in OPTIONS)
     assert SearchConfig(task="x", encoding="UTF8").encoding == "utf-8"
+
+
+@pytest.mark.parametrize("given", [2.5, "2.5", [2.5], (1.0, 2.5), "balanced", 7])
+def test_options_of_numbers_have_one_form_after_every_way_in(given):
+    config = ShareConfig(tasks="a,b", class_weights=given)
+    again = ShareConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert config.search("a").class_weights == SearchConfig(class_weights=given).class_weights
+    assert config.search("a") == again.search("a")

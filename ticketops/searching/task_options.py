@@ -96,9 +96,10 @@ def read_options(config: Any, names: Iterable[str]) -> None:
     names = tuple(names)
     for name in TASK_OPTIONS:
         value: Any = read_option(name, getattr(config, name), names)
-        # One value for all tasks is kept as a search has it.
+        # One value for all tasks is kept as a search has it. A tuple stays one of entries.
         if name not in DATA_OPTIONS and value is not None and len(value) == 1 and not _is_named(value[0], names):
-            value = getattr(SearchConfig(**{name: value[0]}), name)
+            one = getattr(SearchConfig(**{name: value[0]}), name)
+            value = value if isinstance(one, tuple) else one
         object.__setattr__(config, name, value)
 
 
