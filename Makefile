@@ -52,7 +52,7 @@ test-isa: setup
 	@set -e; $(BIN)/python python_tests/instruction_sets.py | while read setting; do echo "$$setting"; \
 		env $$setting $(BIN)/python $(PYTEST) -m "not long and not slow" python_tests/ops python_tests/models < /dev/null; done
 
-# Fuzzing, kills, random walks, whole builds and benchmarks, minutes each. pytest ends with 5 where no test is marked so.
+# Fuzzing, kills, random walks, exports of every encoder, whole builds and benchmarks. pytest ends with 5 where no test is marked so.
 test-long: setup
 	$(BIN)/python $(PYTEST) -m long $(TESTS) || test $$? -eq 5
 
@@ -70,6 +70,7 @@ $(OLDEST)/.installed: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python $(PYTEST) $(OLDEST_TESTS)
+	$(OLDEST)/bin/python $(PYTEST) -m long python_tests/models/test_everywhere.py
 
 $(EMBEDDERS)/.installed: $(VENV)/.installed
 	$(call BESIDE,$(EMBEDDERS),"sentence-transformers>=6" setfit lightning)

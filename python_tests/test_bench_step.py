@@ -20,7 +20,7 @@ def run(*arguments):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_json_object_with_medians_and_ratios(tmp_path):
     model, _ = make_model(tmp_path / "model"), make_task(tmp_path / "data" / "words")
     small = ("--batch-size", 8, "--batches", 2, "--rounds", 2, "--max-length", 16)

@@ -91,7 +91,7 @@ def at_tokens(outputs, mask):
     return {name: value[mask] if value.shape[: mask.ndim] == mask.shape else value for name, value in found.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("format", "names", "script", "tolerance"),
     [
