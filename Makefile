@@ -18,7 +18,7 @@ WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 PYTEST := -m pytest -q --numprocesses $(WORKERS) --dist loadgroup
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-triton test-isa test-long test-oldest test-sentence-transformers lint bench sanitize gpu clean
+.PHONY: setup demo test pytest test-triton test-isa test-long test-oldest test-sentence-transformers lint bench sanitize gpu clean
 
 setup: $(VENV)/.installed
 
@@ -39,7 +39,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# Both at once, since each of lint's tools has one process.
+test: setup
+	$(MAKE) --no-print-directory --jobs=2 lint pytest
+
+pytest: setup
 	$(BIN)/python $(PYTEST)
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter has a test run of its own.
