@@ -69,7 +69,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 @pytest.mark.parametrize("seeds", [1, 5])
 def test_phase_transition_shows_every_level_with_its_spread(drawn: Drawn, seeds: int):
     selection = select(level_records(seeds), range(seeds))
-    plots.phase_transition(selection, "accuracy", io.BytesIO())
+    plots.phase_transition(selection, "accuracy").savefig(io.BytesIO())
     (axes,) = drawn.figures[0].axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert set(labels) == {"full model", "winning tickets", "random tickets", "losing tickets", "super ticket"}
@@ -90,7 +90,7 @@ def test_phase_transition_shows_every_level_with_its_spread(drawn: Drawn, seeds:
 def test_importance_map_shows_scores_and_what_is_kept(drawn: Drawn, seeds: int):
     scores = [importance(seed) for seed in range(seeds)]
     tickets = [prune(one, counts=(3, 1)) for one in scores]
-    plots.importance_map(scores, tickets, "the ticket", io.BytesIO())
+    plots.importance_map(scores, tickets, "the ticket").savefig(io.BytesIO())
     left, right = drawn.figures[0].axes[:2]
     cells = np.ma.filled(left.images[0].get_array(), np.nan)
     np.testing.assert_allclose(cells[:, :4], np.mean([one.normalized_head().numpy() for one in scores], axis=0))

@@ -2,12 +2,13 @@
 
 import io
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import yaml
+from matplotlib.figure import Figure
 
 from ticketops.files import write_atomically
 from ticketops.reporting.tables import points
@@ -194,16 +195,17 @@ def listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
-def figure(path: Path, draw: Any, *arguments: Any) -> None:
-    """Writes a figure.
+def figure(path: Path, draw: Callable[..., Figure], *arguments: Any) -> None:
+    """Writes a figure as a PNG file.
 
     Args:
         path: of the PNG.
-        draw: writes it into the file that is its last argument.
-        arguments: its others.
+        draw: makes the figure.
+        arguments: its arguments.
     """
     image = io.BytesIO()
     # Names may contain dollar signs, which matplotlib would parse as mathematics.
     with matplotlib.rc_context({"text.parse_math": False}):
-        draw(*arguments, image)
+        # The layout alone cuts off titles above square axes with slanted labels; a tight box does not.
+        draw(*arguments).savefig(image, format="png", dpi=150, bbox_inches="tight")
     write_atomically(path, image.getvalue())

@@ -1,7 +1,6 @@
 """Figures of a report. Drawing needs no display; the colours are distinguishable for colour-blind readers."""
 
 from collections.abc import Mapping, Sequence
-from typing import IO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,13 +24,15 @@ FULL, SUPER = "#404040", "#009E73"
 KEPT = LinearSegmentedColormap.from_list("kept", ["#ECECEC", "#0072B2"])
 
 
-def phase_transition(selection: Selection, metric: str, file: IO[bytes]) -> None:
+def phase_transition(selection: Selection, metric: str) -> Figure:
     """Plots the metric over the weights remaining: mean and standard deviation over seeds, one line per kind of ticket.
 
     Args:
         selection: levels and scores of a search.
         metric: name of the metric.
-        file: binary file to which the PNG is written.
+
+    Returns:
+        The figure.
     """
 
     def spread(level: Level) -> Spread:
@@ -76,17 +77,19 @@ def phase_transition(selection: Selection, metric: str, file: IO[bytes]) -> None
     axes.invert_xaxis()
     axes.grid(alpha=0.25)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
-def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket], name: str, file: IO[bytes]) -> None:
+def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket], name: str) -> Figure:
     """Draws the importance of each head and FFN, and the share of seeds in which the super ticket keeps it.
 
     Args:
         importances: importance of each seed; the normalised scores are averaged.
         tickets: super ticket of each seed; if empty, only the importance is drawn.
         name: name of the tickets in the title.
-        file: binary file to which the PNG is written.
+
+    Returns:
+        The figure.
     """
     heads = np.mean([importance.normalized_head().numpy() for importance in importances], axis=0)
     ffns = np.mean([(one.ffn / one.ffn.norm().clamp_min(1e-30)).numpy() for one in importances], axis=0)
@@ -107,7 +110,7 @@ def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket],
             _colour_bar(axes, image, f"share of {len(tickets)} seeds")
         else:
             _colour_bar(axes, image, "").set_ticks([0.0, 1.0], labels=["pruned", "kept"])
-    figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -2,10 +2,10 @@
 rows."""
 
 from collections.abc import Mapping, Sequence
-from typing import IO
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ticketops.reporting.plots import FULL, KEPT, SUPER, new_figure
 from ticketops.searching.statistics import Spread
@@ -23,16 +23,16 @@ _STYLES = [
 ]
 
 
-def arms(
-    spreads: Mapping[str, Mapping[str, Spread]], titles: Mapping[str, str], relative: bool, file: IO[bytes]
-) -> None:
+def arms(spreads: Mapping[str, Mapping[str, Spread]], titles: Mapping[str, str], relative: bool) -> Figure:
     """Draws each arm's scores by task, or their differences from multi-task training without tickets.
 
     Args:
         spreads: arm -> task -> mean and standard deviation over seeds.
         titles: task -> its label; other tasks are labelled with their name.
         relative: True if `spreads` are differences.
-        file: binary file to which the PNG is written.
+
+    Returns:
+        The figure.
     """
     tasks = list(dict.fromkeys(task for by_task in spreads.values() for task in by_task))
     figure = new_figure(2.6 + 1.3 * max(len(tasks), 3), 4.2)
@@ -67,17 +67,19 @@ def arms(
     axes.grid(axis="y", alpha=0.25)
     # Below the axes, so that long names of arms do not narrow the plot.
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
-def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray, file: IO[bytes]) -> None:
+def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray) -> Figure:
     """Draws the overlap of the tasks' tickets, and its difference from that of random tickets.
 
     Args:
         tasks: names of the tasks.
         overlap: [tasks, tasks], mean Jaccard overlap; on the diagonal between seeds; NaN if there is no pair.
         chance: [tasks, tasks], the same for random tickets of the same sizes.
-        file: binary file to which the PNG is written.
+
+    Returns:
+        The figure.
     """
     side = 0.75 * len(tasks) + 1.2
     figure = new_figure(2 * side + 1.6, side + 1.2)
@@ -86,8 +88,7 @@ def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray, file
     excess = 100 * (overlap - chance)
     reach = max(float(np.nanmax(np.abs(excess))) if np.isfinite(excess).any() else 0.0, 1.0)
     _matrix(second, tasks, excess, "More than by chance (points)", (-reach, reach), "PuOr_r", "{:+.1f}")
-    # The layout cuts off the titles above square axes with slanted labels; a tight box does not.
-    figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
+    return figure
 
 
 def _matrix(
@@ -113,12 +114,14 @@ def _matrix(
     axes.spines[:].set_visible(False)
 
 
-def profiles(tickets: Mapping[str, Mapping[int, Ticket]], file: IO[bytes]) -> None:
+def profiles(tickets: Mapping[str, Mapping[int, Ticket]]) -> Figure:
     """Draws the share of heads and of the FFN that the tasks' tickets keep in each layer, averaged over seeds.
 
     Args:
         tickets: task -> seed -> ticket.
-        file: binary file to which the PNG is written.
+
+    Returns:
+        The figure.
     """
     by_task = {task: list(by_seed.values()) for task, by_seed in tickets.items() if by_seed}
     heads = np.array([np.mean([t.head_mask.float().mean(1).numpy() for t in own], axis=0) for own in by_task.values()])
@@ -142,16 +145,18 @@ def profiles(tickets: Mapping[str, Mapping[int, Ticket]], file: IO[bytes]) -> No
         axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=list(panels), shrink=0.9, pad=0.02)
     bar.set_ticks([0.0, 0.5, 1.0], labels=["0", "50", "100"])
-    figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
-def ladders(panels: Mapping[str, tuple[str, Mapping[int, tuple[Spread, Spread]], float]], file: IO[bytes]) -> None:
+def ladders(panels: Mapping[str, tuple[str, Mapping[int, tuple[Spread, Spread]], float]]) -> Figure:
     """Plots the scores of full model and super ticket over the number of training rows.
 
     Args:
         panels: title -> (name of metric and split, training rows -> (full model, super ticket), score of a constant
             answer).
-        file: binary file to which the PNG is written.
+
+    Returns:
+        The figure.
     """
     figure = new_figure(4.6 * len(panels) + 0.6, 4.1)
     for axes, (title, (metric, rungs, majority)) in zip(
@@ -182,4 +187,4 @@ def ladders(panels: Mapping[str, tuple[str, Mapping[int, tuple[Spread, Spread]],
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=9)
-    figure.savefig(file, format="png", dpi=150)
+    return figure
