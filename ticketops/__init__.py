@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ticketops.models.shared import SharedModel
     from ticketops.models.shrink import shrink
     from ticketops.reporting.report import report
+    from ticketops.reporting.results import SearchResult, ShareResult, TransferResult, read
     from ticketops.tickets import Importance, Ticket, prune
 
 __version__ = "0.1.0"
@@ -26,17 +27,21 @@ __all__ = [
     "InputError",
     "PackingCollator",
     "PatchHandle",
+    "SearchResult",
+    "ShareResult",
     "SharedModel",
     "StoreError",
     "Ticket",
     "TicketCallback",
     "TicketopsError",
+    "TransferResult",
     "UnsupportedError",
     "draw",
     "export",
     "load",
     "patch",
     "prune",
+    "read",
     "report",
     "rewind",
     "search",
@@ -50,17 +55,21 @@ _HOMES = {
     "InputError": "ticketops.errors",
     "PackingCollator": "ticketops.models",
     "PatchHandle": "ticketops.models",
+    "SearchResult": "ticketops.reporting",
+    "ShareResult": "ticketops.reporting",
     "SharedModel": "ticketops.models",
     "StoreError": "ticketops.errors",
     "Ticket": "ticketops.tickets",
     "TicketCallback": "ticketops.models",
     "TicketopsError": "ticketops.errors",
+    "TransferResult": "ticketops.reporting",
     "UnsupportedError": "ticketops.errors",
     "draw": "ticketops.models",
     "export": "ticketops.models",
     "load": "ticketops.models",
     "patch": "ticketops.models",
     "prune": "ticketops.tickets",
+    "read": "ticketops.reporting",
     "report": "ticketops.reporting",
     "rewind": "ticketops.models",
     "search": "ticketops.api",

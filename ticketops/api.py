@@ -2,17 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ticketops.errors import InputError, shown
 from ticketops.reporting import report
+from ticketops.reporting.results import SearchResult, ShareResult, TransferResult, read
 from ticketops.searching.config import Config
 from ticketops.searching.objects import Objects, named_metric, named_task, named_tasks
 from ticketops.searching.plan import SearchConfig
-from ticketops.searching.run import SearchResult, run_search
-from ticketops.searching.sharing import ShareResult, run_share
+from ticketops.searching.run import run_search
+from ticketops.searching.sharing import run_share
 from ticketops.searching.sharing_plan import ShareConfig
-from ticketops.searching.transfer import TransferResult, run_transfer
+from ticketops.searching.transfer import run_transfer
 from ticketops.searching.transfer_plan import TransferConfig
 from ticketops.searching.trial import Listener
 
@@ -49,8 +51,7 @@ def search(
     """
     configured, listener, objects = _configured(SearchConfig, config, fields, listener)
     objects = dataclasses.replace(objects, trainer_factory=trainer_factory)
-    result = run_search(configured, listener, objects)
-    return dataclasses.replace(result, report_path=report(result.folder))
+    return _reported(run_search(configured, listener, objects))
 
 
 def share(config: ShareConfig | None = None, *, listener: Listener | None = None, **fields: Any) -> ShareResult:
@@ -72,8 +73,7 @@ def share(config: ShareConfig | None = None, *, listener: Listener | None = None
 
     Source: arXiv 2105.12002, section 4.
     """
-    result = run_share(*_configured(ShareConfig, config, fields, listener))
-    return dataclasses.replace(result, report_path=report(result.folder))
+    return _reported(run_share(*_configured(ShareConfig, config, fields, listener)))
 
 
 def transfer(
@@ -88,7 +88,7 @@ def transfer(
             `source` and `target` may be such objects as `task` of `search`.
 
     Returns:
-        Records, the level of the source's super ticket, and the report's path.
+        Records, the scores of full model and super ticket by share of the rows, and the report's path.
 
     Raises:
         InputError: a field, the model, a task, its labels or a share is bad.
@@ -97,8 +97,13 @@ def transfer(
 
     Source: arXiv 2105.12002, section 5.
     """
-    result = run_transfer(*_configured(TransferConfig, config, fields, listener))
-    return dataclasses.replace(result, report_path=report(result.folder))
+    return _reported(run_transfer(*_configured(TransferConfig, config, fields, listener)))
+
+
+def _reported(folder: Path) -> Any:
+    """The result of a run, after its report is written."""
+    report(folder)
+    return read(folder)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

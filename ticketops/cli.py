@@ -159,10 +159,7 @@ def _search(
             from ticketops.api import search
 
             result = search(settings, listener=listener)
-        from ticketops.reporting.report import headline, warnings
-
-        metric = result.records[0]["metric"]
-        _print_result(result, [headline(result.selection, metric), *warnings(result.selection, metric)])
+        _print_result(result)
 
 
 @_configured(ShareConfig)
@@ -180,9 +177,7 @@ def _share(config: ConfigFile = None, dry_run: DryRun = False, traceback: Trace 
             from ticketops.api import share
 
             result = share(settings, listener=listener)
-        from ticketops.reporting.sharing import headline, warnings
-
-        _print_result(result, [headline(result.records), *warnings(result.records)])
+        _print_result(result)
 
 
 @_configured(TransferConfig)
@@ -200,18 +195,13 @@ def _transfer(config: ConfigFile = None, dry_run: DryRun = False, traceback: Tra
             from ticketops.api import transfer
 
             result = transfer(settings, listener=listener)
-        from ticketops.reporting.transfer import headlines
-        from ticketops.searching import Store
-
-        _print_result(result, headlines(Store.read(result.folder)))
+        _print_result(result)
 
 
-def _print_result(result: Any, findings: Sequence[str]) -> None:
+def _print_result(result: Any) -> None:
     """Prints the table, the finding and its warnings, and where the report is."""
-    from ticketops.reporting import overview
-
-    _print_table(overview(result.folder))
-    for finding in findings:
+    _print_table(result.table)
+    for finding in result.findings:
         _say(finding)
     _print_report(result.report_path)
     if failures := result.failures:
@@ -238,10 +228,10 @@ def _report(
 ) -> None:
     """Write the report of a search, share or transfer again: report.md, results.csv and the figures."""
     with _errors(traceback):
-        from ticketops.reporting import overview, report
+        from ticketops.reporting import read, report
 
         path = report(folder)
-        _print_table(overview(folder))
+        _print_table(read(folder).table)
         _print_report(path)
 
 
@@ -565,7 +555,7 @@ class _Lines:
     def started(self, trial: "Named") -> None:
         pass
 
-    def stepped(self, step: int, steps: int) -> None:
+    def stepped(self, trial: "Named", step: int, steps: int) -> None:
         pass
 
     def failed(self, trial: "Named", reason: str) -> None:
@@ -596,7 +586,7 @@ class _Bars(_Lines):
     def started(self, trial: "Named") -> None:
         self.progress.reset(self.steps, description=printable(trial.id), total=None, visible=True)
 
-    def stepped(self, step: int, steps: int) -> None:
+    def stepped(self, trial: "Named", step: int, steps: int) -> None:
         self.progress.update(self.steps, completed=step, total=steps)
 
     def finished(self, trial: "Named", record: "Record") -> None:

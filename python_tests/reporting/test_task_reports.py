@@ -10,7 +10,7 @@ import pytest
 
 from ticketops.errors import StoreError
 from ticketops.files import write_atomically
-from ticketops.reporting import overview, report
+from ticketops.reporting import read, report
 from ticketops.searching import SearchConfig, ShareConfig, Store, TransferConfig
 from ticketops.searching.sharing_plan import SINGLE, TaskTicket
 from ticketops.searching.transfer_plan import SCORES
@@ -182,7 +182,7 @@ def test_a_task_called_average_is_told_from_the_average_of_all(tmp_path: Path):
         assert record is not None
         record["tasks"]["average"]["score"] -= 0.2
         store.write_record(trial, record)
-    header, *body = overview(store.folder)
+    header, *body = read(store.folder).table
     assert header == ["arm", "average", "stsb", "task average", "seeds"]
     assert body[2] == ["shared, each task its ticket", "63.0 ± 1.0", "83.0 ± 1.0", "73.0 ± 1.0", "3"]
     text = report(store.folder).read_text()
@@ -230,7 +230,7 @@ def test_a_transfer_is_reported_rung_by_rung(tmp_path: Path):
     assert len(table) == 2 * (4 * 2 + 3 * 3)
     assert [row["id"] for row in table] == [trial.id for trial in store.plan]
     assert {row["ladder"] for row in table} == {"target", "source"}
-    assert overview(store.folder)[0][0] == "ladder"
+    assert read(store.folder).table[0][0] == "ladder"
 
 
 def test_damage_is_an_error_of_these_reports_too(tmp_path: Path):

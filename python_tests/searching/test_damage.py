@@ -18,7 +18,7 @@ import pytest
 from ticketops.errors import TicketopsError
 from ticketops.files import sealed, sha256
 from ticketops.models import load
-from ticketops.reporting import overview, report
+from ticketops.reporting import read, report
 from ticketops.searching import (
     Listener,
     SearchConfig,
@@ -129,7 +129,7 @@ def runs(inputs: dict[str, str], pairs: str, tmp_path_factory: pytest.TempPathFa
             # A record of the same trial, made by another run, took other seconds.
             text = [line for line in path.read_text().splitlines() if not line.startswith("- time:")]
             rows = [line.rpartition(",")[0] for line in (folder / "results.csv").read_text().splitlines()]
-            return text, rows, overview(folder)
+            return text, rows, read(folder).table
 
         def resumed(run: Any, config: Any) -> Any:
             result = run(config, Idle())

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import ticketops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.containers import separate_columns
+from ticketops.reporting import read
 from ticketops.searching import SearchConfig, Setting
 from ticketops.searching.release import release
 from ticketops.searching.run import search_in
@@ -232,7 +233,7 @@ def test_kept_and_exported_embedders_are_what_was_scored(search, folders, tmp_pa
 @pytest.mark.parametrize("rows", ["triplets", "pairs"])
 def test_rows_without_a_score_train(rows, embedder, folders, tmp_path):
     setting = load(embedder, folders[rows], output=str(tmp_path / "run"), importance="both")
-    result = search_in(setting, timed=False)
+    result = read(search_in(setting, timed=False))
     assert [record["metric"] for record in result.records] == ["cosine_accuracy"] * 2
     assert result.records[0]["rank_correlation"].keys() == {"head", "ffn"}
 

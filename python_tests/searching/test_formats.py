@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ticketops.errors import StoreError
-from ticketops.reporting import report
+from ticketops.reporting import read, report
 from ticketops.searching import (
     SearchConfig,
     Setting,
@@ -51,10 +51,10 @@ def search(inputs: dict[str, str], old: Path, **fields: object) -> SearchConfig:
 
 def test_a_finished_search_stays_finished_and_gains_a_level(inputs: dict[str, str], old: Path):
     heard = Heard()
-    found = run_search(search(inputs, old), heard)
+    found = read(run_search(search(inputs, old), heard))
     assert heard.ran == []
     assert len(found.records) == 4
-    found = run_search(search(inputs, old, sparsities="0.75", kinds="winning"), heard)
+    found = read(run_search(search(inputs, old, sparsities="0.75", kinds="winning"), heard))
     assert heard.ran == ["winning-0.75-seed-0"]
     assert len(found.records) == 5
     assert json.loads((old / "search" / "config.json").read_text())["format"] == 2
@@ -73,8 +73,11 @@ def test_what_would_change_a_finished_result_is_refused(inputs: dict[str, str], 
 def test_a_finished_share_stays_finished(inputs: dict[str, str], pairs: str, old: Path):
     fields = {name: value for name, value in SHORT.items() if name not in ("kinds", "train_rows")}
     heard = Heard()
-    found = run_share(
-        ShareConfig(model=inputs["model"], tasks=(inputs["task"], pairs), output=str(old / "share"), **fields), heard
+    found = read(
+        run_share(
+            ShareConfig(model=inputs["model"], tasks=(inputs["task"], pairs), output=str(old / "share"), **fields),
+            heard,
+        )
     )
     assert heard.ran == []
     assert len(found.records) == 3

@@ -8,11 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import ticketops
 from ticketops.cli import app
 from ticketops.errors import StoreError, TrialError
 from ticketops.models import load
-from ticketops.reporting import report
-from ticketops.searching import Listener, SearchConfig, SearchResult, Setting, Store, environment, run_search
+from ticketops.reporting import SearchResult, read, report
+from ticketops.searching import Listener, SearchConfig, Setting, Store, environment, run_search
 from ticketops.searching import run as running
 from ticketops.searching.release import release
 from ticketops.searching.trial import run_trial
@@ -35,7 +36,7 @@ class Heard(Listener):
 def found(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
     folder = tmp_path_factory.mktemp("search") / "run"
     config = SearchConfig(**inputs, **FIELDS, seeds=2, importance="both", save_models=True, output=str(folder))
-    return run_search(config)
+    return read(run_search(config))
 
 
 def test_a_search_finds_a_super_ticket_and_its_gain(found: SearchResult):
@@ -85,7 +86,7 @@ def test_each_trials_predictions_are_kept_and_give_its_scores(found: SearchResul
 
 def test_a_finished_search_runs_nothing_again(found: SearchResult):
     heard = Heard()
-    assert run_search(found.config, heard).records == found.records
+    assert read(run_search(found.config, heard)).records == found.records
     assert heard.ran == []
 
 
@@ -98,7 +99,7 @@ def test_what_is_deleted_is_made_again_alike(found: SearchResult):
     other = store.plan[-1]
     shutil.rmtree(store.model_path(other))
     heard = Heard()
-    again = run_search(found.config, heard)
+    again = read(run_search(found.config, heard))
     assert heard.ran == [full.id, winning.id, other.id]
     assert (store.model_path(other) / "model.safetensors").is_file()
     assert list(map(reproducible, again.records)) == list(map(reproducible, found.records))
@@ -118,7 +119,7 @@ def test_a_damaged_record_is_reported_before_anything_runs(found: SearchResult):
 
 def test_a_search_for_neurons(inputs: dict[str, str], tmp_path: Path):
     fields = {**inputs, **FIELDS, "kinds": "winning", "output": str(tmp_path / "run"), "importance": "both"}
-    found = run_search(SearchConfig(**fields, prune_neurons=True, save_models=True))
+    found = read(run_search(SearchConfig(**fields, prune_neurons=True, save_models=True)))
     ticket, level = found.super_ticket, found.super_level
     assert ticket is not None
     assert level is not None
@@ -161,7 +162,7 @@ def test_a_diverging_trial_is_told_and_tried_again_and_the_others_go_on(
     machine = environment.machine()
     monkeypatch.setattr(environment, "machine", lambda: {**machine, "threads": 77})
     heard = Heard()
-    again = run_search(config, heard)
+    again = read(run_search(config, heard))
     assert heard.ran == ["full-seed-1", "winning-0.5-seed-1"]
     assert again.failures == []
     text = report(config.output).read_text()
@@ -202,7 +203,7 @@ def test_a_lost_model_is_trained_again_elsewhere_and_nothing_is_wedged(
 
     monkeypatch.setattr(running, "run_trial", elsewhere)
     heard = Heard()
-    again = run_search(config, heard)
+    again = read(run_search(config, heard))
     assert heard.ran == [full.id]
     assert store.importance(0, "pass", full) == before
     assert [record["id"] for record in again.records] == [record["id"] for record in found.records]
@@ -215,3 +216,11 @@ def test_what_a_run_keeps_follows_the_umask(found: SearchResult):
     for path in found.folder.rglob("*"):
         if path.name != ".lock":
             assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_a_search_returns_what_is_read_from_its_folder(found: SearchResult, tmp_path: Path):
+    folder = shutil.copytree(found.folder, tmp_path / "run")
+    searched = ticketops.search(dataclasses.replace(found.config, output=str(folder)))
+    assert searched == ticketops.read(folder)
+    assert searched.report_path == folder / "report.md"
+    assert list(map(reproducible, searched.records)) == list(map(reproducible, found.records))

@@ -10,7 +10,8 @@ from bounds import roundings
 
 from ticketops.errors import InputError, StoreError
 from ticketops.models import SharedModel, load
-from ticketops.searching import SearchConfig, ShareConfig, ShareResult, ShareTrial, Store, run_search, run_share
+from ticketops.reporting import ShareResult, read
+from ticketops.searching import SearchConfig, ShareConfig, ShareTrial, Store, run_search, run_share
 from ticketops.searching.release import release
 from ticketops.searching.sharing import load_settings, prepare_share, run_share_trial
 from ticketops.searching.task_tickets import arm_tickets
@@ -42,7 +43,7 @@ def tasks(inputs: dict[str, str], pairs: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def shared(tasks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> ShareResult:
     folder = tmp_path_factory.mktemp("share") / "run"
-    return run_share(ShareConfig(**tasks, **FIELDS, arms=ARMS, save_models=True, output=str(folder)))
+    return read(run_share(ShareConfig(**tasks, **FIELDS, arms=ARMS, save_models=True, output=str(folder))))
 
 
 def test_each_arm_is_one_record_with_every_tasks_own_metric(shared: ShareResult):
@@ -77,13 +78,13 @@ def test_tickets_are_those_of_searches_that_stand_in_the_folder(shared: ShareRes
 
 def test_a_finished_share_runs_nothing_again_and_what_is_deleted_is_made_alike(shared: ShareResult):
     heard = Heard()
-    assert run_share(shared.config, heard).records == shared.records
+    assert read(run_share(shared.config, heard)).records == shared.records
     assert heard.ran == []
     store = Store.read(shared.folder, "share")
     store.record_path(ShareTrial("random", 0)).unlink()
     shutil.rmtree(store.model_path(ShareTrial("plain", 0)))
     (shared.folder / "single" / "pairs" / "trials" / "winning-0.5-seed-0.json").unlink()
-    again = run_share(shared.config, heard)
+    again = read(run_share(shared.config, heard))
     assert heard.ran == ["pairs winning-0.5-seed-0", "plain-seed-0", "random-seed-0"]
     assert list(map(reproducible, again.records)) == list(map(reproducible, shared.records))
 
@@ -96,7 +97,7 @@ def test_tickets_of_an_earlier_run_give_the_same_training(shared: ShareResult, t
         "searches": f"{single / 'task'},pairs={single / 'pairs'}",
     }.items():
         config = ShareConfig(**tasks, **FIELDS, arms="tickets", tickets=entries, output=str(tmp_path / name))
-        (record,) = run_share(config, heard).records
+        (record,) = read(run_share(config, heard)).records
         assert reproducible(record) == reproducible(shared.records[0])
     assert heard.ran == ["tickets-seed-0"] * 2
     # Other tickets are another run.
@@ -288,7 +289,7 @@ def test_real_tasks_of_different_sizes_and_metrics_train_one_model(glue_folder: 
         validation_rows=16,
         output=str(tmp_path / "run"),
     )
-    (record,) = run_share(config).records
+    (record,) = read(run_share(config)).records
     metrics = {name: one["metric"] for name, one in record["tasks"].items()}
     assert metrics == {"sst2": "accuracy", "wnli": "accuracy", "stsb": "pearson", "cola": "matthews_correlation"}
     assert record["steps"] == 12

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ticketops.errors import InputError
-from ticketops.searching import Setting, Store, TransferConfig, TransferResult, run_transfer
+from ticketops.reporting import TransferResult, read
+from ticketops.searching import Setting, Store, TransferConfig, run_transfer
 from ticketops.searching.transfer import subset
 
 from .test_run import Heard
@@ -43,7 +44,7 @@ def moved(inputs: dict[str, str], pairs: str, tmp_path_factory: pytest.TempPathF
         output=str(folder),
         **FIELDS,
     )
-    return run_transfer(config)
+    return read(run_transfer(config))
 
 
 def test_both_ladders_are_climbed(moved: TransferResult):
@@ -69,13 +70,13 @@ def test_both_ladders_are_climbed(moved: TransferResult):
 
 def test_a_finished_transfer_runs_nothing_again_and_what_is_deleted_is_made_alike(moved: TransferResult):
     heard = Heard()
-    assert run_transfer(moved.config, heard).records == moved.records
+    assert read(run_transfer(moved.config, heard)).records == moved.records
     assert heard.ran == []
     store = Store.read(moved.folder, "transfer")
     for trial in (store.plan[1], store.plan[3]):
         store.record_path(trial).unlink()
     store.importance_path(0, "pass-of-0.25").unlink()
-    again = run_transfer(moved.config, heard)
+    again = read(run_transfer(moved.config, heard))
     assert heard.ran == [
         "target-0.25-winning-seed-0", "source-0.25-full-seed-0", "source-0.25-winning-0.5-seed-0"
     ]  # fmt: skip
@@ -87,7 +88,7 @@ def test_models_that_are_asked_for_later_are_made(moved: TransferResult):
     source = Store.read(moved.folder / "source")
     shutil.rmtree(source.model_path(source.plan[1]))
     config = dataclasses.replace(moved.config, save_models=True)
-    again = run_transfer(config, heard)
+    again = read(run_transfer(config, heard))
     targets = [trial for trial in again.records if trial["ladder"] == "target"]
     assert heard.ran == [f"source {source.plan[1].id}", *(record["id"] for record in targets)]
     assert all((moved.folder / "models" / record["id"]).is_dir() for record in targets)
@@ -98,13 +99,13 @@ def test_a_kept_head_starts_where_the_source_ended(moved: TransferResult, inputs
     source = moved.folder / "source"
     fields = {**FIELDS, "fractions": "1", "learning_rate": 1e-12, "source_ladder": False}
     # Steps too small to move a float32 weight: full model and ticket answer as they did at the source.
-    found = run_transfer(
-        TransferConfig(source=str(source), target=inputs["task"], output=str(tmp_path / "t"), **fields)
+    found = read(
+        run_transfer(TransferConfig(source=str(source), target=inputs["task"], output=str(tmp_path / "t"), **fields))
     )
     predictions = {record["kind"]: record["predictions_sha256"] for record in Store.read(source).records()}
     assert {record["kind"]: record["predictions_sha256"] for record in found.records} == predictions
     assert found.config.model == inputs["model"]
-    assert found.level.sparsity == 0.5
+    assert found.sparsity == 0.5
 
 
 @given(st.integers(0, 99), st.sampled_from([(0.05, 0.3), (0.1, 1.0), (0.5, 0.75)]))

@@ -43,21 +43,6 @@ def report(folder: str | Path) -> Path:
     return path
 
 
-def overview(folder: str | Path) -> list[list[str]]:
-    """The table of a run's report, for a terminal.
-
-    Args:
-        folder: its output folder.
-
-    Returns:
-        Rows of cells, header first.
-    """
-    store = Store.read(folder)
-    if store.kind == "search":
-        return tables.level_rows(select(store.records(), store.config.seeds))
-    return {"share": sharing.overview, "transfer": transfer.overview}[store.kind](store)
-
-
 def _search(store: Store) -> list[str]:
     records = store.records()
     config = store.config

@@ -10,7 +10,7 @@ from ticketops.errors import StoreError
 from ticketops.files import sha256
 from ticketops.searching.plan import SearchConfig, search_plan
 from ticketops.searching.sharing_plan import SEARCHES, SINGLE
-from ticketops.searching.store import LATENCIES, REMEDY, Named, Store
+from ticketops.searching.store import LATENCIES, REMEDY, Named, Record, Store
 from ticketops.searching.transfer_plan import SCORES, SOURCE
 
 
@@ -55,23 +55,40 @@ def status(folder: str | Path) -> Status:
     # By kind of trial: seconds of the finished ones; and the kinds of the others.
     seconds: dict[str, list[float]] = {}
     waiting: list[str] = []
-    for prefix, part, plan in _parts(store):
-        for trial in plan:
-            name, kind = prefix + trial.id, getattr(trial, "kind", "")
-            record = None if part is None else part.record(trial)
-            if record is not None:
-                finished.append(name)
-                seconds.setdefault(kind, []).append(sum(record["timing"].values()))
-                continue
-            waiting.append(kind)
-            failure = None if part is None else part.failure(trial)
-            if failure is None:
-                left.append(name)
-            else:
-                failed[name] = failure["error"]
+    for name, trial, record, error in trials(store):
+        kind = getattr(trial, "kind", "")
+        if record is not None:
+            finished.append(name)
+            seconds.setdefault(kind, []).append(sum(record["timing"].values()))
+            continue
+        waiting.append(kind)
+        if error is None:
+            left.append(name)
+        else:
+            failed[name] = error
     every = [each for several in seconds.values() for each in several]
     estimate = sum(statistics.fmean(seconds.get(kind, every)) for kind in waiting) if every else None
     return Status(store.kind, store.is_locked(), finished, failed, left, sum(every), estimate)
+
+
+def trials(store: Store) -> Iterator[tuple[str, Named, Record | None, str | None]]:
+    """Yields all trials of a run, those of the searches inside it first.
+
+    Args:
+        store: store of the run.
+
+    Yields:
+        The trial's name in the run, e.g. "sst2 full-seed-0"; the trial; its record, None if it is unfinished; its
+        error, None if it has not failed.
+
+    Raises:
+        StoreError: a file is damaged.
+    """
+    for prefix, part, plan in _parts(store):
+        for trial in plan:
+            record = None if part is None else part.record(trial)
+            failure = None if part is None or record is not None else part.failure(trial)
+            yield prefix + trial.id, trial, record, None if failure is None else failure["error"]
 
 
 def verify(folder: str | Path) -> list[str]:

@@ -1,7 +1,7 @@
 """The search: runs the trials of the plan in order and stores each one when it is finished."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +16,8 @@ from ticketops.models.containers import save
 from ticketops.searching import environment
 from ticketops.searching.objects import Objects
 from ticketops.searching.plan import SearchConfig, Trial
-from ticketops.searching.selection import Level, Selection, select
+from ticketops.searching.selection import select
 from ticketops.searching.setting import Setting, quiet
-from ticketops.searching.statistics import Comparison, Spread
 from ticketops.searching.store import Named, Record, Store, extended
 from ticketops.searching.trial import Listener, run_trial
 from ticketops.tickets import Importance, Ticket, prune
@@ -32,51 +31,7 @@ WAYS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class SearchResult:
-    """What a finished search found.
-
-    Attributes:
-        folder: the output folder.
-        config: the search.
-        records: one record per trial, in the plan's order.
-        selection: all levels with their spreads over seeds, and the choice among them.
-        tickets: seed -> ticket at the super ticket's level; empty where no winning ticket was searched.
-        failures: why trials failed, "id" and "error" each; a later run tries them again.
-        report_path: the report, where one was written.
-    """
-
-    folder: Path
-    config: SearchConfig
-    records: list[Record]
-    selection: Selection
-    tickets: dict[int, Ticket]
-    failures: list[Record] = field(default_factory=list)
-    report_path: Path | None = None
-
-    @property
-    def super_level(self) -> Level | None:
-        """The level of the super ticket."""
-        return self.selection.super_level
-
-    @property
-    def super_ticket(self) -> Ticket | None:
-        """The ticket at the super level whose seed scores best on the split that selects."""
-        level = self.super_level
-        return None if level is None else self.tickets[max(level.scores, key=lambda seed: level.scores[seed])]
-
-    @property
-    def gain(self) -> Spread:
-        """Super ticket minus full model over seeds, on the split that reports (else the one that selects)."""
-        return Spread.of(self.selection.gains.values())
-
-    @property
-    def comparison(self) -> Comparison | None:
-        """What that gain shows, corrected for the number of levels tried; None without a seed that both have."""
-        return self.selection.comparison
-
-
-def run_search(config: SearchConfig, listener: Listener | None = None, objects: Objects | None = None) -> SearchResult:
+def run_search(config: SearchConfig, listener: Listener | None = None, objects: Objects | None = None) -> Path:
     """Runs what is still missing of a search in its output folder.
 
     Args:
@@ -85,7 +40,7 @@ def run_search(config: SearchConfig, listener: Listener | None = None, objects: 
         objects: the task and the metric that `config` names, where they are objects in Python.
 
     Returns:
-        The result; no report is written.
+        The output folder, without a report.
 
     Raises:
         InputError: model, task and configuration do not fit each other, or cannot be loaded.
@@ -95,7 +50,7 @@ def run_search(config: SearchConfig, listener: Listener | None = None, objects: 
     return search_in(Setting.load(extended(config), objects=objects), listener)
 
 
-def search_in(setting: Setting, listener: Listener | None = None, timed: bool = True) -> SearchResult:
+def search_in(setting: Setting, listener: Listener | None = None, timed: bool = True) -> Path:
     """Does what `run_search` does, with inputs that are loaded already.
 
     Args:
@@ -135,14 +90,10 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
             return [store.importance_path(trial.seed, way) for way in _ways(config)(trial)]
 
         run_missing(store, plan, finished, run, listener, draw_ticket, scores)
-        records = store.records()
-        selection = select(records, config.seeds)
-        level = selection.super_level
-        tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
-        result = SearchResult(store.folder, config, records, selection, tickets, store.failures())
-        if timed and result.super_ticket is not None and store.latencies() is None:
-            store.write_latencies(_time(setting, result.super_ticket))
-        return result
+        level = select(store.records(), config.seeds).super_level
+        if timed and level is not None and store.latencies() is None:
+            store.write_latencies(_time(setting, store.tickets(level.kind, level.sparsity)[level.best_seed]))
+        return store.folder
 
 
 def _ways(config: SearchConfig) -> Callable[[Trial], tuple[str, ...]]:
@@ -308,9 +259,10 @@ class Inner(Listener):
         assert isinstance(trial, Trial)
         self._outer.started(Stage(self._name, trial))
 
-    def stepped(self, step: int, steps: int) -> None:
-        """The current trial has done this many of its optimizer steps."""
-        self._outer.stepped(step, steps)
+    def stepped(self, trial: Named, step: int, steps: int) -> None:
+        """A trial has done `step` of its `steps` optimizer steps."""
+        assert isinstance(trial, Trial)
+        self._outer.stepped(Stage(self._name, trial), step, steps)
 
     def finished(self, trial: Named, record: Record) -> None:
         """A trial's record is written."""

@@ -41,6 +41,11 @@ class Level:
         return Spread.of(self.scores.values())
 
     @property
+    def best_seed(self) -> int:
+        """The seed with the best score on the split that selects."""
+        return max(self.scores, key=lambda seed: self.scores[seed])
+
+    @property
     def report_spread(self) -> Spread:
         """Over seeds, on the split that reports."""
         return Spread.of(self.report_scores.values())

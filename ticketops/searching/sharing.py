@@ -5,7 +5,7 @@ import itertools
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ticketops.searching import environment
 from ticketops.searching.mixing import Step, make_schedule
 from ticketops.searching.objects import Objects
 from ticketops.searching.run import Inner, finished_trials, run_missing, search_in, stages
-from ticketops.searching.selection import at_sparsity, compare_arms
+from ticketops.searching.selection import at_sparsity, select
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing_plan import (
     SEARCHES,
@@ -30,11 +30,9 @@ from ticketops.searching.sharing_plan import (
     share_plan,
     without,
 )
-from ticketops.searching.statistics import Comparison
 from ticketops.searching.store import Record, Store, extended
 from ticketops.searching.task_tickets import (
     KnownTickets,
-    Tickets,
     arm_tickets,
     digests,
     load_tickets,
@@ -51,32 +49,6 @@ from ticketops.searching.trial import (
     trainer_options,
 )
 from ticketops.tickets import Ticket
-
-
-@dataclass(frozen=True, eq=False)
-class ShareResult:
-    """What sharing found.
-
-    Attributes:
-        folder: the output folder.
-        config: the run.
-        records: one record per trial, in the plan's order.
-        tickets: task -> seed -> ticket.
-        failures: why trials failed, "id" and "error" each; a later run tries them again.
-        report_path: the report, where one was written.
-    """
-
-    folder: Path
-    config: ShareConfig
-    records: list[Record]
-    tickets: Tickets
-    failures: list[Record] = field(default_factory=list)
-    report_path: Path | None = None
-
-    @property
-    def comparisons(self) -> dict[str, Comparison]:
-        """Arm -> comparison of the task average with tickets against that arm, corrected for the number of arms."""
-        return compare_arms(self.records)
 
 
 def load_settings(config: ShareConfig, objects: Objects | None = None) -> dict[str, Setting]:
@@ -209,7 +181,7 @@ def run_share_trial(
             {name: own.loss_function for name, own in settings.items()},
             model=shared.train(),
             train_dataset=MixedSteps(settings, schedule),
-            callbacks=[Steps(listener or Listener())],
+            callbacks=[Steps(listener or Listener(), trial)],
             # The schedule has the epochs in it.
             **trainer_options(first, trial.seed, num_train_epochs=1),
         )
@@ -306,7 +278,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def run_share(config: ShareConfig, listener: Listener | None = None, objects: Objects | None = None) -> ShareResult:
+def run_share(config: ShareConfig, listener: Listener | None = None, objects: Objects | None = None) -> Path:
     """Runs what is still missing of a share in its output folder.
 
     Args:
@@ -315,7 +287,7 @@ def run_share(config: ShareConfig, listener: Listener | None = None, objects: Ob
         objects: the tasks and metrics that `config` names, where they are objects in Python.
 
     Returns:
-        The result; no report is written.
+        The output folder, without a report.
 
     Raises:
         InputError: model, tasks, tickets and configuration do not fit each other, or cannot be loaded.
@@ -340,15 +312,14 @@ def run_share(config: ShareConfig, listener: Listener | None = None, objects: Ob
         searches = [stages(setting, name) for name, setting in searched.items()]
         announced = [stage for trials, _ in searches for stage in trials]
         listener.planned([*announced, *plan], sum(done for _, done in searches) + len(finished))
-        found, failures = ready.tickets or KnownTickets({}, {}), []
+        found = ready.tickets or KnownTickets({}, {})
         for name, setting in searched.items():
-            result = search_in(setting, Inner(listener, name), timed=False)
-            failures += [{**failure, "id": f"{name} {failure['id']}"} for failure in result.failures]
-            selection = at_sparsity(result.selection, ready.chosen.get(name))
+            search = Store.read(search_in(setting, Inner(listener, name), timed=False), "search")
+            records = search.records()
+            selection = at_sparsity(select(records, search.config.seeds), ready.chosen.get(name))
             level = selection.super_level
-            tickets = Store.read(setting.config.output, "search").tickets("winning", level.sparsity) if level else {}
-            found.tickets[name] = tickets
-            found.single[name] = single_scores(result.records, selection)
+            found.tickets[name] = search.tickets("winning", level.sparsity) if level else {}
+            found.single[name] = single_scores(records, selection)
         for name, by_seed in found.tickets.items():
             for seed, ticket in by_seed.items():
                 store.keep_ticket(TaskTicket(name, seed), ticket, seed in {trial.seed for trial in finished})
@@ -371,4 +342,4 @@ def run_share(config: ShareConfig, listener: Listener | None = None, objects: Ob
             return [store.ticket_path(TaskTicket(name, trial.seed)) for name in settings]
 
         run_missing(store, plan, finished, run, listener, files=tickets_of)
-        return ShareResult(store.folder, config, store.records(), found.tickets, [*failures, *store.failures()])
+        return store.folder

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ from ticketops.errors import InputError, TrialError, spelled
 from ticketops.files import user_path
 from ticketops.models import load
 from ticketops.searching import environment
-from ticketops.searching.ladder import compare_rungs, read_ladders
 from ticketops.searching.objects import Objects
 from ticketops.searching.plan import Trial, check_names
 from ticketops.searching.run import (
@@ -30,8 +29,7 @@ from ticketops.searching.run import (
 from ticketops.searching.selection import Level, Selection, at_sparsity, select
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing_plan import without
-from ticketops.searching.statistics import Comparison
-from ticketops.searching.store import Record, Store, extended
+from ticketops.searching.store import Named, Record, Store, extended
 from ticketops.searching.task_tickets import single_scores
 from ticketops.searching.transfer_plan import SCORES, SOURCE, TransferConfig, TransferTrial, transfer_plan
 from ticketops.searching.trial import Listener, run_trial
@@ -41,29 +39,6 @@ from ticketops.tickets import Ticket
 
 # What tasks without label names answer with.
 _WITHOUT_NAMES = {"regression": "a number", "question-answering": "a part of the context"}
-
-
-@dataclass(frozen=True, eq=False)
-class TransferResult:
-    """What a transfer found.
-
-    Attributes:
-        folder: the output folder.
-        config: the run.
-        records: one record per trial, in the plan's order.
-        level: the source's super ticket's level.
-        comparisons: ladder, "target" or "source" -> fraction of its rows -> super ticket against full model there.
-        failures: why trials failed, "id" and "error" each; a later run tries them again.
-        report_path: the report, where one was written.
-    """
-
-    folder: Path
-    config: TransferConfig
-    records: list[Record]
-    level: Level
-    comparisons: dict[str, dict[float, Comparison]]
-    failures: list[Record] = field(default_factory=list)
-    report_path: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,9 +184,7 @@ def prepare_transfer(config: TransferConfig, objects: Objects | None = None) -> 
     return Prepared(config, source, target, identity, plan)
 
 
-def run_transfer(
-    config: TransferConfig, listener: Listener | None = None, objects: Objects | None = None
-) -> TransferResult:
+def run_transfer(config: TransferConfig, listener: Listener | None = None, objects: Objects | None = None) -> Path:
     """Runs what is still missing of a transfer in its output folder.
 
     Args:
@@ -220,7 +193,7 @@ def run_transfer(
         objects: the tasks and metrics that `config` names, where they are objects in Python.
 
     Returns:
-        The result; no report is written.
+        The output folder, without a report.
 
     Raises:
         InputError: model, tasks, labels, fractions and configuration do not fit each other, or cannot be loaded.
@@ -241,10 +214,8 @@ def run_transfer(
         )
         searches, done = ([], 0) if source.searched_before else stages(source.setting, "source")
         listener.planned([*searches, *plan], done + len(finished))
-        failures: list[Record] = []
         if not source.searched_before:
-            searched = search_in(source.setting, Inner(listener, "source"), timed=False)
-            failures = [{**failure, "id": f"source {failure['id']}"} for failure in searched.failures]
+            search_in(source.setting, Inner(listener, "source"), timed=False)
         selection, records = source.selection()
         level = source.level()
         scores = single_scores(records, selection)
@@ -261,10 +232,7 @@ def run_transfer(
             return [store.importance_path(trial.seed, way) for way in _ways(trial, source)]
 
         run_missing(store, plan, finished, run, listener, draw_ticket, importance)
-        rungs = read_ladders(store)
-        comparisons = {ladder: compare_rungs(store, rungs, ladder) for ladder in ("target", "source")}
-        failures += store.failures()
-        return TransferResult(store.folder, config, store.records(), level, comparisons, failures)
+        return store.folder
 
 
 def load_source(config: TransferConfig, objects: Objects | None = None) -> Source:
@@ -422,13 +390,29 @@ def _run(
         setting, ticket = _adapted(target, source, origin, config.head)
     ways = WAYS[setting.config.importance][:1] if _ways(trial, source) else ()
     part = subset(setting, trial.fraction, trial.seed, config.min_steps)
-    outcome = run_trial(part, origin, ticket, ways, listener)
+    outcome = run_trial(part, origin, ticket, ways, _StepsOf(trial, listener))
     keep_importance(store, trial, outcome.importance, _of_share(trial))
     if keeps_model(trial, config):
         keep_model(store, trial, outcome.model, target.tokenizer, ticket)
     kept = {"predictions": store.write_predictions(trial, outcome.predictions)}
     rows = {"fraction": trial.fraction, "train_rows": len(part.task.train), "epochs": part.config.epochs}
     return {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows, **kept}
+
+
+class _StepsOf(Listener):
+    """Forwards the steps of a search's trial as those of the transfer's trial that it is trained for.
+
+    Args:
+        trial: the transfer's trial.
+        outer: the transfer's listener.
+    """
+
+    def __init__(self, trial: TransferTrial, outer: Listener):
+        self._trial, self._outer = trial, outer
+
+    def stepped(self, trial: Named, step: int, steps: int) -> None:
+        """A trial has done `step` of its `steps` optimizer steps."""
+        self._outer.stepped(self._trial, step, steps)
 
 
 def _adapted(target: Setting, source: Source, origin: Trial, head: str) -> tuple[Setting, Ticket | None]:

@@ -44,8 +44,8 @@ class Listener:
     def started(self, trial: Named) -> None:
         """A trial starts to train."""
 
-    def stepped(self, step: int, steps: int) -> None:
-        """The current trial has done this many of its optimizer steps."""
+    def stepped(self, trial: Named, step: int, steps: int) -> None:
+        """A trial has done `step` of its `steps` optimizer steps. Events of several trials may be interleaved."""
 
     def finished(self, trial: Named, record: Record) -> None:
         """A trial's record is written."""
@@ -108,7 +108,7 @@ def run_trial(
         }
         # Of the last epoch. It saves a pass, but dropout is on and weights still change.
         recorder = TicketCallback(handle, **options) if "on_the_fly" in ways else None
-        callbacks = [Steps(listener or Listener()), *([recorder] if recorder else [])]
+        callbacks = [Steps(listener or Listener(), trial), *([recorder] if recorder else [])]
         selection: dict[str, Any] = {}
         if config.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
@@ -404,11 +404,16 @@ class Timing(dict[str, float]):
 
 
 class Steps(TrainerCallback):
-    """Tells a listener about a Trainer's steps."""
+    """Tells a listener about a Trainer's steps.
 
-    def __init__(self, listener: Listener):
-        self._listener = listener
+    Args:
+        listener: the listener.
+        trial: the trial that the Trainer trains.
+    """
+
+    def __init__(self, listener: Listener, trial: Named):
+        self._listener, self._trial = listener, trial
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Passes the number of the step on."""
-        self._listener.stepped(state.global_step, state.max_steps)
+        self._listener.stepped(self._trial, state.global_step, state.max_steps)
