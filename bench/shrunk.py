@@ -4,13 +4,15 @@
 
 All contenders run in one process and take turns on every batch, because a machine's speed drifts more than they differ.
 Batches have no padding. Pruned structures are removed from the weights (`ticketops.shrink`), then the model is patched.
-All results are in the table, slowdowns included. An existing file is extended, so a measurement can be done in parts.
+All results are in the table, slowdowns included; a speed-up has its 95 % interval over the turns. An existing file is
+extended, so a measurement can be done in parts.
 """
 
 import argparse
 import copy
 import gc
 import json
+import math
 import multiprocessing
 import re
 import statistics
@@ -23,12 +25,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from bench.step import circumstances, exit_code, public
 from ticketops import Importance, Ticket, patch, prune, shrink
 from ticketops.files import write_atomically
-from ticketops.tasks import demo_model
+from ticketops.searching.setting import load_config
+from ticketops.searching.statistics import compare
 
 SHARES = (0.25, 0.5, 0.75)
 WHOLE, STOCK = "whole", "whole, transformers"
@@ -45,12 +48,15 @@ def make(name: str, device: str) -> PreTrainedModel:
     Args:
         name: "demo" for MiniLM's sizes, "bert-base" for BERT-base's, or a folder with a config.
         device: device of the model.
+
+    Raises:
+        InputError: there is no such folder, or no config in it.
     """
     torch.manual_seed(0)
     if name == "bert-base":
         config: Any = transformers.BertConfig()
     else:
-        config = AutoConfig.from_pretrained(demo_model() if name == "demo" else name)
+        config = load_config(name)
     return AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa").to(device)
 
 
@@ -140,8 +146,8 @@ def measure(
         least: minimum number of turns.
 
     Returns:
-        One row per contender: median milliseconds with 20 % and 80 % quantiles, and the speed-up over the whole model,
-        as the median of the turns' ratios.
+        One row per contender: median milliseconds with 20 % and 80 % quantiles, and the speed-up over the whole model:
+        the geometric mean of the turns' ratios, and its 95 % interval, corrected for the number of contenders.
     """
     inputs = make_batch(next(iter(models.values())), batch, length)
     # With dropout, stock attention keeps several tensors [batch, heads, length, length] per layer: too much memory.
@@ -157,17 +163,38 @@ def measure(
             start = time.perf_counter()
             call()
             times[name].append(1e3 * (time.perf_counter() - start))
+    logs = {
+        name: [math.log(whole / own) for whole, own in zip(times[WHOLE], taken, strict=True)]
+        for name, taken in times.items()
+        if name != WHOLE
+    }
+    judged = compare(logs)
     rows = []
     for name, taken in times.items():
         low, *_, high = statistics.quantiles(taken, n=5, method="inclusive") if len(taken) > 1 else taken * 2
-        ratio = statistics.median(whole / own for whole, own in zip(times[WHOLE], taken, strict=True))
-        rows.append(
-            {
-                "pass": kind, "batch": batch, "length": length, "contender": name, "turns": len(taken),
-                "ms": statistics.median(taken), "ms_q20": low, "ms_q80": high, "times_as_fast": ratio,
-            }
-        )  # fmt: skip
+        row: Row = {
+            "pass": kind, "batch": batch, "length": length, "contender": name, "turns": len(taken),
+            "ms": statistics.median(taken), "ms_q20": low, "ms_q80": high, "times_as_fast": 1.0,
+        }  # fmt: skip
+        if name in judged:
+            one = judged[name]
+            row["times_as_fast"] = math.exp(one.difference.mean)
+            if one.low is not None and one.high is not None:
+                row["times_as_fast_interval"] = [math.exp(one.low), math.exp(one.high)]
+        rows.append(row)
     return rows
+
+
+def speed(row: Row) -> str:
+    """Formats the speed-up of a row: a ratio only where its interval excludes 1."""
+    if row["contender"] == WHOLE:
+        return ""
+    if "times_as_fast_interval" not in row:
+        # Files of earlier versions have no interval; what one turn shows is not judged either.
+        return f"{row['times_as_fast']:.2f}x \\*"
+    low, high = row["times_as_fast_interval"]
+    interval = f"{low:.2f}x to {high:.2f}x"
+    return f"{row['times_as_fast']:.2f}x, {interval}" if low > 1 or high < 1 else f"no difference shown, {interval}"
 
 
 def _peaks(name: str, contender: str) -> dict[str, float]:
@@ -221,7 +248,10 @@ def markdown(record: Row) -> str:
     text = [head, "", *(f"* `{command}`" for command in record["commands"]), ""]
     text += [f"Gate {record['gate']}; torch {machine['torch']}, transformers {machine['transformers']}, float32.", ""]
     for kind in _measured(record):
-        text += [f"## {kind.capitalize()}, milliseconds a batch (times as fast as whole, patched)", ""]
+        text += [
+            f"## {kind.capitalize()}, milliseconds a batch (20 % to 80 % quantile), times as fast as whole, patched",
+            "",
+        ]
         text += ["| batch x length | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
         cells = {(row["batch"], row["length"]) for row in record["rows"] if row["pass"] == kind}
         for batch, length in sorted(cells, key=lambda cell: (cell[1], cell[0])):
@@ -230,10 +260,7 @@ def markdown(record: Row) -> str:
                 for row in record["rows"]
                 if (row["pass"], row["batch"], row["length"]) == (kind, batch, length)
             }
-            values = [
-                f"{found[name]['ms']:.1f} ({found[name]['times_as_fast']:.2f}x)" if name in found else "not run"
-                for name in names
-            ]
+            values = [_cell(found[name]) if name in found else "not run" for name in names]
             text.append(f"| {batch} x {length} | " + " | ".join(values) + " |")
         text.append("")
     if record.get("sizes"):
@@ -246,8 +273,17 @@ def markdown(record: Row) -> str:
             for row in record["sizes"]
         ]
         text.append("")
-    losing = [row for row in record["rows"] if row["times_as_fast"] < 1 and row["contender"] not in (WHOLE, STOCK)]
-    text += [f"Tickets slower than the whole model: {len(losing)} of {len(record['rows'])} rows.", ""]
+    if any("times_as_fast_interval" in row for row in record["rows"]):
+        text += [
+            "A ratio is the geometric mean over the turns, with its 95 % interval, corrected for the contenders of one "
+            "batch; where the interval has 1 in it, no difference is shown.",
+            "",
+        ]
+    if any("times_as_fast_interval" not in row for row in record["rows"] if row["contender"] != WHOLE):
+        text += ["\\* Not judged: the median of turns that were not kept, or of one turn.", ""]
+    tickets = [row for row in record["rows"] if row["contender"] not in (WHOLE, STOCK)]
+    losing = [row for row in tickets if row.get("times_as_fast_interval", [0, row["times_as_fast"]])[1] < 1]
+    text += [f"Tickets slower than the whole model: {len(losing)} of {len(tickets)} rows.", ""]
     text += [f"* {row['contender']}, {row['pass']}, {row['batch']} x {row['length']}" for row in losing]
     disturbed = sorted(
         {
@@ -260,8 +296,14 @@ def markdown(record: Row) -> str:
     return "\n".join(text) + "\n"
 
 
+def _cell(row: Row) -> str:
+    digits = 1 if row["ms"] >= 10 else 2
+    times = f"{row['ms']:.{digits}f} ({row['ms_q20']:.{digits}f} to {row['ms_q80']:.{digits}f})"
+    return "; ".join(part for part in (times, speed(row)) if part)
+
+
 def draw(record: Row, path: Path) -> None:
-    """Plots the speed-up of each ticket over the number of tokens in a batch, with a line at 1."""
+    """Plots the speed-up of each ticket over the number of tokens in a batch with its interval, and a line at 1."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), layout="constrained")
@@ -280,6 +322,9 @@ def draw(record: Row, path: Path) -> None:
                 label = f"{name}, {length} tokens"
                 values = [row["times_as_fast"] for row in chosen]
                 axes.plot([row["batch"] for row in chosen], values, marker=marker, color=colour, label=label)
+                for row in chosen:
+                    if "times_as_fast_interval" in row:
+                        axes.plot([row["batch"]] * 2, row["times_as_fast_interval"], color=colour, linewidth=1)
         axes.axhline(1.0, color="black", linewidth=1)
         axes.set_xscale("log", base=2)
         batches = sorted({row["batch"] for row in record["rows"]})

@@ -58,7 +58,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     def keep_text(text: Text, renderer: Any) -> None:
         if text.get_visible() and text.get_text().strip():
             # The layout draws several times; the last one counts.
-            seen.texts[id(text)] = (text.get_text(), text.get_window_extent(renderer))
+            # Without the arrow of an annotation.
+            seen.texts[id(text)] = (text.get_text(), Text.get_window_extent(text, renderer))
         draw(text, renderer)
 
     monkeypatch.setattr(Figure, "savefig", keep_figure)
@@ -66,39 +67,58 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     return seen
 
 
-@pytest.mark.parametrize("seeds", [1, 5])
-def test_phase_transition_shows_every_level_with_its_spread(drawn: Drawn, seeds: int):
+@pytest.mark.parametrize("seeds", [1, 3, 5])
+def test_phase_transition_shows_every_level_with_its_seeds(drawn: Drawn, seeds: int):
     selection = select(level_records(seeds), range(seeds))
-    plots.phase_transition(selection, "accuracy").savefig(io.BytesIO())
-    (axes,) = drawn.figures[0].axes
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert set(labels) == {"full model", "winning tickets", "random tickets", "losing tickets", "super ticket"}
-    for container in axes.containers:
-        kind = container.get_label().split()[0]
+    plots.phase_transition(selection, "accuracy", "Super tickets of m on t").savefig(io.BytesIO())
+    axes, *below = drawn.figures[0].axes
+    assert bool(below) == (seeds > 1)
+    groups = {
+        group.get_gid(): group.get_offsets() for group in axes.collections if group.get_gid() and "-" in group.get_gid()
+    }
+    for kind in ("winning", "random", "losing"):
         levels = [level for level in selection.levels if level.kind == kind]
-        points = container.lines[0].get_xydata()
         expected = [[100 * level.weights_remaining, 100 * level.spread.mean] for level in levels]
-        np.testing.assert_allclose(points, expected)
+        np.testing.assert_allclose(groups[f"{kind}-means"], expected)
+        expected = [[100 * level.weights_remaining, 100 * one] for level in levels for one in level.scores.values()]
+        np.testing.assert_allclose(groups[f"{kind}-seeds"], expected)
+        assert (f"{kind}-band" in groups) == (seeds > plots.FEW_SEEDS)
+    texts = {text for text, _ in drawn.texts.values()}
+    assert {"full model", "winning tickets", "random tickets", "losing tickets"} <= texts
+    assert any(text.startswith("Super tickets of m on t\n") for text in texts)
     assert axes.xaxis_inverted()
-    assert "(%)" in axes.get_xlabel()
     assert "accuracy on validation" in axes.get_ylabel()
-    assert len(drawn.texts) > 5
     assert drawn.overlapping() == []
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_importance_map_shows_scores_and_what_is_kept(drawn: Drawn, seeds: int):
-    scores = [importance(seed) for seed in range(seeds)]
-    tickets = [prune(one, counts=(3, 1)) for one in scores]
-    plots.importance_map(scores, tickets, "the ticket").savefig(io.BytesIO())
-    left, right = drawn.figures[0].axes[:2]
-    cells = np.ma.filled(left.images[0].get_array(), np.nan)
-    np.testing.assert_allclose(cells[:, :4], np.mean([one.normalized_head().numpy() for one in scores], axis=0))
-    assert np.isnan(cells[:, 4]).all()
-    np.testing.assert_allclose(np.linalg.norm(cells[:, 5]), 1.0, atol=0.1)
-    kept = np.ma.filled(right.images[0].get_array(), np.nan)
-    np.testing.assert_allclose(kept[:, :4], np.mean([ticket.head_mask.numpy() for ticket in tickets], axis=0))
-    np.testing.assert_allclose(kept[:, 5], np.mean([ticket.ffn_mask.numpy() for ticket in tickets], axis=0))
-    assert (left.get_xlabel(), left.get_ylabel()) == ("head", "layer")
-    assert len(drawn.texts) > 5
+def test_intervals_of_the_winning_levels_are_those_that_the_verdict_rests_on(drawn: Drawn):
+    selection = select(level_records(3), range(3))
+    plots.phase_transition(selection, "accuracy").savefig(io.BytesIO())
+    below = drawn.figures[0].axes[1]
+    bars = [line.get_ydata() for line in below.lines if len(set(line.get_xdata())) == 1]
+    np.testing.assert_allclose(bars, [[100 * one.low, 100 * one.high] for one in selection.comparisons.values()])
+
+
+def test_a_score_axis_is_high_enough_to_show_noise_as_noise():
+    assert plots.least_range([0.8, 0.82, 0.84], 0) == pytest.approx(8 * 0.02)
+    assert plots.least_range([0.8], 400) == pytest.approx(6 * 0.02)
+    assert plots.least_range([0.8], 0) == plots.least_range([], 0) == 0.05
+    assert plots.limits_of([0.79, 0.81], 0.12) == pytest.approx((0.74, 0.86))
+    assert plots.limits_of([0.5, 0.9], 0.12) == pytest.approx((0.476, 0.924))
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (6, 12), (24, 16)])
+def test_importance_map_shows_heads_and_ffns_on_scales_of_their_own(drawn: Drawn, shape: tuple[int, int]):
+    scores = [importance(seed, shape) for seed in range(2)]
+    tickets = [prune(one, counts=(1, 1)) for one in scores]
+    plots.importance_map(scores, tickets, "the ticket", "Super tickets of m on t").savefig(io.BytesIO())
+    heads, ffns, kept = drawn.figures[0].axes
+    (cells,), (column,), (share,) = (axes.images for axes in (heads, ffns, kept))
+    np.testing.assert_allclose(cells.get_array(), np.mean([one.normalized_head().numpy() for one in scores], axis=0))
+    np.testing.assert_allclose(np.linalg.norm(column.get_array()), 1.0, atol=0.2)
+    assert (cells.norm.vmax, column.norm.vmax) == (cells.get_array().max(), column.get_array().max())
+    found = np.ma.filled(share.get_array(), np.nan)
+    np.testing.assert_allclose(found[:, :-2], np.mean([ticket.head_mask.numpy() for ticket in tickets], axis=0))
+    np.testing.assert_allclose(found[:, -1], np.mean([ticket.ffn_mask.numpy() for ticket in tickets], axis=0))
+    assert all(axes.child_axes for axes in (heads, ffns, kept))
     assert drawn.overlapping() == []

@@ -17,11 +17,11 @@ from ticketops.tickets import Importance, WeightCounts, prune
 COUNTS = WeightCounts(head=100, ffn=800, encoder=6_000, total=10_000)
 
 
-def importance(seed: int) -> Importance:
-    scores = Importance(3, 4)
+def importance(seed: int, shape: tuple[int, int] = (3, 4)) -> Importance:
+    scores = Importance(*shape)
     generator = torch.Generator().manual_seed(seed)
-    for layer in range(3):
-        scores.add_head(layer, torch.randn(5, 4, generator=generator), None)
+    for layer in range(shape[0]):
+        scores.add_head(layer, torch.randn(5, shape[1], generator=generator), None)
         scores.add_ffn(layer, torch.randn(5, generator=generator), None)
     return scores
 

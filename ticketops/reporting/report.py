@@ -50,19 +50,20 @@ def _search(store: Store) -> list[str]:
     level = selection.super_level
     tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
     write_atomically(store.folder / "results.csv", tables.results_csv(records))
-    text = [f"# Super tickets of {markdown(config.model)} on {markdown(config.task)}", ""]
+    title = f"Super tickets of {config.model} on {config.task}"
+    text = [f"# {markdown(title)}", ""]
     text += missing(store, records)
     if records:
         split = selection.split
         metric = records[0]["metric"]
         text += [*_summary(selection, metric), "", *_splits(store, split), ""]
-        figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric)
+        figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric, title)
         text += [f"![{metric} against weights remaining](phase_transition.png)", ""]
         text += [tables.markdown_table(tables.level_rows(selection)), ""]
         constant = f"{100 * selection.constants.get(split, 0.0):.1f}"
         text += [f"Scores are {metric} x 100, mean ± standard deviation over seeds; ★ marks the super ticket."]
         text += [f"Without learning anything, one constant answer scores {constant} on `{split}`.", ""]
-        text += _importance(store, records, selection, tickets)
+        text += _importance(store, records, selection, tickets, title)
         text += _ticket(store, selection, tickets)
         text += _costs(store, records, selection)
     return [*text, *reproduction(store, records)]
@@ -148,15 +149,17 @@ def _splits(store: Store, split: str) -> list[str]:
     ]
 
 
-def _importance(store: Store, records: list[Record], selection: Selection, tickets: dict[int, Ticket]) -> list[str]:
+def _importance(
+    store: Store, records: list[Record], selection: Selection, tickets: dict[int, Ticket], title: str
+) -> list[str]:
     way = "on_the_fly" if store.config.importance == "on_the_fly" else "pass"
     done = [record["seed"] for record in records if record["kind"] == "full"]
     scored: list[Importance] = [found for seed in done if (found := store.importance(seed, way)) is not None]
     if not scored:
         return []
     level = selection.super_level
-    title = f"the super ticket (sparsity {level.sparsity:g})" if level else ""
-    figure(store.folder / "importance.png", plots.importance_map, scored, list(tickets.values()), title)
+    name = f"the super ticket (sparsity {level.sparsity:g})" if level else ""
+    figure(store.folder / "importance.png", plots.importance_map, scored, list(tickets.values()), name, title)
     how = {"pass": "in a clean pass after training", "on_the_fly": "during the last epoch of training"}[way]
     text = [
         "## Importance",

@@ -49,7 +49,8 @@ def lines(store: Store) -> list[str]:
     tasks = list(store.description["notes"]["tasks"])
     searches = [Store.read(store.folder / SEARCHES / name) for name in tasks if _searched(store, name)]
     inner = [record for search in searches for record in search.records()]
-    text = [f"# Ticket sharing of {markdown(config.model)} over {markdown(', '.join(tasks))}", ""]
+    title = f"Ticket sharing of {config.model} over {', '.join(tasks)}"
+    text = [f"# {markdown(title)}", ""]
     text += missing(store, records, searches)
     tickets = {
         name: {seed: found for seed in config.seeds if (found := store.ticket(TaskTicket(name, seed))) is not None}
@@ -66,6 +67,7 @@ def lines(store: Store) -> list[str]:
             _differences(arms),
             {AVERAGE: _title(AVERAGE)},
             "plain" in arms,
+            title,
         )
         text += ["![each arm, by task](sharing.png)", ""]
         text += [markdown_table(overview(store)), ""]
@@ -76,7 +78,7 @@ def lines(store: Store) -> list[str]:
             text += ["", "Differences to plain multi-task training, seed by seed:", "", markdown_table(_gains(arms))]
         text += ["", *_sizes(records), ""]
     if any(tickets.values()):
-        text += _tickets(store, tickets)
+        text += _tickets(store, tickets, title)
     text += [
         "## Tasks",
         "",
@@ -215,19 +217,19 @@ def _splits(split: str) -> list[str]:
     ]
 
 
-def _differences(arms: Mapping[str, Scores]) -> dict[str, dict[str, Spread]]:
-    """Arm -> task -> spread of its difference to plain multi-task training where there is one, else of its score."""
+def _differences(arms: Mapping[str, Scores]) -> dict[str, dict[str, list[float]]]:
+    """Arm -> task -> its differences by seed to plain multi-task training where there is one, else its scores."""
     plain = arms.get("plain")
-    found: dict[str, dict[str, Spread]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for arm, by_task in arms.items():
         if plain is None:
-            found[arm] = {task: Spread.of(by_seed.values()) for task, by_seed in by_task.items() if by_seed}
+            found[arm] = {task: list(by_seed.values()) for task, by_seed in by_task.items() if by_seed}
         elif arm != "plain":
             pairs = {
                 task: [score - plain[task][seed] for seed, score in by_seed.items() if seed in plain.get(task, {})]
                 for task, by_seed in by_task.items()
             }
-            found[arm] = {task: Spread.of(values) for task, values in pairs.items() if values}
+            found[arm] = {task: values for task, values in pairs.items() if values}
     return {NAMES[arm]: by_task for arm, by_task in found.items()}
 
 
@@ -235,7 +237,8 @@ def _gains(arms: Mapping[str, Scores]) -> list[list[str]]:
     tasks = list(arms["plain"])
     rows = [["arm", *map(_title, tasks)]]
     for name, by_task in _differences(arms).items():
-        rows.append([name, *(points(by_task[task], sign=True) if task in by_task else "–" for task in tasks)])
+        cells = (points(Spread.of(by_task[task]), sign=True) if task in by_task else "–" for task in tasks)
+        rows.append([name, *cells])
     return rows
 
 
@@ -280,7 +283,7 @@ def _results(records: Sequence[Record]) -> str:
     return csv_text(rows)
 
 
-def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]]) -> list[str]:
+def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]], title: str) -> list[str]:
     """What tickets say about tasks: overlaps and layer profiles, as figures, files and text."""
     pairs = [
         (one, other, *_alike(tickets[one[0]][one[1]], tickets[other[0]][other[1]]))
@@ -295,8 +298,8 @@ def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]]) -> list[
         both = [alike for one, two, *alike in pairs if {one[0], two[0]} == {task, other}]
         if both:
             overlap[i, j], chance[i, j] = np.mean([alike[:2] for alike in both], axis=0)
-    figure(store.folder / "overlap.png", task_plots.overlaps, tasks, overlap, chance)
-    figure(store.folder / "layers.png", task_plots.profiles, tickets)
+    figure(store.folder / "overlap.png", task_plots.overlaps, tasks, overlap, chance, title)
+    figure(store.folder / "layers.png", task_plots.profiles, tickets, title)
     write_atomically(store.folder / "layers.csv", _profiles(tickets))
     between = [alike for one, two, *alike in pairs if one[0] != two[0]]
     within = [alike for one, two, *alike in pairs if one[0] == two[0]]

@@ -1,14 +1,31 @@
 """Figures of several tasks: scores of arms, overlaps and layer profiles of tickets, scores by number of training
 rows."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from ticketops.reporting.plots import FULL, KEPT, SUPER, new_figure
+from ticketops.reporting.plots import (
+    CONSTANT,
+    FEW_SEEDS,
+    FULL,
+    KEPT,
+    SUPER,
+    colour_bar,
+    entitle,
+    label_ends,
+    least_range,
+    limits_of,
+    new_figure,
+    seeds_note,
+)
 from ticketops.searching.statistics import Spread
+from ticketops.text import count
 from ticketops.tickets import Ticket
 
 # Okabe and Ito's palette. Markers differ too, for black-and-white print.
@@ -22,72 +39,109 @@ _STYLES = [
     ("#56B4E9", "P"),
 ]
 
+#: Differences from chance: the kept tickets' blue for more, orange for less.
+EXCESS = LinearSegmentedColormap.from_list("excess", ["#D55E00", "#F4F4F4", "#0072B2"])
 
-def arms(spreads: Mapping[str, Mapping[str, Spread]], titles: Mapping[str, str], relative: bool) -> Figure:
+
+def arms(
+    scores: Mapping[str, Mapping[str, Sequence[float]]], titles: Mapping[str, str], relative: bool, title: str = ""
+) -> Figure:
     """Draws each arm's scores by task, or their differences from multi-task training without tickets.
 
     Args:
-        spreads: arm -> task -> mean and standard deviation over seeds.
+        scores: arm -> task -> score of each seed.
         titles: task -> its label; other tasks are labelled with their name.
-        relative: True if `spreads` are differences.
+        relative: True if `scores` are differences.
+        title: what was trained, for the title.
 
     Returns:
         The figure.
     """
-    tasks = list(dict.fromkeys(task for by_task in spreads.values() for task in by_task))
-    figure = new_figure(2.6 + 1.3 * max(len(tasks), 3), 4.2)
+    tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
+    figure = new_figure(2.6 + 1.3 * max(len(tasks), 3), 4.6)
     axes = figure.subplots()
     if relative:
         axes.axhline(0.0, color=FULL, linestyle="--", linewidth=1.2, label="shared, no tickets", zorder=1)
-    width = 0.8 / max(len(spreads), 1)
-    for place, (arm, by_task) in enumerate(spreads.items()):
+    seeds = max((len(values) for by_task in scores.values() for values in by_task.values()), default=0)
+    width = 0.8 / max(len(scores), 1)
+    for place, (arm, by_task) in enumerate(scores.items()):
         colour, marker = _STYLES[place % len(_STYLES)]
         scored = [task for task in tasks if task in by_task]
-        axes.errorbar(
-            [tasks.index(task) + (place + 0.5) * width - 0.4 for task in scored],
-            [100 * by_task[task].mean for task in scored],
-            yerr=[100 * (by_task[task].std or 0.0) for task in scored],
-            color=colour,
-            marker=marker,
-            markersize=7,
-            linestyle="none",
-            elinewidth=1.2,
-            capsize=3,
-            label=arm,
-            zorder=2,
-        )
-    axes.set_xticks(range(len(tasks)), [titles.get(task, task) for task in tasks])
+        at = [tasks.index(task) + (place + 0.5) * width - 0.4 for task in scored]
+        spreads = [Spread.of(by_task[task]) for task in scored]
+        _means(axes, at, spreads, colour, marker, arm, seeds)
+        _single(axes, at, [by_task[task] for task in scored], colour, marker, seeds)
+    axes.set_xticks(range(len(tasks)), ["\n".join(textwrap.wrap(titles.get(task, task), 16)) for task in tasks])
     for edge in np.arange(len(tasks) - 1) + 0.5:
         axes.axvline(edge, color="#DDDDDD", linewidth=0.8, zorder=0)
     axes.set_xlim(-0.5, max(len(tasks), 1) - 0.5)
     axes.set_ylabel("points against no tickets" if relative else "score (x 100)")
-    seeds = max((spread.count for by_task in spreads.values() for spread in by_task.values()), default=0)
-    spread_note = f"Mean over {seeds} seeds, bars: one standard deviation" if seeds > 1 else "One seed"
-    axes.set_title(spread_note + (" of the difference by seed" if relative and seeds > 1 else ""), fontsize=10)
     axes.grid(axis="y", alpha=0.25)
-    # Below the axes, so that long names of arms do not narrow the plot.
+    note = seeds_note(seeds, "bars")
+    entitle(figure, title, note + (" of the difference by seed" if relative and seeds > FEW_SEEDS else ""))
+    # Points are no lines with ends to label. Below the axes, long names of arms do not narrow the plot.
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
-def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray) -> Figure:
+def _means(
+    axes: Axes, at: Sequence[float], spreads: Sequence[Spread], colour: str, marker: str, label: str, seeds: int
+) -> None:
+    """Draws means; beside more than `FEW_SEEDS` seeds with bars of one standard deviation, else as short strokes."""
+    means = [100 * spread.mean for spread in spreads]
+    if seeds <= FEW_SEEDS:
+        style = {"marker": "_", "markersize": 13, "markeredgewidth": 1.8} if seeds > 1 else {}
+        axes.plot(at, means, color=colour, linestyle="none", zorder=2, **style)  # type: ignore[arg-type]
+        # The legend shows what single seeds look like.
+        axes.plot([], [], color=colour, marker=marker, markersize=6, linestyle="none", label=label)
+        return
+    axes.errorbar(
+        at,
+        means,
+        yerr=[100 * (spread.std or 0.0) for spread in spreads],
+        color=colour,
+        marker=marker,
+        markersize=7,
+        linestyle="none",
+        elinewidth=1.2,
+        capsize=3,
+        label=label,
+        zorder=2,
+    )
+
+
+def _single(
+    axes: Axes, at: Sequence[float], values: Sequence[Sequence[float]], colour: str, marker: str, seeds: int
+) -> None:
+    """Draws the score of each seed, where they are few."""
+    if seeds <= FEW_SEEDS:
+        pairs = [(place, 100 * value) for place, some in zip(at, values, strict=True) for value in some]
+        places, heights = np.array(pairs).reshape(-1, 2).T
+        face = "none" if seeds > 1 else colour
+        axes.scatter(places, heights, s=32, marker=marker, linewidth=1.2, zorder=3, facecolor=face, edgecolor=colour)
+
+
+def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray, title: str = "") -> Figure:
     """Draws the overlap of the tasks' tickets, and its difference from that of random tickets.
 
     Args:
         tasks: names of the tasks.
         overlap: [tasks, tasks], mean Jaccard overlap; on the diagonal between seeds; NaN if there is no pair.
         chance: [tasks, tasks], the same for random tickets of the same sizes.
+        title: what was trained, for the title.
 
     Returns:
         The figure.
     """
-    side = 0.75 * len(tasks) + 1.2
-    figure = new_figure(2 * side + 1.6, side + 1.2)
+    side = 0.75 * len(tasks) + 1.4
+    figure = new_figure(max(2 * side + 2.4, 6.5), side + 1.6)
     first, second = figure.subplots(1, 2)
-    _matrix(first, tasks, 100 * overlap, "Overlap of tickets (Jaccard, %)", (0.0, 100.0), "viridis", "{:.0f}")
+    names = ["\n".join(textwrap.wrap(task, 20, max_lines=2, placeholder=" ...")) for task in tasks]
+    _matrix(first, names, 100 * overlap, "Overlap of tickets (Jaccard, %)", (0.0, 100.0), KEPT, "{:.0f}")
     excess = 100 * (overlap - chance)
     reach = max(float(np.nanmax(np.abs(excess))) if np.isfinite(excess).any() else 0.0, 1.0)
-    _matrix(second, tasks, excess, "More than by chance (points)", (-reach, reach), "PuOr_r", "{:+.1f}")
+    _matrix(second, names, excess, "More than by chance (points)", (-reach, reach), EXCESS, "{:+.1f}")
+    entitle(figure, title, "Means over pairs of tickets; on the diagonal, of two seeds of one task")
     return figure
 
 
@@ -97,7 +151,7 @@ def _matrix(
     values: np.ndarray,
     title: str,
     limits: tuple[float, float],
-    colours: str,
+    colours: Colormap,
     form: str,
 ) -> None:
     image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1])
@@ -112,13 +166,15 @@ def _matrix(
     axes.set_yticks(range(len(tasks)), tasks)
     axes.set_title(title, fontsize=10)
     axes.spines[:].set_visible(False)
+    colour_bar(axes, image, "")
 
 
-def profiles(tickets: Mapping[str, Mapping[int, Ticket]]) -> Figure:
+def profiles(tickets: Mapping[str, Mapping[int, Ticket]], title: str = "") -> Figure:
     """Draws the share of heads and of the FFN that the tasks' tickets keep in each layer, averaged over seeds.
 
     Args:
         tickets: task -> seed -> ticket.
+        title: what was trained, for the title.
 
     Returns:
         The figure.
@@ -127,17 +183,17 @@ def profiles(tickets: Mapping[str, Mapping[int, Ticket]]) -> Figure:
     heads = np.array([np.mean([t.head_mask.float().mean(1).numpy() for t in own], axis=0) for own in by_task.values()])
     ffns = np.array([np.mean([t.ffn_shares.float().numpy() for t in own], axis=0) for own in by_task.values()])
     layers = heads.shape[1]
-    figure = new_figure(2 * (0.42 * layers + 1.5) + 0.8, 0.45 * len(by_task) + 1.9)
+    figure = new_figure(2 * (0.42 * layers + 1.5) + 0.8, 0.45 * len(by_task) + 2.2)
     panels = figure.subplots(1, 2)
-    for axes, values, title in zip(panels, (heads, ffns), ("Heads kept", "FFN kept"), strict=True):
+    for axes, values, what in zip(panels, (heads, ffns), ("Heads kept", "FFN kept"), strict=True):
         image = axes.imshow(values, cmap=KEPT, vmin=0.0, vmax=1.0, aspect="auto")
         for (i, j), value in np.ndenumerate(values) if layers <= 16 else ():
             colour = "white" if value > 0.6 else "black"
             axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(0, layers, 1 + (layers - 1) // 12))
-        axes.set_yticks(range(len(by_task)), list(by_task))
+        axes.set_yticks(range(len(by_task)), ["\n".join(textwrap.wrap(task, 24)) for task in by_task])
         axes.set_xlabel("layer")
-        axes.set_title(f"{title} (%)", fontsize=10)
+        axes.set_title(f"{what} (%)", fontsize=10)
         axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(len(by_task) + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1.0)
@@ -145,46 +201,72 @@ def profiles(tickets: Mapping[str, Mapping[int, Ticket]]) -> Figure:
         axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=list(panels), shrink=0.9, pad=0.02)
     bar.set_ticks([0.0, 0.5, 1.0], labels=["0", "50", "100"])
+    seeds = max(map(len, by_task.values()))
+    entitle(figure, title, f"Means over {count(seeds, 'seed')}" if seeds > 1 else "One seed")
     return figure
 
 
-def ladders(panels: Mapping[str, tuple[str, Mapping[int, tuple[Spread, Spread]], float]]) -> Figure:
+@dataclass(frozen=True)
+class Panel:
+    """One ladder of a transfer, as it is drawn.
+
+    Attributes:
+        metric: name of the metric and its split.
+        full, super: training rows -> score of each seed.
+        constant: score of a constant answer.
+        scored: number of rows of the split; 0 if unknown.
+    """
+
+    metric: str
+    full: Mapping[int, Sequence[float]]
+    super: Mapping[int, Sequence[float]]
+    constant: float
+    scored: int
+
+
+def ladders(panels: Mapping[str, Panel], title: str = "") -> Figure:
     """Plots the scores of full model and super ticket over the number of training rows.
 
     Args:
-        panels: title -> (name of metric and split, training rows -> (full model, super ticket), score of a constant
-            answer).
+        panels: title -> what is drawn.
+        title: what was trained, for the title.
 
     Returns:
         The figure.
     """
-    figure = new_figure(4.6 * len(panels) + 0.6, 4.1)
-    for axes, (title, (metric, rungs, majority)) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        rows = sorted(rungs)
-        styles = (("full model", FULL, "D", 0.97), ("super ticket", SUPER, "o", 1.03))
-        for place, (name, colour, marker, shift) in enumerate(styles):
-            measured = [count for count in rows if rungs[count][place].count]
-            axes.errorbar(
-                # Shift the points, so that the error bars do not hide each other.
-                [count * shift for count in measured],
-                [100 * rungs[count][place].mean for count in measured],
-                yerr=[100 * (rungs[count][place].std or 0.0) for count in measured],
-                color=colour,
-                marker=marker,
-                linewidth=1.6,
-                elinewidth=1.0,
-                capsize=3,
-                label=name,
-            )
-        axes.axhline(100 * majority, color="#999999", linestyle=":", linewidth=1.2, label="one constant answer")
+    figure = new_figure(5.2 * len(panels) + 0.8, 4.5)
+    most = 0
+    for axes, (name, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        ends: dict[str, tuple[float, str]] = {}
+        seeds = max((len(some) for found in (panel.full, panel.super) for some in found.values()), default=0)
+        most = max(most, seeds)
+        everything = [one for found in (panel.full, panel.super) for some in found.values() for one in some]
+        whole = panel.full.get(max(panel.full, default=0), [])
+        limits = limits_of([*everything, panel.constant], least_range(list(whole), panel.scored))
+        axes.set_ylim(100 * limits[0], 100 * limits[1])
+        for label, found, colour, marker, shift in (
+            ("full model", panel.full, FULL, "D", 0.97), ("super ticket", panel.super, SUPER, "o", 1.03)
+        ):  # fmt: skip
+            measured = [rows for rows in sorted(found) if found[rows]]
+            if not measured:
+                continue
+            # Shift the points, so that they do not hide each other.
+            at = [rows * shift for rows in measured]
+            spreads = [Spread.of(found[rows]) for rows in measured]
+            axes.plot(at, [100 * spread.mean for spread in spreads], color=colour, linewidth=1.6, zorder=2)
+            _means(axes, at, spreads, colour, marker, label, seeds)
+            _single(axes, at, [found[rows] for rows in measured], colour, marker, seeds)
+            ends[label] = (100 * spreads[-1].mean, colour)
+        axes.axhline(100 * panel.constant, color=CONSTANT, linestyle=":", linewidth=1.2, zorder=1)
+        ends["constant answer"] = (100 * panel.constant, CONSTANT)
         axes.set_xscale("log")
-        axes.set_xticks(rows, [f"{count:,}" for count in rows])
+        rows = sorted({*panel.full, *panel.super})
+        axes.set_xticks(rows, [f"{number:,}" for number in rows], rotation=30 if len(rows) > 5 else 0)
         axes.minorticks_off()
         axes.set_xlabel("training rows")
-        axes.set_ylabel(f"{metric} (x 100)")
-        axes.set_title(title, fontsize=10)
+        axes.set_ylabel(f"{panel.metric} (x 100)")
+        axes.set_title("\n".join(textwrap.wrap(name, 44)), fontsize=10)
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=9)
+        label_ends(axes, ends)
+    entitle(figure, title, seeds_note(most, "bars"))
     return figure

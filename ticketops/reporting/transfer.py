@@ -60,14 +60,19 @@ def lines(store: Store) -> list[str]:
         for role in names:
             own = [rung for rung in rungs if rung.ladder == role]
             if own:
-                title = (
+                name = (
                     f"Target {names[role]}, from {names['source']}"
                     if role == "target"
                     else f"Source {names[role]} alone"
                 )
-                found = {rung.rows: (Spread.of(rung.full.values()), Spread.of(rung.super.values())) for rung in own}
-                panels[title] = (f"{own[0].metric} on {own[0].split}", found, own[0].constant)
-        figure(store.folder / "ladder.png", task_plots.ladders, panels)
+                panels[name] = task_plots.Panel(
+                    f"{own[0].metric} on {own[0].split}",
+                    {rung.rows: list(rung.full.values()) for rung in own},
+                    {rung.rows: list(rung.super.values()) for rung in own},
+                    own[0].constant,
+                    own[0].scored,
+                )
+        figure(store.folder / "ladder.png", task_plots.ladders, panels, title)
         text += ["![score against training rows](ladder.png)", "", markdown_table(overview(store)), ""]
         text += [
             "Scores are x 100, mean ± standard deviation over seeds, which draw the rows too; a larger share contains "
