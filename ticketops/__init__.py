@@ -19,21 +19,29 @@ if TYPE_CHECKING:
     from ticketops.models.shrink import shrink
     from ticketops.reporting.report import report
     from ticketops.reporting.results import SearchResult, ShareResult, TransferResult, read
+    from ticketops.searching.plan import SearchConfig
+    from ticketops.searching.sharing_plan import ShareConfig
+    from ticketops.searching.transfer_plan import TransferConfig
+    from ticketops.searching.trial import Listener
     from ticketops.tickets import Importance, Ticket, prune
 
 __version__ = "0.1.0"
 __all__ = [
     "Importance",
     "InputError",
+    "Listener",
     "PackingCollator",
     "PatchHandle",
+    "SearchConfig",
     "SearchResult",
+    "ShareConfig",
     "ShareResult",
     "SharedModel",
     "StoreError",
     "Ticket",
     "TicketCallback",
     "TicketopsError",
+    "TransferConfig",
     "TransferResult",
     "UnsupportedError",
     "draw",
@@ -53,15 +61,19 @@ __all__ = [
 _HOMES = {
     "Importance": "ticketops.tickets",
     "InputError": "ticketops.errors",
+    "Listener": "ticketops.searching",
     "PackingCollator": "ticketops.models",
     "PatchHandle": "ticketops.models",
+    "SearchConfig": "ticketops.searching",
     "SearchResult": "ticketops.reporting",
+    "ShareConfig": "ticketops.searching",
     "ShareResult": "ticketops.reporting",
     "SharedModel": "ticketops.models",
     "StoreError": "ticketops.errors",
     "Ticket": "ticketops.tickets",
     "TicketCallback": "ticketops.models",
     "TicketopsError": "ticketops.errors",
+    "TransferConfig": "ticketops.searching",
     "TransferResult": "ticketops.reporting",
     "UnsupportedError": "ticketops.errors",
     "draw": "ticketops.models",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ticketops.errors import InputError, shown
+from ticketops.progress_view import watched
 from ticketops.reporting import report
 from ticketops.reporting.results import SearchResult, ShareResult, TransferResult, read
 from ticketops.searching.config import Config
@@ -30,7 +31,8 @@ def search(
 
     Args:
         config: configuration of the search; or pass its fields:
-        listener: callbacks on the progress of trials and steps.
+        listener: callbacks on the progress of trials and steps. By default the progress is shown in notebooks and
+            interactive sessions, and not in scripts; `ticketops.Listener()` shows nothing.
         trainer_factory: function that makes each trial's Trainer: it takes the keyword arguments of a transformers
             Trainer (model, args, train_dataset, eval_dataset, data_collator, callbacks, optimizer_cls_and_kwargs, ...)
             and returns one, with anything changed but model and callbacks. Its loss is the one that importance is of.
@@ -49,9 +51,9 @@ def search(
 
     Source: arXiv 2105.12002.
     """
-    configured, listener, objects = _configured(SearchConfig, config, fields, listener)
+    configured, objects = _configured(SearchConfig, config, fields)
     objects = dataclasses.replace(objects, trainer_factory=trainer_factory)
-    return _reported(run_search(configured, listener, objects))
+    return _run(run_search, configured, listener, objects)
 
 
 def share(config: ShareConfig | None = None, *, listener: Listener | None = None, **fields: Any) -> ShareResult:
@@ -59,7 +61,8 @@ def share(config: ShareConfig | None = None, *, listener: Listener | None = None
 
     Args:
         config: configuration of the run; or pass its fields:
-        listener: callbacks on the progress of trials and steps.
+        listener: callbacks on the progress of trials and steps. By default the progress is shown in notebooks and
+            interactive sessions, and not in scripts; `ticketops.Listener()` shows nothing.
         fields: of `ShareConfig`, the flags of `ticketops share`: tasks, model, output, tickets, arms, mixing, ...
             `tasks` may have such objects as `task` of `search`, in a list or as {name: object}.
 
@@ -73,7 +76,8 @@ def share(config: ShareConfig | None = None, *, listener: Listener | None = None
 
     Source: arXiv 2105.12002, section 4.
     """
-    return _reported(run_share(*_configured(ShareConfig, config, fields, listener)))
+    configured, objects = _configured(ShareConfig, config, fields)
+    return _run(run_share, configured, listener, objects)
 
 
 def transfer(
@@ -83,7 +87,8 @@ def transfer(
 
     Args:
         config: configuration of the run; or pass its fields:
-        listener: callbacks on the progress of trials and steps.
+        listener: callbacks on the progress of trials and steps. By default the progress is shown in notebooks and
+            interactive sessions, and not in scripts; `ticketops.Listener()` shows nothing.
         fields: of `TransferConfig`, the flags of `ticketops transfer`: source, target, fractions, head, seeds, ...
             `source` and `target` may be such objects as `task` of `search`.
 
@@ -97,11 +102,14 @@ def transfer(
 
     Source: arXiv 2105.12002, section 5.
     """
-    return _reported(run_transfer(*_configured(TransferConfig, config, fields, listener)))
+    configured, objects = _configured(TransferConfig, config, fields)
+    return _run(run_transfer, configured, listener, objects)
 
 
-def _reported(folder: Path) -> Any:
-    """The result of a run, after its report is written."""
+def _run(run: Callable[..., Path], config: Config, listener: Listener | None, objects: Objects) -> Any:
+    """Runs what is missing, shows the progress in interactive sessions, writes the report, and reads the result."""
+    with watched(listener) as shown_to:
+        folder = run(config, shown_to, objects)
     report(folder)
     return read(folder)
 
@@ -109,17 +117,15 @@ def _reported(folder: Path) -> Any:
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-def _configured(
-    kind: type[AnyConfig], config: AnyConfig | None, fields: dict[str, Any], listener: Listener | None
-) -> tuple[AnyConfig, Listener | None, Objects]:
-    """The arguments of a run: the configuration itself or one with these fields, the listener, and the objects."""
+def _configured(kind: type[AnyConfig], config: AnyConfig | None, fields: dict[str, Any]) -> tuple[AnyConfig, Objects]:
+    """The configuration itself or one with these fields, and the objects that it names."""
     if config is not None and not isinstance(config, kind):
         raise InputError(
             f"{kind.verb}() takes a {kind.__name__}, or its fields as keywords such as output='runs/one', and not "
             f"{shown(config)}"
         )
     if config is not None and not fields:
-        return config, listener, Objects()
+        return config, Objects()
     tasks: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
     for name, value in fields.items():
@@ -131,4 +137,4 @@ def _configured(
         elif name == "metric":
             fields[name], metrics = named_metric(value, kind is not SearchConfig)
     values = config.to_dict() if config is not None else {}
-    return kind.from_dict({**values, **fields}, source=f"{kind.verb}()"), listener, Objects(tasks, metrics)
+    return kind.from_dict({**values, **fields}, source=f"{kind.verb}()"), Objects(tasks, metrics)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ticketops.errors import InputError, TicketopsError, TrialError, UnsupportedError, as_flag, spelling
 from ticketops.files import user_path
+from ticketops.progress_view import new_console, progress
 from ticketops.searching.config import Config, nearest
 from ticketops.searching.plan import SearchConfig
 from ticketops.searching.sharing_plan import ShareConfig
@@ -24,7 +23,6 @@ from ticketops.searching.transfer_plan import TransferConfig
 from ticketops.text import count, duration, printable
 
 if TYPE_CHECKING:
-    from ticketops.searching.store import Named, Record
     from ticketops.tickets import Ticket
 
 app = typer.Typer(
@@ -155,7 +153,7 @@ def _search(
         if dry_run:
             _print_outlook(settings)
             return
-        with _progress() as listener:
+        with progress() as listener:
             from ticketops.api import search
 
             result = search(settings, listener=listener)
@@ -173,7 +171,7 @@ def _share(config: ConfigFile = None, dry_run: DryRun = False, traceback: Trace 
         if dry_run:
             _print_outlook(settings)
             return
-        with _progress() as listener:
+        with progress() as listener:
             from ticketops.api import share
 
             result = share(settings, listener=listener)
@@ -191,7 +189,7 @@ def _transfer(config: ConfigFile = None, dry_run: DryRun = False, traceback: Tra
         if dry_run:
             _print_outlook(settings)
             return
-        with _progress() as listener:
+        with progress() as listener:
             from ticketops.api import transfer
 
             result = transfer(settings, listener=listener)
@@ -515,13 +513,8 @@ def _errors(traceback: bool, interrupted: str = "") -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, InputError | UnsupportedError) else 1) from error
 
 
-def _console(**options: Any) -> Console:
-    """A console that prints text as it is: names and paths may hold brackets and colons, rich's markup."""
-    return Console(highlight=False, markup=False, emoji=False, **options)
-
-
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    console = _console() if sys.stdout.isatty() else _console(width=160)
+    console = new_console() if sys.stdout.isatty() else new_console(width=160)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for position, title in enumerate(rows[0]):
         numeric = len(rows) > 1 and position > 0 and rows[1][position].lstrip("-")[:1].isdigit()
@@ -538,76 +531,3 @@ def _print_outlook(settings: Config) -> None:
     _print_table(found.table)
     for line in found.lines:
         _say(line)
-
-
-class _Lines:
-    """Reports a search as plain lines, for files and pipes."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.total = self.done = 0
-
-    def planned(self, trials: "Sequence[Named]", finished: int) -> None:
-        self.total, self.done = len(trials), finished
-        kept = f", {finished} finished before" if finished else ""
-        self.say(f"{count(len(trials), 'trial')}{kept}")
-
-    def started(self, trial: "Named") -> None:
-        pass
-
-    def stepped(self, trial: "Named", step: int, steps: int) -> None:
-        pass
-
-    def failed(self, trial: "Named", reason: str) -> None:
-        self.say(f"{trial.id} failed: {reason}")
-
-    def finished(self, trial: "Named", record: "Record") -> None:
-        self.done += 1
-        score, seconds = f"{record['metric']} {100 * record['score']:.1f}", sum(record["timing"].values())
-        self.say(f"[{self.done}/{self.total}] {trial.id}: {score} ({seconds:.0f} s)")
-
-    def say(self, line: str) -> None:
-        self.console.print(printable(line), soft_wrap=True)
-
-
-class _Bars(_Lines):
-    """Adds progress bars over trials and over the current trial's steps, for terminals."""
-
-    def __init__(self, progress: Progress):
-        super().__init__(progress.console)
-        self.progress = progress
-        self.trials = progress.add_task("loading model and data", total=None)
-        self.steps = progress.add_task("", total=None, visible=False)
-
-    def planned(self, trials: "Sequence[Named]", finished: int) -> None:
-        super().planned(trials, finished)
-        self.progress.update(self.trials, description="trials", total=len(trials), completed=finished)
-
-    def started(self, trial: "Named") -> None:
-        self.progress.reset(self.steps, description=printable(trial.id), total=None, visible=True)
-
-    def stepped(self, trial: "Named", step: int, steps: int) -> None:
-        self.progress.update(self.steps, completed=step, total=steps)
-
-    def finished(self, trial: "Named", record: "Record") -> None:
-        super().finished(trial, record)
-        self.progress.update(self.trials, completed=self.done)
-
-
-@contextlib.contextmanager
-def _progress(console: Console | None = None) -> Iterator[Any]:
-    console = console or _console(stderr=True)
-    if not console.is_terminal:
-        console.print("loading model and data")
-        yield _Lines(console)
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield _Bars(progress)

@@ -1,7 +1,7 @@
 """Results of a search, share or transfer, read from its folder: what `ticketops.search` and the others return."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from ticketops.tickets import Ticket
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What a run has found so far. All of it is read from the run's folder, finished or not.
+
+    Two results are equal if they have the same records, tickets, findings and table, of the same folder.
 
     Attributes:
         folder: output folder of the run.
@@ -53,7 +55,7 @@ class SearchResult(Result):
     """
 
     config: SearchConfig
-    selection: Selection
+    selection: Selection = field(compare=False)
     tickets: dict[int, Ticket]
 
     @property
@@ -85,16 +87,14 @@ class ShareResult(Result):
     Attributes:
         tickets: task -> seed -> ticket.
         scores: arm -> task -> seed -> score on the split that reports; "/" stands for the average of all tasks.
+        comparisons: arm -> comparison of the task average with tickets against that arm, corrected for the number of
+            arms.
     """
 
     config: ShareConfig
     tickets: dict[str, dict[int, Ticket]]
     scores: dict[str, dict[str, dict[int, float]]]
-
-    @property
-    def comparisons(self) -> dict[str, Comparison]:
-        """Arm -> comparison of the task average with tickets against that arm, corrected for the number of arms."""
-        return compare_arms(self.records)
+    comparisons: dict[str, Comparison] = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class TransferResult(Result):
     config: TransferConfig
     sparsity: float | None
     ladders: list[Rung]
-    comparisons: dict[str, dict[float, Comparison]]
+    comparisons: dict[str, dict[float, Comparison]] = field(compare=False)
 
 
 def read(folder: str | Path) -> SearchResult | ShareResult | TransferResult:
@@ -177,6 +177,7 @@ def _share(store: Store, common: dict[str, Any]) -> ShareResult:
         table=sharing.overview(store),
         tickets=found,
         scores=sharing.scores(store),
+        comparisons=compare_arms(records),
     )
 
 

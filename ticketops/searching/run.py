@@ -84,7 +84,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
             return {**outcome.record, "predictions": store.write_predictions(trial, outcome.predictions)}
 
         finished = _finished(store, plan, config)
-        listener.planned(plan, len(finished))
+        listener.planned(plan, finished)
 
         def scores(trial: Trial) -> list[Path]:
             return [store.importance_path(trial.seed, way) for way in _ways(config)(trial)]
@@ -208,16 +208,17 @@ def _time(setting: Setting, ticket: Ticket) -> Record:
     return {"machine": environment.machine(), "rows": latencies(models[0], models[1])}
 
 
-def stages(setting: Setting, name: str) -> tuple[list["Stage"], int]:
-    """The trials of a search inside a larger run, and how many of them are finished.
+def stages(setting: Setting, name: str) -> tuple[list["Stage"], list["Stage"]]:
+    """The trials of a search inside a larger run, and those of them that are finished.
 
     Args:
         setting: of the search.
         name: what the larger run calls it.
     """
     plan, begun = setting.plan(), (Path(setting.config.output) / "config.json").is_file()
-    finished = len(_finished(Store.read(setting.config.output, "search"), plan, setting.config)) if begun else 0
-    return [Stage(name, trial) for trial in plan], finished
+    finished = _finished(Store.read(setting.config.output, "search"), plan, setting.config) if begun else set()
+    trials = [Stage(name, trial) for trial in plan]
+    return trials, [stage for stage in trials if stage.trial in finished]
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,11 @@ class Stage:
     def seed(self) -> int:
         """The trial's."""
         return self.trial.seed
+
+    @property
+    def kind(self) -> str:
+        """The trial's."""
+        return self.trial.kind
 
 
 class Inner(Listener):

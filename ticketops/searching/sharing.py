@@ -311,7 +311,7 @@ def run_share(config: ShareConfig, listener: Listener | None = None, objects: Ob
         searched = {} if ready.tickets else settings
         searches = [stages(setting, name) for name, setting in searched.items()]
         announced = [stage for trials, _ in searches for stage in trials]
-        listener.planned([*announced, *plan], sum(done for _, done in searches) + len(finished))
+        listener.planned([*announced, *plan], [*(stage for _, done in searches for stage in done), *finished])
         found = ready.tickets or KnownTickets({}, {})
         for name, setting in searched.items():
             search = Store.read(search_in(setting, Inner(listener, name), timed=False), "search")

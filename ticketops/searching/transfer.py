@@ -212,8 +212,8 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None, objec
         finished = finished_trials(
             store, plan, lambda trial: _ways(trial, source), lambda trial: keeps_model(trial, config)
         )
-        searches, done = ([], 0) if source.searched_before else stages(source.setting, "source")
-        listener.planned([*searches, *plan], done + len(finished))
+        searches, done = ([], []) if source.searched_before else stages(source.setting, "source")
+        listener.planned([*searches, *plan], [*done, *finished])
         if not source.searched_before:
             search_in(source.setting, Inner(listener, "source"), timed=False)
         selection, records = source.selection()

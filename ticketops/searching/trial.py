@@ -6,7 +6,7 @@ import hashlib
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,8 +38,8 @@ from ticketops.tickets import Importance, Ticket, WeightCounts
 class Listener:
     """Callbacks on the progress of a run. This base class does nothing."""
 
-    def planned(self, trials: Sequence[Named], finished: int) -> None:
-        """The run starts, with this many of its trials finished by an earlier run."""
+    def planned(self, trials: Sequence[Named], finished: Collection[Named]) -> None:
+        """The run starts. `finished` are those of its trials that an earlier run has finished."""
 
     def started(self, trial: Named) -> None:
         """A trial starts to train."""
