@@ -1,4 +1,4 @@
-"""Escapes untrusted text for terminals, Markdown and CSV, and formats counted nouns.
+"""Escapes untrusted text for terminals, Markdown, HTML and CSV, and formats counted nouns.
 
 Names of tasks, columns and labels and the metadata of tickets come from files that others may have made. They must not
 control the terminal, add links or HTML to a report, or run formulas in a spreadsheet.
@@ -6,6 +6,7 @@ control the terminal, add links or HTML to a report, or run formulas in a spread
 
 import re
 from collections.abc import Hashable, Iterable
+from html import escape
 from typing import Any, TypeVar
 
 _MARKDOWN = re.compile(r"([\\`*\[\]|~$!#])|(?<![A-Za-z0-9])(_)|(_)(?![A-Za-z0-9])")
@@ -95,6 +96,15 @@ def markdown(text: Any) -> str:
     escaped = re.sub("[&<>]", lambda found: _ENTITIES[found[0]], escaped)
     # Markdown viewers turn bare addresses into links.
     return re.sub(r"(?i)(:)(?=//)|(?<=www)(\.)", lambda found: f"&#{ord(found[0])};", escaped)
+
+
+def html(text: Any) -> str:
+    """Escapes text for HTML, as content and as an attribute's value in quotes.
+
+    Args:
+        text: any object.
+    """
+    return escape(printable(text))
 
 
 def code(text: Any) -> str:

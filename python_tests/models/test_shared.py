@@ -365,3 +365,15 @@ def test_revert_gives_the_stock_classes_back_and_lifts_every_restriction():
     made["pairs"](**batch("pairs")).loss.backward()
     optimizer.step()
     assert not torch.equal(made["pairs"].classifier.weight, before)
+
+
+def test_a_shared_model_shows_its_tasks_and_their_tickets():
+    shared = SharedModel(models(), TICKETS)
+    assert repr(shared).splitlines() == [
+        "<SharedModel: BertModel for 2 tasks",
+        f"  pairs: {TICKETS['pairs']!r}",
+        f"  score: {TICKETS['score']!r}>",
+    ]
+    assert shared._repr_html_().count("<table") == 2
+    shared.select("score")
+    assert TICKETS["score"]._repr_html_() in shared.handle._repr_html_()

@@ -31,6 +31,7 @@ from ticketops.models.registry import adapter_of, check_layers, find_adapter
 from ticketops.models.state import Call, Kept, LayerState
 from ticketops.models.swapping import stock_class
 from ticketops.ops import Packing
+from ticketops.text import html
 from ticketops.tickets import Granularity, Importance, Ticket
 
 #: Task heads that read the first position of each row.
@@ -176,6 +177,10 @@ class PatchHandle:
     def __repr__(self) -> str:
         state = f"ticket={self.ticket!r}" if self._swapped else "reverted"
         return f"PatchHandle({type(self.model).__name__}, {state})"
+
+    def _repr_html_(self) -> str:
+        shown = "" if self.ticket is None or not self._swapped else self.ticket._repr_html_()
+        return f"<div>{html(repr(self))}{shown}</div>"
 
     def __enter__(self) -> "PatchHandle":
         return self

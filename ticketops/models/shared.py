@@ -22,6 +22,7 @@ from ticketops.models.note import without_note
 from ticketops.models.record import num_neurons
 from ticketops.models.registry import find_adapter
 from ticketops.models.swapping import stock_class
+from ticketops.text import count, html
 from ticketops.tickets import Ticket
 
 _HEAD, _TICKET = "head.safetensors", "ticket.safetensors"
@@ -106,6 +107,19 @@ class SharedModel(nn.Module):
     def tasks(self) -> list[str]:
         """Names of the tasks."""
         return list(self._places)
+
+    def __repr__(self) -> str:
+        # The encoder's modules would fill pages, once for each task.
+        lines = [f"{task}: {self.tickets[task]!r}" for task in self.tasks]
+        return "\n  ".join([f"<SharedModel: {self._title}", *lines]) + ">"
+
+    def _repr_html_(self) -> str:
+        shown = "".join(f"<div>{html(task)}{ticket._repr_html_()}</div>" for task, ticket in self.tickets.items())
+        return f"<div><div>SharedModel: {html(self._title)}</div>{shown}</div>"
+
+    @property
+    def _title(self) -> str:
+        return f"{stock_class(self.handle.model.base_model).__name__} for {count(len(self.tasks), 'task')}"
 
     def select(self, task: str) -> PreTrainedModel:
         """Applies a task's ticket to the encoder.

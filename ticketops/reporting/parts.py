@@ -203,9 +203,32 @@ def figure(path: Path, draw: Callable[..., Figure], *arguments: Any) -> None:
         draw: makes the figure.
         arguments: its arguments.
     """
-    image = io.BytesIO()
+    write_atomically(path, png(drawn(draw, *arguments)))
+
+
+def drawn(draw: Callable[..., Figure], *arguments: Any) -> Figure:
+    """Makes a figure whose texts are shown as they are.
+
+    Args:
+        draw: makes the figure.
+        arguments: its arguments.
+    """
     # Names may contain dollar signs, which matplotlib would parse as mathematics.
     with matplotlib.rc_context({"text.parse_math": False}):
-        # The layout alone cuts off titles above square axes with slanted labels; a tight box does not.
-        draw(*arguments).savefig(image, format="png", dpi=150, bbox_inches="tight")
-    write_atomically(path, image.getvalue())
+        figure = draw(*arguments)
+        # Makes the ticks' labels, too.
+        figure.draw_without_rendering()
+    return figure
+
+
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    """Returns a figure as the content of a PNG file.
+
+    Args:
+        figure: as `drawn` makes it.
+        dpi: pixels per inch.
+    """
+    image = io.BytesIO()
+    # The layout alone cuts off titles above square axes with slanted labels; a tight box does not.
+    figure.savefig(image, format="png", dpi=dpi, bbox_inches="tight")
+    return image.getvalue()

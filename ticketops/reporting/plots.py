@@ -1,5 +1,6 @@
 """Figures of a search. Drawing needs no display; the colours are distinguishable for colour-blind readers."""
 
+import io
 import math
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -318,13 +319,22 @@ def mean_kept(tickets: Sequence[Ticket]) -> tuple[np.ndarray, np.ndarray]:
     return heads, np.mean([ticket.ffn_shares.float().numpy() for ticket in tickets], axis=0)
 
 
+class NotebookFigure(Figure):
+    """A figure that notebooks show although pyplot, which would make them do so, is not imported."""
+
+    def _repr_png_(self) -> bytes:
+        image = io.BytesIO()
+        self.savefig(image, format="png", bbox_inches="tight")
+        return image.getvalue()
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Makes a figure that needs no display.
 
     Args:
         width, height: size in inches.
     """
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = NotebookFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

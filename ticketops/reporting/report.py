@@ -16,6 +16,7 @@ from ticketops.reporting.parts import (
     warning_of_a_constant,
 )
 from ticketops.reporting.tables import points
+from ticketops.searching.plan import SearchConfig
 from ticketops.searching.selection import Level, Selection, select
 from ticketops.searching.statistics import ADVISED_SEEDS, Spread
 from ticketops.searching.store import Record, Store
@@ -43,14 +44,19 @@ def report(folder: str | Path) -> Path:
     return path
 
 
+def heading(config: SearchConfig) -> str:
+    """The title of a search's report."""
+    return f"Super tickets of {config.model} on {config.task}"
+
+
 def _search(store: Store) -> list[str]:
     records = store.records()
     config = store.config
     selection = select(records, config.seeds)
     level = selection.super_level
     tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
-    write_atomically(store.folder / "results.csv", tables.results_csv(records))
-    title = f"Super tickets of {config.model} on {config.task}"
+    write_atomically(store.folder / "results.csv", tables.csv_text(tables.trial_rows(records)))
+    title = heading(config)
     text = [f"# {markdown(title)}", ""]
     text += missing(store, records)
     if records:

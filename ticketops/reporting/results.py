@@ -3,10 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ticketops.reporting import sharing, tables, transfer
-from ticketops.reporting.report import headline, warnings
+from matplotlib.figure import Figure
+
+from ticketops.errors import InputError
+from ticketops.reporting import notebook, plots, sharing, tables, transfer
+from ticketops.reporting.parts import drawn
+from ticketops.reporting.report import heading, headline, warnings
 from ticketops.searching.ladder import Rung, compare_rungs, read_ladders
 from ticketops.searching.plan import SearchConfig
 from ticketops.searching.progress import trials
@@ -15,37 +19,94 @@ from ticketops.searching.sharing_plan import ShareConfig, TaskTicket
 from ticketops.searching.statistics import Comparison, Spread
 from ticketops.searching.store import Record, Store
 from ticketops.searching.transfer_plan import SCORES, TransferConfig
+from ticketops.text import count, printable
 from ticketops.tickets import Ticket
 
+if TYPE_CHECKING:
+    import pandas
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """What a run has found so far. All of it is read from the run's folder, finished or not.
 
     Two results are equal if they have the same records, tickets, findings and table, of the same folder.
 
+    In a notebook it shows itself as headline, table and figure.
+
     Attributes:
+        title: what was run, as the report's title says it.
         folder: output folder of the run.
         config: configuration of the run.
         records: one record per finished trial, in the order of the plan.
         failures: "id" and "error" of each failed trial; a later run tries them again.
+        finished: number of finished trials, those of searches inside a share or transfer included.
         unfinished: names of the trials that have not run yet.
         findings: the headline of the report, and its warnings.
         table: rows of the report's main table as text, header first.
         report_path: path of `report.md`; None if no report was written yet.
     """
 
+    title: str
     folder: Path
     config: Any
     records: list[Record]
     failures: list[dict[str, str]]
+    finished: int
     unfinished: list[str]
     findings: list[str]
     table: list[list[str]]
     report_path: Path | None
 
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Returns the trials as a table with the rows and columns of `results.csv`.
 
-@dataclass(frozen=True, kw_only=True)
+        A search and a transfer have a row per finished trial, a share a row per finished trial and task.
+        """
+        import pandas
+
+        header, *rows = self._rows()
+        return pandas.DataFrame(rows, columns=header)
+
+    def plot(self) -> Figure:
+        """Draws the main figure of the report.
+
+        Returns:
+            A figure of matplotlib, to be shown, changed or saved.
+
+        Raises:
+            InputError: no trial is finished yet.
+        """
+        if not self.records:
+            raise InputError(f"no trial of {self.folder} is finished yet, so there is nothing to plot: run it first")
+        return self._plot()
+
+    def _rows(self) -> list[list[Any]]:
+        raise NotImplementedError
+
+    def _plot(self) -> Figure:
+        raise NotImplementedError
+
+    def _state(self) -> str:
+        """How many trials are finished, failed and left."""
+        others = {"failed": len(self.failures), "not run yet": len(self.unfinished)}
+        parts = [f"{number} {what}" for what, number in others.items() if number]
+        return ", ".join([f"{count(self.finished, 'trial')} finished", *parts])
+
+    def _where(self) -> str:
+        return f"Folder: {self.folder}" if self.report_path is None else f"Report: {self.report_path}"
+
+    def __repr__(self) -> str:
+        lines = [f"<{type(self).__name__}: {self.title}", self._state(), *self.findings, self._where()]
+        return "\n  ".join(map(printable, lines)) + ">"
+
+    def _repr_html_(self) -> str:
+        failed = [f"{failure['id']} failed: {failure['error']}" for failure in self.failures[:8]]
+        lines = [f"{self._state()}.", *self.findings, *failed, self._where()]
+        return notebook.page(self.title, lines, self.table, self.plot() if self.records else None)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SearchResult(Result):
     """What a search has found.
 
@@ -79,8 +140,14 @@ class SearchResult(Result):
         """What that gain shows, corrected for the number of levels tried; None without a seed that both have."""
         return self.selection.comparison
 
+    def _rows(self) -> list[list[Any]]:
+        return tables.trial_rows(self.records)
 
-@dataclass(frozen=True, kw_only=True)
+    def _plot(self) -> Figure:
+        return drawn(plots.phase_transition, self.selection, self.records[0]["metric"], self.title)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ShareResult(Result):
     """What a share has found.
 
@@ -96,8 +163,14 @@ class ShareResult(Result):
     scores: dict[str, dict[str, dict[int, float]]]
     comparisons: dict[str, Comparison] = field(compare=False)
 
+    def _rows(self) -> list[list[Any]]:
+        return sharing.trial_rows(self.records)
 
-@dataclass(frozen=True, kw_only=True)
+    def _plot(self) -> Figure:
+        return drawn(sharing.plot, self.scores, self.title)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TransferResult(Result):
     """What a transfer has found.
 
@@ -105,12 +178,20 @@ class TransferResult(Result):
         sparsity: sparsity of the source's super ticket; None if it is not known yet.
         ladders: scores of the full model and the super ticket by share of the rows, the target's ladder first.
         comparisons: ladder, "target" or "source" -> fraction of its rows -> super ticket against full model there.
+        names: "target" or "source" -> name of that task.
     """
 
     config: TransferConfig
     sparsity: float | None
     ladders: list[Rung]
     comparisons: dict[str, dict[float, Comparison]] = field(compare=False)
+    names: dict[str, str]
+
+    def _rows(self) -> list[list[Any]]:
+        return transfer.trial_rows(self.records)
+
+    def _plot(self) -> Figure:
+        return drawn(transfer.plot, self.ladders, self.names, self.title)
 
 
 def read(folder: str | Path) -> SearchResult | ShareResult | TransferResult:
@@ -127,11 +208,13 @@ def read(folder: str | Path) -> SearchResult | ShareResult | TransferResult:
         StoreError: a file of the run is damaged.
     """
     store = Store.read(folder)
-    failures, unfinished = [], []
+    failures, unfinished, finished = [], [], 0
     for name, _, record, error in trials(store):
-        if error is not None:
+        if record is not None:
+            finished += 1
+        elif error is not None:
             failures.append({"id": name, "error": error})
-        elif record is None:
+        else:
             unfinished.append(name)
     report = store.folder / "report.md"
     common = {
@@ -139,6 +222,7 @@ def read(folder: str | Path) -> SearchResult | ShareResult | TransferResult:
         "config": store.config,
         "records": store.records(),
         "failures": failures,
+        "finished": finished,
         "unfinished": unfinished,
         "report_path": report if report.is_file() else None,
     }
@@ -158,6 +242,7 @@ def _search(store: Store, common: dict[str, Any]) -> SearchResult:
     metric = records[0]["metric"] if records else ""
     return SearchResult(
         **common,
+        title=heading(store.config),
         findings=[headline(selection, metric), *warnings(selection, metric)],
         table=tables.level_rows(selection),
         selection=selection,
@@ -173,6 +258,7 @@ def _share(store: Store, common: dict[str, Any]) -> ShareResult:
         found[task] = {seed: ticket for seed, ticket in by_seed.items() if ticket is not None}
     return ShareResult(
         **common,
+        title=sharing.heading(store),
         findings=[sharing.headline(records), *sharing.warnings(records)],
         table=sharing.overview(store),
         tickets=found,
@@ -185,6 +271,8 @@ def _transfer(store: Store, common: dict[str, Any]) -> TransferResult:
     rungs = read_ladders(store)
     return TransferResult(
         **common,
+        title=transfer.heading(store),
+        names=transfer.names(store),
         findings=transfer.headlines(store),
         table=transfer.overview(store),
         sparsity=(store.facts(SCORES) or {}).get("sparsity"),

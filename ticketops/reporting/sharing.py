@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ticketops.files import write_atomically
 from ticketops.reporting import task_plots
@@ -49,26 +50,19 @@ def lines(store: Store) -> list[str]:
     tasks = list(store.description["notes"]["tasks"])
     searches = [Store.read(store.folder / SEARCHES / name) for name in tasks if _searched(store, name)]
     inner = [record for search in searches for record in search.records()]
-    title = f"Ticket sharing of {config.model} over {', '.join(tasks)}"
+    title = heading(store)
     text = [f"# {markdown(title)}", ""]
     text += missing(store, records, searches)
     tickets = {
         name: {seed: found for seed in config.seeds if (found := store.ticket(TaskTicket(name, seed))) is not None}
         for name in tasks
     }
-    write_atomically(store.folder / "results.csv", _results(records))
+    write_atomically(store.folder / "results.csv", csv_text(trial_rows(records)))
     if records:
         arms = scores(store)
         text += [markdown(headline(records)), "", *quoted(warnings(records))]
         text += [*_splits(_reports(records)), ""]
-        figure(
-            store.folder / "sharing.png",
-            task_plots.arms,
-            _differences(arms),
-            {AVERAGE: _title(AVERAGE)},
-            "plain" in arms,
-            title,
-        )
+        figure(store.folder / "sharing.png", plot, arms, title)
         text += ["![each arm, by task](sharing.png)", ""]
         text += [markdown_table(overview(store)), ""]
         text += ["Scores are each task's own metric x 100 ("]
@@ -86,6 +80,21 @@ def lines(store: Store) -> list[str]:
         "",
     ]
     return [*text, *reproduction(store, [*inner, *records])]
+
+
+def heading(store: Store) -> str:
+    """The title of a share's report."""
+    return f"Ticket sharing of {store.config.model} over {', '.join(store.description['notes']['tasks'])}"
+
+
+def plot(arms: Mapping[str, Scores], title: str) -> Figure:
+    """Draws each arm's scores by task, or their differences from multi-task training without tickets.
+
+    Args:
+        arms: as `scores` returns them.
+        title: title of the share.
+    """
+    return task_plots.arms(_differences(arms), {AVERAGE: _title(AVERAGE)}, "plain" in arms, title)
 
 
 def overview(store: Store) -> list[list[str]]:
@@ -258,8 +267,12 @@ def _sizes(records: Sequence[Record]) -> list[str]:
     return [markdown_table(rows)] if len(rows) > 1 else []
 
 
-def _results(records: Sequence[Record]) -> str:
-    """One row a trial and task."""
+def trial_rows(records: Sequence[Record]) -> list[list[Any]]:
+    """Returns one row per trial and task of a share, header first, for `results.csv` and `to_pandas()`.
+
+    Args:
+        records: of its finished trials.
+    """
     pruned = ("heads_pruned", "ffns_pruned", "neurons_pruned")
     columns = (*pruned, "weights_remaining", "weights_remaining_encoder", "train_rows", "steps")
     details = sorted(
@@ -272,7 +285,8 @@ def _results(records: Sequence[Record]) -> str:
         }
     )
     header = ["id", "arm", "seed", "mixing", "task", *columns, "metric", "score", "report_score"]
-    rows = [[*header, *(f"{split}_{name}" for split, name in details), "trial_train_loss", "trial_train_seconds"]]
+    header += [*(f"{split}_{name}" for split, name in details), "trial_train_loss", "trial_train_seconds"]
+    rows: list[list[Any]] = [header]
     for record in records:
         for name, task in record["tasks"].items():
             row = [*(record[column] for column in ("id", "kind", "seed", "mixing")), name]
@@ -280,7 +294,7 @@ def _results(records: Sequence[Record]) -> str:
             row += [task[column] for column in ("metric", "score", "report_score")]
             row += [task["scores"].get(split, {}).get(metric) for split, metric in details]
             rows.append([*row, record["train_loss"], record["timing"]["train_seconds"]])
-    return csv_text(rows)
+    return rows
 
 
 def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]], title: str) -> list[str]:

@@ -31,15 +31,15 @@ COLUMNS = (
 )
 
 
-def results_csv(records: Iterable[Mapping[str, Any]]) -> str:
-    """Formats records as CSV, one row per trial.
+def trial_rows(records: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """Returns one row per trial of a search, header first, for `results.csv` and `to_pandas()`.
 
     Args:
         records: of one search.
 
     Returns:
-        The text. `score` is `metric` on `split` (which selects), `report_score` on the report split, empty where
-        there is none; then every metric of every split, and the seconds of training.
+        Values as the records have them. `score` is `metric` on `split` (which selects), `report_score` on the report
+        split, None where there is none; then every metric of every split, and the seconds of training.
     """
     records = list(records)
     details = sorted(
@@ -49,7 +49,7 @@ def results_csv(records: Iterable[Mapping[str, Any]]) -> str:
     for record in records:
         scores = [record["scores"].get(split, {}).get(name) for split, name in details]
         rows.append([*(record.get(column) for column in COLUMNS), *scores, record["timing"]["train_seconds"]])
-    return csv_text(rows)
+    return rows
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
@@ -61,10 +61,7 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
 
 def points(spread: Spread, sign: bool = False) -> str:
     """Formats a mean and, with several seeds, its standard deviation, times 100: `83.8 ± 0.4`."""
-    if not spread.count:
-        return "–"
-    mean = f"{100 * spread.mean:{'+' if sign else ''}.1f}"
-    return mean if spread.std is None else f"{mean} ± {100 * spread.std:.1f}"
+    return spread.in_points(sign)
 
 
 def level_rows(selection: Selection) -> list[list[str]]:

@@ -1,12 +1,15 @@
 """The report of domain transfer and of low data: super ticket against full model on growing shares of the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from ticketops.files import write_atomically
 from ticketops.reporting import task_plots
 from ticketops.reporting.parts import figure, missing, reproduction, scored_rows, shown, warning_of_a_constant
 from ticketops.reporting.tables import csv_text, markdown_table, points
-from ticketops.searching.ladder import compare_rungs, read_ladders
+from ticketops.searching.ladder import Rung, compare_rungs, read_ladders
 from ticketops.searching.statistics import ADVISED_SEEDS, Spread
 from ticketops.searching.store import Record, Store
 from ticketops.searching.transfer_plan import SOURCE
@@ -46,33 +49,16 @@ def lines(store: Store) -> list[str]:
         StoreError: one of its files is damaged, or the folder cannot be written.
     """
     config, records, notes = store.config, store.records(), store.description["notes"]
-    names = _names(store)
     searches = [Store.read(store.folder / SOURCE)] if (store.folder / SOURCE / "config.json").exists() else []
     inner = [record for search in searches for record in search.records()]
-    title = f"Transfer of {config.model} from {names['source']} to {names['target']}"
+    title = heading(store)
     text = [f"# {markdown(title)}", "", *missing(store, records, searches)]
-    write_atomically(store.folder / "results.csv", _results(records))
+    write_atomically(store.folder / "results.csv", csv_text(trial_rows(records)))
     rungs = read_ladders(store)
     if rungs:
         for line in headlines(store):
             text += [markdown(line), ""]
-        panels = {}
-        for role in names:
-            own = [rung for rung in rungs if rung.ladder == role]
-            if own:
-                name = (
-                    f"Target {names[role]}, from {names['source']}"
-                    if role == "target"
-                    else f"Source {names[role]} alone"
-                )
-                panels[name] = task_plots.Panel(
-                    f"{own[0].metric} on {own[0].split}",
-                    {rung.rows: list(rung.full.values()) for rung in own},
-                    {rung.rows: list(rung.super.values()) for rung in own},
-                    own[0].constant,
-                    own[0].scored,
-                )
-        figure(store.folder / "ladder.png", task_plots.ladders, panels, title)
+        figure(store.folder / "ladder.png", plot, rungs, names(store), title)
         text += ["![score against training rows](ladder.png)", "", markdown_table(overview(store)), ""]
         text += [
             "Scores are x 100, mean ± standard deviation over seeds, which draw the rows too; a larger share contains "
@@ -85,6 +71,34 @@ def lines(store: Store) -> list[str]:
         text += [f"The target {head}. Each trial takes {count(config.min_steps, 'optimizer step')} at least.", ""]
     text += ["## Tasks", "", *(f"- {role}: {markdown(described)}" for role, described in notes["tasks"].items()), ""]
     return [*text, *reproduction(store, [*inner, *records])]
+
+
+def heading(store: Store) -> str:
+    """The title of a transfer's report."""
+    return "Transfer of {model} from {source} to {target}".format(model=store.config.model, **names(store))
+
+
+def plot(rungs: Sequence[Rung], names: Mapping[str, str], title: str) -> Figure:
+    """Plots the scores of full model and super ticket over the number of training rows, a panel per ladder.
+
+    Args:
+        rungs: rungs of both ladders.
+        names: role, "target" or "source" -> name of its task.
+        title: title of the transfer.
+    """
+    panels = {}
+    for role, name in names.items():
+        own = [rung for rung in rungs if rung.ladder == role]
+        if own:
+            panel = f"Target {name}, from {names['source']}" if role == "target" else f"Source {name} alone"
+            panels[panel] = task_plots.Panel(
+                f"{own[0].metric} on {own[0].split}",
+                {rung.rows: list(rung.full.values()) for rung in own},
+                {rung.rows: list(rung.super.values()) for rung in own},
+                own[0].constant,
+                own[0].scored,
+            )
+    return task_plots.ladders(panels, title)
 
 
 def overview(store: Store) -> list[list[str]]:
@@ -125,7 +139,7 @@ def headlines(store: Store) -> list[str]:
         Lines of text; none where nothing can be compared yet.
     """
     rungs, text = read_ladders(store), []
-    for role, name in _names(store).items():
+    for role, name in names(store).items():
         found = {fraction: one for fraction, one in compare_rungs(store, rungs, role).items() if one.difference.count}
         own = [rung for rung in rungs if rung.ladder == role and rung.fraction in found]
         if not own:
@@ -145,13 +159,17 @@ def headlines(store: Store) -> list[str]:
     return text
 
 
-def _names(store: Store) -> dict[str, str]:
-    """Role -> name of its task, the target first."""
+def names(store: Store) -> dict[str, str]:
+    """Role, "target" or "source" -> name of its task, the target first."""
     tasks = store.description["notes"]["tasks"]
     return {role: tasks[role].partition(":")[0] for role in ("target", "source")}
 
 
-def _results(records: Sequence[Record]) -> str:
-    """One row a trial."""
+def trial_rows(records: Sequence[Record]) -> list[list[Any]]:
+    """Returns one row per trial of a transfer, header first, for `results.csv` and `to_pandas()`.
+
+    Args:
+        records: of its finished trials.
+    """
     rows = [[*(record[column] for column in COLUMNS), record["timing"]["train_seconds"]] for record in records]
-    return csv_text([[*COLUMNS, "train_seconds"], *rows])
+    return [[*COLUMNS, "train_seconds"], *rows]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ticketops.searching.statistics import Comparison, Spread, compare, differences
+from ticketops.text import count, structures
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Level:
     def report_spread(self) -> Spread:
         """Over seeds, on the split that reports."""
         return Spread.of(self.report_scores.values())
+
+    def __repr__(self) -> str:
+        pruned = structures(self.heads_pruned, self.ffns_pruned, self.neurons_pruned or None)
+        left = f"{pruned} pruned, {100 * self.weights_remaining:.1f} % of the weights left"
+        scores = f"{self.spread.in_points()} points (x 100) over {count(len(self.scores), 'seed')}"
+        return f"<Level: {self.kind} at sparsity {self.sparsity:g}, {left}, {scores}>"
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,15 @@ class Selection:
             level: one of `levels`.
         """
         return level.report_scores if self.split == "report" else level.scores
+
+    def __repr__(self) -> str:
+        best = "no super ticket yet" if self.super_level is None else f"super ticket at {self.super_level.sparsity:g}"
+        lines = [f"<Selection: {count(len(self.levels), 'level')}, {best}, scores x 100 on {self.split}"]
+        for level in self.levels:
+            star = " ★" if level is self.super_level else ""
+            scores = Spread.of(self.scores(level).values()).in_points()
+            lines.append(f"  {level.kind:<8}{level.sparsity:<8g}{scores}{star}")
+        return "\n".join(lines) + ">"
 
 
 def at_sparsity(selection: Selection, sparsity: float | None) -> Selection:

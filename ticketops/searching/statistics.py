@@ -13,6 +13,8 @@ from typing import Literal, TypeVar
 
 from scipy import stats
 
+from ticketops.text import count
+
 #: Maximum probability that any comparison of a run is called better or worse although there is no difference.
 ERROR_RATE = 0.05
 #: Number of seeds that most fine-tuning papers use; fewer rarely detect an effect as large as the spread over seeds.
@@ -43,6 +45,20 @@ class Spread:
         mean = statistics.fmean(values) if values else math.nan
         return cls(mean, statistics.stdev(values) if len(values) > 1 else None, len(values))
 
+    def in_points(self, sign: bool = False) -> str:
+        """Formats mean and, with several values, standard deviation in points, i.e. times 100: "83.8 ± 0.4".
+
+        Args:
+            sign: True to write a plus before positive means.
+        """
+        if not self.count:
+            return "–"
+        mean = f"{100 * self.mean:{'+' if sign else ''}.1f}"
+        return mean if self.std is None else f"{mean} ± {100 * self.std:.1f}"
+
+    def __repr__(self) -> str:
+        return f"<Spread: {self.in_points()} points (x 100) over {count(self.count, 'seed')}>"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -62,6 +78,12 @@ class Comparison:
     high: float | None
     outcome: Outcome
     tried: int
+
+    def __repr__(self) -> str:
+        text = f"{self.difference.in_points(sign=True)} points (x 100) over {count(self.difference.count, 'seed')}"
+        if self.low is not None and self.high is not None:
+            text += f", 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
+        return f"<Comparison: {self.outcome}, {text}, corrected for {count(self.tried, 'comparison')}>"
 
 
 def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from ticketops.errors import InputError
 from ticketops.ops import importance as ops
 from ticketops.ops.importance.reference import normalized
-from ticketops.text import count
+from ticketops.text import count, html
 from ticketops.tickets import storage
+from ticketops.tickets.grid import grid
 
 Granularity = Literal["example", "token", "batch"]
 
@@ -286,6 +287,16 @@ class Importance:
     def __repr__(self) -> str:
         self.complete()
         return f"<Importance: {self._meaning}, {max(self._heads.counts)} recorded>"
+
+    def _repr_html_(self) -> str:
+        try:
+            heads, ffns = self.normalized_head(), self.ffn
+        except InputError:
+            # Nothing is recorded of some layer yet.
+            return f"<div>{html(repr(self))}</div>"
+        shades = [scores / scores.max().clamp_min(1e-30) for scores in (heads, ffns)]
+        note = "darker: more important; heads divided by their layer's l2 norm, FFNs by the largest of them"
+        return grid(shades[0].tolist(), shades[1].tolist(), repr(self).strip("<>"), [note])
 
     @property
     def _meaning(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ticketops.errors import InputError
 from ticketops.text import count, structures
 from ticketops.tickets import storage
+from ticketops.tickets.grid import grid
 from ticketops.tickets.weights import WeightCounts
 
 
@@ -352,3 +353,8 @@ class Ticket:
         heads_total = self.num_layers * self.num_heads
         rows.append(f"■ kept, · pruned: {self.heads_pruned} of {count(heads_total, 'head')} and {pruned}")
         return "\n".join(rows)
+
+    def _repr_html_(self) -> str:
+        origin = ", ".join(f"{name} {value}" for name, value in self.metadata.items())
+        notes = ["blue: kept, grey: pruned; a lighter FFN keeps a part of its neurons", *([origin] if origin else [])]
+        return grid(self._head_mask.double().tolist(), self.ffn_shares.tolist(), repr(self).strip("<>"), notes)
