@@ -1,3 +1,5 @@
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import ticketops
 from ticketops.errors import InputError, as_flag, spelled, spelling
 from ticketops.searching import SearchConfig, ShareConfig
 from ticketops.searching.config import nearest
+from ticketops.searching.keywords import SearchFields, ShareFields, TransferFields
 from ticketops.tasks import load_task
 
 NAMES = tuple(SearchConfig.__dataclass_fields__)
@@ -129,3 +132,26 @@ def test_a_task_that_no_run_serves_is_sent_to_a_loop_of_ones_own(columns: dict[s
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(columns)}\n" * 9)
     with pytest.raises(InputError, match=r"ticketops.patch in a training loop of your own"):
         load_task(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "keywords"),
+    [
+        (ticketops.search, ticketops.SearchConfig, SearchFields),
+        (ticketops.share, ticketops.ShareConfig, ShareFields),
+        (ticketops.transfer, ticketops.TransferConfig, TransferFields),
+    ],
+)
+def test_calls_list_the_fields_for_people_and_for_type_checkers(call: Any, kind: Any, keywords: Any):
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    found = inspect.signature(call).parameters
+    own = ("config", "listener", "trainer_factory")
+    assert {name: each.default for name, each in found.items() if name not in own} == {
+        name: field.default for name, field in fields.items()
+    }
+    assert found["listener"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(keywords.__annotations__) == list(fields)
+    text = " ".join(kind.__doc__.split())
+    for name, field in fields.items():
+        assert f"{name}: {field.metadata['help']} Default: {field.metadata['shown']}." in text
+    assert text.endswith("Raises: InputError: a value is out of range, of the wrong type, or unknown.")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import inspect
 import shlex
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -89,6 +91,25 @@ class Config:
     #: Fields that defaults of other fields depend on.
     decisive: ClassVar[tuple[str, ...]] = ()
 
+    def __init_subclass__(cls) -> None:
+        """Adds what the fields mean to the class's docstring, from the texts that `--help` prints."""
+        super().__init_subclass__()
+        # Python -OO drops docstrings.
+        if cls.__doc__ is not None:
+            about, raises = inspect.cleandoc(cls.__doc__).split("Raises:")
+            lines = [
+                textwrap.fill(
+                    f"{name}: {field.metadata['help']} Default: {field.metadata['shown']}.",
+                    100,
+                    initial_indent=" " * 4,
+                    subsequent_indent=" " * 8,
+                    break_on_hyphens=False,
+                )
+                for name, field in vars(cls).items()
+                if isinstance(field, dataclasses.Field)
+            ]
+            cls.__doc__ = "\n".join([f"{about}Args:", *lines, "", f"Raises:{raises}"])
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "the configuration") -> Self:
         """Builds a configuration from plain values, as a YAML or JSON file holds them.
@@ -135,6 +156,11 @@ class Config:
         outside = current_spelling()
         with spelling(spell):
             return cls.from_dict({**values, **overrides}, source)
+
+    @classmethod
+    def fields(cls) -> "tuple[dataclasses.Field[Any], ...]":
+        """Returns the fields, in the order of the flags."""
+        return _fields(cls)
 
     @classmethod
     def additive(cls) -> list[str]:

@@ -139,7 +139,6 @@ FORMAT_1_TRAINING: dict[str, dict[str, Any]] = {
 class SearchConfig(Config):
     """Everything a search depends on; each field is a flag of `ticketops search` and a key of its YAML file.
 
-    The fields' meaning, unit and default are in their `metadata["help"]`, which `ticketops search --help` prints.
     Values are normalised when the object is made ("0.1,0.3" becomes (0.1, 0.3); 3 seeds become (0, 1, 2)), and what the
     recipe decides is filled in, so that two equal searches are two equal objects.
 
