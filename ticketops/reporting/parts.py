@@ -128,7 +128,8 @@ def _command(store: Store) -> list[str]:
 
 
 def shown(comparison: Comparison, family: str) -> str:
-    """Formats a difference with its interval: "+1.2 ± 0.4 points over 5 seeds (95 % interval +0.3 to +2.1, ...)".
+    """Formats a difference with its interval: "+1.2 ± 0.4 points over 5 seeds (95 % interval over seeds and
+    rows +0.3 to +2.1, ...)".
 
     Args:
         comparison: of scores.
@@ -142,7 +143,9 @@ def shown(comparison: Comparison, family: str) -> str:
     if low == high:
         return f"{text} {number}, without a spread to judge it by"
     tried = f", corrected for {comparison.tried} {family}" if comparison.tried > 1 else ""
-    return f"{text} {number} (95 % interval {100 * low:+.1f} to {100 * high:+.1f}{tried})"
+    interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+    scope = f"over seeds and rows {interval}" if comparison.over_rows else f"{interval} on these rows"
+    return f"{text} {number} (95 % interval {scope}{tried})"
 
 
 def scored_rows(rows: Mapping[str, int]) -> str:

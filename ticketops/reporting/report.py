@@ -17,9 +17,10 @@ from ticketops.reporting.parts import (
 )
 from ticketops.reporting.tables import points
 from ticketops.searching.plan import SearchConfig
-from ticketops.searching.selection import Level, Selection, select
+from ticketops.searching.selection import Level, Selection, read_selection
 from ticketops.searching.statistics import ADVISED_SEEDS, Spread
 from ticketops.searching.store import Record, Store
+from ticketops.tasks.resampling import HALVINGS
 from ticketops.text import code, count, fenced, markdown, structures
 from ticketops.tickets import Importance, Ticket, chance_jaccard
 
@@ -52,7 +53,7 @@ def heading(config: SearchConfig) -> str:
 def _search(store: Store) -> list[str]:
     records = store.records()
     config = store.config
-    selection = select(records, config.seeds)
+    selection = read_selection(store, records)
     level = selection.super_level
     tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
     write_atomically(store.folder / "results.csv", tables.csv_text(tables.trial_rows(records)))
@@ -62,7 +63,7 @@ def _search(store: Store) -> list[str]:
     if records:
         split = selection.split
         metric = records[0]["metric"]
-        text += [*_summary(selection, metric), "", *_splits(store, split), ""]
+        text += [*_summary(selection, metric), "", *_splits(store, selection), ""]
         figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric, title)
         text += [f"![{metric} against weights remaining](phase_transition.png)", ""]
         text += [tables.markdown_table(tables.level_rows(selection)), ""]
@@ -103,17 +104,38 @@ def headline(selection: Selection, metric: str) -> str:
         for level in selection.levels
         if level.kind in ("random", "losing") and level.sparsity == best.sparsity
     ]
-    split = f"the split {selection.split}" + (", which selected too" if selection.split == "validation" else "")
-    return " ".join(
-        [
-            f"{_VERDICTS[comparison.outcome]}: sparsity {best.sparsity:g} ({pruned} pruned, "
-            f"{100 * best.weights_remaining:.1f} % of the weights left) reaches {metric} {reached(best)} "
-            f"against {reached(full)}, {shown(comparison, 'levels')}.",
-            f"Of the same size, {' and '.join(controls)}."
-            if controls
-            else "No random or losing tickets of that level were tried.",
-            scored_rows({split: selection.rows.get(selection.split, 0)}),
-        ]
+    found = (
+        f"{_VERDICTS[comparison.outcome]}: sparsity {best.sparsity:g} ({pruned} pruned, "
+        f"{100 * best.weights_remaining:.1f} % of the weights left) reaches {metric} {reached(best)} against "
+        f"{reached(full)}"
+    )
+    difference = shown(comparison, "levels")
+    text = [f"{found}; its choice gains {difference}." if selection.is_cross_fitted else f"{found}, {difference}."]
+    text.append(
+        f"Of the same size, {' and '.join(controls)}."
+        if controls
+        else "No random or losing tickets of that level were tried."
+    )
+    split = f"the split {selection.split}"
+    if selection.split == "validation":
+        split += ", of which one half chose for the other" if selection.is_cross_fitted else ", which selected too"
+    return " ".join([*text, scored_rows({split: selection.rows.get(selection.split, 0)})])
+
+
+def optimism(selection: Selection) -> str:
+    """How far the gain would be overstated by the rows and seeds that chose the super ticket; empty if not known.
+
+    Args:
+        selection: of the search's records.
+    """
+    if not selection.is_cross_fitted:
+        return ""
+    naive, fitted = (Spread.of(gains.values()).mean for gains in (selection.naive_gains, selection.gains))
+    others = "the other seeds chose, " if len(selection.gains) > 1 else "was chosen "
+    return (
+        f"The gain is that of the level that {others}on rows that did not choose. By the rows and seeds that chose it, "
+        f"the super ticket would seem to gain {100 * naive:+.1f} points; {100 * (naive - fitted):+.1f} of these are "
+        "what choosing the best makes of noise."
     )
 
 
@@ -136,19 +158,25 @@ def warnings(selection: Selection, metric: str) -> list[str]:
 
 def _summary(selection: Selection, metric: str) -> list[str]:
     text = [markdown(headline(selection, metric)), "", *quoted(warnings(selection, metric))]
-    gains = selection.gains
+    gains, explained = selection.gains, optimism(selection)
+    text += [explained, ""] if explained else []
     if len(gains) > 1:
         text.append("Gain by seed: " + ", ".join(f"{seed}: {100 * gain:+.1f}" for seed, gain in gains.items()) + ".")
     return text
 
 
-def _splits(store: Store, split: str) -> list[str]:
+def _splits(store: Store, selection: Selection) -> list[str]:
     name = markdown(store.description["notes"].get("validation", "validation"))
-    if split == "report":
+    if selection.split == "report":
         # Earlier versions knew of report rows held out of the validation rows alone.
         held_out = f"{100 * store.config.report_fraction:g} % of the validation rows, held out"
         source = markdown(store.description["notes"].get("report") or held_out)
         return [f"The split `validation` ({name}) selects; the split `report`, {source}, reports."]
+    if selection.is_cross_fitted:
+        return [
+            f"The scores are of all rows of `validation` ({name}), and select the super ticket; its gain is taken from "
+            f"{HALVINGS} random splits of them into halves, each of which chooses for the other one."
+        ]
     return [
         f"The same split, `validation` ({name}), both selects the super ticket and reports, which flatters the best of "
         "several levels; `--report-fraction 0.5` holds a report split out."

@@ -14,7 +14,7 @@ from ticketops.reporting.report import heading, headline, warnings
 from ticketops.searching.ladder import Rung, compare_rungs, read_ladders
 from ticketops.searching.plan import SearchConfig
 from ticketops.searching.progress import trials
-from ticketops.searching.selection import Level, Selection, compare_arms, select
+from ticketops.searching.selection import Level, Selection, compare_arms, read_selection
 from ticketops.searching.sharing_plan import ShareConfig, TaskTicket
 from ticketops.searching.statistics import Comparison, Spread
 from ticketops.searching.store import Record, Store
@@ -132,12 +132,12 @@ class SearchResult(Result):
 
     @property
     def gain(self) -> Spread:
-        """Super ticket's score minus the full model's over seeds, on the split that reports."""
+        """What the choice of the super ticket gains over the full model, over seeds: `Selection.gains`."""
         return Spread.of(self.selection.gains.values())
 
     @property
     def comparison(self) -> Comparison | None:
-        """What that gain shows, corrected for the number of levels tried; None without a seed that both have."""
+        """What that gain shows, with its interval; None without a seed that both have."""
         return self.selection.comparison
 
     def _rows(self) -> list[list[Any]]:
@@ -237,7 +237,7 @@ def read(folder: str | Path) -> SearchResult | ShareResult | TransferResult:
 
 def _search(store: Store, common: dict[str, Any]) -> SearchResult:
     records = common["records"]
-    selection = select(records, store.config.seeds)
+    selection = read_selection(store, records)
     level = selection.super_level
     metric = records[0]["metric"] if records else ""
     return SearchResult(
@@ -259,11 +259,11 @@ def _share(store: Store, common: dict[str, Any]) -> ShareResult:
     return ShareResult(
         **common,
         title=sharing.heading(store),
-        findings=[sharing.headline(records), *sharing.warnings(records)],
+        findings=[sharing.headline(store, records), *sharing.warnings(records)],
         table=sharing.overview(store),
         tickets=found,
         scores=sharing.scores(store),
-        comparisons=compare_arms(records),
+        comparisons=compare_arms(store, records),
     )
 
 

@@ -60,7 +60,7 @@ def lines(store: Store) -> list[str]:
     write_atomically(store.folder / "results.csv", csv_text(trial_rows(records)))
     if records:
         arms = scores(store)
-        text += [markdown(headline(records)), "", *quoted(warnings(records))]
+        text += [markdown(headline(store, records)), "", *quoted(warnings(records))]
         text += [*_splits(_reports(records)), ""]
         figure(store.folder / "sharing.png", plot, arms, title)
         text += ["![each arm, by task](sharing.png)", ""]
@@ -158,10 +158,11 @@ _VERDICTS = {
 }
 
 
-def headline(records: Sequence[Record]) -> str:
+def headline(store: Store, records: Sequence[Record]) -> str:
     """The finding of a share: task averages of sharing with tickets against plain sharing and random tickets.
 
     Args:
+        store: of the share.
         records: of its finished trials.
     """
     ours = [record for record in records if record["kind"] == "tickets"]
@@ -172,7 +173,7 @@ def headline(records: Sequence[Record]) -> str:
     averages = Spread.of(float(np.mean([task[score] for task in record["tasks"].values()])) for record in ours)
     text = f"Ticket sharing averages {points(averages)} over the tasks"
     names = {"plain": "plain multi-task training", "random": "random tickets of the same counts"}
-    found = {arm: one for arm, one in compare_arms(records).items() if arm in names and one.difference.count}
+    found = {arm: one for arm, one in compare_arms(store, records).items() if arm in names and one.difference.count}
     against = [f"{_VERDICTS[one.outcome].format(names[arm])}, {shown(one, 'arms')}" for arm, one in found.items()]
     rows = {f"{split} of {name}": task.get("rows", {}).get(split, 0) for name, task in _tasks(ours[0])}
     return " ".join([f"{text}: {'; '.join(against)}." if against else f"{text}.", scored_rows(rows)])

@@ -64,6 +64,13 @@ def points(spread: Spread, sign: bool = False) -> str:
     return spread.in_points(sign)
 
 
+def interval(comparison: Comparison) -> str:
+    """Formats the interval of a difference, times 100: `-0.6 to +1.4`; a dash where there is none."""
+    if comparison.low is None or comparison.high is None:
+        return "–"
+    return f"{100 * comparison.low:+.1f} to {100 * comparison.high:+.1f}"
+
+
 def level_rows(selection: Selection) -> list[list[str]]:
     """Returns one row per level, header first: structures pruned, weights remaining, scores over seeds.
 
@@ -71,19 +78,27 @@ def level_rows(selection: Selection) -> list[list[str]]:
         selection: the levels of a search.
 
     Returns:
-        Cells as text; the super ticket's row is marked with a star.
+        Cells as text; the super ticket's row is marked with a star. With several seeds, winning tickets have the
+        interval of their difference to the full model, corrected for all levels, and the phase where that shows one.
     """
+    compared = {sparsity: one for sparsity, one in selection.comparisons.items() if one.low is not None}
+    phases = selection.phases if compared else {}
     held_out = any(level.report_scores for level in selection.levels)
     neurons = any(level.neurons_pruned for level in selection.levels)
     pruned = ["heads pruned", "FFNs pruned", *(["neurons pruned"] if neurons else [])]
     header = ["ticket", "sparsity", *pruned, "weights left (%)", "encoder's left (%)", "seeds"]
-    rows = [[*header, *(["selects", "reports"] if held_out else ["score"])]]
+    scored = ["selects", "reports"] if held_out else ["score"]
+    rows = [[*header, *scored, *(["to full, 95 %", "phase"] if compared else [])]]
     for level in selection.levels:
         star = " ★" if level is selection.super_level else ""
         scores = [points(level.spread), *([points(level.report_spread)] if held_out else [])]
         weights = [f"{100 * share:.1f}" for share in (level.weights_remaining, level.weights_remaining_encoder)]
         counts = [str(level.heads_pruned), str(level.ffns_pruned), *([str(level.neurons_pruned)] if neurons else [])]
-        rows.append([level.kind + star, f"{level.sparsity:g}", *counts, *weights, str(len(level.scores)), *scores])
+        row = [level.kind + star, f"{level.sparsity:g}", *counts, *weights, str(len(level.scores)), *scores]
+        if compared:
+            one = compared.get(level.sparsity) if level.kind == "winning" else None
+            row += ["", ""] if one is None else [interval(one), phases.get(level.sparsity, "–")]
+        rows.append(row)
     return rows
 
 

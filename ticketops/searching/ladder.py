@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ticketops.searching.plan import SearchConfig, search_plan
-from ticketops.searching.selection import select
+from ticketops.searching.selection import resampled_scores, select
 from ticketops.searching.statistics import Comparison, Spread, compare, differences
 from ticketops.searching.store import Record, Store
 from ticketops.searching.transfer_plan import SCORES
@@ -25,6 +25,7 @@ class Rung:
         constant: score of one constant answer on that split.
         full: seed -> score of the full model.
         super: seed -> score of the super ticket.
+        row_error: standard error of the mean gain over the choice of rows; None where it is not known.
     """
 
     ladder: str
@@ -37,6 +38,7 @@ class Rung:
     constant: float
     full: dict[int, float] = field(default_factory=dict)
     super: dict[int, float] = field(default_factory=dict)
+    row_error: float | None = None
 
     @property
     def gain(self) -> Spread:
@@ -59,7 +61,7 @@ def read_ladders(store: Store) -> list[Rung]:
         groups.setdefault((record["ladder"], record["fraction"]), []).append(record)
     rungs = []
     for (role, fraction), group in groups.items():
-        selection = select(group, config.seeds)
+        selection = select(group, config.seeds, resampled_scores(store, group))
         split, best = selection.split, selection.super_level
         rung = Rung(
             role,
@@ -73,6 +75,8 @@ def read_ladders(store: Store) -> list[Rung]:
         )
         for scores, level in ((rung.full, selection.full), (rung.super, best)):
             scores.update({} if level is None else selection.scores(level))
+        if best is not None and selection.full is not None:
+            rung.row_error = selection.row_error(best, selection.full)
         rungs.append(rung)
     whole = store.facts(SCORES)
     if config.source_ladder and 1.0 in config.fractions and whole is not None:
@@ -115,4 +119,5 @@ def compare_rungs(store: Store, rungs: Sequence[Rung], ladder: str) -> dict[floa
         levels = len({trial.sparsity for trial in plan if trial.kind == "winning"})
     steps = [1 / rung.scored for rung in own if rung.scored]
     pairs = {rung.fraction: differences(rung.super, rung.full) for rung in own}
-    return compare(pairs, max(steps, default=0.0), tried=len(own) * levels)
+    errors = {rung.fraction: rung.row_error for rung in own if rung.row_error is not None}
+    return compare(pairs, max(steps, default=0.0), tried=len(own) * levels, row_errors=errors)

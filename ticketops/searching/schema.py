@@ -82,6 +82,8 @@ class Scored(TypedDict):
     predictions_sha256: NotRequired[Name]
     rows: NotRequired["Rows"]
     constant_scores: NotRequired["Constants"]
+    #: Scores of both halves of the validation rows, for each random split into halves.
+    halves: NotRequired[list[Annotated[list[Score], Len(2, 2)]]]
     heads_pruned: Count
     ffns_pruned: Count
     neurons_pruned: NotRequired[Count]
@@ -100,7 +102,7 @@ class Trained(TypedDict):
     timing: "Timing"
     model: NotRequired[Name]
     environment: NotRequired[Environment]
-    #: Split, or "TASK.split" -> file of its logits.
+    #: Split, or "TASK.split" -> file of its logits; with "-rows" behind it, of what each row contributes to the metric.
     predictions: NotRequired[dict[Name, "Kept"]]
     #: Digest of the run's model and data, which identifies records of other runs.
     run: NotRequired[Name]

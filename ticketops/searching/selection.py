@@ -1,16 +1,30 @@
-"""Selects the super ticket's sparsity from the records of a search."""
+"""Selects the super ticket's sparsity from the records of a search, and says what that choice gains."""
 
 import dataclasses
+import functools
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ticketops.searching.statistics import Comparison, Spread, compare, differences
+import numpy as np
+
+from ticketops.searching.statistics import (
+    Comparison,
+    Spread,
+    compare,
+    cross_fit,
+    differences,
+    is_like_a_constant,
+    row_weights,
+)
+from ticketops.searching.store import Record, Store
+from ticketops.tasks.resampling import can_resample, resampled
 from ticketops.text import count, structures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Level:
     """All trials of one kind at one sparsity.
 
@@ -24,6 +38,8 @@ class Level:
         neurons_pruned: neurons removed from the FFNs that are left.
         scores: seed -> metric on the split that selects.
         report_scores: seed -> metric on the split that reports; empty where none was held out.
+        halves: seed -> scores of both halves of the rows that select, for each random split into halves, [splits, 2].
+        resampled: seed -> scores of the bootstrap's choices of the rows that report.
     """
 
     kind: str
@@ -35,6 +51,8 @@ class Level:
     neurons_pruned: int = 0
     scores: dict[int, float] = field(default_factory=dict)
     report_scores: dict[int, float] = field(default_factory=dict)
+    halves: dict[int, np.ndarray] = field(default_factory=dict)
+    resampled: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def spread(self) -> Spread:
@@ -58,7 +76,7 @@ class Level:
         return f"<Level: {self.kind} at sparsity {self.sparsity:g}, {left}, {scores}>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """The levels of a search and the super ticket chosen among them.
 
@@ -85,28 +103,139 @@ class Selection:
 
     @property
     def gains(self) -> dict[int, float]:
-        """Seed -> super ticket's score minus the full model's, on the split that reports."""
+        """Seed -> what the choice of a level gains over the full model, on the split that reports.
+
+        Where there are scores of halves, or a split of its own that reports, each seed's gain is of the level that the
+        other seeds chose, on rows that did not choose. Otherwise it is that of the super ticket's level.
+        """
+        return self._choice.gains
+
+    @property
+    def naive_gains(self) -> dict[int, float]:
+        """Seed -> super ticket's score minus the full model's, by the rows and seeds that chose its level."""
         if self.super_level is None or self.full is None:
             return {}
         ours, theirs = self.scores(self.super_level), self.scores(self.full)
         return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
     @property
-    def comparisons(self) -> dict[float, Comparison]:
-        """Sparsity -> winning tickets against the full model, on the split that reports, corrected for all levels."""
-        theirs = {} if self.full is None else self.scores(self.full)
-        winning = [level for level in self.levels if level.kind == "winning"]
-        rows = self.rows.get(self.split, 0)
-        pairs = {level.sparsity: differences(self.scores(level), theirs) for level in winning}
-        return compare(pairs, 1 / rows if rows else 0.0)
+    def is_cross_fitted(self) -> bool:
+        """True if `gains` carry no selection: rows that did not choose, and with several seeds other seeds, too."""
+        return self._choice.shares is not None
+
+    @property
+    def choice_shares(self) -> np.ndarray | None:
+        """How often the cross-fitted choice took each complete winning level for each seed, [seeds, levels]."""
+        return self._choice.shares
 
     @property
     def comparison(self) -> Comparison | None:
-        """The super ticket against the full model; None without a seed that both have.
+        """The choice of a level against the full model; None without a seed that both have.
 
-        It stands among all winning levels, since the best of them was taken: that is corrected for.
+        A gain that is not cross-fitted is that of the best of several levels, and is corrected for all of them.
         """
-        return self.comparisons[self.super_level.sparsity] if self.super_level is not None and self.gains else None
+        choice = self._choice
+        if not choice.gains or self.super_level is None:
+            return None
+        if choice.shares is None:
+            return self.comparisons[self.super_level.sparsity]
+        errors = {} if choice.row_error is None else {"choice": choice.row_error}
+        return compare({"choice": list(choice.gains.values())}, self._resolution, row_errors=errors)["choice"]
+
+    @functools.cached_property
+    def comparisons(self) -> dict[float, Comparison]:
+        """Sparsity -> winning tickets against the full model, on the split that reports, corrected for all levels."""
+        return self._against({level.sparsity: self.full for level in self._winning})
+
+    @functools.cached_property
+    def controlled(self) -> dict[float, Comparison]:
+        """Sparsity -> winning tickets against random ones of the same counts, corrected for all levels that have them."""
+        random = {level.sparsity: level for level in self.levels if level.kind == "random"}
+        return self._against({level.sparsity: random.get(level.sparsity) for level in self._winning})
+
+    @functools.cached_property
+    def phases(self) -> dict[float, str]:
+        """Sparsity of winning tickets -> "I", "II" or "III", for levels whose intervals allow to call one.
+
+        I: better than the full model. II: worse than the full model, better than random tickets of the same counts.
+        III: worse than the full model, and worse than random tickets or not shown to beat one constant answer.
+
+        Source: arXiv 2105.12002, section 4.
+        """
+        found = {}
+        constant, rows = self.constants.get(self.split, 0.0), self.rows.get(self.split, 0)
+        controlled = self.controlled
+        for level in self._winning:
+            against_full = self.comparisons[level.sparsity].outcome
+            against_random = controlled[level.sparsity].outcome if level.sparsity in controlled else None
+            if against_full == "better":
+                found[level.sparsity] = "I"
+            elif against_full == "worse" and against_random == "better":
+                found[level.sparsity] = "II"
+            elif against_full == "worse" and (
+                against_random == "worse" or is_like_a_constant(self.scores(level).values(), constant, rows)
+            ):
+                found[level.sparsity] = "III"
+        return found
+
+    @property
+    def _winning(self) -> list[Level]:
+        return [level for level in self.levels if level.kind == "winning"]
+
+    @property
+    def _resolution(self) -> float:
+        """Change of a score by one row of the split that reports."""
+        rows = self.rows.get(self.split, 0)
+        return 1 / rows if rows else 0.0
+
+    def _against(self, others: Mapping[float, Level | None]) -> dict[float, Comparison]:
+        """Compares winning levels, each with another level."""
+        pairs, errors = {}, {}
+        for level in self._winning:
+            other = others[level.sparsity]
+            if other is None:
+                continue
+            pairs[level.sparsity] = differences(self.scores(level), self.scores(other))
+            error = self.row_error(level, other)
+            if error is not None:
+                errors[level.sparsity] = error
+        return compare(pairs, self._resolution, row_errors=errors)
+
+    @functools.cached_property
+    def _choice(self) -> "_Choice":
+        complete = [level for level in self._winning if self.full and set(self.full.scores) <= set(level.scores)]
+        if self.full is None or not any(level is self.super_level for level in complete):
+            return _Choice(self.naive_gains)
+        seeds, levels = list(self.full.scores), [self.full, *complete]
+        held_out = self.split == "report"
+        if any(seed not in (level.report_scores if held_out else level.halves) for level in levels for seed in seeds):
+            return _Choice(self.naive_gains)
+        if held_out:
+            choosing, reporting = (
+                np.asarray([[[scores[seed]] for scores in of_levels] for seed in seeds])
+                for of_levels in zip(*((level.scores, level.report_scores) for level in levels), strict=True)
+            )
+        else:
+            halves = np.asarray([[level.halves[seed] for level in levels] for seed in seeds])
+            # Each half chooses once, for the other one.
+            choosing = np.concatenate([halves[..., 0], halves[..., 1]], axis=2)
+            reporting = np.concatenate([halves[..., 1], halves[..., 0]], axis=2)
+        choice = cross_fit(choosing[:, 1:], reporting[:, 1:], reporting[:, 0])
+        gains, row_error = dict(zip(seeds, choice.gains.tolist(), strict=True)), None
+        if all(seed in level.resampled for level in levels for seed in seeds):
+            samples = np.asarray([[level.resampled[seed] for level in levels] for seed in seeds])
+            mixed = (choice.shares[..., None] * samples[:, 1:]).sum(axis=1) - samples[:, 0]
+            row_error = float(mixed.mean(axis=0).std())
+        return _Choice(gains, choice.shares, row_error)
+
+    def row_error(self, ours: Level, theirs: Level) -> float | None:
+        """Standard error over the choice of rows of the mean difference of two levels; None where it is not known.
+
+        Args:
+            ours, theirs: of `levels`.
+        """
+        seeds = [seed for seed in self.scores(ours) if seed in self.scores(theirs)]
+        return _row_error([ours.resampled.get(seed) for seed in seeds], [theirs.resampled.get(seed) for seed in seeds])
 
     def scores(self, level: Level) -> dict[int, float]:
         """Seed -> score on the split that reports.
@@ -126,6 +255,21 @@ class Selection:
         return "\n".join(lines) + ">"
 
 
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What the choice of a level gains.
+
+    Attributes:
+        gains: seed -> gain over the full model.
+        shares: how often which level was chosen, as `statistics.cross_fit` returns it; None if not cross-fitted.
+        row_error: standard error of the mean gain over the choice of rows; None if not known.
+    """
+
+    gains: dict[int, float]
+    shares: np.ndarray | None = None
+    row_error: float | None = None
+
+
 def at_sparsity(selection: Selection, sparsity: float | None) -> Selection:
     """A selection whose super level is another one, which an earlier choice has named.
 
@@ -140,12 +284,15 @@ def at_sparsity(selection: Selection, sparsity: float | None) -> Selection:
     return dataclasses.replace(selection, super_level=found[0]) if found else selection
 
 
-def select(records: Iterable[Mapping[str, Any]], seeds: Iterable[int]) -> Selection:
+def select(
+    records: Iterable[Record], seeds: Iterable[int], resampled: Mapping[str, np.ndarray] | None = None
+) -> Selection:
     """Groups records into levels and picks the super ticket's level.
 
     Args:
         records: finished trials of one search.
         seeds: the seeds that a complete level has.
+        resampled: id of a trial -> its scores on the bootstrap's choices of the rows that report.
 
     Returns:
         The levels and the winner. Levels that lack seeds compete only where no level is complete.
@@ -159,16 +306,68 @@ def select(records: Iterable[Mapping[str, Any]], seeds: Iterable[int]) -> Select
         key = (record["kind"], record["sparsity"])
         names = ("kind", "sparsity", "heads_pruned", "ffns_pruned", "weights_remaining", "weights_remaining_encoder")
         found = {name: record[name] for name in names} | {"neurons_pruned": record.get("neurons_pruned", 0)}
-        level = levels.setdefault(key, Level(**found))
-        level.scores[record["seed"]] = record["score"]
+        level, seed = levels.setdefault(key, Level(**found)), record["seed"]
+        level.scores[seed] = record["score"]
         if record["report_score"] is not None:
-            level.report_scores[record["seed"]] = record["report_score"]
+            level.report_scores[seed] = record["report_score"]
+        if "halves" in record:
+            level.halves[seed] = np.asarray(record["halves"])
+        if resampled and record.get("id") in resampled:
+            level.resampled[seed] = resampled[record["id"]]
     order = ("full", "winning", "random", "losing")
     ordered = sorted(levels.values(), key=lambda level: (order.index(level.kind), level.sparsity))
     winning = [level for level in ordered if level.kind == "winning"]
     complete = [level for level in winning if set(seeds) <= set(level.scores)]
     best = max(complete or winning, key=lambda level: (level.spread.mean, level.sparsity), default=None)
     return Selection(ordered, levels.get(("full", 0.0)), best, bool(complete), rows, constants)
+
+
+def read_selection(store: Store, records: Sequence[Record] | None = None) -> Selection:
+    """Reads the levels of a search, with what intervals over rows are computed from.
+
+    Args:
+        store: of the search.
+        records: its records, if they have been read already.
+
+    Raises:
+        StoreError: a file is damaged.
+    """
+    records = store.records() if records is None else records
+    return select(records, store.config.seeds, resampled_scores(store, records))
+
+
+def resampled_scores(store: Store, records: Sequence[Record], task: str = "") -> dict[str, np.ndarray]:
+    """Scores the models of trials on the bootstrap's choices of the rows that report.
+
+    Args:
+        store: of the trials.
+        records: of the trials.
+        task: name of one task of a share.
+
+    Returns:
+        Id of a trial -> scores [replicates]; without trials that lack what each row contributes.
+    """
+    own = {record["id"]: record["tasks"][task] if task else record for record in records}
+    split = "validation" if any(each["report_score"] is None for each in own.values()) else "report"
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for record in records:
+        results = store.row_results(record, f"{task}.{split}" if task else split)
+        metric = own[record["id"]]["metric"]
+        if results is not None and can_resample(metric, results):
+            found.setdefault(metric, {})[record["id"]] = results
+    scores: dict[str, np.ndarray] = {}
+    for metric, results in found.items():
+        weights = row_weights(len(next(iter(results.values()))))
+        scores |= dict(zip(results, resampled(metric, list(results.values()), weights), strict=True))
+    return scores
+
+
+def _row_error(ours: Sequence[np.ndarray | None], theirs: Sequence[np.ndarray | None]) -> float | None:
+    """Standard error over rows of a mean difference over seeds; None where a seed has no resampled scores."""
+    pairs = [(one, other) for one, other in zip(ours, theirs, strict=True) if one is not None and other is not None]
+    if not pairs or len(pairs) < len(ours):
+        return None
+    return float(np.mean([one - other for one, other in pairs], axis=0).std())
 
 
 def constant_scores(record: Mapping[str, Any]) -> dict[str, float]:
@@ -184,11 +383,12 @@ def constant_scores(record: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def compare_arms(records: Iterable[Mapping[str, Any]]) -> dict[str, Comparison]:
+def compare_arms(store: Store, records: Sequence[Record]) -> dict[str, Comparison]:
     """Compares sharing with tickets with the other arms of a share: task averages, on the split that reports.
 
     Args:
-        records: finished trials of one share.
+        store: of the share.
+        records: finished trials of it.
 
     Returns:
         Arm -> tickets minus that arm, corrected for the number of arms.
@@ -204,4 +404,23 @@ def compare_arms(records: Iterable[Mapping[str, Any]]) -> dict[str, Comparison]:
             # One row of one task, whichever moves the average most.
             steps.append(max(1 / task["rows"][split] for task in tasks) / len(tasks))
     ours = averages.pop("tickets", {})
-    return compare({arm: differences(ours, theirs) for arm, theirs in averages.items()}, max(steps))
+    errors = _arm_errors(store, records, averages)
+    pairs = {arm: differences(ours, theirs) for arm, theirs in averages.items()}
+    return compare(pairs, max(steps), row_errors=errors)
+
+
+def _arm_errors(store: Store, records: Sequence[Record], arms: Iterable[str]) -> dict[str, float]:
+    """Standard errors over the rows of all tasks, which are drawn independently, of the difference to each arm."""
+    ids = {(record["kind"], record["seed"]): record["id"] for record in records}
+    tasks = [*records[0]["tasks"]] if records else []
+    resampled = {task: resampled_scores(store, records, task) for task in tasks}
+    errors = {}
+    for arm in arms:
+        seeds = [seed for kind, seed in ids if kind == arm and ("tickets", seed) in ids]
+        found = [
+            _row_error(*([scores.get(ids[kind, seed]) for seed in seeds] for kind in ("tickets", arm)))
+            for scores in resampled.values()
+        ]
+        if None not in found:
+            errors[arm] = math.hypot(*found) / len(found)  # type: ignore[arg-type]
+    return errors

@@ -47,6 +47,7 @@ from ticketops.searching.trial import (
     remaining,
     scored,
     trainer_options,
+    with_results,
 )
 from ticketops.tickets import Ticket
 
@@ -195,6 +196,7 @@ def run_share_trial(
                 own = Trainer(model=shared.select(name), **trainer_options(setting, trial.seed))
                 predictions[name] = predict(own, setting)
             check_converged(f"{trial.id}, task {name}", config, loss, predictions[name])
+            predictions[name] = with_results(setting, predictions[name])
     steps = Counter(step.task for step in schedule)
     tasks = {
         name: {

@@ -1,8 +1,16 @@
-"""Statistics of scores over seeds: spreads, and paired comparisons corrected for multiple testing.
+"""Statistics of scores over seeds and rows: spreads, paired comparisons, and the gain of a choice.
 
-Sources: Student's t interval of paired differences (scipy.stats.t); Holm's step-down correction, S. Holm, "A simple
-sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979); the variance of a
-proportion, and that of a correlation of independent numbers, 1 / (n - 1).
+A score varies with the seed of the training and with the rows that it is scored on. An interval must hold both, or it
+speaks of these rows alone. The margin over seeds is Student's t of the differences paired by seed; the margin over
+rows is that of a bootstrap of the rows; both are added in quadrature, which covers at least as often as stated
+(python_tests/searching/test_statistics.py simulates it).
+
+Sources: Student's t interval of paired differences (scipy.special.stdtr); B. Efron, "Bootstrap methods: another look at the
+jackknife", Annals of Statistics 7 (1979); the sum of two intervals, G. Y. Zou and A. Donner, "Construction of
+confidence limits about effect measures: a general approach", Statistics in Medicine 27 (2008); Holm's step-down
+correction, S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
+(1979); cross-fitting, V. Chernozhukov et al., "Double/debiased machine learning", Econometrics Journal 21 (2018); the
+variance of a proportion, and that of a correlation of independent numbers, 1 / (n - 1).
 """
 
 import math
@@ -11,12 +19,15 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from scipy import stats
+import numpy as np
+from scipy import optimize, special
 
 from ticketops.text import count
 
 #: Maximum probability that any comparison of a run is called better or worse although there is no difference.
 ERROR_RATE = 0.05
+#: Number of times that a bootstrap draws the rows again; its standard error is then known to about 2 %.
+REPLICATES = 1_000
 #: Number of seeds that most fine-tuning papers use; fewer rarely detect an effect as large as the spread over seeds.
 ADVISED_SEEDS = 5
 
@@ -71,6 +82,7 @@ class Comparison:
         outcome: "better" or "worse" if the interval excludes 0, else "no difference shown"; "no verdict" for fewer than
             two seeds.
         tried: number of comparisons that the interval is corrected for.
+        over_rows: True if the interval is of other rows of the same kind, too; False if it is of these rows alone.
     """
 
     difference: Spread
@@ -78,6 +90,7 @@ class Comparison:
     high: float | None
     outcome: Outcome
     tried: int
+    over_rows: bool = False
 
     def __repr__(self) -> str:
         text = f"{self.difference.in_points(sign=True)} points (x 100) over {count(self.difference.count, 'seed')}"
@@ -98,11 +111,16 @@ def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[
     return [score - theirs[seed] for seed, score in ours.items() if seed in theirs]
 
 
-def compare(pairs: Mapping[Name, Collection[float]], resolution: float = 0.0, tried: int = 0) -> dict[Name, Comparison]:
+def compare(
+    pairs: Mapping[Name, Collection[float]],
+    resolution: float = 0.0,
+    tried: int = 0,
+    row_errors: Mapping[Name, float] | None = None,
+) -> dict[Name, Comparison]:
     """Tests which of several paired comparisons show a difference.
 
-    Each comparison is a two-sided t test of the mean difference against 0. Holm's procedure keeps the probability of
-    any false "better" or "worse" among all of them at `ERROR_RATE`. With few rows all seeds may have exactly the same
+    Each comparison is a two-sided test of the mean difference against 0. Holm's procedure keeps the probability of any
+    false "better" or "worse" among all of them at `ERROR_RATE`. With few rows all seeds may have exactly the same
     difference; so that this is not taken for certainty, the standard deviation is at least one row's share of a score.
 
     Args:
@@ -110,20 +128,23 @@ def compare(pairs: Mapping[Name, Collection[float]], resolution: float = 0.0, tr
         resolution: change of a score by one row of the split; if it is 0 (unknown), differences without a spread show
             nothing.
         tried: number of comparisons made, if it exceeds the number of `pairs`.
+        row_errors: name -> standard error of the mean difference over the choice of rows; where there is none, the
+            interval is of these rows alone.
 
     Returns:
         The comparisons by name.
     """
     tried = max(tried, len(pairs))
+    row_errors = row_errors or {}
     spreads = {name: Spread.of(values) for name, values in pairs.items()}
-    errors, p_values = {}, {}
+    margins = {}
     for name, spread in spreads.items():
         deviation = max(spread.std or 0.0, resolution)
         # A smaller deviation is rounding error of equal differences.
-        if spread.std is None or deviation < 1e-12:
-            continue
-        errors[name] = deviation / math.sqrt(spread.count)
-        p_values[name] = 2 * float(stats.t.sf(abs(spread.mean) / errors[name], spread.count - 1))
+        if spread.std is not None and deviation >= 1e-12:
+            error = deviation / math.sqrt(spread.count)
+            margins[name] = _Margin(error, spread.count - 1, row_errors.get(name, 0.0))
+    p_values = {name: margin.p_value(spreads[name].mean) for name, margin in margins.items()}
     found: dict[Name, Comparison] = {}
     level, going = ERROR_RATE / max(tried, 1), True
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
@@ -131,16 +152,99 @@ def compare(pairs: Mapping[Name, Collection[float]], resolution: float = 0.0, tr
         if going:
             level = ERROR_RATE / (tried - rank)
             going = p_values[name] < level
-        spread = spreads[name]
-        reach = errors[name] * float(stats.t.ppf(1 - level / 2, spread.count - 1))
+        spread, reach = spreads[name], margins[name].at(level)
         outcome: Outcome = "no difference shown" if not going else "better" if spread.mean > 0 else "worse"
-        found[name] = Comparison(spread, spread.mean - reach, spread.mean + reach, outcome, tried)
+        over_rows = name in row_errors
+        found[name] = Comparison(spread, spread.mean - reach, spread.mean + reach, outcome, tried, over_rows)
     for name, spread in spreads.items():
         if name not in found:
             ends = None if spread.std is None else spread.mean
             outcome = "no verdict" if spread.std is None else "no difference shown"
             found[name] = Comparison(spread, ends, ends, outcome, tried)
     return {name: found[name] for name in pairs}
+
+
+@dataclass(frozen=True)
+class _Margin:
+    """How far an interval reaches.
+
+    Attributes:
+        seeds: standard error of the mean over seeds.
+        freedom: its degrees of freedom.
+        rows: standard error over rows.
+    """
+
+    seeds: float
+    freedom: int
+    rows: float
+
+    def at(self, level: float) -> float:
+        """The margin of a two-sided interval that misses at this rate."""
+        of_seeds = self.seeds * float(special.stdtrit(self.freedom, 1 - level / 2))
+        return math.hypot(of_seeds, self.rows * float(special.ndtri(1 - level / 2)))
+
+    def p_value(self, mean: float) -> float:
+        """The rate at which the interval around a mean ends at 0."""
+        if not self.rows:
+            return 2 * float(special.stdtr(self.freedom, -abs(mean) / self.seeds))
+        lowest = 1e-15
+        if self.at(lowest) <= abs(mean):
+            return lowest
+        return float(optimize.brentq(lambda level: self.at(level) - abs(mean), lowest, 1.0)) if mean else 1.0
+
+
+def row_weights(rows: int) -> np.ndarray:
+    """Draws the rows again, with replacement, as a bootstrap does; the same for all models.
+
+    Args:
+        rows: number of rows.
+
+    Returns:
+        How often each replicate has each row, [REPLICATES, rows].
+    """
+    generator = np.random.default_rng(rows)
+    return generator.multinomial(rows, np.full(rows, 1 / rows), REPLICATES).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What choosing the best of several levels gains, on rows and seeds that did not choose.
+
+    Attributes:
+        gains: gain of each seed.
+        shares: how often each level was chosen for each seed, [seeds, levels]; rows sum to 1.
+    """
+
+    gains: np.ndarray
+    shares: np.ndarray
+
+
+def cross_fit(choosing: np.ndarray, reporting: np.ndarray, baseline: np.ndarray) -> Choice:
+    """Chooses a level again and again, each time by other rows and other seeds than the gain is taken from.
+
+    For each seed and each choice of rows the level is chosen that is best on average over the other seeds (with one
+    seed: by its own score), the sparser one of equals; its gain over the full model is that of this seed on the rows
+    that did not choose. A choice by the same rows and seeds would be rewarded for their noise.
+
+    Args:
+        choosing: scores on the rows that choose, [seeds, levels, choices], levels by growing sparsity.
+        reporting: scores on the rows that report, of the same shape.
+        baseline: scores of the full model on the rows that report, [seeds, choices].
+
+    Returns:
+        The mean over all choices of rows, seed by seed.
+    """
+    seeds, levels, _ = choosing.shape
+    gains, shares = np.zeros(seeds), np.zeros((seeds, levels))
+    for seed in range(seeds):
+        others = [other for other in range(seeds) if other != seed] or [seed]
+        means = choosing[others].mean(axis=0)
+        # The last of equal ones.
+        chosen = levels - 1 - means[::-1].argmax(axis=0)
+        picked = np.take_along_axis(reporting[seed], chosen[None], axis=0)[0]
+        gains[seed] = (picked - baseline[seed]).mean()
+        shares[seed] = np.bincount(chosen, minlength=levels) / chosen.size
+    return Choice(gains, shares)
 
 
 def is_like_a_constant(scores: Iterable[float], constant: float, rows: int) -> bool:

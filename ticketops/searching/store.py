@@ -31,6 +31,8 @@ Record = dict[str, Any]
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 #: File of the latencies, which are measured at the end of a search.
 LATENCIES = "latency.json"
+#: Ends the names of the files beside a split's logits that have what each row contributes to the metric.
+ROWS = "-rows"
 REMEDY = "delete it and run the same command again"
 
 #: Kind of run, `identity["kind"]` -> its configuration class, and a function (config, identity) that lists its trials.
@@ -327,7 +329,8 @@ class Store:
 
         Args:
             trial: the trial.
-            predictions: split, in a share "TASK.split", e.g. "sst2.validation" -> logits [rows, labels].
+            predictions: split, in a share "TASK.split", e.g. "sst2.validation" -> logits [rows, labels]; and with
+                `ROWS` behind it what each row contributes to the metric.
 
         Returns:
             The same keys -> path in the run's folder and SHA-256, for the trial's record.
@@ -345,29 +348,52 @@ class Store:
         """Reads the predictions of a finished trial's model.
 
         Returns:
-            Logits by the keys of `write_predictions`; empty if an earlier version of ticketops wrote the record without
+            Arrays by the keys of `write_predictions`; empty if an earlier version of ticketops wrote the record without
             predictions. None if the trial is unfinished or a file is missing.
 
         Raises:
             StoreError: a file does not have the checksum in the record.
         """
-        record, found = self.record(trial), {}
+        record = self.record(trial)
         if record is None:
             return None
-        for name, kept in record.get("predictions", {}).items():
-            path = self.folder / "predictions" / trial.id / f"{name}.npy"
-            if not path.exists():
-                return None
-            try:
-                if sha256(path) != kept["sha256"]:
-                    raise StoreError(f"{path} is truncated or damaged: {REMEDY}")
-                found[name] = np.load(path, allow_pickle=False)
-            except OSError as error:
-                raise StoreError(f"cannot read {path} ({error.strerror}): {REMEDY}") from error
-            # Its checksum is the record's, and whoever forged that may have forged this.
-            except (ValueError, EOFError, MemoryError) as error:
-                raise StoreError(f"{path} holds no logits: {REMEDY}") from error
-        return found
+        found = {name: self._array(trial.id, name, kept) for name, kept in record.get("predictions", {}).items()}
+        known = {name: array for name, array in found.items() if array is not None}
+        return known if len(known) == len(found) else None
+
+    def row_results(self, record: Record, split: str) -> np.ndarray | None:
+        """Reads what each row contributes to the metric of a trial, one of the forms in `ticketops.tasks.resampling`.
+
+        Args:
+            record: record of the trial.
+            split: "validation" or "report"; in a share "TASK.validation".
+
+        Returns:
+            Array [rows, ...]; None if the record has none or the file is missing.
+
+        Raises:
+            StoreError: the file does not have the checksum in the record.
+        """
+        kept = record.get("predictions", {}).get(split + ROWS)
+        return None if kept is None else self._array(record["id"], split + ROWS, kept)
+
+    def _array(self, trial: str, name: str, kept: Record) -> np.ndarray | None:
+        """Reads an array of a trial; None if its file is missing."""
+        path = self.folder / "predictions" / trial / f"{name}.npy"
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {path} ({error.strerror}): {REMEDY}") from error
+        if hashlib.sha256(content).hexdigest() != kept["sha256"]:
+            raise StoreError(f"{path} is truncated or damaged: {REMEDY}")
+        try:
+            array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+        # Its checksum is the record's, and whoever forged that may have forged this.
+        except (ValueError, EOFError, MemoryError) as error:
+            raise StoreError(f"{path} holds no numbers: {REMEDY}") from error
+        return array
 
     def failure(self, trial: Named) -> Record | None:
         """Reads why a trial failed when it last ran; None if it did not fail.

@@ -30,8 +30,9 @@ from ticketops.searching import environment
 from ticketops.searching.plan import RECIPES, Trial
 from ticketops.searching.scoring import score_pass
 from ticketops.searching.setting import Setting, name_of, precision, quiet
-from ticketops.searching.store import Named, Record
+from ticketops.searching.store import ROWS, Named, Record
 from ticketops.tasks import Task
+from ticketops.tasks.resampling import can_resample, halvings, resampled
 from ticketops.tickets import Importance, Ticket, WeightCounts
 
 
@@ -61,7 +62,8 @@ class Outcome:
     Attributes:
         record: what the store keeps as JSON; all but its `timing` and `environment` is reproducible.
         model: the trained model, reverted to the stock classes; pruned structures have their pre-trained weights.
-        predictions: split ("validation", "report") -> the trained model's logits, [rows, labels] for whole texts.
+        predictions: split ("validation", "report") -> the trained model's logits, [rows, labels] for whole texts, and
+            what `with_results` adds.
         importance: way ("pass", "on_the_fly") -> importance, as asked for.
     """
 
@@ -129,6 +131,7 @@ def run_trial(
         with timing.of("evaluate_seconds"):
             predictions = predict(trainer, setting)
         check_converged(trial.id, config, loss, predictions)
+        predictions = with_results(setting, predictions)
         importance = {"on_the_fly": recorder.importance} if recorder else {}
         if "pass" in ways:
             batches = DataLoader(setting.splits["train"], config.batch_size, collate_fn=trainer.data_collator)
@@ -334,9 +337,11 @@ def scored(setting: Setting, predictions: Mapping[str, np.ndarray]) -> Record:
 
     Args:
         setting: of the task.
-        predictions: split -> logits.
+        predictions: as `with_results` returns them.
     """
     task, metric = setting.task, setting.task.metric
+    halves = scores_of_halves(task, predictions.get("validation" + ROWS))
+    predictions = {split: logits for split, logits in predictions.items() if not split.endswith(ROWS)}
     scores = {split: score(task, split, logits, setting.splits[split]) for split, logits in predictions.items()}
     return {
         "split": "validation",
@@ -347,9 +352,56 @@ def scored(setting: Setting, predictions: Mapping[str, np.ndarray]) -> Record:
         "rows": {split: len(getattr(task, split)) for split in predictions},
         "majority": task.majority(),
         "constant_scores": {split: task.majority(getattr(task, split)) for split in predictions},
+        **({} if halves is None else {"halves": halves}),
         # Tells two runs of a trial apart where their scores happen to be equal.
         "predictions_sha256": hashlib.sha256(b"".join(map(np.ndarray.tobytes, predictions.values()))).hexdigest(),
     }
+
+
+def with_results(setting: Setting, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adds to a model's predictions what each row contributes to the metric, where the task knows.
+
+    Args:
+        setting: of the task.
+        predictions: split -> logits.
+
+    Returns:
+        The same, and "SPLIT-rows" -> `Task.row_results`.
+    """
+    task, found = setting.task, dict(predictions)
+    for split, logits in predictions.items():
+        results = task.row_results(logits, setting.splits[split], getattr(task, split))
+        if results is not None:
+            found[split + ROWS] = results
+    return found
+
+
+def scores_of_halves(task: Task, results: np.ndarray | None) -> list[list[float]] | None:
+    """Scores a model on both halves of each random split of the validation rows, from which levels are chosen.
+
+    Args:
+        task: the task.
+        results: what each row contributes, as `Task.row_results` returns it.
+
+    Returns:
+        The scores of both halves of each split; None where the metric of some rows alone is not known.
+    """
+    if results is None or len(results) < 2:
+        return None
+    first, function = halvings(len(results)), task.functions.get(task.metric)
+    halves = np.stack([first, ~first], axis=1)
+    if function is None:
+        if not can_resample(task.metric, results):
+            return None
+        scores = resampled(task.metric, [results], halves.reshape(-1, len(results))).reshape(-1, 2)
+    else:
+        try:
+            values = [[function(results[half, 0], results[half, 1]) for half in pair] for pair in halves]
+        # A metric may need more rows, or rows of each class.
+        except InputError:
+            return None
+        scores = np.asarray(values)
+    return [[round(float(value), 7) for value in pair] for pair in scores]
 
 
 def score(task: Task, split: str, logits: np.ndarray, inputs: Any) -> dict[str, float]:

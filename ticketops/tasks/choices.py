@@ -95,6 +95,10 @@ class ChoiceTask(Task):
         self.check_finite(logits)
         return self._evaluate(np.asarray(inputs["labels"]), logits.argmax(axis=1))
 
+    def row_results(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> np.ndarray:
+        """The right place and the chosen one of each row, [rows, 2]."""
+        return np.stack([np.asarray(inputs["labels"]), logits.argmax(axis=1)], axis=1)
+
     def majority(self, split: datasets.Dataset | None = None) -> float:
         """Score of always choosing the place that is right most often."""
         labels = np.asarray((self.validation if split is None else split)["label"][:])

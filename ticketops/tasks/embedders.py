@@ -220,6 +220,12 @@ class EmbedderTask(Task):
             return {metric: METRICS[metric](scores, logits[:, 0]) for metric in self.metrics}
         return {self.metric: float((logits[:, 0] > logits[:, 1]).mean())}
 
+    def row_results(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> np.ndarray:
+        """Score and cosine of each pair, [rows, 2]; or 1 for a row whose own texts are nearest, [rows, 1]."""
+        if self.has_scores:
+            return np.stack([np.asarray(rows["label"][:]), logits[:, 0]], axis=1)
+        return (logits[:, :1] > logits[:, 1:2]).astype(np.int64)
+
     def majority(self, split: datasets.Dataset | None = None) -> float:
         """What guessing reaches: 0 for correlations, a half of the triplets, one of all rows' second texts."""
         if self.has_scores:

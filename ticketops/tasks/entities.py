@@ -11,7 +11,7 @@ from transformers import DataCollatorForTokenClassification, PreTrainedTokenizer
 from ticketops.errors import InputError, shown
 from ticketops.tasks.columns import Files, Table, check_text
 from ticketops.tasks.losses import ClassWeights, WeightedLoss, balanced_weights, read_weights
-from ticketops.tasks.metrics import entity_scores
+from ticketops.tasks.metrics import entity_counts, entity_scores
 from ticketops.tasks.task import Task, check_fast
 from ticketops.text import count
 
@@ -76,6 +76,17 @@ class EntityTask(Task):
 
     def score(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> dict[str, float]:
         """Scores the entities that logits [rows, tokens, num_labels] mark."""
+        tags, predicted = self._tags(logits, inputs, rows)
+        return {**entity_scores(tags, predicted), **self.own_scores(tags, predicted)}
+
+    def row_results(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> np.ndarray | None:
+        """Right, predicted and true entities of each row, [rows, 3]; None for a metric of the user's own."""
+        return None if self.metric in self.functions else entity_counts(*self._tags(logits, inputs, rows))
+
+    def _tags(
+        self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset
+    ) -> tuple[list[list[str]], list[list[str]]]:
+        """The right and the predicted tag of each word."""
         self.check_finite(logits)
         best = logits.argmax(axis=-1)
         tags, predicted = [], []
@@ -86,7 +97,7 @@ class EntityTask(Task):
                     answers[word] = self.labels[best[row, place]]
             tags.append([self.labels[tag] for tag in right])
             predicted.append(answers)
-        return {**entity_scores(tags, predicted), **self.own_scores(tags, predicted)}
+        return tags, predicted
 
     def majority(self, split: datasets.Dataset | None = None) -> float:
         """Score of O for every word: 0, but by a metric of the user's own."""

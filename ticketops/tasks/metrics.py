@@ -133,17 +133,34 @@ def entity_scores(tags: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
     """
     from seqeval import metrics
 
-    # seqeval knows the last word and the single word of an entity by the letters of IOBES alone.
-    right, answers = (
-        [[{"L": "E", "U": "S"}.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in rows]
-        for rows in (tags, predicted)
-    )
+    right, answers = _with_ends(tags), _with_ends(predicted)
     functions = {
         "entity_f1": metrics.f1_score,
         "entity_precision": metrics.precision_score,
         "entity_recall": metrics.recall_score,
     }
     return {name: float(function(right, answers, zero_division=0)) for name, function in functions.items()}
+
+
+def entity_counts(tags: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> np.ndarray:
+    """Counts the entities of each row, from which `entity_scores` are quotients of sums.
+
+    Args:
+        tags, predicted: as in `entity_scores`.
+
+    Returns:
+        Right, predicted and true entities, [rows, 3].
+    """
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    true, found = ([set(get_entities(row)) for row in _with_ends(rows)] for rows in (tags, predicted))
+    counts = [(len(right & answers), len(answers), len(right)) for right, answers in zip(true, found, strict=True)]
+    return np.asarray(counts, np.int64).reshape(-1, 3)
+
+
+def _with_ends(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Tags of BILOU in the letters of IOBES, by which alone seqeval knows the last and the single word of an entity."""
+    return [[{"L": "E", "U": "S"}.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in rows]
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -171,13 +188,25 @@ def answer_scores(answers: Iterable[Sequence[str]], predicted: Iterable[str]) ->
 
     Source: the evaluation script of SQuAD 2.0.
     """
+    return {name: float(np.mean(values)) for name, values in scores_of_answers(answers, predicted).items()}
+
+
+def scores_of_answers(answers: Iterable[Sequence[str]], predicted: Iterable[str]) -> dict[str, list[float]]:
+    """Scores each extracted answer as `answer_scores` does.
+
+    Args:
+        answers, predicted: as in `answer_scores`.
+
+    Returns:
+        "f1" and "exact_match" of each question.
+    """
     exact, overlap = [], []
     for right, text in zip(answers, predicted, strict=True):
         # Where normalization leaves nothing of any right answer, "no answer" is right.
         known = [answer for answer in right if normalized(answer)] or [""]
         exact.append(max(float(normalized(answer) == normalized(text)) for answer in known))
         overlap.append(max(_word_f1(normalized(answer).split(), normalized(text).split()) for answer in known))
-    return {"f1": float(np.mean(overlap)), "exact_match": float(np.mean(exact))}
+    return {"f1": overlap, "exact_match": exact}
 
 
 def _word_f1(right: Sequence[str], words: Sequence[str]) -> float:

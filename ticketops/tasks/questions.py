@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ticketops.errors import InputError, shown, spelled
 from ticketops.tasks.columns import Files
-from ticketops.tasks.metrics import answer_scores, normalized
+from ticketops.tasks.metrics import answer_scores, normalized, scores_of_answers
 from ticketops.tasks.task import Task, check_fast
 from ticketops.text import count
 
@@ -99,6 +99,11 @@ class QuestionTask(Task):
     def score(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> dict[str, float]:
         """Scores the answers that logits [windows, tokens, 2] choose."""
         return answer_scores([label["text"] for label in rows["label"][:]], self.answers(logits, inputs, rows))
+
+    def row_results(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> np.ndarray | None:
+        """The metric of each question alone, [rows, 1]."""
+        found = scores_of_answers([label["text"] for label in rows["label"][:]], self.answers(logits, inputs, rows))
+        return None if self.metric not in found else np.asarray(found[self.metric])[:, None]
 
     def answers(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> list[str]:
         """Chooses the answer to each question: the span of the best sum of scores, over all windows.

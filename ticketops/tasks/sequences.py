@@ -136,6 +136,11 @@ class SequenceTask(Task):
         self.check_finite(scores)
         return self._evaluate(targets, self._outputs(scores))
 
+    def row_results(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> np.ndarray:
+        """Label and prediction of each row, [rows, 2] or, of several labels, [rows, 2, num_labels]."""
+        outputs = self._outputs(np.asarray(logits, np.float64).reshape(len(logits), -1))
+        return np.stack([np.asarray(inputs["labels"]), outputs], axis=1)
+
     def majority(self, split: datasets.Dataset | None = None) -> float:
         """Score of always predicting a split's most frequent label or labels, or the mean of its numbers."""
         rows = (self.validation if split is None else split)["label"][:]

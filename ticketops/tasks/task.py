@@ -136,6 +136,17 @@ class Task(abc.ABC):
             InputError: a logit is NaN or infinite, or the shape does not fit the task.
         """
 
+    def row_results(self, logits: np.ndarray, inputs: datasets.Dataset, rows: datasets.Dataset) -> np.ndarray | None:
+        """What each row contributes to `metric`, from which intervals over rows and scores of halves are computed.
+
+        Args:
+            logits, inputs, rows: as in `score`.
+
+        Returns:
+            Array [rows, ...] of one of the forms in `ticketops.tasks.resampling`; None if the task does not know.
+        """
+        return None
+
     @abc.abstractmethod
     def majority(self, split: datasets.Dataset | None = None) -> float:
         """Score that a model reaches without reading, by one constant answer.

@@ -1,0 +1,134 @@
+"""Searches with a known truth: how often do intervals hold it, and how often is something found that is not there?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from ticketops.searching.selection import Selection, select
+from ticketops.searching.statistics import ERROR_RATE, row_weights
+from ticketops.tasks.resampling import halvings, resampled
+
+STUDIES, ROWS, LEVELS = 150, 200, 5
+WEIGHTS = row_weights(ROWS)
+HALVES = np.stack([halvings(ROWS), ~halvings(ROWS)], axis=1).reshape(-1, ROWS)
+
+
+@dataclass(frozen=True)
+class World:
+    """What the scores of a study are drawn from.
+
+    Attributes:
+        effect: what the winning tickets of one level add to the probit of a right answer.
+        over_seeds: standard deviation of a training's own quality.
+        shared: share of an answer's noise that belongs to the row, so that models agree on it.
+    """
+
+    effect: float = 0.0
+    over_seeds: float = 0.05
+    shared: float = 0.8
+
+    def answers(self, generator: np.random.Generator, seeds: int, rows: int) -> np.ndarray:
+        """Right answers of the full model and of each level, [seeds, 1 + LEVELS, rows]."""
+        quality = 0.8 + self.over_seeds * generator.standard_normal((seeds, 1 + LEVELS, 1))
+        quality[:, 2] += self.effect
+        difficulty = np.sqrt(self.shared) * generator.standard_normal(rows)
+        own = np.sqrt(1 - self.shared) * generator.standard_normal((seeds, 1 + LEVELS, rows))
+        return quality + difficulty + own > 0
+
+    def truth(self) -> np.ndarray:
+        """What each level gains over the full model, in expectation over seeds and rows."""
+        accuracy = self.answers(np.random.default_rng(1), 2_000, 2_000).mean(axis=(0, 2))
+        return accuracy[1:] - accuracy[0] if self.effect else np.zeros(LEVELS)
+
+
+def study(world: World, generator: np.random.Generator, seeds: int) -> Selection:
+    answers = world.answers(generator, seeds, ROWS)
+    results = [answers[place][:, None].astype(np.float32) for place in np.ndindex(seeds, 1 + LEVELS)]
+    halves = resampled("accuracy", results, HALVES).reshape(len(results), -1, 2)
+    scores = resampled("accuracy", results, WEIGHTS)
+    records = []
+    for place, (seed, level) in enumerate(np.ndindex(seeds, 1 + LEVELS)):
+        records.append({
+            "id": f"{seed}-{level}", "kind": "winning" if level else "full", "sparsity": 0.1 * level, "seed": seed,
+            "heads_pruned": 0, "ffns_pruned": 0, "weights_remaining": 1.0, "weights_remaining_encoder": 1.0,
+            "score": float(results[place].mean()), "report_score": None, "rows": {"validation": ROWS},
+            "halves": halves[place].tolist(),
+        })  # fmt: skip
+    return select(records, range(seeds), {record["id"]: own for record, own in zip(records, scores, strict=True)})
+
+
+def studies(world: World, seeds: int) -> list[Selection]:
+    generator = np.random.default_rng(seeds)
+    return [study(world, generator, seeds) for _ in range(STUDIES)]
+
+
+#: A rate of 5 % is exceeded by this much once in a thousand times.
+SLACK = 3.1 * (ERROR_RATE * (1 - ERROR_RATE) / STUDIES) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("world", "seeds"),
+    [
+        (World(), 3),
+        pytest.param(World(over_seeds=0.0), 5, marks=pytest.mark.long),
+        pytest.param(World(over_seeds=0.2), 2, marks=pytest.mark.long),
+    ],
+)
+def test_without_an_effect_little_is_found_and_the_naive_gain_is_optimistic(world: World, seeds: int):
+    found = studies(world, seeds)
+    assert all(selection.is_cross_fitted for selection in found)
+    outcomes = [selection.comparison.outcome for selection in found]
+    assert np.mean([outcome == "better" for outcome in outcomes]) <= ERROR_RATE + SLACK
+    missed = [not selection.comparison.low <= 0 <= selection.comparison.high for selection in found]
+    assert np.mean(missed) <= ERROR_RATE + SLACK
+    # Of all levels together, which is what Holm's procedure promises.
+    wrong = [any(one.outcome != "no difference shown" for one in selection.comparisons.values()) for selection in found]
+    assert np.mean(wrong) <= ERROR_RATE + SLACK
+    assert np.mean(["I" in selection.phases.values() for selection in found]) <= np.mean(wrong)
+    fitted, naive = (
+        np.asarray([np.mean([*gains.values()]) for gains in (getattr(each, name) for each in found)])
+        for name in ("gains", "naive_gains")
+    )
+    # The best of five levels seems to gain; on rows and seeds that did not choose it gains nothing.
+    error = fitted.std() / np.sqrt(STUDIES)
+    assert abs(fitted.mean()) < 3.3 * error
+    assert naive.mean() > 5 * error
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_an_effect_at_one_level_is_covered_and_found(seeds: int):
+    world = World(effect=0.4)
+    truth, found = world.truth(), studies(world, seeds)
+    covered, wide = [], []
+    for selection in found:
+        comparison = selection.comparison
+        # What the choice gains in truth: how often it took which level.
+        expected = float(np.mean(selection.choice_shares @ truth))
+        covered.append(comparison.low <= expected <= comparison.high)
+        wide.append(comparison.high - comparison.low)
+    assert np.mean(covered) >= 1 - ERROR_RATE - SLACK
+    assert np.mean([selection.super_level.sparsity == pytest.approx(0.2) for selection in found]) > 0.9
+    if seeds == 5:
+        assert np.mean([selection.comparison.outcome == "better" for selection in found]) > 0.5
+        assert np.mean([selection.phases.get(0.2) == "I" for selection in found]) > 0.3
+
+
+def test_a_split_of_its_own_that_reports_chooses_nothing():
+    generator = np.random.default_rng(5)
+    gains, naive = [], []
+    for _ in range(STUDIES):
+        chooses, reports = (World().answers(generator, 3, ROWS).mean(axis=2) for _ in range(2))
+        records = [
+            {
+                "kind": "winning" if level else "full", "sparsity": 0.1 * level, "seed": seed, "heads_pruned": 0,
+                "ffns_pruned": 0, "weights_remaining": 1.0, "weights_remaining_encoder": 1.0,
+                "score": float(chooses[seed, level]), "report_score": float(reports[seed, level]),
+            }
+            for seed, level in np.ndindex(3, 1 + LEVELS)
+        ]  # fmt: skip
+        selection = select(records, range(3))
+        assert selection.is_cross_fitted
+        gains.append(np.mean([*selection.gains.values()]))
+        naive.append(np.mean([level.spread.mean for level in selection.levels if level is selection.super_level]))
+    assert abs(np.mean(gains)) < 3.3 * np.std(gains) / np.sqrt(STUDIES)
