@@ -70,7 +70,7 @@ SLACK = 3.1 * (ERROR_RATE * (1 - ERROR_RATE) / STUDIES) ** 0.5
 @pytest.mark.parametrize(
     ("world", "seeds"),
     [
-        (World(), 3),
+        (World(over_seeds=0.2), 3),
         pytest.param(World(over_seeds=0.0), 5, marks=pytest.mark.long),
         pytest.param(World(over_seeds=0.2), 2, marks=pytest.mark.long),
     ],

@@ -22,12 +22,8 @@ def results_of(form: str, generator: np.random.Generator, rows: int, classes: in
 
 
 CASES = [
-    *(
-        ("classes", metric, classes)
-        for metric in ("accuracy", "macro_f1", "micro_f1", "matthews_correlation")
-        for classes in (2, 5)
-    ),
-    ("classes", "f1", 2),
+    *(("classes", metric, 2) for metric in ("accuracy", "f1", "macro_f1", "micro_f1", "matthews_correlation")),
+    *(("classes", metric, 5) for metric in ("accuracy", "macro_f1", "micro_f1", "matthews_correlation")),
     *(("several", metric, classes) for metric in ("accuracy", "macro_f1", "micro_f1") for classes in (1, 4)),
     ("numbers", "pearson", 0),
 ]
@@ -38,14 +34,8 @@ def test_scores_of_some_rows_are_those_of_the_metric(form: str, metric: str, cla
     generator = np.random.default_rng(len(metric) + classes)
     models = [results_of(form, generator, 60, classes) for _ in range(3)]
     # Whole, halves, few rows, and rows that are drawn several times.
-    weights = np.concatenate(
-        [
-            np.ones((1, 60)),
-            halvings(60)[:5],
-            generator.multinomial(4, [1 / 60] * 60, 5),
-            generator.multinomial(60, [1 / 60] * 60, 5),
-        ]
-    )
+    few, again = (generator.multinomial(count, [1 / 60] * 60, 5) for count in (4, 60))
+    weights = np.concatenate([np.ones((1, 60)), halvings(60)[:5], few, again])
     assert all(can_resample(metric, results) for results in models)
     found = resampled(metric, models, weights)
     for (model, results), (choice, weight) in itertools.product(enumerate(models), enumerate(weights)):

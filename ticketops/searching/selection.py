@@ -149,7 +149,7 @@ class Selection:
 
     @functools.cached_property
     def controlled(self) -> dict[float, Comparison]:
-        """Sparsity -> winning tickets against random ones of the same counts, corrected for all levels that have them."""
+        """Sparsity -> winning tickets against random ones of the same counts, corrected for all of these levels."""
         random = {level.sparsity: level for level in self.levels if level.kind == "random"}
         return self._against({level.sparsity: random.get(level.sparsity) for level in self._winning})
 
@@ -349,16 +349,16 @@ def resampled_scores(store: Store, records: Sequence[Record], task: str = "") ->
     """
     own = {record["id"]: record["tasks"][task] if task else record for record in records}
     split = "validation" if any(each["report_score"] is None for each in own.values()) else "report"
-    found: dict[str, dict[str, np.ndarray]] = {}
+    by_metric: dict[str, dict[str, np.ndarray]] = {}
     for record in records:
         results = store.row_results(record, f"{task}.{split}" if task else split)
         metric = own[record["id"]]["metric"]
         if results is not None and can_resample(metric, results):
-            found.setdefault(metric, {})[record["id"]] = results
+            by_metric.setdefault(metric, {})[record["id"]] = results
     scores: dict[str, np.ndarray] = {}
-    for metric, results in found.items():
-        weights = row_weights(len(next(iter(results.values()))))
-        scores |= dict(zip(results, resampled(metric, list(results.values()), weights), strict=True))
+    for metric, found in by_metric.items():
+        weights = row_weights(len(next(iter(found.values()))))
+        scores |= dict(zip(found, resampled(metric, list(found.values()), weights), strict=True))
     return scores
 
 

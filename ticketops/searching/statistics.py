@@ -3,10 +3,10 @@
 A score varies with the seed of the training and with the rows that it is scored on. An interval must hold both, or it
 speaks of these rows alone. The margin over seeds is Student's t of the differences paired by seed; the margin over
 rows is that of a bootstrap of the rows; both are added in quadrature, which covers at least as often as stated
-(python_tests/searching/test_statistics.py simulates it).
+(python_tests/searching/test_simulated_studies.py).
 
-Sources: Student's t interval of paired differences (scipy.special.stdtr); B. Efron, "Bootstrap methods: another look at the
-jackknife", Annals of Statistics 7 (1979); the sum of two intervals, G. Y. Zou and A. Donner, "Construction of
+Sources: Student's t interval of paired differences; B. Efron, "Bootstrap methods: another look at the jackknife",
+Annals of Statistics 7 (1979); the sum of two intervals, G. Y. Zou and A. Donner, "Construction of
 confidence limits about effect measures: a general approach", Statistics in Medicine 27 (2008); Holm's step-down
 correction, S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
 (1979); cross-fitting, V. Chernozhukov et al., "Double/debiased machine learning", Econometrics Journal 21 (2018); the
