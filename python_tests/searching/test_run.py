@@ -78,10 +78,15 @@ def test_each_trials_predictions_are_kept_and_give_its_scores(found: SearchResul
     for trial, record in zip(store.plan, found.records, strict=True):
         predictions = store.predictions(trial)
         assert predictions is not None
-        assert predictions.keys() == record["predictions"].keys() == {"validation"}
+        assert predictions.keys() == record["predictions"].keys() == {"validation", "validation-rows"}
         assert record["rows"] == {"validation": len(labels)} == {"validation": len(predictions["validation"])}
         assert setting.task.compute(predictions["validation"], labels) == record["scores"]["validation"]
         assert (found.folder / record["predictions"]["validation"]["file"]).is_file()
+        right = predictions["validation-rows"]
+        assert (right == np.stack([labels, predictions["validation"].argmax(axis=1)], axis=1)).all()
+        assert (right == store.row_results(record, "validation")).all()
+        first = halvings(len(labels))
+        assert [pair[0] for pair in record["halves"]] == pytest.approx([(right[:, 0] == right[:, 1])[half].mean() for half in first], abs=1e-6)
 
 
 def test_a_finished_search_runs_nothing_again(found: SearchResult):

@@ -91,9 +91,14 @@ def test_the_kept_predictions_have_the_recorded_scores(search, folders, inputs):
     setting = Setting.load(SearchConfig(**OPTIONS, model=inputs["model"], task=str(folders[kind])))
     store = Store.read(result.folder)
     for trial, record in zip(store.plan, result.records, strict=True):
-        for split, logits in store.predictions(trial).items():
+        predictions = store.predictions(trial)
+        for split, scores in record["scores"].items():
             rows = getattr(setting.task, split)
-            assert setting.task.score(logits, setting.splits[split], rows) == record["scores"][split]
+            assert setting.task.score(predictions[split], setting.splits[split], rows) == scores
+            # What each row contributes gives the metric of all of them.
+            results = predictions[split + "-rows"]
+            (found,) = resampled(record["metric"], [results], np.ones((1, len(rows))))[0]
+            assert found == pytest.approx(scores[record["metric"]], abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", HEADS)
