@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from ticketops.searching import Listener, SearchConfig, Setting, Store, environm
 from ticketops.searching import run as running
 from ticketops.searching.release import release
 from ticketops.searching.trial import run_trial
+from ticketops.tasks.resampling import halvings
 
 from .test_trial import reproducible
 from .tiny import FIELDS
@@ -85,8 +87,8 @@ def test_each_trials_predictions_are_kept_and_give_its_scores(found: SearchResul
         right = predictions["validation-rows"]
         assert (right == np.stack([labels, predictions["validation"].argmax(axis=1)], axis=1)).all()
         assert (right == store.row_results(record, "validation")).all()
-        first = halvings(len(labels))
-        assert [pair[0] for pair in record["halves"]] == pytest.approx([(right[:, 0] == right[:, 1])[half].mean() for half in first], abs=1e-6)
+        halves = [(right[:, 0] == right[:, 1])[half].mean() for half in halvings(len(labels))]
+        assert [pair[0] for pair in record["halves"]] == pytest.approx(halves, abs=1e-6)
 
 
 def test_a_finished_search_runs_nothing_again(found: SearchResult):

@@ -17,6 +17,7 @@ from ticketops.searching.setting import _load_tokenizer
 from ticketops.searching.store import Store
 from ticketops.searching.transfer import subset
 from ticketops.tasks import load_task
+from ticketops.tasks.resampling import resampled
 
 from .tiny import FIELDS, FILLERS
 
