@@ -111,7 +111,7 @@ def test_a_share_is_reported_by_arm_and_task_with_paired_differences(tmp_path: P
     text = report(store.folder).read_text()
     assert (
         "Ticket sharing averages 83.0 ± 1.0 over the tasks: it beats plain multi-task training, +2.0 ± 0.0 points over "
-        "3 seeds (95 % interval +2.0 to +2.0, corrected for 2 arms); it beats random tickets of the same counts, +3.0 "
+        "3 seeds (95 % interval +2.0 to +2.0 on these rows, corrected for 2 arms); it beats random tickets of the same "
     ) in text
     assert "Scored on 10,000 rows of validation of rte, 10,000 rows of validation of stsb." in text
     assert "Warning" not in text

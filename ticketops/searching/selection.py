@@ -24,7 +24,7 @@ from ticketops.tasks.resampling import can_resample, resampled
 from ticketops.text import count, structures
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Level:
     """All trials of one kind at one sparsity.
 
@@ -51,8 +51,8 @@ class Level:
     neurons_pruned: int = 0
     scores: dict[int, float] = field(default_factory=dict)
     report_scores: dict[int, float] = field(default_factory=dict)
-    halves: dict[int, np.ndarray] = field(default_factory=dict)
-    resampled: dict[int, np.ndarray] = field(default_factory=dict)
+    halves: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
+    resampled: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
 
     @property
     def spread(self) -> Spread:
@@ -76,7 +76,7 @@ class Level:
         return f"<Level: {self.kind} at sparsity {self.sparsity:g}, {left}, {scores}>"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Selection:
     """The levels of a search and the super ticket chosen among them.
 
