@@ -12,7 +12,7 @@ from ticketops.reporting import plots
 from ticketops.searching import select
 from ticketops.tickets import prune
 
-from .test_report import importance
+from .made_up import importance
 
 
 def level_records(seeds: int) -> list[dict]:

@@ -1,81 +1,17 @@
 import csv
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
-import torch
 from test_text import HOSTILE
 
 from ticketops.errors import InputError, StoreError
 from ticketops.reporting import report
-from ticketops.searching import SearchConfig, Store, Trial
-from ticketops.tickets import Importance, WeightCounts, prune
+from ticketops.searching import Store, Trial
 
-COUNTS = WeightCounts(head=100, ffn=800, encoder=6_000, total=10_000)
-
-
-def importance(seed: int, shape: tuple[int, int] = (3, 4)) -> Importance:
-    scores = Importance(*shape)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in range(shape[0]):
-        scores.add_head(layer, torch.randn(5, shape[1], generator=generator), None)
-        scores.add_ffn(layer, torch.randn(5, generator=generator), None)
-    return scores
-
-
-def make_store(
-    folder: Path,
-    gain: float = 0.02,
-    leave_out: tuple[str, ...] = (),
-    notes: Mapping[str, str] = MappingProxyType({}),
-    **fields: object,
-) -> Store:
-    """A finished search without any training: winning tickets gain `gain` at sparsity 0.25 and lose beyond."""
-    given = {"model": "m", "task": "t", "seeds": 3, **fields}
-    config = SearchConfig(sparsities="0.25,0.5", kinds="winning,random,losing", **given)
-    values = {name: value for name, value in config.to_dict().items() if name not in ("output", "save_models")}
-    identity = {"config": values, "task_fingerprint": "feed", "model_fingerprint": "beef", "layers": 3, "heads": 4}
-    notes = {"versions": {"python": "3"}, "machine": {"device": "cpu"}, "validation": "dev", **notes}
-    held_out = bool(config.report_fraction)
-    with Store.create(folder, identity, notes) as store:
-        for trial in store.plan:
-            if trial.id in leave_out:
-                continue
-            scores = importance(trial.seed)
-            if trial.kind == "full":
-                store.write_importance(trial.seed, "pass", scores)
-                ticket = prune(scores, counts=(0, 0))
-            else:
-                counts = (trial.heads_pruned, trial.ffns_pruned)
-                ticket = prune(scores, counts=counts, kind=trial.kind, seed=trial.seed)  # type: ignore[arg-type]
-                store.keep_ticket(trial, ticket)
-            score = 0.8 + 0.01 * trial.seed
-            score += {"full": 0.0, "winning": gain if trial.sparsity == 0.25 else -0.1}.get(trial.kind, -0.2)
-            split_scores = {"validation": {"accuracy": score, "f1": score}}
-            if held_out:
-                split_scores["report"] = {"accuracy": score - 0.05, "f1": score}
-            record = {
-                "id": trial.id, "task": config.task, "model": config.model, "kind": trial.kind,
-                "sparsity": trial.sparsity,
-                "seed": trial.seed, "heads_pruned": ticket.heads_pruned, "ffns_pruned": ticket.ffns_pruned,
-                "weights_remaining": ticket.weights_remaining(COUNTS),
-                "weights_remaining_encoder": ticket.weights_remaining(COUNTS, embeddings=False),
-                "split": "validation", "metric": "accuracy", "score": score,
-                "report_score": score - 0.05 if held_out else None, "scores": split_scores, "majority": 0.5,
-                "rows": dict.fromkeys(split_scores, 1000), "constant_scores": dict.fromkeys(split_scores, 0.5),
-                "costs": {
-                    "whole": {"parameters": 1000, "macs_per_token": 800, "bytes": 4000},
-                    "left": {"parameters": 970, "macs_per_token": 600, "bytes": 3880},
-                },
-                "train_loss": 0.3, "steps": 10, "timing": {"train_seconds": 1.5, "evaluate_seconds": 0.5},
-            }  # fmt: skip
-            if trial.kind == "full" and config.importance == "both":
-                record["rank_correlation"] = {"head": 0.9, "ffn": None}
-            store.write_record(trial, record)
-    return store
+from .made_up import make_store
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -84,7 +20,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", content[16:24])
 
 
-def test_report_names_the_finding_its_spread_and_how_to_reproduce_it(tmp_path: Path):
+def test_report_names_the_finding_its_spread_and_how_to_reproduce_it(tmp_path: Path, real_figures: None):
     store = make_store(tmp_path / "run")
     path = report(store.folder)
     text = path.read_text()

@@ -14,8 +14,7 @@ from ticketops.errors import InputError, StoreError
 from ticketops.searching.statistics import Spread, compare
 from ticketops.tickets import prune
 
-from .test_report import importance, make_store
-from .test_task_reports import make_share, make_transfer
+from .made_up import importance, make_share, make_store, make_transfer
 
 
 def test_a_search_is_read_from_its_folder(tmp_path: Path):

@@ -1,104 +1,18 @@
 """Reports of shares and transfers, from stores that no training has filled."""
 
 import csv
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ticketops.errors import StoreError
-from ticketops.files import write_atomically
 from ticketops.reporting import read, report
-from ticketops.searching import SearchConfig, ShareConfig, Store, TransferConfig
 from ticketops.searching.sharing_plan import SINGLE, TaskTicket
 from ticketops.searching.transfer_plan import SCORES
-from ticketops.tickets import chance_jaccard, prune
+from ticketops.tickets import chance_jaccard
 
-from .test_report import importance, png_size
-
-TASKS = {"rte": "accuracy", "stsb": "pearson"}
-NOTES: dict[str, Any] = {"versions": {"python": "3"}, "machine": {"device": "cpu"}}
-SHAPE = {"layers": 3, "heads": 4, "model_fingerprint": "beef"}
-
-
-def values(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in ("output", "save_models")}
-
-
-def scored(score: float, metric: str, held_out: bool = False) -> dict[str, Any]:
-    scores = {"validation": {metric: score}} | ({"report": {metric: score - 0.1}} if held_out else {})
-    return {
-        "split": "validation", "metric": metric, "score": score, "report_score": score - 0.1 if held_out else None,
-        "scores": scores, "majority": 0.4, "rows": dict.fromkeys(scores, 10_000),
-        "heads_pruned": 3, "ffns_pruned": 1, "neurons_pruned": 0,
-        "weights_remaining": 0.9, "weights_remaining_encoder": 0.8, "train_rows": 100, "steps": 4,
-    }  # fmt: skip
-
-
-def make_share(
-    folder: Path,
-    gain: float = 0.02,
-    leave_out: tuple[str, ...] = (),
-    metrics: Mapping[str, str] = TASKS,
-    **fields: Any,
-) -> Store:
-    """Tickets gain `gain` on all tasks over plain training, for every seed alike; random ones lose 0.01."""
-    config = ShareConfig(model="m", tasks=list(metrics), **{"seeds": 3, "arms": "tickets,plain,random", **fields})
-    prints = {"task_fingerprint": dict.fromkeys(metrics, "feed")}
-    identity = {"kind": "share", "config": values(config), **SHAPE, **prints, "tickets": None}
-    notes = {**NOTES, "validation": dict.fromkeys(metrics, "dev"), "tasks": {name: f"{name}: rows" for name in metrics}}
-    held_out = bool(config.report_fraction)
-    with Store.create(folder, identity, notes) as store:
-        for number, task in enumerate(metrics):
-            for seed in config.seeds:
-                ticket = prune(importance(10 * number + seed), counts=(3, 1))
-                store.keep_ticket(TaskTicket(task, seed), ticket)
-        pairs = {str(seed): [0.7 + 0.01 * seed, 0.6 if held_out else None] for seed in config.seeds}
-        single = {"sparsity": 0.25, "majority": 0.4, "scores": {"full": pairs, "winning": pairs}}
-        text = json.dumps({task: {**single, "metric": metric} for task, metric in metrics.items()})
-        write_atomically(store.folder / SINGLE, text)
-        for trial in store.plan:
-            if trial.id in leave_out:
-                continue
-            score = 0.8 + 0.01 * trial.seed + {"tickets": gain, "random": -0.01}.get(trial.kind, 0.0)
-            tasks = {task: scored(score, metric, held_out) for task, metric in metrics.items()}
-            record = {
-                "id": trial.id, "kind": trial.kind, "seed": trial.seed, "model": "m", "mixing": config.mixing,
-                "metric": "task average", "score": score, "report_score": None, "tasks": tasks, "train_loss": 0.5,
-                "steps": 8, "timing": {"train_seconds": 2.0, "evaluate_seconds": 0.5},
-            }  # fmt: skip
-            store.write_record(trial, record)
-    return store
-
-
-def make_transfer(folder: Path, **fields: Any) -> Store:
-    """The super ticket gains 2 points where there are few rows, and loses 1 with all of them."""
-    config = TransferConfig(source="sst2", target="film", sparsities="0.25,0.5", **{"seeds": 2, **fields})
-    identity = {
-        "kind": "transfer", "config": values(config), **SHAPE, "task_fingerprint": "feed",
-        "source": values(SearchConfig(task="sst2", sparsities="0.25,0.5", kinds="winning", seeds=2)),
-        "source_fingerprint": "food", "source_results": None,
-    }  # fmt: skip
-    notes = {**NOTES, "validation": "dev", "tasks": {"source": "sst2: rows", "target": "film: rows"}}
-    with Store.create(folder, identity, notes) as store:
-        for trial in store.plan:
-            gain = (0.02 if trial.fraction < 1 else -0.01) if trial.kind == "winning" else 0.0
-            gain -= 0.05 if trial.sparsity == 0.5 else 0.0
-            record = {
-                **scored(0.6 + 0.1 * trial.fraction + 0.01 * trial.seed + gain, "accuracy"), "id": trial.id,
-                "task": "film" if trial.ladder == "target" else "sst2", "kind": trial.kind,
-                "sparsity": trial.sparsity or (0.25 if trial.kind == "winning" else 0.0),
-                "seed": trial.seed, "ladder": trial.ladder, "fraction": trial.fraction, "epochs": 1,
-                "train_rows": int(1000 * trial.fraction), "train_loss": 0.5,
-                "timing": {"train_seconds": 2.0, "evaluate_seconds": 0.5},
-            }  # fmt: skip
-            store.write_record(trial, record)
-        pairs = {kind: {"0": [score, None], "1": [score, None]} for kind, score in (("full", 0.8), ("winning", 0.81))}
-        single = {"metric": "accuracy", "majority": 0.5, "sparsity": 0.25, "scores": pairs, "train_rows": 1000}
-        write_atomically(store.folder / SCORES, json.dumps(single))
-    return store
+from .made_up import TASKS, make_share, make_transfer
+from .test_report import png_size
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -106,7 +20,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_share_is_reported_by_arm_and_task_with_paired_differences(tmp_path: Path):
+def test_a_share_is_reported_by_arm_and_task_with_paired_differences(tmp_path: Path, real_figures: None):
     store = make_share(tmp_path / "run")
     text = report(store.folder).read_text()
     assert (
@@ -205,7 +119,7 @@ def test_an_unfinished_share_is_reported_with_what_is_missing(tmp_path: Path):
     assert "Ticket sharing averages 82.0 over the tasks. Scored on" in text
 
 
-def test_a_transfer_is_reported_rung_by_rung(tmp_path: Path):
+def test_a_transfer_is_reported_rung_by_rung(tmp_path: Path, real_figures: None):
     store = make_transfer(tmp_path / "run")
     text = report(store.folder).read_text()
     assert "The super ticket against the full model on the target film: with 0.1 % (1 row) it beats the full " in text

@@ -115,6 +115,7 @@ def runs(inputs: dict[str, str], pairs: str, tmp_path_factory: pytest.TempPathFa
         modules = [importlib.import_module(f"ticketops.reporting.{name}") for name in ("report", "sharing", "transfer")]
         for module in modules:
             patch.setattr(module, "figure", lambda *_: None)
+        patch.setattr(modules[0], "html", lambda *_: "")
         for run, config in ((run_search, search), (run_share, share), (run_transfer, transfer)):
             run(config)  # type: ignore[operator]
         release(root / "search", root / "small")

@@ -3,6 +3,7 @@
 import io
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,14 @@ def figure(path: Path, draw: Callable[..., Figure], *arguments: Any) -> None:
         draw: makes the figure.
         arguments: its arguments.
     """
-    write_atomically(path, png(drawn(draw, *arguments)))
+    with plain_names():
+        content = png(draw(*arguments))
+    write_atomically(path, content)
+
+
+def plain_names() -> AbstractContextManager[None]:
+    """Draws names as they are: matplotlib would parse dollar signs in them as mathematics."""
+    return matplotlib.rc_context({"text.parse_math": False})
 
 
 def drawn(draw: Callable[..., Figure], *arguments: Any) -> Figure:
@@ -216,8 +224,7 @@ def drawn(draw: Callable[..., Figure], *arguments: Any) -> Figure:
         draw: makes the figure.
         arguments: its arguments.
     """
-    # Names may contain dollar signs, which matplotlib would parse as mathematics.
-    with matplotlib.rc_context({"text.parse_math": False}):
+    with plain_names():
         figure = draw(*arguments)
         # Makes the ticks' labels, too.
         figure.draw_without_rendering()

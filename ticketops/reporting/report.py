@@ -1,10 +1,12 @@
 """The report of a search: read from its folder, written beside its records."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 from ticketops.files import write_atomically
-from ticketops.reporting import plots, sharing, tables, transfer
+from ticketops.reporting import page_figures, plots, sharing, tables, transfer
+from ticketops.reporting.page import Figures, html
 from ticketops.reporting.parts import (
     figure,
     listed,
@@ -26,7 +28,10 @@ from ticketops.tickets import Importance, Ticket, chance_jaccard
 
 
 def report(folder: str | Path) -> Path:
-    """Writes `report.md`, `results.csv` and the figures of a search, a share or a transfer, finished or not.
+    """Writes the report of a search, a share or a transfer, finished or not.
+
+    `report.md` and its figures are for reading anywhere; `report.html` is the same as one file to explore in a browser;
+    `results.csv` has one row per trial.
 
     Args:
         folder: its output folder.
@@ -39,9 +44,12 @@ def report(folder: str | Path) -> Path:
         StoreError: one of its files is damaged, or the folder cannot be written.
     """
     store = Store.read(folder)
-    text = {"search": _search, "share": sharing.lines, "transfer": transfer.lines}[store.kind](store)
+    figures: Figures = {}
+    text = {"search": _search, "share": sharing.lines, "transfer": transfer.lines}[store.kind](store, figures)
     path = store.folder / "report.md"
     write_atomically(path, "\n".join(text) + "\n")
+    results = (store.folder / "results.csv").read_text(encoding="utf-8")
+    write_atomically(store.folder / "report.html", html(text, figures, results))
     return path
 
 
@@ -50,7 +58,7 @@ def heading(config: SearchConfig) -> str:
     return f"Super tickets of {config.model} on {config.task}"
 
 
-def _search(store: Store) -> list[str]:
+def _search(store: Store, figures: Figures) -> list[str]:
     records = store.records()
     config = store.config
     selection = read_selection(store, records)
@@ -65,12 +73,15 @@ def _search(store: Store) -> list[str]:
         metric = records[0]["metric"]
         text += [*_summary(selection, metric), "", *_splits(store, selection), ""]
         figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric, title)
-        text += [f"![{metric} against weights remaining](phase_transition.png)", ""]
+        figures["phase_transition.png"] = partial(page_figures.phase, selection, metric)
+        text += [f"![{markdown(metric)} against weights remaining](phase_transition.png)", ""]
         text += [tables.markdown_table(tables.level_rows(selection)), ""]
         constant = f"{100 * selection.constants.get(split, 0.0):.1f}"
-        text += [f"Scores are {metric} x 100, mean ± standard deviation over seeds; ★ marks the super ticket."]
+        text += [
+            f"Scores are {markdown(metric)} x 100, mean ± standard deviation over seeds; ★ marks the super ticket."
+        ]
         text += [f"Without learning anything, one constant answer scores {constant} on `{split}`.", ""]
-        text += _importance(store, records, selection, tickets, title)
+        text += _importance(store, records, selection, tickets, title, figures)
         text += _ticket(store, selection, tickets)
         text += _costs(store, records, selection)
     return [*text, *reproduction(store, records)]
@@ -184,7 +195,12 @@ def _splits(store: Store, selection: Selection) -> list[str]:
 
 
 def _importance(
-    store: Store, records: list[Record], selection: Selection, tickets: dict[int, Ticket], title: str
+    store: Store,
+    records: list[Record],
+    selection: Selection,
+    tickets: dict[int, Ticket],
+    title: str,
+    figures: Figures,
 ) -> list[str]:
     way = "on_the_fly" if store.config.importance == "on_the_fly" else "pass"
     done = [record["seed"] for record in records if record["kind"] == "full"]
@@ -194,6 +210,7 @@ def _importance(
     level = selection.super_level
     name = f"the super ticket (sparsity {level.sparsity:g})" if level else ""
     figure(store.folder / "importance.png", plots.importance_map, scored, list(tickets.values()), name, title)
+    figures["importance.png"] = partial(page_figures.importance, scored, tickets, name)
     how = {"pass": "in a clean pass after training", "on_the_fly": "during the last epoch of training"}[way]
     text = [
         "## Importance",

@@ -2,13 +2,15 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from ticketops.files import write_atomically
-from ticketops.reporting import task_plots
+from ticketops.reporting import page_figures, task_plots
+from ticketops.reporting.page import Figures
 from ticketops.reporting.parts import figure, missing, quoted, reproduction, scored_rows, shown, warning_of_a_constant
 from ticketops.reporting.tables import csv_text, markdown_table, points
 from ticketops.searching.selection import compare_arms, constant_scores
@@ -34,11 +36,12 @@ NAMES = {
 Scores = dict[str, dict[int, float]]
 
 
-def lines(store: Store) -> list[str]:
+def lines(store: Store, figures: Figures) -> list[str]:
     """Writes a share's CSV files and figures, and the text of its report.
 
     Args:
         store: of the run, finished or not.
+        figures: file name of a figure -> what draws it for report.html; filled here.
 
     Returns:
         The report's lines of Markdown.
@@ -63,16 +66,19 @@ def lines(store: Store) -> list[str]:
         text += [markdown(headline(store, records)), "", *quoted(warnings(records))]
         text += [*_splits(_reports(records)), ""]
         figure(store.folder / "sharing.png", plot, arms, title)
+        figures["sharing.png"] = partial(page_figures.arms, *drawn(arms))
         text += ["![each arm, by task](sharing.png)", ""]
         text += [markdown_table(overview(store)), ""]
         text += ["Scores are each task's own metric x 100 ("]
-        text[-1] += ", ".join(f"{markdown(name)}: {task['metric']}" for name, task in records[0]["tasks"].items())
+        text[-1] += ", ".join(
+            f"{markdown(name)}: {markdown(task['metric'])}" for name, task in records[0]["tasks"].items()
+        )
         text[-1] += "), mean ± standard deviation over seeds."
         if "plain" in arms and len(arms) > 1:
             text += ["", "Differences to plain multi-task training, seed by seed:", "", markdown_table(_gains(arms))]
         text += ["", *_sizes(records), ""]
     if any(tickets.values()):
-        text += _tickets(store, tickets, title)
+        text += _tickets(store, tickets, title, figures)
     text += [
         "## Tasks",
         "",
@@ -94,7 +100,16 @@ def plot(arms: Mapping[str, Scores], title: str) -> Figure:
         arms: as `scores` returns them.
         title: title of the share.
     """
-    return task_plots.arms(_differences(arms), {AVERAGE: _title(AVERAGE)}, "plain" in arms, title)
+    return task_plots.arms(*drawn(arms), title)
+
+
+def drawn(arms: Mapping[str, Scores]) -> tuple[dict[str, dict[str, list[float]]], dict[str, str], bool]:
+    """Returns what is drawn of the arms: the first arguments of `task_plots.arms`.
+
+    Args:
+        arms: as `scores` returns them.
+    """
+    return _differences(arms), {AVERAGE: _title(AVERAGE)}, "plain" in arms
 
 
 def overview(store: Store) -> list[list[str]]:
@@ -298,7 +313,7 @@ def trial_rows(records: Sequence[Record]) -> list[list[Any]]:
     return rows
 
 
-def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]], title: str) -> list[str]:
+def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]], title: str, figures: Figures) -> list[str]:
     """What tickets say about tasks: overlaps and layer profiles, as figures, files and text."""
     pairs = [
         (one, other, *_alike(tickets[one[0]][one[1]], tickets[other[0]][other[1]]))
@@ -314,7 +329,9 @@ def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]], title: s
         if both:
             overlap[i, j], chance[i, j] = np.mean([alike[:2] for alike in both], axis=0)
     figure(store.folder / "overlap.png", task_plots.overlaps, tasks, overlap, chance, title)
+    figures["overlap.png"] = partial(page_figures.overlaps, tasks, overlap, chance)
     figure(store.folder / "layers.png", task_plots.profiles, tickets, title)
+    figures["layers.png"] = partial(page_figures.profiles, tickets)
     write_atomically(store.folder / "layers.csv", _profiles(tickets))
     between = [alike for one, two, *alike in pairs if one[0] != two[0]]
     within = [alike for one, two, *alike in pairs if one[0] == two[0]]

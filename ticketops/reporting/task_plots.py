@@ -44,7 +44,11 @@ EXCESS = LinearSegmentedColormap.from_list("excess", ["#D55E00", "#F4F4F4", "#00
 
 
 def arms(
-    scores: Mapping[str, Mapping[str, Sequence[float]]], titles: Mapping[str, str], relative: bool, title: str = ""
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    titles: Mapping[str, str],
+    relative: bool,
+    title: str = "",
+    narrow: bool = False,
 ) -> Figure:
     """Draws each arm's scores by task, or their differences from multi-task training without tickets.
 
@@ -53,12 +57,14 @@ def arms(
         titles: task -> its label; other tasks are labelled with their name.
         relative: True if `scores` are differences.
         title: what was trained, for the title.
+        narrow: True for the screen of a phone: tasks are labelled vertically.
 
     Returns:
-        The figure.
+        The figure. For a page, the groups have ids: "armN-means", and "armN-seeds" for few seeds, where N counts
+        the arms from 0.
     """
     tasks = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
-    figure = new_figure(2.6 + 1.3 * max(len(tasks), 3), 4.6)
+    figure = new_figure(*(4.3, 5.4) if narrow else (2.6 + 1.3 * max(len(tasks), 3), 4.6))
     axes = figure.subplots()
     if relative:
         axes.axhline(0.0, color=FULL, linestyle="--", linewidth=1.2, label="shared, no tickets", zorder=1)
@@ -69,9 +75,10 @@ def arms(
         scored = [task for task in tasks if task in by_task]
         at = [tasks.index(task) + (place + 0.5) * width - 0.4 for task in scored]
         spreads = [Spread.of(by_task[task]) for task in scored]
-        _means(axes, at, spreads, colour, marker, arm, seeds)
-        _single(axes, at, [by_task[task] for task in scored], colour, marker, seeds)
-    axes.set_xticks(range(len(tasks)), ["\n".join(textwrap.wrap(titles.get(task, task), 16)) for task in tasks])
+        _means(axes, at, spreads, colour, marker, arm, seeds, f"arm{place}")
+        _single(axes, at, [by_task[task] for task in scored], colour, marker, seeds, f"arm{place}")
+    names = ["\n".join(textwrap.wrap(titles.get(task, task), 16)) for task in tasks]
+    axes.set_xticks(range(len(tasks)), names, rotation=90 if narrow else 0)
     for edge in np.arange(len(tasks) - 1) + 0.5:
         axes.axvline(edge, color="#DDDDDD", linewidth=0.8, zorder=0)
     axes.set_xlim(-0.5, max(len(tasks), 1) - 0.5)
@@ -80,22 +87,30 @@ def arms(
     note = seeds_note(seeds, "bars")
     entitle(figure, title, note + (" of the difference by seed" if relative and seeds > FEW_SEEDS else ""))
     # Points are no lines with ends to label. Below the axes, long names of arms do not narrow the plot.
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=1 if narrow else 2, frameon=False, fontsize=9)
     return figure
 
 
 def _means(
-    axes: Axes, at: Sequence[float], spreads: Sequence[Spread], colour: str, marker: str, label: str, seeds: int
+    axes: Axes,
+    at: Sequence[float],
+    spreads: Sequence[Spread],
+    colour: str,
+    marker: str,
+    label: str,
+    seeds: int,
+    group: str,
 ) -> None:
     """Draws means; beside more than `FEW_SEEDS` seeds with bars of one standard deviation, else as short strokes."""
     means = [100 * spread.mean for spread in spreads]
     if seeds <= FEW_SEEDS:
         style = {"marker": "_", "markersize": 13, "markeredgewidth": 1.8} if seeds > 1 else {}
-        axes.plot(at, means, color=colour, linestyle="none", zorder=2, **style)  # type: ignore[arg-type]
+        (line,) = axes.plot(at, means, color=colour, linestyle="none", zorder=2, **style)  # type: ignore[arg-type]
+        line.set_gid(f"{group}-means" if seeds > 1 else None)
         # The legend shows what single seeds look like.
         axes.plot([], [], color=colour, marker=marker, markersize=6, linestyle="none", label=label)
         return
-    axes.errorbar(
+    bars = axes.errorbar(
         at,
         means,
         yerr=[100 * (spread.std or 0.0) for spread in spreads],
@@ -108,17 +123,27 @@ def _means(
         label=label,
         zorder=2,
     )
+    bars.lines[0].set_gid(f"{group}-means")
 
 
 def _single(
-    axes: Axes, at: Sequence[float], values: Sequence[Sequence[float]], colour: str, marker: str, seeds: int
+    axes: Axes,
+    at: Sequence[float],
+    values: Sequence[Sequence[float]],
+    colour: str,
+    marker: str,
+    seeds: int,
+    group: str,
 ) -> None:
     """Draws the score of each seed, where they are few."""
     if seeds <= FEW_SEEDS:
         pairs = [(place, 100 * value) for place, some in zip(at, values, strict=True) for value in some]
         places, heights = np.array(pairs).reshape(-1, 2).T
         face = "none" if seeds > 1 else colour
-        axes.scatter(places, heights, s=32, marker=marker, linewidth=1.2, zorder=3, facecolor=face, edgecolor=colour)
+        points = axes.scatter(
+            places, heights, s=32, marker=marker, linewidth=1.2, zorder=3, facecolor=face, edgecolor=colour
+        )
+        points.set_gid(f"{group}-seeds")
 
 
 def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray, title: str = "") -> Figure:
@@ -224,19 +249,23 @@ class Panel:
     scored: int
 
 
-def ladders(panels: Mapping[str, Panel], title: str = "") -> Figure:
+def ladders(panels: Mapping[str, Panel], title: str = "", narrow: bool = False) -> Figure:
     """Plots the scores of full model and super ticket over the number of training rows.
 
     Args:
         panels: title -> what is drawn.
         title: what was trained, for the title.
+        narrow: True for the screen of a phone: the panels stand below each other.
 
     Returns:
-        The figure.
+        The figure. For a page, the groups have ids: "ladderN-MODEL-means", and "ladderN-MODEL-seeds" for few seeds,
+        where N counts the panels from 0.
     """
-    figure = new_figure(5.2 * len(panels) + 0.8, 4.5)
+    rows, columns = (len(panels), 1) if narrow else (1, len(panels))
+    figure = new_figure(*(4.3, 3.7 * rows) if narrow else (5.2 * columns + 0.8, 4.5))
     most = 0
-    for axes, (name, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    for place, (axes, (name, panel)) in enumerate(zip(all_axes, panels.items(), strict=True)):
         ends: dict[str, tuple[float, str]] = {}
         seeds = max((len(some) for found in (panel.full, panel.super) for some in found.values()), default=0)
         most = max(most, seeds)
@@ -247,21 +276,22 @@ def ladders(panels: Mapping[str, Panel], title: str = "") -> Figure:
         for label, found, colour, marker, shift in (
             ("full model", panel.full, FULL, "D", 0.97), ("super ticket", panel.super, SUPER, "o", 1.03)
         ):  # fmt: skip
-            measured = [rows for rows in sorted(found) if found[rows]]
+            measured = [number for number in sorted(found) if found[number]]
             if not measured:
                 continue
             # Shift the points, so that they do not hide each other.
-            at = [rows * shift for rows in measured]
-            spreads = [Spread.of(found[rows]) for rows in measured]
+            at = [number * shift for number in measured]
+            spreads = [Spread.of(found[number]) for number in measured]
             axes.plot(at, [100 * spread.mean for spread in spreads], color=colour, linewidth=1.6, zorder=2)
-            _means(axes, at, spreads, colour, marker, label, seeds)
-            _single(axes, at, [found[rows] for rows in measured], colour, marker, seeds)
+            group = f"ladder{place}-{label.replace(' ', '-')}"
+            _means(axes, at, spreads, colour, marker, label, seeds, group)
+            _single(axes, at, [found[number] for number in measured], colour, marker, seeds, group)
             ends[label] = (100 * spreads[-1].mean, colour)
         axes.axhline(100 * panel.constant, color=CONSTANT, linestyle=":", linewidth=1.2, zorder=1)
         ends["constant answer"] = (100 * panel.constant, CONSTANT)
         axes.set_xscale("log")
-        rows = sorted({*panel.full, *panel.super})
-        axes.set_xticks(rows, [f"{number:,}" for number in rows], rotation=30 if len(rows) > 5 else 0)
+        ticks = sorted({*panel.full, *panel.super})
+        axes.set_xticks(ticks, [f"{number:,}" for number in ticks], rotation=30 if len(ticks) > 5 else 0)
         axes.minorticks_off()
         axes.set_xlabel("training rows")
         axes.set_ylabel(f"{panel.metric} (x 100)")

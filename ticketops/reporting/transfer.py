@@ -1,12 +1,14 @@
 """The report of domain transfer and of low data: super ticket against full model on growing shares of the rows."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from ticketops.files import write_atomically
-from ticketops.reporting import task_plots
+from ticketops.reporting import page_figures, task_plots
+from ticketops.reporting.page import Figures
 from ticketops.reporting.parts import figure, missing, reproduction, scored_rows, shown, warning_of_a_constant
 from ticketops.reporting.tables import csv_text, markdown_table, points
 from ticketops.searching.ladder import Rung, compare_rungs, read_ladders
@@ -36,11 +38,12 @@ COLUMNS = (
 )
 
 
-def lines(store: Store) -> list[str]:
+def lines(store: Store, figures: Figures) -> list[str]:
     """Writes a transfer's CSV file and figure, and the text of its report.
 
     Args:
         store: of the run, finished or not.
+        figures: file name of a figure -> what draws it for report.html; filled here.
 
     Returns:
         The report's lines of Markdown.
@@ -59,6 +62,7 @@ def lines(store: Store) -> list[str]:
         for line in headlines(store):
             text += [markdown(line), ""]
         figure(store.folder / "ladder.png", plot, rungs, names(store), title)
+        figures["ladder.png"] = partial(page_figures.ladder, panels(rungs, names(store)))
         text += ["![score against training rows](ladder.png)", "", markdown_table(overview(store)), ""]
         text += [
             "Scores are x 100, mean ± standard deviation over seeds, which draw the rows too; a larger share contains "
@@ -75,7 +79,9 @@ def lines(store: Store) -> list[str]:
 
 def heading(store: Store) -> str:
     """The title of a transfer's report."""
-    return "Transfer of {model} from {source} to {target}".format(model=store.config.model, **names(store))
+    # The model may be named by the source's search alone.
+    model = store.config.model or store.description["identity"]["source"]["model"]
+    return "Transfer of {model} from {source} to {target}".format(model=model, **names(store))
 
 
 def plot(rungs: Sequence[Rung], names: Mapping[str, str], title: str) -> Figure:
@@ -86,19 +92,28 @@ def plot(rungs: Sequence[Rung], names: Mapping[str, str], title: str) -> Figure:
         names: role, "target" or "source" -> name of its task.
         title: title of the transfer.
     """
-    panels = {}
+    return task_plots.ladders(panels(rungs, names), title)
+
+
+def panels(rungs: Sequence[Rung], names: Mapping[str, str]) -> dict[str, task_plots.Panel]:
+    """Returns what is drawn of the ladders, by title.
+
+    Args:
+        rungs, names: see `plot`.
+    """
+    found = {}
     for role, name in names.items():
         own = [rung for rung in rungs if rung.ladder == role]
         if own:
             panel = f"Target {name}, from {names['source']}" if role == "target" else f"Source {name} alone"
-            panels[panel] = task_plots.Panel(
+            found[panel] = task_plots.Panel(
                 f"{own[0].metric} on {own[0].split}",
                 {rung.rows: list(rung.full.values()) for rung in own},
                 {rung.rows: list(rung.super.values()) for rung in own},
                 own[0].constant,
                 own[0].scored,
             )
-    return task_plots.ladders(panels, title)
+    return found
 
 
 def overview(store: Store) -> list[list[str]]:
