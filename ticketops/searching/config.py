@@ -54,6 +54,8 @@ _ALIASES = {
     "optimizer": ("recipe",),
     "optim": ("recipe",),
 }
+#: Fields that change no result: where results go, whether models are kept with them, and who is told of the training.
+NO_RESULT = ("output", "save_models", "report_to")
 #: The groups of flags in a command's help.
 WHAT, PLAN, TRAINING, SCORING, DATA = "What", "Which tickets", "Training", "Importance", "Data"
 
@@ -156,6 +158,10 @@ class Config:
         outside = current_spelling()
         with spelling(spell):
             return cls.from_dict({**values, **overrides}, source)
+
+    def decided(self) -> dict[str, Any]:
+        """Returns the values that results depend on, as `to_dict` has them: all but those of `NO_RESULT`."""
+        return {name: value for name, value in self.to_dict().items() if name not in NO_RESULT}
 
     @classmethod
     def fields(cls) -> "tuple[dataclasses.Field[Any], ...]":

@@ -32,6 +32,7 @@ class SearchFields(TypedDict, total=False):
     class_weights: Any
     dtype: Any
     save_models: Any
+    report_to: Any
     importance: Any
     granularity: Any
     metric: Any
@@ -72,6 +73,7 @@ class ShareFields(TypedDict, total=False):
     class_weights: Any
     dtype: Any
     save_models: Any
+    report_to: Any
     granularity: Any
     metric: Any
     threshold: Any
@@ -114,6 +116,7 @@ class TransferFields(TypedDict, total=False):
     class_weights: Any
     dtype: Any
     save_models: Any
+    report_to: Any
     granularity: Any
     metric: Any
     threshold: Any

@@ -100,6 +100,9 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 
+#: Trackers of transformers' Trainer.
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
 
 def training(recipe: str) -> dict[str, Any]:
     """What of a recipe a configuration does not say: the optimizer and its constants, as JSON values.
@@ -228,6 +231,13 @@ class SearchConfig(Config):
         "without its model trains again.",
         TRAINING,
         bool,
+    )
+    report_to: tuple[str, ...] = option(
+        (),
+        f"Where each trial's losses and scores are drawn as curves: {', '.join(TRACKERS)}, comma-separated; each needs "
+        "its package. TensorBoard's files are in tensorboard/ of the output folder.",
+        TRAINING,
+        shown="none",
     )
     importance: Literal["pass", "on_the_fly", "both"] = option(
         "pass",
@@ -364,6 +374,12 @@ class SearchConfig(Config):
                     f"{spelled('early_stopping_patience')} keeps the best one: choose pass, or leave one of them out"
                 )
         check_choice("granularity", self.granularity, ("example", "token", "batch"))
+        if self.report_to in ((), [], "none"):
+            put("report_to", ())
+        else:
+            put("report_to", tuple(dict.fromkeys(list_of("report_to", self.report_to))))
+            for name in self.report_to:
+                check_choice("report_to", name, TRACKERS)
         for name in ("save_models", "prune_neurons"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{spelled(name)} {shown(getattr(self, name))} is neither true nor false")

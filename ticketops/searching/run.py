@@ -19,6 +19,7 @@ from ticketops.searching.plan import SearchConfig, Trial
 from ticketops.searching.selection import select
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.store import Named, Record, Store, extended
+from ticketops.searching.tracking import Run
 from ticketops.searching.trial import Listener, run_trial
 from ticketops.tickets import Importance, Ticket, prune
 
@@ -77,7 +78,7 @@ def search_in(setting: Setting, listener: Listener | None = None, timed: bool = 
             return draw(importance, trial, config)
 
         def run(trial: Trial, ticket: Ticket | None) -> Record:
-            outcome = run_trial(setting, trial, ticket, () if ticket else ways, listener)
+            outcome = run_trial(setting, trial, ticket, () if ticket else ways, listener, Run.of(config, trial.id))
             keep_importance(store, trial, outcome.importance)
             if config.save_models:
                 keep_model(store, trial, setting.task.product(outcome.model), setting.tokenizer, ticket)

@@ -30,6 +30,7 @@ from ticketops.models.inputs import positions
 from ticketops.models.record import held_ticket, num_neurons
 from ticketops.searching.objects import Objects
 from ticketops.searching.plan import RECIPES, SearchConfig, Trial, check_names, make_plan, training
+from ticketops.searching.tracking import check_trackers
 from ticketops.tasks import Task, demo_model, load_task, tokenize
 from ticketops.text import structures
 
@@ -78,6 +79,7 @@ class Setting:
         bounds = ("train_rows", "validation_rows") if at_most else ()
         if config.train_rows == RECIPES[config.recipe].train_rows:
             bounds = ("train_rows", *bounds)
+        check_trackers(config.report_to)
         with quiet():
             _check_dtype(config.dtype)
             objects = objects or Objects()
@@ -244,14 +246,12 @@ class Setting:
 
     def identity(self) -> dict[str, Any]:
         """What the results depend on: the configuration, the rows and the pre-trained weights."""
-        # Where the results go, and whether models are kept with them, changes no result.
-        config = {key: value for key, value in self.config.to_dict().items() if key not in ("output", "save_models")}
         digest = hashlib.sha256()
         for key, value in sorted(self.pretrained.items()):
             digest.update(f"{key} {tuple(value.shape)}".encode())
             digest.update(value.contiguous().numpy().data)
         return {
-            "config": config,
+            "config": self.config.decided(),
             "task_fingerprint": self.task.fingerprint,
             "model_fingerprint": digest.hexdigest(),
             "layers": self.num_layers,

@@ -28,7 +28,6 @@ from ticketops.searching.sharing_plan import (
     ShareTrial,
     TaskTicket,
     share_plan,
-    without,
 )
 from ticketops.searching.store import Record, Store, extended
 from ticketops.searching.task_tickets import (
@@ -38,6 +37,7 @@ from ticketops.searching.task_tickets import (
     load_tickets,
     single_scores,
 )
+from ticketops.searching.tracking import Run, Tracker
 from ticketops.searching.trial import (
     Listener,
     Steps,
@@ -135,7 +135,7 @@ def prepare_share(config: ShareConfig, objects: Objects | None = None) -> Prepar
     identity = {
         **next(iter(settings.values())).identity(),
         "kind": "share",
-        "config": without(config, "output", "save_models"),
+        "config": config.decided(),
         "task_fingerprint": {name: setting.task.fingerprint for name, setting in settings.items()},
         "tickets": None if tickets is None else digests(tickets.tickets),
     }
@@ -151,6 +151,7 @@ def run_share_trial(
     trial: ShareTrial,
     tickets: Mapping[str, Ticket | None],
     listener: Listener | None = None,
+    tracked: Run | None = None,
 ) -> tuple[Record, SharedModel, dict[str, np.ndarray]]:
     """Trains all tasks on one encoder from the pre-trained weights, each on its ticket, and scores every task on its.
 
@@ -164,6 +165,7 @@ def run_share_trial(
         trial: its seed draws the task heads, the order of steps and rows, and dropout.
         tickets: task -> what to keep; None for the full model.
         listener: callbacks on the progress of steps.
+        tracked: the trial as trackers know it; None to track nothing.
 
     Returns:
         The record, the trained model, and its logits [rows, labels] by "TASK.SPLIT".
@@ -175,18 +177,19 @@ def run_share_trial(
     first = next(iter(settings.values()))
     sizes = [len(setting.splits["train"]) for setting in settings.values()]
     schedule = make_schedule(sizes, config.batch_size, config.joint_epochs, config.mixing, trial.seed)
-    with quiet():
+    with quiet(), Tracker(tracked) as tracker:
         shared = SharedModel({name: own.fresh_model(trial.seed) for name, own in settings.items()}, tickets)
         counts = {name: weight_counts(shared.select(name)) for name in settings}
         trainer = MixedTrainer(
             {name: own.loss_function for name, own in settings.items()},
             model=shared.train(),
             train_dataset=MixedSteps(settings, schedule),
-            callbacks=[Steps(listener or Listener(), trial)],
+            callbacks=[Steps(listener or Listener(), trial), *tracker.callbacks],
             # The schedule has the epochs in it.
-            **trainer_options(first, trial.seed, num_train_epochs=1),
+            **trainer_options(first, trial.seed, num_train_epochs=1, **tracker.arguments),
         )
         trainer.remove_callback(PrinterCallback)
+        tracker.follow(trainer)
         set_seed(trial.seed)
         with timing.of("train_seconds"):
             loss = trainer.train().training_loss
@@ -197,10 +200,22 @@ def run_share_trial(
                 predictions[name] = predict(own, setting)
             check_converged(f"{trial.id}, task {name}", config, loss, predictions[name])
             predictions[name] = with_results(setting, predictions[name])
+        scores = {name: scored(setting, predictions[name]) for name, setting in settings.items()}
+        tracker.log_scores(
+            trainer,
+            {
+                split: {
+                    f"{name}_{metric}": value
+                    for name, own in scores.items()
+                    for metric, value in own["scores"].get(split, {}).items()
+                }
+                for split in ("validation", "report")
+            },
+        )
     steps = Counter(step.task for step in schedule)
     tasks = {
         name: {
-            **scored(setting, predictions[name]),
+            **scores[name],
             **remaining(shared.tickets[name], counts[name]),
             "train_rows": len(setting.task.train),
             "steps": steps[place],
@@ -331,7 +346,9 @@ def run_share(config: ShareConfig, listener: Listener | None = None, objects: Ob
             if lacking := [name for name, by_seed in found.tickets.items() if trial.seed not in by_seed]:
                 raise TrialError(f"it takes the super ticket of {lacking[0]} for seed {trial.seed}, whose trial failed")
             kept = arm_tickets(trial, {name: by_seed[trial.seed] for name, by_seed in found.tickets.items()})
-            record, model, predictions = run_share_trial(config, settings, trial, kept, listener)
+            record, model, predictions = run_share_trial(
+                config, settings, trial, kept, listener, Run.of(config, trial.id)
+            )
             if config.save_models:
                 with quiet():
                     model.save(store.clear_model(trial), first.tokenizer)

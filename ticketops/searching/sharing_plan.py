@@ -37,6 +37,7 @@ COMMON = (
     "early_stopping_patience",
     "dtype",
     "save_models",
+    "report_to",
     "granularity",
     "train_rows",
     "validation_rows",
@@ -172,6 +173,7 @@ class ShareConfig(Config):
         help="Keep each trial's shared model in models/ (the size of the checkpoint each); a finished trial "
         "without its model trains again.",
     )
+    report_to: tuple[str, ...] = inherited_from_search("report_to")
     granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
     metric: str | tuple[str, ...] | None = per_task("metric")
     threshold: float | tuple[str, ...] | None = per_task("threshold")
@@ -264,13 +266,3 @@ def share_plan(config: ShareConfig, first_tasks: int | None = None) -> list[Shar
     arms = [arm for arm in ARMS if arm in config.arms]
     tasks = len(config.tasks) if first_tasks not in (None, len(config.tasks)) else None
     return [ShareTrial(arm, seed, tasks) for seed in config.seeds for arm in arms]  # type: ignore[arg-type]
-
-
-def without(config: Config, *names: str) -> dict[str, Any]:
-    """A configuration as plain values, without the named fields.
-
-    Args:
-        config: configuration of any run.
-        names: names of fields that change no result.
-    """
-    return {name: value for name, value in config.to_dict().items() if name not in names}

@@ -193,7 +193,7 @@ class Store:
     @property
     def config(self) -> Any:
         """Configuration of the run. `output` is the folder; `save_models` is True if it has models."""
-        # Neither is part of the identity: a later command may have asked for models.
+        # What changes no result is no part of the identity: a later command may have asked for models.
         not_in_identity = {"output": str(self.folder), "save_models": (self.folder / "models").is_dir()}
         values = {**self.description["identity"]["config"], **not_in_identity}
         return KINDS[self.kind][0].from_dict(values)
@@ -645,8 +645,7 @@ def _read_description(folder: Path) -> Record:
 
 
 def _filled(kind: type[Config], values: Mapping[str, Any]) -> Record:
-    config = kind.from_dict(values).to_dict()
-    return json_identity({name: value for name, value in config.items() if name not in ("output", "save_models")})
+    return json_identity(kind.from_dict(values).decided())
 
 
 def _kind(identity: Mapping[str, Any]) -> str:

@@ -28,9 +28,9 @@ from ticketops.searching.run import (
 )
 from ticketops.searching.selection import Level, Selection, at_sparsity, select
 from ticketops.searching.setting import Setting, quiet
-from ticketops.searching.sharing_plan import without
 from ticketops.searching.store import Named, Record, Store, extended
 from ticketops.searching.task_tickets import single_scores
+from ticketops.searching.tracking import Run
 from ticketops.searching.transfer_plan import SCORES, SOURCE, TransferConfig, TransferTrial, transfer_plan
 from ticketops.searching.trial import Listener, run_trial
 from ticketops.tasks import tokenize
@@ -173,8 +173,8 @@ def prepare_transfer(config: TransferConfig, objects: Objects | None = None) -> 
     identity = {
         **target.identity(),
         "kind": "transfer",
-        "config": without(config, "output", "save_models"),
-        "source": without(source.setting.config, "output", "save_models"),
+        "config": config.decided(),
+        "source": source.setting.config.decided(),
         "source_fingerprint": source.setting.task.fingerprint,
         "source_results": source.digests(config.seeds) if source.searched_before else None,
     }
@@ -390,7 +390,7 @@ def _run(
         setting, ticket = _adapted(target, source, origin, config.head)
     ways = WAYS[setting.config.importance][:1] if _ways(trial, source) else ()
     part = subset(setting, trial.fraction, trial.seed, config.min_steps)
-    outcome = run_trial(part, origin, ticket, ways, _StepsOf(trial, listener))
+    outcome = run_trial(part, origin, ticket, ways, _StepsOf(trial, listener), Run.of(config, trial.id))
     keep_importance(store, trial, outcome.importance, _of_share(trial))
     if keeps_model(trial, config):
         keep_model(store, trial, outcome.model, target.tokenizer, ticket)

@@ -84,6 +84,7 @@ class TransferConfig(Config):
         help="Keep each target trial's model (the checkpoint's size each); a finished trial without its "
         "model trains again.",
     )
+    report_to: tuple[str, ...] = inherited_from_search("report_to")
     granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
     metric: str | tuple[str, ...] | None = per_task("metric")
     threshold: float | tuple[str, ...] | None = per_task("threshold")

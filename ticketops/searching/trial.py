@@ -31,6 +31,7 @@ from ticketops.searching.plan import RECIPES, Trial
 from ticketops.searching.scoring import score_pass
 from ticketops.searching.setting import Setting, name_of, precision, quiet
 from ticketops.searching.store import ROWS, Named, Record
+from ticketops.searching.tracking import Run, Tracker
 from ticketops.tasks import Task
 from ticketops.tasks.resampling import can_resample, halvings, resampled
 from ticketops.tickets import Importance, Ticket, WeightCounts
@@ -79,6 +80,7 @@ def run_trial(
     ticket: Ticket | None = None,
     ways: Sequence[str] = (),
     listener: Listener | None = None,
+    tracked: Run | None = None,
 ) -> Outcome:
     """Trains one ticket from the pre-trained weights and scores it on the validation rows.
 
@@ -91,6 +93,7 @@ def run_trial(
         ticket: what to keep; None for the full model.
         ways: in which ways to score importance: "pass", "on_the_fly", both or neither.
         listener: callbacks on the progress of steps.
+        tracked: the trial as trackers know it; None to track nothing.
 
     Raises:
         TrialError: training diverged.
@@ -111,6 +114,8 @@ def run_trial(
         # Of the last epoch. It saves a pass, but dropout is on and weights still change.
         recorder = TicketCallback(handle, **options) if "on_the_fly" in ways else None
         callbacks = [Steps(listener or Listener(), trial), *([recorder] if recorder else [])]
+        tracker = stack.enter_context(Tracker(tracked))
+        callbacks += tracker.callbacks
         selection: dict[str, Any] = {}
         if config.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
@@ -123,8 +128,9 @@ def run_trial(
             train_dataset=setting.splits["train"],
             eval_dataset=setting.splits["validation"],
             callbacks=callbacks,
-            **trainer_options(setting, trial.seed, **selection),
+            **trainer_options(setting, trial.seed, **selection, **tracker.arguments),
         )
+        tracker.follow(trainer)
         set_seed(trial.seed)
         with timing.of("train_seconds"):
             loss = trainer.train().training_loss
@@ -132,6 +138,8 @@ def run_trial(
             predictions = predict(trainer, setting)
         check_converged(trial.id, config, loss, predictions)
         predictions = with_results(setting, predictions)
+        scores = scored(setting, predictions)
+        tracker.log_scores(trainer, scores["scores"])
         importance = {"on_the_fly": recorder.importance} if recorder else {}
         if "pass" in ways:
             batches = DataLoader(setting.splits["train"], config.batch_size, collate_fn=trainer.data_collator)
@@ -152,7 +160,7 @@ def run_trial(
         **remaining(kept, counts),
         "weights": counts.total,
         "costs": {"whole": asdict(whole), "left": asdict(left)},
-        **scored(setting, predictions),
+        **scores,
         "train_loss": loss,
         "steps": trainer.state.global_step,
         "timing": timing,
@@ -292,6 +300,7 @@ class ScoringTrainer(Trainer):
         finite = np.isfinite(logits).all()
         scores = score(task, "validation", logits, rows) if finite else dict.fromkeys(task.metrics, -math.inf)
         metrics = {f"eval_{name}": value for name, value in scores.items()}
+        self.log({**metrics})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
