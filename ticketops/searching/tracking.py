@@ -16,6 +16,8 @@ from transformers import Trainer, TrainerCallback
 from ticketops.errors import InputError, spelled
 from ticketops.searching.config import Config
 
+#: Split -> prefix of its scores in the Trainer's logs.
+PREFIXES = {"validation": "eval", "report": "test"}
 #: Points of a trial's curve.
 _POINTS = 50
 #: Tracker -> its packages, of which one suffices.
@@ -137,9 +139,8 @@ class Tracker:
             scores: split, "validation" or "report" -> metric, with the task's name in front in a share -> score.
         """
         if self._run is not None:
-            prefixes = {"validation": "eval", "report": "test"}
             trainer.log(
-                {f"{prefixes[split]}_{name}": value for split, found in scores.items() for name, value in found.items()}
+                {f"{PREFIXES[split]}_{name}": value for split, found in scores.items() for name, value in found.items()}
             )
 
 

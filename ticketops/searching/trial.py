@@ -31,7 +31,7 @@ from ticketops.searching.plan import RECIPES, Trial
 from ticketops.searching.scoring import score_pass
 from ticketops.searching.setting import Setting, name_of, precision, quiet
 from ticketops.searching.store import ROWS, Named, Record
-from ticketops.searching.tracking import Run, Tracker
+from ticketops.searching.tracking import PREFIXES, Run, Tracker
 from ticketops.tasks import Task
 from ticketops.tasks.resampling import can_resample, halvings, resampled
 from ticketops.tickets import Importance, Ticket, WeightCounts
@@ -295,7 +295,7 @@ class ScoringTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores the validation rows."""
         task, rows = self._setting.task, self._setting.splits["validation"]
-        logits = task.logits(self.predict(rows).predictions)
+        logits = task.logits(self.predict(rows, metric_key_prefix=PREFIXES["validation"]).predictions)
         # A training that diverged is reported behind its end, by `check_converged`.
         finite = np.isfinite(logits).all()
         scores = score(task, "validation", logits, rows) if finite else dict.fromkeys(task.metrics, -math.inf)
@@ -318,7 +318,8 @@ def predict(trainer: Trainer, setting: Setting) -> dict[str, np.ndarray]:
     logits = {}
     for split, rows in setting.splits.items():
         if split != "train":
-            logits[split] = setting.task.logits(trainer.predict(rows).predictions)
+            predicted = trainer.predict(rows, metric_key_prefix=PREFIXES[split])
+            logits[split] = setting.task.logits(predicted.predictions)
     return logits
 
 
