@@ -139,8 +139,8 @@ def test_values_say_their_unit():
     assert repr(spread) == "<Spread: 2.0 ± 1.4 points (x 100) over 2 seeds>"
     (found,) = compare({"one": [0.02, 0.021, 0.02]}, 0.001).values()
     assert re.fullmatch(
-        r"<Comparison: better, \+2\.0 ± 0\.1 points \(x 100\) over 3 seeds, 95 % interval \+1\.\d to \+2\.\d, "
-        "corrected for 1 comparison>",
+        r"<Comparison: better, \+2\.0 ± 0\.1 points \(x 100\) over 3 seeds, 95 % interval \+1\.\d to \+2\.\d "
+        "on these rows, corrected for 1 comparison>",
         repr(found),
     )
 

@@ -95,7 +95,8 @@ class Comparison:
     def __repr__(self) -> str:
         text = f"{self.difference.in_points(sign=True)} points (x 100) over {count(self.difference.count, 'seed')}"
         if self.low is not None and self.high is not None:
-            text += f", 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
+            scope = "over seeds and rows" if self.over_rows else "on these rows"
+            text += f", 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f} {scope}"
         return f"<Comparison: {self.outcome}, {text}, corrected for {count(self.tried, 'comparison')}>"
 
 
