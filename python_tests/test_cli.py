@@ -471,7 +471,7 @@ def test_share_prints_its_table_is_reported_again_and_a_task_is_exported(tiny: d
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()
     assert lines[1] == "6 trials"
-    assert re.fullmatch(r"\[1/6\] good full-seed-0: accuracy \d+\.\d \(\d+ s\)", lines[2])
+    assert re.fullmatch(r"\[1/6\] good full-seed-0: accuracy \d+\.\d \(\d+ s\), about .* left", lines[2])
     assert re.fullmatch(r"\[6/6\] plain-seed-0: task average -?\d+\.\d \(\d+ s\)", lines[7])
     for word in ("shared, each task its ticket", "one model a task, full", "Ticket sharing averages", "report.md"):
         assert word in result.stdout

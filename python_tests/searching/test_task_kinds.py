@@ -157,6 +157,7 @@ def test_a_ticket_of_entities_transfers_to_questions(folders, inputs, tmp_path):
         epochs=1,
         source_ladder=False,
     )
+    assert result == ticketops.read(tmp_path)
     assert [record["metric"] for record in result.records] == ["f1"] * 4
     assert {record["train_rows"] for record in result.records} == {12, 24}
     with pytest.raises(
@@ -183,6 +184,7 @@ def test_mixed_kinds_share_one_encoder(folders, inputs, pairs, tmp_path):
         arms="tickets,plain",
         save_models=True,
     )
+    assert result == ticketops.read(result.folder)
     assert {record["kind"] for record in result.records} == {"tickets", "plain"}
     for record in result.records:
         assert {task["metric"] for task in record["tasks"].values()} == {"entity_f1", "accuracy", "pearson", "f1"}
