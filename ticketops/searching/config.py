@@ -55,9 +55,19 @@ _ALIASES = {
     "optim": ("recipe",),
 }
 #: Fields that change no result: where results go, whether models are kept with them, and who is told of the training.
-NO_RESULT = ("output", "save_models", "report_to")
+NO_RESULT = (
+    "output",
+    "save_models",
+    "report_to",
+    "executor",
+    "address",
+    "cpus_per_trial",
+    "gpus_per_trial",
+    "retries",
+)
 #: The groups of flags in a command's help.
 WHAT, PLAN, TRAINING, SCORING, DATA = "What", "Which tickets", "Training", "Importance", "Data"
+EXECUTION = "Execution"
 
 
 def option(
