@@ -54,7 +54,8 @@ _ALIASES = {
     "optimizer": ("recipe",),
     "optim": ("recipe",),
 }
-#: Fields that change no result: where results go, whether models are kept with them, and who is told of the training.
+#: Fields that change no result: where results go, whether models are kept with them, and who is told of the training, and
+#: where trials run.
 NO_RESULT = (
     "output",
     "save_models",
@@ -67,7 +68,7 @@ NO_RESULT = (
 )
 #: The groups of flags in a command's help.
 WHAT, PLAN, TRAINING, SCORING, DATA = "What", "Which tickets", "Training", "Importance", "Data"
-EXECUTION = "Execution"
+EXECUTION = "Where trials run"
 
 
 def option(

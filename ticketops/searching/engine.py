@@ -205,11 +205,12 @@ def run_jobs(jobs: Sequence[Job], listener: Listener, executor: Executor | None 
     try:
         while state.waiting or state.running:
             started = _start(state, executor, listener)
-            for name, result in executor.ended(wait=bool(state.running) and not started):
+            ended = executor.ended(wait=bool(state.running) and not started)
+            for name, result in ended:
                 job, claim = state.running.pop(name)
                 with claim:
                     _end(state, job, result, listener, retries)
-            if not started and not state.running and state.waiting:
+            if state.waiting and not (started or ended or state.running):
                 # All that could start is being run by other processes.
                 time.sleep(_POLL)
     finally:

@@ -246,7 +246,11 @@ class SearchConfig(Config):
         None, "CPU cores and threads of a trial.", EXECUTION, int, shown="all of torch's threads; with ray 1"
     )
     gpus_per_trial: float | None = option(
-        None, "With ray: GPUs of a trial, such as 0.25 for four on one.", EXECUTION, float, shown="1 where there are any"
+        None,
+        "With ray: GPUs of a trial, such as 0.25 for four on one.",
+        EXECUTION,
+        float,
+        shown="1 where there are any",
     )
     retries: int = option(0, "How often a trial that failed is tried again at once.", EXECUTION, int)
     report_to: tuple[str, ...] = option(

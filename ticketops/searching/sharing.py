@@ -392,9 +392,7 @@ def _train(
 ) -> tuple[Record, SharedModel | None, dict[str, np.ndarray]]:
     """Runs a trial as `run_share_trial` does, and leaves the model behind where nobody wants it."""
     config, settings = inputs
-    record, model, predictions = run_share_trial(
-        config, settings, trial, tickets, listener, Run.of(config, trial.id)
-    )
+    record, model, predictions = run_share_trial(config, settings, trial, tickets, listener, Run.of(config, trial.id))
     if config.save_models:
         return record, model, predictions
     # Frees the device's memory before the next trial; the model has reference cycles.
