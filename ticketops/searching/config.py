@@ -54,7 +54,7 @@ _ALIASES = {
     "optimizer": ("recipe",),
     "optim": ("recipe",),
 }
-#: Fields that change no result: where results go, whether models are kept with them, and who is told of the training, and
+#: Fields that change no result: where results go, whether models are kept with them, who is told of the training, and
 #: where trials run.
 NO_RESULT = (
     "output",

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from ticketops.errors import InputError, StoreError, TrialError, UnsupportedError
 from ticketops.searching.store import Claim, Named, Record, Store
 from ticketops.searching.trial import Listener
@@ -94,7 +96,7 @@ class Failure:
         message = " ".join(str(error).split())[:500]
         if isinstance(error, _ENDS_THE_RUN):
             return cls(message, error=error)
-        if isinstance(error, TrialError):
+        if isinstance(error, TrialError | torch.OutOfMemoryError):
             return cls(message)
         where = "".join(traceback.format_exception(error))[-4000:]
         return cls(f"{type(error).__name__}: {message}".rstrip(": "), where)

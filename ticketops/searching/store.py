@@ -1,5 +1,6 @@
 """The output folder of a run. Every finished part is one atomically written file, so that a killed run can resume."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -106,8 +107,8 @@ class Store:
     @classmethod
     def _opened(cls, folder: Path, wanted: Record, notes: Mapping[str, Any]) -> "Store":
         """Opens a folder that this process has locked."""
-        # Of a process that was killed when it began or extended the run.
-        _remove(folder.glob(".config.json.*.part"))
+        # Of a process that was killed while it wrote them.
+        _remove(folder.glob(".*.part"))
         description: Record = {"format": FORMAT, "identity": wanted, "notes": dict(notes)}
         changed = True
         if (folder / "config.json").exists():
@@ -119,7 +120,9 @@ class Store:
             changed = description["identity"] != found["identity"]
         if changed:
             write_json(folder / "config.json", description)
-        return cls(folder, description)
+        store = cls(folder, description)
+        store.running()
+        return store
 
     @classmethod
     def check(cls, folder: str | Path, identity: Mapping[str, Any]) -> None:
@@ -198,10 +201,10 @@ class Store:
         return self.folder / "claims" / f"{trial.id}.lock"
 
     def running(self) -> dict[str, str]:
-        """Finds the trials that processes are running now.
+        """Finds the trials that processes are running now, and removes what dead processes have left of their claims.
 
         Returns:
-            Name of a trial -> where it runs: "process 123 on host". Claims of dead processes are left out.
+            Name of a trial -> where it runs: "process 123 on host".
         """
         found = {}
         for note in sorted((self.folder / "claims").glob("*.json")):
@@ -213,10 +216,12 @@ class Store:
                 found[content.get("id", note.stem)] = (
                     f"process {content.get('process', '?')} on {content.get('host', 'another machine')}"
                 )
+            # A folder that this user may only read.
             except OSError:
                 continue
             else:
-                lock.release()
+                with contextlib.suppress(OSError):
+                    Claim(lock).release()
         return found
 
     def _remove_leftovers(self, trial: Named) -> None:
