@@ -210,6 +210,7 @@ def _print_result(result: Any) -> None:
 
 def _print_report(path: Path) -> None:
     _say(f"Report: {path}")
+    _say(f"In a browser: {path.with_suffix('.html')}")
 
 
 def _say(line: str, err: bool = False) -> None:
@@ -224,7 +225,7 @@ def _report(
     ],
     traceback: Trace = False,
 ) -> None:
-    """Write the report of a search, share or transfer again: report.md, results.csv and the figures."""
+    """Write the report of a search, share or transfer again: report.md, report.html, results.csv, the figures."""
     with _errors(traceback):
         from ticketops.reporting import read, report
 
@@ -250,15 +251,12 @@ def _status(
         trials = len(found.finished) + len(found.failed) + len(found.left)
         done = f"{len(found.finished)} of {count(trials, 'trial')} finished, in {duration(found.seconds)}"
         rest = "" if not found.seconds_left else f", about {duration(found.seconds_left)} left"
-        working = f"{count(len(found.running), 'trial')} running" if found.running else "no process is working there"
-        _say(f"{found.kind}: {done}{rest}; {working}")
-        for name, where in found.running.items():
-            _say(f"running: {name}: {where}")
+        working = {True: "a process is working there", False: "no process is working there", None: ""}[found.working]
+        _say("; ".join(filter(None, (f"{found.kind}: {done}{rest}", working))))
         for name, error in found.failed.items():
             _say(f"failed: {name}: {error}")
         for name in found.left:
-            if name not in found.running:
-                _say(f"missing: {name}")
+            _say(f"missing: {name}")
 
 
 @app.command("verify")

@@ -283,7 +283,7 @@ def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket],
         image = _cells(axes, cells, KEPT, 1.0)
         _label_heads(axes, width)
         axes.set_xticks([*axes.get_xticks(), width + 1], [*(text.get_text() for text in axes.get_xticklabels()), "FFN"])
-        axes.set_title("\n".join(textwrap.wrap(f"Kept by {name}", 26)), fontsize=10)
+        axes.set_title("\n".join(textwrap.wrap(f"Kept by {printable(name)}", 26)), fontsize=10)
         if len(tickets) > 1:
             colour_bar(axes, image, f"share of {len(tickets)} seeds")
         else:

@@ -25,7 +25,7 @@ from ticketops.reporting.plots import (
     seeds_note,
 )
 from ticketops.searching.statistics import Spread
-from ticketops.text import count
+from ticketops.text import count, printable
 from ticketops.tickets import Ticket
 
 # Okabe and Ito's palette. Markers differ too, for black-and-white print.
@@ -77,7 +77,7 @@ def arms(
         spreads = [Spread.of(by_task[task]) for task in scored]
         _means(axes, at, spreads, colour, marker, arm, seeds, f"arm{place}")
         _single(axes, at, [by_task[task] for task in scored], colour, marker, seeds, f"arm{place}")
-    names = ["\n".join(textwrap.wrap(titles.get(task, task), 16)) for task in tasks]
+    names = ["\n".join(textwrap.wrap(printable(titles.get(task, task)), 16)) for task in tasks]
     axes.set_xticks(range(len(tasks)), names, rotation=90 if narrow else 0)
     for edge in np.arange(len(tasks) - 1) + 0.5:
         axes.axvline(edge, color="#DDDDDD", linewidth=0.8, zorder=0)
@@ -161,7 +161,7 @@ def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray, titl
     side = 0.75 * len(tasks) + 1.4
     figure = new_figure(max(2 * side + 2.4, 6.5), side + 1.6)
     first, second = figure.subplots(1, 2)
-    names = ["\n".join(textwrap.wrap(task, 20, max_lines=2, placeholder=" ...")) for task in tasks]
+    names = ["\n".join(textwrap.wrap(printable(task), 20, max_lines=2, placeholder=" ...")) for task in tasks]
     _matrix(first, names, 100 * overlap, "Overlap of tickets (Jaccard, %)", (0.0, 100.0), KEPT, "{:.0f}")
     excess = 100 * (overlap - chance)
     reach = max(float(np.nanmax(np.abs(excess))) if np.isfinite(excess).any() else 0.0, 1.0)
@@ -216,7 +216,7 @@ def profiles(tickets: Mapping[str, Mapping[int, Ticket]], title: str = "") -> Fi
             colour = "white" if value > 0.6 else "black"
             axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(0, layers, 1 + (layers - 1) // 12))
-        axes.set_yticks(range(len(by_task)), ["\n".join(textwrap.wrap(task, 24)) for task in by_task])
+        axes.set_yticks(range(len(by_task)), ["\n".join(textwrap.wrap(printable(task), 24)) for task in by_task])
         axes.set_xlabel("layer")
         axes.set_title(f"{what} (%)", fontsize=10)
         axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
@@ -294,8 +294,8 @@ def ladders(panels: Mapping[str, Panel], title: str = "", narrow: bool = False) 
         axes.set_xticks(ticks, [f"{number:,}" for number in ticks], rotation=30 if len(ticks) > 5 else 0)
         axes.minorticks_off()
         axes.set_xlabel("training rows")
-        axes.set_ylabel(f"{panel.metric} (x 100)")
-        axes.set_title("\n".join(textwrap.wrap(name, 44)), fontsize=10)
+        axes.set_ylabel(f"{printable(panel.metric)} (x 100)")
+        axes.set_title("\n".join(textwrap.wrap(printable(name), 44)), fontsize=10)
         axes.grid(alpha=0.25)
         label_ends(axes, ends)
     entitle(figure, title, seeds_note(most, "bars"))

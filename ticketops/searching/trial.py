@@ -62,15 +62,14 @@ class Outcome:
 
     Attributes:
         record: what the store keeps as JSON; all but its `timing` and `environment` is reproducible.
-        model: the trained model, reverted to the stock classes; pruned structures have their pre-trained weights. None
-            where nobody wants it.
+        model: the trained model, reverted to the stock classes; pruned structures have their pre-trained weights.
         predictions: split ("validation", "report") -> the trained model's logits, [rows, labels] for whole texts, and
             what `with_results` adds.
         importance: way ("pass", "on_the_fly") -> importance, as asked for.
     """
 
     record: Record
-    model: PreTrainedModel | None
+    model: PreTrainedModel
     predictions: dict[str, np.ndarray]
     importance: dict[str, Importance] = field(default_factory=dict)
 

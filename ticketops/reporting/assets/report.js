@@ -83,6 +83,14 @@
 
   const tip = document.querySelector("#tip");
   let current = null;
+  const put = () => {
+    if (!current) return;
+    const place = current.getBoundingClientRect();
+    const left = place.left + place.width / 2 - tip.offsetWidth / 2;
+    tip.style.left = `${Math.max(4, Math.min(left, document.documentElement.clientWidth - tip.offsetWidth - 4))}px`;
+    const above = place.top - tip.offsetHeight - 8;
+    tip.style.top = `${above > 4 ? above : place.bottom + 8}px`;
+  };
   const show = (mark) => {
     if (mark === current) return;
     current?.classList.remove("at");
@@ -91,14 +99,10 @@
     if (!mark) return;
     mark.classList.add("at");
     tip.textContent = mark.dataset.tip;
-    const place = mark.getBoundingClientRect();
-    const left = place.left + place.width / 2 - tip.offsetWidth / 2;
-    tip.style.left = `${Math.max(4, Math.min(left, document.documentElement.clientWidth - tip.offsetWidth - 4))}px`;
-    const above = place.top - tip.offsetHeight - 8;
-    tip.style.top = `${above > 4 ? above : place.bottom + 8}px`;
+    put();
   };
   const hide = () => show(null);
-  addEventListener("scroll", hide, { passive: true });
+  addEventListener("scroll", put, { capture: true, passive: true });
   addEventListener("keydown", (event) => event.key === "Escape" && hide());
 
   // The nearest mark of a plot, for points are small.
@@ -115,7 +119,8 @@
       let [best, distance] = [null, 24 ** 2];
       for (const [x, y, mark] of places) {
         const squared = (x - event.pageX) ** 2 + (y - event.pageY) ** 2;
-        if (squared < distance) [best, distance] = [mark, squared];
+        // Of marks in one place the one on top.
+        if (squared <= distance) [best, distance] = [mark, squared];
       }
       show(best);
     });
