@@ -251,12 +251,15 @@ def _status(
         trials = len(found.finished) + len(found.failed) + len(found.left)
         done = f"{len(found.finished)} of {count(trials, 'trial')} finished, in {duration(found.seconds)}"
         rest = "" if not found.seconds_left else f", about {duration(found.seconds_left)} left"
-        working = {True: "a process is working there", False: "no process is working there", None: ""}[found.working]
-        _say("; ".join(filter(None, (f"{found.kind}: {done}{rest}", working))))
+        working = f"{count(len(found.running), 'trial')} running" if found.running else "no process is working there"
+        _say(f"{found.kind}: {done}{rest}; {working}")
+        for name, where in found.running.items():
+            _say(f"running: {name}: {where}")
         for name, error in found.failed.items():
             _say(f"failed: {name}: {error}")
         for name in found.left:
-            _say(f"missing: {name}")
+            if name not in found.running:
+                _say(f"missing: {name}")
 
 
 @app.command("verify")

@@ -138,6 +138,19 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
     """
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
+    try:
+        _write(path, content)
+    except FileNotFoundError:
+        # Another process took the temporary file for one that a killed process had left.
+        try:
+            _write(path, content)
+        except OSError as error:
+            raise store_error(path, error) from error
+    except OSError as error:
+        raise store_error(path, error) from error
+
+
+def _write(path: Path, content: bytes) -> None:
     temporary: str | None = None
     try:
         make_folder(path.parent)
@@ -147,8 +160,6 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> None:
         _finish(Path(temporary))
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
-        raise store_error(path, error) from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

@@ -53,41 +53,41 @@ def make_store(
     }
     notes = {"versions": {"python": "3"}, "machine": {"device": "cpu"}, "validation": "dev", **notes}
     held_out, counted = bool(config.report_fraction), weight_counts(*shape)
-    with Store.create(folder, identity, notes) as store:
-        for trial in store.plan:
-            if trial.id in leave_out:
-                continue
-            scores = importance(trial.seed, shape)
-            if trial.kind == "full":
-                store.write_importance(trial.seed, "pass", scores)
-                ticket = prune(scores, counts=(0, 0))
-            else:
-                counts = (trial.heads_pruned, trial.ffns_pruned)
-                ticket = prune(scores, counts=counts, kind=trial.kind, seed=trial.seed)  # type: ignore[arg-type]
-                store.keep_ticket(trial, ticket)
-            score = 0.8 + 0.01 * trial.seed
-            score += {"full": 0.0, "winning": gain if trial.sparsity == 0.25 else -0.1}.get(trial.kind, -0.2)
-            split_scores = {"validation": {"accuracy": score, "f1": score}}
-            if held_out:
-                split_scores["report"] = {"accuracy": score - 0.05, "f1": score}
-            record = {
-                "id": trial.id, "task": config.task, "model": config.model, "kind": trial.kind,
-                "sparsity": trial.sparsity,
-                "seed": trial.seed, "heads_pruned": ticket.heads_pruned, "ffns_pruned": ticket.ffns_pruned,
-                "weights_remaining": ticket.weights_remaining(counted),
-                "weights_remaining_encoder": ticket.weights_remaining(counted, embeddings=False),
-                "split": "validation", "metric": "accuracy", "score": score,
-                "report_score": score - 0.05 if held_out else None, "scores": split_scores, "majority": 0.5,
-                "rows": dict.fromkeys(split_scores, 1000), "constant_scores": dict.fromkeys(split_scores, 0.5),
-                "costs": {
-                    "whole": {"parameters": 1000, "macs_per_token": 800, "bytes": 4000},
-                    "left": {"parameters": 970, "macs_per_token": 600, "bytes": 3880},
-                },
-                "train_loss": 0.3, "steps": 10, "timing": {"train_seconds": 1.5, "evaluate_seconds": 0.5},
-            }  # fmt: skip
-            if trial.kind == "full" and config.importance == "both":
-                record["rank_correlation"] = {"head": 0.9, "ffn": None}
-            store.write_record(trial, record)
+    store = Store.create(folder, identity, notes)
+    for trial in store.plan:
+        if trial.id in leave_out:
+            continue
+        scores = importance(trial.seed, shape)
+        if trial.kind == "full":
+            store.write_importance(trial.seed, "pass", scores)
+            ticket = prune(scores, counts=(0, 0))
+        else:
+            counts = (trial.heads_pruned, trial.ffns_pruned)
+            ticket = prune(scores, counts=counts, kind=trial.kind, seed=trial.seed)  # type: ignore[arg-type]
+            store.keep_ticket(trial, ticket)
+        score = 0.8 + 0.01 * trial.seed
+        score += {"full": 0.0, "winning": gain if trial.sparsity == 0.25 else -0.1}.get(trial.kind, -0.2)
+        split_scores = {"validation": {"accuracy": score, "f1": score}}
+        if held_out:
+            split_scores["report"] = {"accuracy": score - 0.05, "f1": score}
+        record = {
+            "id": trial.id, "task": config.task, "model": config.model, "kind": trial.kind,
+            "sparsity": trial.sparsity,
+            "seed": trial.seed, "heads_pruned": ticket.heads_pruned, "ffns_pruned": ticket.ffns_pruned,
+            "weights_remaining": ticket.weights_remaining(counted),
+            "weights_remaining_encoder": ticket.weights_remaining(counted, embeddings=False),
+            "split": "validation", "metric": "accuracy", "score": score,
+            "report_score": score - 0.05 if held_out else None, "scores": split_scores, "majority": 0.5,
+            "rows": dict.fromkeys(split_scores, 1000), "constant_scores": dict.fromkeys(split_scores, 0.5),
+            "costs": {
+                "whole": {"parameters": 1000, "macs_per_token": 800, "bytes": 4000},
+                "left": {"parameters": 970, "macs_per_token": 600, "bytes": 3880},
+            },
+            "train_loss": 0.3, "steps": 10, "timing": {"train_seconds": 1.5, "evaluate_seconds": 0.5},
+        }  # fmt: skip
+        if trial.kind == "full" and config.importance == "both":
+            record["rank_correlation"] = {"head": 0.9, "ffn": None}
+        store.write_record(trial, record)
     return store
 
 
@@ -123,26 +123,26 @@ def make_share(
     identity = {"kind": "share", "config": values(config), **SHAPE, **prints, "tickets": None}
     notes = {**NOTES, "validation": dict.fromkeys(metrics, "dev"), "tasks": {name: f"{name}: rows" for name in metrics}}
     held_out = bool(config.report_fraction)
-    with Store.create(folder, identity, notes) as store:
-        for number, task in enumerate(metrics):
-            for seed in config.seeds:
-                ticket = prune(importance(10 * number + seed), counts=(3, 1))
-                store.keep_ticket(TaskTicket(task, seed), ticket)
-        pairs = {str(seed): [0.7 + 0.01 * seed, 0.6 if held_out else None] for seed in config.seeds}
-        single = {"sparsity": 0.25, "majority": 0.4, "scores": {"full": pairs, "winning": pairs}}
-        text = json.dumps({task: {**single, "metric": metric} for task, metric in metrics.items()})
-        write_atomically(store.folder / SINGLE, text)
-        for trial in store.plan:
-            if trial.id in leave_out:
-                continue
-            score = 0.8 + 0.01 * trial.seed + {"tickets": gain, "random": -0.01}.get(trial.kind, 0.0)
-            tasks = {task: scored(score, metric, held_out) for task, metric in metrics.items()}
-            record = {
-                "id": trial.id, "kind": trial.kind, "seed": trial.seed, "model": "m", "mixing": config.mixing,
-                "metric": "task average", "score": score, "report_score": None, "tasks": tasks, "train_loss": 0.5,
-                "steps": 8, "timing": {"train_seconds": 2.0, "evaluate_seconds": 0.5},
-            }  # fmt: skip
-            store.write_record(trial, record)
+    store = Store.create(folder, identity, notes)
+    for number, task in enumerate(metrics):
+        for seed in config.seeds:
+            ticket = prune(importance(10 * number + seed), counts=(3, 1))
+            store.keep_ticket(TaskTicket(task, seed), ticket)
+    pairs = {str(seed): [0.7 + 0.01 * seed, 0.6 if held_out else None] for seed in config.seeds}
+    single = {"sparsity": 0.25, "majority": 0.4, "scores": {"full": pairs, "winning": pairs}}
+    text = json.dumps({task: {**single, "metric": metric} for task, metric in metrics.items()})
+    write_atomically(store.folder / SINGLE, text)
+    for trial in store.plan:
+        if trial.id in leave_out:
+            continue
+        score = 0.8 + 0.01 * trial.seed + {"tickets": gain, "random": -0.01}.get(trial.kind, 0.0)
+        tasks = {task: scored(score, metric, held_out) for task, metric in metrics.items()}
+        record = {
+            "id": trial.id, "kind": trial.kind, "seed": trial.seed, "model": "m", "mixing": config.mixing,
+            "metric": "task average", "score": score, "report_score": None, "tasks": tasks, "train_loss": 0.5,
+            "steps": 8, "timing": {"train_seconds": 2.0, "evaluate_seconds": 0.5},
+        }  # fmt: skip
+        store.write_record(trial, record)
     return store
 
 
@@ -155,20 +155,20 @@ def make_transfer(folder: Path, **fields: Any) -> Store:
         "source_fingerprint": "food", "source_results": None,
     }  # fmt: skip
     notes = {**NOTES, "validation": "dev", "tasks": {"source": "sst2: rows", "target": "film: rows"}}
-    with Store.create(folder, identity, notes) as store:
-        for trial in store.plan:
-            gain = (0.02 if trial.fraction < 1 else -0.01) if trial.kind == "winning" else 0.0
-            gain -= 0.05 if trial.sparsity == 0.5 else 0.0
-            record = {
-                **scored(0.6 + 0.1 * trial.fraction + 0.01 * trial.seed + gain, "accuracy"), "id": trial.id,
-                "task": "film" if trial.ladder == "target" else "sst2", "kind": trial.kind,
-                "sparsity": trial.sparsity or (0.25 if trial.kind == "winning" else 0.0),
-                "seed": trial.seed, "ladder": trial.ladder, "fraction": trial.fraction, "epochs": 1,
-                "train_rows": int(1000 * trial.fraction), "train_loss": 0.5,
-                "timing": {"train_seconds": 2.0, "evaluate_seconds": 0.5},
-            }  # fmt: skip
-            store.write_record(trial, record)
-        pairs = {kind: {"0": [score, None], "1": [score, None]} for kind, score in (("full", 0.8), ("winning", 0.81))}
-        single = {"metric": "accuracy", "majority": 0.5, "sparsity": 0.25, "scores": pairs, "train_rows": 1000}
-        write_atomically(store.folder / SCORES, json.dumps(single))
+    store = Store.create(folder, identity, notes)
+    for trial in store.plan:
+        gain = (0.02 if trial.fraction < 1 else -0.01) if trial.kind == "winning" else 0.0
+        gain -= 0.05 if trial.sparsity == 0.5 else 0.0
+        record = {
+            **scored(0.6 + 0.1 * trial.fraction + 0.01 * trial.seed + gain, "accuracy"), "id": trial.id,
+            "task": "film" if trial.ladder == "target" else "sst2", "kind": trial.kind,
+            "sparsity": trial.sparsity or (0.25 if trial.kind == "winning" else 0.0),
+            "seed": trial.seed, "ladder": trial.ladder, "fraction": trial.fraction, "epochs": 1,
+            "train_rows": int(1000 * trial.fraction), "train_loss": 0.5,
+            "timing": {"train_seconds": 2.0, "evaluate_seconds": 0.5},
+        }  # fmt: skip
+        store.write_record(trial, record)
+    pairs = {kind: {"0": [score, None], "1": [score, None]} for kind, score in (("full", 0.8), ("winning", 0.81))}
+    single = {"metric": "accuracy", "majority": 0.5, "sparsity": 0.25, "scores": pairs, "train_rows": 1000}
+    write_atomically(store.folder / SCORES, json.dumps(single))
     return store

@@ -133,7 +133,7 @@ def runs(inputs: dict[str, str], pairs: str, tmp_path_factory: pytest.TempPathFa
             return text, rows, read(folder).table
 
         def resumed(run: Any, config: Any) -> Any:
-            result = run(config, Idle())
+            result = read(run(config, Idle()))
             return result.records, config.output and Store.read(config.output).description
 
         def transferred() -> Any:

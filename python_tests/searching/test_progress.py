@@ -1,4 +1,6 @@
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -22,14 +24,13 @@ def invoke(*arguments: object) -> tuple[int, str]:
 
 @pytest.fixture
 def store(tmp_path: Path):
-    with Store.create(tmp_path / "run", identity(CONFIG), NOTES) as store:
-        yield store
+    return Store.create(tmp_path / "run", identity(CONFIG), NOTES)
 
 
 def test_a_run_says_what_is_finished_failed_and_left(store: Store):
     first, winning, second, last = store.plan
     found = status(store.folder)
-    assert (found.kind, found.working, found.finished, found.failed) == ("search", True, [], {})
+    assert (found.kind, found.running, found.finished, found.failed) == ("search", {}, [], {})
     assert found.left == [trial.id for trial in store.plan]
     # From no finished trial nothing is known.
     assert (found.seconds, found.seconds_left) == (0, None)
@@ -43,15 +44,16 @@ def test_a_run_says_what_is_finished_failed_and_left(store: Store):
     assert found.failed == {second.id: "the loss is nan"}
     assert found.left == [last.id]
     assert (found.seconds, found.seconds_left) == (150, 150)
-    code, printed = invoke("status", store.folder)
+    with store.claim(second):
+        code, printed = invoke("status", store.folder)
     assert code == 0
     assert printed.splitlines() == [
-        "search: 2 of 4 trials finished, in 2 min, about 2 min left; a process is working there",
+        "search: 2 of 4 trials finished, in 2 min, about 2 min left; 1 trial running",
+        f"running: {second.id}: process {os.getpid()} on {socket.gethostname()}",
         f"failed: {second.id}: the loss is nan",
         f"missing: {last.id}",
     ]
-    store.close()
-    assert json.loads(invoke("status", store.folder, "--json")[1])["working"] is False
+    assert json.loads(invoke("status", store.folder, "--json")[1])["running"] == {}
 
 
 def test_verify_names_every_damaged_and_missing_file(store: Store):

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from ticketops.errors import InputError, StoreError
@@ -32,8 +34,7 @@ NOTES = {"versions": {"python": "3"}, "machine": {"device": "cpu"}}
 
 @pytest.fixture
 def store(tmp_path: Path):
-    with Store.create(tmp_path / "run", identity(), NOTES) as store:
-        yield store
+    return Store.create(tmp_path / "run", identity(), NOTES)
 
 
 def record(trial: Any, **fields: object) -> dict[str, Any]:
@@ -70,7 +71,6 @@ def test_what_is_written_is_read_back(store: Store):
 
 
 def test_another_search_is_refused_with_flag_and_both_values(store: Store):
-    store.close()
     other = SearchConfig(sparsities="0.5", kinds="winning", epochs=7, seeds=3)
     with pytest.raises(StoreError, match=r"another search \(epochs is 1 there and 7 here\)"):
         Store.create(store.folder, identity(other), NOTES)
@@ -78,19 +78,18 @@ def test_another_search_is_refused_with_flag_and_both_values(store: Store):
         Store.create(store.folder, identity(task_fingerprint="u"), NOTES)
     with pytest.raises(StoreError, match="training optimizer is 'adamw' there and 'adamax' here"):
         Store.create(store.folder, identity(training={**training("demo"), "optimizer": "adamax"}), NOTES)
-    Store.create(store.folder, identity(), NOTES).close()
+    Store.create(store.folder, identity(), NOTES)
 
 
 def test_seeds_levels_and_kinds_are_added_and_none_is_lost(store: Store):
     store.write_record(store.plan[0], record(store.plan[0]))
-    store.close()
     more = SearchConfig(sparsities="0.25", kinds="random@0.25", seeds="1,", output=str(store.folder))
     both = extended(more)
     assert (both.seeds, both.sparsities, both.kinds) == ((0, 1), (0.25, 0.5), ("winning", "random@0.25"))
-    with Store.create(store.folder, identity(both), {**NOTES, "versions": {}}) as again:
-        assert len(again.plan) == 2 * 4
-        assert [found["id"] for found in again.records()] == ["full-seed-0"]
-        assert again.description["notes"] == NOTES
+    again = Store.create(store.folder, identity(both), {**NOTES, "versions": {}})
+    assert len(again.plan) == 2 * 4
+    assert [found["id"] for found in again.records()] == ["full-seed-0"]
+    assert again.description["notes"] == NOTES
     assert Store.read(store.folder).config.seeds == (0, 1)
     # What the folder has beside the command's stays, so fewer are no less.
     assert extended(SearchConfig(**{**CONFIG.to_dict(), "output": str(store.folder)})) == both
@@ -99,33 +98,44 @@ def test_seeds_levels_and_kinds_are_added_and_none_is_lost(store: Store):
 
 
 def test_a_moved_model_or_task_is_the_same_where_its_content_is(store: Store):
-    store.close()
     moved = SearchConfig(**{**CONFIG.to_dict(), "model": "/elsewhere/model", "task": "demo"})
-    Store.create(store.folder, identity(moved), NOTES).close()
+    Store.create(store.folder, identity(moved), NOTES)
     assert Store.read(store.folder).config.model == "/elsewhere/model"
 
 
-def test_a_second_process_is_refused_and_a_killed_one_does_not_block(store: Store):
+def test_a_trial_is_run_by_one_process_and_a_killed_one_does_not_block(store: Store):
     code = (
         "import os, signal, sys\n"
-        "from filelock import FileLock\n"
-        "lock = FileLock(sys.argv[1])\n"
-        "lock.acquire(timeout=0)\n"
-        "print('locked', flush=True)\n"
+        "from ticketops.searching import Store\n"
+        "store = Store.read(sys.argv[1])\n"
+        "claim = store.claim(store.plan[0])\n"
+        "print('claimed', flush=True)\n"
         "os.kill(os.getpid(), signal.SIGSTOP)\n"
     )
-    with pytest.raises(StoreError, match="another process is working in"):
+    trial, another = store.plan[:2]
+    with subprocess.Popen([sys.executable, "-c", code, str(store.folder)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
+        assert store.claim(trial) is None
+        # Others may run the rest, also as another command on the same folder.
+        with Store.create(store.folder, identity(), NOTES).claim(another):
+            running = {trial.id: other.pid, another.id: os.getpid()}
+            assert store.running() == {
+                name: f"process {process} on {socket.gethostname()}" for name, process in running.items()
+            }
+            assert store.claim(another) is None
+        assert list(store.running()) == [trial.id]
+        other.kill()
+    assert store.running() == {}
+    with store.claim(trial):
+        pass
+    assert list((store.folder / "claims").iterdir()) == []
+
+
+def test_a_folder_that_somebody_keeps_locked_is_named(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ticketops.searching.store._PATIENCE", 0.1)
+    with FileLock(store.folder / ".lock"), pytest.raises(StoreError, match=f"has held {store.folder}/.lock"):
         Store.create(store.folder, identity(), NOTES)
-    store.close()
-    other = subprocess.Popen([sys.executable, "-c", code, str(store.folder / ".lock")], stdout=subprocess.PIPE)
-    assert other.stdout is not None
-    assert other.stdout.readline() == b"locked\n"
-    with pytest.raises(StoreError, match=str(store.folder)):
-        Store.create(store.folder, identity(), NOTES)
-    other.kill()
-    other.wait()
-    other.stdout.close()
-    Store.create(store.folder, identity(), NOTES).close()
 
 
 def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path):
@@ -137,26 +147,37 @@ def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path):
 
 def test_leftovers_of_a_killed_write_do_not_block(tmp_path: Path):
     (tmp_path / ".config.json.abc.part").write_text("{")
-    Store.create(tmp_path, identity(), NOTES).close()
-    (tmp_path / "trials").mkdir()
-    (tmp_path / "trials" / ".full-seed-0.json.abc.part").write_text("{")
-    Store.create(tmp_path, identity(), NOTES).close()
+    Store.create(tmp_path, identity(), NOTES)
+    store = Store.create(tmp_path, identity(), NOTES)
     assert not list(tmp_path.rglob(".*.part"))
+    trial = store.plan[0]
+    leftovers = [
+        store.record_path(trial).with_name(f".{trial.id}.json.abc.part"),
+        store.ticket_path(trial).with_name(f".{trial.id}.safetensors.abc.part"),
+        tmp_path / "predictions" / trial.id / ".validation.npy.abc.part",
+        tmp_path / "importance" / ".seed-0-pass.safetensors.abc.part",
+    ]
+    for path in leftovers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{")
+    # Perhaps another process is writing them.
+    Store.create(tmp_path, identity(), NOTES)
+    assert all(path.exists() for path in leftovers)
+    with store.claim(trial):
+        assert not any(path.exists() for path in leftovers)
 
 
 def test_an_export_into_a_runs_folder_is_neither_disturbed_nor_in_the_way(store: Store):
-    store.close()
     with new_folder(store.folder / "small") as temporary:
         (temporary / ".model.part").write_text("weights")
-        Store.create(store.folder, identity(), NOTES).close()
+        Store.create(store.folder, identity(), NOTES)
         assert (temporary / ".model.part").exists()
 
 
 def test_a_leftover_that_cannot_be_removed_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch):
-    store.close()
     (store.folder / ".report.md.abc.part").write_text("")
 
-    def refuse(_: Path) -> None:
+    def refuse(_: Path, **__: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "unlink", refuse)
@@ -188,8 +209,8 @@ def test_a_record_under_another_trials_name_is_refused(store: Store):
 
 def test_a_record_of_another_run_is_refused(store: Store, tmp_path: Path):
     full = store.plan[0]
-    with Store.create(tmp_path / "other", identity(task_fingerprint="u"), NOTES) as other:
-        other.write_record(full, record(full))
+    other = Store.create(tmp_path / "other", identity(task_fingerprint="u"), NOTES)
+    other.write_record(full, record(full))
     path = store.record_path(full)
     path.parent.mkdir()
     path.write_bytes(other.record_path(full).read_bytes())

@@ -54,10 +54,21 @@ _ALIASES = {
     "optimizer": ("recipe",),
     "optim": ("recipe",),
 }
-#: Fields that change no result: where results go, whether models are kept with them, and who is told of the training.
-NO_RESULT = ("output", "save_models", "report_to")
+#: Fields that change no result: where results go, whether models are kept with them, who is told of the training, and
+#: where trials run.
+NO_RESULT = (
+    "output",
+    "save_models",
+    "report_to",
+    "executor",
+    "address",
+    "cpus_per_trial",
+    "gpus_per_trial",
+    "retries",
+)
 #: The groups of flags in a command's help.
 WHAT, PLAN, TRAINING, SCORING, DATA = "What", "Which tickets", "Training", "Importance", "Data"
+EXECUTION = "Where trials run"
 
 
 def option(

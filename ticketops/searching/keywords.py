@@ -32,6 +32,11 @@ class SearchFields(TypedDict, total=False):
     class_weights: Any
     dtype: Any
     save_models: Any
+    executor: Any
+    address: Any
+    cpus_per_trial: Any
+    gpus_per_trial: Any
+    retries: Any
     report_to: Any
     importance: Any
     granularity: Any
@@ -73,6 +78,11 @@ class ShareFields(TypedDict, total=False):
     class_weights: Any
     dtype: Any
     save_models: Any
+    executor: Any
+    address: Any
+    cpus_per_trial: Any
+    gpus_per_trial: Any
+    retries: Any
     report_to: Any
     granularity: Any
     metric: Any
@@ -116,6 +126,11 @@ class TransferFields(TypedDict, total=False):
     class_weights: Any
     dtype: Any
     save_models: Any
+    executor: Any
+    address: Any
+    cpus_per_trial: Any
+    gpus_per_trial: Any
+    retries: Any
     report_to: Any
     granularity: Any
     metric: Any

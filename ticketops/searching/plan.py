@@ -14,6 +14,7 @@ from ticketops.files import text_encoding, user_path
 from ticketops.kinds import KINDS, SCORED_LOSSES, UNSCORED_LOSSES, Kind
 from ticketops.searching.config import (
     DATA,
+    EXECUTION,
     PLAN,
     SCORING,
     TRAINING,
@@ -232,6 +233,26 @@ class SearchConfig(Config):
         TRAINING,
         bool,
     )
+    executor: Literal["local", "ray"] = option(
+        "local",
+        "local: one trial after the other in this process; ray: as many at a time as fit on Ray, on this machine or a "
+        "cluster. Several commands on one folder share its trials, too.",
+        EXECUTION,
+    )
+    address: str | None = option(
+        None, "With ray: address of a cluster, or auto.", EXECUTION, shown="a Ray of its own on this machine"
+    )
+    cpus_per_trial: int | None = option(
+        None, "CPU cores and threads of a trial.", EXECUTION, int, shown="all of torch's threads; with ray 1"
+    )
+    gpus_per_trial: float | None = option(
+        None,
+        "With ray: GPUs of a trial, such as 0.25 for four on one.",
+        EXECUTION,
+        float,
+        shown="1 where there are any",
+    )
+    retries: int = option(0, "How often a trial that failed is tried again at once.", EXECUTION, int)
     report_to: tuple[str, ...] = option(
         (),
         f"Where each trial's losses and scores are drawn as curves: {', '.join(TRACKERS)}, comma-separated; each needs "
@@ -339,7 +360,20 @@ class SearchConfig(Config):
             put("encoding", text_encoding(text("encoding", self.encoding)))
         for name in ("epochs", "batch_size", "max_length", "gradient_accumulation_steps"):
             put(name, whole(name, getattr(self, name), 1))
-        put("min_heads", whole("min_heads", self.min_heads, 0))
+        for name in ("min_heads", "retries"):
+            put(name, whole(name, getattr(self, name), 0))
+        check_choice("executor", self.executor, ("local", "ray"))
+        if self.address is not None:
+            put("address", text("address", self.address))
+        if self.cpus_per_trial is not None:
+            put("cpus_per_trial", whole("cpus_per_trial", self.cpus_per_trial, 1))
+        if self.gpus_per_trial is not None:
+            put("gpus_per_trial", real("gpus_per_trial", self.gpus_per_trial))
+            if not 0 <= self.gpus_per_trial < math.inf:
+                raise InputError(
+                    f"{spelled('gpus_per_trial')} {self.gpus_per_trial:g} is out of range: give 0.25 for four trials "
+                    "on a GPU, or a number of GPUs"
+                )
         for name in ("train_rows", "validation_rows"):
             if getattr(self, name) is not None:
                 put(name, whole(name, getattr(self, name), 1))

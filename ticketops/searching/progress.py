@@ -20,7 +20,7 @@ class Status:
 
     Attributes:
         kind: "search", "share" or "transfer".
-        working: True if a process is working in the folder; None if this user may not know.
+        running: name of each trial that a process is running -> which process, on which machine.
         finished: names of the finished trials.
         failed: name of each failed trial -> its error.
         left: names of the trials that have not run.
@@ -30,7 +30,7 @@ class Status:
     """
 
     kind: str
-    working: bool | None
+    running: dict[str, str]
     finished: list[str]
     failed: dict[str, str]
     left: list[str]
@@ -68,7 +68,24 @@ def status(folder: str | Path) -> Status:
             failed[name] = error
     every = [each for several in seconds.values() for each in several]
     estimate = sum(statistics.fmean(seconds.get(kind, every)) for kind in waiting) if every else None
-    return Status(store.kind, store.is_locked(), finished, failed, left, sum(every), estimate)
+    return Status(store.kind, running(store), finished, failed, left, sum(every), estimate)
+
+
+def running(store: Store) -> dict[str, str]:
+    """Finds the trials that processes are running now, those of searches inside the run included.
+
+    Args:
+        store: store of the run.
+
+    Returns:
+        The trial's name in the run -> "process 123 on host".
+    """
+    return {
+        prefix + name: where
+        for prefix, part, _ in _parts(store)
+        if part is not None
+        for name, where in part.running().items()
+    }
 
 
 def trials(store: Store) -> Iterator[tuple[str, Named, Record | None, str | None]]:

@@ -1,7 +1,8 @@
-"""The search: runs the trials of the plan in order and stores each one when it is finished."""
+"""The search: the jobs of its trials, and what each leaves in the store."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +15,15 @@ from ticketops.models import latencies, patch, shrink
 from ticketops.models.checkpoint import NOTE
 from ticketops.models.containers import save
 from ticketops.searching import environment
+from ticketops.searching.engine import Call, Job
+from ticketops.searching.execution import Execution
 from ticketops.searching.objects import Objects
 from ticketops.searching.plan import SearchConfig, Trial
 from ticketops.searching.selection import select
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.store import Named, Record, Store, extended
 from ticketops.searching.tracking import Run
-from ticketops.searching.trial import Listener, run_trial
+from ticketops.searching.trial import Listener, Outcome, run_trial
 from ticketops.tickets import Importance, Ticket, prune
 
 AnyTrial = TypeVar("AnyTrial", bound=Named)
@@ -32,7 +35,11 @@ WAYS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def run_search(config: SearchConfig, listener: Listener | None = None, objects: Objects | None = None) -> Path:
+def run_search(
+    config: SearchConfig,
+    listener: Listener | None = None,
+    objects: Objects | None = None,
+) -> Path:
     """Runs what is still missing of a search in its output folder.
 
     Args:
@@ -48,62 +55,167 @@ def run_search(config: SearchConfig, listener: Listener | None = None, objects: 
         StoreError: the output folder cannot be used; finished trials stay.
         TrialError: every trial failed.
     """
-    return search_in(Setting.load(extended(config), objects=objects), listener)
+    listener, execution = listener or Listener(), Execution.of(config)
+    execution.check()
+    setting = Setting.load(extended(config), objects=objects)
+    jobs = search_jobs(setting)
+    store = jobs[0].store
+    execution.run(jobs, listener)
+    level = select(store.records(), setting.config.seeds).super_level
+    # Where other processes train on this machine, times would be theirs, too.
+    if level is not None and store.latencies() is None and not store.running():
+        store.write_latencies(_time(setting, store.tickets(level.kind, level.sparsity)[level.best_seed]))
+    return store.folder
 
 
-def search_in(setting: Setting, listener: Listener | None = None, timed: bool = True) -> Path:
-    """Does what `run_search` does, with inputs that are loaded already.
+def search_jobs(setting: Setting, name: str = "") -> list[Job]:
+    """Lists the jobs of a search, and begins or extends the run in its output folder.
 
     Args:
         setting: model, task and configuration.
-        listener: callbacks on the progress of trials and steps.
-        timed: whether to time the super ticket in the end.
+        name: what a larger run calls the search, e.g. "sst2"; empty for a search by itself.
+
+    Raises:
+        StoreError: the output folder cannot be used, or a file of a finished trial is damaged.
     """
-    config, listener = setting.config, listener or Listener()
-    plan = setting.plan()
-    ways = WAYS[config.importance]
+    config, plan = setting.config, setting.plan()
     notes = {
         **environment.circumstances(),
         "validation": setting.task.validation_name,
         "report": setting.task.report_name,
     }
-    with Store.create(config.output, setting.identity(), notes) as store:
+    store = Store.create(config.output, setting.identity(), notes)
+    ways = WAYS[config.importance]
 
-        def draw_ticket(trial: Trial) -> Ticket | None:
-            if trial.kind == "full":
-                return None
-            importance = store.importance(trial.seed, ways[0])
-            if importance is None:
-                raise TrialError(f"its ticket is drawn from the scores of full-seed-{trial.seed}, which failed")
-            return draw(importance, trial, config)
+    def ways_of(trial: Trial) -> tuple[str, ...]:
+        return ways if trial.kind == "full" else ()
 
-        def run(trial: Trial, ticket: Ticket | None) -> Record:
-            outcome = run_trial(setting, trial, ticket, () if ticket else ways, listener, Run.of(config, trial.id))
-            keep_importance(store, trial, outcome.importance)
-            if config.save_models:
-                keep_model(store, trial, setting.task.product(outcome.model), setting.tokenizer, ticket)
-            return {**outcome.record, "predictions": store.write_predictions(trial, outcome.predictions)}
+    def named(trial: Trial) -> Named:
+        return Stage(name, trial) if name else trial
 
-        finished = _finished(store, plan, config)
-        listener.planned(plan, finished)
+    def draw_ticket(trial: Trial) -> Ticket | None:
+        if trial.kind == "full":
+            return None
+        importance = store.importance(trial.seed, ways[0])
+        if importance is None:
+            raise TrialError(f"its ticket is drawn from the scores of full-seed-{trial.seed}, which failed")
+        return draw(importance, trial, config)
 
-        def scores(trial: Trial) -> list[Path]:
-            return [store.importance_path(trial.seed, way) for way in _ways(config)(trial)]
+    def call(trial: Trial, ticket: Ticket | None) -> Call:
+        tracked = Run.of(config, trial.id)
+        return Call(train, setting, (trial, ticket, ways_of(trial), config.save_models, tracked))
 
-        run_missing(store, plan, finished, run, listener, draw_ticket, scores)
-        level = select(store.records(), config.seeds).super_level
-        if timed and level is not None and store.latencies() is None:
-            store.write_latencies(_time(setting, store.tickets(level.kind, level.sparsity)[level.best_seed]))
-        return store.folder
+    def keep(trial: Trial, outcome: Outcome) -> Record:
+        return keep_outcome(store, trial, setting, outcome, store.ticket(trial))
+
+    finished = finished_trials(store, plan, ways_of, lambda trial: config.save_models)
+    full = {trial.seed: named(trial).id for trial in plan if trial.kind == "full"}
+    return [
+        trial_job(
+            store,
+            trial,
+            named(trial),
+            draw_ticket,
+            call,
+            keep,
+            finished=trial in finished,
+            needs=() if trial.kind == "full" else (full[trial.seed],),
+            ways=ways_of(trial),
+            keeps_model=config.save_models,
+        )
+        for trial in plan
+    ]
 
 
-def _ways(config: SearchConfig) -> Callable[[Trial], tuple[str, ...]]:
-    """Makes a function from a trial to the ways in which it scores its model."""
-    return lambda trial: WAYS[config.importance] if trial.kind == "full" else ()
+def train(
+    setting: Setting,
+    trial: Trial,
+    ticket: Ticket | None,
+    ways: Sequence[str],
+    with_model: bool,
+    tracked: Run | None = None,
+    listener: Listener | None = None,
+) -> Outcome:
+    """Runs a trial as `run_trial` does, and leaves the model behind where nobody wants it.
+
+    Args:
+        setting, trial, ticket, ways, tracked, listener: as in `run_trial`.
+        with_model: whether the outcome has the model.
+    """
+    outcome = run_trial(setting, trial, ticket, ways, listener, tracked)
+    return outcome if with_model else replace(outcome, model=None)
 
 
-def _finished(store: Store, plan: Iterable[Trial], config: SearchConfig) -> set[Trial]:
-    return finished_trials(store, plan, _ways(config), lambda trial: config.save_models)
+def keep_outcome(
+    store: Store, trial: Named, setting: Setting, outcome: Outcome, ticket: Ticket | None, suffix: str = ""
+) -> Record:
+    """Writes what a trial leaves beside its record.
+
+    Args:
+        store: of the run.
+        trial: the trial.
+        setting: that it was trained in.
+        outcome: of the training.
+        ticket: that it was trained with.
+        suffix: of the importance's files.
+
+    Returns:
+        The record to write.
+    """
+    keep_importance(store, trial, outcome.importance, suffix)
+    if outcome.model is not None:
+        keep_model(store, trial, setting.task.product(outcome.model), setting.tokenizer, ticket)
+    return {**outcome.record, "predictions": store.write_predictions(trial, outcome.predictions)}
+
+
+def trial_job(
+    store: Store,
+    trial: AnyTrial,
+    named: Named,
+    draw_ticket: Callable[[AnyTrial], Ticket | None],
+    call: Callable[[AnyTrial, Ticket | None], Call],
+    keep: Callable[[AnyTrial, Any], Record],
+    finished: bool,
+    needs: Sequence[str],
+    ways: Sequence[str] = (),
+    keeps_model: bool = False,
+    files: Callable[[AnyTrial], Iterable[Path]] = lambda trial: (),
+) -> Job:
+    """Makes the job of a trial whose ticket is drawn when it starts.
+
+    Args:
+        store: where its files are.
+        trial: the trial.
+        named: the trial as the listener knows it.
+        draw_ticket: draws its ticket, if it draws one; that of a finished trial only where it was lost.
+        call: makes the training.
+        keep: writes what the training leaves, and returns the record.
+        finished: True if an earlier run has finished it.
+        needs: names of the jobs before it.
+        ways: how it scores its model, as `Store.importance` takes it.
+        keeps_model: whether its model is kept.
+        files: further files that its result stands on.
+    """
+
+    def prepare() -> Call | None:
+        ticket = None
+        if not (finished and store.ticket_path(trial).exists()):
+            ticket = draw_ticket(trial)
+        if ticket is not None and not store.keep_ticket(trial, ticket, finished):
+            # Its record is of a ticket that is lost.
+            store.discard_record(trial)
+            return call(trial, ticket)
+        return None if finished else call(trial, ticket)
+
+    def is_finished() -> bool:
+        return trial in finished_trials(store, [trial], lambda trial: ways, lambda trial: keeps_model)
+
+    def scores_and_files() -> list[Path]:
+        return [*(store.importance_path(trial.seed, way) for way in ways), *files(trial)]
+
+    return Job(
+        named, store, trial, prepare, functools.partial(keep, trial), needs, scores_and_files, is_finished, finished
+    )
 
 
 def finished_trials(
@@ -130,56 +242,6 @@ def finished_trials(
     finished = {trial for trial in finished if not keeps(trial) or store.has_model(trial)}
     scored = {trial: [store.importance(trial.seed, way, trial) for way in ways(trial)] for trial in plan}
     return {trial for trial in finished if None not in scored[trial]}
-
-
-def run_missing(
-    store: Store,
-    plan: Iterable[AnyTrial],
-    finished: Collection[AnyTrial],
-    run: Callable[[AnyTrial, Ticket | None], Record],
-    listener: Listener,
-    draw_ticket: Callable[[AnyTrial], Ticket | None] = lambda trial: None,
-    files: Callable[[AnyTrial], Iterable[Path]] = lambda trial: (),
-) -> None:
-    """Runs the trials that are not finished, in the plan's order, and keeps each one's record as soon as it is there.
-
-    A trial that fails is recorded with its error, and the others go on.
-
-    Args:
-        store: of the run.
-        plan: its trials.
-        finished: those that do not run.
-        run: trains a trial and writes what it leaves but its record, which comes last: it says that the rest is there.
-        listener: callbacks on the progress of trials.
-        draw_ticket: draws a trial's ticket, where it draws one; that of a finished trial only where it was lost.
-        files: what a trial leaves or stands on beside its own ticket and model, for the record's checksums.
-
-    Raises:
-        StoreError: a file is damaged, or cannot be written.
-        TrialError: all trials failed.
-    """
-    failed: dict[str, str] = {}
-    for trial in plan:
-        try:
-            done = trial in finished
-            ticket = None
-            if not (done and store.ticket_path(trial).exists()):
-                ticket = draw_ticket(trial)
-            if ticket is not None and not store.keep_ticket(trial, ticket, done):
-                done = False
-            if not done:
-                listener.started(trial)
-                record = run(trial, ticket)
-                store.write_record(trial, record, files(trial))
-                listener.finished(trial, record)
-        except (TrialError, torch.OutOfMemoryError) as error:
-            reason = " ".join(str(error).split())[:500]
-            failed[trial.id] = reason
-            store.write_failure(trial, reason)
-            listener.failed(trial, reason)
-    if failed and len(failed) == len(list(plan)):
-        first = next(iter(failed))
-        raise TrialError(f"all {len(failed)} trials failed; {first}: {failed[first]}")
 
 
 def keep_importance(store: Store, trial: Named, importance: Mapping[str, Importance], suffix: str = "") -> None:
@@ -209,19 +271,6 @@ def _time(setting: Setting, ticket: Ticket) -> Record:
     return {"machine": environment.machine(), "rows": latencies(models[0], models[1])}
 
 
-def stages(setting: Setting, name: str) -> tuple[list["Stage"], list["Stage"]]:
-    """The trials of a search inside a larger run, and those of them that are finished.
-
-    Args:
-        setting: of the search.
-        name: what the larger run calls it.
-    """
-    plan, begun = setting.plan(), (Path(setting.config.output) / "config.json").is_file()
-    finished = _finished(Store.read(setting.config.output, "search"), plan, setting.config) if begun else set()
-    trials = [Stage(name, trial) for trial in plan]
-    return trials, [stage for stage in trials if stage.trial in finished]
-
-
 @dataclass(frozen=True)
 class Stage:
     """A trial of a search inside a larger run.
@@ -248,38 +297,6 @@ class Stage:
     def kind(self) -> str:
         """The trial's."""
         return self.trial.kind
-
-
-class Inner(Listener):
-    """Forwards events of a search inside a larger run to that run's listener, which already knows its trials.
-
-    Args:
-        outer: the larger run's listener.
-        name: of the search.
-    """
-
-    def __init__(self, outer: Listener, name: str):
-        self._outer, self._name = outer, name
-
-    def started(self, trial: Named) -> None:
-        """A trial starts to train."""
-        assert isinstance(trial, Trial)
-        self._outer.started(Stage(self._name, trial))
-
-    def stepped(self, trial: Named, step: int, steps: int) -> None:
-        """A trial has done `step` of its `steps` optimizer steps."""
-        assert isinstance(trial, Trial)
-        self._outer.stepped(Stage(self._name, trial), step, steps)
-
-    def finished(self, trial: Named, record: Record) -> None:
-        """A trial's record is written."""
-        assert isinstance(trial, Trial)
-        self._outer.finished(Stage(self._name, trial), record)
-
-    def failed(self, trial: Named, reason: str) -> None:
-        """A trial failed."""
-        assert isinstance(trial, Trial)
-        self._outer.failed(Stage(self._name, trial), reason)
 
 
 def draw(importance: Importance, trial: Trial, config: SearchConfig) -> Ticket:

@@ -171,6 +171,8 @@ class Failure(TypedDict):
     seed: Count
     error: Name
     environment: Environment
+    #: Where an unexpected error happened.
+    trace: NotRequired[Name]
 
 
 class Single(TypedDict):

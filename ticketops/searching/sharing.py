@@ -16,9 +16,11 @@ from transformers import PrinterCallback, Trainer, set_seed
 from ticketops.errors import InputError, TrialError
 from ticketops.models import SharedModel, weight_counts
 from ticketops.searching import environment
+from ticketops.searching.engine import Barrier, Call, Job
+from ticketops.searching.execution import Execution
 from ticketops.searching.mixing import Step, make_schedule
 from ticketops.searching.objects import Objects
-from ticketops.searching.run import Inner, finished_trials, run_missing, search_in, stages
+from ticketops.searching.run import finished_trials, search_jobs, trial_job
 from ticketops.searching.selection import at_sparsity, select
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing_plan import (
@@ -295,7 +297,11 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def run_share(config: ShareConfig, listener: Listener | None = None, objects: Objects | None = None) -> Path:
+def run_share(
+    config: ShareConfig,
+    listener: Listener | None = None,
+    objects: Objects | None = None,
+) -> Path:
     """Runs what is still missing of a share in its output folder.
 
     Args:
@@ -311,7 +317,8 @@ def run_share(config: ShareConfig, listener: Listener | None = None, objects: Ob
         StoreError: the output folder cannot be used; finished trials stay.
         TrialError: every trial failed.
     """
-    listener = listener or Listener()
+    listener, execution = listener or Listener(), Execution.of(config)
+    execution.check()
     ready = prepare_share(config, objects)
     config, settings, plan = ready.config, ready.settings, ready.plan
     first = next(iter(settings.values()))
@@ -320,45 +327,75 @@ def run_share(config: ShareConfig, listener: Listener | None = None, objects: Ob
         "validation": {name: setting.task.validation_name for name, setting in settings.items()},
         "tasks": {name: setting.task.describe() for name, setting in settings.items()},
     }
-    with Store.create(config.output, ready.identity, notes) as store:
-        finished = finished_trials(store, plan, keeps=lambda trial: config.save_models)
-        for name, seed in itertools.product(settings, config.seeds):
-            store.ticket(TaskTicket(name, seed))
-        # The searches' trials are the run's, too, and are announced with it.
-        searched = {} if ready.tickets else settings
-        searches = [stages(setting, name) for name, setting in searched.items()]
-        announced = [stage for trials, _ in searches for stage in trials]
-        listener.planned([*announced, *plan], [*(stage for _, done in searches for stage in done), *finished])
-        found = ready.tickets or KnownTickets({}, {})
-        for name, setting in searched.items():
-            search = Store.read(search_in(setting, Inner(listener, name), timed=False), "search")
+    store = Store.create(config.output, ready.identity, notes)
+    finished = finished_trials(store, plan, keeps=lambda trial: config.save_models)
+    for name, seed in itertools.product(settings, config.seeds):
+        store.ticket(TaskTicket(name, seed))
+    found = ready.tickets or KnownTickets({}, {})
+    # The searches' trials are the run's, too, and are announced with it.
+    searches = {name: search_jobs(setting, name) for name, setting in settings.items() if not ready.tickets}
+
+    def choose() -> None:
+        for name, jobs in searches.items():
+            search = Store.read(jobs[0].store.folder, "search")
             records = search.records()
             selection = at_sparsity(select(records, search.config.seeds), ready.chosen.get(name))
             level = selection.super_level
             found.tickets[name] = search.tickets("winning", level.sparsity) if level else {}
-            found.single[name] = single_scores(records, selection)
+            if records:
+                found.single[name] = single_scores(records, selection)
         for name, by_seed in found.tickets.items():
             for seed, ticket in by_seed.items():
                 store.keep_ticket(TaskTicket(name, seed), ticket, seed in {trial.seed for trial in finished})
         store.write_facts(SINGLE, found.single)
 
-        def run(trial: ShareTrial, _: Ticket | None) -> Record:
-            if lacking := [name for name, by_seed in found.tickets.items() if trial.seed not in by_seed]:
-                raise TrialError(f"it takes the super ticket of {lacking[0]} for seed {trial.seed}, whose trial failed")
-            kept = arm_tickets(trial, {name: by_seed[trial.seed] for name, by_seed in found.tickets.items()})
-            record, model, predictions = run_share_trial(
-                config, settings, trial, kept, listener, Run.of(config, trial.id)
-            )
-            if config.save_models:
-                with quiet():
-                    model.save(store.clear_model(trial), first.tokenizer)
-            # Frees the device's memory before the next trial; the model has reference cycles.
-            del model
-            gc.collect()
-            return {**record, "predictions": store.write_predictions(trial, predictions)}
+    def call(trial: ShareTrial, _: Ticket | None) -> Call:
+        if lacking := [name for name, by_seed in found.tickets.items() if trial.seed not in by_seed]:
+            raise TrialError(f"it takes the super ticket of {lacking[0]} for seed {trial.seed}, whose trial failed")
+        kept = arm_tickets(trial, {name: by_seed[trial.seed] for name, by_seed in found.tickets.items()})
+        return Call(_train, (config, settings), (trial, kept))
 
-        def tickets_of(trial: ShareTrial) -> list[Path]:
-            return [store.ticket_path(TaskTicket(name, trial.seed)) for name in settings]
+    def keep(trial: ShareTrial, trained: tuple[Record, SharedModel | None, dict[str, np.ndarray]]) -> Record:
+        record, model, predictions = trained
+        if model is not None:
+            with quiet():
+                model.save(store.clear_model(trial), first.tokenizer)
+        return {**record, "predictions": store.write_predictions(trial, predictions)}
 
-        run_missing(store, plan, finished, run, listener, files=tickets_of)
-        return store.folder
+    chosen = Barrier("choose the tasks' super tickets")
+    trials = [
+        trial_job(
+            store,
+            trial,
+            trial,
+            lambda trial: None,
+            call,
+            keep,
+            finished=trial in finished,
+            needs=[chosen.id],
+            keeps_model=config.save_models,
+            files=lambda trial: [store.ticket_path(TaskTicket(name, trial.seed)) for name in settings],
+        )
+        for trial in plan
+    ]
+    before = [job for jobs in searches.values() for job in jobs]
+    step = Job(chosen, store, chosen, choose, needs=[job.trial.id for job in before])
+    execution.run([*before, step, *trials], listener)
+    return store.folder
+
+
+def _train(
+    inputs: tuple[ShareConfig, Mapping[str, Setting]],
+    trial: ShareTrial,
+    tickets: Mapping[str, Ticket | None],
+    listener: Listener | None = None,
+) -> tuple[Record, SharedModel | None, dict[str, np.ndarray]]:
+    """Runs a trial as `run_share_trial` does, and leaves the model behind where nobody wants it."""
+    config, settings = inputs
+    record, model, predictions = run_share_trial(config, settings, trial, tickets, listener, Run.of(config, trial.id))
+    if config.save_models:
+        return record, model, predictions
+    # Frees the device's memory before the next trial; the model has reference cycles.
+    del model
+    gc.collect()
+    return record, None, predictions

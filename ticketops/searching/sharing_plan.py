@@ -38,6 +38,11 @@ COMMON = (
     "dtype",
     "save_models",
     "report_to",
+    "executor",
+    "address",
+    "cpus_per_trial",
+    "gpus_per_trial",
+    "retries",
     "granularity",
     "train_rows",
     "validation_rows",
@@ -173,6 +178,11 @@ class ShareConfig(Config):
         help="Keep each trial's shared model in models/ (the size of the checkpoint each); a finished trial "
         "without its model trains again.",
     )
+    executor: Literal["local", "ray"] = inherited_from_search("executor")
+    address: str | None = inherited_from_search("address")
+    cpus_per_trial: int | None = inherited_from_search("cpus_per_trial")
+    gpus_per_trial: float | None = inherited_from_search("gpus_per_trial")
+    retries: int = inherited_from_search("retries")
     report_to: tuple[str, ...] = inherited_from_search("report_to")
     granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
     metric: str | tuple[str, ...] | None = per_task("metric")

@@ -1,10 +1,13 @@
 """The output folder of a run. Every finished part is one atomically written file, so that a killed run can resume."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +36,8 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 LATENCIES = "latency.json"
 #: Ends the names of the files beside a split's logits that have what each row contributes to the metric.
 ROWS = "-rows"
+#: Seconds that a process waits for another one that begins or extends the same run.
+_PATIENCE = 60
 REMEDY = "delete it and run the same command again"
 
 #: Kind of run, `identity["kind"]` -> its configuration class, and a function (config, identity) that lists its trials.
@@ -62,18 +67,18 @@ class Store:
 
     `config.json` identifies the run. `trials/` has a record of each finished trial, `failures/` of each failed one;
     `predictions/` has logits, `importance/`, `tickets/` and `models/` the files of these names, and `latency.json` the
-    latencies. A record has the checksums of all files that its trial wrote. Use `Store.create` to run trials (it locks
-    the folder until closed) and `Store.read` to read results.
+    latencies. A record has the checksums of all files that its trial wrote. Use `Store.create` to run trials and
+    `Store.read` to read results. Several processes may run trials of one folder, also on several machines that share
+    it: each trial is claimed by one of them, in `claims/`, as long as that process lives.
     """
 
-    def __init__(self, folder: Path, description: Record, lock: FileLock | None = None):
+    def __init__(self, folder: Path, description: Record):
         self.folder = folder
         self.description = description
-        self._lock = lock
 
     @classmethod
     def create(cls, folder: str | Path, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> "Store":
-        """Opens a folder to start, resume or extend a run, and locks it against other processes.
+        """Opens a folder to start, resume or extend a run.
 
         Args:
             folder: output folder; created if missing.
@@ -82,39 +87,42 @@ class Store:
             notes: information that results do not depend on, such as versions. An existing run keeps its notes.
 
         Raises:
-            StoreError: the folder is in use, contains another run or other files, is corrupt, or cannot be written.
+            StoreError: the folder contains another run or other files, is corrupt, or cannot be written.
         """
         folder = user_path(folder, spelled("output"))
         wanted = json_identity(identity)
         try:
             make_folder(folder)
             _refuse_files_of_others(folder)
-            lock = FileLock(folder / ".lock", mode=0o666)
-            lock.acquire(timeout=0)
+            with FileLock(folder / ".lock", mode=0o666, timeout=_PATIENCE):
+                return cls._opened(folder, wanted, notes)
         except Timeout as error:
             raise StoreError(
-                f"another process is working in {folder}: wait for it, or choose another {spelled('output')} folder"
+                f"another process has held {folder}/.lock for {_PATIENCE} seconds: stop it, or choose another "
+                f"{spelled('output')} folder"
             ) from error
         except OSError as error:
             raise store_error(folder, error) from error
-        try:
-            _remove_leftovers(folder)
-            description: Record = {"format": FORMAT, "identity": wanted, "notes": dict(notes)}
-            if (folder / "config.json").exists():
-                found = _read_description(folder)
-                _refuse_another_search(folder, found["identity"], wanted)
-                # The tasks of a share may be extended, so these notes are replaced.
-                tasks = {"tasks": notes["tasks"]} if "tasks" in notes else {}
-                description = {**found, "format": FORMAT, "identity": wanted, "notes": {**found["notes"], **tasks}}
-                changed = description["identity"] != found["identity"]
-            else:
-                changed = True
-            if changed:
-                write_json(folder / "config.json", description)
-            return cls(folder, description, lock)
-        except BaseException:
-            lock.release()
-            raise
+
+    @classmethod
+    def _opened(cls, folder: Path, wanted: Record, notes: Mapping[str, Any]) -> "Store":
+        """Opens a folder that this process has locked."""
+        # Of a process that was killed while it wrote them.
+        _remove(folder.glob(".*.part"))
+        description: Record = {"format": FORMAT, "identity": wanted, "notes": dict(notes)}
+        changed = True
+        if (folder / "config.json").exists():
+            found = _read_description(folder)
+            _refuse_another_search(folder, found["identity"], wanted)
+            # The tasks of a share may be extended, so these notes are replaced.
+            tasks = {"tasks": notes["tasks"]} if "tasks" in notes else {}
+            description = {**found, "format": FORMAT, "identity": wanted, "notes": {**found["notes"], **tasks}}
+            changed = description["identity"] != found["identity"]
+        if changed:
+            write_json(folder / "config.json", description)
+        store = cls(folder, description)
+        store.running()
+        return store
 
     @classmethod
     def check(cls, folder: str | Path, identity: Mapping[str, Any]) -> None:
@@ -158,32 +166,72 @@ class Store:
             raise InputError(f"{folder} holds the results of ticketops {store.kind}, and a {kind} is needed here")
         return store
 
-    def is_locked(self) -> bool | None:
-        """Returns True if a process is working in the folder; None if this user may not know."""
-        lock = FileLock(self.folder / ".lock", mode=0o666)
+    def claim(self, trial: Named) -> "Claim | None":
+        """Claims a trial for this process, so that no other one runs it; a claim ends with its process.
+
+        Args:
+            trial: the trial.
+
+        Returns:
+            The claim, to be released when the trial has ended; None if another process has the trial.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        path = self.claim_path(trial)
         try:
-            if not Path(lock.lock_file).exists():
-                return False
+            make_folder(path.parent)
+            lock = FileLock(path, mode=0o666)
             lock.acquire(timeout=0)
         except Timeout:
-            return True
-        except OSError:
             return None
-        lock.release()
-        return False
+        except OSError as error:
+            raise store_error(path, error) from error
+        claim = Claim(lock)
+        try:
+            claim.note.write_text(json.dumps({"id": trial.id, "host": socket.gethostname(), "process": os.getpid()}))
+            self._remove_leftovers(trial)
+        except OSError as error:
+            claim.release()
+            raise store_error(path, error) from error
+        return claim
 
-    def close(self) -> None:
-        """Releases the folder's lock."""
-        if self._lock is not None:
-            self._lock.release()
+    def claim_path(self, trial: Named) -> Path:
+        """Returns the path of the lock that the process which runs a trial holds."""
+        return self.folder / "claims" / f"{trial.id}.lock"
 
-    def __enter__(self) -> "Store":
-        return self
+    def running(self) -> dict[str, str]:
+        """Finds the trials that processes are running now, and removes what dead processes have left of their claims.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        Returns:
+            Name of a trial -> where it runs: "process 123 on host".
+        """
+        found = {}
+        for note in sorted((self.folder / "claims").glob("*.json")):
+            lock = FileLock(note.with_suffix(".lock"), mode=0o666)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                content = _owner(note)
+                found[content.get("id", note.stem)] = (
+                    f"process {content.get('process', '?')} on {content.get('host', 'another machine')}"
+                )
+            # A folder that this user may only read.
+            except OSError:
+                continue
+            else:
+                with contextlib.suppress(OSError):
+                    Claim(lock).release()
+        return found
+
+    def _remove_leftovers(self, trial: Named) -> None:
+        """Removes temporary files of a process that was killed while it wrote a trial. Folders stay: a folder of such
+        a name may be an export in progress, and `clear_model` removes those of models."""
+        for place in ("trials", "failures", "tickets"):
+            _remove((self.folder / place).glob(f".{trial.id}.*.part"))
+        _remove((self.folder / "predictions" / trial.id).glob(".*.part"))
+        if getattr(trial, "kind", None) == "full":
+            _remove((self.folder / "importance").glob(f".seed-{trial.seed}-*.part"))
 
     @property
     def kind(self) -> str:
@@ -324,6 +372,13 @@ class Store:
         except OSError as error:
             raise store_error(self.failure_path(trial), error) from error
 
+    def discard_record(self, trial: Named) -> None:
+        """Removes the record of a trial that has to train again, if it has one."""
+        try:
+            self.record_path(trial).unlink(missing_ok=True)
+        except OSError as error:
+            raise store_error(self.record_path(trial), error) from error
+
     def write_predictions(self, trial: Named, predictions: Mapping[str, np.ndarray]) -> Record:
         """Writes the predictions of a trial's model, one .npy file per split.
 
@@ -411,9 +466,16 @@ class Store:
         """Reads the failures of all failed trials, in the order of the plan."""
         return [failure for trial in self.plan if (failure := self.failure(trial)) is not None]
 
-    def write_failure(self, trial: Named, reason: str) -> None:
-        """Writes why a trial failed. The next command runs the trial again."""
+    def write_failure(self, trial: Named, reason: str, trace: str = "") -> None:
+        """Writes why a trial failed. The next command runs the trial again.
+
+        Args:
+            trial: the trial.
+            reason: one line.
+            trace: where the error happened; empty where the reason says all.
+        """
         content = {"id": trial.id, "seed": trial.seed, "error": reason, "environment": environment.circumstances()}
+        content |= {"trace": trace} if trace else {}
         write_json(self.failure_path(trial), content)
 
     def importance(self, seed: int, way: str, trial: Named | None = None) -> Importance | None:
@@ -567,19 +629,50 @@ def _config_remedy() -> str:
     return f"restore it, or choose another {spelled('output')} folder"
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of a killed run. The lock ensures that no other process is writing them.
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
-    Folders are kept: a folder of that name may be an export in progress.
-    """
+
+def _owner(note: Path) -> Record:
+    """What a process has written of itself beside its claim; empty where it has not yet, or no longer."""
     try:
-        parts = (folder / name for name in ("trials", "failures", "importance", "tickets"))
-        for place in (folder, *parts, *(folder / "predictions").glob("*")):
-            for leftover in place.glob(".*.part"):
-                if leftover.is_file():
-                    leftover.unlink()
-    except OSError as error:
-        raise store_error(folder, error) from error
+        content = json.loads(note.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+class Claim:
+    """A trial that this process runs and no other may.
+
+    Args:
+        lock: lock of the trial's file, held. The operating system releases it when the process ends.
+    """
+
+    def __init__(self, lock: FileLock):
+        self._lock = lock
+        #: File that says who holds the lock.
+        self.note = Path(lock.lock_file).with_suffix(".json")
+
+    def release(self) -> None:
+        """Ends the claim, and removes its files."""
+        try:
+            # While the lock is held: another process that opens the file afterwards makes a new one, and finds the
+            # trial's record before it trains.
+            self.note.unlink(missing_ok=True)
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 def _save(thing: Importance | Ticket, path: Path) -> None:

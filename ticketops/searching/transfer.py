@@ -3,36 +3,29 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from ticketops.errors import InputError, TrialError, spelled
 from ticketops.files import user_path
 from ticketops.models import load
 from ticketops.searching import environment
+from ticketops.searching.engine import Barrier, Call, Job
+from ticketops.searching.execution import Execution
 from ticketops.searching.objects import Objects
 from ticketops.searching.plan import Trial, check_names
-from ticketops.searching.run import (
-    WAYS,
-    Inner,
-    draw,
-    finished_trials,
-    keep_importance,
-    keep_model,
-    run_missing,
-    search_in,
-    stages,
-)
+from ticketops.searching.run import WAYS, draw, finished_trials, keep_outcome, search_jobs, train, trial_job
 from ticketops.searching.selection import Level, Selection, at_sparsity, select
 from ticketops.searching.setting import Setting, quiet
-from ticketops.searching.store import Named, Record, Store, extended
+from ticketops.searching.store import Record, Store, extended
 from ticketops.searching.task_tickets import single_scores
 from ticketops.searching.tracking import Run
 from ticketops.searching.transfer_plan import SCORES, SOURCE, TransferConfig, TransferTrial, transfer_plan
-from ticketops.searching.trial import Listener, run_trial
+from ticketops.searching.trial import Listener, Outcome
 from ticketops.tasks import tokenize
 from ticketops.tasks.sampling import spread
 from ticketops.tickets import Ticket
@@ -184,7 +177,11 @@ def prepare_transfer(config: TransferConfig, objects: Objects | None = None) -> 
     return Prepared(config, source, target, identity, plan)
 
 
-def run_transfer(config: TransferConfig, listener: Listener | None = None, objects: Objects | None = None) -> Path:
+def run_transfer(
+    config: TransferConfig,
+    listener: Listener | None = None,
+    objects: Objects | None = None,
+) -> Path:
     """Runs what is still missing of a transfer in its output folder.
 
     Args:
@@ -200,7 +197,8 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None, objec
         StoreError: the output folder cannot be used; finished trials stay.
         TrialError: every trial failed.
     """
-    listener = listener or Listener()
+    listener, execution = listener or Listener(), Execution.of(config)
+    execution.check()
     ready = prepare_transfer(config, objects)
     config, source, target, plan = ready.config, ready.source, ready.target, ready.plan
     notes = {
@@ -208,31 +206,60 @@ def run_transfer(config: TransferConfig, listener: Listener | None = None, objec
         "validation": target.task.validation_name,
         "tasks": {"source": source.setting.task.describe(), "target": target.task.describe()},
     }
-    with Store.create(config.output, ready.identity, notes) as store:
-        finished = finished_trials(
-            store, plan, lambda trial: _ways(trial, source), lambda trial: keeps_model(trial, config)
-        )
-        searches, done = ([], []) if source.searched_before else stages(source.setting, "source")
-        listener.planned([*searches, *plan], [*done, *finished])
-        if not source.searched_before:
-            search_in(source.setting, Inner(listener, "source"), timed=False)
+    store = Store.create(config.output, ready.identity, notes)
+    finished = finished_trials(
+        store, plan, lambda trial: _ways(trial, source), lambda trial: keeps_model(trial, config)
+    )
+    searches = [] if source.searched_before else search_jobs(source.setting, "source")
+
+    def choose() -> None:
         selection, records = source.selection()
-        level = source.level()
         scores = single_scores(records, selection)
         scores["train_rows"] = len(source.setting.task.train)
         store.write_facts(SCORES, scores)
 
-        def run(trial: TransferTrial, ticket: Ticket | None) -> Record:
-            return _run(store, trial, config, source, target, level, ticket, listener)
+    chosen = Barrier("choose the source's super ticket")
+    names = {trial: trial.id for trial in plan if _ways(trial, source)}
 
-        def draw_ticket(trial: TransferTrial) -> Ticket | None:
-            return _drawn(store, trial, source)
+    def needs(trial: TransferTrial) -> list[str]:
+        """The choice; of a ticket on the source's ladder also the full model on the same rows, which scores them."""
+        own = (trial.ladder, trial.fraction, trial.seed)
+        scored = [
+            name
+            for full, name in names.items()
+            if (full.ladder, full.fraction, full.seed) == own and trial.kind == "winning"
+        ]
+        return [chosen.id, *scored]
 
-        def importance(trial: TransferTrial) -> list[Path]:
-            return [store.importance_path(trial.seed, way) for way in _ways(trial, source)]
+    def call(trial: TransferTrial, ticket: Ticket | None) -> Call:
+        return _call(trial, config, source, target, ticket)
 
-        run_missing(store, plan, finished, run, listener, draw_ticket, importance)
-        return store.folder
+    def keep(trial: TransferTrial, outcome: Outcome) -> Record:
+        ticket = store.ticket(trial)
+        if trial.ladder == "target" and trial.kind == "winning":
+            ticket = Store.read(source.folder, "search").ticket(source.trial(trial.kind, source.level(), trial.seed))
+        setting = target if trial.ladder == "target" else source.setting
+        record = keep_outcome(store, trial, setting, outcome, ticket, _of_share(trial))
+        return {**record, "id": trial.id, "ladder": trial.ladder, "fraction": trial.fraction}
+
+    trials = [
+        trial_job(
+            store,
+            trial,
+            trial,
+            lambda trial: _drawn(store, trial, source),
+            call,
+            keep,
+            finished=trial in finished,
+            needs=needs(trial),
+            ways=_ways(trial, source),
+            keeps_model=keeps_model(trial, config),
+        )
+        for trial in plan
+    ]
+    step = Job(chosen, store, chosen, choose, needs=[job.trial.id for job in searches])
+    execution.run([*searches, step, *trials], listener)
+    return store.folder
 
 
 def load_source(config: TransferConfig, objects: Objects | None = None) -> Source:
@@ -373,50 +400,49 @@ def _drawn(store: Store, trial: TransferTrial, source: Source) -> Ticket | None:
     return draw(importance, trial.search_trial, source.setting.config)
 
 
-def _run(
-    store: Store,
-    trial: TransferTrial,
-    config: TransferConfig,
-    source: Source,
-    target: Setting,
-    level: Level,
-    ticket: Ticket | None,
-    listener: Listener,
-) -> Record:
-    """Runs one trial and writes all its files except the record."""
-    origin, setting = trial.search_trial, source.setting
+def _call(trial: TransferTrial, config: TransferConfig, source: Source, target: Setting, ticket: Ticket | None) -> Call:
+    """The training of one trial."""
+    origin, setting, weights = trial.search_trial, source.setting, None
     if trial.ladder == "target":
-        origin = source.trial(trial.kind, level, trial.seed)
-        setting, ticket = _adapted(target, source, origin, config.head)
+        origin = source.trial(trial.kind, source.level(), trial.seed)
+        weights, ticket = _adapted(source, origin, config.head)
     ways = WAYS[setting.config.importance][:1] if _ways(trial, source) else ()
-    part = subset(setting, trial.fraction, trial.seed, config.min_steps)
-    outcome = run_trial(part, origin, ticket, ways, _StepsOf(trial, listener), Run.of(config, trial.id))
-    keep_importance(store, trial, outcome.importance, _of_share(trial))
-    if keeps_model(trial, config):
-        keep_model(store, trial, outcome.model, target.tokenizer, ticket)
-    kept = {"predictions": store.write_predictions(trial, outcome.predictions)}
-    rows = {"fraction": trial.fraction, "train_rows": len(part.task.train), "epochs": part.config.epochs}
-    return {**outcome.record, "id": trial.id, "ladder": trial.ladder, **rows, **kept}
+    inputs = target if trial.ladder == "target" else setting
+    share, tracked = (trial.fraction, config.min_steps), Run.of(config, trial.id)
+    return Call(_train, inputs, (origin, ticket, ways, keeps_model(trial, config), tracked, share, weights))
 
 
-class _StepsOf(Listener):
-    """Forwards the steps of a search's trial as those of the transfer's trial that it is trained for.
+def _train(
+    setting: Setting,
+    trial: Trial,
+    ticket: Ticket | None,
+    ways: Sequence[str],
+    with_model: bool,
+    tracked: Run | None,
+    share: tuple[float, int],
+    weights: tuple[dict[str, Tensor], dict[str, Tensor]] | None,
+    listener: Listener | None = None,
+) -> Outcome:
+    """Trains on a share of the rows.
 
     Args:
-        trial: the transfer's trial.
-        outer: the transfer's listener.
+        setting: of the task, with all rows.
+        trial, ticket, ways, with_model, tracked, listener: as in `train`.
+        share: share of the rows, and the smallest number of steps.
+        weights: those of the encoder and of the head to start from; None for the pre-trained ones.
     """
+    if weights is not None:
+        setting = replace(setting, pretrained=weights[0], head=weights[1])
+    part = subset(setting, share[0], trial.seed, share[1])
+    outcome = train(part, trial, ticket, ways, with_model, tracked, listener)
+    rows = {"train_rows": len(part.task.train), "epochs": part.config.epochs}
+    return replace(outcome, record={**outcome.record, **rows})
 
-    def __init__(self, trial: TransferTrial, outer: Listener):
-        self._trial, self._outer = trial, outer
 
-    def stepped(self, trial: Named, step: int, steps: int) -> None:
-        """A trial has done `step` of its `steps` optimizer steps."""
-        self._outer.stepped(self._trial, step, steps)
-
-
-def _adapted(target: Setting, source: Source, origin: Trial, head: str) -> tuple[Setting, Ticket | None]:
-    """The target's setting that starts from a trial's fine-tuned weights, and the ticket they were trained with."""
+def _adapted(
+    source: Source, origin: Trial, head: str
+) -> tuple[tuple[dict[str, Tensor], dict[str, Tensor]], Ticket | None]:
+    """Encoder's and head's weights of a trial's fine-tuned model, and the ticket that they were trained with."""
     store = Store.read(source.folder, "search")
     if (folder := store.model(origin)) is None:
         raise TrialError(f"it starts from {origin.id} of the source, which failed")
@@ -424,5 +450,5 @@ def _adapted(target: Setting, source: Source, origin: Trial, head: str) -> tuple
         model = load(folder)
     inside = f"{model.base_model_prefix}."
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
-    setting = replace(target, pretrained=model.base_model.state_dict(), head=weights if head == "keep" else {})
-    return setting, None if origin.kind == "full" else store.ticket(origin)
+    ticket = None if origin.kind == "full" else store.ticket(origin)
+    return (model.base_model.state_dict(), weights if head == "keep" else {}), ticket

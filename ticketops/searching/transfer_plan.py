@@ -84,6 +84,11 @@ class TransferConfig(Config):
         help="Keep each target trial's model (the checkpoint's size each); a finished trial without its "
         "model trains again.",
     )
+    executor: Literal["local", "ray"] = inherited_from_search("executor")
+    address: str | None = inherited_from_search("address")
+    cpus_per_trial: int | None = inherited_from_search("cpus_per_trial")
+    gpus_per_trial: float | None = inherited_from_search("gpus_per_trial")
+    retries: int = inherited_from_search("retries")
     report_to: tuple[str, ...] = inherited_from_search("report_to")
     granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
     metric: str | tuple[str, ...] | None = per_task("metric")

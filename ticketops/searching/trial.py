@@ -62,14 +62,15 @@ class Outcome:
 
     Attributes:
         record: what the store keeps as JSON; all but its `timing` and `environment` is reproducible.
-        model: the trained model, reverted to the stock classes; pruned structures have their pre-trained weights.
+        model: the trained model, reverted to the stock classes; pruned structures have their pre-trained weights. None
+            where nobody wants it.
         predictions: split ("validation", "report") -> the trained model's logits, [rows, labels] for whole texts, and
             what `with_results` adds.
         importance: way ("pass", "on_the_fly") -> importance, as asked for.
     """
 
     record: Record
-    model: PreTrainedModel
+    model: PreTrainedModel | None
     predictions: dict[str, np.ndarray]
     importance: dict[str, Importance] = field(default_factory=dict)
 
