@@ -29,6 +29,11 @@ def test_this_version_of_torch_has(name):
     assert getattr(private, name) is not None
 
 
+def test_a_constant_result_is_marked_as_torch_marks_it():
+    ours, theirs = private.assume_constant_result(lambda: 1), torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(ours) == vars(theirs) != {}
+
+
 def test_modes_transforms_and_tangents_are_seen(monkeypatch):
     x = torch.ones(2)
     assert not private.has_modes()

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from ticketops.searching.resampling import halves_of, resampled
 from ticketops.searching.selection import Selection, select
 from ticketops.searching.statistics import ERROR_RATE, row_weights
-from ticketops.tasks.resampling import halvings, resampled
 
 STUDIES, ROWS, LEVELS = 150, 200, 5
 WEIGHTS = row_weights(ROWS)
-HALVES = np.stack([halvings(ROWS), ~halvings(ROWS)], axis=1).reshape(-1, ROWS)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class World:
 def study(world: World, generator: np.random.Generator, seeds: int) -> Selection:
     answers = world.answers(generator, seeds, ROWS)
     results = [answers[place][:, None].astype(np.float32) for place in np.ndindex(seeds, 1 + LEVELS)]
-    halves = resampled("accuracy", results, HALVES).reshape(len(results), -1, 2)
+    halves = resampled("accuracy", results, halves_of(ROWS)).reshape(len(results), -1, 2)
     scores = resampled("accuracy", results, WEIGHTS)
     records = []
     for place, (seed, level) in enumerate(np.ndindex(seeds, 1 + LEVELS)):
@@ -53,9 +52,10 @@ def study(world: World, generator: np.random.Generator, seeds: int) -> Selection
             "id": f"{seed}-{level}", "kind": "winning" if level else "full", "sparsity": 0.1 * level, "seed": seed,
             "heads_pruned": 0, "ffns_pruned": 0, "weights_remaining": 1.0, "weights_remaining_encoder": 1.0,
             "score": float(results[place].mean()), "report_score": None, "rows": {"validation": ROWS},
-            "halves": halves[place].tolist(),
         })  # fmt: skip
-    return select(records, range(seeds), {record["id"]: own for record, own in zip(records, scores, strict=True)})
+    return select(
+        records, range(seeds), {record["id"]: own for record, *own in zip(records, halves, scores, strict=True)}
+    )
 
 
 def studies(world: World, seeds: int) -> list[Selection]:

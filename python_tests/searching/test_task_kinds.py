@@ -13,11 +13,11 @@ import ticketops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.searching import SearchConfig, Setting
 from ticketops.searching.release import release
+from ticketops.searching.resampling import resampled
 from ticketops.searching.setting import _load_tokenizer
 from ticketops.searching.store import Store
 from ticketops.searching.transfer import subset
 from ticketops.tasks import load_task
-from ticketops.tasks.resampling import resampled
 
 from .tiny import FIELDS, FILLERS
 

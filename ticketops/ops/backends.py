@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from ticketops.errors import UnsupportedError
+from ticketops.ops import private
 from ticketops.ops.building import switch
 
 OPS = ("attention", "ffn", "projection", "residual", "rows", "importance", "copies")
@@ -107,7 +108,7 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleT
     return _module(op, choose(op, device, dtype)[0], device.type)
 
 
-@torch.compiler.assume_constant_result
+@private.assume_constant_result
 def common(*ops: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Returns the backend that all the given ops share. torch.compile treats the result as a constant.
 

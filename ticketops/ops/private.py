@@ -2,7 +2,7 @@
 python_tests/ops/test_private.py checks them against the installed versions."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -31,6 +31,13 @@ _assert_async = _find("_assert_async")
 
 #: Makes a tensor from a DLPack capsule, as every result of a native kernel is one.
 from_dlpack = _find("_C._from_dlpack") or torch.from_dlpack
+
+
+def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function as `torch.compiler.assume_constant_result` does, which imports the whole compiler: 150 MB and a
+    second of every process, most of which compile nothing."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def has_modes() -> bool:

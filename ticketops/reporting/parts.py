@@ -32,7 +32,8 @@ def missing(store: Store, records: Sequence[Record], searches: Sequence[Store] =
     """
     failures = {failure["id"]: failure["error"] for failure in store.failures()}
     done = {record["id"] for record in records}
-    absent = [trial.id for trial in store.plan if trial.id not in {*done, *failures}]
+    known = {*done, *failures}
+    absent = [trial.id for trial in store.plan if trial.id not in known]
     for search in searches:
         failures |= {f"{search.folder.name} {failure['id']}": failure["error"] for failure in search.failures()}
     text = []

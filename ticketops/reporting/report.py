@@ -19,10 +19,10 @@ from ticketops.reporting.parts import (
 )
 from ticketops.reporting.tables import points
 from ticketops.searching.plan import SearchConfig
+from ticketops.searching.resampling import HALVINGS
 from ticketops.searching.selection import Level, Selection, read_selection
 from ticketops.searching.statistics import ADVISED_SEEDS, Spread
 from ticketops.searching.store import Record, Store
-from ticketops.tasks.resampling import HALVINGS
 from ticketops.text import code, count, fenced, markdown, structures
 from ticketops.tickets import Importance, Ticket, chance_jaccard
 

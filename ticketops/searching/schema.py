@@ -82,7 +82,7 @@ class Scored(TypedDict):
     predictions_sha256: NotRequired[Name]
     rows: NotRequired["Rows"]
     constant_scores: NotRequired["Constants"]
-    #: Scores of both halves of the validation rows, for each random split into halves.
+    #: By a metric of the user's own: scores of both halves of the validation rows, for each random split into halves.
     halves: NotRequired[list[Annotated[list[Score], Len(2, 2)]]]
     heads_pruned: Count
     ffns_pruned: Count

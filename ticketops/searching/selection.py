@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ticketops.searching.resampling import HALVINGS, can_resample, halves_of, resampled
 from ticketops.searching.statistics import (
     Comparison,
     Spread,
@@ -20,8 +21,10 @@ from ticketops.searching.statistics import (
     row_weights,
 )
 from ticketops.searching.store import Record, Store
-from ticketops.tasks.resampling import can_resample, resampled
 from ticketops.text import count, structures
+
+#: Scores of the halves of rows, and of a bootstrap's choices of rows.
+Resampled = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -285,14 +288,14 @@ def at_sparsity(selection: Selection, sparsity: float | None) -> Selection:
 
 
 def select(
-    records: Iterable[Record], seeds: Iterable[int], resampled: Mapping[str, np.ndarray] | None = None
+    records: Iterable[Record], seeds: Iterable[int], resampled: Mapping[str, Resampled] | None = None
 ) -> Selection:
     """Groups records into levels and picks the super ticket's level.
 
     Args:
         records: finished trials of one search.
         seeds: the seeds that a complete level has.
-        resampled: id of a trial -> its scores on the bootstrap's choices of the rows that report.
+        resampled: id of a trial -> its scores on parts of the rows that report, as `resampled_scores` returns them.
 
     Returns:
         The levels and the winner. Levels that lack seeds compete only where no level is complete.
@@ -310,10 +313,10 @@ def select(
         level.scores[seed] = record["score"]
         if record["report_score"] is not None:
             level.report_scores[seed] = record["report_score"]
-        if "halves" in record:
-            level.halves[seed] = np.asarray(record["halves"])
         if resampled and record.get("id") in resampled:
-            level.resampled[seed] = resampled[record["id"]]
+            level.halves[seed], level.resampled[seed] = resampled[record["id"]]
+        elif "halves" in record:
+            level.halves[seed] = np.asarray(record["halves"])
     order = ("full", "winning", "random", "losing")
     ordered = sorted(levels.values(), key=lambda level: (order.index(level.kind), level.sparsity))
     winning = [level for level in ordered if level.kind == "winning"]
@@ -336,8 +339,8 @@ def read_selection(store: Store, records: Sequence[Record] | None = None) -> Sel
     return select(records, store.config.seeds, resampled_scores(store, records))
 
 
-def resampled_scores(store: Store, records: Sequence[Record], task: str = "") -> dict[str, np.ndarray]:
-    """Scores the models of trials on the bootstrap's choices of the rows that report.
+def resampled_scores(store: Store, records: Sequence[Record], task: str = "") -> dict[str, Resampled]:
+    """Scores the models of trials on parts of the rows that report.
 
     Args:
         store: of the trials.
@@ -345,7 +348,8 @@ def resampled_scores(store: Store, records: Sequence[Record], task: str = "") ->
         task: name of one task of a share.
 
     Returns:
-        Id of a trial -> scores [replicates]; without trials that lack what each row contributes.
+        Id of a trial -> scores of both halves of each random split into halves, [HALVINGS, 2], and of the rows that
+        each replicate of the bootstrap draws, [REPLICATES]. Trials that lack what each row contributes are left out.
     """
     own = {record["id"]: record["tasks"][task] if task else record for record in records}
     split = "validation" if any(each["report_score"] is None for each in own.values()) else "report"
@@ -355,11 +359,13 @@ def resampled_scores(store: Store, records: Sequence[Record], task: str = "") ->
         metric = own[record["id"]]["metric"]
         if results is not None and can_resample(metric, results):
             by_metric.setdefault(metric, {})[record["id"]] = results
-    scores: dict[str, np.ndarray] = {}
-    for metric, found in by_metric.items():
-        weights = row_weights(len(next(iter(found.values()))))
-        scores |= dict(zip(found, resampled(metric, list(found.values()), weights), strict=True))
-    return scores
+    found: dict[str, Resampled] = {}
+    for metric, models in by_metric.items():
+        rows = len(next(iter(models.values())))
+        scores = resampled(metric, list(models.values()), np.concatenate([halves_of(rows), row_weights(rows)]))
+        for name, own_scores in zip(models, scores, strict=True):
+            found[name] = own_scores[: 2 * HALVINGS].reshape(-1, 2), own_scores[2 * HALVINGS :]
+    return found
 
 
 def _row_error(ours: Sequence[np.ndarray | None], theirs: Sequence[np.ndarray | None]) -> float | None:
@@ -413,13 +419,13 @@ def _arm_errors(store: Store, records: Sequence[Record], arms: Iterable[str]) ->
     """Standard errors over the rows of all tasks, which are drawn independently, of the difference to each arm."""
     ids = {(record["kind"], record["seed"]): record["id"] for record in records}
     tasks = [*records[0]["tasks"]] if records else []
-    resampled = {task: resampled_scores(store, records, task) for task in tasks}
+    drawn = {task: {name: own[1] for name, own in resampled_scores(store, records, task).items()} for task in tasks}
     errors = {}
     for arm in arms:
         seeds = [seed for kind, seed in ids if kind == arm and ("tickets", seed) in ids]
         found = [
             _row_error(*([scores.get(ids[kind, seed]) for seed in seeds] for kind in ("tickets", arm)))
-            for scores in resampled.values()
+            for scores in drawn.values()
         ]
         if None not in found:
             errors[arm] = math.hypot(*found) / len(found)  # type: ignore[arg-type]

@@ -18,9 +18,6 @@ from filelock import FileLock, Timeout
 
 from ticketops.errors import InputError, StoreError, TicketopsError, shown, spelled
 from ticketops.files import make_folder, read_json, sha256, store_error, user_path, write_atomically, write_json
-from ticketops.models.checkpoint import NOTE, check_files
-from ticketops.models.shared import SharedModel
-from ticketops.searching import environment
 from ticketops.searching.config import Config
 from ticketops.searching.plan import FORMAT_1_TRAINING, SearchConfig, json_identity, search_plan, without_options
 from ticketops.searching.sharing_plan import SINGLE, ShareConfig, share_plan
@@ -294,9 +291,13 @@ class Store:
             StoreError: a file of the model is missing or was changed.
         """
         path = self.model_path(trial)
-        notes = [note for note in (path / NOTE, path / SharedModel.NOTE) if self._sum(note, trial) is not None]
         if not path.is_dir():
             return None
+        # Models take transformers, which reading a run without models need not load.
+        from ticketops.models.checkpoint import NOTE, check_files
+        from ticketops.models.shared import SharedModel
+
+        notes = [note for note in (path / NOTE, path / SharedModel.NOTE) if self._sum(note, trial) is not None]
         for note in notes:
             self._compare(note, trial, _model_remedy())
         try:
@@ -362,6 +363,9 @@ class Store:
             files: files in the run's folder that the trial wrote, other than its ticket and model. Their checksums are
                 added to the record.
         """
+        from ticketops.models.checkpoint import NOTE
+        from ticketops.models.shared import SharedModel
+
         model = self.model_path(trial)
         # The record's "predictions" have their checksums already.
         paths = {*files, self.ticket_path(trial), model / NOTE, model / SharedModel.NOTE}
@@ -417,7 +421,7 @@ class Store:
         return known if len(known) == len(found) else None
 
     def row_results(self, record: Record, split: str) -> np.ndarray | None:
-        """Reads what each row contributes to the metric of a trial, one of the forms in `ticketops.tasks.resampling`.
+        """Reads what each row contributes to the metric of a trial: one of the forms in `resampling`.
 
         Args:
             record: record of the trial.
@@ -474,6 +478,8 @@ class Store:
             reason: one line.
             trace: where the error happened; empty where the reason says all.
         """
+        from ticketops.searching import environment
+
         content = {"id": trial.id, "seed": trial.seed, "error": reason, "environment": environment.circumstances()}
         content |= {"trace": trace} if trace else {}
         write_json(self.failure_path(trial), content)

@@ -28,12 +28,12 @@ from ticketops.models import TicketCallback, costs, patch, put_back, shrink, wei
 from ticketops.optim import Adamax
 from ticketops.searching import environment
 from ticketops.searching.plan import RECIPES, Trial
+from ticketops.searching.resampling import halves_of
 from ticketops.searching.scoring import score_pass
 from ticketops.searching.setting import Setting, name_of, precision, quiet
 from ticketops.searching.store import ROWS, Named, Record
 from ticketops.searching.tracking import PREFIXES, Run, Tracker
 from ticketops.tasks import Task
-from ticketops.tasks.resampling import can_resample, halvings, resampled
 from ticketops.tickets import Importance, Ticket, WeightCounts
 
 
@@ -388,31 +388,25 @@ def with_results(setting: Setting, predictions: Mapping[str, np.ndarray]) -> dic
 
 
 def scores_of_halves(task: Task, results: np.ndarray | None) -> list[list[float]] | None:
-    """Scores a model on both halves of each random split of the validation rows, from which levels are chosen.
+    """Scores a model on both halves of each random split of the validation rows, by a metric that is known here alone.
 
     Args:
         task: the task.
         results: what each row contributes, as `Task.row_results` returns it.
 
     Returns:
-        The scores of both halves of each split; None where the metric of some rows alone is not known.
+        The scores of both halves of each split; None for a metric that can be computed from the results at any time,
+        or not at all.
     """
-    if results is None or len(results) < 2:
+    function = task.functions.get(task.metric)
+    if function is None or results is None or len(results) < 2:
         return None
-    first, function = halvings(len(results)), task.functions.get(task.metric)
-    halves = np.stack([first, ~first], axis=1)
-    if function is None:
-        if not can_resample(task.metric, results):
-            return None
-        scores = resampled(task.metric, [results], halves.reshape(-1, len(results))).reshape(-1, 2)
-    else:
-        try:
-            values = [[function(results[half, 0], results[half, 1]) for half in pair] for pair in halves]
-        # A metric may need more rows, or rows of each class.
-        except InputError:
-            return None
-        scores = np.asarray(values)
-    return [[round(float(value), 7) for value in pair] for pair in scores]
+    try:
+        scores = [float(function(results[half, 0], results[half, 1])) for half in halves_of(len(results)) > 0]
+    # A metric may need more rows, or rows of each class.
+    except InputError:
+        return None
+    return [list(pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
 
 
 def score(task: Task, split: str, logits: np.ndarray, inputs: Any) -> dict[str, float]:

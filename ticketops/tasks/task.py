@@ -143,7 +143,7 @@ class Task(abc.ABC):
             logits, inputs, rows: as in `score`.
 
         Returns:
-            Array [rows, ...] of one of the forms in `ticketops.tasks.resampling`; None if the task does not know.
+            Array [rows, ...] of one of the forms in `ticketops.searching.resampling`; None if the task does not know.
         """
         return None
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import matthews_corrcoef
 
+from ticketops.searching.resampling import HALVINGS, can_resample, halvings, resampled
 from ticketops.tasks.metrics import METRICS, entity_counts, entity_scores
-from ticketops.tasks.resampling import HALVINGS, can_resample, halvings, resampled
 
 
 def results_of(form: str, generator: np.random.Generator, rows: int, classes: int) -> np.ndarray:

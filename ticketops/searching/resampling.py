@@ -48,14 +48,14 @@ def resampled(metric: str, results: Sequence[np.ndarray], weights: np.ndarray) -
     weights = np.asarray(weights, np.float32)
     columns, score = _score(metric, results)
     per_model = columns.shape[1] // len(results)
-    found = []
+    found = np.empty((len(results), len(weights)), np.float32)
     step = max(1, _BLOCK // max(1, len(weights) * per_model))
     for start in range(0, len(results), step):
         block = columns[:, start * per_model : (start + step) * per_model]
         # A sparse matrix takes a dense one only at its right side.
         sums = np.asarray((block.T @ weights.T) if sparse.issparse(block) else (weights @ block).T, np.float64)
-        found.append(score(sums.reshape(-1, per_model, len(weights)), weights.sum(axis=1)))
-    return np.concatenate(found)
+        found[start : start + step] = score(sums.reshape(-1, per_model, len(weights)), weights.sum(axis=1))
+    return found
 
 
 def halvings(rows: int) -> np.ndarray:
@@ -69,6 +69,12 @@ def halvings(rows: int) -> np.ndarray:
     """
     generator = np.random.default_rng(rows)
     return generator.permuted(np.tile(np.arange(rows) < rows // 2, (HALVINGS, 1)), axis=1)
+
+
+def halves_of(rows: int) -> np.ndarray:
+    """Both halves of each of the splits, as `resampled` takes them, [2 * HALVINGS, rows]."""
+    first = halvings(rows)
+    return np.stack([first, ~first], axis=1).reshape(-1, rows)
 
 
 def _score(metric: str, results: Sequence[np.ndarray]) -> tuple:
