@@ -15,7 +15,7 @@ _ENTITIES = ("entity_f1", "entity_precision", "entity_recall")
 _CORRELATIONS = ("pearson", "spearman")
 _COUNTED = ("accuracy", "f1", "macro_f1", "micro_f1", "matthews_correlation")
 #: The products of rows and weights are computed for so many numbers at a time.
-_BLOCK = 10_000_000
+_BLOCK = 1_000_000
 
 
 def can_resample(metric: str, results: np.ndarray) -> bool:
@@ -56,6 +56,13 @@ def resampled(metric: str, results: Sequence[np.ndarray], weights: np.ndarray) -
         sums = np.asarray((block.T @ weights.T) if sparse.issparse(block) else (weights @ block).T, np.float64)
         found[start : start + step] = score(sums.reshape(-1, per_model, len(weights)), weights.sum(axis=1))
     return found
+
+
+def compact(results: np.ndarray) -> np.ndarray:
+    """The results of rows in fewer bytes: small whole numbers as int8, others as int32, real numbers as float32."""
+    if np.issubdtype(results.dtype, np.floating):
+        return results.astype(np.float32)
+    return results.astype(np.int8 if results.size and np.abs(results).max() < 128 else np.int32)
 
 
 def halvings(rows: int) -> np.ndarray:

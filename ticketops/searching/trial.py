@@ -28,7 +28,7 @@ from ticketops.models import TicketCallback, costs, patch, put_back, shrink, wei
 from ticketops.optim import Adamax
 from ticketops.searching import environment
 from ticketops.searching.plan import RECIPES, Trial
-from ticketops.searching.resampling import halves_of
+from ticketops.searching.resampling import compact, halves_of
 from ticketops.searching.scoring import score_pass
 from ticketops.searching.setting import Setting, name_of, precision, quiet
 from ticketops.searching.store import ROWS, Named, Record
@@ -383,7 +383,7 @@ def with_results(setting: Setting, predictions: Mapping[str, np.ndarray]) -> dic
     for split, logits in predictions.items():
         results = task.row_results(logits, setting.splits[split], getattr(task, split))
         if results is not None:
-            found[split + ROWS] = results
+            found[split + ROWS] = compact(results)
     return found
 
 
