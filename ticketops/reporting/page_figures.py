@@ -111,9 +111,11 @@ def importance(importances: Sequence[Importance], tickets: Mapping[int, Ticket],
         seeds = list(tickets)
         overlap = np.array([[100 * tickets[one].jaccard(tickets[two]) for two in seeds] for one in seeds])
         np.fill_diagonal(overlap, np.nan)
-        names = [f"seed {seed}" for seed in seeds]
+        names = [str(seed) for seed in seeds]
         maps.append(
-            _matrix("Overlap of the seeds' tickets (Jaccard, %)", names, overlap, (0, 100), plots.KEPT, "{:.0f}")
+            _matrix(
+                "Overlap of the seeds' tickets (Jaccard, %)", names, overlap, (0, 100), plots.KEPT, "{:.0f}", "seed"
+            )
         )
     caption = "Importance of each head and FFN" + (", what the super ticket keeps" if tickets else "")
     return fragment("maps", caption=f"{caption}. A layer's head scores and the FFN scores have a scale each", maps=maps)
@@ -252,7 +254,13 @@ def _gradient(colours: Colormap) -> str:
 
 
 def _matrix(
-    title: str, names: Sequence[str], values: np.ndarray, limits: tuple[float, float], colours: Colormap, form: str
+    title: str,
+    names: Sequence[str],
+    values: np.ndarray,
+    limits: tuple[float, float],
+    colours: Colormap,
+    form: str,
+    corner: str = "",
 ) -> Any:
     """A square map whose cells hold their numbers."""
     low, high = limits
@@ -260,12 +268,15 @@ def _matrix(
     for name, own in zip(names, values, strict=True):
         cells: Cells = [
             _cell(
-                form.format(value), f"{name} and {other}: {form.format(value)}", colours, (value - low) / (high - low)
+                form.format(value),
+                f"{corner} {name} and {other}: {form.format(value)}".lstrip(),
+                colours,
+                (value - low) / (high - low),
             )
             if np.isfinite(value)
-            else ("–", f"{name} and {other}: no pair", "", "")
+            else ("–", f"{corner} {name} and {other}: no pair".lstrip(), "", "")
             for other, value in zip(names, own, strict=True)
         ]
         rows.append((name, cells))
     scale = ("", form.format(low), form.format(high), _gradient(colours))
-    return _map(title, "", list(names), rows, [scale], numbers=True)
+    return _map(title, corner, list(names), rows, [scale], numbers=True)
