@@ -11,14 +11,14 @@ OLDEST_TESTS := python_tests/models $(addprefix python_tests/searching/, \
 	test_run.py::test_a_search_finds_a_super_ticket_and_its_gain \
 	test_sharing.py::test_each_arm_is_one_record_with_every_tasks_own_metric \
 	test_transfer.py::test_both_ladders_are_climbed)
-# Another one has sentence-transformers, SetFit and Lightning, which are optional.
-EMBEDDERS := .venv-sentence-transformers
+# Another one has what is optional: sentence-transformers, SetFit, Lightning and Ray.
+EXTRAS := .venv-extras
 # Tests run in this many processes, of one thread each outside python_tests/ops.
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 PYTEST := -m pytest -q --numprocesses $(WORKERS) --dist loadgroup
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test pytest test-triton test-isa test-long test-oldest test-sentence-transformers lint bench sanitize gpu clean
+.PHONY: setup demo test pytest test-triton test-isa test-long test-oldest test-extras lint bench sanitize gpu clean
 
 setup: $(VENV)/.installed
 
@@ -76,12 +76,13 @@ test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python $(PYTEST) $(OLDEST_TESTS)
 	$(OLDEST)/bin/python $(PYTEST) -m long python_tests/models/test_everywhere.py
 
-$(EMBEDDERS)/.installed: $(VENV)/.installed
-	$(call BESIDE,$(EMBEDDERS),"sentence-transformers>=6" setfit lightning)
+$(EXTRAS)/.installed: $(VENV)/.installed
+	$(call BESIDE,$(EXTRAS),"sentence-transformers>=6" setfit lightning "ray>=2.60")
 
-test-sentence-transformers: $(EMBEDDERS)/.installed
-	$(EMBEDDERS)/bin/python $(PYTEST) python_tests/test_examples.py \
+test-extras: $(EXTRAS)/.installed
+	$(EXTRAS)/bin/python $(PYTEST) python_tests/test_examples.py \
 		python_tests/models/test_sentence_transformers.py python_tests/searching/test_embedders.py
+	$(EXTRAS)/bin/python -m pytest -q -m "long or not long" python_tests/searching/test_ray.py
 
 bench: setup
 	$(BIN)/python -m pytest bench/bench_step.py
@@ -101,4 +102,4 @@ gpu:
 	$$python -m bench.gpu $(GPU_FLAGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EMBEDDERS) build dist *.egg-info ticketops/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(EXTRAS) build dist *.egg-info ticketops/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -15,7 +15,7 @@ import ticketops
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {path.stem: path for path in (ROOT / "examples").glob("*.py") if path.stem != "made_up"}
-#: Optional packages, of an environment of their own: make test-sentence-transformers.
+#: Optional packages, of an environment of their own: make test-extras.
 NEEDS = {"lightning_module": "lightning", "sentence_transformers_embedder": "sentence_transformers"}
 
 
@@ -31,7 +31,7 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_an_example_runs(name, capsys):
     if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason="in an environment of its own: make test-sentence-transformers")
+        pytest.importorskip(NEEDS[name], reason="in an environment of its own: make test-extras")
     found = runpy.run_path(str(EXAMPLES[name]), run_name="__main__")
     if name == "packing":
         assert found["accuracy"] > 0.6

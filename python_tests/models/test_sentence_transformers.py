@@ -31,7 +31,7 @@ from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models.handle import find_handle
 from ticketops.tickets import Ticket
 
-pytest.importorskip("sentence_transformers", reason="needs the extra: make test-sentence-transformers")
+pytest.importorskip("sentence_transformers", reason="needs the extra: make test-extras")
 
 from sentence_transformers import (
     CrossEncoder,
@@ -435,7 +435,7 @@ def test_the_example_in_the_guide_runs(folder, tmp_path, monkeypatch):
 
 
 def test_setfit_trains_and_predicts_as_with_the_stock_model(folder, tmp_path):
-    setfit = pytest.importorskip("setfit", reason="needs SetFit: make test-sentence-transformers")
+    setfit = pytest.importorskip("setfit", reason="needs SetFit: make test-extras")
     labels = [0, 1, 0, 1, 1]
     arguments = setfit.TrainingArguments(
         output_dir=str(tmp_path), num_epochs=1, num_iterations=2, batch_size=5, report_to="none", save_strategy="no"

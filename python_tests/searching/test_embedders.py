@@ -23,7 +23,7 @@ from ticketops.tasks import load_task
 
 from .tiny import FIELDS, FILLERS, HEADS, LAYERS, make_model
 
-pytest.importorskip("sentence_transformers", reason="needs the extra: make test-sentence-transformers")
+pytest.importorskip("sentence_transformers", reason="needs the extra: make test-extras")
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
