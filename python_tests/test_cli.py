@@ -395,7 +395,7 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_an_option(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory\nin two lines")
 
-    monkeypatch.setattr(run, "run_trial", fail)
+    monkeypatch.setattr(run, "search_jobs", fail)
     words = ["search", *flags({**inputs, "output": tmp_path / "run"})]
     result = invoke(*words)
     assert result.exit_code == 1

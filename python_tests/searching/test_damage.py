@@ -142,8 +142,8 @@ def runs(inputs: dict[str, str], pairs: str, tmp_path_factory: pytest.TempPathFa
             )
             ready = prepare_transfer(source)
             origins = [ready.source.trial(kind, ready.source.level(), 0) for kind in ("full", "winning")]
-            begun = [_adapted(ready.target, ready.source, origin, "keep") for origin in origins]
-            weights = [float(sum(value.double().sum() for value in one.pretrained.values())) for one, _ in begun]
+            begun = [_adapted(ready.source, origin, "keep") for origin in origins]
+            weights = [float(sum(value.double().sum() for value in one[0].values())) for one, _ in begun]
             return ready.identity, weights, [ticket for _, ticket in begun]
 
         def shared() -> Any:
@@ -304,7 +304,7 @@ def test_verify_finds_whichever_file_is_damaged(runs: Runs):
     for run, trials in (("search", 3), ("share", 6), ("transfer", 6)):
         folder = runs.root / run
         found = status(folder)
-        assert (len(found.finished), found.failed, found.left, found.working) == (trials, {}, [], False)
+        assert (len(found.finished), found.failed, found.left, found.running) == (trials, {}, [], {})
         assert verify(folder) == []
         parts = ("trials", "tickets", "importance", "predictions", "models")
         files = [sorted(path for path in folder.rglob(f"{part}/**/*.*") if path.is_file()) for part in parts]
