@@ -28,11 +28,11 @@ $(VENV)/.installed: $(BUILD_INPUTS)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# Three seeds of full fine-tuning, two winning levels and a random control, with rows held out that only report: enough
-# for a verdict, which on so few rows is most often that no difference is shown. Minutes on two cores.
+# Three seeds of full fine-tuning, two winning levels and a random control: enough for a verdict, which on so few rows is
+# most often that no difference is shown. Minutes on two cores.
 demo: setup
 	$(BIN)/ticketops search --output demo-run --sparsities 0.1,0.3 --kinds winning,random@0.1 --seeds 3 \
-		--train-rows 800 --validation-rows 600 --report-fraction 0.5
+		--train-rows 800 --validation-rows 600
 
 lint: setup
 	$(BIN)/ruff check .
