@@ -26,6 +26,9 @@ from ticketops.text import count, printable
 _LAST_PART = "How to reproduce"
 
 
+#: Trials in the page's table; browsers are slow with more rows than this, and results.csv has them all.
+_MOST_TRIALS = 2_000
+
 #: File name of a figure in report.md -> a function that draws what the page has in its place.
 Figures = dict[str, Callable[[], Markup]]
 
@@ -110,7 +113,7 @@ def _visible(value: Any) -> Any:
 
 
 def _trials(results: str) -> Mapping[str, Any] | None:
-    """The table of all trials: what is the same in all is said once."""
+    """The table of trials, of the first `_MOST_TRIALS`: what is the same in all is said once."""
     head, *body = csv.reader(io.StringIO(results))
     if not body:
         return None
@@ -118,7 +121,8 @@ def _trials(results: str) -> Mapping[str, Any] | None:
     kept = [place for place in range(len(head)) if place not in same]
     return {
         "head": [head[place].replace("_", " ") for place in kept],
-        "body": [[_cell(row[place]) for place in kept] for row in body],
+        "body": [[_cell(row[place]) for place in kept] for row in body[:_MOST_TRIALS]],
+        "left_out": max(len(body) - _MOST_TRIALS, 0),
         "same": [(head[place].replace("_", " "), body[0][place]) for place in same if body[0][place]],
     }
 

@@ -32,6 +32,7 @@ def phase(selection: Selection, metric: str) -> Markup:
         metric: name of the metric.
     """
     comparisons = selection.comparisons
+    seeds = max((len(selection.scores(level)) for level in selection.levels), default=0)
     tips: dict[str, list[str]] = {}
     rows = [["ticket", "sparsity", "weights left (%)", "mean", "seed: score", "against the full model"]]
     for kind in dict.fromkeys(level.kind for level in selection.levels):
@@ -43,23 +44,26 @@ def phase(selection: Selection, metric: str) -> Markup:
             against = shown(one, "levels") if one is not None and one.difference.count else ""
             mean = points(Spread.of(scores.values()))
             left = f"{100 * level.weights_remaining:.1f}"
-            tips.setdefault(f"{kind}-seeds", []).extend(
-                f"{name}, seed {seed}: {metric} {100 * score:.2f}" for seed, score in scores.items()
-            )
+            if seeds <= plots.MOST_SEEDS:
+                tips.setdefault(f"{kind}-seeds", []).extend(
+                    f"{name}, seed {seed}: {metric} {100 * score:.2f}" for seed, score in scores.items()
+                )
             if kind != "full":
                 text = f"{name}: mean {metric} {mean} over {count(len(scores), 'seed')}, {left} % of the weights left"
                 tips.setdefault(f"{kind}-means", []).append(text + (f"; against full: {against}" if against else ""))
             if against:
                 tips.setdefault("differences", []).append(f"{name} against the full model: {against}")
-            by_seed = ", ".join(f"{seed}: {100 * score:.2f}" for seed, score in scores.items())
+            known = list(scores.items())[: plots.MOST_SEEDS]
+            by_seed = ", ".join(f"{seed}: {100 * score:.2f}" for seed, score in known)
+            by_seed += ", ..." if len(known) < len(scores) else ""
             star = " ★" if level is selection.super_level else ""
             rows.append([kind + star, f"{level.sparsity:g}", left, mean, by_seed, against])
     kinds = [kind for kind in ("winning", "random", "losing") if f"{kind}-means" in tips]
-    series = [*((f"{kind}-", kind) for kind in kinds), ("-seeds", "single seeds"), ("-band", "bands")]
+    series = [(f"{kind}-", kind) for kind in kinds]
+    series += [("-seeds", "single seeds")] if seeds <= plots.MOST_SEEDS else []
+    series += [("-band", "bands")] if seeds > plots.FEW_SEEDS else []
     if not any(one.low is not None for one in comparisons.values()):
         tips.pop("differences", None)
-    if max(len(selection.scores(level)) for level in selection.levels) <= plots.FEW_SEEDS:
-        series = series[:-1]
     caption = f"{printable(metric)} on {selection.split} against the weights remaining"
     drawn = [
         _inlined(plots.phase_transition, (selection, metric, "", size), f"phase-{name}", caption, tips)

@@ -28,6 +28,8 @@ FULL, SUPER, CONSTANT = "#404040", "#009E73", "#8C8C8C"
 KEPT = LinearSegmentedColormap.from_list("kept", ["#ECECEC", "#0072B2"])
 #: Up to this number of seeds, each is drawn as a point; with more, their mean and standard deviation.
 FEW_SEEDS = 3
+#: With more seeds than this the points of single seeds are a cloud that hides the bands, and thousands of marks.
+MOST_SEEDS = 50
 #: Least height of a score axis: multiples of the standard deviation over seeds and of the sampling error.
 _DEVIATIONS, _SAMPLING_ERRORS = 8.0, 6.0
 #: Least height of a score axis where neither is known.
@@ -125,7 +127,9 @@ def phase_transition(
 def _seeds(
     axes: Axes, selection: Selection, levels: Sequence[Level], kind: str, colour: str, marker: str, seeds: int
 ) -> None:
-    """Draws the score of each seed: faint beside a band, clear without one."""
+    """Draws the score of each seed, unless there are too many: faint beside a band, clear without one."""
+    if seeds > MOST_SEEDS:
+        return
     pairs = [
         (100 * level.weights_remaining, 100 * score) for level in levels for score in selection.scores(level).values()
     ]

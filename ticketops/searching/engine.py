@@ -256,6 +256,8 @@ def _train(state: _Progress, job: Job, claim: Claim | None, executor: Executor, 
         else:
             call = job.prepare()
     except Exception as error:
+        if isinstance(job.trial, Barrier):
+            raise
         _end(state, job, Failure.of(error), listener, 0)
         return False
     if call is None:

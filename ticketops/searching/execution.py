@@ -75,7 +75,8 @@ class Execution:
             with RayExecutor(listener, self.address, self.cpus_per_trial or 1, self.gpus_per_trial) as executor:
                 run_jobs(jobs, listener, executor, self.retries)
             return
-        with threads(self.cpus_per_trial):
+        # As many threads as Ray's workers have, also where only a lost ticket is to be restored.
+        with threads(self.cpus_per_trial or (1 if self.executor == "ray" else None)):
             run_jobs(jobs, listener, LocalExecutor(listener), self.retries)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ticketops.models import weight_counts
 from ticketops.searching.config import Config
+from ticketops.searching.execution import Execution
 from ticketops.searching.plan import SearchConfig, Trial
 from ticketops.searching.setting import Setting, quiet
 from ticketops.searching.sharing import prepare_share
@@ -49,6 +50,7 @@ def outlook(config: Config) -> Outlook:
         ShareConfig: _share,
         TransferConfig: _transfer,
     }
+    Execution.of(config).check()
     return kinds[type(config)](config)
 
 

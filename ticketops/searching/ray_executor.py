@@ -41,8 +41,6 @@ def require_ray() -> Any:
         )
     # Nothing of a run leaves the machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Otherwise Ray changes how later versions treat zero GPUs, and warns of it.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     return ray
@@ -134,8 +132,10 @@ class RayExecutor:
         """Returns what workers have finished, waiting a moment if there is nothing."""
         if not self._running:
             return []
-        timeout = _POLL if wait else 0
-        done, _ = self._ray.wait([*self._running], num_returns=len(self._running), timeout=timeout)
+        references = [*self._running]
+        if wait:
+            self._ray.wait(references, timeout=_POLL)
+        done, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
         self._tell_steps()
         found: list[tuple[str, Any]] = []
         for reference in done:
