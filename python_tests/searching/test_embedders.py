@@ -15,9 +15,10 @@ import ticketops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.containers import separate_columns
 from ticketops.reporting import read
-from ticketops.searching import SearchConfig, Setting
+from ticketops.searching import Listener, SearchConfig, Setting
+from ticketops.searching.execution import Execution
 from ticketops.searching.release import release
-from ticketops.searching.run import search_in
+from ticketops.searching.run import search_jobs
 from ticketops.searching.store import Store
 from ticketops.tasks import load_task
 
@@ -233,7 +234,8 @@ def test_kept_and_exported_embedders_are_what_was_scored(search, folders, tmp_pa
 @pytest.mark.parametrize("rows", ["triplets", "pairs"])
 def test_rows_without_a_score_train(rows, embedder, folders, tmp_path):
     setting = load(embedder, folders[rows], output=str(tmp_path / "run"), importance="both")
-    result = read(search_in(setting, timed=False))
+    Execution().run(search_jobs(setting), Listener())
+    result = read(setting.config.output)
     assert [record["metric"] for record in result.records] == ["cosine_accuracy"] * 2
     assert result.records[0]["rank_correlation"].keys() == {"head", "ffn"}
 

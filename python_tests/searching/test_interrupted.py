@@ -1,14 +1,20 @@
 """Killed runs and power cuts: every file of the run equals an undisturbed run's in the end."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ticketops.searching import SearchConfig, run_search
+
+from .interrupted import content
 from .tiny import FIELDS
 
 SHORT = {
@@ -61,3 +67,26 @@ def test_what_killed_runs_leave_equals_an_undisturbed_run(
     assert found["kills"] >= kills
     assert found["power cuts"] > 0
     assert found["moments"] > 50
+
+
+@pytest.mark.long
+def test_a_clock_that_goes_back_and_a_slow_folder_change_nothing(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fields = {**inputs, **SHORT, "kinds": "winning"}
+    run_search(SearchConfig(**fields, output=str(tmp_path / "undisturbed")))
+    clock, wait = itertools.count(2_000_000_000, -3600), time.sleep
+    sync, replace = os.fsync, os.replace
+
+    def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            wait(0.02)
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(os, "fsync", slow(sync))
+    monkeypatch.setattr(os, "replace", slow(replace))
+    run_search(SearchConfig(**fields, output=str(tmp_path / "disturbed")))
+    assert content(tmp_path / "disturbed") == content(tmp_path / "undisturbed")

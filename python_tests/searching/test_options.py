@@ -142,9 +142,9 @@ def test_early_stopping_keeps_the_best_epoch_and_stops(setting: Setting, monkeyp
     scripted = dataclasses.replace(changed(setting, epochs=6, early_stopping_patience=2), task=Scripted(**fields))
     evaluate = Trainer.predict
 
-    def predict(trainer, rows):
+    def predict(trainer, rows, **options):
         weights.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
-        return evaluate(trainer, rows)
+        return evaluate(trainer, rows, **options)
 
     monkeypatch.setattr(Trainer, "predict", predict)
     before = set(glob.glob(f"{tempfile.gettempdir()}/ticketops-*"))
