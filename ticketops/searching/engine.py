@@ -231,8 +231,8 @@ def _start(state: _Progress, executor: Executor, listener: Listener) -> bool:
         trains = not (job.finished or isinstance(job.trial, Barrier))
         if not state.settled.issuperset(job.needs) or (trains and executor.free() <= 0):
             continue
-        claim = job.store.claim(job.own) if trains else None
-        if trains and claim is None:
+        claim = None if job.finished else job.store.claim(job.own)
+        if claim is None and not job.finished:
             continue
         progressed = True
         state.waiting.remove(job)

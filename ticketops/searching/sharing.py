@@ -346,6 +346,7 @@ def run_share(
                 found.single[name] = single_scores(records, selection)
         for name, by_seed in found.tickets.items():
             for seed, ticket in by_seed.items():
+                store.remove_leftovers(TaskTicket(name, seed))
                 store.keep_ticket(TaskTicket(name, seed), ticket, seed in {trial.seed for trial in finished})
         store.write_facts(SINGLE, found.single)
 

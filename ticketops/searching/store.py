@@ -187,7 +187,7 @@ class Store:
         claim = Claim(lock)
         try:
             claim.note.write_text(json.dumps({"id": trial.id, "host": socket.gethostname(), "process": os.getpid()}))
-            self._remove_leftovers(trial)
+            self.remove_leftovers(trial)
         except OSError as error:
             claim.release()
             raise store_error(path, error) from error
@@ -221,9 +221,14 @@ class Store:
                     Claim(lock).release()
         return found
 
-    def _remove_leftovers(self, trial: Named) -> None:
-        """Removes temporary files of a process that was killed while it wrote a trial. Folders stay: a folder of such
-        a name may be an export in progress, and `clear_model` removes those of models."""
+    def remove_leftovers(self, trial: Named) -> None:
+        """Removes temporary files of a process that was killed while it wrote a trial, which this process has claimed.
+
+        Folders stay: a folder of such a name may be an export in progress, and `clear_model` removes those of models.
+
+        Args:
+            trial: the trial.
+        """
         for place in ("trials", "failures", "tickets"):
             _remove((self.folder / place).glob(f".{trial.id}.*.part"))
         _remove((self.folder / "predictions" / trial.id).glob(".*.part"))
