@@ -50,6 +50,7 @@ REMEDIES = (
     "remove",
     "correct it",
     "finish the search",
+    "finish that search",
 )
 JUNK: list[Any] = [
     None, True, 0, -1, 1, 1.5, 1e308, 10**4000, float("nan"), float("inf"), "", "\ud800", "\0", "../../etc/passwd",
