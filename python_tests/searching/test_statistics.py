@@ -93,6 +93,8 @@ def test_what_is_like_one_constant_answer():
     assert is_like_a_constant([0.05], 0.0, 100)
     assert not is_like_a_constant([0.5], 0.0, 100)
     assert is_like_a_constant([0.5], 0.5, 0)
+    assert is_like_a_constant([5.1], 5.0, 100)
+    assert not is_like_a_constant([5.3], 5.0, 100)
     assert not is_like_a_constant([0.51], 0.5, 0)
 
 

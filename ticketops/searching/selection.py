@@ -143,7 +143,8 @@ class Selection:
         if choice.shares is None:
             return self.comparisons[self.super_level.sparsity]
         errors = {} if choice.row_error is None else {"choice": choice.row_error}
-        return compare({"choice": list(choice.gains.values())}, self._resolution, row_errors=errors)["choice"]
+        least = max(self._resolution, choice.spread)
+        return compare({"choice": list(choice.gains.values())}, least, row_errors=errors)["choice"]
 
     @functools.cached_property
     def comparisons(self) -> dict[float, Comparison]:
@@ -224,12 +225,14 @@ class Selection:
             choosing = np.concatenate([halves[..., 0], halves[..., 1]], axis=2)
             reporting = np.concatenate([halves[..., 1], halves[..., 0]], axis=2)
         choice = cross_fit(choosing[:, 1:], reporting[:, 1:], reporting[:, 0])
+        by_level = (reporting[:, 1:] - reporting[:, :1]).mean(axis=2)
+        spread = float(np.sqrt(by_level.var(axis=0, ddof=1).mean())) if len(seeds) > 1 else 0.0
         gains, row_error = dict(zip(seeds, choice.gains.tolist(), strict=True)), None
         if all(seed in level.resampled for level in levels for seed in seeds):
             samples = np.asarray([[level.resampled[seed] for level in levels] for seed in seeds])
             mixed = (choice.shares[..., None] * samples[:, 1:]).sum(axis=1) - samples[:, 0]
             row_error = float(mixed.mean(axis=0).std())
-        return _Choice(gains, choice.shares, row_error)
+        return _Choice(gains, choice.shares, row_error, spread)
 
     def row_error(self, ours: Level, theirs: Level) -> float | None:
         """Standard error over the choice of rows of the mean difference of two levels; None where it is not known.
@@ -266,11 +269,14 @@ class _Choice:
         gains: seed -> gain over the full model.
         shares: how often which level was chosen, as `statistics.cross_fit` returns it; None if not cross-fitted.
         row_error: standard error of the mean gain over the choice of rows; None if not known.
+        spread: standard deviation over seeds of a level's difference from the full model, mean over the levels. The
+            gains of seeds depend on each other, since each chooses for the others, and may lie closer together.
     """
 
     gains: dict[int, float]
     shares: np.ndarray | None = None
     row_error: float | None = None
+    spread: float = 0.0
 
 
 def at_sparsity(selection: Selection, sparsity: float | None) -> Selection:

@@ -256,6 +256,7 @@ def is_like_a_constant(scores: Iterable[float], constant: float, rows: int) -> b
         constant: score of one constant answer, in [0, 1]; 0 for correlations.
         rows: number of rows scored; 0 if unknown, and the standard error is then taken as 0.
     """
-    variance = constant * (1 - constant) or 1.0
+    # A metric of the user's own may be any number.
+    variance = max(constant * (1 - constant), 0.0) or 1.0
     error = math.sqrt(variance / max(rows - 1, 1)) if rows else 0.0
     return Spread.of(scores).mean <= constant + 2 * error
