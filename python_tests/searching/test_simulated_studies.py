@@ -132,3 +132,27 @@ def test_a_split_of_its_own_that_reports_chooses_nothing():
         gains.append(np.mean([*selection.gains.values()]))
         naive.append(np.mean([level.spread.mean for level in selection.levels if level is selection.super_level]))
     assert abs(np.mean(gains)) < 3.3 * np.std(gains) / np.sqrt(STUDIES)
+
+
+def rates(world: World, seeds: int, number: int) -> dict[str, float]:
+    """Percentages and points of many studies, for bench/results/README.md: run this file as a module."""
+    generator, truth = np.random.default_rng(seeds), world.truth()
+    found = [study(world, generator, seeds) for _ in range(number)]
+    judged = [(selection.comparison, float(np.mean(selection.choice_shares @ truth))) for selection in found]
+    shown = [[one.outcome != "no difference shown" for one in each.comparisons.values()] for each in found]
+    return {
+        "covered": 100 * float(np.mean([one.low <= true <= one.high for one, true in judged])),
+        "better": 100 * float(np.mean([one.outcome == "better" for one, _ in judged])),
+        "holm": 100 * float(np.mean([any(each) for each in shown])),
+        "naive": 100 * float(np.mean([np.mean([*each.naive_gains.values()]) for each in found])),
+        "fitted": 100 * float(np.mean([np.mean([*each.gains.values()]) for each in found])),
+        "true": 100 * float(np.mean([true for _, true in judged])),
+    }
+
+
+if __name__ == "__main__":
+    for world, seeds in (
+        *((World(over_seeds=spread), seeds) for spread, seeds in ((0.05, 3), (0.2, 3), (0.2, 2), (0.0, 5))),
+        *((World(effect=0.4), seeds) for seeds in (3, 5)),
+    ):
+        print(world, seeds, {name: round(value, 2) for name, value in rates(world, seeds, 1_000).items()})

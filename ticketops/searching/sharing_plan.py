@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ticketops.errors import InputError
-from ticketops.searching.config import PLAN, TRAINING, WHAT, Config, check_choice, list_of, option, text
+from ticketops.searching.config import NO_RESULT, PLAN, TRAINING, WHAT, Config, check_choice, list_of, option, text
 from ticketops.searching.objects import bare
 from ticketops.searching.plan import RECIPES, SearchConfig
 from ticketops.searching.task_options import options_of, read_options
@@ -18,9 +18,9 @@ ARMS: tuple[str, ...] = get_args(Arm)
 
 #: What a single-task search has in common with runs of several tasks, where they have the field.
 COMMON = (
+    *NO_RESULT,
     "model",
     "revision",
-    "output",
     "sparsities",
     "prune_neurons",
     "seeds",
@@ -36,13 +36,6 @@ COMMON = (
     "gradient_accumulation_steps",
     "early_stopping_patience",
     "dtype",
-    "save_models",
-    "report_to",
-    "executor",
-    "address",
-    "cpus_per_trial",
-    "gpus_per_trial",
-    "retries",
     "granularity",
     "train_rows",
     "validation_rows",
