@@ -66,7 +66,7 @@ def command(*words: str) -> subprocess.CompletedProcess:
 
 
 def starter(*words: str) -> list[str]:
-    return [sys.executable, "-c", "from ticketops.cli import main; main()", *words]
+    return [sys.executable, "-m", "ticketops", *words]
 
 
 def environment() -> dict[str, str]:

@@ -378,7 +378,7 @@ def test_the_command_line_searches_a_model_and_a_task_of_the_hub(folder: Path, g
     def command(*words: str, **environment: str) -> subprocess.CompletedProcess:
         base = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            [sys.executable, "-c", "from ticketops.cli import main; main()", *words],
+            [sys.executable, "-m", "ticketops", *words],
             env=base | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment,
             capture_output=True,
             text=True,

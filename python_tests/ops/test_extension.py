@@ -238,7 +238,7 @@ def test_the_command_line_refuses_it_in_one_line(variable):
     if variable == "TICKETOPS_ISA" and extension.native is None:
         pytest.skip(extension.status)
     done = subprocess.run(
-        [sys.executable, "-c", "from ticketops.cli import main; main()", "doctor"],
+        [sys.executable, "-m", "ticketops", "doctor"],
         env=os.environ | {variable: "nonsense"},
         capture_output=True,
         text=True,

@@ -14,7 +14,9 @@ from transformers import Trainer
 
 from ticketops.errors import InputError
 from ticketops.searching import SearchConfig, Setting, ShareConfig, TransferConfig
-from ticketops.searching.plan import FORMAT_1_TRAINING, RECIPES, SCHEDULES, Trial, training, without_options
+from ticketops.searching.plan import Trial
+from ticketops.searching.recipes import FORMAT_1_TRAINING, RECIPES, training, without_options
+from ticketops.searching.run_config import SCHEDULES
 from ticketops.searching.trial import run_trial, trainer_options
 from ticketops.tickets import Ticket
 

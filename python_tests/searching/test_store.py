@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from ticketops.errors import InputError, StoreError
 from ticketops.files import new_folder
 from ticketops.searching import SearchConfig, Store
-from ticketops.searching.plan import training
+from ticketops.searching.recipes import training
 from ticketops.searching.store import extended
 from ticketops.tickets import Importance, prune
 

@@ -14,7 +14,7 @@ from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models import patch, shrink
 from ticketops.optim import Adamax
 from ticketops.searching import SearchConfig, Setting, Trial, run_trial
-from ticketops.searching.plan import RECIPES
+from ticketops.searching.recipes import RECIPES
 from ticketops.searching.release import release
 from ticketops.searching.scoring import score_pass
 from ticketops.tickets import Ticket

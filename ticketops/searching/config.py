@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import json
 import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -66,9 +67,9 @@ NO_RESULT = (
     "gpus_per_trial",
     "retries",
 )
-#: The groups of flags in a command's help.
-WHAT, PLAN, TRAINING, SCORING, DATA = "What", "Which tickets", "Training", "Importance", "Data"
-EXECUTION = "Where trials run"
+#: The groups of flags in a command's help, in their order.
+GROUPS = ("What", "Which tickets", "Training", "Where trials run", "Importance", "Data")
+WHAT, PLAN, TRAINING, EXECUTION, SCORING, DATA = GROUPS
 
 
 def option(
@@ -93,6 +94,18 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def inherited(kind: Any, name: str, **changes: Any) -> Any:
+    """Makes a field like the one of the same name in another configuration.
+
+    Args:
+        kind: the other configuration's class.
+        name: name of the field.
+        changes: arguments of `option` that differ.
+    """
+    field = kind.__dataclass_fields__[name]
+    return option(**{"default": field.default, **field.metadata, **changes})
+
+
 class Config:
     """Base of the configurations: conversion from and to plain values, and to a command line.
 
@@ -110,6 +123,8 @@ class Config:
         # Python -OO drops docstrings.
         if cls.__doc__ is not None:
             about, raises = inspect.cleandoc(cls.__doc__).split("Raises:")
+            inherited: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
+            own = {name: field for name, field in vars(cls).items() if isinstance(field, dataclasses.Field)}
             lines = [
                 textwrap.fill(
                     f"{name}: {field.metadata['help']} Default: {field.metadata['shown']}.",
@@ -118,8 +133,7 @@ class Config:
                     subsequent_indent=" " * 8,
                     break_on_hyphens=False,
                 )
-                for name, field in vars(cls).items()
-                if isinstance(field, dataclasses.Field)
+                for name, field in _by_group({**inherited, **own}.items())
             ]
             cls.__doc__ = "\n".join([f"{about}Args:", *lines, "", f"Raises:{raises}"])
 
@@ -257,7 +271,13 @@ def _by_name(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _fields(kind: Any) -> "tuple[dataclasses.Field[Any], ...]":
-    return dataclasses.fields(kind)
+    named = ((field.name, field) for field in dataclasses.fields(kind))
+    return tuple(field for _, field in _by_group(named))
+
+
+def _by_group(fields: "Iterable[tuple[str, dataclasses.Field[Any]]]") -> "list[tuple[str, dataclasses.Field[Any]]]":
+    """Fields in the order of their groups, and within one as they are declared, inherited ones first."""
+    return sorted(fields, key=lambda each: GROUPS.index(each[1].metadata["group"]))
 
 
 def list_of(name: str, value: Any) -> list[Any]:
@@ -397,6 +417,11 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise InputError(f"{spelled(name)} {shown(value)} is unknown: choose from {', '.join(choices)}")
+
+
+def json_identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as JSON gives them back, so that a fresh configuration compares with a stored one."""
+    return json.loads(json.dumps(values))
 
 
 def _number(convert: Callable[[Any], Any], noun: str, name: str, value: Any) -> Any:

@@ -1,7 +1,5 @@
 """The configuration of a search and the list of its trials. Imports no torch."""
 
-import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,12 +12,10 @@ from ticketops.files import text_encoding, user_path
 from ticketops.kinds import KINDS, SCORED_LOSSES, UNSCORED_LOSSES, Kind
 from ticketops.searching.config import (
     DATA,
-    EXECUTION,
     PLAN,
     SCORING,
     TRAINING,
     WHAT,
-    Config,
     check_choice,
     list_of,
     option,
@@ -30,117 +26,16 @@ from ticketops.searching.config import (
     text,
     whole,
 )
+from ticketops.searching.recipes import BY_RECIPE, RECIPES
+from ticketops.searching.run_config import SCHEDULES, TRACKERS, RunConfig
 from ticketops.text import count
 
 TicketKind = Literal["winning", "random", "losing"]
 TICKET_KINDS: tuple[str, ...] = get_args(TicketKind)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a trial trains where the configuration does not say otherwise.
-
-    Attributes:
-        optimizer: "adamw", or "adamax" for the authors' (`ticketops.optim.Adamax`).
-        betas: decay rates of the two moment estimates.
-        eps: added to the denominator of the update.
-        learning_rate: peak step size.
-        epochs: passes over the training split.
-        batch_size: examples a step.
-        train_rows: rows of the training split used at most; None for all.
-        warmup: share of the steps over which the step size rises from zero; it then falls linearly back to zero.
-        weight_decay: of all weights but biases and LayerNorm.
-        clip: largest l2 norm of a step's gradient over all parameters.
-        parameter_clip: largest l2 norm of each parameter's gradient after that; for adamax only.
-        dropout: of hidden states and attention; None leaves the checkpoint's.
-        long_tasks: tasks that train for `long_epochs` instead, since they have many rows.
-        long_epochs: passes over the training split of `long_tasks`.
-    """
-
-    optimizer: Literal["adamw", "adamax"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    learning_rate: float = 5e-5
-    epochs: int = 3
-    batch_size: int = 32
-    train_rows: int | None = None
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    parameter_clip: float = 1.0
-    dropout: float | None = None
-    long_tasks: tuple[str, ...] = ()
-    long_epochs: int = 3
-
-
-RECIPES: dict[str, Recipe] = {
-    "default": Recipe(),
-    # The recipe of the authors' code: arXiv 2105.12002 and its repository.
-    "paper": Recipe(optimizer="adamax", eps=1e-6, epochs=6, dropout=0.1, long_tasks=("mnli", "qnli")),
-    # Small enough for a laptop's processor.
-    "demo": Recipe(learning_rate=1e-4, epochs=1, train_rows=3000),
-}
-
-#: Fields of a search that a recipe decides where they are left out -> the recipe's own.
-_BY_RECIPE = {
-    "batch_size": "batch_size",
-    "learning_rate": "learning_rate",
-    "train_rows": "train_rows",
-    "warmup_steps": "warmup",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "clip",
-}
-#: Schedules of the Trainer that need nothing but their name.
-SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
-
-#: Trackers of transformers' Trainer.
-TRACKERS = ("tensorboard", "wandb", "trackio")
-
-
-def training(recipe: str) -> dict[str, Any]:
-    """What of a recipe a configuration does not say: the optimizer and its constants, as JSON values.
-
-    Args:
-        recipe: its name.
-    """
-    apart = (*_BY_RECIPE.values(), "epochs", "long_tasks", "long_epochs")
-    values = dataclasses.asdict(RECIPES[recipe])
-    return json_identity({name: value for name, value in values.items() if name not in apart})
-
-
-def without_options(training: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divides what earlier versions kept of a recipe: some of its constants are options of a search by now.
-
-    Args:
-        training: as such a run kept it.
-
-    Returns:
-        What `training` keeps, and fields of `SearchConfig`.
-    """
-    moved = {field: training[name] for field, name in _BY_RECIPE.items() if name in training}
-    return {name: value for name, value in training.items() if name not in _BY_RECIPE.values()}, moved
-
-
-_CONSTANTS = {"betas": [0.9, 0.999], "warmup": 0.1, "weight_decay": 0.01, "clip": 1.0}
-#: What `training` gave when runs did not keep it yet.
-FORMAT_1_TRAINING: dict[str, dict[str, Any]] = {
-    "default": {**_CONSTANTS, "optimizer": "adamw", "eps": 1e-8, "dropout": None},
-    # Not the authors' optimizer, which has been this recipe's since.
-    "paper": {**_CONSTANTS, "optimizer": "torch.optim.Adamax", "eps": 1e-6, "dropout": 0.1},
-    "demo": {**_CONSTANTS, "optimizer": "adamw", "eps": 1e-8, "dropout": None},
-}
-
-
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(Config):
+class SearchConfig(RunConfig):
     """Everything a search depends on; each field is a flag of `ticketops search` and a key of its YAML file.
 
     Values are normalised when the object is made ("0.1,0.3" becomes (0.1, 0.3); 3 seeds become (0, 1, 2)), and what the
@@ -153,12 +48,6 @@ class SearchConfig(Config):
     verb = "search"
     decisive = ("task",)
 
-    model: str = option(
-        "demo", "Pre-trained encoder: a folder, a Hugging Face name, or 'demo' (MiniLM, 6 layers x 12 heads).", WHAT
-    )
-    revision: str | None = option(
-        None, "Branch, tag or commit of a model on the Hugging Face hub.", WHAT, shown="its main branch"
-    )
     task: str = option(
         "demo",
         "A GLUE task by name, a data file or folder (jsonl, csv, tsv, parquet, arrow), or 'demo' (movie sentiment).",
@@ -167,46 +56,13 @@ class SearchConfig(Config):
     output: str = option(
         "ticketops-run", "Folder for records, tickets and the report; the same command resumes there.", WHAT
     )
-    sparsities: tuple[float, ...] | Literal["paper"] = option(
-        (0.1, 0.3, 0.5),
-        "Fractions of heads and of FFNs to prune, in (0, 1), comma-separated; 'paper': its eight BERT-base levels.",
-        PLAN,
-        additive=True,
-    )
     kinds: tuple[str, ...] = option(
         ("winning", "random"),
         "Of winning, random, losing, comma-separated; 'random@0.3' is that kind at that sparsity only.",
         PLAN,
         additive=True,
     )
-    seeds: tuple[int, ...] = option(
-        (0,), "Number of seeds, or the seeds themselves, comma-separated ('7,').", PLAN, shown="1", additive=True
-    )
-    min_heads: int = option(1, "Heads that every layer keeps at least.", PLAN, int)
-    prune_neurons: bool = option(
-        False, "Prune that fraction of the FFNs' single neurons in place of whole FFNs.", PLAN, bool
-    )
-    recipe: str = option(
-        None,
-        "default (AdamW), paper (its authors' Adamax) or demo (1 epoch of at most 3000 rows).",
-        TRAINING,
-        shown="demo for task demo, else default",
-    )
     epochs: int = option(None, "Passes over the training split.", TRAINING, int, shown="recipe")
-    batch_size: int = option(None, "Examples a batch.", TRAINING, int, shown="recipe")
-    learning_rate: float = option(None, "Peak step size.", TRAINING, float, shown="recipe")
-    warmup_steps: float = option(
-        None,
-        "Steps over which the step size rises from zero; below 1 a share of all steps.",
-        TRAINING,
-        float,
-        shown="recipe",
-    )
-    lr_scheduler_type: str = option("linear", f"How the step size falls: {', '.join(SCHEDULES)}.", TRAINING)
-    weight_decay: float = option(None, "Of all weights but biases and LayerNorm.", TRAINING, float, shown="recipe")
-    max_grad_norm: float = option(
-        None, "Largest l2 norm of a step's gradient; 0 for no clipping.", TRAINING, float, shown="recipe"
-    )
     gradient_accumulation_steps: int = option(1, "Batches whose gradients add up to one optimizer step.", TRAINING, int)
     early_stopping_patience: int | None = option(
         None,
@@ -223,50 +79,10 @@ class SearchConfig(Config):
         TRAINING,
         shown="all alike",
     )
-    dtype: Literal["fp32", "bf16", "fp16"] = option(
-        "fp32", "fp32, or autocast over fp32 weights: bf16, or fp16 (GPUs only).", TRAINING
-    )
-    save_models: bool = option(
-        False,
-        "Keep each trial's trained model in models/ (the size of the checkpoint each); a finished trial "
-        "without its model trains again.",
-        TRAINING,
-        bool,
-    )
-    executor: Literal["local", "ray"] = option(
-        "local",
-        "local: one trial after the other in this process; ray: as many at a time as fit on Ray, on this machine or a "
-        "cluster. Several commands on one folder share its trials, too.",
-        EXECUTION,
-    )
-    address: str | None = option(
-        None, "With ray: address of a cluster, or auto.", EXECUTION, shown="a Ray of its own on this machine"
-    )
-    cpus_per_trial: int | None = option(
-        None, "CPU cores and threads of a trial.", EXECUTION, int, shown="all of torch's threads; with ray 1"
-    )
-    gpus_per_trial: float | None = option(
-        None,
-        "With ray: GPUs of a trial, such as 0.25 for four on one.",
-        EXECUTION,
-        float,
-        shown="1 where there are any",
-    )
-    retries: int = option(0, "How often a trial that failed is tried again at once.", EXECUTION, int)
-    report_to: tuple[str, ...] = option(
-        (),
-        f"Where each trial's losses and scores are drawn as curves: {', '.join(TRACKERS)}, comma-separated; each needs "
-        "its package. TensorBoard's files are in tensorboard/ of the output folder.",
-        TRAINING,
-        shown="none",
-    )
     importance: Literal["pass", "on_the_fly", "both"] = option(
         "pass",
         "Scores heads and FFNs in a clean pass after training, on_the_fly in its last epoch, or both (pass ranks).",
         SCORING,
-    )
-    granularity: Literal["example", "token", "batch"] = option(
-        "example", "Absolute importance per example (the paper's formula), token (its code) or batch.", SCORING
     )
     metric: str | None = option(
         None,
@@ -303,11 +119,6 @@ class SearchConfig(Config):
         None, "Local data: encoding of text files, such as latin-1 or utf-16.", DATA, shown="utf-8"
     )
     max_length: int = option(128, "Longest input in tokens; longer ones are cut.", DATA, int)
-    train_rows: int | None = option(None, "Training rows used.", DATA, int, shown="recipe, else all")
-    validation_rows: int | None = option(None, "Validation rows used.", DATA, int, shown="all")
-    report_fraction: float = option(
-        0.0, "Share of the validation rows, in [0, 1), held out from selection and used to report.", DATA, float
-    )
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -324,7 +135,7 @@ class SearchConfig(Config):
         # In any of the usual spellings, or a folder of that name.
         name = Path(self.task).name.lower().replace("-", "").replace("_", "")
         epochs = recipe.long_epochs if name in recipe.long_tasks else recipe.epochs
-        chosen = {"epochs": epochs, **{field: getattr(recipe, name) for field, name in _BY_RECIPE.items()}}
+        chosen = {"epochs": epochs, **{field: getattr(recipe, name) for field, name in BY_RECIPE.items()}}
         for name, value in chosen.items():
             if getattr(self, name) is None:
                 put(name, value)
@@ -529,11 +340,6 @@ def search_plan(config: SearchConfig, identity: Mapping[str, Any]) -> list[Trial
         identity: with the model's numbers of layers, heads and neurons.
     """
     return make_plan(config, identity["layers"], identity["heads"], identity.get("neurons"))
-
-
-def json_identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as JSON gives them back, so that a fresh configuration compares with a stored one."""
-    return json.loads(json.dumps(values))
 
 
 def _class_weights(value: Any) -> str | tuple[float, ...]:

@@ -29,7 +29,8 @@ from ticketops.models.checkpoint import LOCAL, check_folder
 from ticketops.models.inputs import positions
 from ticketops.models.record import held_ticket, num_neurons
 from ticketops.searching.objects import Objects
-from ticketops.searching.plan import RECIPES, SearchConfig, Trial, check_names, make_plan, training
+from ticketops.searching.plan import SearchConfig, Trial, check_names, make_plan
+from ticketops.searching.recipes import RECIPES, training
 from ticketops.searching.tracking import check_trackers
 from ticketops.tasks import Task, demo_model, load_task, tokenize
 from ticketops.text import structures

@@ -18,8 +18,9 @@ from filelock import FileLock, Timeout
 
 from ticketops.errors import InputError, StoreError, TicketopsError, shown, spelled
 from ticketops.files import make_folder, read_json, sha256, store_error, user_path, write_atomically, write_json
-from ticketops.searching.config import Config
-from ticketops.searching.plan import FORMAT_1_TRAINING, SearchConfig, json_identity, search_plan, without_options
+from ticketops.searching.config import Config, json_identity
+from ticketops.searching.plan import SearchConfig, search_plan
+from ticketops.searching.recipes import FORMAT_1_TRAINING, without_options
 from ticketops.searching.sharing_plan import SINGLE, ShareConfig, share_plan
 from ticketops.searching.task_options import DATA_OPTIONS
 from ticketops.searching.transfer_plan import SCORES, TransferConfig, transfer_plan

@@ -10,8 +10,8 @@ from ticketops.searching.config import (
     PLAN,
     TRAINING,
     WHAT,
-    Config,
     check_choice,
+    inherited,
     list_of,
     option,
     real,
@@ -19,8 +19,8 @@ from ticketops.searching.config import (
     whole,
 )
 from ticketops.searching.plan import SearchConfig, Trial, search_plan
-from ticketops.searching.sharing_plan import common_fields, inherited_from_search, per_task, put_common, task_names
-from ticketops.searching.task_options import TASK_OPTIONS, option_of, options_of, read_options
+from ticketops.searching.task_options import TASK_OPTIONS, option_of
+from ticketops.searching.tasks_config import TasksConfig, task_names
 
 #: The folder of the source's search, inside a transfer's own, and the file of what it scored.
 SOURCE, SCORES = "source", "source.json"
@@ -29,7 +29,7 @@ Ladder = Literal["target", "source"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferConfig(Config):
+class TransferConfig(TasksConfig):
     """Everything that a transfer depends on; each field is a flag of `ticketops transfer`.
 
     Values are normalised when the object is made, as those of `SearchConfig` are.
@@ -41,13 +41,14 @@ class TransferConfig(Config):
     verb = "transfer"
     decisive = ("source", "target")
 
-    model: str | None = inherited_from_search("model", default=None, shown="that of the source's search, else demo")
-    revision: str | None = inherited_from_search("revision")
+    model: str | None = inherited(  # type: ignore[assignment]
+        TasksConfig, "model", default=None, shown="that of the source's search, else demo"
+    )
     source: str = option(
         None, "The task to come from, or the output folder of its search, made with --save-models.", WHAT, shown="none"
     )
     target: str = option(None, "The task to adapt to, as --task of a search.", WHAT, shown="none")
-    output: str = inherited_from_search("output", default="ticketops-transfer", shown="ticketops-transfer")
+    output: str = inherited(SearchConfig, "output", default="ticketops-transfer", shown="ticketops-transfer")
     fractions: tuple[float, ...] = option(
         (0.001, 0.01, 0.1, 1.0),
         "Shares of the training rows, in (0, 1], comma-separated; a larger one contains a smaller one.",
@@ -63,46 +64,17 @@ class TransferConfig(Config):
     min_steps: int = option(
         0, "Optimizer steps that a trial on few rows takes at least, by more epochs.", TRAINING, int
     )
-    sparsities: tuple[float, ...] | Literal["paper"] = inherited_from_search("sparsities")
-    prune_neurons: bool = inherited_from_search("prune_neurons")
-    seeds: tuple[int, ...] = inherited_from_search("seeds")
-    min_heads: int = inherited_from_search("min_heads")
-    recipe: str = inherited_from_search("recipe", shown="default")
-    epochs: int | None = inherited_from_search("epochs", shown="recipe, for each task its own")
-    batch_size: int = inherited_from_search("batch_size")
-    learning_rate: float = inherited_from_search("learning_rate")
-    warmup_steps: float = inherited_from_search("warmup_steps")
-    lr_scheduler_type: str = inherited_from_search("lr_scheduler_type")
-    weight_decay: float = inherited_from_search("weight_decay")
-    max_grad_norm: float = inherited_from_search("max_grad_norm")
-    gradient_accumulation_steps: int = inherited_from_search("gradient_accumulation_steps")
-    early_stopping_patience: int | None = inherited_from_search("early_stopping_patience")
-    class_weights: str | tuple[str, ...] | None = per_task("class_weights")
-    dtype: Literal["fp32", "bf16", "fp16"] = inherited_from_search("dtype")
-    save_models: bool = inherited_from_search(
+    gradient_accumulation_steps: int = inherited(SearchConfig, "gradient_accumulation_steps")
+    early_stopping_patience: int | None = inherited(SearchConfig, "early_stopping_patience")
+    save_models: bool = inherited(
+        TasksConfig,
         "save_models",
         help="Keep each target trial's model (the checkpoint's size each); a finished trial without its "
         "model trains again.",
     )
-    executor: Literal["local", "ray"] = inherited_from_search("executor")
-    address: str | None = inherited_from_search("address")
-    cpus_per_trial: int | None = inherited_from_search("cpus_per_trial")
-    gpus_per_trial: float | None = inherited_from_search("gpus_per_trial")
-    retries: int = inherited_from_search("retries")
-    report_to: tuple[str, ...] = inherited_from_search("report_to")
-    granularity: Literal["example", "token", "batch"] = inherited_from_search("granularity")
-    metric: str | tuple[str, ...] | None = per_task("metric")
-    threshold: float | tuple[str, ...] | None = per_task("threshold")
-    text_columns: tuple[str, ...] | None = per_task("text_columns")
-    label_column: tuple[str, ...] | None = per_task("label_column")
-    task_kind: tuple[str, ...] | None = per_task("task_kind")
-    encoding: tuple[str, ...] | None = per_task("encoding")
-    max_length: int | tuple[str, ...] = per_task("max_length")
-    train_rows: int | None = inherited_from_search(
-        "train_rows", help="Training rows of source and target at most; the fractions are of these."
+    train_rows: int | None = inherited(
+        TasksConfig, "train_rows", help="Training rows of source and target at most; the fractions are of these."
     )
-    validation_rows: int | None = inherited_from_search("validation_rows", help="Validation rows of each task at most.")
-    report_fraction: float = inherited_from_search("report_fraction")
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -110,9 +82,8 @@ class TransferConfig(Config):
 
         for name in ("source", "target"):
             put(name, text(name, getattr(self, name)))
-        read_options(self, self._names())
         model = self.model
-        put_common(self, (self.source, self.target))
+        self.read_common((self.source, self.target))
         # Left out, it is that of the source's search.
         put("model", None if model is None else self.model)
         fractions = set()
@@ -133,28 +104,17 @@ class TransferConfig(Config):
     def source_options(self) -> list[str]:
         """Names of the options that are given for the source alone, rather than for both tasks."""
         entries = {name: getattr(self, name) for name in TASK_OPTIONS}
-        own, names = self._names(self.source), self._names()
+        own, names = self.names_of(self.source), self.names_of()
         return [
             name
             for name, entry in entries.items()
             if option_of(name, entry, own, names) != option_of(name, entry, (), names)
         ]
 
-    def _names(self, task: str | None = None) -> list[str]:
-        """Names of the task, or of both, in options of single tasks."""
+    def names_of(self, task: str | None = None) -> list[str]:
+        """Names of a task, or of both, in options of single tasks."""
         roles = {"source": self.source, "target": self.target}
         return [name for role, spec in roles.items() if task in (None, spec) for name in (role, *task_names(spec))]
-
-    def search(self, task: str, **changes: Any) -> SearchConfig:
-        """A search of one task with this run's values.
-
-        Args:
-            task: as `source` or `target` has it.
-            changes: of the search's fields.
-        """
-        common = {**common_fields(self), **options_of(self, self._names(task), self._names())}
-        model = {"model": self.model or SearchConfig.__dataclass_fields__["model"].default}
-        return SearchConfig(**{**common, **model, "task": task, "kinds": ("winning",), **changes})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from ticketops.errors import InputError, TrialError, shown, spelled
 from ticketops.models import TicketCallback, costs, patch, put_back, shrink, weight_counts
 from ticketops.optim import Adamax
 from ticketops.searching import environment
-from ticketops.searching.plan import RECIPES, Trial
+from ticketops.searching.plan import Trial
+from ticketops.searching.recipes import RECIPES
 from ticketops.searching.resampling import compact, halves_of
 from ticketops.searching.scoring import score_pass
 from ticketops.searching.setting import Setting, name_of, precision, quiet
