@@ -204,6 +204,12 @@ def test_help_names_every_field_with_its_default_and_does_not_wait_for_torch():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_reading_a_run_imports_neither_models_nor_the_compiler():
+    heavy = {"transformers", "datasets", "torch._dynamo", "sklearn", "pandas"}
+    code = f"import sys, ticketops.reporting; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
 def test_yaml_equals_the_flags(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[SearchConfig] = []
 

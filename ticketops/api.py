@@ -8,8 +8,8 @@ from typing import Any, TypeVar, Unpack
 
 from ticketops.errors import InputError, shown
 from ticketops.progress_view import watched
-from ticketops.reporting import report
-from ticketops.reporting.results import SearchResult, ShareResult, TransferResult, read
+from ticketops.reporting import write_report
+from ticketops.reporting.results import SearchResult, ShareResult, TransferResult
 from ticketops.searching.config import Config
 from ticketops.searching.keywords import SearchFields, ShareFields, TransferFields
 from ticketops.searching.objects import Objects, named_metric, named_task, named_tasks
@@ -135,8 +135,7 @@ def _run(run: Callable[..., Path], config: Config, listener: Listener | None, ob
     """Runs what is missing, shows the progress in interactive sessions, writes the report, and reads the result."""
     with watched(listener) as shown_to:
         folder = run(config, shown_to, objects)
-    report(folder)
-    return read(folder)
+    return write_report(folder)[0]
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

@@ -227,10 +227,10 @@ def _report(
 ) -> None:
     """Write the report of a search, share or transfer again: report.md, report.html, results.csv, the figures."""
     with _errors(traceback):
-        from ticketops.reporting import read, report
+        from ticketops.reporting import write_report
 
-        path = report(folder)
-        _print_table(read(folder).table)
+        found, path = write_report(folder)
+        _print_table(found.table)
         _print_report(path)
 
 

@@ -12,6 +12,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -227,11 +228,28 @@ def sha256(path: Path) -> str:
     Raises:
         OSError: it cannot be read, or is a pipe, a device or a folder, which may never end.
     """
+    with _regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: as `sha256`.
+    """
+    with _regular(path) as file:
+        return file.read()
+
+
+def _regular(path: Path) -> BufferedReader:
     # To open a pipe would wait for its writer.
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no regular file")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path.open("rb")
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,14 +311,19 @@ def read_json(
         return float(text)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if (name := repeated(name for name, _ in pairs)) is not None:
-            refuse(f"has the key {name!r:.60} twice")
-        return dict(pairs)
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            refuse(f"has the key {repeated(name for name, _ in pairs)!r:.60} twice")
+        return values
 
     try:
-        if not path.is_file():
-            refuse("is not there" if not path.exists() else "is not a file")
-        if path.stat().st_size > most:
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            refuse("is not there")
+        if not stat.S_ISREG(found.st_mode):
+            refuse("is not a file")
+        if found.st_size > most:
             refuse(f"is larger than {most} bytes")
         content = json.loads(
             path.read_text(encoding="utf-8"),
@@ -312,7 +335,7 @@ def read_json(
         if not isinstance(content, dict):
             refuse(f"is a JSON {type(content).__name__}, not an object")
         checksum = content.pop("checksum", None)
-        found = _checksum(content)
+        actual = _checksum(content)
     except InputError:
         raise
     except OSError as error:
@@ -321,7 +344,7 @@ def read_json(
         raise InputError(f"{path} is nested too deeply: {remedy}") from error
     except ValueError as error:
         raise InputError(f"{path} is truncated or damaged: {remedy}") from error
-    if checksum != found and not (unsealed and checksum is None):
+    if checksum != actual and not (unsealed and checksum is None):
         refuse("was changed or damaged after it was written")
     return content
 

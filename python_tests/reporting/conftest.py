@@ -22,7 +22,7 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def figure(path: Path, *_: object) -> None:
         write_atomically(path, b"no figure")
 
-    for name in ("report", "sharing", "transfer"):
+    for name in ("search", "sharing", "transfer"):
         monkeypatch.setattr(importlib.import_module(f"ticketops.reporting.{name}"), "figure", figure)
     for name in ("phase", "importance", "arms", "overlaps", "profiles", "ladder"):
         monkeypatch.setattr(page_figures, name, lambda *_: Markup(""))

@@ -1,30 +1,13 @@
-"""The report of a search: read from its folder, written beside its records."""
+"""The report of a run: read from its folder, written beside its records."""
 
-import itertools
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 from ticketops.files import write_atomically
-from ticketops.reporting import page_figures, plots, sharing, tables, transfer
+from ticketops.reporting import search, sharing, transfer
 from ticketops.reporting.page import Figures, html
-from ticketops.reporting.parts import (
-    figure,
-    listed,
-    missing,
-    quoted,
-    reproduction,
-    scored_rows,
-    shown,
-    warning_of_a_constant,
-)
-from ticketops.reporting.tables import points
-from ticketops.searching.plan import SearchConfig
-from ticketops.searching.resampling import HALVINGS
-from ticketops.searching.selection import Level, Selection, read_selection
-from ticketops.searching.statistics import ADVISED_SEEDS, Spread
-from ticketops.searching.store import Record, Store
-from ticketops.text import code, count, fenced, markdown, structures
-from ticketops.tickets import Importance, Ticket, chance_jaccard
+from ticketops.reporting.results import SearchResult, ShareResult, TransferResult, read_store
+from ticketops.searching.store import Store
 
 
 def report(folder: str | Path) -> Path:
@@ -43,231 +26,31 @@ def report(folder: str | Path) -> Path:
         InputError: there is no such run in the folder.
         StoreError: one of its files is damaged, or the folder cannot be written.
     """
+    return write_report(folder)[1]
+
+
+def write_report(folder: str | Path) -> tuple[SearchResult | ShareResult | TransferResult, Path]:
+    """Writes the report as `report` does.
+
+    Args:
+        folder: output folder of the run.
+
+    Returns:
+        What `read` returns, and the path of `report.md`.
+
+    Raises:
+        InputError, StoreError: as `report` does.
+    """
     store = Store.read(folder)
+    found = read_store(store)
     figures: Figures = {}
-    text = {"search": _search, "share": sharing.lines, "transfer": transfer.lines}[store.kind](store, figures)
+    if isinstance(found, SearchResult):
+        text = search.lines(store, found.records, found.selection, found.tickets, figures)
+    else:
+        lines = sharing.lines if isinstance(found, ShareResult) else transfer.lines
+        text = lines(store, found.records, figures)
     path = store.folder / "report.md"
     write_atomically(path, "\n".join(text) + "\n")
     results = (store.folder / "results.csv").read_text(encoding="utf-8")
     write_atomically(store.folder / "report.html", html(text, figures, results))
-    return path
-
-
-def heading(config: SearchConfig) -> str:
-    """The title of a search's report."""
-    return f"Super tickets of {config.model} on {config.task}"
-
-
-def _search(store: Store, figures: Figures) -> list[str]:
-    records = store.records()
-    config = store.config
-    selection = read_selection(store, records)
-    level = selection.super_level
-    tickets = {} if level is None else store.tickets(level.kind, level.sparsity)
-    write_atomically(store.folder / "results.csv", tables.csv_text(tables.trial_rows(records)))
-    title = heading(config)
-    text = [f"# {markdown(title)}", ""]
-    text += missing(store, records)
-    if records:
-        split = selection.split
-        metric = records[0]["metric"]
-        text += [*_summary(selection, metric), "", *_splits(store, selection), ""]
-        figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric, title)
-        figures["phase_transition.png"] = partial(page_figures.phase, selection, metric)
-        text += [f"![{markdown(metric)} against weights remaining](phase_transition.png)", ""]
-        text += [tables.markdown_table(tables.level_rows(selection)), ""]
-        constant = f"{100 * selection.constants.get(split, 0.0):.1f}"
-        text += [
-            f"Scores are {markdown(metric)} x 100, mean ± standard deviation over seeds; ★ marks the super ticket."
-        ]
-        text += [f"Without learning anything, one constant answer scores {constant} on `{split}`.", ""]
-        text += _importance(store, records, selection, tickets, title, figures)
-        text += _ticket(store, selection, tickets)
-        text += _costs(store, records, selection)
-    return [*text, *reproduction(store, records)]
-
-
-_VERDICTS = {
-    "better": "The super ticket beats the full model",
-    "worse": "The super ticket is worse than the full model",
-    "no difference shown": "No difference shown between the super ticket and the full model",
-    "no verdict": f"No verdict from one seed (--seeds {ADVISED_SEEDS} allows one)",
-}
-
-
-def headline(selection: Selection, metric: str) -> str:
-    """The finding of a search: the super ticket against the full model, and beside the controls of its level.
-
-    Args:
-        selection: of the search's records.
-        metric: its name.
-    """
-    best, full, comparison = selection.super_level, selection.full, selection.comparison
-    if best is None or full is None or comparison is None:
-        return "No super ticket yet: that takes the full model and a winning ticket of the same seed."
-
-    def reached(level: Level) -> str:
-        return points(Spread.of(selection.scores(level).values()))
-
-    pruned = structures(best.heads_pruned, best.ffns_pruned, best.neurons_pruned or None)
-    controls = [
-        f"{level.kind} ones {reached(level)}"
-        for level in selection.levels
-        if level.kind in ("random", "losing") and level.sparsity == best.sparsity
-    ]
-    found = (
-        f"{_VERDICTS[comparison.outcome]}: sparsity {best.sparsity:g} ({pruned} pruned, "
-        f"{100 * best.weights_remaining:.1f} % of the weights left) reaches {metric} {reached(best)} against "
-        f"{reached(full)}"
-    )
-    difference = shown(comparison, "levels")
-    text = [f"{found}; its choice gains {difference}." if selection.is_cross_fitted else f"{found}, {difference}."]
-    text.append(
-        f"Of the same size, {' and '.join(controls)}."
-        if controls
-        else "No random or losing tickets of that level were tried."
-    )
-    split = f"the split {selection.split}"
-    if selection.split == "validation":
-        split += ", of which one half chose for the other" if selection.is_cross_fitted else ", which selected too"
-    return " ".join([*text, scored_rows({split: selection.rows.get(selection.split, 0)})])
-
-
-def optimism(selection: Selection) -> str:
-    """How far the gain would be overstated by the rows and seeds that chose the super ticket; empty if not known.
-
-    Args:
-        selection: of the search's records.
-    """
-    if not selection.is_cross_fitted:
-        return ""
-    naive, fitted = (Spread.of(gains.values()).mean for gains in (selection.naive_gains, selection.gains))
-    others = "the other seeds chose, " if len(selection.gains) > 1 else "was chosen "
-    return (
-        f"The gain is that of the level that {others}on rows that did not choose. By the rows and seeds that chose it, "
-        f"the super ticket would seem to gain {100 * naive:+.1f} points; {100 * (naive - fitted):+.1f} of these are "
-        "what choosing the best makes of noise."
-    )
-
-
-def warnings(selection: Selection, metric: str) -> list[str]:
-    """Warnings about the finding of a search: models no better than a constant answer, missing seeds.
-
-    Args:
-        selection: of the search's records.
-        metric: its name.
-    """
-    text = []
-    for what, level in (("The full model", selection.full), ("The super ticket", selection.super_level)):
-        if level is not None:
-            constant, rows = selection.constants.get(selection.split, 0.0), selection.rows.get(selection.split, 0)
-            text += warning_of_a_constant(what, metric, selection.scores(level).values(), constant, rows)
-    if selection.super_level is not None and not selection.complete:
-        text.append("No winning level has all its seeds yet, so this choice is provisional.")
-    return text
-
-
-def _summary(selection: Selection, metric: str) -> list[str]:
-    text = [markdown(headline(selection, metric)), "", *quoted(warnings(selection, metric))]
-    gains, explained = selection.gains, optimism(selection)
-    text += [explained, ""] if explained else []
-    if len(gains) > 1:
-        text.append("Gain by seed: " + ", ".join(f"{seed}: {100 * gain:+.1f}" for seed, gain in gains.items()) + ".")
-    return text
-
-
-def _splits(store: Store, selection: Selection) -> list[str]:
-    name = markdown(store.description["notes"].get("validation", "validation"))
-    if selection.split == "report":
-        # Earlier versions knew of report rows held out of the validation rows alone.
-        held_out = f"{100 * store.config.report_fraction:g} % of the validation rows, held out"
-        source = markdown(store.description["notes"].get("report") or held_out)
-        return [f"The split `validation` ({name}) selects; the split `report`, {source}, reports."]
-    if selection.is_cross_fitted:
-        return [
-            f"The scores are of all rows of `validation` ({name}), and select the super ticket; its gain is taken from "
-            f"{HALVINGS} random splits of them into halves, each of which chooses for the other one."
-        ]
-    return [
-        f"The same split, `validation` ({name}), both selects the super ticket and reports, which flatters the best of "
-        "several levels; `--report-fraction 0.5` holds a report split out."
-    ]
-
-
-def _importance(
-    store: Store,
-    records: list[Record],
-    selection: Selection,
-    tickets: dict[int, Ticket],
-    title: str,
-    figures: Figures,
-) -> list[str]:
-    way = "on_the_fly" if store.config.importance == "on_the_fly" else "pass"
-    done = [record["seed"] for record in records if record["kind"] == "full"]
-    scored: list[Importance] = [found for seed in done if (found := store.importance(seed, way)) is not None]
-    if not scored:
-        return []
-    level = selection.super_level
-    name = f"the super ticket (sparsity {level.sparsity:g})" if level else ""
-    figure(store.folder / "importance.png", plots.importance_map, scored, list(tickets.values()), name, title)
-    figures["importance.png"] = partial(page_figures.importance, scored, tickets, name)
-    how = {"pass": "in a clean pass after training", "on_the_fly": "during the last epoch of training"}[way]
-    text = [
-        "## Importance",
-        "",
-        "![importance of each head and FFN, and what the super ticket keeps](importance.png)",
-        "",
-        f"Scored {how}, absolute value per {store.config.granularity}, mean over {count(len(scored), 'seed')}; a "
-        "layer's head scores are divided by their l2 norm, FFN scores by that of all FFNs.",
-    ]
-    both = [record["rank_correlation"] for record in records if "rank_correlation" in record]
-    for name, label in (("head", "heads"), ("ffn", "FFNs")):
-        values = [one[name] for one in both if one[name] is not None]
-        if values:
-            spread = Spread.of(values)
-            deviation = "" if spread.std is None else f" ± {spread.std:.3f}"
-            text.append(
-                f"Rank correlation of the clean pass with on-the-fly scores, {label}: {spread.mean:.3f}{deviation}."
-            )
-    return [*text, ""]
-
-
-def _ticket(store: Store, selection: Selection, tickets: dict[int, Ticket]) -> list[str]:
-    level = selection.super_level
-    if level is None or not tickets:
-        return []
-    seed = max(tickets, key=lambda seed: level.scores[seed])
-    path = store.ticket_path(
-        next(t for t in store.plan if (t.kind, t.sparsity, t.seed) == ("winning", level.sparsity, seed))
-    )
-    text = ["## The super ticket", "", f"Of the best seed, {seed}: {code(path.relative_to(store.folder))}", ""]
-    text += [fenced(str(tickets[seed]), "text"), ""]
-    if len(tickets) > 1:
-        pairs = list(itertools.combinations(tickets.values(), 2))
-        overlap = Spread.of(one.jaccard(other) for one, other in pairs).mean
-        chance = Spread.of(chance_jaccard(one, other)[0] for one, other in pairs).mean
-        text += [
-            f"The tickets of two seeds share {100 * overlap:.0f} % of what either keeps (mean); random ones of their "
-            f"size would share {100 * chance:.0f} %.",
-            "",
-        ]
-    return text
-
-
-def _costs(store: Store, records: list[Record], selection: Selection) -> list[str]:
-    level = selection.super_level
-    record = next((r for r in records if level and (r["kind"], r["sparsity"]) == (level.kind, level.sparsity)), {})
-    if "costs" not in record:
-        return []
-    found = store.latencies() or {"rows": []}
-    text = ["## What the super ticket costs", ""]
-    text += [tables.markdown_table(tables.cost_rows(record["costs"], found["rows"])), ""]
-    if found["rows"]:
-        text += [
-            "Times are medians (and quartiles) of turns that both models take in one process, patched, float32, in "
-            "evaluation mode; a ratio is given where its 95 % interval over the turns, corrected for the number of "
-            "rows, excludes 1. On "
-            f"{markdown(listed(found['machine']))}.",
-            "",
-        ]
-    return text
+    return replace(found, report_path=path), path

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from ticketops.errors import InputError
-from ticketops.reporting import notebook, plots, sharing, tables, transfer
+from ticketops.reporting import notebook, plots, search, sharing, tables, transfer
 from ticketops.reporting.parts import drawn
-from ticketops.reporting.report import heading, headline, warnings
 from ticketops.searching.ladder import Rung, compare_rungs, read_ladders
 from ticketops.searching.plan import SearchConfig
 from ticketops.searching.progress import trials
@@ -207,11 +206,24 @@ def read(folder: str | Path) -> SearchResult | ShareResult | TransferResult:
         InputError: the folder has no run.
         StoreError: a file of the run is damaged.
     """
-    store = Store.read(folder)
-    failures, unfinished, finished = [], [], 0
-    for name, _, record, error in trials(store):
+    return read_store(Store.read(folder))
+
+
+def read_store(store: Store) -> SearchResult | ShareResult | TransferResult:
+    """Reads the results of a run as `read` does.
+
+    Args:
+        store: of the run.
+
+    Raises:
+        StoreError: a file of the run is damaged.
+    """
+    failures, unfinished, finished, records = [], [], 0, []
+    for name, trial, record, error in trials(store):
         if record is not None:
             finished += 1
+            # Those of searches inside the run have longer names.
+            records += [record] if name == trial.id else []
         elif error is not None:
             failures.append({"id": name, "error": error})
         else:
@@ -220,7 +232,7 @@ def read(folder: str | Path) -> SearchResult | ShareResult | TransferResult:
     common = {
         "folder": store.folder,
         "config": store.config,
-        "records": store.records(),
+        "records": records,
         "failures": failures,
         "finished": finished,
         "unfinished": unfinished,
@@ -242,8 +254,8 @@ def _search(store: Store, common: dict[str, Any]) -> SearchResult:
     metric = records[0]["metric"] if records else ""
     return SearchResult(
         **common,
-        title=heading(store.config),
-        findings=[headline(selection, metric), *warnings(selection, metric)],
+        title=search.heading(store.config),
+        findings=[search.headline(selection, metric), *search.warnings(selection, metric)],
         table=tables.level_rows(selection),
         selection=selection,
         tickets={} if level is None else store.tickets(level.kind, level.sparsity),

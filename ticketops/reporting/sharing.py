@@ -36,11 +36,12 @@ NAMES = {
 Scores = dict[str, dict[int, float]]
 
 
-def lines(store: Store, figures: Figures) -> list[str]:
+def lines(store: Store, records: list[Record], figures: Figures) -> list[str]:
     """Writes a share's CSV files and figures, and the text of its report.
 
     Args:
         store: of the run, finished or not.
+        records: of its finished trials.
         figures: file name of a figure -> what draws it for report.html; filled here.
 
     Returns:
@@ -49,7 +50,7 @@ def lines(store: Store, figures: Figures) -> list[str]:
     Raises:
         StoreError: one of its files is damaged, or the folder cannot be written.
     """
-    config, records = store.config, store.records()
+    config = store.config
     tasks = list(store.description["notes"]["tasks"])
     searches = [Store.read(store.folder / SEARCHES / name) for name in tasks if _searched(store, name)]
     inner = [record for search in searches for record in search.records()]

@@ -38,11 +38,12 @@ COLUMNS = (
 )
 
 
-def lines(store: Store, figures: Figures) -> list[str]:
+def lines(store: Store, records: list[Record], figures: Figures) -> list[str]:
     """Writes a transfer's CSV file and figure, and the text of its report.
 
     Args:
         store: of the run, finished or not.
+        records: of its finished trials.
         figures: file name of a figure -> what draws it for report.html; filled here.
 
     Returns:
@@ -51,7 +52,7 @@ def lines(store: Store, figures: Figures) -> list[str]:
     Raises:
         StoreError: one of its files is damaged, or the folder cannot be written.
     """
-    config, records, notes = store.config, store.records(), store.description["notes"]
+    config, notes = store.config, store.description["notes"]
     searches = [Store.read(store.folder / SOURCE)] if (store.folder / SOURCE / "config.json").exists() else []
     inner = [record for search in searches for record in search.records()]
     title = heading(store)

@@ -1,5 +1,6 @@
 """The configuration of a search and the list of its trials. Imports no torch."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -285,6 +286,7 @@ def make_plan(config: SearchConfig, layers: int, heads: int, neurons: int | None
             )
         levels = dict(PAPER_LEVELS)
 
+    @functools.cache
     def counts(sparsity: float) -> tuple[int, ...]:
         if config.sparsities == "paper" and sparsity not in levels:
             raise InputError(f"sparsity {sparsity:g} is none of the paper's levels {', '.join(map(str, levels))}")

@@ -14,8 +14,8 @@ HALVINGS = 50
 _ENTITIES = ("entity_f1", "entity_precision", "entity_recall")
 _CORRELATIONS = ("pearson", "spearman")
 _COUNTED = ("accuracy", "f1", "macro_f1", "micro_f1", "matthews_correlation")
-#: The products of rows and weights are computed for so many numbers at a time.
-_BLOCK = 1_000_000
+#: Products of models and weights are computed for so many numbers of weights, over all models, at a time.
+_BLOCK = 100_000_000
 
 
 def can_resample(metric: str, results: np.ndarray) -> bool:
@@ -46,15 +46,16 @@ def resampled(metric: str, results: Sequence[np.ndarray], weights: np.ndarray) -
     if not results:
         return np.zeros((0, len(weights)))
     weights = np.asarray(weights, np.float32)
-    columns, score = _score(metric, results)
-    per_model = columns.shape[1] // len(results)
     found = np.empty((len(results), len(weights)), np.float32)
-    step = max(1, _BLOCK // max(1, len(weights) * per_model))
+    # All blocks have columns for the same classes.
+    classes = 1 + int(max(each.max(initial=0) for each in results)) if metric in _COUNTED else 0
+    step = max(1, _BLOCK // weights.size)
     for start in range(0, len(results), step):
-        block = columns[:, start * per_model : (start + step) * per_model]
+        block = results[start : start + step]
+        columns, score = _score(metric, block, classes)
         # A sparse matrix takes a dense one only at its right side.
-        sums = np.asarray((block.T @ weights.T) if sparse.issparse(block) else (weights @ block).T, np.float64)
-        found[start : start + step] = score(sums.reshape(-1, per_model, len(weights)), weights.sum(axis=1))
+        sums = np.asarray((columns.T @ weights.T) if sparse.issparse(columns) else (weights @ columns).T, np.float64)
+        found[start : start + step] = score(sums.reshape(len(block), -1, len(weights)), weights.sum(axis=1))
     return found
 
 
@@ -84,9 +85,9 @@ def halves_of(rows: int) -> np.ndarray:
     return np.stack([first, ~first], axis=1).reshape(-1, rows)
 
 
-def _score(metric: str, results: Sequence[np.ndarray]) -> tuple:
+def _score(metric: str, results: Sequence[np.ndarray], classes: int) -> tuple:
     """Columns that are summed over rows, models one after the other, and the function of the sums and of the number
-    of rows."""
+    of rows. Single labels are below `classes`."""
     if results[0].shape[1:] == (2, 1):
         # scikit-learn takes a single label for two classes.
         results = [each[..., 0] for each in results]
@@ -103,7 +104,6 @@ def _score(metric: str, results: Sequence[np.ndarray]) -> tuple:
     if len(shape) == 2:
         counts = [np.concatenate([each[:, 0] * each[:, 1], each[:, 1], each[:, 0]], axis=1) for each in results]
         return _stacked(counts), lambda sums, rows: _classes(metric, sums, rows, several=True)
-    classes = 1 + int(max(each.max() for each in results))
     counts = [_one_hot(each, classes) for each in results]
     return sparse.hstack(counts, format="csc"), lambda sums, rows: _classes(metric, sums, rows, several=False)
 

@@ -17,7 +17,16 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ticketops.errors import InputError, StoreError, TicketopsError, shown, spelled
-from ticketops.files import make_folder, read_json, sha256, store_error, user_path, write_atomically, write_json
+from ticketops.files import (
+    make_folder,
+    read_bytes,
+    read_json,
+    sha256,
+    store_error,
+    user_path,
+    write_atomically,
+    write_json,
+)
 from ticketops.searching.config import Config, json_identity
 from ticketops.searching.plan import SearchConfig, search_plan
 from ticketops.searching.recipes import FORMAT_1_TRAINING, without_options
@@ -445,13 +454,13 @@ class Store:
     def _array(self, trial: str, name: str, kept: Record) -> np.ndarray | None:
         """Reads an array of a trial; None if its file is missing."""
         path = self.folder / "predictions" / trial / f"{name}.npy"
-        if not path.exists():
-            return None
         try:
-            # It refuses what is no file: a pipe in its place would never end.
-            if sha256(path) != kept["sha256"]:
+            content = read_bytes(path)
+            if hashlib.sha256(content).hexdigest() != kept["sha256"]:
                 raise StoreError(f"{path} is truncated or damaged: {REMEDY}")
-            array: np.ndarray = np.load(path, allow_pickle=False)
+            array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except OSError as error:
             raise StoreError(f"cannot read {path} ({error.strerror}): {REMEDY}") from error
         # Its checksum is the record's, and whoever forged that may have forged this.

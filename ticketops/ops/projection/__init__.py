@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
-from ticketops.ops import backends
+from ticketops.ops import backends, private
 from ticketops.ops.products import compute_dtype
 from ticketops.ops.projection import reference
 from ticketops.ops.registration import autocast, check_devices, define, same_dtype
@@ -32,7 +32,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEAST_INDEXED_WIDTH = 16
 
 
-@torch.compiler.assume_constant_result
+@private.assume_constant_result
 def _most_indexed_tokens(device: torch.device, dtype: torch.dtype) -> int:
     """Returns the largest number of tokens for which the indexed kernels are used instead of compaction.
 
