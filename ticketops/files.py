@@ -110,6 +110,13 @@ def store_error(path: Path, error: OSError) -> StoreError:
     return StoreError(f"cannot write {path}: {remedy}")
 
 
+def cache_folder() -> Path:
+    """The folder of what can be fetched or made again: TICKETOPS_CACHE, else `ticketops` in the user's cache folder."""
+    if chosen := os.environ.get("TICKETOPS_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ticketops"
+
+
 def make_folder(folder: Path) -> None:
     """Creates a folder and its missing parents, durably: they survive a power cut.
 

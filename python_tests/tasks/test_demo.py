@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ticketops.errors import InputError
+from ticketops.files import cache_folder
 from ticketops.tasks import demo, demo_model, load_task
 
 CONTENT = b"weights"
@@ -134,9 +135,9 @@ def test_a_cache_that_cannot_be_written(package, tmp_path, monkeypatch):
 def test_cache_folder(monkeypatch):
     monkeypatch.delenv("TICKETOPS_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert demo.cache_folder() == Path("/x/ticketops")
+    assert cache_folder() == Path("/x/ticketops")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert demo.cache_folder() == Path.home() / ".cache" / "ticketops"
+    assert cache_folder() == Path.home() / ".cache" / "ticketops"
 
 
 def test_an_installed_model_is_used(cache, package, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from ticketops.searching.objects import Objects
 from ticketops.searching.plan import SearchConfig, Trial, check_names, make_plan
 from ticketops.searching.recipes import RECIPES, training
 from ticketops.searching.tracking import check_trackers
-from ticketops.tasks import Task, demo_model, load_task, tokenize
+from ticketops.tasks import Task, demo_model, load_task, tokenized_splits
 from ticketops.text import structures
 
 _LAYER = re.compile(r"\blayers?\.\d+\.")
@@ -184,12 +184,7 @@ class Setting:
                     f"{spelled('max_length')} {config.max_length} exceeds the {longest} positions of {config.model!r}: "
                     f"give at most {longest}"
                 )
-            rows = {"train": task.train, "validation": task.validation, "report": task.report}
-            splits = {
-                split: tokenize(data, task, tokenizer, config.max_length, scored=split != "train")
-                for split, data in rows.items()
-                if data is not None
-            }
+            splits = tokenized_splits(task, tokenizer, config.max_length)
             known = encoder.get_input_embeddings().num_embeddings
             largest = max(pc.max(_flat(each.data.column("input_ids"))).as_py() for each in splits.values())
             if largest >= known:

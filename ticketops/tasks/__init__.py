@@ -6,6 +6,7 @@ from ticketops.tasks.demo import demo_model
 from ticketops.tasks.embedders import EmbedderTask
 from ticketops.tasks.entities import EntityTask
 from ticketops.tasks.glue import GLUE
+from ticketops.tasks.kept_rows import tokenized_splits
 from ticketops.tasks.loading import load_task, tokenize
 from ticketops.tasks.questions import QuestionTask
 from ticketops.tasks.sequences import SequenceTask
@@ -24,4 +25,5 @@ __all__ = [
     "demo_model",
     "load_task",
     "tokenize",
+    "tokenized_splits",
 ]

@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import io
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import datasets
 from filelock import FileLock
 
 from ticketops.errors import InputError
+from ticketops.files import cache_folder
 from ticketops.tasks.sampling import hold_out
 from ticketops.tasks.sequences import SequenceTask, features
 
@@ -154,13 +154,6 @@ def movie_sentences() -> list[tuple[float, str]]:
     # Lines end with CR LF; each has three fields separated by tabs: a number, the rating and the text.
     fields = (line.split("\t") for line in content.split("\r\n") if line)
     return [(float(rating), text) for _, rating, text in fields]
-
-
-def cache_folder() -> Path:
-    """The folder of the demo's files: TICKETOPS_CACHE, else `ticketops` in the user's cache folder."""
-    if chosen := os.environ.get("TICKETOPS_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ticketops"
 
 
 def _intact(folder: Path, package: _Package) -> bool:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -146,10 +147,11 @@ def _doubts(task: Task) -> list[str]:
     return doubts
 
 
-def _texts(task: Task, rows: datasets.Dataset) -> Iterator[tuple[str, ...]]:
-    """The texts of each row, without differences of case and spaces, which many models do not see."""
-    columns = (map(_plain, rows[column][:]) for column in task.columns)
-    return zip(*columns, strict=True)
+def _texts(task: Task, rows: datasets.Dataset) -> Iterator[int]:
+    """Hashes of the texts of each row, without differences of case and spaces, which many models do not see."""
+    for batch in rows.select_columns([*task.columns]).iter(batch_size=1_000):
+        columns = (map(_plain, batch[column]) for column in task.columns)
+        yield from map(hash, zip(*columns, strict=True))
 
 
 def _plain(text: Any) -> str:
@@ -183,6 +185,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     scored: bool = False,
+    file: Path | None = None,
 ) -> datasets.Dataset:
     """Turns rows into inputs of the model, in the rows' order, truncated but not padded.
 
@@ -192,6 +195,7 @@ def tokenize(
         tokenizer: tokenizer of the model.
         max_length: maximum number of tokens in an input, special tokens included.
         scored: True for rows that `task.score` will score, which may need more than the model's arguments.
+        file: where to write the rows, which are memory-mapped then; None to keep them in memory.
 
     Returns:
         Rows of `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer has them, and labels, as `task.encode`
@@ -218,7 +222,9 @@ def tokenize(
             batched=True,
             with_indices=True,
             remove_columns=dataset.column_names,
-            keep_in_memory=True,
+            keep_in_memory=file is None,
+            cache_file_name=None if file is None else str(file),
+            load_from_cache_file=False,
             # Avoids the slow hash of the tokenizer, which only the cache would need.
             new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
         )
