@@ -59,6 +59,11 @@ class Lines:
         score = f"{record['metric']} {100 * record['score']:.1f}"
         self.say(f"[{self.done}/{self.total}] {trial.id}: {score} ({seconds:.0f} s){self._rest()}")
 
+    def dropped(self, trial: "Named") -> None:
+        """A trial need not be trained."""
+        self.total -= 1
+        self._left.pop(trial.id, None)
+
     def failed(self, trial: "Named", reason: str) -> None:
         """A trial failed."""
         self.failures += 1
@@ -131,6 +136,11 @@ class Bars(Lines):
         super().started(trial)
         self._bar(trial)
         self._update()
+
+    def dropped(self, trial: "Named") -> None:
+        """A trial need not be trained."""
+        super().dropped(trial)
+        self.progress.update(self.trials, total=self.total)
 
     def stepped(self, trial: "Named", step: int, steps: int) -> None:
         """A trial has done `step` of its `steps` optimizer steps."""

@@ -53,7 +53,7 @@ def lines(
     if records:
         split = selection.split
         metric = records[0]["metric"]
-        text += [*_summary(selection, metric), "", *_splits(store, selection), ""]
+        text += [*_summary(selection, metric), "", *_splits(store, selection), *_halved(store, selection), ""]
         figure(store.folder / "phase_transition.png", plots.phase_transition, selection, metric, title)
         figures["phase_transition.png"] = partial(page_figures.phase, selection, metric)
         text += [f"![{markdown(metric)} against weights remaining](phase_transition.png)", ""]
@@ -174,6 +174,17 @@ def _splits(store: Store, selection: Selection) -> list[str]:
         f"The same split, `validation` ({name}), both selects the super ticket and reports, which flatters the best of "
         "several levels; `--report-fraction 0.5` holds a report split out."
     ]
+
+
+def _halved(store: Store, selection: Selection) -> list[str]:
+    """What successive halving has left out."""
+    if not store.config.halving:
+        return []
+    seeds = len(store.config.seeds)
+    trained = {level.sparsity: len(level.scores) for level in selection.levels if level.kind == "winning"}
+    out = [f"{sparsity:g} after {count(own, 'seed')}" for sparsity, own in trained.items() if own < seeds]
+    dropped = f"these sparsities dropped out: {', '.join(out)}" if out else "no sparsity has dropped out"
+    return ["", f"Successive halving was on, by the scores on `validation`: {dropped}. Means are of these seeds alone."]
 
 
 def _importance(

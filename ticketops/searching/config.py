@@ -83,7 +83,7 @@ def option(
         group: group of the flag in `--help`.
         flag_type: type of the flag's value.
         shown: text of the default in the help.
-        additive: True if further values only add trials to an existing run.
+        additive: True if another value only adds trials to an existing run or takes some that have not run.
 
     Returns:
         A dataclass field.
@@ -195,7 +195,7 @@ class Config:
 
     @classmethod
     def additive(cls) -> list[str]:
-        """Returns the names of the fields whose further values only add trials to an existing run."""
+        """Returns the names of the fields whose other values change no finished trial of a run."""
         return [field.name for field in _fields(cls) if field.metadata["additive"]]
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Job:
         own: the trial in its store.
         needs: names of the jobs that must have ended before, finished or failed.
         prepare: reads what the trial needs and writes its ticket; returns the training, or None if the trial is
-            finished after that. It raises TrialError where something it needs is missing.
+            finished after that or need not be trained. It raises TrialError where something it needs is missing.
         keep: writes the files of a trained trial and returns its record.
         files: files of the run, beside ticket and model, whose checksums belong into the record.
         is_finished: looks whether the trial is finished, by an earlier run or by another process.
@@ -255,6 +255,8 @@ def _train(state: _Progress, job: Job, claim: Claim | None, executor: Executor, 
             call = None
         else:
             call = job.prepare()
+            if call is None and claim is not None and not isinstance(job.trial, Barrier):
+                listener.dropped(job.trial)
     except Exception as error:
         if isinstance(job.trial, Barrier):
             raise

@@ -52,6 +52,7 @@ class SearchFields(RunFields, total=False):
 
     task: Any
     kinds: Any
+    halving: Any
     gradient_accumulation_steps: Any
     early_stopping_patience: Any
     importance: Any

@@ -170,6 +170,8 @@ def _outlook(
     )
     unknown = ["– depends on tickets that are found on the way, or on each task's own"]
     bytes_each = 4 * counts.total
+    if getattr(config, "halving", False):
+        amount += ", fewer with successive halving"
     kept = f"{count(models, 'model')} kept, {models * bytes_each / 1e6:,.0f} MB" if models else "no model kept"
     return Outlook(
         table,

@@ -63,6 +63,14 @@ class SearchConfig(RunConfig):
         PLAN,
         additive=True,
     )
+    halving: bool = option(
+        False,
+        "Successive halving: all sparsities train with one seed, the better half with two, a quarter with four. It "
+        "needs a split that reports: --report-fraction, or labelled test data.",
+        PLAN,
+        bool,
+        additive=True,
+    )
     epochs: int = option(None, "Passes over the training split.", TRAINING, int, shown="recipe")
     gradient_accumulation_steps: int = option(1, "Batches whose gradients add up to one optimizer step.", TRAINING, int)
     early_stopping_patience: int | None = option(
@@ -226,9 +234,14 @@ class SearchConfig(RunConfig):
             put("report_to", tuple(dict.fromkeys(list_of("report_to", self.report_to))))
             for name in self.report_to:
                 check_choice("report_to", name, TRACKERS)
-        for name in ("save_models", "prune_neurons"):
+        for name in ("save_models", "prune_neurons", "halving"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{spelled(name)} {shown(getattr(self, name))} is neither true nor false")
+        if self.halving and "winning" not in self.kinds:
+            raise InputError(
+                f"{spelled('halving', True)} keeps the sparsities whose winning tickets are best, and "
+                f"{spelled('kinds')} {','.join(self.kinds)} has none of all sparsities: add winning"
+            )
         if self.prune_neurons and self.sparsities == "paper":
             raise InputError(
                 "the paper's levels prune whole FFNs: give fractions with "

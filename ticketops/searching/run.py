@@ -17,6 +17,7 @@ from ticketops.models.containers import save
 from ticketops.searching import environment
 from ticketops.searching.engine import Call, Job
 from ticketops.searching.execution import Execution
+from ticketops.searching.halving import dropped, judges
 from ticketops.searching.objects import Objects
 from ticketops.searching.plan import SearchConfig, Trial
 from ticketops.searching.selection import select
@@ -108,8 +109,17 @@ def search_jobs(setting: Setting, name: str = "") -> list[Job]:
     def keep(trial: Trial, outcome: Outcome) -> Record:
         return keep_outcome(store, trial, setting, outcome, store.ticket(trial))
 
+    def is_dropped(trial: Trial) -> bool:
+        return config.halving and trial in dropped(plan, store.ended(each for each in plan if each.kind == "winning"))
+
     finished = finished_trials(store, plan, ways_of, lambda trial: config.save_models)
     full = {trial.seed: named(trial).id for trial in plan if trial.kind == "full"}
+    known = {trial.id: named(trial).id for trial in plan}
+
+    def needs(trial: Trial) -> list[str]:
+        judging = judges(trial, plan) if config.halving else []
+        return [] if trial.kind == "full" else [full[trial.seed], *(known[name] for name in judging)]
+
     return [
         trial_job(
             store,
@@ -119,7 +129,8 @@ def search_jobs(setting: Setting, name: str = "") -> list[Job]:
             call,
             keep,
             finished=trial in finished,
-            needs=() if trial.kind == "full" else (full[trial.seed],),
+            needs=needs(trial),
+            is_dropped=functools.partial(is_dropped, trial),
             ways=ways_of(trial),
             keeps_model=config.save_models,
         )
@@ -180,6 +191,7 @@ def trial_job(
     ways: Sequence[str] = (),
     keeps_model: bool = False,
     files: Callable[[AnyTrial], Iterable[Path]] = lambda trial: (),
+    is_dropped: Callable[[], bool] = bool,
 ) -> Job:
     """Makes the job of a trial whose ticket is drawn when it starts.
 
@@ -195,9 +207,12 @@ def trial_job(
         ways: how it scores its model, as `Store.importance` takes it.
         keeps_model: whether its model is kept.
         files: further files that its result stands on.
+        is_dropped: asked when what it needs has ended: True if it need not be trained.
     """
 
     def prepare() -> Call | None:
+        if not finished and is_dropped():
+            return None
         ticket = None
         if not (finished and store.ticket_path(trial).exists()):
             ticket = draw_ticket(trial)

@@ -110,6 +110,11 @@ class Setting:
                     f"{spelled('granularity')} token has no meaning for {task.kind}, where the texts of an example go "
                     "through forward passes of their own: use example or batch"
                 )
+            if config.halving and task.report is None:
+                raise InputError(
+                    f"{spelled('halving', True)} drops sparsities by the validation rows, and gains on rows that chose "
+                    f"are no finding: hold some out to report ({spelled('report_fraction', 0.5)})"
+                )
             # Weights of classes are checked by reading them.
             task.loss_function(config.class_weights)
             config = _with_rows(config, task)

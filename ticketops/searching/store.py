@@ -28,6 +28,7 @@ from ticketops.files import (
     write_json,
 )
 from ticketops.searching.config import Config, json_identity
+from ticketops.searching.halving import dropped
 from ticketops.searching.plan import SearchConfig, search_plan
 from ticketops.searching.recipes import FORMAT_1_TRAINING, without_options
 from ticketops.searching.sharing_plan import SINGLE, ShareConfig, share_plan
@@ -269,9 +270,30 @@ class Store:
 
     @property
     def plan(self) -> list[Any]:
-        """All trials of the run, finished and unfinished."""
+        """All trials of the run, finished and unfinished; without those that successive halving has made needless."""
         identity = self.description["identity"]
-        return list(KINDS[self.kind][1](self.config, identity))
+        trials = list(KINDS[self.kind][1](self.config, identity))
+        if identity["config"].get("halving"):
+            gone = dropped(trials, self.ended(trial for trial in trials if trial.kind == "winning"))
+            trials = [trial for trial in trials if trial not in gone or self.record(trial) is not None]
+        return trials
+
+    def ended(self, trials: Iterable[Named]) -> dict[str, float | None]:
+        """Reads how trials of a search have ended.
+
+        Args:
+            trials: of the search.
+
+        Returns:
+            Name -> score on the validation rows; None if the trial failed. Others are left out.
+        """
+        found: dict[str, float | None] = {}
+        for trial in trials:
+            if (record := self.record(trial)) is not None:
+                found[trial.id] = record["score"]
+            elif self.failure(trial) is not None:
+                found[trial.id] = None
+        return found
 
     def record_path(self, trial: Named) -> Path:
         """Returns the path of a trial's record."""
@@ -817,7 +839,7 @@ def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], additive:
         for name, old in stored.items()
         if name not in _FINGERPRINTED
         and old != wanted[name]
-        and not (name in additive and isinstance(old, list) and _holds(old, wanted[name]))
+        and not (name in additive and (isinstance(old, bool) or (isinstance(old, list) and _holds(old, wanted[name]))))
     }
 
 

@@ -53,6 +53,9 @@ class Listener:
     def finished(self, trial: Named, record: Record) -> None:
         """A trial's record is written."""
 
+    def dropped(self, trial: Named) -> None:
+        """A trial need not be trained: its sparsity has dropped out of successive halving."""
+
     def failed(self, trial: Named, reason: str) -> None:
         """A trial failed; the run goes on, and tries it again next time."""
 
