@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
 from ticketops.errors import InputError, shown
+from ticketops.launch import follows
 from ticketops.progress_view import watched
-from ticketops.reporting import write_report
+from ticketops.reporting import read, write_report
 from ticketops.reporting.results import SearchResult, ShareResult, TransferResult
 from ticketops.searching.config import Config
 from ticketops.searching.keywords import SearchFields, ShareFields, TransferFields
 from ticketops.searching.objects import Objects, named_metric, named_task, named_tasks
 from ticketops.searching.plan import SearchConfig
+from ticketops.searching.processes import check_processes, follow, leading
 from ticketops.searching.run import run_search
 from ticketops.searching.sharing import run_share
 from ticketops.searching.sharing_plan import ShareConfig
@@ -133,9 +135,14 @@ def transfer(
 
 def _run(run: Callable[..., Path], config: Config, listener: Listener | None, objects: Objects) -> Any:
     """Runs what is missing, shows the progress in interactive sessions, writes the report, and reads the result."""
-    with watched(listener) as shown_to:
-        folder = run(config, shown_to, objects)
-    return write_report(folder)[0]
+    check_processes(config)
+    if follows():
+        follow()
+        return read(config.output)  # type: ignore[attr-defined]
+    with leading():
+        with watched(listener) as shown_to:
+            folder = run(config, shown_to, objects)
+        return write_report(folder)[0]
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ticketops.errors import InputError, TicketopsError, TrialError, UnsupportedError, as_flag, spelling
 from ticketops.files import user_path
+from ticketops.launch import follows
 from ticketops.progress_view import new_console, progress
 from ticketops.searching.config import Config, nearest
 from ticketops.searching.plan import SearchConfig
@@ -214,8 +215,11 @@ def _print_report(path: Path) -> None:
 
 
 def _say(line: str, err: bool = False) -> None:
-    """Prints a line of text that may hold names from files: nothing in it controls the terminal."""
-    typer.echo(printable(line), err=err)
+    """Prints a line of text that may hold names from files: nothing in it controls the terminal.
+
+    Of processes that train together the first one speaks."""
+    if not follows():
+        typer.echo(printable(line), err=err)
 
 
 @app.command("report")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from ticketops.launch import follows
 from ticketops.text import count, duration, printable
 
 if TYPE_CHECKING:
@@ -179,10 +180,12 @@ def _groups(trial: "Named") -> tuple[str, str, str]:
 def new_console(**options: Any) -> Console:
     """Makes a console that prints text as it is: names and paths may hold brackets and colons, rich's markup.
 
+    Of processes that train together the first one speaks.
+
     Args:
         options: keyword arguments of rich's Console.
     """
-    return Console(highlight=False, markup=False, emoji=False, **options)
+    return Console(highlight=False, markup=False, emoji=False, quiet=follows(), **options)
 
 
 @contextlib.contextmanager

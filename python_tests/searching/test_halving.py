@@ -155,6 +155,6 @@ def test_what_cannot_be_halved_is_refused(inputs: dict[str, str], tmp_path: Path
         SearchConfig(kinds="random", halving=True)
     with pytest.raises(InputError, match="halving 'yes' is neither true nor false"):
         SearchConfig(halving="yes")
-    with pytest.raises(InputError, match=r"drops sparsities by the validation rows.*report_fraction 0.5"):
+    with pytest.raises(InputError, match=r"drops sparsities by the validation rows.*report_fraction=0.5"):
         run_search(SearchConfig(**inputs, **FIELDS, halving=True, output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

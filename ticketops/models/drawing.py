@@ -95,7 +95,7 @@ class Drawing:
         """
         self.close()
         assert self.importance is not None
-        self.importance = _of_all_processes(self.importance)
+        self.importance = of_all_processes(self.importance)
         if self.draws:
             self.ticket = prune(self.importance, kind=self._kind, **self._level, **self._options)
 
@@ -152,8 +152,12 @@ def draw(
     drawing.apply()
 
 
-def _of_all_processes(importance: Importance) -> Importance:
-    """Merges the importances of all processes, each of which has recorded its own batches."""
+def of_all_processes(importance: Importance) -> Importance:
+    """Merges the importances of all processes of torch.distributed, each of which has recorded its own batches.
+
+    Args:
+        importance: this process's.
+    """
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return importance

@@ -64,9 +64,10 @@ def mixed(records: Sequence[Record]) -> list[str]:
     """
     found: dict[str, Counter[str]] = {}
     for environment in (record["environment"] for record in records if "environment" in record):
-        machine = {
-            name: environment["machine"].get(name) for name in ("device", "processor", "cpu_capability", "threads")
-        }
+        names = ("device", "processor", "cpu_capability", "threads")
+        machine = {name: environment["machine"].get(name) for name in names}
+        # Records of earlier versions are of one process each.
+        machine["number of processes"] = environment["machine"].get("processes", 1)
         backends = {f"backend of {op}": name for op, name in environment.get("backends", {}).items()}
         for name, value in {**environment["versions"], **machine, **backends}.items():
             found.setdefault(name, Counter())[str(value)] += 1

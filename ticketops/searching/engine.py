@@ -142,10 +142,19 @@ class LocalExecutor:
             trial, call = self._waiting.pop(0)
             try:
                 listener = StepsOf(trial, self._listener)
-                found.append((trial.id, call.function(call.inputs, *call.arguments, listener=listener)))
+                found.append((trial.id, self.run(call, listener)))
             except Exception as error:
                 found.append((trial.id, Failure.of(error)))
         return found
+
+    def run(self, call: Call, listener: Listener) -> Any:
+        """Runs one training.
+
+        Args:
+            call: the training.
+            listener: callbacks on the progress of its steps.
+        """
+        return call.function(call.inputs, *call.arguments, listener=listener)
 
 
 class StepsOf(Listener):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ticketops.launch import processes
 from ticketops.ops.backends import explain
 
 PACKAGES = ("ticketops", "torch", "triton", "transformers", "datasets", "numpy")
@@ -33,6 +34,7 @@ def machine() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "device_capability": "sm_{}{}".format(*torch.cuda.get_device_capability()) if cuda else None,
     }

@@ -9,7 +9,9 @@ from typing import Any, Self
 import torch
 
 from ticketops.errors import InputError, spelled
+from ticketops.launch import processes
 from ticketops.searching.engine import Barrier, Job, LocalExecutor, run_jobs
+from ticketops.searching.processes import LeadingExecutor
 from ticketops.searching.trial import Listener
 
 
@@ -77,7 +79,8 @@ class Execution:
             return
         # As many threads as Ray's workers have, also where only a lost ticket is to be restored.
         with threads(self.cpus_per_trial or (1 if self.executor == "ray" else None)):
-            run_jobs(jobs, listener, LocalExecutor(listener), self.retries)
+            local = LeadingExecutor if processes() > 1 else LocalExecutor
+            run_jobs(jobs, listener, local(listener), self.retries)
 
 
 @contextlib.contextmanager

@@ -5,18 +5,16 @@ import importlib.util
 import os
 import time
 import uuid
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import datasets
 import torch
 
 from ticketops.errors import InputError, spelled
 from ticketops.searching.engine import Call, Failure
-from ticketops.searching.setting import Setting
 from ticketops.searching.store import Named
 from ticketops.searching.trial import Listener
+from ticketops.searching.worker import Inputs, portable
 
 #: Seconds between two looks at what workers have done.
 _POLL = 0.2
@@ -24,9 +22,8 @@ _POLL = 0.2
 _REPORT = 0.5
 #: How often a trial is started again whose worker or machine has died.
 _RESTARTS = 3
-#: Inputs that this worker has loaded: their name -> the object. A share's searches have one each.
-_LOADED: dict[str, Any] = {}
-_MOST_LOADED = 2
+#: The inputs that this worker has loaded.
+_LOADED = Inputs()
 
 
 def require_ray() -> Any:
@@ -120,9 +117,8 @@ class RayExecutor:
     def start(self, trial: Named, call: Call) -> None:
         """Starts a training on a worker."""
         if id(call.inputs) not in self._put:
-            name, portable = uuid.uuid4().hex, _portable(call.inputs)
             # The object itself is kept too, so that no other one gets its id.
-            self._put[id(call.inputs)] = call.inputs, name, self._ray.put(portable)
+            self._put[id(call.inputs)] = call.inputs, uuid.uuid4().hex, self._ray.put(portable(call.inputs))
         _, name, reference = self._put[id(call.inputs)]
         # In a list, so that Ray does not load the inputs for every task.
         arguments = (call.function, name, [reference], call.arguments, self._cpus, trial.id, self._events)
@@ -194,31 +190,9 @@ def _train(
     """Runs a training in a worker; errors are values, since not all of them can be sent as exceptions."""
     try:
         torch.set_num_threads(cpus)
-        if name not in _LOADED:
-            import ray
+        import ray
 
-            while len(_LOADED) >= _MOST_LOADED:
-                del _LOADED[next(iter(_LOADED))]
-            _LOADED[name] = ray.get(reference[0])
-        return function(_LOADED[name], *arguments, listener=_Report(trial, events))
+        inputs = _LOADED.get(name, lambda: ray.get(reference[0]))
+        return function(inputs, *arguments, listener=_Report(trial, events))
     except Exception as error:
         return Failure.of(error)
-
-
-def _portable(inputs: Any) -> Any:
-    """Inputs whose rows are in memory: a file that they were read from is on this machine alone."""
-    if isinstance(inputs, tuple | list):
-        return type(inputs)(map(_portable, inputs))
-    if isinstance(inputs, dict):
-        return {name: _portable(value) for name, value in inputs.items()}
-    if isinstance(inputs, Setting):
-        task = inputs.task
-        rows = {split: getattr(task, split) for split in ("train", "validation", "report", "test")}
-        moved = {split: _in_memory(part) for split, part in rows.items() if part is not None and part.cache_files}
-        splits = {split: _in_memory(part) for split, part in inputs.splits.items()}
-        return replace(inputs, task=replace(task, **moved) if moved else task, splits=splits)
-    return inputs
-
-
-def _in_memory(rows: datasets.Dataset) -> datasets.Dataset:
-    return rows.flatten_indices(keep_in_memory=True) if rows.cache_files else rows

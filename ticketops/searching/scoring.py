@@ -1,11 +1,14 @@
 """Importance scores of a fine-tuned model, from a separate pass after training."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from ticketops.launch import processes, rank
 from ticketops.models import PatchHandle
+from ticketops.models.drawing import of_all_processes
 from ticketops.tickets import Importance
 
 
@@ -38,7 +41,8 @@ def score_pass(
         parameter.requires_grad_(False)
     try:
         with handle.record_importance(**options) as importance:
-            for batch in batches:
+            # Those that train together score together, each every so many batches.
+            for batch in itertools.islice(batches, rank(), None, processes()):
                 batch = {key: value.to(model.device) for key, value in batch.items()}
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
                     loss = compute_loss(model, batch)
@@ -46,4 +50,4 @@ def score_pass(
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return importance
+    return of_all_processes(importance)

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ticketops.errors import InputError, TrialError, shown, spelled
+from ticketops.launch import follows, processes
 from ticketops.models import TicketCallback, costs, patch, put_back, shrink, weight_counts
 from ticketops.optim import Adamax
 from ticketops.searching import environment
@@ -34,6 +35,7 @@ from ticketops.searching.scoring import score_pass
 from ticketops.searching.setting import Setting, name_of, precision, quiet
 from ticketops.searching.store import ROWS, Named, Record
 from ticketops.searching.tracking import PREFIXES, Run, Tracker
+from ticketops.searching.worker import agree
 from ticketops.tasks import Task
 from ticketops.tickets import Importance, Ticket, WeightCounts
 
@@ -119,13 +121,13 @@ def run_trial(
         # Of the last epoch. It saves a pass, but dropout is on and weights still change.
         recorder = TicketCallback(handle, **options) if "on_the_fly" in ways else None
         callbacks = [Steps(listener or Listener(), trial), *([recorder] if recorder else [])]
-        tracker = stack.enter_context(Tracker(tracked))
+        tracker = stack.enter_context(Tracker(None if follows() else tracked))
         callbacks += tracker.callbacks
         selection: dict[str, Any] = {}
         if config.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
             # The checkpoints that the best one is loaded from go with this folder.
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ticketops-"))
+            folder = agree(stack.enter_context(tempfile.TemporaryDirectory(prefix="ticketops-")))
             selection = best_epoch(setting.task.metric, folder)
         trainer = make_trainer(
             setting,
@@ -138,7 +140,7 @@ def run_trial(
         tracker.follow(trainer)
         set_seed(trial.seed)
         with timing.of("train_seconds"):
-            loss = trainer.train().training_loss
+            loss = agree(trainer.train().training_loss)
         with timing.of("evaluate_seconds"):
             predictions = predict(trainer, setting)
         check_converged(trial.id, config, loss, predictions)
@@ -229,7 +231,7 @@ def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, An
         "report_to": "none",
         "disable_tqdm": True,
         "num_train_epochs": config.epochs,
-        "per_device_train_batch_size": config.batch_size,
+        "per_device_train_batch_size": config.batch_size // processes(),
         "per_device_eval_batch_size": max(config.batch_size, 64),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
