@@ -374,10 +374,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
         "inference_vs_sdpa": ratio("inference_sdpa", "inference_full"),
         "inference_vs_compile": ratio("inference_compile", "inference_full"),
         "ticket50_inference_vs_sdpa": ratio("inference_sdpa", "inference_ticket50"),
-        "seconds": {
-            name: dict(zip(("q20", "median", "q80"), (round(q, 5) for q in _quantiles(values)), strict=True))
-            for name, values in times.items()
-        },
+        "seconds": {name: quantiles(values) for name, values in times.items()},
         "failures": failures,
         "logit_difference": difference,
         "steps_timed": rounds * len(setup.batches),
@@ -388,11 +385,10 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
     }
 
 
-def _quantiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return cuts[0], statistics.median(values), cuts[3]
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Returns the median and the 20 % and 80 % quantile of times in seconds."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {"q20": round(cuts[0], 7), "median": round(statistics.median(values), 7), "q80": round(cuts[3], 7)}
 
 
 def exit_code(main: Callable[[], int]) -> int:
