@@ -126,6 +126,13 @@ Dropout dropout(uint64_t seed, uint32_t threshold, double p) {
   return {seed, threshold, static_cast<float>(1.0 / (1.0 - p))};
 }
 
+PositionBias position_bias(Address table, int64_t reach, int64_t longest) {
+  if (table && reach < longest - 1)
+    throw std::invalid_argument("the position bias reaches " + std::to_string(reach) + " tokens, but max_length is " +
+                                std::to_string(longest));
+  return {pointer<float>(table), reach};
+}
+
 std::vector<Segment> read_sequences(Address starts, Address lengths, int64_t batch, int64_t rows, int64_t longest) {
   std::vector<Segment> sequences(batch);
   for (int64_t b = 0; b < batch; ++b) {
@@ -166,7 +173,7 @@ void clear_gaps(const std::vector<Segment>& segments, Address target, int64_t ro
 
 void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head,
                        Address v, int64_t v_row, int64_t v_head, Address out, Address lse, Address starts,
-                       Address lengths, Address head_mask, int64_t batch, int64_t tokens, int64_t heads,
+                       Address lengths, Address head_mask, Address bias, int64_t reach, int64_t batch, int64_t tokens, int64_t heads,
                        int64_t head_dim, int64_t max_length, int64_t window, bool first_tokens, double scale,
                        uint64_t seed, uint32_t threshold, double p, int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
@@ -180,6 +187,7 @@ void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Addr
   args.head_mask = pointer<float>(head_mask);
   args.dropout = dropout(seed, threshold, p);
   args.scale = static_cast<float>(scale);
+  args.bias = position_bias(bias, reach, max_length);
   args.window = window;
   args.first_tokens = first_tokens;
   args.scratch = scratch.get();
@@ -199,13 +207,14 @@ void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Addr
 void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_head, Address q, int64_t q_row,
                         int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v, int64_t v_row,
                         int64_t v_head, Address out, Address lse, Address starts, Address lengths, Address head_mask,
-                        Address dq, Address dk, Address dv, int64_t gradient_row, Address signed_sums,
-                        Address absolute_sums, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
+                        Address bias, int64_t reach, Address dq, Address dk, Address dv, int64_t gradient_row,
+                        Address signed_sums, Address absolute_sums, Address dbias, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
                         int64_t max_length, int64_t window, bool first_tokens, double scale, uint64_t seed,
                         uint32_t threshold, double p, int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
   const auto segments = cover(sequences, tokens);
   const Scratch scratch = allocate(threads * attention_scratch(max_length, head_dim));
+  const Scratch bias_table = allocate(bias ? batch * heads * (2 * reach + 1) : 0);
   AttentionBackward args;
   args.heads = heads;
   args.head_dim = head_dim;
@@ -214,6 +223,7 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
   args.head_mask = pointer<float>(head_mask);
   args.dropout = dropout(seed, threshold, p);
   args.scale = static_cast<float>(scale);
+  args.bias = position_bias(bias, reach, max_length);
   args.window = window;
   args.first_tokens = first_tokens;
   args.scratch = scratch.get();
@@ -230,6 +240,8 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
   args.dv = pointer<void>(dv);
   args.signed_sums = pointer<float>(signed_sums);
   args.absolute_sums = pointer<float>(absolute_sums);
+  args.bias_table = bias_table.get();
+  args.bias_sums = pointer<float>(dbias);
   args.gradient_row = gradient_row;
   const int64_t element = bf16 ? 2 : 4;
   for (Address target : {dq, dk, dv}) clear_gaps(segments, target, heads * head_dim * element, gradient_row * element);
@@ -444,7 +456,7 @@ void check_places(const char* what, const int64_t* places, int64_t count, int64_
 
 // `parameters` are in the order of ticketops.ops.layer.Weights. `heads` and `neurons` are null if all are computed.
 void encoder(bool x_bf16, bool bf16, int activation, Address x, Address out, const std::array<Address, 16>& parameters,
-             Address heads, Address neurons, Address starts, Address lengths, int64_t batch, int64_t tokens,
+             Address bias, int64_t reach, Address heads, Address neurons, Address starts, Address lengths, int64_t batch, int64_t tokens,
              int64_t channels, int64_t all_heads, int64_t head_dim, int64_t head_count, int64_t all_neurons,
              int64_t neuron_count, int64_t max_length, bool first_tokens, double scale, double eps1, double eps2,
              int threads) {
@@ -487,6 +499,7 @@ void encoder(bool x_bf16, bool bf16, int activation, Address x, Address out, con
   args.scale = static_cast<float>(scale);
   args.eps1 = static_cast<float>(eps1);
   args.eps2 = static_cast<float>(eps2);
+  args.bias = position_bias(bias, reach, max_length);
   args.activation = static_cast<Activation>(activation);
   args.x = pointer<void>(x);
   args.out = pointer<void>(out);

@@ -41,6 +41,7 @@ ARCHITECTURES = (
     _bert("electra", "Electra"),
     _bert("ernie", "Ernie"),
     Architecture("modernbert", "ModernBert", "modernbert", "ModernBertModel"),
+    Architecture("mpnet", "MPNet", "mpnet", "MPNetEncoder"),
     _bert("roberta", "Roberta"),
     Architecture("vit", "ViT", "vit", "ViTModel", extra_tokens=1),
     _bert("xlm_roberta", "XLMRoberta"),

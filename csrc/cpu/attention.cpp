@@ -76,6 +76,12 @@ void for_heads(const Attention& args, F body) {
   });
 }
 
+// Adds the bias to the scores of one query. `bias`: see `gather_bias`.
+void add_bias(float* scores, const Keys& keys, int64_t query, const float* bias) {
+  for (int64_t j = 0; bias && j < keys.count; j += W)
+    store(scores + j, load(scores + j) + load(bias + keys.first + j - query));
+}
+
 // Sets the scores of keys outside the query's window, and of the padding after the last key, to -inf.
 void pad_scores(float* scores, const Keys& keys, int64_t query, int64_t window) {
   const int64_t low = query - window - keys.first, high = query + window + 1 - keys.first;
@@ -114,6 +120,7 @@ void attention_forward(const AttentionForward& args) {
     float* q = v + n * stride;  // [query_block][stride]
     float* out = q + query_block * stride;  // [query_block][stride]
     float* scores = out + query_block * stride;  // [query_block][key_stride]
+    const float* bias = gather_bias(args.bias, head, n, false, scores + query_block * key_stride);
     gather_right<T>(args.k, sequence.start, n, head, depth, pairs, k, key_stride);
     gather<T>(args.v, sequence.start, n, head, depth, 1, v, stride);
     for (int64_t first = 0; first < queries; first += query_block) {
@@ -125,6 +132,7 @@ void attention_forward(const AttentionForward& args) {
       float factors[query_block];
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scores + i * key_stride;
+        add_bias(row, keys, first + i, bias);
         pad_scores(row, keys, first + i, args.window);
         Float largest = load(row);
         for (int64_t j = W; j < keys.count; j += W) largest = larger(load(row + j), largest);
@@ -150,12 +158,14 @@ void attention_forward(const AttentionForward& args) {
 
 // With P = softmax(S), R = keep / (1 - p), W = P * R, dO = m dOut and delta = rowsum(dOut * out):
 //   dV = W^T dO,  dP = (dO V^T) * R,  dS = P * (dP - delta),  dQ = scale dS K,  dK = dS^T (scale Q),
-//   and the mask's gradient is sum delta / m.
+//   and the mask's gradient is sum delta / m. The bias's gradient is the sum of dS over the pairs of one distance.
 template <typename T>
 void attention_backward(const AttentionBackward& args) {
   for_heads(args, [&](const Segment& sequence, int64_t head, int thread, bool more) {
     const int64_t n = sequence.length, queries = queries_of(args, sequence), depth = args.head_dim;
     const int64_t task = (&sequence - args.sequences) * args.heads + head;
+    const int64_t bias_row = args.bias.table ? 2 * args.bias.reach + 1 : 0;
+    float* bias_sums = args.bias_table + task * bias_row;
     if (more) {
       fetch_head<T>(args.dout, sequence.start, queries, head + 1, depth);
       fetch_head<T>(args.q, sequence.start, queries, head + 1, depth);
@@ -173,13 +183,14 @@ void attention_backward(const AttentionBackward& args) {
       clear<T>(args, sequence, head, args.dk, args.gradient_row);
       clear<T>(args, sequence, head, args.dv, args.gradient_row);
       args.signed_sums[task] = args.absolute_sums[task] = 0;
+      for (int64_t i = 0; i < bias_row; ++i) bias_sums[i] = 0;
       return;
     }
     const bool pairs = in_pairs<T>(depth);
     float* scratch = args.scratch + thread * args.scratch_stride;
 #ifdef __AMX_BF16__
     if (pairs) {
-      const DeltaSums sums = backward_in_tiles(args, sequence, head, mask, scratch);
+      const DeltaSums sums = backward_in_tiles(args, sequence, head, mask, scratch, bias_sums);
       args.signed_sums[task] = static_cast<float>(sums.signed_sum);
       args.absolute_sums[task] = static_cast<float>(sums.absolute_sum);
       return;
@@ -199,6 +210,8 @@ void attention_backward(const AttentionBackward& args) {
     float* dq = dout + query_block * stride;
     float* weights = dq + query_block * stride;  // [query_block][key_stride]
     float* dscores = weights + query_block * key_stride;
+    float* bias = gather_bias(args.bias, head, n, false, dscores + query_block * key_stride);
+    float* dbias = zero_distances(bias, n);
     gather_right<T>(args.k, sequence.start, n, head, depth, pairs, k_transposed, key_stride);
     gather_right<T>(args.v, sequence.start, n, head, depth, pairs, v_transposed, key_stride);
     gather<T>(args.k, sequence.start, n, head, depth, 1, k, stride);
@@ -226,6 +239,7 @@ void attention_backward(const AttentionBackward& args) {
         absolute_sum += __builtin_fabsf(delta / mask);
         float* weight_row = weights + i * key_stride;
         float* dscore_row = dscores + i * key_stride;
+        add_bias(weight_row, keys, first + i, bias);
         pad_scores(weight_row, keys, first + i, args.window);
         const uint32_t key = row_key(dropout, at);
         for (int64_t j = 0; j < keys.count; j += W) {
@@ -238,6 +252,10 @@ void attention_backward(const AttentionBackward& args) {
           store(weight_row + j, dropped);
           store(dscore_row + j, weight * (dweight - delta));
         }
+        for (int64_t j = 0; dbias && j < keys.count; j += W) {
+          float* p = dbias + keys.first + j - first - i;
+          store(p, load(p) + load(dscore_row + j));
+        }
       }
       product<false>(rows, channels, keys.count, {dscores, key_stride, 1}, k + from, stride, dq, stride);
       scatter<T>(dq, stride, args, start, rows, head, args.scale, args.dq, args.gradient_row);
@@ -249,7 +267,10 @@ void attention_backward(const AttentionBackward& args) {
     scatter<T>(dv, stride, args, sequence.start, n, head, 1, args.dv, args.gradient_row);
     args.signed_sums[task] = static_cast<float>(signed_sum);
     args.absolute_sums[task] = static_cast<float>(absolute_sum);
+    if (args.bias.table) scatter_bias(args.bias, n, false, dbias, bias_sums);
   });
+  const int64_t columns = args.bias.table ? args.heads * (2 * args.bias.reach + 1) : 0;
+  sum_rows(args.bias_table, args.batch, columns, columns, args.bias_sums, args.threads);
 }
 
 template void attention_forward<float>(const AttentionForward&);

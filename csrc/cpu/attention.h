@@ -48,6 +48,33 @@ void scatter(const float* packed, int64_t stride, const Attention& args, int64_t
   }
 }
 
+// Copies one head's bias for a sequence of n tokens to `packed`: the distances 1 - n .. n - 1, or `reversed` n - 1 .. 1 -
+// n. Behind them are zeros, so that a vector may begin at any distance. Returns where the bias of distance 0 is; null
+// without a bias or tokens.
+inline float* gather_bias(const PositionBias& bias, int64_t head, int64_t n, bool reversed, float* packed) {
+  if (!bias.table || !n) return nullptr;
+  const float* middle = bias.table + head * (2 * bias.reach + 1) + bias.reach;
+  for (int64_t d = 1 - n; d < n; ++d) packed[n - 1 + d] = middle[reversed ? -d : d];
+  for (int64_t i = 2 * n - 1; i < attention_distances(n); ++i) packed[i] = 0;
+  return packed + n - 1;
+}
+
+// Returns zeros for the sums over all distances, in the room behind the bias of a sequence of n tokens and in its layout;
+// null if there is no bias.
+inline float* zero_distances(float* bias, int64_t n) {
+  if (!bias) return nullptr;
+  float* sums = bias - (n - 1) + attention_distances(n);
+  for (int64_t i = 0; i < attention_distances(n); ++i) sums[i] = 0;
+  return sums + n - 1;
+}
+
+// Writes the sums over a sequence of n tokens, in the layout of `gather_bias`, to a row of the bias's gradient; zeros for
+// other distances.
+inline void scatter_bias(const PositionBias& bias, int64_t n, bool reversed, const float* sums, float* row) {
+  for (int64_t d = -bias.reach; d <= bias.reach; ++d)
+    row[bias.reach + d] = d < n && -d < n ? sums[reversed ? -d : d] : 0;
+}
+
 // Number of queries of a sequence to compute.
 TICKETOPS_INLINE int64_t queries_of(const Attention& args, const Segment& sequence) {
   return args.first_tokens ? min(1, sequence.length) : sequence.length;

@@ -132,6 +132,7 @@ inline void forward_in_tiles(const AttentionForward& args, const Segment& sequen
   float* scores = q + depth_pairs * block;         // [keys][queries]
   float* weights = scores + all_keys * block;      // [pairs of keys][queries]
   float* out = weights + all_keys / 2 * block;     // [channels][queries]
+  const float* bias = gather_bias(args.bias, head, n, true, out + channels * block);
   const Tiles tiles;
   gather_rows(args.k, sequence.start, n, head, depth, k, depth_pairs);
   gather_column_pairs(args.v, sequence.start, n, head, depth, v, v_stride);
@@ -144,7 +145,8 @@ inline void forward_in_tiles(const AttentionForward& args, const Segment& sequen
     alignas(64) float factors[block];
     for (int64_t i = 0; i < columns; i += W) {
       const auto score = [&](int64_t j) {
-        const Float x = load(scores + j * block + i) * args.scale;
+        Float x = load(scores + j * block + i) * args.scale;
+        if (bias) x += load(bias + first + i - keys.first - j);
         return windowed ? in_window(args, keys.first + j, first + i, x) : x;
       };
       Float top = score(0);
@@ -181,9 +183,9 @@ struct DeltaSums {
   double signed_sum, absolute_sum;
 };
 
-// The formulas are at attention_backward.
+// The formulas are at attention_backward. bias_sums: gets the row of the bias's gradient.
 inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment& sequence, int64_t head, float mask,
-                                   float* scratch) {
+                                   float* scratch, float* bias_sums) {
   constexpr int64_t block = attention_tile_queries;
   const Dropout& dropout = args.dropout;
   const int64_t n = sequence.length, queries = queries_of(args, sequence);
@@ -205,6 +207,8 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
   float* dscores = weights + all_keys * block / 2;
   float* dscore_pairs = dscores + all_keys * block / 2;  // [pairs of keys][queries]
   float* dq = dscore_pairs + all_keys / 2 * block;    // [channels][queries]
+  float* bias = gather_bias(args.bias, head, n, true, dq + channels * block);
+  float* dbias = zero_distances(bias, n);
   const Tiles tiles;
   gather_rows(args.k, sequence.start, n, head, depth, k_rows, depth_pairs);
   gather_rows(args.v, sequence.start, n, head, depth, v_rows, depth_pairs);
@@ -248,6 +252,7 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
       };
       const auto at = [&](int64_t j) {
         Float score = load(scores + j * block + i) * args.scale, dweight = load(dweights + j * block + i) * mask;
+        if (bias) score += load(bias + first + i - keys.first - j);
         if (windowed) score = in_window(args, keys.first + j, first + i, score);
         const Float weight = exp(score - lse);
         Float dropped = weight;
@@ -255,7 +260,12 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
           dropped = drop(dropout, words, keys.first + j, weight * dropout.scale);
           dweight = drop(dropout, words, keys.first + j, dweight * dropout.scale);
         }
-        return Pair{dropped, weight * (dweight - delta)};
+        const Float dscore = weight * (dweight - delta);
+        if (dbias) {
+          float* p = dbias + first + i - keys.first - j;
+          store(p, load(p) + dscore);
+        }
+        return Pair{dropped, dscore};
       };
       const auto put = [&](int64_t j, Pair low, Pair high) {
         const __m512i weight = halves(low.weight, high.weight), dscore = halves(low.dscore, high.dscore);
@@ -276,6 +286,7 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
   }
   scatter<Bf16>(dk, channels, args, sequence.start, n, head, args.scale, args.dk, args.gradient_row);
   scatter<Bf16>(dv, channels, args, sequence.start, n, head, mask, args.dv, args.gradient_row);
+  if (args.bias.table) scatter_bias(args.bias, n, true, dbias, bias_sums);
   return sums;
 }
 

@@ -2,7 +2,7 @@
 // tokens. So weights are left operands, which are read once and in place; the result of each product is the right
 // operand of the next; and softmax and LayerNorm are vertical operations on vectors of tokens.
 #include "cpu/activation.h"
-#include "cpu/parallel.h"
+#include "cpu/attention.h"
 #include "cpu/product.h"
 #ifdef __AMX_BF16__
 #include "cpu/tiles.h"
@@ -237,15 +237,19 @@ void attend(const Encoder& args, float* scratch, const float* qkv, float* contex
     float* scores = scratch + thread * args.thread_scratch();  // [keys][queries]
     float* out = scores + n * stride;  // [depth][queries]
     float* factors = out + depth * stride;  // [queries]
+    const float* bias = gather_bias(args.bias, task % heads, n, true, factors + stride);
     product<false>(n, columns, depth, Left{k, 1, row}, q, row, scores, stride);
     for (int64_t j = 0; j < columns; j += W) {
-      Float largest = load(scores + j) * args.scale, total{};
-      for (int64_t i = 1; i < n; ++i) largest = larger(load(scores + i * stride + j) * args.scale, largest);
+      const auto score = [&](int64_t i) {
+        const Float x = load(scores + i * stride + j) * args.scale;
+        return bias ? x + load(bias + j - i) : x;
+      };
+      Float largest = score(0), total{};
+      for (int64_t i = 1; i < n; ++i) largest = larger(score(i), largest);
       for (int64_t i = 0; i < n; ++i) {
-        float* p = scores + i * stride + j;
-        const Float weight = exp(load(p) * args.scale - largest);
+        const Float weight = exp(score(i) - largest);
         total += weight;
-        store(p, weight);
+        store(scores + i * stride + j, weight);
       }
       store(factors + j, 1.0f / total);
     }

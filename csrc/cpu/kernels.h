@@ -36,6 +36,9 @@ constexpr int64_t attention_tile_queries = 32;
 // that the elements of a column fall into different cache sets.
 constexpr int64_t attention_stride(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 
+// Room, in floats, for a number for each distance between two of n tokens. A vector may begin at any of them.
+constexpr int64_t attention_distances(int64_t n) { return (2 * n + 15) / 16 * 16 + 16; }
+
 // Scratch of one thread, in floats, for sequences of up to n tokens: what the backward pass needs, which is more than
 // the forward pass needs.
 constexpr int64_t attention_scratch(int64_t n, int64_t head_dim) {
@@ -43,8 +46,14 @@ constexpr int64_t attention_scratch(int64_t n, int64_t head_dim) {
                         attention_query_block * (3 * attention_stride(head_dim) + 2 * attention_stride(n));
   const int64_t keys = (n + 31) / 32 * 32, channels = (head_dim + 31) / 32 * 32;
   const int64_t tiles = 7 * keys * channels / 2 + 112 * (keys + channels);
-  return lines > tiles ? lines : tiles;
+  return (lines > tiles ? lines : tiles) + 2 * attention_distances(n);
 }
+
+// A term of the scores that depends on the head and on the distance from the query to the key.
+struct PositionBias {
+  const float* table;  // [H, 2 * reach + 1]: the term of distance d is in column reach + d; null: no term
+  int64_t reach;  // at least the longest sequence - 1
+};
 
 struct Attention {
   int64_t heads, head_dim;
@@ -53,6 +62,7 @@ struct Attention {
   const float* head_mask;  // [H] or null
   Dropout dropout;
   float scale;
+  PositionBias bias;
   int64_t window;  // a query attends to keys at a distance of at most `window` tokens
   bool first_tokens;  // compute only the first query of each sequence; the other rows are zeros
   float* scratch;  // [threads, scratch_stride]
@@ -73,6 +83,8 @@ struct AttentionBackward : Attention {
   void *dq, *dk, *dv;  // [T, H, D], rows `gradient_row` elements apart
   int64_t gradient_row;
   float *signed_sums, *absolute_sums;  // [B, H]
+  float* bias_table;  // [B, H, 2 * reach + 1] scratch
+  float* bias_sums;  // [H, 2 * reach + 1], the gradient of the bias; null without one
 };
 
 enum class Activation : int { gelu, gelu_tanh, relu };
@@ -243,6 +255,7 @@ struct Encoder {
   int64_t batch, longest;
   bool first_tokens;  // compute the output of each sequence's first token only
   float scale, eps1, eps2;
+  PositionBias bias;  // of the kept heads
   Activation activation;
   const void* x;  // [T, C]
   void* out;  // [T, C], or [B, C] with first_tokens
@@ -258,7 +271,7 @@ struct Encoder {
     const int64_t weights = encoder_block * attention_stride(columns);
     const int64_t pairs = (columns + encoder_pairs - 1) / encoder_pairs * encoder_pairs / 2;
     const int64_t tiles = encoder_tile_block * (attention_stride(pairs) + row());
-    const int64_t attention = (longest + head_dim + 1) * attention_stride(longest);
+    const int64_t attention = (longest + head_dim + 1) * attention_stride(longest) + attention_distances(longest);
     const int64_t products = weights > tiles ? weights : tiles;
     return products > attention ? products : attention;
   }

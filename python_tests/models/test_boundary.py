@@ -25,7 +25,12 @@ from ticketops.errors import UnsupportedError
 from ticketops.models.registry import find_adapter
 from ticketops.ops import memory
 
-TOKENS = [f"{name}ForTokenClassification" for name in ("Bert", "Roberta", "DistilBert", "ModernBert", "Electra")]
+TOKENS = [
+    f"{name}ForTokenClassification" for name in ("Bert", "Roberta", "DistilBert", "ModernBert", "MPNet", "Electra")
+]
+
+#: Those whose attention is a function that transformers looks up by its name.
+INTERFACED = [name for name in TOKENS if not name.startswith("MPNet")]
 
 
 def twins(kind=BertForTokenClassification, **changes):
@@ -195,7 +200,7 @@ def test_hooks_on_the_model_from_before_patching_see_padded_states(text):
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("name", [name for name in TOKENS if not name.startswith(("Roberta", "ModernBert"))])
+@pytest.mark.parametrize("name", [name for name in TOKENS if not name.startswith(("Roberta", "ModernBert", "MPNet"))])
 @pytest.mark.parametrize("buffer", ["position_ids", "token_type_ids"])
 def test_positions_and_types_are_the_buffers(name, buffer):
     model = make(name)
@@ -250,7 +255,7 @@ def test_padding_in_front_goes_to_the_stock_code_where_first_tokens_are_read(nam
 # --- what can be set on a layer's modules
 
 
-@pytest.mark.parametrize("name", [*TOKENS, "ViTForImageClassification"])
+@pytest.mark.parametrize("name", [*INTERFACED, "ViTForImageClassification"])
 def test_attention_is_causal_where_it_is_told_to_be(name):
     model = make(name)
     stock, batch = copy.deepcopy(model), draw(model, "none")
@@ -366,7 +371,7 @@ def test_functions_and_methods_replaced_in_stock_code_are_called(text, monkeypat
             model(**text)
 
 
-@pytest.mark.parametrize("name", [*TOKENS, "ViTForImageClassification"])
+@pytest.mark.parametrize("name", [*INTERFACED, "ViTForImageClassification"])
 def test_attention_functions_registered_under_a_stock_name_are_called(name, monkeypatch):
     model = make(name)
     stock, batch = copy.deepcopy(model), draw(model)
@@ -477,7 +482,7 @@ def test_a_layer_attends_as_it_is_told_to(kind):
 def test_gradients_flow_through_hidden_states(name, padding):
     model = make(name)
     stock, batch = copy.deepcopy(model), draw(model)
-    if padding == "holes" and "attention_mask" in batch and not name.startswith("ModernBert"):
+    if padding == "holes" and "attention_mask" in batch and not name.startswith(("ModernBert", "MPNet")):
         batch["attention_mask"][0, [3, 5]] = 0
     real = batch.get("attention_mask", torch.ones(4, 17)).bool()
     found = []

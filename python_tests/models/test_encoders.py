@@ -53,7 +53,8 @@ def make(name, **changes):
         sizes |= {"local_attention": 8, "pad_token_id": 0}
     else:
         sizes |= {"hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64}
-        sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 2}
+        sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        sizes |= {} if encoder == "MPNet" else {"type_vocab_size": 2}
         sizes |= {"image_size": 32, "patch_size": 8, "encoder_stride": 8} if encoder not in TEXT else {}
         sizes |= {"embedding_size": 24} if encoder == "Electra" else {}
         sizes |= {"use_task_id": True} if encoder == "Ernie" else {}
@@ -134,7 +135,8 @@ def test_every_task_head_equals_stock(name):
         compare(model, stock, draw(model))
 
 
-@pytest.mark.parametrize("name", TEXT)
+# MPNet's task heads hand none of these arguments on, patched or not.
+@pytest.mark.parametrize("name", [name for name in TEXT if name != "MPNet"])
 def test_packed_inputs_are_the_sequences_that_flash_attention_sees(name):
     model = make(f"{name}ForTokenClassification")
     stock, padded, base = copy.deepcopy(model), draw(model), model.base_model
@@ -226,6 +228,7 @@ def test_padding_where_the_task_head_reads_is_left_to_the_stock_code(name):
         ("RobertaModel", {"pad_token_id": 0}),
         ("ViTModel", {"image_size": [32, 32], "patch_size": [16, 4]}),
         ("ViTModel", {"head_dim": 8}),
+        ("MPNetForMaskedLM", {"hidden_act": "relu", "pad_token_id": 0}),
         ("ModernBertModel", {"attn_implementation": "eager"}),
         ("ModernBertModel", {"attention_bias": True, "mlp_bias": True, "norm_bias": True}),
         ("ModernBertModel", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
@@ -252,8 +255,92 @@ def test_rows_longer_than_a_window_equal_stock(options):
         compare(model, stock, batch)
 
 
-def test_masks_that_a_window_would_reach_across_are_refused():
-    model = make("ModernBertForSequenceClassification", classifier_pooling="mean")
+@pytest.mark.parametrize("options", [{}, {"unpad": False}, {"bucket": 16}])
+def test_a_bias_by_distance_is_that_of_stock_in_long_rows(options):
+    # Every bucket, the last ones for distances of 128 and more; the table's gradient too.
+    model = make("MPNetForTokenClassification", max_position_embeddings=304)
+    stock, lengths = copy.deepcopy(model), torch.tensor([300, 15, 101])
+    mask = (torch.arange(300) < lengths[:, None]).long()
+    ids = torch.randint(5, 100, mask.shape).where(mask.bool(), model.config.pad_token_id)
+    with ticketops.patch(model, **options) as handle:
+        compare(model, stock, {"input_ids": ids, "attention_mask": mask})
+        found = []
+        for each in (model, masked(stock, TICKETS["uneven"])):
+            handle.apply(TICKETS["uneven"])
+            each.zero_grad()
+            each(ids, mask).logits[mask.bool()].square().sum().backward()
+            found.append(each.mpnet.encoder.relative_attention_bias.weight.grad)
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4 * found[1].abs().max().item())
+        # No distance is in the bucket of those that are positive and 0.
+        assert (found[1].abs().amin(1) > 0).sum() == 31
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda table: setattr(table, "max_norm", 0.5), "a relative-position bias with max_norm"),
+        (lambda table: setattr(table, "padding_idx", 3), "a relative-position bias with max_norm"),
+        (
+            lambda table: table.register_forward_hook(lambda *_: None),
+            "hooks on its encoder.relative_attention_bias, which a patched encoder does not call",
+        ),
+        (
+            lambda table: setattr(table, "__class__", type("Other", (nn.Embedding,), {})),
+            "as its relative-position bias",
+        ),
+    ],
+)
+def test_a_changed_table_of_a_bias_is_left_to_the_stock_code(change, problem):
+    model = make("MPNetModel")
+    stock, batch = copy.deepcopy(model), draw(model)
+    with ticketops.patch(model) as handle:
+        compare(model, stock, batch)
+        for each in (model, stock):
+            change(each.encoder.relative_attention_bias)
+        compare(model, stock, batch)
+        handle.apply(TICKETS["neither"])
+        with pytest.raises(UnsupportedError, match=rf"{problem}.*ignore the applied ticket"):
+            model(**batch)
+    if "hooks" not in problem:
+        with pytest.raises(UnsupportedError, match=problem):
+            ticketops.patch(model)
+
+
+def test_a_trained_table_of_a_bias_is_read_anew():
+    model = make("MPNetForSequenceClassification").bfloat16()
+    stock, batch = copy.deepcopy(model).float(), draw(model)
+    with ticketops.patch(model), torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(**batch).logits.float(), stock(**batch).logits, rtol=0.1, atol=0.1)
+            for each in (model, stock):
+                each.mpnet.encoder.relative_attention_bias.weight.mul_(-2)
+
+
+@pytest.mark.parametrize("name", ["MPNetForSequenceClassification", "MPNetModel"])
+def test_results_are_tuples_where_they_are_asked_for(name):
+    model = make(name)
+    stock, batch = copy.deepcopy(model), draw(model)
+    real = batch["attention_mask"].bool()
+    with ticketops.patch(model):
+        for wanted in ({}, {"output_hidden_states": True}):
+            got, want = (each(**batch, return_dict=False, **wanted) for each in (model, stock))
+            assert len(got) == len(want)
+            for one, other in zip(got, want, strict=True):
+                assert type(one) is type(other)
+                pairs = zip(one, other, strict=True) if isinstance(other, tuple) else [(one, other)]
+                for a, b in pairs:
+                    both = (a[real], b[real]) if b.shape[:2] == real.shape else (a, b)
+                    torch.testing.assert_close(*both, **close)
+        with pytest.raises(ValueError, match="both input_ids and inputs_embeds"):
+            model.base_model(batch["input_ids"], inputs_embeds=torch.zeros(4, 17, 48))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("ModernBertForSequenceClassification", {"classifier_pooling": "mean"}), ("MPNetForTokenClassification", {})],
+)
+def test_masks_whose_holes_would_bring_tokens_nearer_are_refused(name, changes):
+    model = make(name, **changes)
     batch = draw(model)
     batch["attention_mask"][0, 5] = 0
     with ticketops.patch(model), pytest.raises(InputError, match="row 0 of the attention mask has holes"):
@@ -363,7 +450,7 @@ def test_patched_equals_stock_under_tickets(name, encoder, inputs):
     assert [type(module) for module in encoder.modules()] == classes
 
 
-@pytest.mark.parametrize("name", ["BertModel", "DistilBertModel", "ModernBertModel", "ViTModel"])
+@pytest.mark.parametrize("name", ["BertModel", "DistilBertModel", "ModernBertModel", "MPNetModel", "ViTModel"])
 def test_a_forward_that_is_called_by_hand_is_served_too(name):
     model = make(name)
     batch = draw(model)
@@ -374,7 +461,7 @@ def test_a_forward_that_is_called_by_hand_is_served_too(name):
             layer(torch.zeros(1, 2, 48))
 
 
-@pytest.mark.parametrize("name", ["BertModel", "DistilBertModel", "ModernBertModel", "ViTModel"])
+@pytest.mark.parametrize("name", ["BertModel", "DistilBertModel", "ModernBertModel", "MPNetModel", "ViTModel"])
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_hook_is_called_or_refused(name, register, pruned):
@@ -444,10 +531,12 @@ def test_importance_equals_its_definition(encoder, inputs):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        *((name, "checkpointed") for name in CLASSIFIERS),
+        # transformers' MPNet has no checkpoints.
+        *((name, "checkpointed") for name in CLASSIFIERS if not name.startswith("MPNet")),
         ("DistilBertForSequenceClassification", "compiled"),
         ("ElectraForSequenceClassification", "compiled"),
         ("ModernBertForSequenceClassification", "compiled"),
+        ("MPNetForSequenceClassification", "compiled"),
         ("ViTForImageClassification", "compiled"),
     ],
 )
@@ -503,7 +592,13 @@ def test_attention_weights_are_the_stock_code_s(encoder, inputs):
 
 
 @pytest.mark.parametrize(
-    "name", ["ModernBertForMaskedLM", "RobertaForSequenceClassification", "ViTForImageClassification"]
+    "name",
+    [
+        "ModernBertForMaskedLM",
+        "MPNetForTokenClassification",
+        "RobertaForSequenceClassification",
+        "ViTForImageClassification",
+    ],
 )
 def test_onnx_equals_masked(name, tmp_path):
     pytest.importorskip("onnx")

@@ -147,6 +147,22 @@ def test_whoever_may_see_the_other_tokens_gets_them(model, stock, batch, change)
     torch.testing.assert_close(got, want, **roundings(1000))
 
 
+def test_a_bare_model_gives_all_tokens_beside_a_head():
+    """MPNet's head tells its bare model past the arguments, and that ends with its forward pass, also with an error."""
+    model = make("MPNetForSequenceClassification")
+    stock, batch = copy.deepcopy(model), draw(model)
+    real = batch["attention_mask"].bool()
+    with ticketops.patch(model), torch.no_grad():
+        copied, said = copy.deepcopy(model), watched(model)
+        with pytest.raises(IndexError):
+            model(batch["input_ids"] + 1000)
+        torch.testing.assert_close(model.mpnet(**batch)[0][real], stock.mpnet(**batch)[0][real], **roundings(1000, 100))
+        for each in (model, copied):
+            torch.testing.assert_close(each(**batch).logits, stock(**batch).logits, **roundings(1000, 100))
+    assert said == [LAYERS - 1, None, LAYERS - 1]
+    assert type(model) is type(stock)
+
+
 def test_hidden_states_are_whole(model, stock, batch):
     keep = batch["attention_mask"].bool()
     with ticketops.patch(model), torch.no_grad():

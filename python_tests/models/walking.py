@@ -46,6 +46,8 @@ STARTS = (
     "ElectraForTokenClassification",
     "ModernBertForSequenceClassification",
     "ModernBertForTokenClassification",
+    "MPNetForSequenceClassification",
+    "MPNetForTokenClassification",
     "ViTForImageClassification",
 )
 REFUSALS = UnsupportedError, InputError

@@ -11,15 +11,15 @@ from ticketops.ops import Sequences, Weights
 from .cases import assert_as_good
 
 HEADS, DIM, CHANNELS, NEURONS = 4, 12, 40, 56
-PARAMETERS = Weights._fields[:16]
+PARAMETERS = Weights._fields[:17]
 #: Computed heads, computed neurons (None: all) and whether there is an FFN.
 TICKETS = ((None, None, True), ([0, 2], None, True), ([3], None, False), ([], None, True), (None, [1, 5, 6, 50], True))
 #: x's dtype, and autocast's.
 DTYPES = ((torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None))
 
 
-def inputs(rows, ticket, seed=0):
-    """Tokens, the result's gradient and the layer's weights, in float64."""
+def inputs(rows, ticket, seed=0, reach=None):
+    """Tokens, the result's gradient and the layer's weights, in float64; with a position bias that reaches so far."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -37,6 +37,9 @@ def inputs(rows, ticket, seed=0):
             else [None] * 4
         ),
         *(normal(CHANNELS), normal(CHANNELS)),
+        None
+        if reach is None
+        else normal(HEADS if heads is None else len(heads), 2 * reach + 1) * (2 * reach + 1) ** 0.5,
         None if heads is None else torch.tensor(heads, dtype=torch.int64),
         None if neurons is None else torch.tensor(neurons, dtype=torch.int64),
     )
@@ -50,7 +53,12 @@ def composed(x, w, sequences, dropouts, sinks, per_token, activation="gelu", fir
         qkv = ops.project_rows(x, w[:3], w[3:6], groups, HEADS)
         q, k, v = (y.view(len(x), len(groups), DIM) for y in qkv)
         context = ops.attention(
-            *(q, k, v, sequences), dropout_p=dropouts[0], scale=DIM**-0.5, importance=sinks[0], per_token=per_token
+            *(q, k, v, sequences),
+            dropout_p=dropouts[0],
+            scale=DIM**-0.5,
+            importance=sinks[0],
+            per_token=per_token,
+            position_bias=w.position_bias,
         )
         if first_tokens:
             context = context[sequences.first_rows(len(x))]
@@ -93,11 +101,20 @@ def whole(x, w, sequences, dropouts, sinks, per_token, activation="gelu", first_
     )
 
 
+def cast(weights, dtype):
+    """The weights in another dtype; a position bias stays in float32."""
+    to = lambda t: t.to(dtype) if t is not None and t.is_floating_point() else t  # noqa: E731
+    bias = weights.position_bias
+    return Weights(*map(to, weights))._replace(
+        position_bias=bias if bias is None or dtype == torch.float64 else bias.float()
+    )
+
+
 def run(layer, tensors, sequences, dtype, autocast=None, dropouts=(0.0, 0.0, 0.0), per_token=False, **options):
     """The result, its gradients and the importance partials by name."""
     x, dout, weights = tensors
-    leaf = lambda t: t.to(dtype, copy=True).requires_grad_() if t is not None and t.is_floating_point() else t  # noqa: E731
-    x, weights = leaf(x), Weights(*map(leaf, weights))
+    leaf = lambda t: t.clone().requires_grad_() if t is not None and t.is_floating_point() else t  # noqa: E731
+    x, weights = leaf(x.to(dtype)), Weights(*map(leaf, cast(weights, dtype)))
     count = HEADS if weights.heads is None else len(weights.heads)
     neurons = NEURONS if weights.neurons is None else len(weights.neurons)
     shapes = ((len(sequences), count), (len(sequences),), (len(sequences), neurons))

@@ -11,7 +11,7 @@ from .cases import RAGGED, SHORT, assert_as_good, need, packed_sequences, padded
 
 FAST = ("native",)
 DTYPES = (torch.float32, torch.bfloat16)
-NAMES = ("out", "lse", "dq", "dk", "dv", "signed", "absolute")
+NAMES = ("out", "lse", "dq", "dk", "dv", "signed", "absolute", "dbias")
 
 
 def inputs(rows, heads, head_dim, dtype, seed=0):
@@ -19,15 +19,22 @@ def inputs(rows, heads, head_dim, dtype, seed=0):
     return [torch.randn(rows, heads, head_dim, generator=generator).to(dtype) for _ in range(4)]
 
 
-def run(module, tensors, sequences, mask=None, dropout_p=0.0, dtype=None, window=None):
+def bias_for(sequences, heads, further=0):
+    """A bias that reaches as far as the longest sequence, or further."""
+    width = 2 * (max(sequences.max_length, 1) + further) - 1
+    return torch.randn(heads, width, generator=torch.Generator().manual_seed(width))
+
+
+def run(module, tensors, sequences, mask=None, dropout_p=0.0, dtype=None, window=None, bias=None):
     q, k, v, dout = tensors if dtype is None else [x.to(dtype) for x in tensors]
-    if mask is not None:
-        mask = mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    mask, bias = (
+        None if x is None else x.to(torch.float64 if q.dtype == torch.float64 else torch.float32) for x in (mask, bias)
+    )
     seed = torch.tensor([0x2345_6789_ABCD_EF01 >> 1]) if dropout_p else None
     settings = (mask, seed, sequences.max_length, q.shape[-1] ** -0.5, dropout_p)
     where = (sequences.starts, sequences.lengths)
-    out, lse = module.forward(q, k, v, *where, *settings, window=window)
-    return out, lse, *module.backward(dout, q, k, v, out, lse, *where, *settings, window=window)
+    out, lse = module.forward(q, k, v, *where, *settings, window=window, bias=bias)
+    return out, lse, *module.backward(dout, q, k, v, out, lse, *where, *settings, window=window, bias=bias)
 
 
 def check(backend, tensors, sequences, **options):
@@ -35,6 +42,9 @@ def check(backend, tensors, sequences, **options):
     plain = run(reference, tensors, sequences, **options)
     exact = run(reference, tensors, sequences, dtype=torch.float64, **options)
     for i, name in enumerate(NAMES):
+        if got[i] is None and name == "dbias":
+            assert options.get("bias") is None
+            continue
         assert got[i].dtype == plain[i].dtype
         if name not in ("signed", "absolute"):
             assert_as_good(got[i], plain[i], exact[i], 2 if i < 2 else 3, name)
@@ -59,12 +69,14 @@ def check_sums(got, dout, sequences, mask):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("window", [None, 0, 20, 64])
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
-def test_as_good_as_plain_pytorch(backend, dtype, dropout_p, masked, layout, window):
+@pytest.mark.parametrize("biased", [False, True])
+def test_as_good_as_plain_pytorch(backend, dtype, dropout_p, masked, layout, window, biased):
     need(backend, "attention", dtype)
     sequences, rows = layout(RAGGED)
     mask = torch.tensor([1.0, 0.0, -0.5, 2.0]) if masked else None
+    options = {"dropout_p": dropout_p, "window": window, "bias": bias_for(sequences, 4) if biased else None}
     with poisoned():
-        check(backend, inputs(rows, 4, 32, dtype), sequences, mask=mask, dropout_p=dropout_p, window=window)
+        check(backend, inputs(rows, 4, 32, dtype), sequences, mask=mask, **options)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -74,7 +86,8 @@ def test_any_head_dim(backend, dtype, head_dim):
     need(backend, "attention", dtype)
     sequences, rows = packed_sequences([31, 9, 64])
     with poisoned():
-        check(backend, inputs(rows, 3, head_dim, dtype), sequences, dropout_p=0.2)
+        for bias in (None, bias_for(sequences, 3)):
+            check(backend, inputs(rows, 3, head_dim, dtype), sequences, dropout_p=0.2, bias=bias)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -86,15 +99,17 @@ def test_any_head_dim(backend, dtype, head_dim):
     seed=st.integers(0, 9),
     window=st.none() | st.integers(0, 80),
     dtype=st.sampled_from(DTYPES),
+    further=st.none() | st.integers(0, 40),
 )
 @settings(max_examples=120, deadline=None, derandomize=True)
-def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed, window, dtype):
+def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed, window, dtype, further):
     need(backend, "attention", dtype)
     sequences, rows = padded_sequences(lengths)
     mask = torch.randn(heads, generator=torch.Generator().manual_seed(seed)).round(decimals=0)
     tensors = [strided(x) for x in inputs(rows, heads, head_dim, dtype, seed)]
+    bias = None if further is None else bias_for(sequences, heads, further)
     with poisoned():
-        check(backend, tensors, sequences, mask=mask, dropout_p=dropout_p, window=window)
+        check(backend, tensors, sequences, mask=mask, dropout_p=dropout_p, window=window, bias=bias)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -103,9 +118,9 @@ def test_strides_and_threads_change_nothing(backend, dtype):
     need(backend, "attention", dtype)
     module = _module("attention", backend)
     sequences, rows = packed_sequences(RAGGED)
-    tensors = inputs(rows, 4, 32, dtype)
+    tensors, bias = inputs(rows, 4, 32, dtype), bias_for(sequences, 4)
     with threads(1):
-        first = run(module, tensors, sequences, dropout_p=0.1)
+        first = run(module, tensors, sequences, dropout_p=0.1, bias=bias)
     for number in (1, 2, 3):
         with threads(number):
             for other in (
@@ -114,7 +129,8 @@ def test_strides_and_threads_change_nothing(backend, dtype):
                 [x.transpose(0, 2).contiguous().transpose(0, 2) for x in tensors],
                 [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in tensors],
             ):
-                again = run(module, other, sequences, dropout_p=0.1)
+                again = run(module, other, sequences, dropout_p=0.1, bias=bias.t().contiguous().t())
+                assert len(again) == len(NAMES)
                 assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -148,7 +164,8 @@ def test_large_scores_do_not_overflow(backend, dtype):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("head_dim", [7, 32])
-def test_first_tokens_alone_are_the_first_of_all(dtype, dropout_p, masked, window, head_dim):
+@pytest.mark.parametrize("biased", [False, True])
+def test_first_tokens_alone_are_the_first_of_all(dtype, dropout_p, masked, window, head_dim, biased):
     need("native", "attention", dtype)
     native = _module("attention", "native")
     sequences, rows = padded_sequences(RAGGED)
@@ -159,15 +176,19 @@ def test_first_tokens_alone_are_the_first_of_all(dtype, dropout_p, masked, windo
     # Of the others no gradient is read.
     given = dout.masked_fill(~first[:, None, None], float("nan"))
     alone = (q, k, v, dout * first[:, None, None])
-    want = dict(zip(NAMES, run(native, alone, sequences, mask, dropout_p, window=window), strict=True))
+    bias = bias_for(sequences, 4) if biased else None
+    want = dict(zip(NAMES, run(native, alone, sequences, mask, dropout_p, window=window, bias=bias), strict=True))
     seed = torch.tensor([0x2345_6789_ABCD_EF01 >> 1]) if dropout_p else None
     settings = (sequences.starts, sequences.lengths, mask, seed, sequences.max_length, head_dim**-0.5, dropout_p)
     with poisoned():
-        out, lse = native.forward(q, k, v, *settings, window=window, first_tokens=True)
-        gradients = native.backward(given, q, k, v, out, lse, *settings, window=window, first_tokens=True)
+        options = {"window": window, "bias": bias, "first_tokens": True}
+        out, lse = native.forward(q, k, v, *settings, **options)
+        gradients = native.backward(given, q, k, v, out, lse, *settings, **options)
     got = dict(zip(NAMES, (out, lse, *gradients), strict=True))
     for name, value in got.items():
         expected = want[name]
+        if value is None:
+            continue
         if name in ("out", "lse"):
             expected = expected * first.view(-1, *[1] * (expected.ndim - 1))
         tolerance = torch.finfo(dtype).eps * 4
@@ -195,3 +216,8 @@ def test_sequences_outside_the_tensor_are_refused(backend):
         module.forward(q, k, v, torch.zeros(1), torch.zeros(1), None, None, 10, 1.0, 0.0)
     with pytest.raises(ValueError, match="native kernel needs k"):
         module.forward(q, k[:5], v, *(torch.zeros(1, dtype=torch.int32),) * 2, None, None, 10, 1.0, 0.0)
+    one = torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="the position bias reaches 1 tokens, but max_length is 3"):
+        module.forward(q, k, v, one, one, None, None, 3, 1.0, 0.0, bias=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="native kernel needs position_bias"):
+        module.forward(q, k, v, one, one, None, None, 3, 1.0, 0.0, bias=torch.zeros(1, 5))

@@ -72,12 +72,13 @@ LAYER = {
     "b2": (CHANNELS,),
     **dict.fromkeys(("gamma2", "beta2"), (CHANNELS,)),
 }
+BIAS = (HEADS, 2 * SEQUENCES.max_length - 1)
 NO_FFN = dict.fromkeys(("w1", "b1", "w2", "b2"))
 
 
 def layer(heads: Tensor | None = None, **options: Any) -> Callable[..., Tensor]:
     def call(x: Tensor, **weights: Tensor) -> Tensor:
-        w = Weights(**{**NO_FFN, **weights}, heads=heads, neurons=None)
+        w = Weights(**{**NO_FFN, "position_bias": None, **weights}, heads=heads, neurons=None)
         return ops.encoder_layer(x, w, SEQUENCES, head_dim=DIM, scale=0.25, activation="gelu", **options)
 
     return call
@@ -94,6 +95,11 @@ OPS = {
     "attention": Op(
         lambda q, k, v: ops.attention(q, k, v, SEQUENCES),
         dict.fromkeys("qkv", (TOKENS, HEADS, DIM)),
+        saves_result=True,
+    ),
+    "biased attention": Op(
+        lambda q, k, v, position_bias: ops.attention(q, k, v, SEQUENCES, position_bias=position_bias),
+        dict.fromkeys("qkv", (TOKENS, HEADS, DIM)) | {"position_bias": BIAS},
         saves_result=True,
     ),
     "ffn": Op(lambda x, w1, b1, w2, b2: ops.ffn(x, w1, b1, w2, b2, SEQUENCES), FFN),
@@ -116,6 +122,7 @@ OPS = {
     "move_rows": Op(lambda x: rows.move_rows(x, INDEX, INVERSE), {"x": (TOKENS, CHANNELS)}, ("reference",), twice=True),
     "move_rows back": Op(lambda x: rows.move_rows(x, INVERSE, INDEX), {"x": (5, CHANNELS)}, ("reference",), twice=True),
     "layer": Op(layer(), LAYER, ("native", "triton")),
+    "biased layer": Op(layer(), LAYER | {"position_bias": BIAS}, ("native", "triton")),
     "layer of a head": Op(layer(HEAD), LAYER, ("native", "triton")),
     "layer without heads": Op(layer(HEAD[:0]), LAYER, ("native", "triton")),
     "layer without an FFN": Op(
@@ -279,7 +286,7 @@ def test_a_tensor_on_another_device_is_refused_by_name_after_a_good_call(op):
         # All others are integers that the test keeps on the CPU.
         pytest.skip("has one input")
     # Some ops have other names for what these calls give them.
-    called = {"wo": "weight", "gamma": "weight", "beta": "bias", "mask": "neuron_mask"}
+    called = {"wo": "weight", "position_bias": "bias", "gamma": "weight", "beta": "bias", "mask": "neuron_mask"}
     for name, shape in op.shapes.items():
         for other in (torch.empty(shape, device="meta"), elsewhere[name]):
             with pytest.raises(InputError) as error:

@@ -26,6 +26,7 @@ from .layers import (
     NEURONS,
     PARAMETERS,
     TICKETS,
+    cast,
     check,
     composed,
     inputs,
@@ -45,22 +46,26 @@ def served():
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
-def test_as_good_as_its_parts_in_plain_pytorch(ticket, dtype, autocast, per_token, layout):
+@pytest.mark.parametrize("reach", [None, 14])
+def test_as_good_as_its_parts_in_plain_pytorch(ticket, dtype, autocast, per_token, layout, reach):
     sequences, rows = layout(SHORT)
     with poisoned():
-        check(inputs(rows, ticket), sequences, dtype, autocast, dropouts=(0.1, 0.2, 0.3), per_token=per_token)
+        check(
+            inputs(rows, ticket, reach=reach), sequences, dtype, autocast, dropouts=(0.1, 0.2, 0.3), per_token=per_token
+        )
 
 
 @pytest.mark.parametrize("ticket", TICKETS)
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
-def test_first_tokens_alone_are_as_good_as_their_parts(ticket, dtype, autocast, per_token, layout):
+@pytest.mark.parametrize("reach", [None, 12])
+def test_first_tokens_alone_are_as_good_as_their_parts(ticket, dtype, autocast, per_token, layout, reach):
     sequences, rows = layout(SHORT)
     options = {"dropouts": (0.1, 0.2, 0.3), "per_token": per_token, "first_tokens": True}
     for number in (1, 2):
         with threads(number), poisoned():
-            check(inputs(rows, ticket), sequences, dtype, autocast, **options)
+            check(inputs(rows, ticket, reach=reach), sequences, dtype, autocast, **options)
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
@@ -131,14 +136,18 @@ def test_dropout_is_that_of_its_parts(ticket):
     activation=st.sampled_from(["gelu", "gelu_tanh", "relu"]),
     autocast=st.sampled_from([None, torch.bfloat16]),
     seed=st.integers(0, 9),
+    further=st.none() | st.integers(0, 9),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_any_layer(lengths, heads, neurons, ffn, dropouts, activation, autocast, seed):
+def test_any_layer(lengths, heads, neurons, ffn, dropouts, activation, autocast, seed, further):
     sequences, rows = padded_sequences(lengths)
+    reach = None if further is None else max(lengths) + further
     ticket = (None if heads is None else sorted(heads), sorted(neurons) if neurons and ffn else None, ffn)
     with poisoned():
         check(
-            *(inputs(rows, ticket, seed), sequences, torch.float32, autocast), dropouts=dropouts, activation=activation
+            *(inputs(rows, ticket, seed, reach), sequences, torch.float32, autocast),
+            dropouts=dropouts,
+            activation=activation,
         )
 
 
@@ -148,18 +157,18 @@ def test_runs_repeat_themselves(dtype, autocast):
     for number in (1, 2):
         with threads(number):
             first, again = (
-                run(whole, inputs(rows, TICKETS[1]), sequences, dtype, autocast, dropouts=(0.1, 0.1, 0.1)) for _ in "ab"
+                run(whole, inputs(rows, TICKETS[1], reach=60), sequences, dtype, autocast, dropouts=(0.1, 0.1, 0.1))
+                for _ in "ab"
             )
         assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
 def infer(layer, tensors, sequences, dtype=torch.float32, autocast=None, dropouts=(0.0, 0.0, 0.0), **options):
     """The result alone, without gradients."""
-    to = lambda t: t.to(dtype) if t is not None and t.is_floating_point() else t  # noqa: E731
     x, _, weights = tensors
     torch.manual_seed(5)
     with torch.inference_mode(), torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
-        return layer(to(x), Weights(*map(to, weights)), sequences, dropouts, [None] * 3, False, **options)
+        return layer(x.to(dtype), cast(weights, dtype), sequences, dropouts, [None] * 3, False, **options)
 
 
 def check_inference(tensors, sequences, dtype, autocast=None, **options):
@@ -194,9 +203,11 @@ def check_inference(tensors, sequences, dtype, autocast=None, **options):
     ],
 )
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
-def test_without_gradients_as_good_as_its_parts(ticket, dtype, autocast, lengths, layout):
+@pytest.mark.parametrize("biased", [False, True])
+def test_without_gradients_as_good_as_its_parts(ticket, dtype, autocast, lengths, layout, biased):
     sequences, rows = layout(lengths)
-    check_inference(inputs(rows, ticket), sequences, dtype, autocast)
+    reach = max(sequences.max_length, 1) - 1 if biased else None
+    check_inference(inputs(rows, ticket, reach=reach), sequences, dtype, autocast)
 
 
 @given(
@@ -267,10 +278,27 @@ def test_structures_that_are_not_there_are_refused(heads, neurons):
 def test_parameters_of_other_shapes_are_refused():
     sequences, rows = packed_sequences([5])
     x, dout, weights = inputs(rows, TICKETS[0])
-    for name in PARAMETERS:
+    for name in PARAMETERS[:-1]:
         wrong = weights._replace(**{name: getattr(weights, name)[:-1]})
         with pytest.raises(InputError, match="the native kernel needs"):
             infer(whole, (x, dout, wrong), sequences)
+
+
+@pytest.mark.parametrize(
+    ("bias", "problem"),
+    [
+        (torch.zeros(HEADS, 9).double(), "needs position_bias in torch.float32, got torch.float64"),
+        (torch.zeros(HEADS - 1, 9), "the native kernel needs position_bias"),
+        (torch.zeros(HEADS, 7), "the position bias reaches 3 tokens, but max_length is 5"),
+    ],
+)
+def test_a_bias_that_does_not_fit_is_refused(bias, problem):
+    sequences, rows = packed_sequences([5])
+    x, _, weights = inputs(rows, TICKETS[0])
+    weights = cast(weights, torch.float32)._replace(position_bias=bias)
+    for no_gradients in (False, True):
+        with torch.inference_mode(no_gradients), pytest.raises(InputError, match=problem):
+            whole(x.float(), weights, sequences, (0.0, 0.0, 0.0), [None] * 3, False)
 
 
 def test_norms_of_another_dtype_are_served():
@@ -300,9 +328,10 @@ def test_only_what_a_ticket_keeps_is_computed():
 @pytest.mark.parametrize("ticket", TICKETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("first_tokens", [False, True])
-def test_opcheck(ticket, dtype, first_tokens):
+@pytest.mark.parametrize("reach", [None, 12])
+def test_opcheck(ticket, dtype, first_tokens, reach):
     sequences, rows = packed_sequences(SHORT)
-    opcheck(inputs(rows, ticket), sequences, dtype, first_tokens)
+    opcheck(inputs(rows, ticket, reach=reach), sequences, dtype, first_tokens)
 
 
 def test_frozen_weights_and_second_derivatives():

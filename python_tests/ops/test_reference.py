@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
@@ -32,13 +34,18 @@ def inputs(lengths, heads=3, size=4, channels=6, neurons=10, dtype=torch.float64
     return sequences, qkv, [leaf(tokens, channels), *weights]
 
 
-def dense_attention(q, k, v, sequences, masks, scale=None, keep=None, p=0.0, window=None):
+def dense_attention(q, k, v, sequences, masks, scale=None, keep=None, p=0.0, window=None, bias=None):
     """One softmax over all tokens, with all outside of the query's sequence masked; `masks` is [B, H] or [T, H]."""
     tokens = q.shape[0]
     owner = torch.full((tokens,), -1)
     for b, (start, end) in enumerate(sequences.spans()):
         owner[start:end] = b
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        # Rows of a sequence lie one behind the other, so their distance is that of their numbers.
+        reach = bias.shape[1] // 2
+        distance = torch.arange(tokens) - torch.arange(tokens)[:, None]
+        scores = scores + bias[:, reach + distance.clamp(-reach, reach)]
     allowed = (owner[:, None] == owner[None, :]) & (owner >= 0)[:, None]
     if window is not None:
         allowed = allowed & ((torch.arange(tokens)[:, None] - torch.arange(tokens)).abs() <= window)
@@ -52,35 +59,83 @@ def dense_attention(q, k, v, sequences, masks, scale=None, keep=None, p=0.0, win
     return context * per_token[:, :, None]
 
 
-@settings(max_examples=25)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any), st.integers(1, 4), st.sampled_from([0, 2]))
-def test_attention_equals_the_dense_definition(lengths, heads, gap):
-    sequences, (q, k, v), _ = inputs(lengths, heads, gap=gap)
-    mask = torch.linspace(-0.5, 1.5, heads, dtype=torch.float64)
-    out = ops.attention(q, k, v, sequences, head_mask=mask, scale=0.3)
-    expected = dense_attention(q, k, v, sequences, mask.expand(len(lengths), -1), 0.3)
+def same_results(out, expected, leaves):
+    """Asserts that two results and their gradients are equal."""
     torch.testing.assert_close(out, expected)
-    for got, want in zip(
-        torch.autograd.grad(out.cos().sum(), (q, k, v)),
-        torch.autograd.grad(expected.cos().sum(), (q, k, v)),
-        strict=True,
-    ):
+    gradients = (torch.autograd.grad(x.cos().sum(), leaves) for x in (out, expected))
+    for got, want in zip(*gradients, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
+    st.integers(1, 4),
+    st.sampled_from([0, 2]),
+    st.none() | st.integers(0, 3),
+)
+def test_attention_equals_the_dense_definition(lengths, heads, gap, further):
+    sequences, leaves, _ = inputs(lengths, heads, gap=gap)
+    mask, bias = torch.linspace(-0.5, 1.5, heads, dtype=torch.float64), None
+    if further is not None:
+        bias = torch.randn(heads, 2 * (max(lengths) + further) - 1, dtype=torch.float64, requires_grad=True)
+    out = ops.attention(*leaves, sequences, head_mask=mask, scale=0.3, position_bias=bias)
+    expected = dense_attention(*leaves, sequences, mask.expand(len(lengths), -1), 0.3, bias=bias)
+    same_results(out, expected, leaves if bias is None else (*leaves, bias))
 
 
 @pytest.mark.parametrize("window", [0, 3, 70, 149])
-def test_attention_within_a_window_equals_the_dense_definition(window):
-    sequences, (q, k, v), _ = inputs([150, 0, 9, 66], heads=2)
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_within_a_window_equals_the_dense_definition(window, biased):
+    sequences, leaves, _ = inputs([150, 0, 9, 66], heads=2)
     mask = torch.tensor([[0.5, -1.5]], dtype=torch.float64)
-    out = ops.attention(q, k, v, sequences, head_mask=mask[0], window=window)
-    expected = dense_attention(q, k, v, sequences, mask.expand(4, -1), window=window)
-    torch.testing.assert_close(out, expected)
-    for got, want in zip(
-        torch.autograd.grad(out.cos().sum(), (q, k, v)),
-        torch.autograd.grad(expected.cos().sum(), (q, k, v)),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, want)
+    bias = torch.randn(2, 299, dtype=torch.float64, requires_grad=True) if biased else None
+    out = ops.attention(*leaves, sequences, head_mask=mask[0], window=window, position_bias=bias)
+    expected = dense_attention(*leaves, sequences, mask.expand(4, -1), window=window, bias=bias)
+    same_results(out, expected, (*leaves, bias) if biased else leaves)
+
+
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (32, 20), (8, 5), (4, 128)])
+def test_buckets_are_those_of_transformers(buckets, max_distance):
+    table = torch.randn(3, buckets, requires_grad=True)
+    for length in (0, 1, 2, 9, 600):
+        got = ops.bucketed_bias(table, length, max_distance=max_distance)
+        distances = torch.arange(1 - max(length, 1), max(length, 1))
+        for bucket in (
+            MPNetEncoder.relative_position_bucket(distances, buckets, max_distance),
+            T5Attention._relative_position_bucket(distances, True, buckets, max_distance),
+        ):
+            assert torch.equal(got, table[:, bucket])
+    (gradient,) = torch.autograd.grad(got.sum(), table)
+    assert torch.equal(gradient, torch.bincount(bucket, minlength=buckets).float().expand(3, -1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "max_distance", "problem"),
+    [
+        ((3,), 128, r"got \[3\]"),
+        ((3, 31), 128, "an even number of at least 4 buckets"),
+        ((3, 2), 128, "an even number of at least 4 buckets"),
+        ((3, 32), 8, "more than a quarter of the 32 buckets"),
+    ],
+)
+def test_tables_without_t5s_buckets_are_refused(shape, max_distance, problem):
+    with pytest.raises(InputError, match=problem):
+        ops.bucketed_bias(torch.zeros(shape), 9, max_distance=max_distance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        ((2, 13), r"must have shape \[3, 2 R \+ 1\]"),
+        ((3, 14), r"must have shape \[3, 2 R \+ 1\]"),
+        ((3, 11), "at least 13 columns for sequences of 7 tokens, got 11"),
+    ],
+)
+def test_biases_that_do_not_reach_are_refused(shape, problem):
+    sequences, qkv, _ = inputs(LENGTHS)
+    with pytest.raises(InputError, match=problem):
+        ops.attention(*qkv, sequences, position_bias=torch.zeros(shape))
 
 
 def test_a_window_changes_what_is_computed_not_what_is_masked():
@@ -96,7 +151,13 @@ def test_a_window_changes_what_is_computed_not_what_is_masked():
 def test_attention_gradients_against_finite_differences():
     sequences, qkv, _ = inputs(LENGTHS)
     mask = torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda q, k, v, m: ops.attention(q, k, v, sequences, head_mask=m), (*qkv, mask))
+    table = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(q, k, v, m, table):
+        bias = ops.bucketed_bias(table, sequences.max_length, max_distance=4)
+        return ops.attention(q, k, v, sequences, head_mask=m, position_bias=bias)
+
+    assert torch.autograd.gradcheck(run, (*qkv, mask, table))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
@@ -275,7 +336,9 @@ def test_opcheck_and_one_graph():
     importance = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
     where = (sequences.starts, sequences.lengths)
     seed = torch.tensor([5])
-    torch.library.opcheck(torch.ops.ticketops.attention, (*qkv, *where, mask, importance, seed, 7, 0.3, 0.1, False, 2))
+    bias = torch.randn(3, 15, dtype=torch.float64, requires_grad=True)
+    settings = (seed, 7, 0.3, 0.1, False, 2)
+    torch.library.opcheck(torch.ops.ticketops.attention, (*qkv, *where, mask, bias, importance, *settings))
     sink = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     ffn_mask = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(

@@ -140,6 +140,7 @@ def plain_attention(
     seed: Tensor | None,
     dropout_p: float,
     window: int | None,
+    bias: Tensor | None,
 ) -> dict[str, Tensor]:
     """Attention as one would write it with torch's autograd, in the dtype of its inputs."""
     heads = q.shape[1]
@@ -147,8 +148,10 @@ def plain_attention(
     unmasked = 0 * (q + k + v)
     for _, start, end in spans(sequences):
         scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * q.shape[2] ** -0.5
+        place = torch.arange(end - start, device=q.device)
+        if bias is not None:
+            scores = scores + bias[:, bias.shape[1] // 2 + place - place[:, None]]
         if window is not None:
-            place = torch.arange(end - start, device=q.device)
             scores = scores.masked_fill((place[:, None] - place).abs() > window, float("-inf"))
         weights = scores.softmax(-1)
         if dropout_p:
@@ -160,13 +163,15 @@ def plain_attention(
             0, torch.arange(start, end, device=q.device), torch.einsum("hqk,khd->qhd", weights, v[start:end])
         )
     out = unmasked * mask[:, None]
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
+    leaves = [q, k, v] if bias is None else [q, k, v, bias]
+    gradients = torch.autograd.grad(out, leaves, gradient, retain_graph=True, materialize_grads=True)
     terms = (unmasked * gradient).sum(-1) * (mask != 0)
     zero = torch.zeros((len(sequences), heads), dtype=q.dtype, device=q.device)
     signed, absolute = zero, zero.clone()
     for b, start, end in spans(sequences):
         signed[b], absolute[b] = terms[start:end].sum(0), terms[start:end].abs().sum(0)
-    return {"out": out, "dq": dq, "dk": dk, "dv": dv, "signed": signed, "absolute": absolute}
+    named = dict(zip(("dq", "dk", "dv", "dbias"), gradients, strict=False))
+    return {"out": out, **named, "signed": signed, "absolute": absolute}
 
 
 def check_attention(
@@ -178,6 +183,7 @@ def check_attention(
     dtype: torch.dtype,
     strided: bool,
     window: int | None,
+    further: int | None = None,
 ) -> None:
     sequences, tokens = draw_sequences(lengths, layout)
     heads = 2 if mask is None else len(mask)
@@ -187,13 +193,18 @@ def check_attention(
     q, k, v = (values.permute(2, 3, 1, 0) if strided else values).to(dtype).unbind()
     gradient = torch.randn((tokens, heads, head_dim), device=DEVICE).to(dtype)
     head_mask = None if mask is None else torch.tensor(mask, device=DEVICE)
+    # It may reach further than the longest sequence.
+    bias = (
+        None if further is None else torch.randn((heads, 2 * (max(sequences.max_length, 1) + further) - 1)).to(DEVICE)
+    )
 
     def plain(dtype: torch.dtype) -> dict[str, Tensor]:
         torch.manual_seed(7)
         seed = draw_seed(DEVICE) if dropout_p else None
         mask = None if head_mask is None else head_mask.to(dtype)
         return plain_attention(
-            *(leaf(x, dtype) for x in (q, k, v)), sequences, mask, gradient.to(dtype), seed, dropout_p, window
+            *(leaf(x, dtype) for x in (q, k, v)),
+            *(sequences, mask, gradient.to(dtype), seed, dropout_p, window, leaf(bias, dtype)),
         )
 
     exact, same = plain(torch.float64), plain(dtype)
@@ -201,7 +212,7 @@ def check_attention(
     for per_token in (False, True):
         torch.manual_seed(7)
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        mask_leaf = None if head_mask is None else head_mask.clone().requires_grad_()
+        mask_leaf, bias_leaf = leaf(head_mask, torch.float32), leaf(bias, torch.float32)
         importance = torch.zeros((len(sequences), heads), device=DEVICE, requires_grad=True)
         out = ops.attention(
             *inputs,
@@ -211,12 +222,15 @@ def check_attention(
             importance=importance,
             per_token=per_token,
             window=window,
+            position_bias=bias_leaf,
         )
         out.backward(gradient)
         actual |= {"out": out, **{f"d{name}": x.grad for name, x in zip("qkv", inputs, strict=True)}}
         actual["absolute" if per_token else "signed"] = importance.grad
         if mask_leaf is not None:
             actual["dmask"] = mask_leaf.grad
+        if bias_leaf is not None:
+            assert actual.setdefault("dbias", bias_leaf.grad).equal(bias_leaf.grad)
     for result in (exact, same):
         result["dmask"] = result["signed"].sum(0)
     check(actual, same, exact)
@@ -232,28 +246,43 @@ def check_attention(
     dropout_p=st.sampled_from([0.0, 0.3]),
     strided=st.booleans(),
     window=st.sampled_from([None, 0, 1, 5, 16, 33, 100]),
+    further=st.none() | st.integers(0, 20),
 )
-@example(lengths=[1], layout="packed", mask=None, head_dim=16, dropout_p=0.0, strided=False, window=None)
-@example(lengths=[33, 0, 17], layout="scattered", mask=[0.0, 0.5], head_dim=32, dropout_p=0.3, strided=True, window=7)
-@example(lengths=[67], layout="padded", mask=[0.0, -1.5], head_dim=24, dropout_p=0.1, strided=False, window=None)
-@example(lengths=[0, 0], layout="scattered", mask=None, head_dim=16, dropout_p=0.1, strided=False, window=0)
-@example(lengths=[63, 64], layout="packed", mask=[0.5], head_dim=16, dropout_p=0.1, strided=False, window=None)
-@example(lengths=[65], layout="packed", mask=[1.0], head_dim=16, dropout_p=0.1, strided=False, window=None)
-@example(lengths=[0, 131], layout="padded", mask=[0.5], head_dim=16, dropout_p=0.3, strided=False, window=3)
-def test_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided, window):
-    check_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided, window)
+@example(lengths=[1], layout="packed", mask=None, head_dim=16, dropout_p=0.0, strided=False, window=None, further=None)
+@example(
+    lengths=[33, 0, 17],
+    layout="scattered",
+    mask=[0.0, 0.5],
+    head_dim=32,
+    dropout_p=0.3,
+    strided=True,
+    window=7,
+    further=2,
+)
+@example(
+    lengths=[67], layout="padded", mask=[0.0, -1.5], head_dim=24, dropout_p=0.1, strided=False, window=None, further=0
+)
+@example(lengths=[0, 0], layout="scattered", mask=None, head_dim=16, dropout_p=0.1, strided=False, window=0, further=3)
+@example(
+    lengths=[63, 64], layout="packed", mask=[0.5], head_dim=16, dropout_p=0.1, strided=False, window=None, further=None
+)
+@example(lengths=[65], layout="packed", mask=[1.0], head_dim=16, dropout_p=0.1, strided=False, window=None, further=1)
+@example(lengths=[0, 131], layout="padded", mask=[0.5], head_dim=16, dropout_p=0.3, strided=False, window=3, further=0)
+def test_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided, window, further):
+    check_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided, window, further)
 
 
 @pytest.mark.skipif(not common.INTERPRETED, reason="a GPU has its own tiles")
 @pytest.mark.parametrize("target", [(9, 0), (10, 0)])
+@pytest.mark.parametrize("further", [None, 0])
 @pytest.mark.parametrize(
     ("lengths", "head_dim", "window"),
     [([64, 33], 64, None), ([127, 128], 40, 20), ([129], 64, None), ([130], 72, None), ([200], 16, 30)],
 )
-def test_attention_with_the_tiles_of_newer_gpus(monkeypatch, target, lengths, head_dim, window):
+def test_attention_with_the_tiles_of_newer_gpus(monkeypatch, target, lengths, head_dim, window, further):
     """A whole row of 128, and blocks of queries and keys that differ; the interpreter has an older GPU's tiles."""
     monkeypatch.setattr(common, "_device_capability", lambda device: target)
-    check_attention(lengths, "packed", [0.5], head_dim, 0.1, torch.float16, False, window)
+    check_attention(lengths, "packed", [0.5], head_dim, 0.1, torch.float16, False, window, further)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "batch"), [(0, 2, 1), (0, 2, 0), (3, 2, 0), (3, 0, 1)])
@@ -800,11 +829,11 @@ def seeds_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize(("per_token", "dropouts"), [(False, (0.1, 0.2, 0.3)), (True, (0.0, 0.0, 0.0))])
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
-@pytest.mark.parametrize("first_tokens", [False, True])
+@pytest.mark.parametrize(("first_tokens", "reach"), [(False, None), (True, None), (False, 13)])
 @pytest.mark.usefixtures("seeds_one_by_one")
-def test_layers(ticket, dtype, autocast, per_token, dropouts, layout, first_tokens):
+def test_layers(ticket, dtype, autocast, per_token, dropouts, layout, first_tokens, reach):
     sequences, rows = layout(SHORT)
-    x, dout, weights = inputs(rows, ticket)
+    x, dout, weights = inputs(rows, ticket, reach=reach)
     # Weights of layouts that differ among q, k and v.
     weights = weights._replace(wk=weights.wk.t().contiguous().t())
     tensors = (x.to(DEVICE), dout.to(DEVICE), Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
@@ -987,7 +1016,9 @@ def test_opcheck():
     q = torch.randn((7, 2, 16), device=DEVICE, requires_grad=True)
     mask = torch.tensor([1.0, 0.0], device=DEVICE)
     seed = torch.tensor([5], device=DEVICE)
-    torch.library.opcheck(torch.ops.ticketops.attention, (q, q, q, *spans, mask, None, seed, 4, 0.25, 0.1, False, 1))
+    for bias in (None, torch.randn((2, 9), device=DEVICE, requires_grad=True)):
+        settings = (mask, bias, None, seed, 4, 0.25, 0.1, False, 1)
+        torch.library.opcheck(torch.ops.ticketops.attention, (q, q, q, *spans, *settings))
     x = torch.randn((7, 16), device=DEVICE, requires_grad=True)
     w1, b1 = torch.randn((24, 16), device=DEVICE), torch.randn(24, device=DEVICE)
     torch.library.opcheck(
@@ -1005,10 +1036,13 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("ticket", WHOLE, ids=str)
-@pytest.mark.parametrize(("first_tokens", "dtype"), [(False, torch.float32), (True, torch.float16)])
-def test_opcheck_of_layers(ticket, first_tokens, dtype):
+@pytest.mark.parametrize(
+    ("first_tokens", "dtype", "reach"),
+    [(False, torch.float32, None), (True, torch.float16, None), (False, torch.float16, 12)],
+)
+def test_opcheck_of_layers(ticket, first_tokens, dtype, reach):
     sequences, rows = packed_sequences(SHORT)
-    x, dout, weights = inputs(rows, ticket)
+    x, dout, weights = inputs(rows, ticket, reach=reach)
     tensors = (x.to(DEVICE), dout, Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
     opcheck_layer(tensors, _to_device(sequences), dtype, first_tokens)
 

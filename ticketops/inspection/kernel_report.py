@@ -97,6 +97,7 @@ def attention_launches(
     options: bool = True,
     window: int | None = None,
     sequences: int = 2,
+    biased: bool = False,
 ) -> list[Launch]:
     """Lists the launches of one attention call, forward and backward.
 
@@ -108,6 +109,7 @@ def attention_launches(
         options: True turns dropout and a head mask on.
         window: number of tokens to either side that a token attends to, or None.
         sequences: number of sequences in the batch, which has 2 * `length` tokens.
+        biased: True adds a position bias.
 
     Returns:
         One launch per kernel.
@@ -118,11 +120,13 @@ def attention_launches(
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     head_mask = torch.empty(12, device="meta") if options else None
     settings = (starts, starts, head_mask, seed, length, head_dim**-0.5, 0.1 if options else 0.0)
-    case = {"dtype": _name(dtype), "case": f"D={head_dim} S={length}" + ("" if window is None else ", window")}
+    bias = torch.empty((12, 2 * length - 1), device="meta") if biased else None
+    kind = ("" if window is None else ", window") + (", bias" if biased else "")
+    case = {"dtype": _name(dtype), "case": f"D={head_dim} S={length}{kind}"}
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, case)):
-        attention.forward(q, q, q, *settings, window=window)
-        attention.backward(q, q, q, q, q, lse, *settings, window=window)
+        attention.forward(q, q, q, *settings, window=window, bias=bias)
+        attention.backward(q, q, q, q, q, lse, *settings, window=window, bias=bias)
     return launches
 
 
@@ -242,8 +246,8 @@ def residual_launches(
 
 
 def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[Launch]:
-    """Lists the launches of every kernel in every configuration of ticketops.ops.triton_configs, as BERT and ModernBERT
-    would make them.
+    """Lists the launches of every kernel in every configuration of ticketops.ops.triton_configs, as BERT, ModernBERT
+    and MPNet would make them.
 
     Args:
         targets: compute capabilities.
@@ -255,14 +259,16 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
         seen = set()
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (32, 64, 128) if dtype != torch.float16 else (64,):
-                # ModernBERT's heads are of size 64, and most of its layers have a window.
-                for window in (None, 64) if head_dim == 64 else (None,):
+                # ModernBERT's and MPNet's heads are of size 64. Most layers of ModernBERT have a window, those of MPNet
+                # a bias.
+                kinds = [(None, False), (64, False), (None, True)] if head_dim == 64 else [(None, False)]
+                for window, biased in kinds:
                     lengths = [(16, 2), (32, 2), (64, 2), (128, 4), (128, 16)] if window is None else []
                     for length, sequences in (*lengths, (128, 2), (512, 2)):
                         for launch in attention_launches(
-                            target, dtype, head_dim, length, window=window, sequences=sequences
+                            target, dtype, head_dim, length, window=window, sequences=sequences, biased=biased
                         ):
-                            key = (launch.kernel.__name__, dtype, head_dim, window, launch.tile)
+                            key = (launch.kernel.__name__, dtype, head_dim, window, biased, launch.tile)
                             if key not in seen:
                                 seen.add(key)
                                 yield launch

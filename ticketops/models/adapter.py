@@ -151,10 +151,11 @@ class Adapter:
     Attributes:
         modeling: module of the architecture in transformers.
         base: class of the bare model, `model.base_model` of every task head.
-        swaps: stock class -> the subclass that replaces it when a model is patched.
+        swaps: stock class -> the subclass that replaces it when a model is patched, of modules and of task heads.
         encoder: function that returns the module with the list of layers in a bare model.
         parts: function that returns the parts of a layer.
-        resize: function (layer, heads) that sets the number of heads in a layer's attention modules.
+        resize: function (layer, heads) that tells a shrunk layer's attention modules which heads of the architecture
+            they have, in ascending order.
         refusal: function that returns why a configuration is not supported, or None.
         calls: the modules of a layer that its patched class still calls, besides itself and those to queries, keys and
             values; hooks on the others are refused.
@@ -173,6 +174,9 @@ class Adapter:
             sequence.
         reads_positions: True if layers get position_ids, with which flash attention separates packed sequences.
         no_mask: attention mask argument with which the bare model builds no mask, since the layers read the packing.
+        shrunk: classes that `resize` gives to modules of a shrunk layer.
+        position_bias: function that returns an encoder's table of a bias by distance, an embedding [buckets, heads]
+            that all layers share; None if attention has no such bias.
     """
 
     modeling: ModuleType
@@ -180,7 +184,7 @@ class Adapter:
     swaps: dict[type[nn.Module], type[nn.Module]]
     encoder: Callable[[Any], nn.Module]
     parts: Callable[[Any], LayerParts]
-    resize: Callable[[Any, int], None]
+    resize: Callable[[Any, list[int]], None]
     refusal: Callable[[Any], str | None]
     calls: Callable[[Any], tuple[nn.Module, ...]]
     calls_with_heads: Callable[[Any], tuple[nn.Module, ...]]
@@ -195,6 +199,8 @@ class Adapter:
     window: Callable[[Any, int], int | None] = lambda config, layer: None
     reads_positions: bool = False
     no_mask: Mapping[str, None] | None = None
+    shrunk: tuple[type[nn.Module], ...] = ()
+    position_bias: Callable[[Any], nn.Module] | None = None
 
     def layers(self, base: Any) -> list[Any]:
         """Returns the current layers of the bare model's encoder."""
@@ -216,7 +222,7 @@ class Adapter:
         """The stock classes that layers are made of."""
         own = [kind for kind in vars(self.modeling).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
         own = [kind for kind in own if kind.__module__ == self.modeling.__name__]
-        return dict.fromkeys((*own, *self.swaps, *_ACTIVATIONS, *_OTHER_CLASSES))
+        return dict.fromkeys((*own, *self.swaps, *self.shrunk, *_ACTIVATIONS, *_OTHER_CLASSES))
 
     @functools.cached_property
     def _code(self) -> list[tuple[Any, str, Any]]:
@@ -235,6 +241,22 @@ class Adapter:
         """True if a module's class is one that a stock model of the architecture is made of, or stands in for one."""
         kind = type(module)
         return kind in self._known or unsharded_class(kind) in self._known
+
+    def bias_fault(self, encoder: Any) -> str | None:
+        """Says what in an encoder's table of a bias by distance the ops cannot read, or None.
+
+        Args:
+            encoder: module with the list of layers.
+        """
+        if self.position_bias is None:
+            return None
+        table: Any = self.position_bias(encoder)
+        if type(table) is not nn.Embedding or type(table.weight) not in (nn.Parameter, Tensor):
+            kind = type(table if type(table) is not nn.Embedding else table.weight)
+            return f"a {kind.__module__}.{kind.__name__} as its relative-position bias, not a plain torch.nn.Embedding"
+        if table.max_norm is not None or table.scale_grad_by_freq or table.sparse or table.padding_idx is not None:
+            return "a relative-position bias with max_norm, scale_grad_by_freq, sparse or padding_idx: leave these out"
+        return None
 
     def foreign(self, layer: nn.Module) -> str | None:
         """Says which module of a layer is not of the architecture's own classes, or None."""

@@ -93,7 +93,7 @@ class TicketSelfOutput(nn.Module):
             stock: Tensor = super().forward(hidden_states, input_tensor)
             return stock
         projected = project(self._ticketops, self.dense, hidden_states, input_tensor)
-        return residual_norm(self.LayerNorm, projected, input_tensor, self.dense.bias, self.dropout)
+        return residual_norm(self.LayerNorm, projected, input_tensor, self.dense.bias, rate(self.dropout))
 
 
 class TicketLayer(nn.Module):
@@ -123,7 +123,40 @@ class TicketLayer(nn.Module):
         if not self._ticketops.kept.ffn:
             return self.output.LayerNorm(hidden_states)
         output = feed_forward(self._ticketops, self.intermediate.dense, self.output.dense, hidden_states, ticketops)
-        return residual_norm(self.output.LayerNorm, output, hidden_states, None, self.output.dropout)
+        return residual_norm(self.output.LayerNorm, output, hidden_states, None, rate(self.output.dropout))
+
+
+def post_norm_layer(state: LayerState, parts: LayerParts, hidden_states: Tensor, call: Call) -> Tensor:
+    """Computes a layer that calls none of its modules: by one op where there is one, else by several.
+
+    Args:
+        state: of the layer.
+        parts: the layer's.
+        hidden_states: [.., C].
+        call: of the forward pass.
+
+    Returns:
+        [.., C], or [B, 1, C] where only first tokens are read.
+    """
+    state.check(call)
+    hidden_states = call.enter(hidden_states)
+    done = whole_layer(state, parts, (), hidden_states, call)
+    if done is None:
+        done = read_tokens(state, _by_parts(state, parts, hidden_states, call), call)
+    return call.leave(done)
+
+
+def _by_parts(state: LayerState, parts: LayerParts, hidden_states: Tensor, call: Call) -> Tensor:
+    assert parts.attention_norm is not None
+    attention_dropout, output_dropout, ffn_dropout = parts.rates
+    contexts = attend(state, parts.qkv, hidden_states, call, parts.scale, attention_dropout)
+    projected = project(state, parts.output, contexts, hidden_states)
+    hidden_states = residual_norm(parts.attention_norm, projected, hidden_states, parts.output.bias, output_dropout)
+    if not state.kept.ffn:
+        normed: Tensor = parts.ffn_norm(hidden_states)
+        return normed
+    output = feed_forward(state, parts.fc1, parts.fc2, hidden_states, call)
+    return residual_norm(parts.ffn_norm, output, hidden_states, None, ffn_dropout)
 
 
 def whole_layer(
@@ -162,7 +195,7 @@ def whole_layer(
         parts.output.weight if state.num_heads else norm.weight.new_empty(len(norm.weight), 0),
         *(parts.output.bias, norm.weight, norm.bias),
         *((fc1.weight, fc1.bias, fc2.weight, fc2.bias) if kept.ffn else (None,) * 4),
-        *(parts.ffn_norm.weight, parts.ffn_norm.bias),
+        *(parts.ffn_norm.weight, parts.ffn_norm.bias, call.bias_of(kept)),
         None if kept.heads is None else kept.heads.on(device),
         None if kept.neurons is None else kept.neurons.on(device),
     )
@@ -253,6 +286,7 @@ def attend(
         importance=call.head_importance.get(state.index),
         per_token=call.per_token,
         window=window,
+        position_bias=call.bias_of(state.kept),
     )
     # Without any token, -1 would be ambiguous.
     return context.view(*hidden_states.shape[:-1], context.shape[1] * context.shape[2])
@@ -326,7 +360,7 @@ def feed_forward(state: LayerState, fc1: nn.Linear, fc2: nn.Linear, hidden_state
 
 
 def residual_norm(
-    norm: nn.LayerNorm, output: Tensor, residual: Tensor, bias: Tensor | None, dropout: nn.Dropout | None
+    norm: nn.LayerNorm, output: Tensor, residual: Tensor, bias: Tensor | None, dropout_p: float
 ) -> Tensor:
     """Ends a sublayer: bias, dropout, residual and LayerNorm.
 
@@ -335,7 +369,7 @@ def residual_norm(
         output: [.., C] of the sublayer.
         residual: [.., C].
         bias: [C] still to be added to the output, or None.
-        dropout: of the output, or None.
+        dropout_p: of the output, 0 in evaluation.
     """
     return ops.residual_norm(
         output.flatten(0, -2),
@@ -343,7 +377,7 @@ def residual_norm(
         norm.weight,
         norm.bias,
         bias=bias,
-        dropout_p=0.0 if dropout is None else rate(dropout),
+        dropout_p=dropout_p,
         eps=norm.eps,
     ).view_as(residual)
 
@@ -369,10 +403,10 @@ def _parts(layer: Any) -> LayerParts:
     )
 
 
-def _resize(layer: Any, heads: int) -> None:
+def _resize(layer: Any, heads: list[int]) -> None:
     attention = layer.attention.self
-    attention.num_attention_heads = heads
-    attention.all_head_size = heads * attention.attention_head_size
+    attention.num_attention_heads = len(heads)
+    attention.all_head_size = len(heads) * attention.attention_head_size
 
 
 def _refusal(config: PretrainedConfig) -> str | None:

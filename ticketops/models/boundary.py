@@ -25,7 +25,7 @@ from ticketops.models.hooks import (
 from ticketops.models.packing_collator import PACKED
 from ticketops.models.record import APPLIED
 from ticketops.models.state import Call, LayerState
-from ticketops.models.swapping import unsharded_class
+from ticketops.models.swapping import stock_class, unsharded_class
 from ticketops.ops import Packing
 from ticketops.ops.packing import check_rows, is_unbroken, require
 from ticketops.ops.products import compute_dtype
@@ -132,6 +132,8 @@ _SETTINGS = (
     "act",
     "scaling",
     "attention_type",
+    "sparse",
+    "padding_idx",
 )
 
 
@@ -407,6 +409,10 @@ def _examine_modules(handle: "PatchHandle", base: Any) -> Look:
     encoder = adapter.encoder(base)
     if not adapter.knows(encoder):
         return Look(f"an encoder of class {type(encoder).__name__}")
+    if fault := adapter.bias_fault(encoder):
+        return Look(fault)
+    if adapter.position_bias is not None and is_hooked(table := adapter.position_bias(encoder)):
+        return Look(f"hooks on its {_name_of(base, table)}, which a patched encoder does not call")
     layers = adapter.layers(base)
     if len(layers) != handle.num_layers:
         return Look(f"{len(layers)} layers where there were {handle.num_layers} when it was patched")
@@ -558,7 +564,7 @@ def only_first_tokens(adapter: Adapter, model: PreTrainedModel) -> bool:
         model: with the head, which is known by its class.
     """
     # A compiler would have to follow all this; what it compiles computes every token.
-    if torch.compiler.is_compiling() or type(model) not in adapter.first_token_heads:
+    if torch.compiler.is_compiling() or stock_class(model) not in adapter.first_token_heads:
         return False
     own = model.__dict__.get("forward")
     # Accelerate wraps a model's forward, which still is the same inside.
@@ -568,7 +574,7 @@ def only_first_tokens(adapter: Adapter, model: PreTrainedModel) -> bool:
     if len(model._forward_pre_hooks_with_kwargs) > 1 or model._forward_hooks_with_kwargs:
         return False
     base: Any = model.base_model
-    pooler, classifier = getattr(base, "pooler", None), adapter.first_token_heads[type(model)]
+    pooler, classifier = getattr(base, "pooler", None), adapter.first_token_heads[stock_class(model)]
     readers: list[Any] = [base, adapter.encoder(base), adapter.layers(base)[-1]]
     readers += [] if pooler is None else [pooler]
     readers += [] if classifier is None else [model.classifier]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts, rate
-from ticketops.models.bert import TicketEncoder, attend, feed_forward, project, read_tokens, residual_norm, whole_layer
+from ticketops.models.bert import TicketEncoder, post_norm_layer
 from ticketops.models.boundary import TicketModel
 from ticketops.models.embeddings import embed
 from ticketops.models.state import Call, LayerState
@@ -18,33 +18,13 @@ class TicketTransformerBlock(nn.Module):
     """A layer over the kept heads, with its FFN or without."""
 
     _ticketops: LayerState
-    attention: Any
-    ffn: Any
-    sa_layer_norm: nn.LayerNorm
-    output_layer_norm: nn.LayerNorm
 
     def forward(self, hidden_states: Tensor, *args: Any, ticketops: Call | None = None, **kwargs: Any) -> Any:
         """Takes hidden states [.., C]; returns them, or [B, 1, C] where only first tokens are read."""
         if ticketops is None:
             self._ticketops.refuse_stock()
             return super().forward(hidden_states, *args, **kwargs)
-        parts = _parts(self)
-        self._ticketops.check(ticketops)
-        hidden_states = ticketops.enter(hidden_states)
-        done = whole_layer(self._ticketops, parts, (), hidden_states, ticketops)
-        if done is None:
-            done = read_tokens(self._ticketops, self._by_modules(hidden_states, parts, ticketops), ticketops)
-        return ticketops.leave(done)
-
-    def _by_modules(self, hidden_states: Tensor, parts: LayerParts, ticketops: Call) -> Tensor:
-        state, output = self._ticketops, parts.output
-        contexts = attend(state, parts.qkv, hidden_states, ticketops, parts.scale, parts.rates[0])
-        projected = project(state, output, contexts, hidden_states)
-        hidden_states = residual_norm(self.sa_layer_norm, projected, hidden_states, output.bias, None)
-        if not state.kept.ffn:
-            return self.output_layer_norm(hidden_states)
-        projected = feed_forward(state, parts.fc1, parts.fc2, hidden_states, ticketops)
-        return residual_norm(self.output_layer_norm, projected, hidden_states, None, self.ffn.dropout)
+        return post_norm_layer(self._ticketops, _parts(self), hidden_states, ticketops)
 
 
 class TicketDistilBertEmbeddings(nn.Module):
@@ -76,9 +56,9 @@ def _parts(layer: Any) -> LayerParts:
     )
 
 
-def _resize(layer: Any, heads: int) -> None:
-    layer.attention.n_heads = heads
-    layer.attention.dim = heads * layer.attention.attention_head_size
+def _resize(layer: Any, heads: list[int]) -> None:
+    layer.attention.n_heads = len(heads)
+    layer.attention.dim = len(heads) * layer.attention.attention_head_size
 
 
 def _refusal(config: Any) -> str | None:

@@ -50,9 +50,9 @@ def patch(model: Any, *, unpad: bool = True, bucket: int | None = None) -> "Patc
     encoder's modules change, to subclasses of the stock ones.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, ModernBERT, ViT or
-            DeiT of transformers, bare or with a task head, on any device. Or a SentenceTransformer, CrossEncoder or
-            SparseEncoder of sentence-transformers with one of them inside.
+        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, MPNet,
+            ModernBERT, ViT or DeiT of transformers, bare or with a task head, on any device. Or a SentenceTransformer,
+            CrossEncoder or SparseEncoder of sentence-transformers with one of them inside.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static and never waits for the
             device, for graphs that capture the whole model, and then every row of the attention mask must be one
             unbroken run.
@@ -148,6 +148,8 @@ class PatchHandle:
             model: the patched model, or another with the same encoder.
         """
         self.note.add(model)
+        if model is not self._base and stock_class(model) in self.adapter.swaps:
+            self._swap(model, self.adapter.swaps, None)
         names = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")]
         pooling = getattr(model.config, "classifier_pooling", None)
         if pooling is None:
@@ -164,7 +166,7 @@ class PatchHandle:
             caller: the model with its task head, or a module that hands keyword arguments to that one's forward.
         """
         head = _head_of(caller)
-        if type(head) in self.adapter.first_token_heads or _classifies_sequences(head):
+        if stock_class(head) in self.adapter.first_token_heads or _classifies_sequences(head):
             hook = partial(_before_head, self._architecture)
             self._hooks.append(caller.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -201,8 +203,11 @@ class PatchHandle:
 
     @property
     def holes(self) -> bool:
-        """True if packing may close holes in a mask: within a window, what was too far apart would come near."""
-        return not any(window is not None for window in self.adapter.windows(self._base.config))
+        """True if packing may close holes in a mask: tokens behind a hole would come nearer than they are, which counts
+        within a window and with a bias by distance."""
+        return self.adapter.position_bias is None and not any(
+            window is not None for window in self.adapter.windows(self._base.config)
+        )
 
     def window(self, layer: int) -> int | None:
         """How far a layer's attention reaches by the configuration as it is now; None for the whole sequence.
@@ -530,7 +535,7 @@ class PatchHandle:
             only_first: only first tokens of the last layer's result are read.
         """
         for state in self._states:
-            for places in (state.kept.heads, state.kept.neurons):
+            for places in (state.kept.heads, state.kept.numbers, state.kept.neurons):
                 if places is not None:
                     # Made here, outside of compiled graphs, which then find them ready.
                     places.on(device)

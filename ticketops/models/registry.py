@@ -104,6 +104,8 @@ def check_layers(adapter: Adapter, base: Any) -> list[LayerParts]:
         UnsupportedError: names the layer and what in it is not served.
     """
     found = []
+    if fault := adapter.bias_fault(adapter.encoder(base)):
+        raise UnsupportedError(f"the model has {fault}")
     held, layers, dim = held_ticket(base.config), adapter.layers(base), head_dim(base.config)
     if len(layers) != held.num_layers:
         raise UnsupportedError(

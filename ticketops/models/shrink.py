@@ -249,7 +249,8 @@ def _cut(adapter: Adapter, encoder: Any, cuts: list[Cut], left: Ticket, states: 
                 remove_linear(linear, dim)
             else:
                 linear.out_features, linear.in_features = linear.weight.shape
-    for layer, heads in zip(getattr(encoder, adapter.stack), left.head_mask.sum(1).tolist(), strict=True):
+    for layer, mask in zip(getattr(encoder, adapter.stack), left.head_mask, strict=True):
+        heads = mask.nonzero().flatten().tolist()
         adapter.resize(layer, heads)
         drop_removed(layer)
         if not heads:

@@ -212,6 +212,7 @@ class Call:
         whole: one op computes each layer whose input has its weights' dtype.
         first_tokens: number of the layer of whose result only the first token of each row is read; None where all may
             be.
+        position_bias: [H, 2 R + 1] for the architecture's heads, see `ticketops.ops.attention`; None for no bias.
         recorded: notes in which backward pass the forward pass's gradients arrive; None when not recording.
     """
 
@@ -225,7 +226,19 @@ class Call:
     spread: bool = False
     whole: bool = False
     first_tokens: int | None = None
+    position_bias: Tensor | None = None
     recorded: Any = None
+
+    def bias_of(self, kept: Kept) -> Tensor | None:
+        """The position bias of the heads that a layer computes, [K, 2 R + 1]; None for no bias or no heads.
+
+        Args:
+            kept: structures of the layer that are computed.
+        """
+        bias = self.position_bias
+        if bias is None or not kept.attention:
+            return None
+        return bias if kept.numbers is None else bias.index_select(0, kept.numbers.on(bias.device))
 
     def enter(self, hidden_states: Tensor) -> Tensor:
         """What a layer computes: its input, packed if it is spread.

@@ -68,8 +68,8 @@ def _parts(layer: Any) -> LayerParts:
     )
 
 
-def _resize(layer: Any, heads: int) -> None:
-    layer.attention.num_attention_heads = heads
+def _resize(layer: Any, heads: list[int]) -> None:
+    layer.attention.num_attention_heads = len(heads)
 
 
 def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:

@@ -2,6 +2,7 @@
 importance |dL/d mask|; the projections of selected heads; dropout + residual + LayerNorm; and a whole layer."""
 
 from ticketops.ops.attention import attention
+from ticketops.ops.attention.buckets import bucketed_bias
 from ticketops.ops.ffn import ffn
 from ticketops.ops.layer import Weights, encoder_layer, serves_layer
 from ticketops.ops.packing import Packing, Sequences
@@ -13,6 +14,7 @@ __all__ = [
     "Sequences",
     "Weights",
     "attention",
+    "bucketed_bias",
     "encoder_layer",
     "ffn",
     "project_columns",

@@ -135,7 +135,7 @@ class Packing:
             return cls(None, None, Sequences(starts, lengths, width), batch, width)
         if unpad:
             if not holes:
-                problem = "has holes, which attention within a window cannot serve: pad on one side only"
+                problem = "has holes, which attention by distance (a window, a bias) cannot serve: pad on one side only"
                 check_rows(_unbroken(mask.to(torch.bool))[2], problem, wait=False)
             starts, lengths, indices, numbers = number_tokens(mask.to(device))
             # This waits for the device, once: a tensor's size must be known on the host.

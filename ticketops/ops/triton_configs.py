@@ -139,6 +139,32 @@ WINDOWED: dict[tuple[int, int, int], AttentionTiles] = {
     (10, 2, 64): replace(ATTENTION[10, 2, 64], dkdv=Tile(32, 64, 4, 2)),
 }
 
+#: Entries that differ for attention with a position bias, with or without a window. Its addresses take registers, and
+#: the kernels that sum its gradient need at least as many columns as rows.
+BIASED: dict[tuple[int, int, int], AttentionTiles] = {
+    (8, 2, 64): AttentionTiles(
+        {**_SHORT_FORWARD, LONGER: Tile(64, 32, 4, 2)},
+        (*_SHORT_BACKWARD, Tile(64, 64, 4, 1)),
+        Tile(32, 32, 4, 2),
+        Tile(32, 32, 4, 2),
+    ),
+    (8, 2, 128): replace(
+        ATTENTION[8, 2, 128],
+        forward={16: Tile(16, 16, 1, 1), 32: Tile(32, 32, 4, 1), LONGER: Tile(64, 64, 8, 2)},
+        row_backward=(Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(64, 64, 8, 1)),
+    ),
+    (9, 2, 64): replace(WINDOWED[9, 2, 64], row_backward=(*_SHORT_BACKWARD, Tile(64, 64, 4, 1)), dq=Tile(64, 64, 4, 2)),
+    (9, 2, 128): replace(ATTENTION[9, 2, 128], row_backward=_WIDE_SHORT_BACKWARD),
+    (10, 2, 64): AttentionTiles(
+        {**_SHORT_FORWARD, LONGER: Tile(64, 64, 4, 2)},
+        (*_SHORT_BACKWARD, Tile(64, 64, 4, 1)),
+        Tile(32, 64, 4, 2),
+        Tile(32, 64, 4, 2),
+    ),
+    (10, 2, 128): replace(ATTENTION[9, 2, 128], row_backward=_WIDE_SHORT_BACKWARD),
+    **{(major, 4, 64): replace(ATTENTION[8, 4, 64], forward={LONGER: Tile(16, 32, 8, 1)}) for major in (8, 9, 10)},
+}
+
 #: Tokens x neurons of the pointwise FFN kernels.
 FFN = Tile(32, 128, 4, 1, timed=_H200)
 #: The same for a gated FFN, whose kernels also read and write the gate.
@@ -191,13 +217,20 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
-def _attention(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, windowed: bool) -> AttentionTiles:
+def _attention(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, windowed: bool, biased: bool
+) -> AttentionTiles:
     key = family(capability), dtype.itemsize, 64 if head_dim <= 64 else 128
-    return (windowed and WINDOWED.get(key)) or ATTENTION[key]
+    return (biased and BIASED.get(key)) or (windowed and WINDOWED.get(key)) or ATTENTION[key]
 
 
 def attention_forward(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, max_length: int, windowed: bool = False
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    max_length: int,
+    windowed: bool = False,
+    biased: bool = False,
 ) -> Tile:
     """Returns the tile of the attention forward kernel.
 
@@ -207,8 +240,9 @@ def attention_forward(
         head_dim: D.
         max_length: length of the longest sequence in tokens.
         windowed: True if attention is limited to a window.
+        biased: True if a position bias is added to the scores.
     """
-    tiles = _attention(capability, dtype, head_dim, windowed).forward
+    tiles = _attention(capability, dtype, head_dim, windowed, biased).forward
     return next(tile for longest, tile in tiles.items() if longest >= max_length)
 
 
@@ -219,6 +253,7 @@ def attention_backward(
     max_length: int,
     windowed: bool = False,
     mean_length: float = LONGER,
+    biased: bool = False,
 ) -> tuple[Tile] | tuple[Tile, Tile]:
     """Returns the tiles of the attention backward kernels.
 
@@ -229,12 +264,13 @@ def attention_backward(
         max_length: length of the longest sequence in tokens.
         windowed: True if attention is limited to a window.
         mean_length: mean length of the sequences in tokens.
+        biased: True if a position bias is added to the scores.
 
     Returns:
         One tile, for the kernel that holds a whole sequence, if the sequences fit its block and fill enough of it. Else
         two tiles, for the kernel of dq and the kernel of dk and dv.
     """
-    tiles = _attention(capability, dtype, head_dim, windowed)
+    tiles = _attention(capability, dtype, head_dim, windowed, biased)
     whole = next((tile for tile in tiles.row_backward if tile.rows >= max_length), None)
     if whole is not None and (whole.rows <= 64 or mean_length >= FILLED * whole.rows):
         return (whole,)

@@ -1,8 +1,10 @@
 """Masked multi-head attention over (start, length) sequences, as one autograd op for all backends.
 
-    out[t, h] = head_mask[h] * sum_j dropout(softmax_j(scale * <q[t, h], k[j, h]>)) v[j, h],   j over t's sequence
+    out[t, h] = head_mask[h] * sum_j dropout(softmax_j(scale * <q[t, h], k[j, h]> + bias[h, j - t])) v[j, h],
+    j over t's sequence
 
-With a window, j is limited to |t - j| <= window, and keys outside it are not computed.
+With a window, j is limited to |t - j| <= window, and keys outside it are not computed. The bias is 0 unless it is
+given.
 
 A head whose mask is 0 is not computed: its output and all its gradients, that of the mask included, are 0. With O the
 output before the mask, the gradient of the mask is sum <dOut, O>. The backward pass computes <dOut, out> anyway, as the
@@ -33,6 +35,7 @@ def attention(
     importance: Tensor | None = None,
     per_token: bool = False,
     window: int | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """Computes self-attention within each sequence, with one mask value per head.
 
@@ -48,6 +51,8 @@ def attention(
             is the importance of each sequence and head, sum_t <dOut, O>, or sum_t |<dOut, O>| with `per_token`.
         per_token: True sums the absolute values of the tokens' terms.
         window: number of tokens to either side that a token attends to; None for the whole sequence.
+        position_bias: [H, 2 R + 1] float with R at least the longest sequence - 1: element R + d is added to the scaled
+            scores of a query and the key d tokens behind it. None adds nothing. Differentiable. See `bucketed_bias`.
 
     Returns:
         [T, H, D], contiguous, in q's dtype (autocast's dtype under autocast).
@@ -75,14 +80,27 @@ def attention(
         if window >= sequences.max_length - 1:
             # The window covers every sequence, so use the cheaper kernels without one.
             window = None
+    if position_bias is not None:
+        least = 2 * sequences.max_length - 1
+        if position_bias.ndim != 2 or len(position_bias) != q.shape[1] or position_bias.shape[1] % 2 == 0:
+            raise InputError(
+                f"position_bias must have shape [{q.shape[1]}, 2 R + 1], a row a head, got {[*position_bias.shape]}"
+            )
+        if position_bias.shape[1] < least:
+            raise InputError(
+                f"position_bias must have at least {least} columns for sequences of {sequences.max_length} tokens, got "
+                f"{position_bias.shape[1]}"
+            )
     seed = draw_seed(q.device) if dropout_p else None
+    dtype = _statistics_dtype(q.dtype)
     out, _ = _attention_op(
         q,
         k,
         v,
         sequences.starts,
         sequences.lengths,
-        None if head_mask is None else head_mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32),
+        None if head_mask is None else head_mask.to(dtype),
+        None if position_bias is None else position_bias.to(dtype),
         importance,
         seed,
         sequences.max_length,
@@ -98,52 +116,67 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _forward(q, k, v, starts, lengths, head_mask, importance, seed, max_length, scale, dropout_p, per_token, window):
+def _forward(
+    q, k, v, starts, lengths, head_mask, bias, importance, seed, max_length, scale, dropout_p, per_token, window
+):
     with torch.autocast(q.device.type, enabled=False):
         return implementation("attention", q.device, q.dtype).forward(
-            q, k, v, starts, lengths, head_mask, seed, max_length, scale, dropout_p, window=window
+            q, k, v, starts, lengths, head_mask, seed, max_length, scale, dropout_p, window=window, bias=bias
         )
 
 
 def _fake_forward(
-    q, k, v, starts, lengths, head_mask, importance, seed, max_length, scale, dropout_p, per_token, window
+    q, k, v, starts, lengths, head_mask, bias, importance, seed, max_length, scale, dropout_p, per_token, window
 ):
     tokens, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((tokens, heads), dtype=_statistics_dtype(q.dtype))
 
 
-def _backward(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p, window):
+def _backward(dout, q, k, v, out, lse, starts, lengths, head_mask, bias, seed, max_length, scale, dropout_p, window):
     with torch.autocast(q.device.type, enabled=False):
-        return implementation("attention", q.device, q.dtype).backward(
-            dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p, window=window
+        *others, dbias = implementation("attention", q.device, q.dtype).backward(
+            *(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p),
+            window=window,
+            bias=bias,
         )
+    return *others, lse.new_empty(0) if dbias is None else dbias
 
 
-def _fake_backward(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p, window):
-    partial = q.new_empty((lengths.shape[0], q.shape[1]), dtype=_statistics_dtype(q.dtype))
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), partial, torch.empty_like(partial)
+def _fake_backward(
+    dout, q, k, v, out, lse, starts, lengths, head_mask, bias, seed, max_length, scale, dropout_p, window
+):
+    partials = [q.new_empty((lengths.shape[0], q.shape[1]), dtype=_statistics_dtype(q.dtype)) for _ in range(2)]
+    return (
+        *(q.new_empty(q.shape) for _ in range(3)),
+        *partials,
+        partials[0].new_empty(0 if bias is None else bias.shape),
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, starts, lengths, head_mask, importance, seed, *ctx.settings, ctx.per_token, ctx.window = inputs
-    ctx.save_for_backward(q, k, v, *output, starts, lengths, head_mask, seed)
+    q, k, v, starts, lengths, head_mask, bias, importance, seed, *ctx.settings, ctx.per_token, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output, starts, lengths, head_mask, bias, seed)
     ctx.importance_dtype = None if importance is None else importance.dtype
 
 
 def _gradients(ctx, dout, _):
-    *tensors, head_mask, seed = ctx.saved_tensors
-    dq, dk, dv, signed, absolute = _attention_backward_op(dout, *tensors, head_mask, seed, *ctx.settings, ctx.window)
+    *tensors, head_mask, bias, seed = ctx.saved_tensors
+    dq, dk, dv, signed, absolute, dbias = _attention_backward_op(
+        dout, *tensors, head_mask, bias, seed, *ctx.settings, ctx.window
+    )
     dmask = signed.sum(0) if head_mask is not None and ctx.needs_input_grad[5] else None
     partial = None
     if ctx.importance_dtype is not None:
         partial = (absolute if ctx.per_token else signed).to(ctx.importance_dtype)
     dq, dk, dv = (x if there else None for x, there in zip((dq, dk, dv), ctx.needs_input_grad[:3], strict=True))
-    return dq, dk, dv, None, None, dmask, partial, None, None, None, None, None, None
+    dbias = dbias if bias is not None and ctx.needs_input_grad[6] else None
+    return dq, dk, dv, None, None, dmask, dbias, partial, None, None, None, None, None, None
 
 
 _attention_op = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, Tensor? head_mask, Tensor? importance, "
-    "Tensor? seed, SymInt max_length, float scale, float dropout_p, bool per_token, int? window) -> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, Tensor? head_mask, Tensor? bias, "
+    "Tensor? importance, Tensor? seed, SymInt max_length, float scale, float dropout_p, bool per_token, "
+    "int? window) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     _gradients,
@@ -151,8 +184,8 @@ _attention_op = define(
 )
 _attention_backward_op = define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
-    "Tensor lengths, Tensor? head_mask, Tensor? seed, SymInt max_length, float scale, float dropout_p, int? window) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor lengths, Tensor? head_mask, Tensor? bias, Tensor? seed, SymInt max_length, float scale, float dropout_p, "
+    "int? window) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 from ticketops.ops.extension import address, checked, dropout_arguments, native, refusal, run
 from ticketops.ops.memory import empty
 
-__all__ = ["backward", "forward", "refusal"]
+__all__ = ["backward", "checked_bias", "forward", "refusal"]
 
 
 def _view(name: str, x: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -18,6 +18,21 @@ def _view(name: str, x: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int, i
         # The kernels read pairs of elements.
         x = x.clone(memory_format=torch.contiguous_format)
     return x, (address(x), x.stride(0), x.stride(1))
+
+
+def checked_bias(bias: Tensor | None, heads: int) -> tuple[Tensor | None, int]:
+    """Checks a position bias.
+
+    Args:
+        bias: [H, 2 R + 1], or None.
+        heads: H.
+
+    Returns:
+        The bias, or a copy, to be kept alive during the call; and R.
+    """
+    if bias is None:
+        return None, 0
+    return checked("position_bias", bias, torch.float32, heads, bias.shape[1]), bias.shape[1] // 2
 
 
 def forward(
@@ -33,6 +48,7 @@ def forward(
     dropout_p: float,
     window: int | None = None,
     first_tokens: bool = False,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention.reference.forward.
 
@@ -48,12 +64,14 @@ def forward(
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
     head_mask = checked("head_mask", head_mask, torch.float32, heads)
+    bias, reach = checked_bias(bias, heads)
     out = empty((tokens, heads, head_dim), q.dtype)
     lse = empty((tokens, heads))
     run(
         native.attention_forward,
         *(q.dtype == torch.bfloat16, *q_view, *k_view, *v_view, address(out), address(lse)),
-        *(address(starts), address(lengths), address(head_mask), batch, tokens, heads, head_dim, max_length),
+        *(address(starts), address(lengths), address(head_mask), address(bias), reach),
+        *(batch, tokens, heads, head_dim, max_length),
         *(max_length if window is None else window, first_tokens, scale, *dropout_arguments(seed, dropout_p)),
     )
     return out, lse
@@ -76,7 +94,8 @@ def backward(
     gradients: Tensor | None = None,
     window: int | None = None,
     first_tokens: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """See ticketops.ops.attention.reference.backward.
 
     Args:
@@ -84,7 +103,8 @@ def backward(
         first_tokens: as in `forward`; dout of the other tokens is not read.
 
     Returns:
-        dq, dk and dv, each [T, H, D]; and the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H].
+        dq, dk and dv, each [T, H, D]; the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H]; and the
+        gradient of the bias, if there is one.
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]
@@ -95,16 +115,19 @@ def backward(
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
     head_mask = checked("head_mask", head_mask, torch.float32, heads)
+    bias, reach = checked_bias(bias, heads)
     if gradients is None:
         dq, dk, dv = (empty((tokens, heads, head_dim), q.dtype) for _ in range(3))
     else:
         dq, dk, dv = checked("gradients", gradients, q.dtype, tokens, 3, heads, head_dim).unbind(1)
     signed, absolute = (empty((batch, heads)) for _ in range(2))
+    dbias = None if bias is None else empty(bias.shape)
     run(
         native.attention_backward,
         *(q.dtype == torch.bfloat16, *dout_view, *q_view, *k_view, *v_view, address(out), address(lse)),
-        *(address(starts), address(lengths), address(head_mask), address(dq), address(dk), address(dv)),
-        *(dq.stride(0), address(signed), address(absolute), batch, tokens, heads, head_dim, max_length),
+        *(address(starts), address(lengths), address(head_mask), address(bias), reach),
+        *(address(dq), address(dk), address(dv), dq.stride(0), address(signed), address(absolute), address(dbias)),
+        *(batch, tokens, heads, head_dim, max_length),
         *(max_length if window is None else window, first_tokens, scale, *dropout_arguments(seed, dropout_p)),
     )
-    return dq, dk, dv, signed, absolute
+    return dq, dk, dv, signed, absolute, dbias

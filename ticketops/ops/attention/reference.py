@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ticketops.ops.dropout import kept, row_keys
 
@@ -36,6 +37,21 @@ def _spans(starts: Tensor, lengths: Tensor) -> list[tuple[int, int]]:
     return [(start, start + n) for start, n in zip(starts.tolist(), lengths.tolist(), strict=True) if n]
 
 
+def _bias_of(bias: Tensor, heads: Tensor, queries: slice, keys: slice) -> Tensor:
+    """Returns the term that a bias [H, 2 R + 1] adds to the scores of some heads: [h, queries, keys]."""
+    place = [torch.arange(x.start, x.stop, device=bias.device) for x in (queries, keys)]
+    return bias[heads][:, bias.shape[1] // 2 + place[1] - place[0][:, None]]
+
+
+def _sum_by_distance(dscores: Tensor) -> Tensor:
+    """Sums the gradient of scores [h, queries, keys] over the pairs of each distance. Returns [h, queries + keys - 1],
+    from the last query and the first key on."""
+    _, queries, keys = dscores.shape
+    # Behind rows of one element less, each row begins one element earlier: the pairs of a distance are in one column.
+    rows = functional.pad(dscores.flip(1), (0, queries)).flatten(1)[:, : queries * (queries + keys - 1)]
+    return rows.unflatten(1, (queries, queries + keys - 1)).sum(1)
+
+
 def _blocks(length: int, window: int | None, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Divides a sequence into blocks of queries. Yields for each block its queries, the range of keys that any of them
     attends to, and a bool mask [queries, keys] that is True for pairs outside the window. Without a window there is one
@@ -65,6 +81,7 @@ def forward(
     scale: float,
     dropout_p: float,
     window: int | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention. Sums and softmax are in float32 (float64 for float64 inputs).
 
@@ -85,6 +102,8 @@ def forward(
             first, last = start + queries.start, start + queries.stop
             # [h, queries, keys]
             weights = (qs[:, queries] @ ks[:, keys].transpose(1, 2)).mul_(scale)
+            if bias is not None:
+                weights.add_(_bias_of(bias, heads, queries, keys))
             if outside is not None:
                 weights.masked_fill_(outside, float("-inf"))
             row_lse = weights.logsumexp(-1)
@@ -114,24 +133,28 @@ def backward(
     scale: float,
     dropout_p: float,
     window: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Computes the gradients of `forward` and the importance of each sequence and head.
 
     With P = softmax(S), R = keep / (1 - p), W = P * R, O = W V, out = m O and dO = m dOut:
         dV = W^T dO,   dP = (dO V^T) * R,   delta = rowsum(dO * O) = rowsum(dOut * out),
-        dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dL/dm = sum <dOut, O> = sum delta / m.
+        dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dL/dm = sum <dOut, O> = sum delta / m,
+    and the gradient of the bias is the sum of dS over all pairs of one distance.
 
     Returns:
-        dq, dk and dv, each [T, H, D]; and the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H].
+        dq, dk and dv, each [T, H, D]; the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H]; and the
+        gradient of the bias, if there is one.
     """
     num_heads = q.shape[1]
     dtype = lse.dtype
     dq, dk, dv = (torch.zeros(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     signed = torch.zeros((len(lengths), num_heads), dtype=dtype, device=q.device)
     absolute = torch.zeros_like(signed)
+    dbias = None if bias is None else signed.new_zeros(bias.shape)
     heads = _active_heads(head_mask, num_heads, q.device)
     if not len(heads):
-        return dq, dk, dv, signed, absolute
+        return dq, dk, dv, signed, absolute, dbias
     rows = _row_keys(seed, dropout_p, q.shape[0], heads, num_heads)
     # [T, H]
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
@@ -153,6 +176,8 @@ def backward(
         for queries, keys, outside in _blocks(n, window, q.device):
             # [h, queries, keys]
             weights = (qs[:, queries] @ ks[:, keys].transpose(1, 2)).mul_(scale)
+            if bias is not None:
+                weights.add_(_bias_of(bias, heads, queries, keys))
             if outside is not None:
                 weights.masked_fill_(outside, float("-inf"))
             weights.sub_(row_lse[:, queries, None]).exp_()
@@ -162,7 +187,12 @@ def backward(
                 keep = kept(rows[:, start + queries.start : start + queries.stop], keys, dropout_p)
                 dropped = (weights * keep).div_(1 - dropout_p)
                 dscores.mul_(keep).div_(1 - dropout_p)
-            dscores.sub_(row_delta[:, queries, None]).mul_(weights).mul_(scale)
+            dscores.sub_(row_delta[:, queries, None]).mul_(weights)
+            if bias is not None and dbias is not None:
+                by_distance = _sum_by_distance(dscores)
+                first = bias.shape[1] // 2 + keys.start - (queries.stop - 1)
+                dbias[:, first : first + by_distance.shape[1]].index_add_(0, heads, by_distance)
+            dscores.mul_(scale)
             parts = (
                 dscores @ ks[:, keys],
                 dscores.transpose(1, 2) @ qs[:, queries],
@@ -175,4 +205,4 @@ def backward(
                     total[:, some] += part
         for gradient, value in zip((dq, dk, dv), sums, strict=True):
             gradient[start:end].index_copy_(1, heads, value.transpose(0, 1).to(q.dtype))
-    return dq, dk, dv, signed, absolute
+    return dq, dk, dv, signed, absolute, dbias

@@ -53,7 +53,33 @@ def load_rows(p_x, i_row, o_rows, m_rows, i_head, stride_t, stride_h, stride_d, 
 
 
 @triton.jit
-def reach(i_first, ROWS: tl.constexpr, window, length, BLOCK: tl.constexpr):
+def load_bias(p_bias, i_head, o_distance, reach):
+    """Loads the bias of one head at a block of distances from a query to a key; some number of it for distances beyond
+    its reach, which rows past the end have."""
+    p_middle = p_bias + i_head * (2 * reach + 1) + reach
+    # Without masks, whose predicates would spill.
+    return tl.load(p_middle + tl.minimum(tl.maximum(o_distance, -reach), reach))
+
+
+@triton.jit
+def sums_by_distance(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums a block [ROWS, COLUMNS], with ROWS <= COLUMNS, over the elements of each distance column - row. Returns the
+    sums of the distances 0 .. COLUMNS - 1 and of those -COLUMNS .. -1."""
+    o_x = tl.arange(0, ROWS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    # Each row turned by its number: column d has the elements of the distances d and d - COLUMNS.
+    b_turned = tl.gather(b_x, o_x % COLUMNS, 1)
+    m_x = o_x < COLUMNS
+    return tl.sum(tl.where(m_x, b_turned, 0.0), 0), tl.sum(tl.where(m_x, 0.0, b_turned), 0)
+
+
+@triton.jit
+def store_bias(p_row, b_x, o_distance, reach):
+    """Stores sums at their distances in a row of the bias's gradient."""
+    tl.store(p_row + reach + o_distance, b_x, mask=tl.abs(o_distance) <= reach)
+
+
+@triton.jit
+def span(i_first, ROWS: tl.constexpr, window, length, BLOCK: tl.constexpr):
     """Returns the first and last (exclusive) position, in steps of BLOCK, of a loop over the tokens within the window
     of rows i_first .. i_first + ROWS - 1."""
     return tl.maximum(i_first - window, 0) // BLOCK * BLOCK, tl.minimum(i_first + ROWS + window, length)
@@ -69,7 +95,7 @@ def store_rows(p_x, b_x, i_row, o_rows, m_rows, i_head, stride_t, D: tl.constexp
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"],
+    do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window", "reach"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def forward_kernel(
@@ -82,6 +108,7 @@ def forward_kernel(
     p_lengths,
     p_mask,
     p_seed,
+    p_bias,
     stride_qt,
     stride_qh,
     stride_qd,
@@ -99,6 +126,7 @@ def forward_kernel(
     threshold,
     keep_scale,
     window,
+    reach,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -142,7 +170,7 @@ def forward_kernel(
     begin = 0
     end = length
     if window is not None:
-        begin, end = reach(i_m * BLOCK_M, BLOCK_M, window, length, BLOCK_N)
+        begin, end = span(i_m * BLOCK_M, BLOCK_M, window, length, BLOCK_N)
     for i_n in range(begin, end, BLOCK_N):
         m_n = i_n + o_n < length
         # [BLOCK_N, BLOCK_D]
@@ -150,6 +178,8 @@ def forward_kernel(
         b_v = load_rows(p_v, start + i_n, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
         # [BLOCK_M, BLOCK_N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        if p_bias is not None:
+            b_s += LOG2_E * load_bias(p_bias, i_h, (i_n + o_n)[None, :] - (i_m * BLOCK_M + o_m)[:, None], reach)
         if window is None:
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         else:
@@ -176,11 +206,14 @@ def forward_kernel(
 #     g = dOut V^T * R,     delta = rowsum(P * g) = rowsum(dOut * O),     h = P * (g - delta),
 #     dV = m W^T dOut,      dQ = m scale h K,      dK = m scale h^T Q,    dL/dm = sum(delta).
 #
+# A bias is added to S; its gradient is m times the sum of h over all pairs of one distance. Each program stores its
+# sums in a row of its own, and torch adds up the rows.
+#
 # m is applied after all products, so delta is the importance of the head before its mask, for any m.
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "batch", "heads", "scale", "threshold", "keep_scale", "window"],
+    do_not_specialize=["tokens", "batch", "heads", "scale", "threshold", "keep_scale", "window", "reach"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def row_backward_kernel(
@@ -198,6 +231,8 @@ def row_backward_kernel(
     p_lengths,
     p_mask,
     p_seed,
+    p_bias,
+    p_dbias,
     stride_dt,
     stride_dh,
     stride_dd,
@@ -218,6 +253,7 @@ def row_backward_kernel(
     threshold,
     keep_scale,
     window,
+    reach,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -262,6 +298,8 @@ def row_backward_kernel(
     b_lse = tl.load(p_lse + (start * heads + i_h) + o_n * heads, mask=m_n, other=float("inf"))
     # [queries, keys]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+    if p_bias is not None:
+        b_s += LOG2_E * load_bias(p_bias, i_h, o_n[None, :] - o_n[:, None], reach)
     m_p = m_n[None, :]
     if window is not None:
         m_p = m_p & (tl.abs(o_n[:, None] - o_n[None, :]) <= window)
@@ -279,7 +317,13 @@ def row_backward_kernel(
     tl.store(p_absolute + o_sum, tl.sum(tl.abs(b_delta), 0))
     b_dv = tl.dot(tl.trans(b_w.to(b_do.dtype)), b_do, input_precision=PRECISION)
     store_rows(p_dv, b_dv * head_mask, start, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
-    b_h = (b_p * (b_g - b_delta)).to(b_q.dtype)
+    b_ds = b_p * (b_g - b_delta)
+    if p_bias is not None:
+        p_row = p_dbias + (i_b.to(tl.int64) * heads + i_h) * (2 * reach + 1)
+        b_behind, b_before = sums_by_distance(b_ds, BLOCK, BLOCK)
+        store_bias(p_row, b_behind * head_mask, o_n, reach)
+        store_bias(p_row, b_before * head_mask, o_n - BLOCK, reach)
+    b_h = b_ds.to(b_q.dtype)
     b_dq = tl.dot(b_h, b_k, input_precision=PRECISION)
     store_rows(p_dq, b_dq * (head_mask * scale), start, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
     b_dk = tl.dot(tl.trans(b_h), b_q, input_precision=PRECISION)
@@ -287,7 +331,7 @@ def row_backward_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"],
+    do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window", "reach"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def dq_kernel(
@@ -303,6 +347,8 @@ def dq_kernel(
     p_lengths,
     p_mask,
     p_seed,
+    p_bias,
+    p_dbias,
     stride_dt,
     stride_dh,
     stride_dd,
@@ -324,13 +370,15 @@ def dq_kernel(
     threshold,
     keep_scale,
     window,
+    reach,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of one block of queries; also stores delta, which `dkdv_kernel` reads."""
+    """dQ of one block of queries; also stores delta, which `dkdv_kernel` reads, and with a bias the sums of h by
+    distance in a row of the program's own."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     i_h = tl.program_id(0) % (heads + 1)
     i_m = tl.program_id(0) // (heads + 1) % blocks
@@ -366,28 +414,42 @@ def dq_kernel(
     o_n = tl.arange(0, BLOCK_N)
     begin = 0
     end = length
+    if p_bias is not None:
+        p_row = p_dbias + ((i_b.to(tl.int64) * blocks + i_m) * heads + i_h) * (2 * reach + 1)
+        # Sums of the distances that the next block of keys also has.
+        b_dbias = tl.zeros([BLOCK_N], tl.float32)
     if window is not None:
-        begin, end = reach(i_m * BLOCK_M, BLOCK_M, window, length, BLOCK_N)
+        begin, end = span(i_m * BLOCK_M, BLOCK_M, window, length, BLOCK_N)
     for i_n in range(begin, end, BLOCK_N):
         m_n = i_n + o_n < length
         # [BLOCK_N, BLOCK_D]
         b_k = load_rows(p_k, start + i_n, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
         b_v = load_rows(p_v, start + i_n, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
         # [BLOCK_M, BLOCK_N]
-        b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) - b_lse[:, None])
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        if p_bias is not None:
+            b_s += LOG2_E * load_bias(p_bias, i_h, (i_n + o_n)[None, :] - (i_m * BLOCK_M + o_m)[:, None], reach)
+        b_p = tl.exp2(b_s - b_lse[:, None])
         b_g = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         if p_seed is not None:
             b_g = tl.where(dropout_keeps(b_word[:, None], i_n + o_n[None, :], threshold), b_g * keep_scale, 0.0)
         m_p = m_n[None, :]
         if window is not None:
             m_p = m_p & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
-        b_h = tl.where(m_p, b_p * (b_g - b_delta[:, None]), 0.0).to(b_k.dtype)
-        b_dq = tl.dot(b_h, b_k, b_dq, input_precision=PRECISION)
+        b_ds = tl.where(m_p, b_p * (b_g - b_delta[:, None]), 0.0)
+        if p_bias is not None:
+            b_behind, b_before = sums_by_distance(b_ds, BLOCK_M, BLOCK_N)
+            store_bias(p_row, (b_dbias + b_before) * head_mask, i_n - BLOCK_N - i_m * BLOCK_M + o_n, reach)
+            b_dbias = b_behind
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     store_rows(p_dq, b_dq * (head_mask * scale), i_row, o_m, m_m, i_h, stride_gt, D, BLOCK_D)
+    if p_bias is not None:
+        i_last = begin + tl.cdiv(end - begin, BLOCK_N) * BLOCK_N - BLOCK_N
+        store_bias(p_row, b_dbias * head_mask, i_last - i_m * BLOCK_M + o_n, reach)
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window"],
+    do_not_specialize=["tokens", "batch", "heads", "blocks", "scale", "threshold", "keep_scale", "window", "reach"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def dkdv_kernel(
@@ -405,6 +467,7 @@ def dkdv_kernel(
     p_lengths,
     p_mask,
     p_seed,
+    p_bias,
     stride_dt,
     stride_dh,
     stride_dd,
@@ -426,6 +489,7 @@ def dkdv_kernel(
     threshold,
     keep_scale,
     window,
+    reach,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -475,7 +539,7 @@ def dkdv_kernel(
     begin = 0
     end = length
     if window is not None:
-        begin, end = reach(i_n * BLOCK_N, BLOCK_N, window, length, BLOCK_M)
+        begin, end = span(i_n * BLOCK_N, BLOCK_N, window, length, BLOCK_M)
     for i_m in range(begin, end, BLOCK_M):
         i_row = start + i_m
         m_m = i_m + o_m < length
@@ -487,7 +551,10 @@ def dkdv_kernel(
         b_signed += b_delta
         b_absolute += tl.abs(b_delta)
         # [BLOCK_N, BLOCK_M]; rows of keys past the end are garbage, which is not stored.
-        b_pt = tl.exp2(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E) - b_lse[None, :])
+        b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E)
+        if p_bias is not None:
+            b_st += LOG2_E * load_bias(p_bias, i_h, (i_n * BLOCK_N + o_n)[:, None] - (i_m + o_m)[None, :], reach)
+        b_pt = tl.exp2(b_st - b_lse[None, :])
         if window is not None:
             m_pt = tl.abs((i_n * BLOCK_N + o_n)[:, None] - (i_m + o_m)[None, :]) <= window
             b_pt = tl.where(m_pt, b_pt, 0.0)
@@ -526,6 +593,7 @@ def _shared_arguments(
     scale: float,
     dropout_p: float,
     window: int | None,
+    bias: Tensor | None,
 ) -> dict[str, Any]:
     """Returns the arguments that all four kernels have in common."""
     tokens, heads, head_dim = q.shape
@@ -540,6 +608,7 @@ def _shared_arguments(
         "p_lengths": lengths.contiguous(),
         "p_mask": None if head_mask is None else head_mask.contiguous(),
         "p_seed": seed if dropout_p else None,
+        "p_bias": None if bias is None else bias.contiguous(),
         "tokens": tokens,
         "batch": lengths.shape[0],
         "heads": heads,
@@ -547,6 +616,7 @@ def _shared_arguments(
         "threshold": keep_threshold(dropout_p),
         "keep_scale": 1.0 / (1.0 - dropout_p),
         "window": window,
+        "reach": 0 if bias is None else bias.shape[1] // 2,
         "D": head_dim,
         "BLOCK_D": triton_configs.power_of_two(head_dim),
         "PRECISION": product_precision(q.dtype),
@@ -581,6 +651,7 @@ def forward(
     scale: float,
     dropout_p: float,
     window: int | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention and its reference backend; one launch.
 
@@ -594,13 +665,15 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     windowed = window is not None
-    tile = triton_configs.attention_forward(capability(q.device), q.dtype, head_dim, max_length, windowed)
+    tile = triton_configs.attention_forward(
+        capability(q.device), q.dtype, head_dim, max_length, windowed, bias is not None
+    )
     blocks = max(1, cdiv(max_length, tile.rows))
     launch(
         forward_kernel,
         batch * blocks * (heads + 1),
         tile,
-        **_shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window),
+        **_shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window, bias),
         p_out=out,
         blocks=blocks,
         BLOCK_M=tile.rows,
@@ -625,15 +698,17 @@ def backward(
     dropout_p: float,
     window: int | None = None,
     into: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Computes the gradients of `forward` and the importance of each sequence and head. One launch if the sequences fit
-    one block, else two.
+    one block, else two; with a bias one more to clear its sums and one to add them up.
 
     Args:
         into: contiguous [T, 3, H, D] to write dq, dk and dv to; None allocates three tensors.
 
     Returns:
-        dq, dk and dv, each [T, H, D]; and the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H].
+        dq, dk and dv, each [T, H, D]; the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H]; and the
+        gradient of the bias, if there is one.
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]
@@ -646,13 +721,17 @@ def backward(
         (torch.zeros if empty else torch.empty)((batch, heads), dtype=torch.float32, device=q.device) for _ in range(2)
     )
     if empty:
-        return dq.zero_(), dk.zero_(), dv.zero_(), signed, absolute
-    shared = _shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window)
+        dbias = None if bias is None else torch.zeros_like(bias)
+        return dq.zero_(), dk.zero_(), dv.zero_(), signed, absolute, dbias
+    shared = _shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window, bias)
     shared |= _operand("dout", dout) | {"stride_gt": dq.stride(0)}
     windowed = window is not None
     tiles = triton_configs.attention_backward(
-        capability(q.device), q.dtype, head_dim, max_length, windowed, tokens / batch
+        capability(q.device), q.dtype, head_dim, max_length, windowed, tokens / batch, bias is not None
     )
+    blocks = max(1, cdiv(max_length, tiles[0].rows))
+    # Not all programs run, and not all that run have all distances.
+    sums = None if bias is None else signed.new_zeros((batch * blocks, *bias.shape))
     if len(tiles) == 1:
         launch(
             row_backward_kernel,
@@ -664,12 +743,12 @@ def backward(
             p_dv=dv,
             p_signed=signed,
             p_absolute=absolute,
+            p_dbias=sums,
             BLOCK=tiles[0].rows,
         )
-        return dq, dk, dv, signed, absolute
+        return dq, dk, dv, signed, absolute, None if sums is None else sums.sum(0)
     delta = torch.empty_like(lse)
     dq_tile, dkdv_tile = tiles
-    blocks = cdiv(max_length, dq_tile.rows)
     launch(
         dq_kernel,
         batch * blocks * (heads + 1),
@@ -678,6 +757,7 @@ def backward(
         p_out=out,
         p_delta=delta,
         p_dq=dq,
+        p_dbias=sums,
         blocks=blocks,
         BLOCK_M=dq_tile.rows,
         BLOCK_N=dq_tile.columns,
@@ -697,4 +777,4 @@ def backward(
         BLOCK_M=dkdv_tile.rows,
         BLOCK_N=dkdv_tile.columns,
     )
-    return dq, dk, dv, signed, absolute
+    return dq, dk, dv, signed, absolute, None if sums is None else sums.sum(0)

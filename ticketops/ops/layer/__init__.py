@@ -75,8 +75,8 @@ def encoder_layer(
 
     Args:
         x: [T, C] tokens; float32, or half precision in a half-precision model.
-        weights: parameters of the layer, in x's dtype (LayerNorms may have another). Matrix products run in autocast's
-            dtype if autocast is on.
+        weights: parameters of the layer, in x's dtype (LayerNorms may have another, a position bias has float32).
+            Matrix products run in autocast's dtype if autocast is on.
         sequences: rows of each sequence.
         head_dim: D.
         scale: multiplies the attention scores.
@@ -109,7 +109,7 @@ def encoder_layer(
     inputs = Inputs(x, weights, sequences.starts, sequences.lengths, seeds)
     if not (torch.is_grad_enabled() or is_watched(x, *weights, *inputs[2:])):
         module = _module(x)
-        same = all(p is None or p.dtype == x.dtype for p in weights[:PARAMETERS])
+        same = all(p is None or p.dtype == x.dtype for p in weights[: PARAMETERS - 1])
         if module is native and same and seeds is None and native.is_few(len(x), dtype == torch.bfloat16):
             return native.infer(inputs, settings)
         out: Tensor = module.forward(inputs, settings, keep=False)[0]
@@ -126,7 +126,10 @@ _NORMS = ("gamma1", "beta1", "gamma2", "beta2")
 
 def _check_dtypes(x: Tensor, weights: Weights) -> None:
     """Raises InputError if a parameter has a dtype that the layer's matrix products do not support."""
-    for name, parameter in zip(Weights._fields, weights[:PARAMETERS], strict=False):
+    *parameters, bias = weights[:PARAMETERS]
+    if bias is not None and bias.dtype != torch.float32:
+        raise InputError(f"encoder_layer needs position_bias in torch.float32, got {bias.dtype}: convert it")
+    for name, parameter in zip(Weights._fields, parameters, strict=False):
         if parameter is None or parameter.dtype == x.dtype:
             continue
         if name not in _NORMS or not parameter.is_floating_point() or parameter.dtype == torch.float64:

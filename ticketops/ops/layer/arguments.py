@@ -23,6 +23,7 @@ class Weights(NamedTuple):
         w1, b1: [N, C] and [N], first linear layer of the FFN; None if the FFN is pruned.
         w2, b2: [C, N] and [C], second linear layer of the FFN; None if the FFN is pruned.
         gamma2, beta2: [C], LayerNorm after the FFN.
+        position_bias: float32 [K, 2 R + 1], of the computed heads, see `ticketops.ops.attention`; None for no bias.
         heads: int64 [K], indices of the computed heads, ascending; None for all.
         neurons: int64 [n], indices of the computed neurons, ascending; None for all.
     """
@@ -43,6 +44,7 @@ class Weights(NamedTuple):
     b2: Tensor | None
     gamma2: Tensor
     beta2: Tensor
+    position_bias: Tensor | None
     heads: Tensor | None
     neurons: Tensor | None
 
@@ -54,7 +56,7 @@ class Weights(NamedTuple):
 
 
 #: Number of parameters in Weights; they are its first fields.
-PARAMETERS = 16
+PARAMETERS = 17
 
 
 class Settings(NamedTuple):
@@ -184,8 +186,9 @@ class Wanted(NamedTuple):
         return any(self.parameters[Weights._fields.index(name)] for name in names)
 
     def attention(self) -> bool:
-        """True if attention's backward pass must run, for the gradients of q, k and v or the importance of heads."""
-        return self.tokens or self.head_sums or any(self.parameters[:6])
+        """True if attention's backward pass must run, for the gradients of q, k, v and the bias or the importance of
+        heads."""
+        return self.tokens or self.head_sums or any(self.parameters[:6]) or self.any("position_bias")
 
     def projected(self) -> bool:
         """True if the gradient of the first LayerNorm's input is needed: the residual plus the output of attention."""

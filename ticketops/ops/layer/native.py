@@ -93,13 +93,15 @@ def infer(inputs: Inputs, settings: Settings) -> Tensor:
     # Some of these may be copies, which must live until the call is over.
     parameters = [checked("a parameter", p, dtype, *shape) for p, shape in zip(weights, shapes, strict=False)]
     x = checked("x", x, dtype, tokens, channels)
+    bias, reach = attention.checked_bias(weights.position_bias, inputs.heads(s)[1])
     heads, neurons = (p if p is None else checked("places", p, torch.int64, p.shape[0]) for p in (heads, neurons))
     starts, lengths = (checked("sequences", p, torch.int32, batch) for p in (starts, lengths))
     out = empty((batch if s.first_tokens else tokens, channels), dtype)
     run(
         native.encoder,
         *(dtype == torch.bfloat16, bf16, ffn.ACTIVATIONS[s.activation], address(x), address(out)),
-        *([address(p) for p in parameters], address(heads), address(neurons), address(starts), address(lengths)),
+        *([address(p) for p in parameters], address(bias), reach, address(heads), address(neurons)),
+        *(address(starts), address(lengths)),
         *(batch, tokens, channels, all_heads, s.head_dim, all_heads if heads is None else heads.shape[0]),
         *(neuron_count, neuron_count if neurons is None else neurons.shape[0], s.max_length, s.first_tokens),
         *(s.scale, s.eps1, s.eps2),
@@ -157,6 +159,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             context, lse = attention.forward(
                 *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, s.attention_dropout),
                 first_tokens=s.first_tokens,
+                bias=w.position_bias,
             )
             projected = product(select(context.view(tokens, width), rows), (w_o if w_o.numel() else w.wo).t())
         else:
@@ -286,7 +289,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             dcontext = _scatter(product(dprojected, saved.w_o if saved.w_o.numel() else w.wo), rows, tokens)
             dqkv = empty((tokens, 3, count, s.head_dim), dtype)
             q, k, v = saved.qkv.unbind(1)
-            *_, signed, absolute = attention.backward(
+            *_, signed, absolute, dbias = attention.backward(
                 dcontext.view(tokens, count, s.head_dim),
                 q,
                 k,
@@ -302,7 +305,10 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 s.attention_dropout,
                 dqkv,
                 first_tokens=s.first_tokens,
+                bias=w.position_bias,
             )
+            if dbias is not None:
+                keep("position_bias", dbias)
             flat = dqkv.view(tokens, 3 * width)
             # If the gradients of q, k and v are all wanted, compute them in one product.
             taken, parts = saved.cast_x if cast else x, flat.split(width, 1)
@@ -371,7 +377,7 @@ def fake_backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings
 
     attends, feeds = count != 0, w.w1 is not None
     neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]
-    parts = [attends] * 7 + [True] * 3 + [feeds] * 4 + [True] * 2
+    parts = [attends] * 7 + [True] * 3 + [feeds] * 4 + [True] * 2 + [attends]
     return (
         x.new_empty(x.shape) if wanted.tokens else new(0),
         *(new(batch, count, needed=wanted.attention()) for _ in range(2)),

@@ -104,7 +104,8 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 )
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
-                q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, s.attention_dropout
+                *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, s.attention_dropout),
+                bias=w.position_bias,
             )
             seen = select(context.view(tokens, width), rows)
             if heads is None:
@@ -221,7 +222,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             (dseen,) = projection.into(dprojected, [w.wo.t()], None, heads, all_heads)
         dqkv = torch.empty_like(saved.qkv)
         q, k, v = saved.qkv.unbind(1)
-        *_, signed, absolute = attention.backward(
+        *_, signed, absolute, dbias = attention.backward(
             _scatter(dseen, rows, tokens).view(tokens, count, s.head_dim),
             q,
             k,
@@ -236,7 +237,10 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             s.scale,
             s.attention_dropout,
             into=dqkv,
+            bias=w.position_bias,
         )
+        if dbias is not None:
+            gradients["position_bias"] = dbias
         flat, taken = dqkv.view(tokens, 3 * width), saved.cast_x if cast else x
         dparts = flat.view(tokens, 3, width).unbind(1)
         if heads is None:
