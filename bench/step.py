@@ -26,12 +26,13 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from ticketops import PackingCollator, Ticket, patch, prune, shrink
 from ticketops.errors import InputError, TicketopsError
+from ticketops.models.registry import find_adapter
 from ticketops.ops import backends, products
-from ticketops.tasks import demo_model, load_task, tokenize
+from ticketops.tasks import DEMO_MODELS, demo_model, load_task, tokenize
 
 Batch = dict[str, Tensor]
 
@@ -47,6 +48,7 @@ class Setup:
         batches: batches to time, padded to their longest row, on the device.
         dtype: "fp32" or "bf16" (autocast).
         earlier: equally many other batches, to warm up on.
+        random_weights: True draws the weights; of the encoder only the configuration and the tokenizer are read.
     """
 
     task: str
@@ -55,6 +57,7 @@ class Setup:
     batches: list[Batch]
     dtype: str
     earlier: list[Batch]
+    random_weights: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +93,7 @@ def load(
     batch_size: int = 32,
     max_length: int = 128,
     model: str = "demo",
+    random_weights: bool = False,
 ) -> Setup:
     """Reads a task's first training rows and makes batches as a Trainer would.
 
@@ -100,7 +104,8 @@ def load(
         batches: number of batches to time, and also to warm up on.
         batch_size: rows per batch.
         max_length: maximum number of tokens per row.
-        model: folder or hub name of the encoder; "demo" for the MiniLM weights.
+        model: folder or hub name of the encoder; "demo" for the MiniLM weights, "demo-base" for MPNet-base's.
+        random_weights: see Setup.
     """
     spec: str | Path = task
     if data is not None:
@@ -111,13 +116,13 @@ def load(
         most = len(loaded.train) // (2 * batch_size)
         remedy = f"--batches to {most}" if most else f"--batch-size to {len(loaded.train) // 2}"
         raise InputError(f"{task} has {len(loaded.train)} training rows of {rows}: lower {remedy}")
-    path = str(demo_model()) if model == "demo" else model
+    path = str(demo_model(model)) if model in DEMO_MODELS else model
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokens = tokenize(loaded.train.select(range(rows)), loaded, tokenizer, max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = DataLoader(tokens, batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
     drawn = [{k: v.to(device) for k, v in batch.items()} for batch in loader]
-    return Setup(task, path, loaded.num_labels, drawn[batches:], dtype, earlier=drawn[:batches])
+    return Setup(task, path, loaded.num_labels, drawn[batches:], dtype, drawn[:batches], random_weights)
 
 
 def contender(setup: Setup, name: str) -> Contender:
@@ -125,15 +130,17 @@ def contender(setup: Setup, name: str) -> Contender:
 
     Args:
         setup: what all contenders share.
-        name: "sdpa" and "compile" are stock transformers. "full" is patched; "importance" also records importance;
+        name: "sdpa" and "compile" are stock transformers, with the attention that it takes by itself: sdpa, or eager
+            for an architecture without. "full" is patched; "importance" also records importance;
             "ticket50" is shrunk to half of all heads and FFNs, as in a search; "applied50" is whole, with that half
             applied as a ticket; "switching" applies a different half at every step; "packed" is "full" on the same
             batches without padding.
     """
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        setup.model, num_labels=setup.labels, attn_implementation="sdpa"
-    ).to(setup.device)
+    kind = AutoModelForSequenceClassification
+    config = AutoConfig.from_pretrained(setup.model, num_labels=setup.labels)
+    drawn = kind.from_config(config) if setup.random_weights else kind.from_pretrained(setup.model, config=config)
+    model = drawn.to(setup.device)
     handle = None if name in ("sdpa", "compile") else patch(model)
     forward = torch.compile(model) if name == "compile" else model
     autocast = torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.dtype == "bf16")
@@ -223,11 +230,11 @@ def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[C
     """Yields functions that run only the matrix products of a step: forward, input gradient and weight gradient of each
     linear layer, on real tokens. After the last attention, a classification needs one token per row."""
     dtype, product = torch.bfloat16 if setup.dtype == "bf16" else torch.float32, _product(setup.device)
-    encoder = contender.model.base_model.encoder
-    last = encoder.layer[-1]
-    after_last_attention = {last.attention.output.dense, last.intermediate.dense, last.output.dense}
+    adapter, base = find_adapter(contender.model)
+    last = adapter.parts(adapter.layers(base)[-1])
+    after_last_attention = {last.output, last.fc1, last.fc2}
     real, rows = int(batch["attention_mask"].sum()), len(batch["attention_mask"])
-    for module in encoder.modules():
+    for module in adapter.encoder(base).modules():
         if isinstance(module, torch.nn.Linear) and module.weight.numel():
             tokens = rows if module in after_last_attention else real
             x = torch.randn(tokens, module.in_features, device=setup.device, dtype=dtype)
@@ -258,7 +265,8 @@ def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int
     # As a tokenizer encodes one sentence.
     one = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
     dtype, product = torch.bfloat16 if setup.dtype == "bf16" else torch.float32, _product(setup.device)
-    linears = [m for m in contenders["full"].model.base_model.encoder.modules() if isinstance(m, torch.nn.Linear)]
+    adapter, base = find_adapter(contenders["full"].model)
+    linears = [module for module in adapter.encoder(base).modules() if isinstance(module, torch.nn.Linear)]
     weights = [linear.weight.detach().to(dtype).t() for linear in linears]
     tokens = [torch.randn(ids.shape[1], weight.shape[0], device=setup.device, dtype=dtype) for weight in weights]
 
@@ -430,6 +438,7 @@ def main() -> int:
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: %(default)s)"
     )
     parser.add_argument("--model", default="demo", help="encoder, a folder or name (default: the demo's MiniLM)")
+    parser.add_argument("--random-weights", action="store_true", help="draw the weights instead of loading them")
     parser.add_argument(
         "--batches",
         type=int,
@@ -460,6 +469,7 @@ def main() -> int:
             batch_size=options.batch_size,
             max_length=options.max_length,
             model=options.model,
+            random_weights=options.random_weights,
         )
         result = measure(setup, names, options.rounds)
     except TicketopsError as error:

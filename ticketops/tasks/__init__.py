@@ -2,7 +2,7 @@
 
 from ticketops.kinds import KINDS, Kind
 from ticketops.tasks.choices import ChoiceTask
-from ticketops.tasks.demo import demo_model
+from ticketops.tasks.demo import DEMO_MODELS, demo_model
 from ticketops.tasks.embedders import EmbedderTask
 from ticketops.tasks.entities import EntityTask
 from ticketops.tasks.glue import GLUE
@@ -13,6 +13,7 @@ from ticketops.tasks.sequences import SequenceTask
 from ticketops.tasks.task import Task
 
 __all__ = [
+    "DEMO_MODELS",
     "GLUE",
     "KINDS",
     "ChoiceTask",

