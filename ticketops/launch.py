@@ -4,8 +4,9 @@ import os
 
 
 def processes() -> int:
-    """Number of processes that were started to train together."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """Number of processes that were started to train together; 1 where no launcher has started this one."""
+    # Others set WORLD_SIZE, too; the launchers say which process is which.
+    return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def rank() -> int:

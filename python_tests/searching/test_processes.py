@@ -104,6 +104,9 @@ def test_a_trial_that_diverges_fails_and_the_others_go_on(sober: dict[str, str],
 def test_what_processes_cannot_do_together_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
+    # No launcher's.
+    check_processes(SearchConfig(batch_size=32))
+    monkeypatch.setenv("LOCAL_RANK", "0")
     check_processes(SearchConfig(batch_size=33))
     with pytest.raises(InputError, match=r"batch_size 32 cannot be divided among 3 processes: give a multiple of 3"):
         check_processes(SearchConfig(batch_size=32))
