@@ -85,7 +85,7 @@ test-extras: $(EXTRAS)/.installed
 	$(EXTRAS)/bin/python -m pytest -q -m "long or not long" python_tests/searching/test_ray.py
 
 bench: setup
-	$(BIN)/python -m pytest bench/bench_step.py
+	$(BIN)/python -m pytest bench
 
 sanitize: setup
 	csrc/sanitize.sh
