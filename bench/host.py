@@ -91,13 +91,13 @@ def recorded(target: tuple[int, int] = (9, 0)) -> Iterator[Counter[str]]:
     except ModuleNotFoundError:
         raise UnsupportedError("bench.host follows launches through Triton, which is not installed") from None
     from ticketops.ops import private, triton_common
-    from ticketops.ops.layer import triton as layer
+    from ticketops.ops.layer import triton as gpu_layer
 
     if triton_common.INTERPRETED:
         raise UnsupportedError("TRITON_INTERPRET=1 replaces the launches that bench.host counts: unset it")
     launched: Counter[str] = Counter()
 
-    def compile(kernel: Any, *args: Any, **options: Any) -> Any:
+    def compiled(kernel: Any, *args: Any, **options: Any) -> Any:
         name = f"{kernel.fn.__module__.split('.')[-2]}.{kernel.fn.__name__}"
 
         def run(*arguments: Any) -> None:
@@ -122,9 +122,9 @@ def recorded(target: tuple[int, int] = (9, 0)) -> Iterator[Counter[str]]:
         return total.addmm_(a, b) if a.dtype == total.dtype else total.addmm_(wide(a), wide(b))
 
     replaced = (
-        (JITFunction, "run", compile),
-        (layer, "_product", product),
-        (layer, "_add_product", add_product),
+        (JITFunction, "run", compiled),
+        (gpu_layer, "_product", product),
+        (gpu_layer, "_add_product", add_product),
         (triton_common, "_device_capability", lambda device: target),
         (triton_common, "_launched", {}),
         (triton_common, "_compiled", {}),
