@@ -6,10 +6,11 @@ import pytest
 import torch
 from bounds import roundings
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 import ticketops
 from models.conftest import tiny_batch, tiny_config
+from models.test_encoders import make
 from ticketops.errors import InputError
 
 
@@ -38,14 +39,13 @@ def compiled_step(model, batch, compiled):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "mpnet"])
 def test_a_model_with_static_shapes_is_one_graph(architecture, batch):
     torch.manual_seed(0)
     if architecture == "bert":
         model = BertForSequenceClassification(tiny_config()).eval()
     else:
-        config = DistilBertConfig(vocab_size=100, dim=48, n_layers=2, n_heads=4, hidden_dim=64, num_labels=3)
-        model = DistilBertForSequenceClassification(config).eval()
+        model = make({"distilbert": "DistilBert", "mpnet": "MPNet"}[architecture] + "ForSequenceClassification")
         batch.pop("token_type_ids")
     want = step(model, batch)
     with ticketops.patch(model, unpad=False):

@@ -158,7 +158,7 @@ BIASED: dict[tuple[int, int, int], AttentionTiles] = {
     (10, 2, 64): AttentionTiles(
         {**_SHORT_FORWARD, LONGER: Tile(64, 64, 4, 2)},
         (*_SHORT_BACKWARD, Tile(64, 64, 4, 1)),
-        Tile(32, 64, 4, 2),
+        Tile(64, 64, 8, 1),
         Tile(32, 64, 4, 2),
     ),
     (10, 2, 128): replace(ATTENTION[9, 2, 128], row_backward=_WIDE_SHORT_BACKWARD),
