@@ -113,7 +113,7 @@ def runs(inputs: dict[str, str], pairs: str, tmp_path_factory: pytest.TempPathFa
         # Nothing outside the runs is damaged, so it is loaded once.
         patch.setattr(Setting, "load", Setting.load)
         load_once()
-        modules = [importlib.import_module(f"ticketops.reporting.{name}") for name in ("report", "sharing", "transfer")]
+        modules = [importlib.import_module(f"ticketops.reporting.{name}") for name in ("search", "sharing", "transfer")]
         for module in modules:
             patch.setattr(module, "figure", lambda *_: None)
         patch.setattr(modules[0], "html", lambda *_: "")

@@ -210,7 +210,7 @@ def test_a_configuration_survives_yaml_and_names_its_command(tmp_path: Path):
     config = ShareConfig(tasks="rte,mrpc", mixing="annealed", seeds=3, arms="tickets,union", tickets="a=x,b=y")
     assert ShareConfig.from_dict(config.to_dict()) == config
     assert config.command() == (
-        "ticketops share --tasks rte,mrpc --tickets a=x,b=y --arms tickets,union --mixing annealed --seeds 3"
+        "ticketops share --tasks rte,mrpc --tickets a=x,b=y --seeds 3 --arms tickets,union --mixing annealed"
     )
     search = config.search("rte")
     assert (search.task, search.kinds, search.seeds, search.epochs) == ("rte", ("winning",), (0, 1, 2), config.epochs)

@@ -150,7 +150,7 @@ def test_a_configuration_survives_yaml_and_names_its_command():
     config = TransferConfig(source="rte", target="wnli", fractions="0.5,1", source_ladder=False, seeds="4,")
     assert TransferConfig.from_dict(config.to_dict()) == config
     assert config.command() == (
-        "ticketops transfer --source rte --target wnli --fractions 0.5,1.0 --no-source-ladder --seeds 4,"
+        "ticketops transfer --source rte --target wnli --seeds 4, --no-source-ladder --fractions 0.5,1.0"
     )
 
 
