@@ -306,6 +306,18 @@ def test_a_changed_table_of_a_bias_is_left_to_the_stock_code(change, problem):
             ticketops.patch(model)
 
 
+def test_the_gradient_of_a_half_precision_table_is_rounded_once():
+    model = make("MPNetForTokenClassification", max_position_embeddings=304, num_hidden_layers=1).bfloat16()
+    ids, found = torch.randint(5, 100, (1, 300)), []
+    for table in (torch.bfloat16, torch.float32):
+        model.mpnet.encoder.relative_attention_bias.to(table)
+        model.zero_grad()
+        with ticketops.patch(model):
+            model(ids).logits.float().square().sum().backward()
+        found.append(model.mpnet.encoder.relative_attention_bias.weight.grad)
+    assert torch.equal(found[0], found[1].bfloat16())
+
+
 def test_a_trained_table_of_a_bias_is_read_anew():
     model = make("MPNetForSequenceClassification").bfloat16()
     stock, batch = copy.deepcopy(model).float(), draw(model)

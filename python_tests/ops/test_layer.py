@@ -136,19 +136,31 @@ def test_dropout_is_that_of_its_parts(ticket):
     activation=st.sampled_from(["gelu", "gelu_tanh", "relu"]),
     autocast=st.sampled_from([None, torch.bfloat16]),
     seed=st.integers(0, 9),
-    further=st.none() | st.integers(0, 9),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_any_layer(lengths, heads, neurons, ffn, dropouts, activation, autocast, seed, further):
+def test_any_layer(lengths, heads, neurons, ffn, dropouts, activation, autocast, seed):
     sequences, rows = padded_sequences(lengths)
-    reach = None if further is None else max(lengths) + further
     ticket = (None if heads is None else sorted(heads), sorted(neurons) if neurons and ffn else None, ffn)
     with poisoned():
         check(
-            *(inputs(rows, ticket, seed, reach), sequences, torch.float32, autocast),
-            dropouts=dropouts,
-            activation=activation,
+            *(inputs(rows, ticket, seed), sequences, torch.float32, autocast), dropouts=dropouts, activation=activation
         )
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    heads=st.none() | st.sets(st.integers(0, HEADS - 1), min_size=1),
+    further=st.integers(0, 9),
+    dropout_p=st.sampled_from([0.0, 0.5]),
+    autocast=st.sampled_from([None, torch.bfloat16]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_layer_with_a_bias(lengths, heads, further, dropout_p, autocast, seed):
+    sequences, rows = padded_sequences(lengths)
+    tensors = inputs(rows, (None if heads is None else sorted(heads), None, True), seed, max(lengths) + further)
+    with poisoned():
+        check(tensors, sequences, torch.float32, autocast, dropouts=(dropout_p, 0.0, 0.0))
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES)

@@ -98,8 +98,10 @@ class _Encoder(nn.Module):
         if ticketops is None:
             return super().forward(hidden_states, *args, output_hidden_states=output_hidden_states, **kwargs)
         table, longest = self.relative_attention_bias.weight.t(), ticketops.packing.sequences.max_length
+        # A bucket's gradient is a sum over many distances, which half precision would round at each.
+        table = table if table.dtype == torch.float64 else table.float()
         bias = ops.bucketed_bias(table, longest, max_distance=_MAX_DISTANCE)
-        call = replace(ticketops, position_bias=bias if bias.dtype == torch.float64 else bias.float())
+        call = replace(ticketops, position_bias=bias)
         if not any(layer._ticketops.kept.attention for layer in self.layer):
             hidden_states = with_unread(self.relative_attention_bias, hidden_states)
         states = [hidden_states]
