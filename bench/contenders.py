@@ -257,9 +257,11 @@ def encoder(shape: Shape) -> Problem:
     head_dim, (rows, width) = shape.channels // shape.heads, shape.real.shape
 
     def ours(leaves: list[Tensor], p: float) -> Callable[[], Tensor]:
-        x, *weights = leaves
+        x, *parameters = leaves
+        # No bias by distance, and all heads and neurons.
+        weights = Weights(*parameters, *[None] * (len(Weights._fields) - len(parameters)))
         settings = {"head_dim": head_dim, "scale": head_dim**-0.5, "activation": "gelu", "dropouts": (p, p, p)}
-        return lambda: ops.encoder_layer(x, Weights(*weights, None, None), shape.sequences, **settings)
+        return lambda: ops.encoder_layer(x, weights, shape.sequences, **settings)
 
     def stock(leaves: list[Tensor], p: float, attention: str) -> Callable[[], Tensor]:
         x, *weights = leaves
