@@ -1,6 +1,7 @@
 """What `pytest bench` measures and reports, and that it reports nothing of what is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -60,6 +61,8 @@ def test_a_run_says_times_floor_and_ratios(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench", *options],
         cwd=ROOT,
+        # Of a worker of pytest-xdist, which would switch benchmarks off.
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
         capture_output=True,
         text=True,
     )

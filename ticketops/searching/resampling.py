@@ -7,7 +7,7 @@ labels, [2, labels]; or the counts of right, predicted and true entities, [3].
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse
 
 #: Number of random splits of the validation rows into halves, one that chooses and one that reports.
 HALVINGS = 50
@@ -127,7 +127,10 @@ def _moments(metric: str, results: np.ndarray) -> np.ndarray:
     """Both numbers of each row, their squares and their product, scaled for float32."""
     pairs = np.asarray(results, np.float64)
     if metric == "spearman":
-        pairs = np.stack([stats.rankdata(column) for column in pairs.T], axis=1)
+        # Half a second of every process that reads a run, most of which have no ranks.
+        from scipy.stats import rankdata
+
+        pairs = np.stack([rankdata(column) for column in pairs.T], axis=1)
     spread = pairs.std(axis=0)
     x, y = ((pairs - pairs.mean(axis=0)) / np.where(spread > 0, spread, 1.0)).T
     return np.stack([x, y, x * x, y * y, x * y], axis=1)
