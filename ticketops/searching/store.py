@@ -761,8 +761,13 @@ def _read_description(folder: Path) -> Record:
     try:
         if lacking := [name for name in needed if name not in identity]:
             raise InputError(f"the identity has no {lacking[0]}")
-        if _kind(identity) != "search" and "tasks" not in description["notes"]:
-            raise InputError("the notes have no tasks")
+        tasks = description["notes"].get("tasks", {})
+        known = {
+            "share": len(tasks) == len(identity["config"].get("tasks", ())),
+            "transfer": {"source", "target"} <= {*tasks},
+        }
+        if not known.get(_kind(identity), True):
+            raise InputError("the notes are of other tasks")
         # Fields that were added after the folder was written get their defaults.
         training = identity.get("training", FORMAT_1_TRAINING.get(identity["config"].get("recipe", ""), {}))
         identity["training"], moved = without_options(training)
