@@ -8,6 +8,7 @@ Ten trials a seed, with what 872 rows contribute to accuracy; nothing is trained
 import argparse
 import json
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +24,16 @@ from ticketops.searching import SearchConfig, Store
 from ticketops.searching.progress import status
 
 ROWS = 872
+#: `ticketops report` as a process of its own, which says its peak: that of `getrusage` has the parent's in it.
+COMMAND = """
+import sys
+from ticketops.cli import main
+sys.argv[1:1] = ["report"]
+try:
+    main()
+finally:
+    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
+"""
 
 
 def make(folder: Path, seeds: int) -> int:
@@ -83,6 +94,10 @@ def main() -> int:
             start = time.perf_counter()
             work(folder)
             found[f"{name}_seconds"] = round(time.perf_counter() - start, 2)
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", COMMAND, str(folder)], check=True, capture_output=True, text=True)
+        found["report_command_seconds"] = round(time.perf_counter() - start, 2)
+        found["report_command_peak_mb"] = int(done.stderr.split()[-1]) // 1024
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(json.dumps(found, indent=1))
     return 0
