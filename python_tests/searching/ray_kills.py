@@ -18,6 +18,9 @@ from typing import Any
 
 from searching.interrupted import RUNS, content
 
+#: How often a worker, the command and a raylet are drawn. The command is there longest: before workers, and after them.
+WEIGHTS = 0.6, 0.12, 0.28
+
 _RUN = """
 import json, sys
 from searching.interrupted import RUNS
@@ -49,7 +52,7 @@ def disturb(driver: subprocess.Popen, draw: random.Random, done: Counter, count:
         if driver.poll() is not None or sum(done.values()) >= count:
             driver.wait()
             return
-        what = draw.choices(["worker", "driver", "raylet"], [0.6, 0.3, 0.1])[0]
+        what = draw.choices(["worker", "driver", "raylet"], WEIGHTS)[0]
         with_signal = draw.choice([signal.SIGKILL, signal.SIGTERM])
         below = processes(driver.pid)
         found = {

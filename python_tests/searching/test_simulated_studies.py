@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from scipy.special import ndtr
 
 from ticketops.searching.resampling import halves_of, resampled
 from ticketops.searching.selection import Selection, select
@@ -21,19 +22,28 @@ class World:
         effect: what the winning tickets of one level add to the probit of a right answer.
         over_seeds: standard deviation of a training's own quality.
         shared: share of an answer's noise that belongs to the row, so that models agree on it.
+        by_level: share of an answer's noise that belongs to the row and to the level, whatever the seed.
+        exact: True if scores are those of infinitely many rows.
     """
 
     effect: float = 0.0
     over_seeds: float = 0.05
     shared: float = 0.8
+    by_level: float = 0.0
+    exact: bool = False
+
+    def quality(self, generator: np.random.Generator, seeds: int) -> np.ndarray:
+        """Probits of a right answer, [seeds, 1 + LEVELS, 1]."""
+        quality = 0.8 + self.over_seeds * generator.standard_normal((seeds, 1 + LEVELS, 1))
+        quality[:, 2] += self.effect
+        return quality
 
     def answers(self, generator: np.random.Generator, seeds: int, rows: int) -> np.ndarray:
         """Right answers of the full model and of each level, [seeds, 1 + LEVELS, rows]."""
-        quality = 0.8 + self.over_seeds * generator.standard_normal((seeds, 1 + LEVELS, 1))
-        quality[:, 2] += self.effect
         difficulty = np.sqrt(self.shared) * generator.standard_normal(rows)
-        own = np.sqrt(1 - self.shared) * generator.standard_normal((seeds, 1 + LEVELS, rows))
-        return quality + difficulty + own > 0
+        of_level = np.sqrt(self.by_level) * generator.standard_normal((1 + LEVELS, rows))
+        own = np.sqrt(1 - self.shared - self.by_level) * generator.standard_normal((seeds, 1 + LEVELS, rows))
+        return self.quality(generator, seeds) + difficulty + of_level + own > 0
 
     def truth(self) -> np.ndarray:
         """What each level gains over the full model, in expectation over seeds and rows."""
@@ -42,10 +52,11 @@ class World:
 
 
 def study(world: World, generator: np.random.Generator, seeds: int) -> Selection:
-    answers = world.answers(generator, seeds, ROWS)
-    results = [answers[place][:, None].astype(np.float32) for place in np.ndindex(seeds, 1 + LEVELS)]
-    halves = resampled("accuracy", results, halves_of(ROWS)).reshape(len(results), -1, 2)
-    scores = resampled("accuracy", results, WEIGHTS)
+    if world.exact:
+        results = [*ndtr(world.quality(generator, seeds)).reshape(-1, 1)]
+    else:
+        answers = world.answers(generator, seeds, ROWS)
+        results = [answers[place][:, None].astype(np.float32) for place in np.ndindex(seeds, 1 + LEVELS)]
     records = []
     for place, (seed, level) in enumerate(np.ndindex(seeds, 1 + LEVELS)):
         records.append({
@@ -53,6 +64,12 @@ def study(world: World, generator: np.random.Generator, seeds: int) -> Selection
             "heads_pruned": 0, "ffns_pruned": 0, "weights_remaining": 1.0, "weights_remaining_encoder": 1.0,
             "score": float(results[place].mean()), "report_score": None, "rows": {"validation": ROWS},
         })  # fmt: skip
+        if world.exact:
+            records[-1]["halves"] = [[records[-1]["score"]] * 2]
+    if world.exact:
+        return select(records, range(seeds))
+    halves = resampled("accuracy", results, halves_of(ROWS)).reshape(len(results), -1, 2)
+    scores = resampled("accuracy", results, WEIGHTS)
     return select(
         records, range(seeds), {record["id"]: own for record, *own in zip(records, halves, scores, strict=True)}
     )
@@ -71,6 +88,9 @@ SLACK = 3.1 * (ERROR_RATE * (1 - ERROR_RATE) / STUDIES) ** 0.5
     ("world", "seeds"),
     [
         (World(over_seeds=0.2), 3),
+        # The most that seeds which choose for each other depend on each other: many seeds, and no noise of rows.
+        (World(over_seeds=0.2, exact=True), 10),
+        pytest.param(World(over_seeds=0.1, shared=0.6, by_level=0.2), 5, marks=pytest.mark.long),
         pytest.param(World(over_seeds=0.0), 5, marks=pytest.mark.long),
         pytest.param(World(over_seeds=0.2), 2, marks=pytest.mark.long),
     ],
@@ -152,7 +172,10 @@ def rates(world: World, seeds: int, number: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     for world, seeds in (
-        *((World(over_seeds=spread), seeds) for spread, seeds in ((0.05, 3), (0.2, 3), (0.2, 2), (0.0, 5))),
+        *((World(over_seeds=spread), seeds) for spread, seeds in ((0.05, 3), (0.2, 3), (0.2, 2), (0.0, 5), (0.2, 10))),
+        *((World(over_seeds=0.2, exact=True), seeds) for seeds in (3, 10, 20)),
+        *((World(over_seeds=0.1, shared=0.6, by_level=0.2), seeds) for seeds in (3, 10)),
         *((World(effect=0.4), seeds) for seeds in (3, 5)),
+        *((World(effect=0.1, over_seeds=0.1), seeds) for seeds in (5, 10)),
     ):
         print(world, seeds, {name: round(value, 2) for name, value in rates(world, seeds, 1_000).items()})

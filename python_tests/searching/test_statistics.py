@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ticketops.searching.statistics import ERROR_RATE, Spread, compare, differences, is_like_a_constant
+from ticketops.searching.statistics import (
+    ERROR_RATE,
+    Spread,
+    choice_inflation,
+    compare,
+    cross_fit,
+    differences,
+    is_like_a_constant,
+    row_error_of,
+)
 
 STUDIES = 300
 
@@ -83,6 +92,49 @@ def test_one_seed_and_seeds_that_agree_to_the_row_give_no_verdict():
     assert compare({0: [1 / 250] * 5}, 1 / 250)[0].outcome == "no difference shown"
     assert compare({0: [10 / 250] * 5}, 1 / 250)[0].outcome == "better"
     assert compare({}) == {}
+
+
+def test_the_error_of_rows_is_what_they_move_in_all_seeds_alike():
+    generator = np.random.default_rng(3)
+    alike, own = generator.standard_normal(200_000), generator.standard_normal((4, 200_000))
+    assert row_error_of(0.3 * alike + 0.5 * own) == pytest.approx(0.3, rel=0.02)
+    # That of each seed by itself is in their spread; of one seed there is no spread.
+    assert row_error_of(own) == pytest.approx(0, abs=0.1)
+    assert row_error_of(own[:1]) == pytest.approx(1, rel=0.02)
+    assert row_error_of(np.tile([[1.0, -1.0], [-1.0, 1.0]], 3)) == 0
+
+
+@pytest.mark.parametrize("seeds", [2, 5, 20])
+def test_the_inflation_is_that_of_choices_among_equal_levels(seeds: int):
+    generator = np.random.default_rng(seeds)
+    # All studies of these seeds and five levels, each level's noise its own beside that of the full model.
+    scores = generator.standard_normal((2_000, seeds, 6, 1))
+    gains = np.asarray([cross_fit(each[:, 1:], each[:, 1:], each[:, 0]).gains for each in scores])
+    want = gains.mean(axis=1).std() / math.sqrt(gains.var(axis=1, ddof=1).mean() / seeds)
+    found = [choice_inflation(each[:, 1:, 0] - each[:, :1, 0]) for each in scores[:200]]
+    # With two seeds, the covariance of five levels is known too badly to come close.
+    assert 0.95 * want < np.mean(found) < (1.4 if seeds == 2 else 1.1) * want
+    assert want > 1.15
+
+
+def test_a_choice_without_rivals_needs_no_inflation():
+    differences = np.random.default_rng(0).standard_normal((5, 3))
+    assert choice_inflation(differences + [0, 20, 0]) == 1.0
+    assert choice_inflation(differences[:1]) == 1.0
+    # Seeds and levels that agree in everything.
+    assert choice_inflation(np.zeros((5, 3)), np.zeros((5, 3, 10))) == 1.0
+
+
+def test_halves_of_rows_that_choose_for_each_other_depend_on_each_other():
+    generator = np.random.default_rng(0)
+    # Levels with independent noise of rows, twice as large on a half, and the full model with none.
+    halves = math.sqrt(2) * generator.standard_normal((4_000, 1, 4, 2))
+    choices = [cross_fit(each, each[..., ::-1], np.zeros((1, 2))) for each in halves]
+    gains, shares = np.asarray([choice.gains[0] for choice in choices]), np.asarray([choice.shares for choice in choices])
+    want = gains.std() / math.sqrt((shares**2).sum(axis=2).mean())
+    rows = np.repeat(generator.standard_normal((1, 4, 20_000)), 3, axis=0)
+    assert choice_inflation(1e-3 * generator.standard_normal((3, 4)), rows) == pytest.approx(want, rel=0.05)
+    assert want > 1.2
 
 
 def test_what_is_like_one_constant_answer():

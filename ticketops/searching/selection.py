@@ -14,10 +14,12 @@ from ticketops.searching.resampling import HALVINGS, can_resample, halves_of, re
 from ticketops.searching.statistics import (
     Comparison,
     Spread,
+    choice_inflation,
     compare,
     cross_fit,
     differences,
     is_like_a_constant,
+    row_error_of,
     row_weights,
 )
 from ticketops.searching.store import Record, Store
@@ -143,8 +145,8 @@ class Selection:
         if choice.shares is None:
             return self.comparisons[self.super_level.sparsity]
         errors = {} if choice.row_error is None else {"choice": choice.row_error}
-        least = max(self._resolution, choice.spread)
-        return compare({"choice": list(choice.gains.values())}, least, row_errors=errors)["choice"]
+        gains = list(choice.gains.values())
+        return compare({"choice": gains}, self._resolution, row_errors=errors, inflation=choice.inflation)["choice"]
 
     @functools.cached_property
     def comparisons(self) -> dict[float, Comparison]:
@@ -225,14 +227,14 @@ class Selection:
             choosing = np.concatenate([halves[..., 0], halves[..., 1]], axis=2)
             reporting = np.concatenate([halves[..., 1], halves[..., 0]], axis=2)
         choice = cross_fit(choosing[:, 1:], reporting[:, 1:], reporting[:, 0])
-        by_level = (reporting[:, 1:] - reporting[:, :1]).mean(axis=2)
-        spread = float(np.sqrt(by_level.var(axis=0, ddof=1).mean())) if len(seeds) > 1 else 0.0
-        gains, row_error = dict(zip(seeds, choice.gains.tolist(), strict=True)), None
+        scores = np.asarray([[self.scores(level)[seed] for level in levels] for seed in seeds])
+        gains, row_error, over_rows = dict(zip(seeds, choice.gains.tolist(), strict=True)), None, None
         if all(seed in level.resampled for level in levels for seed in seeds):
             samples = np.asarray([[level.resampled[seed] for level in levels] for seed in seeds])
-            mixed = (choice.shares[..., None] * samples[:, 1:]).sum(axis=1) - samples[:, 0]
-            row_error = float(mixed.mean(axis=0).std())
-        return _Choice(gains, choice.shares, row_error, spread)
+            over_rows = samples[:, 1:] - samples[:, :1]
+            row_error = row_error_of((choice.shares[..., None] * over_rows).sum(axis=1))
+        inflation = choice_inflation(scores[:, 1:] - scores[:, :1], over_rows)
+        return _Choice(gains, choice.shares, row_error, inflation)
 
     def row_error(self, ours: Level, theirs: Level) -> float | None:
         """Standard error over the choice of rows of the mean difference of two levels; None where it is not known.
@@ -269,14 +271,13 @@ class _Choice:
         gains: seed -> gain over the full model.
         shares: how often which level was chosen, as `statistics.cross_fit` returns it; None if not cross-fitted.
         row_error: standard error of the mean gain over the choice of rows; None if not known.
-        spread: standard deviation over seeds of a level's difference from the full model, mean over the levels. The
-            gains of seeds depend on each other, since each chooses for the others, and may lie closer together.
+        inflation: factor of the gain's standard errors, see `statistics.choice_inflation`.
     """
 
     gains: dict[int, float]
     shares: np.ndarray | None = None
     row_error: float | None = None
-    spread: float = 0.0
+    inflation: float = 1.0
 
 
 def at_sparsity(selection: Selection, sparsity: float | None) -> Selection:
@@ -379,7 +380,7 @@ def _row_error(ours: Sequence[np.ndarray | None], theirs: Sequence[np.ndarray | 
     pairs = [(one, other) for one, other in zip(ours, theirs, strict=True) if one is not None and other is not None]
     if not pairs or len(pairs) < len(ours):
         return None
-    return float(np.mean([one - other for one, other in pairs], axis=0).std())
+    return row_error_of(np.asarray([one - other for one, other in pairs]))
 
 
 def constant_scores(record: Mapping[str, Any]) -> dict[str, float]:

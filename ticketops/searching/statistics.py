@@ -1,16 +1,20 @@
 """Statistics of scores over seeds and rows: spreads, paired comparisons, and the gain of a choice.
 
 A score varies with the seed of the training and with the rows that it is scored on. An interval must hold both, or it
-speaks of these rows alone. The margin over seeds is Student's t of the differences paired by seed; the margin over
-rows is that of a bootstrap of the rows; both are added in quadrature, which covers at least as often as stated
-(python_tests/searching/test_simulated_studies.py).
+speaks of these rows alone. The margin over seeds is Student's t of the differences paired by seed. The margin over rows
+is of what a bootstrap of the rows moves in all seeds alike; what it moves in each seed by itself is part of the seeds'
+spread already. Both are added in quadrature. python_tests/searching/test_simulated_studies.py shows how often
+intervals cover.
 
 Sources: Student's t interval of paired differences; B. Efron, "Bootstrap methods: another look at the jackknife",
-Annals of Statistics 7 (1979); the sum of two intervals, G. Y. Zou and A. Donner, "Construction of
-confidence limits about effect measures: a general approach", Statistics in Medicine 27 (2008); Holm's step-down
-correction, S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
-(1979); cross-fitting, V. Chernozhukov et al., "Double/debiased machine learning", Econometrics Journal 21 (2018); the
-variance of a proportion, and that of a correlation of independent numbers, 1 / (n - 1).
+Annals of Statistics 7 (1979); rows and seeds as crossed random effects, A. B. Owen, "The pigeonhole bootstrap", Annals
+of Applied Statistics 1 (2007); the sum of two intervals, G. Y. Zou and A. Donner, "Construction of confidence limits
+about effect measures: a general approach", Statistics in Medicine 27 (2008); Holm's step-down correction, S. Holm, "A
+simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979); cross-fitting, V.
+Chernozhukov et al., "Double/debiased machine learning", Econometrics Journal 21 (2018); the selection of levels that
+may be equal, D. W. K. Andrews and G. Soares, "Inference for parameters defined by moment inequalities using generalized
+moment selection", Econometrica 78 (2010); the variance of a proportion, and that of a correlation of independent
+numbers, 1 / (n - 1).
 """
 
 import math
@@ -28,6 +32,8 @@ from ticketops.text import count
 ERROR_RATE = 0.05
 #: Number of times that a bootstrap draws the rows again; its standard error is then known to about 2 %.
 REPLICATES = 1_000
+#: Number of simulated choices; the ratio of standard errors is then known to about 2 %.
+_CHOICES = 2_000
 #: Number of seeds that most fine-tuning papers use; fewer rarely detect an effect as large as the spread over seeds.
 ADVISED_SEEDS = 5
 
@@ -117,6 +123,7 @@ def compare(
     resolution: float = 0.0,
     tried: int = 0,
     row_errors: Mapping[Name, float] | None = None,
+    inflation: float = 1.0,
 ) -> dict[Name, Comparison]:
     """Tests which of several paired comparisons show a difference.
 
@@ -131,6 +138,7 @@ def compare(
         tried: number of comparisons made, if it exceeds the number of `pairs`.
         row_errors: name -> standard error of the mean difference over the choice of rows; where there is none, the
             interval is of these rows alone.
+        inflation: factor of all standard errors, for differences that depend on each other.
 
     Returns:
         The comparisons by name.
@@ -143,8 +151,8 @@ def compare(
         deviation = max(spread.std or 0.0, resolution)
         # A smaller deviation is rounding error of equal differences.
         if spread.std is not None and deviation >= 1e-12:
-            error = deviation / math.sqrt(spread.count)
-            margins[name] = _Margin(error, spread.count - 1, row_errors.get(name, 0.0))
+            error = inflation * deviation / math.sqrt(spread.count)
+            margins[name] = _Margin(error, spread.count - 1, inflation * row_errors.get(name, 0.0))
     p_values = {name: margin.p_value(spreads[name].mean) for name, margin in margins.items()}
     found: dict[Name, Comparison] = {}
     level, going = ERROR_RATE / max(tried, 1), True
@@ -207,6 +215,21 @@ def row_weights(rows: int) -> np.ndarray:
     return generator.multinomial(rows, np.full(rows, 1 / rows), REPLICATES).astype(np.float32)
 
 
+def row_error_of(differences: np.ndarray) -> float:
+    """The standard error of a mean difference over seeds that the choice of rows adds to that over seeds.
+
+    Args:
+        differences: difference of each seed on the rows of each replicate, [seeds, replicates].
+
+    Returns:
+        Root of the mean covariance of two seeds, 0 where it is negative; with one seed, its standard deviation.
+    """
+    seeds = len(differences)
+    own = differences.var(axis=1).sum()
+    covariance = (differences.sum(axis=0).var() - own) / (seeds * (seeds - 1)) if seeds > 1 else own
+    return math.sqrt(max(float(covariance), 0.0))
+
+
 @dataclass(frozen=True)
 class Choice:
     """What choosing the best of several levels gains, on rows and seeds that did not choose.
@@ -246,6 +269,51 @@ def cross_fit(choosing: np.ndarray, reporting: np.ndarray, baseline: np.ndarray)
         gains[seed] = (picked - baseline[seed]).mean()
         shares[seed] = np.bincount(chosen, minlength=levels) / chosen.size
     return Choice(gains, shares)
+
+
+def choice_inflation(differences: np.ndarray, over_rows: np.ndarray | None = None) -> float:
+    """How many times larger the standard error of a choice's gain is than that of as many independent gains.
+
+    Each seed chooses for the others, and each half of the rows for the other half, so their gains depend on each other;
+    most of all where several levels are equally good. Levels at most two standard errors behind the best one are
+    taken to be equal, and the choice among them is simulated with the spread that they have.
+
+    Args:
+        differences: each level's difference from the full model, [seeds, levels].
+        over_rows: the same on the rows of each replicate, [seeds, levels, replicates]; None if not known.
+
+    Returns:
+        The factor, at least 1.
+    """
+    seeds, levels = differences.shape
+    if seeds < 2:
+        return 1.0
+    # Rows of noise with the covariance of levels: over seeds, and over rows.
+    of_seeds = (differences - differences.mean(axis=0)) / math.sqrt(seeds - 1)
+    of_rows = np.zeros((1, levels))
+    if over_rows is not None:
+        means = over_rows.mean(axis=0).T
+        # As many rows as levels have the same covariance.
+        of_rows = np.linalg.qr((means - means.mean(axis=0)) / math.sqrt(len(means)), mode="r")
+    best = differences.mean(axis=0).argmax()
+    behind = (differences[:, [best]] - differences).mean(axis=0)
+    errors = [((noise - noise[:, [best]]) ** 2).sum(axis=0) for noise in (of_seeds / math.sqrt(seeds), of_rows)]
+    equal = behind <= 2 * np.sqrt(sum(errors))
+    if equal.sum() == 1:
+        return 1.0
+    of_seeds, of_rows = of_seeds[:, equal], of_rows[:, equal]
+    generator = np.random.default_rng(seeds)
+    drawn = generator.standard_normal((_CHOICES, seeds, seeds)) @ of_seeds
+    # A half of the rows has twice the variance of all of them.
+    first, second = math.sqrt(2) * generator.standard_normal((2, _CHOICES, 1, len(of_rows))) @ of_rows
+    gains, shares = np.zeros((_CHOICES, seeds)), np.zeros((_CHOICES, equal.sum()))
+    for choosing, reporting in ((drawn + first, drawn + second), (drawn + second, drawn + first)):
+        chosen = (choosing.sum(axis=1, keepdims=True) - choosing).argmax(axis=2)[..., None]
+        gains += np.take_along_axis(reporting, chosen, axis=2)[..., 0] / 2
+        shares += (chosen == np.arange(equal.sum())).mean(axis=1) / 2
+    independent = gains.var(axis=1, ddof=1) / seeds + ((shares @ of_rows.T) ** 2).sum(axis=1)
+    variance = (gains.mean(axis=1) ** 2).mean()
+    return math.sqrt(max(1.0, variance / independent.mean())) if variance else 1.0
 
 
 def is_like_a_constant(scores: Iterable[float], constant: float, rows: int) -> bool:
