@@ -119,7 +119,7 @@ def test_the_inflation_is_that_of_choices_among_equal_levels(seeds: int):
 
 def test_a_choice_without_rivals_needs_no_inflation():
     differences = np.random.default_rng(0).standard_normal((5, 3))
-    assert choice_inflation(differences + [0, 20, 0]) == 1.0
+    assert choice_inflation(differences + np.array([0, 20, 0])) == 1.0
     assert choice_inflation(differences[:1]) == 1.0
     # Seeds and levels that agree in everything.
     assert choice_inflation(np.zeros((5, 3)), np.zeros((5, 3, 10))) == 1.0
@@ -130,7 +130,8 @@ def test_halves_of_rows_that_choose_for_each_other_depend_on_each_other():
     # Levels with independent noise of rows, twice as large on a half, and the full model with none.
     halves = math.sqrt(2) * generator.standard_normal((4_000, 1, 4, 2))
     choices = [cross_fit(each, each[..., ::-1], np.zeros((1, 2))) for each in halves]
-    gains, shares = np.asarray([choice.gains[0] for choice in choices]), np.asarray([choice.shares for choice in choices])
+    gains = np.asarray([choice.gains[0] for choice in choices])
+    shares = np.asarray([choice.shares for choice in choices])
     want = gains.std() / math.sqrt((shares**2).sum(axis=2).mean())
     rows = np.repeat(generator.standard_normal((1, 4, 20_000)), 3, axis=0)
     assert choice_inflation(1e-3 * generator.standard_normal((3, 4)), rows) == pytest.approx(want, rel=0.05)
