@@ -294,7 +294,7 @@ def choice_inflation(differences: np.ndarray, over_rows: np.ndarray | None = Non
     if over_rows is not None:
         means = over_rows.mean(axis=0).T
         # As many rows as levels have the same covariance.
-        of_rows = np.linalg.qr((means - means.mean(axis=0)) / math.sqrt(len(means)), mode="r")
+        of_rows = np.asarray(np.linalg.qr((means - means.mean(axis=0)) / math.sqrt(len(means)), mode="r"))
     best = differences.mean(axis=0).argmax()
     behind = (differences[:, [best]] - differences).mean(axis=0)
     errors = [((noise - noise[:, [best]]) ** 2).sum(axis=0) for noise in (of_seeds / math.sqrt(seeds), of_rows)]
