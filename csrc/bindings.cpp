@@ -249,7 +249,8 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
 }
 
 void ffn_forward(bool bf16, int activation, Address pre, Address bias, Address hidden, Address masked,
-                 Address neuron_mask, bool gated, int64_t rows, int64_t neurons, int threads) {
+                 Address neuron_mask, bool gated, int64_t rows, int64_t neurons, uint64_t seed, uint32_t threshold,
+                 double p, int threads) {
   const FfnForward args{rows,
                         neurons,
                         static_cast<Activation>(activation),
@@ -259,6 +260,7 @@ void ffn_forward(bool bf16, int activation, Address pre, Address bias, Address h
                         pointer<void>(hidden),
                         pointer<void>(masked),
                         pointer<float>(neuron_mask),
+                        dropout(seed, threshold, p),
                         threads};
   (bf16 ? KERNEL(ffn_forward<Bf16>) : KERNEL(ffn_forward<float>))(args);
 }
@@ -266,7 +268,7 @@ void ffn_forward(bool bf16, int activation, Address pre, Address bias, Address h
 void ffn_backward(bool bf16, int activation, Address gradient, Address target, Address pre, Address bias,
                   Address hidden, Address masked, Address neuron_mask, Address bias_sums, Address neuron_sums,
                   bool neuron_absolute, Address starts, Address lengths, bool gated, int64_t batch, int64_t rows,
-                  int64_t neurons, int threads) {
+                  int64_t neurons, uint64_t seed, uint32_t threshold, double p, int threads) {
   std::vector<Segment> segments;
   if (neuron_sums) {
     segments = cover(read_sequences(starts, lengths, batch, rows, rows), rows);
@@ -294,6 +296,7 @@ void ffn_backward(bool bf16, int activation, Address gradient, Address target, A
   args.bias_sums = pointer<float>(bias_sums);
   args.neuron_sums = pointer<float>(neuron_sums);
   args.neuron_absolute = neuron_absolute;
+  args.dropout = dropout(seed, threshold, p);
   args.threads = threads;
   (bf16 ? KERNEL(ffn_backward<Bf16>) : KERNEL(ffn_backward<float>))(args);
 }

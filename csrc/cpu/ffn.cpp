@@ -1,6 +1,7 @@
-// The pointwise part of the masked FFN. Forward: activation and mask. Backward: their gradient with the column sums and
-// the importance sums. Each takes one pass over memory. torch computes the matrix products.
+// The pointwise part of the masked FFN. Forward: activation, dropout and mask. Backward: their gradient with the column
+// sums and the importance sums. Each takes one pass over memory. torch computes the matrix products.
 #include "cpu/activation.h"
+#include "cpu/dropout.h"
 #include "cpu/parallel.h"
 
 namespace ticketops::TICKETOPS_ISA {
@@ -22,13 +23,16 @@ void ffn_forward(const FfnForward& args) {
         const int64_t at = row * args.neurons, width = args.gated ? 2 * args.neurons : args.neurons;
         const T* pre = static_cast<const T*>(args.pre) + row * width;
         const T* gate = args.gated ? pre + args.neurons : nullptr;
+        const float* gate_bias = args.bias ? args.bias + args.neurons : nullptr;
+        const uint32_t key = row_key(args.dropout, row);
         T* hidden = static_cast<T*>(args.hidden) + at;
         T* masked = args.masked ? static_cast<T*>(args.masked) + at : nullptr;
         for_row(args.neurons, [&](int64_t i, auto load, auto store) {
           fetch(pre + i + width);
           fetch<true>(hidden + i + args.neurons);
           Float output = activation.at(args.bias ? load(pre) + load(args.bias) : load(pre)).output;
-          if (gate) output *= load(gate);
+          if (gate) output *= args.bias ? load(gate) + load(gate_bias) : load(gate);
+          if (args.dropout.threshold) output = drop(args.dropout, key, i, output * args.dropout.scale);
           store(hidden, output);
           if (masked) store(masked, output * load(args.neuron_mask));
         });
@@ -38,7 +42,7 @@ void ffn_forward(const FfnForward& args) {
 }
 
 // With G = dY W2 and n the mask: dA = G n act'(A), db1 = sum dA, dL/dn = sum G H; with a gate U, dA = G n U act'(A) and
-// dU = G n act(A).
+// dU = G n act(A). With dropout, H includes R = keep / (1 - p), which multiplies G in dA and dU.
 template <typename T>
 void ffn_backward(const FfnBackward& args) {
   const int64_t blocks = (args.neurons + column_block - 1) / column_block;
@@ -48,6 +52,7 @@ void ffn_backward(const FfnBackward& args) {
       const int64_t first = task % blocks * column_block, columns = min(column_block, args.neurons - first);
       const float* mask = args.neuron_mask ? args.neuron_mask + first : nullptr;
       const float* bias = args.bias ? args.bias + first : nullptr;
+      const float* gate_bias = bias ? bias + args.neurons : nullptr;
       const int64_t width = args.gated ? 2 * args.neurons : args.neurons;
       float bias_sums[column_block] = {}, gate_sums[column_block] = {}, neuron_sums[column_block] = {};
       for (int64_t i = 0; i < segment.length; i += rows_at_once) {
@@ -63,6 +68,7 @@ void ffn_backward(const FfnBackward& args) {
           T* target = static_cast<T*>(args.target) + row * width + first;
           const T* hidden = args.hidden ? static_cast<const T*>(args.hidden) + at : nullptr;
           T* masked = args.masked ? static_cast<T*>(args.masked) + at : nullptr;
+          const uint32_t key = row_key(args.dropout, row);
           for_row(columns, [&](int64_t i, auto load, auto store) {
             fetch(gradient + i + args.neurons);
             fetch(pre + i + width);
@@ -75,12 +81,13 @@ void ffn_backward(const FfnBackward& args) {
             }
             if (masked) store(masked, load(hidden) * load(mask));
             if (mask) value *= load(mask);
+            if (args.dropout.threshold) value = drop(args.dropout, key, first + i, value * args.dropout.scale);
             const auto at_pre = activation.at(bias ? load(pre) + load(bias) : load(pre));
             if (gate) {
               const Float dgate = value * at_pre.output;
               store(target + args.neurons, dgate);
               store(gate_part, load(gate_part) + dgate);
-              value *= load(gate);
+              value *= bias ? load(gate) + load(gate_bias) : load(gate);
             }
             value *= at_pre.derivative;
             store(target, value);

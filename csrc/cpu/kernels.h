@@ -89,15 +89,17 @@ struct AttentionBackward : Attention {
 
 enum class Activation : int { gelu, gelu_tanh, relu };
 
-// hidden = act(pre + bias), masked = hidden * mask. If gated, pre is [T, 2N]: hidden = act(first half) * second half.
+// hidden = dropout(act(pre + bias)), masked = hidden * mask. If gated, pre and bias have 2N columns: hidden =
+// dropout(act(first half) * second half).
 struct FfnForward {
   int64_t rows, neurons;
   Activation activation;
   bool gated;
-  const void* pre;  // [T, N]
-  const float* bias;  // [N]; null if pre includes it, as it does if gated
+  const void* pre;  // [T, N] or [T, 2N]
+  const float* bias;  // [N] or [2N]; null if pre includes it
   void *hidden, *masked;  // [T, N]; masked: null without a mask
   const float* neuron_mask;  // [N] or null
+  Dropout dropout;
   int threads;
 };
 
@@ -118,6 +120,7 @@ struct FfnBackward {
   float* bias_sums;  // [N or 2N], column sums of dL/dpre
   float* neuron_sums;  // [B, N] or null
   bool neuron_absolute;  // sum absolute values
+  Dropout dropout;
   int threads;
 };
 

@@ -21,6 +21,7 @@ from ticketops.models.inputs import positions
 from ticketops.models.record import kept_neurons
 from ticketops.models.registry import ADAPTERS, find_adapter
 from ticketops.models.shrink import cut_indices
+from ticketops.ops.dropout import draw_seed, keep_elements
 from ticketops.searching.release import release
 from ticketops.tickets import Ticket
 
@@ -588,6 +589,25 @@ def test_dropout_is_where_stock_has_it(encoder):
     parts = adapter.parts(adapter.layers(base)[0])
     inside = [module for module in adapter.layers(base)[0].modules() if isinstance(module, nn.Dropout)]
     assert {id(module) for module in parts.dropouts} == {id(module) for module in inside}
+
+
+def test_dropout_between_the_layers_of_an_ffn_is_the_op_s_own():
+    class Drawn(nn.Module):
+        def forward(self, x):
+            rows = x.flatten(0, 1)
+            keep = keep_elements(draw_seed(x.device), *rows.shape, 0.4, x.device)
+            return (rows * keep / 0.6).view_as(x)
+
+    model = make("ModernBertModel", mlp_dropout=0.4).train()
+    stock, batch = copy.deepcopy(model), draw(model, "none")
+    for layer in stock.layers:
+        layer.mlp.drop = Drawn()
+    with ticketops.patch(model):
+        for each in (model, stock):
+            torch.manual_seed(3)
+            each(**batch).last_hidden_state.square().mean().backward()
+        for (name, got), want in zip(model.named_parameters(), stock.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, want.grad, msg=name, **roundings(1000, 10))
 
 
 def test_attention_weights_are_the_stock_code_s(encoder, inputs):

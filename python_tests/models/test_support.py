@@ -65,7 +65,6 @@ def test_other_architectures_are_refused_with_the_reason(config, words):
         ("DistilBert", {"activation": "silu"}, "activation SiLU"),
         ("MPNet", {"relative_attention_num_buckets": 64}, "relative_attention_num_buckets=64"),
         ("ModernBert", {"hidden_activation": "silu"}, "activation SiLU"),
-        ("ModernBert", {"mlp_dropout": 0.1}, "mlp_dropout=0.1"),
         ("ModernBert", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ("Bert", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized"),
     ],

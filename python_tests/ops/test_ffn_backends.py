@@ -29,15 +29,26 @@ def inputs(rows, channels, neurons, dtype, seed=0, gated=False, biased=True):
 
 
 def run(
-    module, tensors, sequences, activation, ffn_mask=None, neuron_mask=None, absolute=False, dtype=None, weights=True
+    module,
+    tensors,
+    sequences,
+    activation,
+    ffn_mask=None,
+    neuron_mask=None,
+    absolute=False,
+    dtype=None,
+    weights=True,
+    dropout_p=0.0,
 ):
     x, w1, b1, w2, b2, dout = (tensor if tensor is None or dtype is None else tensor.to(dtype) for tensor in tensors)
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     masks = [None if mask is None else mask.to(statistics) for mask in (ffn_mask, neuron_mask)]
-    out, pre, hidden = module.forward(x, w1, b1, w2, b2, *masks, activation)
+    dropout = {"seed": torch.tensor([12345678901234567]), "dropout_p": dropout_p}
+    out, pre, hidden = module.forward(x, w1, b1, w2, b2, *masks, activation, **dropout)
     where = (sequences.starts, sequences.lengths)
     gradients = module.backward(
-        dout, out, pre, hidden, x, w1, w2, *where, *masks, activation, [True] + [weights] * 4, True, True, absolute
+        *(dout, out, pre, hidden, x, w1, w2, *where, *masks, activation, [True] + [weights] * 4, True, True, absolute),
+        **dropout,
     )
     return out, pre, hidden, *gradients
 
@@ -64,7 +75,7 @@ def test_as_good_as_plain_pytorch(backend, dtype, activation, absolute, layout, 
     sequences, rows = layout(RAGGED)
     with poisoned():
         tensors = inputs(rows, 24, 37, dtype, gated=gated, biased=not absolute)
-        check(backend, tensors, sequences, activation, absolute=absolute)
+        check(backend, tensors, sequences, activation, absolute=absolute, dropout_p=0.3 if absolute else 0.0)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -94,9 +105,10 @@ def test_masks(backend, dtype, ffn_mask, kept, gated):
     seed=st.integers(0, 9),
     gated=st.booleans(),
     biased=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.5]),
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_any_shape(backend, lengths, channels, neurons, activation, masked, weights, seed, gated, biased):
+def test_any_shape(backend, lengths, channels, neurons, activation, masked, weights, seed, gated, biased, dropout_p):
     need(backend, "ffn", torch.float32)
     sequences, rows = padded_sequences(lengths)
     mask = torch.randn(neurons, generator=torch.Generator().manual_seed(seed)).round() if masked else None
@@ -108,6 +120,7 @@ def test_any_shape(backend, lengths, channels, neurons, activation, masked, weig
             activation,
             neuron_mask=mask,
             weights=weights,
+            dropout_p=dropout_p,
         )
 
 

@@ -11,7 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import Sequences
-from ticketops.ops.dropout import keep_mask
+from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
 
 LENGTHS = [5, 1, 0, 7, 3]
 
@@ -162,7 +162,8 @@ def test_attention_gradients_against_finite_differences():
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_ffn_gradients_against_finite_differences(activation, gated):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_ffn_gradients_against_finite_differences(activation, gated, dropout_p):
     sequences, _, tensors = inputs(LENGTHS)
     if gated:
         for place, shape in ((1, (20, 6)), (2, (20,))):
@@ -174,7 +175,8 @@ def test_ffn_gradients_against_finite_differences(activation, gated):
 
     def run(x, w1, b1, w2, b2, mask, neuron_mask):
         masks = {"ffn_mask": mask, "neuron_mask": neuron_mask}
-        return ops.ffn(x, w1, b1, w2, b2, sequences, activation=activation, gated=gated, **masks)
+        torch.manual_seed(3)
+        return ops.ffn(x, w1, b1, w2, b2, sequences, activation=activation, gated=gated, dropout_p=dropout_p, **masks)
 
     assert torch.autograd.gradcheck(run, (*tensors, *masks))
 
@@ -200,17 +202,26 @@ def test_head_importance_is_the_gradient_of_masks_multiplied_in_by_hand(per_toke
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_gated_ffn_without_biases_equals_what_one_would_write(per_token):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gated_ffn_without_biases_equals_what_one_would_write(per_token, dropout_p):
     sequences, _, tensors = inputs(LENGTHS)
     x, w2 = (tensors[place].detach().requires_grad_() for place in (0, 3))
     w1, blocks = torch.randn(20, 6, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 4])
     kept = torch.zeros(5, 2, dtype=torch.float64).index_fill_(0, blocks, 1).flatten()
     neurons = torch.zeros(5, 6, dtype=torch.float64, requires_grad=True)
     options = {"neuron_importance": neurons, "per_token": per_token, "blocks": blocks, "count": 5, "gated": True}
+    torch.manual_seed(3)
+    dropped = torch.ones(len(x), 10, dtype=torch.float64)
+    if dropout_p:
+        # Numbered among the selected neurons.
+        drawn = keep_elements(draw_seed(x.device), len(x), 6, dropout_p, x.device)
+        dropped[:, kept.bool()] = drawn.double() / (1 - dropout_p)
+    torch.manual_seed(3)
+    options["dropout_p"] = dropout_p
     out = ops.ffn(x, w1, None, w2, None, sequences, **options)
     got = torch.autograd.grad(out.cos().sum(), (x, w1, w2, neurons))
     neuron_mask = kept.expand(len(x), -1).clone().requires_grad_()
-    by_hand = (neuron_mask * functional.gelu(x @ w1[:10].t()) * (x @ w1[10:].t())) @ w2.t()
+    by_hand = (neuron_mask * dropped * functional.gelu(x @ w1[:10].t()) * (x @ w1[10:].t())) @ w2.t()
     torch.testing.assert_close(out, by_hand)
     *want, terms = torch.autograd.grad(by_hand.cos().sum(), (x, w1, w2, neuron_mask))
     terms = (terms.abs() if per_token else terms)[:, kept.bool()]
@@ -342,7 +353,7 @@ def test_opcheck_and_one_graph():
     sink = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     ffn_mask = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.ticketops.ffn, (*tensors, *where, ffn_mask, None, sink, None, "gelu", True, None, 1)
+        torch.ops.ticketops.ffn, (*tensors, *where, ffn_mask, None, sink, None, seed, "gelu", True, None, 1, 0.1)
     )
 
     def step(q, k, v, importance, *tensors):

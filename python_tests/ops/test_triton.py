@@ -328,6 +328,7 @@ def plain_ffn(
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     gradient: Tensor,
+    dropped: Tensor | float = 1.0,
 ) -> dict[str, Tensor]:
     one = torch.ones((), dtype=x.dtype, device=x.device)
     m = one if ffn_mask is None else ffn_mask
@@ -340,7 +341,7 @@ def plain_ffn(
         if activation == "relu"
         else functional.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
     )
-    hidden = hidden * gate
+    hidden = hidden * gate * dropped
     unmasked = functional.linear(hidden * n, w2, b2)
     out = unmasked * m
     leaves = {"dx": x, "dw1": w1, "db1": b1, "dw2": w2, "db2": b2}
@@ -383,6 +384,7 @@ def draw_ffn(
     strided=st.booleans(),
     gated=st.booleans(),
     biased=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.4]),
 )
 @example(
     lengths=[33, 0, 17],
@@ -396,6 +398,7 @@ def draw_ffn(
     strided=True,
     gated=True,
     biased=True,
+    dropout_p=0.4,
 )
 @example(
     lengths=[70],
@@ -409,6 +412,7 @@ def draw_ffn(
     strided=False,
     gated=False,
     biased=True,
+    dropout_p=0.4,
 )
 @example(
     lengths=[3, 2],
@@ -422,9 +426,22 @@ def draw_ffn(
     strided=False,
     gated=False,
     biased=True,
+    dropout_p=0.0,
 )
 def test_ffn(
-    lengths, layout, activation, ffn_mask, neuron_mask, recording, per_token, sizes, strided, gated, biased, dtype
+    lengths,
+    layout,
+    activation,
+    ffn_mask,
+    neuron_mask,
+    recording,
+    per_token,
+    sizes,
+    strided,
+    gated,
+    biased,
+    dropout_p,
+    dtype,
 ):
     sequences, tokens = draw_sequences(lengths, layout)
     channels, neurons = sizes
@@ -440,8 +457,13 @@ def test_ffn(
 
     def plain(dtype: torch.dtype) -> dict[str, Tensor]:
         cast = [None if mask is None else mask.to(dtype) for mask in masks]
-        return plain_ffn(*(leaf(x, dtype) for x in inputs), sequences, activation, *cast, gradient.to(dtype))
+        given = (*(leaf(x, dtype) for x in inputs), sequences, activation, *cast, gradient.to(dtype))
+        return plain_ffn(*given, dropped.to(dtype))
 
+    torch.manual_seed(neurons)
+    dropped = torch.ones((tokens, neurons), device=DEVICE)
+    if dropout_p:
+        dropped = keep_elements(draw_seed(DEVICE), tokens, neurons, dropout_p, DEVICE) / (1 - dropout_p)
     exact, same = plain(torch.float64), plain(dtype)
     leaves = [leaf(x, dtype) for x in inputs]
     train_neurons = neuron_mask and not (per_token and recording in ("neurons", "both"))
@@ -453,11 +475,13 @@ def test_ffn(
         "neuron_importance": (recording in ("neurons", "both"), (len(sequences), neurons)),
     }
     sinks = {name: torch.zeros(shape, device=DEVICE, requires_grad=True) for name, (on, shape) in sinks.items() if on}
+    torch.manual_seed(neurons)
     out = ops.ffn(
         *leaves,
         sequences,
         activation=activation,
         gated=gated,
+        dropout_p=dropout_p,
         ffn_mask=mask_leaf,
         neuron_mask=neuron_leaf,
         per_token=per_token,
@@ -1023,13 +1047,13 @@ def test_opcheck():
     w1, b1 = torch.randn((24, 16), device=DEVICE), torch.randn(24, device=DEVICE)
     torch.library.opcheck(
         torch.ops.ticketops.ffn,
-        (x, w1, b1, w1.t().contiguous(), b1[:16], *spans, *[None] * 4, "gelu", False, None, 1),
+        (x, w1, b1, w1.t().contiguous(), b1[:16], *spans, *[None] * 4, seed, "gelu", False, None, 1, 0.1),
     )
     w, heads = torch.randn((32, 16), device=DEVICE, requires_grad=True), torch.tensor([1], device=DEVICE)
     b = w.detach()[:, 0].contiguous().requires_grad_()
     torch.library.opcheck(torch.ops.ticketops.project_rows, (x, w, w, w, b, b, b, heads, 2))
     torch.library.opcheck(
-        torch.ops.ticketops.ffn, (x, w, b, w.detach().t(), b1[:16], *spans, *[None] * 4, "relu", False, heads, 2)
+        torch.ops.ticketops.ffn, (x, w, b, w.detach().t(), b1[:16], *spans, *[None] * 5, "relu", False, heads, 2, 0.0)
     )
     torch.library.opcheck(torch.ops.ticketops.project_columns, (x, w.detach().t().contiguous(), heads, 2))
     torch.library.opcheck(torch.ops.ticketops.residual_norm, (x, x, None, b1[:16], b1[:16], seed, 0.1, 1e-5))

@@ -142,6 +142,7 @@ def ffn_launches(
     blocks: bool = False,
     weight_dtype: torch.dtype | None = None,
     gated: bool = False,
+    dropout_p: float = 0.0,
 ) -> list[Launch]:
     """Lists the launches of one FFN call, forward and backward.
 
@@ -156,6 +157,7 @@ def ffn_launches(
         blocks: True selects half of the neurons, in blocks of 64.
         weight_dtype: dtype of the weights; None for that of the tokens. Another dtype requires `blocks`.
         gated: True for a gated FFN without biases.
+        dropout_p: probability of dropping an activation.
 
     Returns:
         One launch per kernel.
@@ -172,13 +174,16 @@ def ffn_launches(
     neuron_mask = torch.empty(hidden.shape[1], device="meta") if masks else None
     selected = (torch.empty(24, dtype=torch.int64, device="meta"), 48) if blocks else ()
     wanted = ([True] + [weight_gradients] * 4, token_sums, neuron_sums, False, *selected)
-    case = {"dtype": _name(dtype), "case": activation + (", gated" if gated else "") + (", blocks" if blocks else "")}
+    kind = (", gated" if gated else "") + (", dropout" if dropout_p else "") + (", blocks" if blocks else "")
+    case = {"dtype": _name(dtype), "case": activation + kind}
     if weight_dtype is not None:
         case["case"] += f" of {_name(weight_dtype)} weights"
+    dropout: Any = {"seed": torch.empty(1, dtype=torch.int64, device="meta"), "dropout_p": dropout_p}
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, case)):
-        ffn.forward(x, w1, biases[0], w2, biases[1], ffn_mask, neuron_mask, activation, *selected)
-        ffn.backward(x, x, pre, hidden, x, w1, w2, starts, starts, ffn_mask, neuron_mask, activation, *wanted)
+        weights = (w1, biases[0], w2, biases[1], ffn_mask, neuron_mask, activation)
+        ffn.forward(x, *weights, *selected, **dropout)
+        ffn.backward(x, x, pre, hidden, x, w1, w2, starts, starts, *weights[4:], *wanted, **dropout)
     return launches
 
 
@@ -275,7 +280,8 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
             for activation in ("gelu", "gelu_tanh", "relu") if dtype == torch.bfloat16 else ("gelu",):
                 yield from ffn_launches(target, dtype, activation)
             # Without the last kernel, the second stage of the sums, which is the same with a gate.
-            yield from ffn_launches(target, dtype, gated=True)[:2]
+            for dropout_p in (0.0, 0.1):
+                yield from ffn_launches(target, dtype, gated=True, dropout_p=dropout_p)[:2]
             for head_dim in (32, 64, 128) if dtype == torch.bfloat16 else (64,):
                 yield from projection_launches(target, dtype, head_dim)
             for channels in (384, 768, 1024):

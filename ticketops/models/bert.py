@@ -329,7 +329,9 @@ def with_unread(norm: nn.Module, hidden_states: Tensor, normed: Tensor | None = 
     return hidden_states + torch.stack([parameter[:0].sum() for parameter in trained]).sum()
 
 
-def feed_forward(state: LayerState, fc1: nn.Linear, fc2: nn.Linear, hidden_states: Tensor, call: Call) -> Tensor:
+def feed_forward(
+    state: LayerState, fc1: nn.Linear, fc2: nn.Linear, hidden_states: Tensor, call: Call, dropout_p: float = 0.0
+) -> Tensor:
     """Applies the FFN.
 
     Args:
@@ -337,6 +339,7 @@ def feed_forward(state: LayerState, fc1: nn.Linear, fc2: nn.Linear, hidden_state
         fc1, fc2: the FFN's linear layers.
         hidden_states: [.., C].
         call: of the forward pass.
+        dropout_p: of the activations, 0 in evaluation.
 
     Returns:
         [tokens, C], before dropout and residual.
@@ -351,6 +354,7 @@ def feed_forward(state: LayerState, fc1: nn.Linear, fc2: nn.Linear, hidden_state
         call.packing.sequences,
         activation=state.activation,
         gated=state.repeats[1] == 2,
+        dropout_p=dropout_p,
         importance=call.ffn_importance.get(state.index),
         neuron_importance=call.neuron_importance.get(state.index),
         per_token=call.per_token,

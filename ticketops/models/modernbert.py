@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from ticketops.architectures import Architecture
-from ticketops.models.adapter import Adapter, LayerParts
+from ticketops.models.adapter import Adapter, LayerParts, rate
 from ticketops.models.bert import attend, feed_forward, project, with_unread
 from ticketops.models.boundary import TicketModel
 from ticketops.models.state import Call, LayerState
@@ -57,7 +57,9 @@ class TicketModernBertEncoderLayer(nn.Module):
             hidden_states = with_unread(self.attn_norm, hidden_states, normed)
         if not state.kept.ffn:
             return with_unread(self.mlp_norm, hidden_states)
-        output = feed_forward(state, self.mlp.Wi, self.mlp.Wo, self.mlp_norm(hidden_states), ticketops)
+        output = feed_forward(
+            state, self.mlp.Wi, self.mlp.Wo, self.mlp_norm(hidden_states), ticketops, rate(self.mlp.drop)
+        )
         return hidden_states + output.view_as(hidden_states)
 
 
@@ -99,8 +101,6 @@ def _parts(layer: Any) -> LayerParts:
 
 
 def _refusal(config: Any) -> str | None:
-    if config.mlp_dropout:
-        return f"mlp_dropout={config.mlp_dropout}: ops.ffn has no dropout between its layers; set it to 0"
     for kind in set(config.layer_types):
         rope = config.rope_parameters[kind]["rope_type"]
         if rope in ("dynamic", "longrope"):

@@ -1,6 +1,6 @@
 """Masked feed-forward network (FFN), as one autograd op for all backends.
 
-    out[t] = ffn_mask * ((neuron_mask * act(x[t] W1^T + b1)) W2^T + b2)
+    out[t] = ffn_mask * ((neuron_mask * dropout(act(x[t] W1^T + b1))) W2^T + b2)
 
 In a gated FFN (GLU) the first layer has twice as many rows, [W1; V] with biases [b1; c], and the activations are
 act(x[t] W1^T + b1) * (x[t] V^T + c); the rest is the same. Each layer may have no bias.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops.backends import implementation
+from ticketops.ops.dropout import draw_seed
 from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.packing import Sequences
 from ticketops.ops.projection import check_weights, indexed
@@ -38,6 +39,7 @@ def ffn(
     *,
     activation: str = "gelu",
     gated: bool = False,
+    dropout_p: float = 0.0,
     ffn_mask: Tensor | None = None,
     neuron_mask: Tensor | None = None,
     importance: Tensor | None = None,
@@ -58,6 +60,7 @@ def ffn(
             do not contribute.
         activation: "gelu" (erf), "gelu_tanh" or "relu".
         gated: True multiplies the activations by a gate.
+        dropout_p: probability in [0, 1) of dropping a neuron's activation, after the gate.
         ffn_mask: scalar tensor that multiplies the output, bias included; None means 1. Differentiable.
         neuron_mask: [N], multiplies the activations; None means ones. Differentiable.
         importance: [B] float tensor that requires a gradient, as a sink: its values are not read, and its gradient is
@@ -103,6 +106,8 @@ def ffn(
         raise UnsupportedError(
             f"ffn does not support the activation {activation!r}: use one of {', '.join(ACTIVATIONS)}"
         )
+    if not 0.0 <= dropout_p < 1.0:
+        raise InputError(f"dropout_p must be in [0, 1), got {dropout_p}")
     channels, neurons = w2.shape
     wanted = {"w1": ((1 + gated) * neurons, channels), "b1": ((1 + gated) * neurons,), "b2": (channels,)}
     shapes = {name: tuple(tensor.shape) for name, tensor in present.items()}
@@ -132,10 +137,12 @@ def ffn(
         None if neuron_mask is None else neuron_mask.to(statistics),
         importance,
         neuron_importance,
+        draw_seed(x.device) if dropout_p else None,
         activation,
         per_token,
         blocks,
         count,
+        dropout_p,
     )
     return out
 
@@ -168,19 +175,24 @@ def _forward(
     neuron_mask,
     importance,
     neuron_importance,
+    seed,
     activation,
     per_token,
     blocks,
     count,
+    dropout_p,
 ):
     with torch.autocast(x.device.type, enabled=False):
         return implementation("ffn", x.device, x.dtype).forward(
-            x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation, **_selected(blocks, count)
+            *(x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation),
+            seed=seed,
+            dropout_p=dropout_p,
+            **_selected(blocks, count),
         )
 
 
 def _fake_forward(x, w1, b1, w2, *others):
-    *_, blocks, count = others
+    *_, blocks, count, _ = others
     first, neurons = (
         structures if blocks is None else blocks.shape[0] * (structures // count)
         for structures in (w1.shape[0], w2.shape[1])
@@ -189,9 +201,11 @@ def _fake_forward(x, w1, b1, w2, *others):
 
 
 def _backward(dout, *others):
-    *others, blocks, count = others
+    *others, seed, blocks, count, dropout_p = others
     with torch.autocast(dout.device.type, enabled=False):
-        return implementation("ffn", dout.device, dout.dtype).backward(dout, *others, **_selected(blocks, count))
+        return implementation("ffn", dout.device, dout.dtype).backward(
+            dout, *others, seed=seed, dropout_p=dropout_p, **_selected(blocks, count)
+        )
 
 
 def _fake_backward(
@@ -211,8 +225,10 @@ def _fake_backward(
     token_sums,
     neuron_sums,
     neuron_absolute,
+    seed,
     blocks,
     count,
+    dropout_p,
 ):
     batch, neurons = lengths.shape[0], w2.shape[1] if blocks is None else blocks.shape[0] * (w2.shape[1] // count)
     statistics = torch.float64 if dout.dtype == torch.float64 else torch.float32
@@ -245,10 +261,12 @@ def _setup_context(ctx, inputs, output):
         neuron_mask,
         importance,
         neuron_importance,
+        seed,
         ctx.activation,
         ctx.per_token,
         blocks,
         ctx.count,
+        ctx.dropout_p,
     ) = inputs
     out, pre, hidden = output
     ctx.recording = importance is not None
@@ -264,12 +282,12 @@ def _setup_context(ctx, inputs, output):
     out, pre, hidden, x = (
         tensor if needed else None for tensor, needed in zip((out, pre, hidden, x), kept.values(), strict=True)
     )
-    ctx.save_for_backward(out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, blocks)
+    ctx.save_for_backward(out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, seed, blocks)
     ctx.importance_dtypes = [None if sink is None else sink.dtype for sink in (importance, neuron_importance)]
 
 
 def _gradients(ctx, dout, *_):
-    out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, blocks = ctx.saved_tensors
+    out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, seed, blocks = ctx.saved_tensors
     needs = ctx.needs_input_grad
     mask_wanted, neuron_mask_wanted = needs[7], needs[8]
     if neuron_mask_wanted and ctx.neuron_recording and ctx.per_token:
@@ -293,8 +311,10 @@ def _gradients(ctx, dout, *_):
         ctx.recording or mask_wanted,
         ctx.neuron_recording or neuron_mask_wanted,
         ctx.per_token and ctx.neuron_recording,
+        seed,
         blocks,
         ctx.count,
+        ctx.dropout_p,
     )
     dmask = signed.sum() if mask_wanted else None
     dneuron_mask = by_neuron.sum(0) if neuron_mask_wanted else None
@@ -302,13 +322,13 @@ def _gradients(ctx, dout, *_):
     partial = (absolute if ctx.per_token else signed).to(dtype) if ctx.recording else None
     neuron_partial = by_neuron.to(neuron_dtype) if ctx.neuron_recording else None
     gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs[:5], strict=True)]
-    return *gradients, None, None, dmask, dneuron_mask, partial, neuron_partial, None, None, None, None
+    return *gradients, None, None, dmask, dneuron_mask, partial, neuron_partial, *[None] * 6
 
 
 _ffn_op = define(
     "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor starts, Tensor lengths, Tensor? ffn_mask, "
-    "Tensor? neuron_mask, Tensor? importance, Tensor? neuron_importance, str activation, bool per_token, "
-    "Tensor? blocks, int count) -> (Tensor, Tensor, Tensor)",
+    "Tensor? neuron_mask, Tensor? importance, Tensor? neuron_importance, Tensor? seed, str activation, bool per_token, "
+    "Tensor? blocks, int count, float dropout_p) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     _gradients,
@@ -317,7 +337,8 @@ _ffn_op = define(
 _ffn_backward_op = define(
     "ffn_backward(Tensor dout, Tensor? out, Tensor? pre, Tensor? hidden, Tensor? x, Tensor w1, Tensor w2, "
     "Tensor starts, Tensor lengths, Tensor? ffn_mask, Tensor? neuron_mask, str activation, bool[] wanted, "
-    "bool token_sums, bool neuron_sums, bool neuron_absolute, Tensor? blocks, int count) "
+    "bool token_sums, bool neuron_sums, bool neuron_absolute, Tensor? seed, Tensor? blocks, int count, "
+    "float dropout_p) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
-from ticketops.ops.extension import address, checked, native, refusal, run
+from ticketops.ops.extension import address, checked, dropout_arguments, native, refusal, run
 from ticketops.ops.ffn.reference import first_places, zeros
 from ticketops.ops.memory import empty
 from ticketops.ops.products import gradient_product, product
@@ -17,9 +17,10 @@ __all__ = ["backward", "forward", "refusal"]
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 
 
-def _active(neuron_mask: Tensor | None) -> Tensor | None:
-    """Returns the indices of neurons whose mask is not 0, None if that is all."""
-    if neuron_mask is None or bool(neuron_mask.all()):
+def _active(neuron_mask: Tensor | None, dropout_p: float) -> Tensor | None:
+    """Returns the indices of the neurons to compute, None for all: those whose mask is not 0. With dropout, whose draws
+    count all neurons, it is all."""
+    if neuron_mask is None or dropout_p or bool(neuron_mask.all()):
         return None
     return neuron_mask.nonzero().squeeze(1)
 
@@ -40,8 +41,10 @@ def activate(
     gated: bool = False,
     in_place: bool = False,
     bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Applies the activation and, if gated, multiplies by the gate.
+    """Applies the activation and the dropout and, if gated, multiplies by the gate.
 
     Args:
         pre: [T, N], or [T, 2N] if `gated`.
@@ -49,10 +52,12 @@ def activate(
         neuron_mask: float32 [N], or None for ones.
         gated: True if the second half of `pre` is the gate of the first.
         in_place: True overwrites `pre`; not supported with a gate.
-        bias: float32 [N] to add to `pre` first, or None; not supported with a gate.
+        bias: float32 [N] to add to `pre` first ([2N] if `gated`), or None.
+        seed: int64 [1], seed of the dropout; None without.
+        dropout_p: probability of dropping an activation.
 
     Returns:
-        hidden = act(pre + bias) * gate, and hidden * neuron_mask; the same tensor twice without a mask.
+        hidden = dropout(act(pre + bias) * gate), and hidden * neuron_mask; the same tensor twice without a mask.
     """
     pre = checked("pre", pre, pre.dtype, *pre.shape)
     tokens, neurons = pre.shape[0], pre.shape[1] // (1 + gated)
@@ -64,6 +69,7 @@ def activate(
         native.ffn_forward,
         *(pre.dtype == torch.bfloat16, ACTIVATIONS[activation], address(pre), address(bias), address(hidden)),
         *(address(masked) if neuron_mask is not None else 0, address(neuron_mask), gated, tokens, neurons),
+        *dropout_arguments(seed, dropout_p),
     )
     return hidden, masked
 
@@ -82,6 +88,8 @@ def activate_backward(
     lengths: Tensor,
     target: Tensor | None = None,
     bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Computes the gradient of the activation's input from that of the masked activations, in place unless gated.
 
@@ -97,7 +105,7 @@ def activate_backward(
         neuron_absolute: True sums absolute values in `neuron_sums`.
         starts, lengths: int32 [B], first row and number of rows of each sequence.
         target: contiguous [T, 2N] to write the gradient of a gated `pre` to; None without a gate.
-        bias: float32 [N] to add to `pre` first, or None; not supported with a gate.
+        bias, seed, dropout_p: as in `activate`.
 
     Returns:
         Column sums [N] or [2N], and sums by sequence [B, N], in float32; empty if not wanted.
@@ -129,7 +137,7 @@ def activate_backward(
             address(by_bias if bias_sums else None),
         ),
         *(address(by_neuron if neuron_sums else None), neuron_absolute, address(starts), address(lengths)),
-        *(gated, batch, tokens, neurons),
+        *(gated, batch, tokens, neurons, *dropout_arguments(seed, dropout_p)),
     )
     return by_bias, by_neuron
 
@@ -210,22 +218,27 @@ def forward(
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ticketops.ops.ffn.reference.forward.
 
     Returns:
-        out [T, C]; the activation's input [T, N]; and its output before the mask [T, N].
+        out [T, C]; the activation's input [T, N]; and its output, after dropout and before the mask [T, N].
     """
     tokens, first, neurons = x.shape[0], w1.shape[0], w2.shape[1]
     scale = 1.0 if ffn_mask is None else float(ffn_mask)
     if not scale:
         return torch.zeros_like(x), x.new_zeros((tokens, first)), x.new_zeros((tokens, neurons))
-    active = _active(neuron_mask)
+    active = _active(neuron_mask, dropout_p)
     rows = None if active is None else first_places(active, neurons, first != neurons)
     if neuron_mask is not None and active is not None:
         w1, b1, w2, neuron_mask = w1[rows], None if b1 is None else b1[rows], w2[:, active], neuron_mask[active]
     pre = product(x, w1.t(), b1)
-    hidden, masked = activate(pre, activation, neuron_mask, first != neurons)
+    if neuron_mask is not None and dropout_p:
+        # All are computed, see `_active`. Of 0, all activations are 0.
+        pre.masked_fill_((neuron_mask == 0).repeat(first // neurons), 0)
+    hidden, masked = activate(pre, activation, neuron_mask, first != neurons, seed=seed, dropout_p=dropout_p)
     out = product(masked, w2.t(), b2)
     if scale != 1:
         out.mul_(scale)
@@ -249,6 +262,8 @@ def backward(
     token_wanted: bool,
     neuron_sums: bool,
     neuron_absolute: bool,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ticketops.ops.ffn.reference.backward."""
     (tokens, channels), first, neurons, batch = dout.shape, w1.shape[0], w2.shape[1], lengths.shape[0]
@@ -264,7 +279,7 @@ def backward(
         assert out is not None
         signed, absolute = token_sums(dout, out, starts, lengths, scale)
 
-    active = _active(neuron_mask)
+    active = _active(neuron_mask, dropout_p)
     rows = None if active is None else first_places(active, neurons, first != neurons)
     if neuron_mask is not None and active is not None:
         w1, w2, neuron_mask = w1[rows], w2[:, active], neuron_mask[active]
@@ -285,7 +300,7 @@ def backward(
         dpre = gradient if first == neurons else torch.empty_like(pre, memory_format=torch.contiguous_format)
         sums, by_neuron = activate_backward(
             *(gradient, pre, hidden, masked, neuron_mask, activation, wanted[2], neuron_sums, neuron_absolute),
-            *(starts, lengths, None if first == neurons else dpre),
+            *(starts, lengths, None if first == neurons else dpre, None, seed, dropout_p),
         )
         if neuron_sums:
             by_neuron = _spread(by_neuron, active, 1, neurons)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ticketops.ops.dropout import keep_elements
+
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Returns None: the reference serves every device and dtype."""
@@ -46,6 +48,14 @@ def _select_neurons(neuron_mask: Tensor | None) -> tuple[Tensor | None, Tensor |
     return active, neuron_mask[active]
 
 
+def _dropout(x: Tensor, seed: Tensor | None, dropout_p: float, active: Tensor | None, neurons: int) -> Tensor:
+    """Applies the dropout of [T, neurons] to the columns of the active neurons."""
+    if not dropout_p:
+        return x
+    keep = keep_elements(seed, x.shape[0], neurons, dropout_p, x.device)
+    return torch.where(keep if active is None else keep[:, active], x / (1 - dropout_p), 0.0)
+
+
 def _sequence_sums(terms: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     """Sums [T, ...] over the rows of each sequence: [B, ...]."""
     sums = terms.new_zeros((len(lengths), *terms.shape[1:]))
@@ -63,12 +73,14 @@ def forward(
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ticketops.ops.ffn. The FFN is gated if w1 has twice as many neurons as w2.
 
     Returns:
-        out [T, C]; the first layer's output [T, N] ([T, 2N] if gated); and the activations before the mask [T, N]. The
-        last two are 0 for neurons that are not computed.
+        out [T, C]; the first layer's output [T, N] ([T, 2N] if gated); and the activations after dropout, before the
+        mask [T, N]. The last two are 0 for neurons that are not computed.
     """
     first, neurons = w1.shape[0], w2.shape[1]
     if ffn_mask is not None and not ffn_mask:
@@ -83,6 +95,7 @@ def forward(
     else:
         value, gate = pre.chunk(2, 1)
         hidden = _activate(value, activation) * gate
+    hidden = _dropout(hidden, seed, dropout_p, active, neurons)
     out = functional.linear(hidden if scale is None else hidden * scale.to(hidden.dtype), w2, b2)
     if active is not None and rows is not None:
         pre = x.new_zeros((x.shape[0], first)).index_copy_(1, rows, pre)
@@ -109,6 +122,8 @@ def backward(
     token_sums: bool,
     neuron_sums: bool,
     neuron_absolute: bool,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the gradients of `forward` and the importance of each sequence.
 
@@ -117,6 +132,7 @@ def backward(
         dL/dm = sum <dOut, Y> = sum <dOut, out> / m,   dL/dn = sum G * H.
     Of a gated FFN, with U = x V^T + c and H = act(A) * U:
         dA = G n U act'(A),   dU = G n act(A),   and [dA, dU] replaces dA in the formulas for dx, dW1 and db1.
+    With dropout, H includes R = keep / (1 - p), which multiplies G in dA and dU.
 
     Args:
         pre: as `forward` returned it; may be None if only dw2, db2 and `token_sums` are wanted.
@@ -171,6 +187,7 @@ def backward(
         assert pre is not None
         if scale is not None:
             gradient = gradient * scale.to(gradient.dtype)
+        gradient = _dropout(gradient, seed, dropout_p, active, neurons)
         if first == neurons:
             dpre = _activate_backward(gradient, pre, activation)
         else:

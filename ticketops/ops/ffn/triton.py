@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ticketops.ops import triton_configs
+from ticketops.ops.dropout import keep_threshold
 from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.projection import triton as projection
-from ticketops.ops.triton_common import UNALIGNED, cdiv, launch, owned_rows, refusal
+from ticketops.ops.triton_common import UNALIGNED, cdiv, dropout_keeps, dropout_rows, launch, owned_rows, refusal
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -97,20 +98,23 @@ def rows_to_load(b_scale, rows):
     return tl.where(tl.max(tl.where(b_scale != 0.0, 1, 0), 1) > 0, rows, 0)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "threshold", "keep_scale"])
 def forward_kernel(
     p_pre,
     p_hidden,
     p_ffn_mask,
     p_neuron_mask,
+    p_seed,
     tokens,
     neurons,
+    threshold,
+    keep_scale,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """hidden = m n act(pre) on a block of tokens and neurons, multiplied by the gate if there is one."""
+    """hidden = m n dropout(act(pre)) on a block of tokens and neurons; the gate, if any, multiplies act(pre)."""
     width = neurons * 2 if GATED else neurons
     column_blocks = tl.cdiv(neurons, COLUMNS)
     i_row = (tl.program_id(0) // column_blocks).to(tl.int64) * ROWS
@@ -127,6 +131,9 @@ def forward_kernel(
     b_act, _ = activate(tl.load(p_block, mask=m_load, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
         b_act *= tl.load(p_block + neurons, mask=m_load, other=0.0).to(tl.float32)
+    if p_seed is not None:
+        m_keep = dropout_keeps(dropout_rows(p_seed, i_row, o_r, 0, 1)[:, None], o_n[None, :], threshold)
+        b_act = tl.where(m_keep, b_act * keep_scale, 0.0)
     b_hidden = tl.where(b_scale == 0.0, 0.0, b_act * b_scale)
     tl.store(p_hidden + i_row * neurons + o_x, b_hidden.to(p_hidden.dtype.element_ty), mask=m_x)
 
@@ -136,7 +143,8 @@ def forward_kernel(
 #     G = dOut W2 (cuBLAS),   dA = m n G act'(A),   db1 = sum dA,   db2 = m sum dOut,
 #     dL/dm = sum <dOut, Y> = sum <dOut, out> / m,   dL/dn = sum m G H;
 #
-# with a gate U, H = act(A) U, dA = m n G U act'(A) and dU = m n G act(A).
+# with a gate U, H = act(A) U, dA = m n G U act'(A) and dU = m n G act(A). With dropout, R = keep / (1 - p) multiplies
+# H, dA and dU.
 
 
 @triton.jit
@@ -174,7 +182,10 @@ def reduce_output_side(
         tl.store(p_terms + i_row + o_r, b_terms, mask=m_r)
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "output_parts"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(
+    do_not_specialize=["tokens", "batch", "output_parts", "threshold", "keep_scale"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def backward_kernel(
     p_gradient,
     p_target,
@@ -189,6 +200,7 @@ def backward_kernel(
     p_lengths,
     p_ffn_mask,
     p_neuron_mask,
+    p_seed,
     stride_dt,
     stride_dc,
     tokens,
@@ -196,6 +208,8 @@ def backward_kernel(
     neurons,
     channels,
     output_parts,
+    threshold,
+    keep_scale,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     ABSOLUTE: tl.constexpr,
@@ -239,6 +253,9 @@ def backward_kernel(
         o_pre = o_r[:, None] * width + o_n[None, :]
         p_block = p_pre + i_row * width
         b_act, b_slope = activate(tl.load(p_block + o_pre, mask=m_x, other=0.0).to(tl.float32), ACTIVATION)
+        if p_seed is not None:
+            m_keep = dropout_keeps(dropout_rows(p_seed, i_row, o_r, 0, 1)[:, None], o_n[None, :], threshold)
+            b_g = tl.where(m_keep, b_g * keep_scale, 0.0)
         if GATED:
             b_gate = tl.load(p_block + neurons + o_pre, mask=m_x, other=0.0).to(tl.float32)
             b_du = tl.where(b_scale == 0.0, 0.0, b_g * b_act * b_scale)
@@ -353,6 +370,8 @@ def forward(
     activation: str,
     blocks: Tensor | None = None,
     count: int = 1,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ticketops.ops.ffn; two matrix products and one launch. With `blocks`, N is the number of selected neurons.
 
@@ -377,8 +396,11 @@ def forward(
         p_hidden=hidden,
         p_ffn_mask=ffn_mask,
         p_neuron_mask=None if neuron_mask is None else neuron_mask.contiguous(),
+        p_seed=seed if dropout_p else None,
         tokens=tokens,
         neurons=neurons,
+        threshold=keep_threshold(dropout_p),
+        keep_scale=1.0 / (1.0 - dropout_p),
         ACTIVATION=activation,
         GATED=gated,
         ROWS=tile.rows,
@@ -410,6 +432,8 @@ def backward(
     neuron_absolute: bool,
     blocks: Tensor | None = None,
     count: int = 1,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ticketops.ops.ffn.reference.backward; four matrix products (for the gradient of the activations, dx, dw1 and
     dw2) and two launches, or one if no sum is wanted. With `blocks`, N is the number of selected neurons, except in
@@ -432,7 +456,9 @@ def backward(
     if not through:
         neuron_mask = None
     dpre, parts, by_neuron = activation_backward(
-        gradient, dout, out, pre, starts, lengths, ffn_mask, neuron_mask, activation, sums
+        *(gradient, dout, out, pre, starts, lengths, ffn_mask, neuron_mask, activation, sums),
+        seed=seed,
+        dropout_p=dropout_p,
     )
     (*vectors, _), signed, absolute = finish(parts, starts, lengths, ffn_mask, w1.dtype)
     db1, db2 = (w1.new_empty(0) if vector is None else vector for vector in vectors)
@@ -472,6 +498,8 @@ def activation_backward(
     neuron_mask: Tensor | None,
     activation: str,
     wanted: Wanted,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Parts, Tensor]:
     """Computes the part of the backward pass between its matrix products; one launch.
 
@@ -482,6 +510,7 @@ def activation_backward(
         pre: [T, N]; [T, 2N] if gated.
         starts, lengths, ffn_mask, neuron_mask, activation: as in `backward`.
         wanted: sums to compute.
+        seed, dropout_p: as in `backward`.
 
     Returns:
         The gradient of `pre`; partial sums for `finish`; and the sums of G * H [B, N], empty if not wanted.
@@ -518,6 +547,7 @@ def activation_backward(
         p_lengths=lengths.contiguous(),
         p_ffn_mask=ffn_mask,
         p_neuron_mask=None if neuron_mask is None else neuron_mask.contiguous(),
+        p_seed=seed if dropout_p else None,
         stride_dt=dout.stride(0),
         stride_dc=dout.stride(1),
         tokens=tokens,
@@ -525,6 +555,8 @@ def activation_backward(
         neurons=neurons,
         channels=channels,
         output_parts=output_parts,
+        threshold=keep_threshold(dropout_p),
+        keep_scale=1.0 / (1.0 - dropout_p),
         ACTIVATION=activation,
         GATED=gated,
         ABSOLUTE=wanted.absolute,
