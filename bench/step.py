@@ -232,7 +232,7 @@ def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[C
     dtype, product = torch.bfloat16 if setup.dtype == "bf16" else torch.float32, _product(setup.device)
     adapter, base = find_adapter(contender.model)
     last = adapter.parts(adapter.layers(base)[-1])
-    after_last_attention = {last.output, last.fc1, last.fc2}
+    after_last_attention = {last.output, *last.first, last.fc2}
     real, rows = int(batch["attention_mask"].sum()), len(batch["attention_mask"])
     for module in adapter.encoder(base).modules():
         if isinstance(module, torch.nn.Linear) and module.weight.numel():

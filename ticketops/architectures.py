@@ -13,6 +13,8 @@ class Architecture(NamedTuple):
         stack: its class that holds the list of layers; shrunk models are narrowed where this is made.
         suffix: of its modeling file, where the folder has several.
         extra_tokens: in front of an image's patches.
+        gated: True if its FFNs have a gate.
+        since: version of transformers that brought it; empty if the oldest supported one has it.
     """
 
     package: str
@@ -21,6 +23,8 @@ class Architecture(NamedTuple):
     stack: str
     suffix: str = ""
     extra_tokens: int = 0
+    gated: bool = False
+    since: str = ""
 
     @property
     def module(self) -> str:
@@ -40,8 +44,11 @@ ARCHITECTURES = (
     Architecture("distilbert", "DistilBert", "distilbert", "Transformer"),
     _bert("electra", "Electra"),
     _bert("ernie", "Ernie"),
-    Architecture("modernbert", "ModernBert", "modernbert", "ModernBertModel"),
+    Architecture("gte", "Gte", "rotary", "GteModel", gated=True, since="5.18"),
+    Architecture("jina_embeddings_v3", "JinaEmbeddingsV3", "rotary", "JinaEmbeddingsV3Model"),
+    Architecture("modernbert", "ModernBert", "modernbert", "ModernBertModel", gated=True),
     Architecture("mpnet", "MPNet", "mpnet", "MPNetEncoder"),
+    Architecture("nomic_bert", "NomicBert", "rotary", "NomicBertModel", gated=True),
     _bert("roberta", "Roberta"),
     Architecture("vit", "ViT", "vit", "ViTModel", extra_tokens=1),
     _bert("xlm_roberta", "XLMRoberta"),

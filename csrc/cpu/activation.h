@@ -46,12 +46,23 @@ struct Relu {
   }
 };
 
+// x / (1 + e^-x), also called swish.
+struct Silu {
+  TICKETOPS_INLINE static Value at(Float x) {
+    const Float decay = exp(-x);
+    // As above: `exp` saturates, and x multiplies the gate.
+    const Float gate = x > -88.0f ? 1.0f / (decay + 1.0f) : x == x ? Float{} : x;
+    return {x * gate, gate + x * gate * (gate * decay)};
+  }
+};
+
 // Calls body with the activation's type.
 template <typename F>
 TICKETOPS_INLINE void with_activation(Activation activation, F body) {
   if (activation == Activation::gelu) body(Gelu{});
   if (activation == Activation::gelu_tanh) body(GeluTanh{});
   if (activation == Activation::relu) body(Relu{});
+  if (activation == Activation::silu) body(Silu{});
 }
 
 }  // namespace ticketops::TICKETOPS_ISA

@@ -87,7 +87,7 @@ struct AttentionBackward : Attention {
   float* bias_sums;  // [H, 2 * reach + 1], the gradient of the bias; null without one
 };
 
-enum class Activation : int { gelu, gelu_tanh, relu };
+enum class Activation : int { gelu, gelu_tanh, relu, silu };
 
 // hidden = dropout(act(pre + bias)), masked = hidden * mask. If gated, pre and bias have 2N columns: hidden =
 // dropout(act(first half) * second half).

@@ -26,7 +26,8 @@ from ticketops.models.registry import find_adapter
 from ticketops.ops import memory
 
 TOKENS = [
-    f"{name}ForTokenClassification" for name in ("Bert", "Roberta", "DistilBert", "ModernBert", "MPNet", "Electra")
+    f"{name}ForTokenClassification"
+    for name in ("Bert", "Roberta", "DistilBert", "ModernBert", "MPNet", "NomicBert", "Electra")
 ]
 
 #: Those whose attention is a function that transformers looks up by its name.
@@ -235,7 +236,13 @@ def test_settings_of_a_table_hold_for_padding_too(text, setting):
 
 @pytest.mark.parametrize("unpad", [True, False])
 @pytest.mark.parametrize(
-    "name", ["BertModel", "RobertaForSequenceClassification", "ModernBertForSequenceClassification"]
+    "name",
+    [
+        "BertModel",
+        "NomicBertForSequenceClassification",
+        "RobertaForSequenceClassification",
+        "ModernBertForSequenceClassification",
+    ],
 )
 def test_padding_in_front_goes_to_the_stock_code_where_first_tokens_are_read(name, unpad):
     model = make(name)

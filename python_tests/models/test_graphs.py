@@ -39,14 +39,16 @@ def compiled_step(model, batch, compiled):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("architecture", ["bert", "distilbert", "mpnet"])
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "mpnet", "nomic_bert"])
 def test_a_model_with_static_shapes_is_one_graph(architecture, batch):
     torch.manual_seed(0)
     if architecture == "bert":
         model = BertForSequenceClassification(tiny_config()).eval()
     else:
-        model = make({"distilbert": "DistilBert", "mpnet": "MPNet"}[architecture] + "ForSequenceClassification")
-        batch.pop("token_type_ids")
+        names = {"distilbert": "DistilBert", "mpnet": "MPNet", "nomic_bert": "NomicBert"}
+        model = make(f"{names[architecture]}ForSequenceClassification")
+        if architecture != "nomic_bert":
+            batch.pop("token_type_ids")
     want = step(model, batch)
     with ticketops.patch(model, unpad=False):
         # An error where the host would have to know a value, or where the graph breaks.

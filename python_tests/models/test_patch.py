@@ -340,7 +340,7 @@ def test_patching_twice_is_refused(model):
     [
         ({"is_decoder": True}, "is_decoder"),
         ({"is_decoder": True, "add_cross_attention": True}, "is_decoder"),
-        ({"hidden_act": "silu"}, "activation SiLU"),
+        ({"hidden_act": "mish"}, "activation Mish"),
         ({"chunk_size_feed_forward": 2}, "chunk_size_feed_forward=2"),
     ],
 )

@@ -1,5 +1,7 @@
 """What is said of a model from its configuration alone: how it is served, or precisely why not."""
 
+import re
+
 import pytest
 import transformers
 
@@ -7,8 +9,9 @@ import ticketops
 from models.conftest import tiny_config
 from models.test_shrink import TICKETS
 from ticketops.errors import InputError, UnsupportedError
-from ticketops.models import describe
+from ticketops.models import describe, registry
 from ticketops.models.registry import ADAPTERS
+from ticketops.searching.setting import load_config
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.base.__name__)
@@ -16,8 +19,26 @@ def test_every_encoder_is_described(adapter):
     facts = describe(adapter.base.config_class())
     assert facts["adapter"] == facts["architecture"] == adapter.base.__name__
     assert facts["heads"] * facts["head_size"] == facts["hidden_size"]
-    assert (facts["activation"], facts["ffns_left"]) == ("gelu", facts["layers"])
+    assert (facts["activation"] in ("gelu", "silu"), facts["ffns_left"]) == (True, facts["layers"])
     assert {row["op"] for row in facts["backends"]} >= {"attention", "ffn"}
+
+
+def test_an_architecture_that_transformers_does_not_have_yet(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "gte", "architectures": ["GteModel"]}')
+    found = registry.find_spec
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name.endswith(".gte") else found(name))
+    for load in (ticketops.load, load_config):
+        with pytest.raises(
+            UnsupportedError, match=rf"{re.escape(transformers.__version__)} has no Gte.*5\.18 or later"
+        ):
+            load(str(tmp_path))
+
+
+def test_a_model_with_code_of_its_own_is_refused_with_the_remedy():
+    kind = type("NomicBertModel", (transformers.PreTrainedModel,), {"__module__": "transformers_modules.nomic"})
+    kind.config_class = transformers.NomicBertConfig
+    with pytest.raises(UnsupportedError, match="load it without trust_remote_code"):
+        ticketops.patch(kind(transformers.NomicBertConfig()))
 
 
 def test_no_weight_is_allocated():
@@ -62,14 +83,17 @@ def test_other_architectures_are_refused_with_the_reason(config, words):
         *((kind, {"is_decoder": True}, "is_decoder") for kind in ("Electra", "Ernie", "XLMRoberta")),
         ("Roberta", {"is_decoder": True, "add_cross_attention": True}, "is_decoder"),
         ("DistilBert", {"chunk_size_feed_forward": 4}, "chunk_size_feed_forward=4"),
-        ("DistilBert", {"activation": "silu"}, "activation SiLU"),
+        ("DistilBert", {"activation": "mish"}, "activation Mish"),
+        ("NomicBert", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ("MPNet", {"relative_attention_num_buckets": 64}, "relative_attention_num_buckets=64"),
-        ("ModernBert", {"hidden_activation": "silu"}, "activation SiLU"),
+        ("ModernBert", {"hidden_activation": "mish"}, "activation Mish"),
         ("ModernBert", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ("Bert", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized"),
     ],
 )
 def test_configurations_are_refused_with_the_reason(kind, changes, words):
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     with pytest.raises(UnsupportedError, match=words):
         describe(getattr(transformers, f"{kind}Config")(**changes))
 

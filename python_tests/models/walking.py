@@ -48,6 +48,8 @@ STARTS = (
     "ModernBertForTokenClassification",
     "MPNetForSequenceClassification",
     "MPNetForTokenClassification",
+    "NomicBertForSequenceClassification",
+    "NomicBertForTokenClassification",
     "ViTForImageClassification",
 )
 REFUSALS = UnsupportedError, InputError
@@ -1181,7 +1183,7 @@ def keep_still(walker: Walker, parameters: list[Any], before: list[Tensor]) -> N
         rows, idle = (~heads).repeat_interleave(12).repeat(in_qkv), (~neurons).repeat(in_fc1)
         places = [(linear, name, rows, 0) for linear in parts.qkv for name in ("weight", "bias")]
         places += [(parts.output, "weight", ~heads.repeat_interleave(12), 1), (parts.fc2, "weight", ~neurons, 1)]
-        places += [(parts.fc1, name, idle, 0) for name in ("weight", "bias")]
+        places += [(linear, name, idle, 0) for linear in parts.first for name in ("weight", "bias")]
         places += [] if ffn else [(parts.fc2, "bias", torch.ones(1).bool(), None)]
         for linear_, name, gone, dim in places:
             parameter = getattr(linear_, name)

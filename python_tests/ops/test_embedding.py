@@ -74,14 +74,15 @@ def test_ids_that_are_no_rows_are_refused_forward_and_backward():
         torch.ops.ticketops.embedding_backward(torch.randn(1, 3), torch.tensor([5]), 5, -1)
 
 
-def all_of(dtype, channels, tokens, types=True):
+def all_of(dtype, channels, tokens, types=True, positions=True):
     """Tables of words, token types and positions with their ids, gamma and beta, and a gradient."""
     torch.manual_seed(0)
     tables = [torch.randn(rows, channels).to(dtype) for rows in (50, 2, 130)]
     ids = [torch.randint(rows, (1, tokens)) for rows in (12, 2, 130)]
     vectors = [torch.randn(channels).to(dtype) for _ in range(2)]
-    if not types:
-        tables[1] = ids[1] = None
+    for place, there in ((1, types), (2, positions)):
+        if not there:
+            tables[place] = ids[place] = None
     return tables, ids, vectors, torch.randn(1, tokens, channels).to(dtype)
 
 
@@ -101,10 +102,11 @@ def by_torch(tables, ids, padding, gamma, beta, dropout_p):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("types", [False, True])
+@pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize(("channels", "tokens"), [(5, 3), (37, 70), (64, 0), (384, 131)])
-def test_embeddings_are_torchs(dtype, dropout_p, types, channels, tokens, monkeypatch):
+def test_embeddings_are_torchs(dtype, dropout_p, types, positions, channels, tokens, monkeypatch):
     monkeypatch.setattr(embedding, "draw_seed", lambda device: SEED)
-    tables, ids, vectors, dout = all_of(dtype, channels, tokens, types)
+    tables, ids, vectors, dout = all_of(dtype, channels, tokens, types, positions)
     padding = (3, None, 1)
 
     def results(embed, dtype=dtype):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ticketops.errors import InputError
 from ticketops.ops.backends import _module
-from ticketops.ops.ffn import reference
+from ticketops.ops.ffn import ACTIVATIONS, reference
 
 from .cases import RAGGED, SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
 
@@ -66,7 +66,7 @@ def check(backend, tensors, sequences, *args, **options):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
 @pytest.mark.parametrize("gated", [False, True])
@@ -99,7 +99,7 @@ def test_masks(backend, dtype, ffn_mask, kept, gated):
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5),
     channels=st.integers(1, 40),
     neurons=st.integers(1, 70),
-    activation=st.sampled_from(["gelu", "gelu_tanh", "relu"]),
+    activation=st.sampled_from(ACTIVATIONS),
     masked=st.booleans(),
     weights=st.booleans(),
     seed=st.integers(0, 9),
@@ -125,7 +125,7 @@ def test_any_shape(backend, lengths, channels, neurons, activation, masked, weig
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_is_exact_to_rounding(backend, activation):
     need(backend, "ffn", torch.float32)
     module = _module("ffn", backend)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import Sequences, Weights
+from ticketops.ops.ffn import ACTIVATIONS
 from ticketops.ops.layer import native as layer
 from ticketops.ops.layer.arguments import Inputs, Saved, Settings
 from ticketops.ops.layer.native import FEW_TOKENS, FEW_TOKENS_AMX, FEW_TOKENS_BF16
@@ -133,7 +134,7 @@ def test_dropout_is_that_of_its_parts(ticket):
     neurons=st.none() | st.sets(st.integers(0, NEURONS - 1), min_size=1),
     ffn=st.booleans(),
     dropouts=st.tuples(*[st.sampled_from([0.0, 0.5])] * 3),
-    activation=st.sampled_from(["gelu", "gelu_tanh", "relu"]),
+    activation=st.sampled_from(ACTIVATIONS),
     autocast=st.sampled_from([None, torch.bfloat16]),
     seed=st.integers(0, 9),
 )
@@ -227,7 +228,7 @@ def test_without_gradients_as_good_as_its_parts(ticket, dtype, autocast, lengths
     heads=st.none() | st.sets(st.integers(0, HEADS - 1)),
     neurons=st.none() | st.sets(st.integers(0, NEURONS - 1), min_size=1),
     ffn=st.booleans(),
-    activation=st.sampled_from(["gelu", "gelu_tanh", "relu"]),
+    activation=st.sampled_from(ACTIVATIONS),
     dtypes=st.sampled_from(DTYPES),
     seed=st.integers(0, 9),
 )

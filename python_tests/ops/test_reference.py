@@ -12,6 +12,7 @@ from ticketops import ops
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import Sequences
 from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
+from ticketops.ops.ffn import ACTIVATIONS
 
 LENGTHS = [5, 1, 0, 7, 3]
 
@@ -160,7 +161,7 @@ def test_attention_gradients_against_finite_differences():
     assert torch.autograd.gradcheck(run, (*qkv, mask, table))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_ffn_gradients_against_finite_differences(activation, gated, dropout_p):

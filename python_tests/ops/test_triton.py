@@ -4,6 +4,7 @@ which needs TRITON_INTERPRET=1 before Python starts (`make test` runs this file 
 import importlib.util
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from ticketops.errors import UnsupportedError
 from ticketops.ops import Sequences, Weights, projection, triton_configs
 from ticketops.ops.backends import BACKENDS, choose
 from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
+from ticketops.ops.ffn import ACTIVATIONS
 
 from .cases import SHORT, packed_sequences, padded_sequences
 from .layers import TICKETS, inputs
@@ -336,12 +338,13 @@ def plain_ffn(
     pre, gate = functional.linear(x, w1, b1), 1
     if len(w1) != w2.shape[1]:
         pre, gate = pre.chunk(2, -1)
-    hidden = (
-        functional.relu(pre)
-        if activation == "relu"
-        else functional.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
-    )
-    hidden = hidden * gate * dropped
+    activate = {
+        "gelu": functional.gelu,
+        "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+        "relu": functional.relu,
+        "silu": functional.silu,
+    }
+    hidden = activate[activation](pre) * gate * dropped
     unmasked = functional.linear(hidden * n, w2, b2)
     out = unmasked * m
     leaves = {"dx": x, "dw1": w1, "db1": b1, "dw2": w2, "db2": b2}
@@ -375,7 +378,7 @@ def draw_ffn(
 @given(
     lengths=lengths,
     layout=layouts,
-    activation=st.sampled_from(["gelu", "gelu_tanh", "relu"]),
+    activation=st.sampled_from(ACTIVATIONS),
     ffn_mask=st.none() | st.sampled_from(MASK_VALUES),
     neuron_mask=st.booleans(),
     recording=st.sampled_from(["nothing", "ffn", "neurons", "both"]),

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from ticketops.files import write_atomically
 from ticketops.ops import triton_configs
 from ticketops.ops.attention import triton as attention
+from ticketops.ops.ffn import ACTIVATIONS
 from ticketops.ops.ffn import triton as ffn
 from ticketops.ops.projection import triton as projection
 from ticketops.ops.residual import triton as residual
@@ -149,7 +150,7 @@ def ffn_launches(
     Args:
         target: compute capability.
         dtype: dtype of the tokens and weights.
-        activation: "gelu", "gelu_tanh" or "relu".
+        activation: "gelu", "gelu_tanh", "relu" or "silu".
         masks: True passes both masks.
         weight_gradients: True if the weights are trained.
         token_sums: True if the FFN's importance is recorded.
@@ -277,7 +278,7 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
                             if key not in seen:
                                 seen.add(key)
                                 yield launch
-            for activation in ("gelu", "gelu_tanh", "relu") if dtype == torch.bfloat16 else ("gelu",):
+            for activation in ACTIVATIONS if dtype == torch.bfloat16 else ("gelu",):
                 yield from ffn_launches(target, dtype, activation)
             # Without the last kernel, the second stage of the sums, which is the same with a gate.
             for dropout_p in (0.0, 0.1):

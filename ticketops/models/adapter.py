@@ -27,9 +27,10 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
         "GELUTanh": "gelu_tanh",
         "PytorchGELUTanh": "gelu_tanh",
         "FastGELUActivation": "gelu_tanh",
+        "SiLUActivation": "silu",
     }.items()
     if hasattr(activations, name)
-} | {nn.ReLU: "relu"}
+} | {nn.ReLU: "relu", nn.SiLU: "silu"}
 
 #: Classes from elsewhere that occur in the layers of some architecture.
 _OTHER_CLASSES = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.GELU, RemovedLinear)
@@ -52,8 +53,10 @@ class LayerParts:
             module in evaluation mode.
         head_dim: width of a head.
         causal: True if tokens of a batch without padding do not attend to later ones.
-        gated: fc1 has the rows of a gate behind those of the neurons.
-        bare: nothing of it needs a bias.
+        gated: a gate multiplies the activations; its rows are in fc1 behind those of the neurons, or in `gate`.
+        gate: linear layer of the gate; None if its rows are in fc1, or there is no gate.
+        biased: kinds of modules that need a bias.
+        activation_dropout: current dropout probability of the activations, after the gate.
         window: how far its attention reaches; None for the whole sequence.
     """
 
@@ -70,23 +73,35 @@ class LayerParts:
     head_dim: int
     causal: bool
     gated: bool = False
-    bare: bool = False
+    gate: nn.Linear | None = None
+    biased: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm)
+    activation_dropout: float = 0.0
     window: int | None = None
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linear layers by name."""
         names = ("query", "key", "value") if len(self.qkv) == 3 else ("query, key and value",)
-        return dict(zip(names, self.qkv, strict=True)) | {"output": self.output, "fc1": self.fc1, "fc2": self.fc2}
+        return (
+            dict(zip(names, self.qkv, strict=True))
+            | {"output": self.output}
+            | dict(zip(("fc1", "gate"), self.first, strict=False))
+            | {"fc2": self.fc2}
+        )
+
+    @property
+    def first(self) -> tuple[nn.Linear, ...]:
+        """The linear layers that the FFN's input goes to: fc1, and the gate's where it has one of its own."""
+        return (self.fc1,) if self.gate is None else (self.fc1, self.gate)
 
     @property
     def repeats(self) -> tuple[int, int]:
-        """Number of row blocks of each head in a linear layer of `qkv` (3 if joined), and of each neuron in fc1 (2 if
-        gated)."""
-        return 3 // len(self.qkv), 1 + self.gated
+        """Number of row blocks of each head in a linear layer of `qkv` (3 if joined), and of each neuron in a linear
+        layer of `first` (2 if a gate is joined to the neurons)."""
+        return 3 // len(self.qkv), 1 + (self.gated and self.gate is None)
 
     def tensors(self) -> list[Tensor | None]:
         """Returns weights and biases of all parts in a fixed order; None for a missing one."""
-        modules = (*self.qkv, self.output, self.attention_norm, self.fc1, self.fc2, self.ffn_norm)
+        modules = (*self.qkv, self.output, self.attention_norm, *self.first, self.fc2, self.ffn_norm)
         there = [module._parameters for module in modules if module is not None]
         return [parameters.get(name) for parameters in there for name in ("weight", "bias")]
 
@@ -118,7 +133,7 @@ class LayerParts:
                     f"a {kind.__module__}.{kind.__name__} as the weight of its {name}, not a plain parameter: undo "
                     "quantization before patching, and what torch.nn.utils computes it by (prune, weight_norm, ...)"
                 )
-            if bias is None and not self.bare:
+            if bias is None and expected in self.biased:
                 return f"no bias in its {name}, which ticketops does not serve"
         return None
 
@@ -168,8 +183,8 @@ class Adapter:
         inputs: kind of the model's inputs.
         ops: names of the ops that its layers run on.
         gated: True if the FFNs have a gate.
-        biases: function of a configuration that returns if the linear layers of attention, and those of the FFN, have
-            biases.
+        biases: function of a configuration that returns if the linear layers of attention, the first ones of the FFN
+            and its last one have biases.
         window: function (configuration, layer) that returns the attention window in tokens; None for the whole
             sequence.
         reads_positions: True if layers get position_ids, with which flash attention separates packed sequences.
@@ -195,7 +210,7 @@ class Adapter:
     inputs: Inputs = TEXT
     ops: tuple[str, ...] = OPS
     gated: bool = False
-    biases: Callable[[Any], tuple[bool, bool]] = lambda config: (True, True)
+    biases: Callable[[Any], tuple[bool, bool, bool]] = lambda config: (True, True, True)
     window: Callable[[Any, int], int | None] = lambda config, layer: None
     reads_positions: bool = False
     no_mask: Mapping[str, None] | None = None
@@ -209,9 +224,9 @@ class Adapter:
     def weights(self, config: Any) -> tuple[int, int, int]:
         """Returns the number of weights of a head, of a neuron, and of an FFN apart from its neurons (the output
         bias)."""
-        (around_attention, around_ffn), hidden = self.biases(config), config.hidden_size
-        head = (4 * hidden + 3 * around_attention) * head_dim(config)
-        return head, (2 + self.gated) * hidden + (1 + self.gated) * around_ffn, hidden * around_ffn
+        (of_attention, of_first, of_last), hidden = self.biases(config), config.hidden_size
+        head = (4 * hidden + 3 * of_attention) * head_dim(config)
+        return head, (2 + self.gated) * hidden + (1 + self.gated) * of_first, hidden * of_last
 
     def windows(self, config: Any) -> list[int | None]:
         """How far each layer's attention reaches; None for the whole sequence."""
@@ -284,7 +299,7 @@ def activation_name(module: nn.Module) -> str:
         module: activation module of the FFN.
 
     Returns:
-        "gelu", "gelu_tanh" or "relu".
+        "gelu", "gelu_tanh", "relu" or "silu".
 
     Raises:
         UnsupportedError: any other activation.
@@ -294,8 +309,8 @@ def activation_name(module: nn.Module) -> str:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     if kind not in _ACTIVATIONS:
         raise UnsupportedError(
-            f"the activation {kind.__name__} is not supported: ticketops serves gelu (erf), its tanh approximations "
-            "and relu"
+            f"the activation {kind.__name__} is not supported: ticketops serves gelu (erf), its tanh "
+            "approximations, relu and silu"
         )
     if not _computes_its_own(module, _ACTIVATIONS[kind]):
         raise UnsupportedError(f"the activation {kind.__name__} is not supported with another function as its act")

@@ -1,6 +1,6 @@
 """BERT and the encoders of its class pattern: the bare models and every task head of transformers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -32,12 +32,10 @@ class TicketEncoder(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)
         packing = ticketops.packing
         if packing.indices is not None and not ticketops.packed:
-            hidden_states = ticketops.leave(packing.pack(hidden_states)[None])
+            real = packing.pack(hidden_states)
+            hidden_states = packing.unpack(real) if ticketops.spread else real[None]
         output: Any = super().forward(hidden_states, *args, ticketops=ticketops, **kwargs)
-        if ticketops.first_tokens is not None:
-            empty = packing.sequences.lengths == 0
-            output.last_hidden_state = output.last_hidden_state.masked_fill(empty[:, None, None], 0)
-        elif packing.indices is not None and not ticketops.spread:
+        if packing.indices is not None and not ticketops.spread and ticketops.first_tokens is None:
             output.last_hidden_state = packing.unpack(output.last_hidden_state[0])
         return output
 
@@ -114,19 +112,26 @@ class TicketLayer(nn.Module):
         around, hidden_states = (attention, attention.self, attention.output), ticketops.enter(hidden_states)
         done = whole_layer(self._ticketops, parts, around, hidden_states, ticketops)
         if done is None:
-            done = read_tokens(self._ticketops, self._by_modules(hidden_states, args[:1], ticketops), ticketops)
-        return ticketops.leave(done)
+            done = self._by_modules(hidden_states, parts, args[:1], ticketops)
+            done = read_tokens(self._ticketops, done, ticketops)
+        return ticketops.leave(done, self._ticketops.index)
 
-    def _by_modules(self, hidden_states: Tensor, mask: tuple[Any, ...], ticketops: Call) -> Tensor:
+    def _by_modules(self, hidden_states: Tensor, parts: LayerParts, mask: tuple[Any, ...], ticketops: Call) -> Tensor:
         # Nobody but hooks reads the mask.
         hidden_states, _ = self.attention(hidden_states, *mask, ticketops=ticketops)
         if not self._ticketops.kept.ffn:
             return self.output.LayerNorm(hidden_states)
-        output = feed_forward(self._ticketops, self.intermediate.dense, self.output.dense, hidden_states, ticketops)
+        output = feed_forward(self._ticketops, parts, hidden_states, ticketops)
         return residual_norm(self.output.LayerNorm, output, hidden_states, None, rate(self.output.dropout))
 
 
-def post_norm_layer(state: LayerState, parts: LayerParts, hidden_states: Tensor, call: Call) -> Tensor:
+#: What becomes of q and k [tokens, heads, head_dim] before their product, as rotary positions do.
+Turn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def post_norm_layer(
+    state: LayerState, parts: LayerParts, hidden_states: Tensor, call: Call, turn: Turn | None = None
+) -> Tensor:
     """Computes a layer that calls none of its modules: by one op where there is one, else by several.
 
     Args:
@@ -134,28 +139,29 @@ def post_norm_layer(state: LayerState, parts: LayerParts, hidden_states: Tensor,
         parts: the layer's.
         hidden_states: [.., C].
         call: of the forward pass.
+        turn: what becomes of q and k; the op for a whole layer has none.
 
     Returns:
         [.., C], or [B, 1, C] where only first tokens are read.
     """
     state.check(call)
     hidden_states = call.enter(hidden_states)
-    done = whole_layer(state, parts, (), hidden_states, call)
+    done = whole_layer(state, parts, (), hidden_states, call) if turn is None else None
     if done is None:
-        done = read_tokens(state, _by_parts(state, parts, hidden_states, call), call)
-    return call.leave(done)
+        done = read_tokens(state, _by_parts(state, parts, hidden_states, call, turn), call)
+    return call.leave(done, state.index)
 
 
-def _by_parts(state: LayerState, parts: LayerParts, hidden_states: Tensor, call: Call) -> Tensor:
+def _by_parts(state: LayerState, parts: LayerParts, hidden_states: Tensor, call: Call, turn: Turn | None) -> Tensor:
     assert parts.attention_norm is not None
     attention_dropout, output_dropout, ffn_dropout = parts.rates
-    contexts = attend(state, parts.qkv, hidden_states, call, parts.scale, attention_dropout)
+    contexts = attend(state, parts.qkv, hidden_states, call, parts.scale, attention_dropout, turn=turn)
     projected = project(state, parts.output, contexts, hidden_states)
     hidden_states = residual_norm(parts.attention_norm, projected, hidden_states, parts.output.bias, output_dropout)
     if not state.kept.ffn:
         normed: Tensor = parts.ffn_norm(hidden_states)
         return normed
-    output = feed_forward(state, parts.fc1, parts.fc2, hidden_states, call)
+    output = feed_forward(state, parts, hidden_states, call)
     return residual_norm(parts.ffn_norm, output, hidden_states, None, ffn_dropout)
 
 
@@ -243,7 +249,7 @@ def attend(
     scale: float,
     dropout_p: float,
     window: int | None = None,
-    turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    turn: Turn | None = None,
 ) -> Tensor:
     """Attends over the kept heads.
 
@@ -255,7 +261,7 @@ def attend(
         scale: multiplies the scores.
         dropout_p: of attention weights, 0 in evaluation.
         window: how far attention reaches; None for the whole sequence.
-        turn: what becomes of q and k [tokens, heads, head_dim] before their product, as rotary positions do.
+        turn: what becomes of q and k; None for nothing.
 
     Returns:
         The kept heads' contexts [.., heads * head_dim].
@@ -290,6 +296,33 @@ def attend(
     )
     # Without any token, -1 would be ambiguous.
     return context.view(*hidden_states.shape[:-1], context.shape[1] * context.shape[2])
+
+
+def rotation(
+    apply: Callable[..., tuple[Tensor, Tensor]], embeddings: tuple[Tensor, Tensor], hidden_states: Tensor, call: Call
+) -> Turn:
+    """Returns what turns q and k by their tokens' positions.
+
+    Args:
+        apply: function of transformers that turns q and k by cosines and sines.
+        embeddings: cosines and sines [.., head_dim] of the positions, which one row of a batch may give for all.
+        hidden_states: [.., C], what the layer is called with.
+        call: of the forward pass.
+    """
+    rows = (x.expand(*hidden_states.shape[:-1], -1) for x in embeddings)
+    cosines, sines = (call.enter(x).flatten(0, 1) for x in rows)
+    return lambda query, key: apply(query, key, cosines, sines)
+
+
+def rope_refusal(parameters: Mapping[str, Any]) -> str | None:
+    """Says why a configuration's rotary positions are not supported, or None.
+
+    Args:
+        parameters: the configuration's `rope_parameters`, or those of one kind of layer.
+    """
+    if (rope := parameters["rope_type"]) in ("dynamic", "longrope"):
+        return f"rope_type {rope!r}: positions that change with the longest row of a batch; set it to 'default'"
+    return None
 
 
 def project(state: LayerState, linear: nn.Linear, contexts: Tensor, residual: Tensor) -> Tensor:
@@ -329,17 +362,14 @@ def with_unread(norm: nn.Module, hidden_states: Tensor, normed: Tensor | None = 
     return hidden_states + torch.stack([parameter[:0].sum() for parameter in trained]).sum()
 
 
-def feed_forward(
-    state: LayerState, fc1: nn.Linear, fc2: nn.Linear, hidden_states: Tensor, call: Call, dropout_p: float = 0.0
-) -> Tensor:
+def feed_forward(state: LayerState, parts: LayerParts, hidden_states: Tensor, call: Call) -> Tensor:
     """Applies the FFN.
 
     Args:
         state: of the layer.
-        fc1, fc2: the FFN's linear layers.
+        parts: the layer's.
         hidden_states: [.., C].
         call: of the forward pass.
-        dropout_p: of the activations, 0 in evaluation.
 
     Returns:
         [tokens, C], before dropout and residual.
@@ -347,20 +377,30 @@ def feed_forward(
     neurons = state.kept.neurons
     return ops.ffn(
         hidden_states.flatten(0, -2),
-        fc1.weight,
-        fc1.bias,
-        fc2.weight,
-        fc2.bias,
+        *_joined(parts.first),
+        parts.fc2.weight,
+        parts.fc2.bias,
         call.packing.sequences,
         activation=state.activation,
-        gated=state.repeats[1] == 2,
-        dropout_p=dropout_p,
+        gated=parts.gated,
+        dropout_p=parts.activation_dropout,
         importance=call.ffn_importance.get(state.index),
         neuron_importance=call.neuron_importance.get(state.index),
         per_token=call.per_token,
         blocks=None if neurons is None else neurons.on(hidden_states.device),
         count=len(state.neurons),
     )
+
+
+def _joined(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of one linear layer with the rows of all; a copy where there are several."""
+    if len(linears) == 1:
+        return linears[0].weight, linears[0].bias
+    biases = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return torch.cat([linear.weight for linear in linears]), None
+    rows = (linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears)
+    return torch.cat([linear.weight for linear in linears]), torch.cat(list(rows))
 
 
 def residual_norm(

@@ -515,9 +515,9 @@ def _pack_inputs(embeddings: Any, packing: Packing, indices: Tensor, kwargs: dic
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     positions = kwargs.get("position_ids")
     if positions is None:
-        # RoBERTa and its kin count positions from the ids; others may have them in a buffer.
+        # RoBERTa and its kin count positions from the ids; others with a table may have them in a buffer.
         if not hasattr(embeddings, "create_position_ids_from_input_ids"):
-            buffer = getattr(embeddings, "position_ids", None)
+            buffer = getattr(embeddings, "position_ids", None) if hasattr(embeddings, "position_embeddings") else None
             positions = torch.arange(packing.width, device=indices.device) if buffer is None else buffer
             positions = positions[..., : packing.width]
         elif ids is not None:
@@ -540,6 +540,7 @@ def _padded(packs: bool, call: Call, output: Any) -> Any:
     # in a bucket as long as its row has the same packed and padded.
     packing, last = call.packing, output[0]
     # Layers that are spread have padded the others. What comes behind them need not leave zeros at padding.
+    packs = packs and call.first_tokens is None and call.padded_by is None
     clean = packing.unpack(packing.pack(last) if call.spread else last[0]) if packs else last
 
     def padded(state: Tensor | None) -> Tensor | None:

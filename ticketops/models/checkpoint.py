@@ -3,7 +3,7 @@ checked before the model is built."""
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,13 +13,14 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Chunk
 from transformers.initialization import no_init_weights
 
 from ticketops.errors import InputError, TicketopsError
 from ticketops.files import MAX_INDEX_BYTES, MAX_JSON_BYTES, read_json, read_manifest, user_path
 from ticketops.models.note import without_note
 from ticketops.models.record import applied_ticket, held_ticket
-from ticketops.models.registry import check_supported, find_adapter
+from ticketops.models.registry import check_installed, check_supported, find_adapter
 
 #: File in an export or a run's saved model that has its origin and the checksums of its files.
 NOTE = "ticketops.json"
@@ -41,6 +42,8 @@ _CODE_KEY = "auto_map"
 #: Keys and a file that make from_pretrained read files other than the folder's own weights.
 _REFUSED_KEYS = ("quantization_config", "transformers_weights")
 _REFUSED_FILE = "adapter_config.json"
+#: Of weights, in safetensors' words.
+_DTYPES = ("F32", "F16", "BF16")
 
 
 def load(folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -84,6 +87,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
     Raises:
         InputError: one of its files is missing, damaged or hostile.
+        UnsupportedError: the installed transformers does not have the architecture yet.
     """
     for path in folder.iterdir():
         # Such as a pipe, a device, a socket, or a broken link.
@@ -97,6 +101,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
                 f'{name} has "{_CODE_KEY}": it is made for custom code, which ticketops never runs; give a model of '
                 "transformers' own"
             )
+    check_installed(content.get("model_type"))
     labels = content.get("num_labels")
     if isinstance(labels, int) and labels > _MAX_LABELS:
         raise InputError(f"config.json has {labels} labels, each of which is given a name; correct it")
@@ -206,8 +211,8 @@ def _weight_files(folder: Path) -> list[Path]:
 def _check_weights(files: list[Path], skeleton: PreTrainedModel) -> None:
     """Compares the shapes in the files' headers with those of the model's parameters, before memory is allocated."""
     shapes = {name: list(value.shape) for name, value in skeleton.state_dict().items()}
-    # If transformers has renamed modules, files on disk keep the old names.
-    renamings = get_model_conversion_mapping(skeleton)
+    # If transformers has renamed or divided modules, files on disk keep the old names and the undivided weights.
+    changes = get_model_conversion_mapping(skeleton)
     found: dict[str, str] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -215,20 +220,47 @@ def _check_weights(files: list[Path], skeleton: PreTrainedModel) -> None:
                 # A buffer that transformers before 4.31 saved, and that later versions ignore.
                 if key.endswith("embeddings.position_ids"):
                     continue
-                part, name = file.get_slice(key), key
-                for renaming in renamings:
-                    name = renaming.rename_source_key(name)[0]
+                part, names = file.get_slice(key), _names_in_model(key, changes)
                 # Earlier versions wrote the weights of removed sublayers as tensors of size 0.
-                if name not in shapes and 0 in part.get_shape():
+                if names[0] not in shapes and 0 in part.get_shape():
                     continue
-                if name in found:
-                    raise InputError(f"{key!r:.100} and {found[name]!r:.100} are one parameter twice; export it again")
-                if shapes.get(name) != part.get_shape() or part.get_dtype() not in ("F32", "F16", "BF16"):
+                if twice := [name for name in names if name in found]:
+                    raise InputError(
+                        f"{key!r:.100} and {found[twice[0]]!r:.100} are one parameter twice; export it again"
+                    )
+                if _joined([shapes.get(name) for name in names]) != part.get_shape() or part.get_dtype() not in _DTYPES:
                     raise InputError(
                         f"{key!r:.100} is {part.get_dtype()} {part.get_shape()} in {path.name}, which its "
                         "configuration does not make; export it again"
                     )
-                found[name] = key
+                found |= dict.fromkeys(names, key)
     tied = {key for key in shapes if key in (getattr(skeleton, "all_tied_weights_keys", None) or {})}
     if missing := sorted(set(shapes) - found.keys() - tied):
         raise InputError(f"the weights lack {missing[0]!r}; export it again")
+
+
+def _names_in_model(key: str, changes: Iterable[Any]) -> list[str]:
+    """Returns the names of the model's parameters that a tensor of a file becomes: several equal parts of its rows, if
+    transformers divides it."""
+    names = [key]
+    for change in changes:
+        names = [part for name in names for part in _changed(name, change)]
+    return names
+
+
+def _changed(name: str, change: Any) -> list[str]:
+    """Applies one of transformers' changes to a name."""
+    changed, matched = change.rename_source_key(name)
+    operations: Any = getattr(change, "operations", ())
+    divides = len(operations) == 1 and type(operations[0]) is Chunk and operations[0].dim == 0
+    if matched is None or not divides:
+        return [changed]
+    return [changed.replace(change.target_patterns[0], part, 1) for part in change.target_patterns]
+
+
+def _joined(shapes: list[list[int] | None]) -> list[int] | None:
+    """Returns the shape of a tensor whose rows are those of equal parts; None if there are no such parts."""
+    part = shapes[0]
+    if part is None or len(shapes) == 1:
+        return part
+    return [len(shapes) * part[0], *part[1:]] if shapes.count(part) == len(shapes) else None

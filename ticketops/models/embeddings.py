@@ -88,23 +88,28 @@ def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tens
     """Computes the embeddings of words, positions and token types, LayerNorm and dropout in one op.
 
     Args:
-        module: module with `word_embeddings`, `position_embeddings`, `LayerNorm`, `dropout` and, if there are token
-            types, `token_type_embeddings`.
+        module: module with `word_embeddings`, `LayerNorm`, `dropout` and, if there are positions and token types,
+            `position_embeddings` and `token_type_embeddings`.
         ids: int64 [..], ids of the words.
-        positions: int64 [..], position of each word.
+        positions: int64 [..], position of each word; not read without a table of them.
         types: int64 [..], token type of each word; None for the default types.
 
     Returns:
         [.., C]; None if the op does not support the modules, or a hook or transform must see them.
     """
-    words, places, kinds = module.word_embeddings, module.position_embeddings, None
+    words, places, kinds = (getattr(module, f"{name}_embeddings", None) for name in ("word", "position", "token_type"))
     norm, drop = module.LayerNorm, module.dropout
-    if transform() or ids is None or positions is None or positions.shape != ids.shape:
+    if transform() or ids is None:
         return None
-    if hasattr(module, "token_type_embeddings"):
-        kinds = module.token_type_embeddings
+    if places is None:
+        positions = None
+    elif positions is None or positions.shape != ids.shape:
+        return None
+    if kinds is None:
+        types = None
+    else:
         if types is None:
-            buffer = getattr(module, "token_type_ids", None)
+            buffer = None if positions is None else getattr(module, "token_type_ids", None)
             types = torch.zeros_like(ids) if buffer is None else buffer.expand(len(ids), -1).gather(1, positions)
         if types.shape != ids.shape:
             return None
@@ -122,9 +127,9 @@ def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tens
     if any(table.weight.dtype != weight.dtype for table in tables) or dropout_p >= 1 or not serves_embedding(weight):
         return None
     return embeddings(
-        (words.weight, None if kinds is None else kinds.weight, places.weight),
+        tuple(None if table is None else table.weight for table in (words, kinds, places)),
         (ids, types, positions),
-        (words.padding_idx, None if kinds is None else kinds.padding_idx, places.padding_idx),
+        tuple(None if table is None else table.padding_idx for table in (words, kinds, places)),
         weight,
         norm.bias,
         dropout_p=dropout_p,

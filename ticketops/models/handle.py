@@ -50,9 +50,9 @@ def patch(model: Any, *, unpad: bool = True, bucket: int | None = None) -> "Patc
     encoder's modules change, to subclasses of the stock ones.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, MPNet,
-            ModernBERT, ViT or DeiT of transformers, bare or with a task head, on any device. Or a SentenceTransformer,
-            CrossEncoder or SparseEncoder of sentence-transformers with one of them inside.
+        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, MPNet, GTE, Jina v3,
+            NomicBert, ModernBERT, ViT or DeiT of transformers, bare or with a task head, on any device. Or a
+            SentenceTransformer, CrossEncoder or SparseEncoder of sentence-transformers with one of them inside.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static and never waits for the
             device, for graphs that capture the whole model, and then every row of the attention mask must be one
             unbroken run.
@@ -544,8 +544,17 @@ class PatchHandle:
         # Each layer compares the dtype of its input with that of its own weights.
         weight = self.weight(base)
         whole = ops.serves_layer(weight, weight)
-        last = self.num_layers - 1 if whole and only_first else None
-        call = Call(packing, self._states[0].kept.number, packed=packed, spread=spread, whole=whole, first_tokens=last)
+        last, first = self.num_layers - 1, whole and only_first
+        pads = packed and self.packs and not first and getattr(base, "pooler", None) is not None
+        call = Call(
+            packing,
+            self._states[0].kept.number,
+            packed=packed,
+            spread=spread,
+            whole=whole,
+            first_tokens=last if first else None,
+            padded_by=last if pads else None,
+        )
         if self._recording is None or not torch.is_grad_enabled():
             return call
         return self._recorded(call, device)

@@ -1,7 +1,6 @@
 """ModernBERT: LayerNorm before each sublayer, one linear layer for q, k and v, rotary positions, gated FFNs without
 biases, and attention within a window in most layers."""
 
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts, rate
-from ticketops.models.bert import attend, feed_forward, project, with_unread
+from ticketops.models.bert import Turn, attend, feed_forward, project, rope_refusal, rotation, with_unread
 from ticketops.models.boundary import TicketModel
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
@@ -30,12 +29,11 @@ class TicketModernBertEncoderLayer(nn.Module):
         if ticketops is None:
             self._ticketops.refuse_stock()
             return super().forward(hidden_states, *args, **kwargs)
-        positions = kwargs["position_embeddings"]
-        if ticketops.spread:
-            positions = tuple(ticketops.enter(x.expand(*hidden_states.shape[:-1], -1)) for x in positions)
-        return ticketops.leave(self._by_modules(ticketops.enter(hidden_states), positions, ticketops))
+        turn = rotation(apply_rotary_pos_emb, kwargs["position_embeddings"], hidden_states, ticketops)
+        done = self._by_modules(ticketops.enter(hidden_states), turn, ticketops)
+        return ticketops.leave(done, self._ticketops.index)
 
-    def _by_modules(self, hidden_states: Tensor, positions: tuple[Tensor, Tensor], ticketops: Call) -> Tensor:
+    def _by_modules(self, hidden_states: Tensor, turn: Turn, ticketops: Call) -> Tensor:
         state, attention, parts = self._ticketops, self.attn, _parts(self)
         state.check(ticketops)
         normed = self.attn_norm(hidden_states)
@@ -47,7 +45,7 @@ class TicketModernBertEncoderLayer(nn.Module):
             parts.scale,
             parts.rates[0],
             window=parts.window,
-            turn=partial(_turn, hidden_states, positions),
+            turn=turn,
         )
         projected = project(state, attention.Wo, contexts, hidden_states)
         if attention.Wo.bias is not None:
@@ -57,19 +55,8 @@ class TicketModernBertEncoderLayer(nn.Module):
             hidden_states = with_unread(self.attn_norm, hidden_states, normed)
         if not state.kept.ffn:
             return with_unread(self.mlp_norm, hidden_states)
-        output = feed_forward(
-            state, self.mlp.Wi, self.mlp.Wo, self.mlp_norm(hidden_states), ticketops, rate(self.mlp.drop)
-        )
+        output = feed_forward(state, parts, self.mlp_norm(hidden_states), ticketops)
         return hidden_states + output.view_as(hidden_states)
-
-
-def _turn(
-    hidden_states: Tensor, embeddings: tuple[Tensor, Tensor], query: Tensor, key: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Turns q and k [tokens, heads, head_dim] by their tokens' positions, which one row of a batch may give for all."""
-    cosines, sines = (x.expand(*hidden_states.shape[:-1], -1).flatten(0, 1) for x in embeddings)
-    turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query, key, cosines, sines)
-    return turned
 
 
 def _window(config: Any, kind: str) -> int | None:
@@ -95,17 +82,14 @@ def _parts(layer: Any) -> LayerParts:
         head_dim=attention.head_dim,
         causal=attention.is_causal,
         gated=True,
-        bare=True,
+        biased=(),
+        activation_dropout=rate(layer.mlp.drop),
         window=_window(attention.config, layer.attention_type),
     )
 
 
 def _refusal(config: Any) -> str | None:
-    for kind in set(config.layer_types):
-        rope = config.rope_parameters[kind]["rope_type"]
-        if rope in ("dynamic", "longrope"):
-            return f"rope_type {rope!r}: positions that change with the longest row of a batch; set it to 'default'"
-    return None
+    return next(filter(None, (rope_refusal(config.rope_parameters[kind]) for kind in set(config.layer_types))), None)
 
 
 def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
@@ -129,8 +113,8 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         calls_with_heads=lambda layer: (layer.attn_norm, layer.mlp_norm, layer.attn.out_drop),
         stack="layers",
         ops=("attention", "ffn", "projection"),
-        gated=True,
-        biases=lambda config: (config.attention_bias, config.mlp_bias),
+        gated=architecture.gated,
+        biases=lambda config: (config.attention_bias, config.mlp_bias, config.mlp_bias),
         window=lambda config, layer: _window(config, config.layer_types[layer]),
         no_mask={"full_attention": None, "sliding_attention": None},
     )

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-_ROTARY = "rotary position embeddings, which only ModernBERT's adapter applies"
+_ROTARY = "rotary position embeddings, which only the adapters of GTE, Jina v3, ModernBERT and NomicBert apply"
 _PRE_NORM = "LayerNorm before each sublayer, which no adapter for text serves yet"
 #: Model type -> reason, for reasons that the names of the modules do not show.
 _KNOWN = {
@@ -46,6 +46,10 @@ def why_not(model: PreTrainedModel) -> str:
     config = model.config
     if config.is_encoder_decoder:
         return "it is an encoder with a decoder, joined by cross attention; ticketops serves encoders alone"
+    if type(model.base_model).__module__.startswith("transformers_modules."):
+        return (
+            "its code came with its weights: load it without trust_remote_code where transformers has its architecture"
+        )
     kind = config.model_type
     causal = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if causal and kind not in _KNOWN:

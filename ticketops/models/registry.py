@@ -1,8 +1,10 @@
 """Look-up of a model's adapter, and checks that the ops support its layers."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,8 +26,30 @@ def _adapter(architecture: Architecture) -> Adapter:
     return adapter
 
 
-ADAPTERS = tuple(map(_adapter, ARCHITECTURES))
+def _is_installed(architecture: Architecture) -> bool:
+    return find_spec(f"transformers.models.{architecture.package}") is not None
+
+
+#: Those of the architectures that the installed transformers has.
+ADAPTERS = tuple(map(_adapter, filter(_is_installed, ARCHITECTURES)))
 _BY_BASE = {adapter.base: adapter for adapter in ADAPTERS}
+
+
+def check_installed(model_type: Any) -> None:
+    """Checks that the installed transformers has an architecture.
+
+    Args:
+        model_type: from config.json; what ticketops does not know is not refused here.
+
+    Raises:
+        UnsupportedError: ticketops serves it, and a later version of transformers brought it.
+    """
+    for architecture in ARCHITECTURES:
+        if architecture.package == model_type and not _is_installed(architecture):
+            raise UnsupportedError(
+                f"transformers {transformers.__version__} has no {architecture.prefix} models: install transformers "
+                f"{architecture.since} or later"
+            )
 
 
 def adapter_of(base: type[nn.Module]) -> Adapter:

@@ -160,7 +160,7 @@ Cut = tuple[nn.Linear, str, int, Tensor | None]
 def _cuts(adapter: Adapter, encoder: Any, config: Any, held: Ticket, left: Ticket) -> Iterator[Cut]:
     """Yields the parameters to cut: (linear layer, name of the parameter, dimension, indices to keep or None to
     remove)."""
-    dim, neurons, (around_attention, around_ffn) = head_dim(config), num_neurons(config), adapter.biases(config)
+    dim, neurons, (of_attention, of_first, of_last) = head_dim(config), num_neurons(config), adapter.biases(config)
     masks = (held.head_mask, left.head_mask, kept_neurons(held, neurons), kept_neurons(left, neurons))
     for layer, heads, left_heads, neurons_of, left_neurons in zip(getattr(encoder, adapter.stack), *masks, strict=True):
         parts: LayerParts = adapter.parts(layer)
@@ -169,19 +169,20 @@ def _cuts(adapter: Adapter, encoder: Any, config: Any, held: Ticket, left: Ticke
             rows = _repeated(kept, dim * int(heads.sum()), parts.repeats[0]) if len(kept) else None
             for linear in parts.qkv:
                 yield linear, "weight", 0, rows
-                if around_attention:
+                if of_attention:
                     yield linear, "bias", 0, rows
             yield parts.output, "weight", 1, kept if len(kept) else None
         if not torch.equal(neurons_of, left_neurons):
             kept = left_neurons[neurons_of].nonzero().flatten()
             rows = _repeated(kept, int(neurons_of.sum()), parts.repeats[1]) if len(kept) else None
-            yield parts.fc1, "weight", 0, rows
+            for linear in parts.first:
+                yield linear, "weight", 0, rows
+                if of_first:
+                    yield linear, "bias", 0, rows
             yield parts.fc2, "weight", 1, kept if len(kept) else None
-            if around_ffn:
-                yield parts.fc1, "bias", 0, rows
-                # A removed FFN has no output bias either.
-                if rows is None:
-                    yield parts.fc2, "bias", 0, None
+            # A removed FFN has no output bias either.
+            if of_last and rows is None:
+                yield parts.fc2, "bias", 0, None
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

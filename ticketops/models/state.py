@@ -28,7 +28,7 @@ class Kept:
         neuron_numbers: indices of the computed neurons in the architecture; None for all neurons of the architecture.
         frozen_rows: frozen slices of the weights and biases of q, k and v.
         frozen_columns: frozen slices of the output projection's weight.
-        frozen_fc1: frozen slices of the weight and bias of the FFN's first linear layer.
+        frozen_fc1: frozen slices of the weight and bias of the FFN's first linear layer, and of that of its gate.
         frozen_fc2: frozen slices of the weight of its second linear layer.
         frozen_bias: frozen slices of the bias of its second linear layer.
         number: id of the ticket among those applied to the model. An object's identity would not do, since wrappers for
@@ -57,7 +57,7 @@ class Kept:
         return [
             *((linear, name, self.frozen_rows) for linear in parts.qkv for name in ("weight", "bias")),
             (parts.output, "weight", self.frozen_columns),
-            *((parts.fc1, name, self.frozen_fc1) for name in ("weight", "bias")),
+            *((linear, name, self.frozen_fc1) for linear in parts.first for name in ("weight", "bias")),
             (parts.fc2, "weight", self.frozen_fc2),
             (parts.fc2, "bias", self.frozen_bias),
         ]
@@ -212,6 +212,8 @@ class Call:
         whole: one op computes each layer whose input has its weights' dtype.
         first_tokens: number of the layer of whose result only the first token of each row is read; None where all may
             be.
+        padded_by: number of the layer that pads its result again, since the bare model reads rows of it and has no
+            encoder that would pad; None where no layer does.
         position_bias: [H, 2 R + 1] for the architecture's heads, see `ticketops.ops.attention`; None for no bias.
         recorded: notes in which backward pass the forward pass's gradients arrive; None when not recording.
     """
@@ -226,6 +228,7 @@ class Call:
     spread: bool = False
     whole: bool = False
     first_tokens: int | None = None
+    padded_by: int | None = None
     position_bias: Tensor | None = None
     recorded: Any = None
 
@@ -248,10 +251,13 @@ class Call:
         """
         return self.packing.pack(hidden_states)[None] if self.spread else hidden_states
 
-    def leave(self, hidden_states: Tensor) -> Tensor:
-        """What a layer returns: its result, padded again if its input was.
+    def leave(self, hidden_states: Tensor, index: int) -> Tensor:
+        """What a layer returns: its result, padded again if its input was or the model reads rows of it.
 
         Args:
-            hidden_states: [.., C].
+            hidden_states: [.., C], or [B, 1, C] where only first tokens are read, which are zeros in rows without any.
+            index: the layer's number.
         """
-        return self.packing.unpack(hidden_states[0]) if self.spread else hidden_states
+        if self.first_tokens == index:
+            return hidden_states.masked_fill((self.packing.sequences.lengths == 0)[:, None, None], 0)
+        return self.packing.unpack(hidden_states[0]) if self.spread or self.padded_by == index else hidden_states

@@ -45,7 +45,7 @@ class PreNormLayer(nn.Module):
                 nothing = torch.zeros_like(hidden_states).requires_grad_(hidden_states.requires_grad)
                 hidden_states = hidden_states + self.dropout(nothing)
             return hidden_states
-        output = feed_forward(state, parts.fc1, parts.fc2, self.layernorm_after(hidden_states), ticketops)
+        output = feed_forward(state, parts, self.layernorm_after(hidden_states), ticketops)
         return hidden_states + self.dropout(output.view_as(hidden_states))
 
 

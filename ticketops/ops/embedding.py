@@ -45,9 +45,9 @@ def embedding(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
 
 
 def embeddings(
-    tables: tuple[Tensor, Tensor | None, Tensor],
-    ids: tuple[Tensor, Tensor | None, Tensor],
-    padding: tuple[int | None, int | None, int | None],
+    tables: Sequence[Tensor | None],
+    ids: Sequence[Tensor | None],
+    padding: Sequence[int | None],
     weight: Tensor,
     bias: Tensor,
     *,
@@ -57,7 +57,8 @@ def embeddings(
     """Computes dropout(LayerNorm(word + token type + position)) in one pass over memory, and its gradients in another.
 
     Args:
-        tables: [V, C] each, the tables of words, token types (or None) and positions; float32 or bfloat16, on the CPU.
+        tables: [V, C] each, the tables of words, token types and positions, the latter two possibly None; float32 or
+            bfloat16, on the CPU.
         ids: int64 or int32, one shape [..], indices into each table; None for a table that is None.
         padding: for each table, the index of a row that gets no gradient, or None.
         weight, bias: [C], the LayerNorm's parameters; any floating dtype.
@@ -147,7 +148,8 @@ def _sources(
     tables: Sequence[Tensor | None], ids: Sequence[Any]
 ) -> tuple[list[Tensor], list[tuple[int, int]], list[int]]:
     """Checks the tables and ids. Returns the checked tensors, which must live as long as their addresses are used; the
-    (table, ids) addresses; and the number of rows of each table."""
+    (table, ids) addresses; and the number of rows of each table. Without positions the
+    order of addresses and numbers is reversed: the kernels need the last table."""
     word = tables[0]
     assert word is not None
     kept_alive: list[Tensor] = []
@@ -162,7 +164,8 @@ def _sources(
         kept_alive += [table, places]
         addresses.append((address(table), address(places)))
         sizes.append(table.shape[0])
-    return kept_alive, addresses, sizes
+    order = slice(None) if tables[-1] is not None else slice(None, None, -1)
+    return kept_alive, addresses[order], sizes[order]
 
 
 def _embed_all(*arguments):
@@ -196,8 +199,8 @@ def _embed_all_backward(dout, *arguments):
         *(address(dz), address(dgamma), address(dbeta), tokens, channels, *dropout_arguments(seed, dropout_p)),
     )
     gradients = [
-        embedding_gradient(dz, ids, size, row) if table_wanted else dz.new_empty(0)
-        for ids, size, row, table_wanted in zip(sources[3:], sizes, skipped, wanted, strict=True)
+        embedding_gradient(dz, ids, len(table), row) if table_wanted else dz.new_empty(0)
+        for table, ids, row, table_wanted in zip(sources[:3], sources[3:], skipped, wanted, strict=True)
     ]
     return *gradients, dgamma.to(weight.dtype), dbeta.to(weight.dtype)
 
@@ -311,7 +314,7 @@ _dropout_op = define(
     _drop_gradients,
     _save_seed,
 )
-_TABLES = "Tensor word, Tensor? token_type, Tensor position, Tensor ids, Tensor? token_type_ids, Tensor position_ids"
+_TABLES = "Tensor word, Tensor? token_type, Tensor? position, Tensor ids, Tensor? token_type_ids, Tensor? position_ids"
 _embeddings_op = define(
     f"embeddings({_TABLES}, Tensor weight, Tensor bias, Tensor? seed, int[] skipped, float dropout_p, float eps) "
     "-> (Tensor, Tensor, Tensor)",

@@ -26,7 +26,7 @@ from ticketops.ops.projection import check_weights, indexed
 from ticketops.ops.registration import autocast, define, same_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 def ffn(
@@ -58,7 +58,7 @@ def ffn(
         b2: [C] bias of the second layer, or None.
         sequences: rows of each sequence, for importance and the masks' gradients, to which rows outside all sequences
             do not contribute.
-        activation: "gelu" (erf), "gelu_tanh" or "relu".
+        activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
         gated: True multiplies the activations by a gate.
         dropout_p: probability in [0, 1) of dropping a neuron's activation, after the gate.
         ffn_mask: scalar tensor that multiplies the output, bias included; None means 1. Differentiable.

@@ -14,7 +14,7 @@ from ticketops.ops.products import gradient_product, product
 __all__ = ["backward", "forward", "refusal"]
 
 #: csrc/cpu/kernels.h, enum Activation.
-ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}
 
 
 def _active(neuron_mask: Tensor | None, dropout_p: float) -> Tensor | None:
@@ -48,7 +48,7 @@ def activate(
 
     Args:
         pre: [T, N], or [T, 2N] if `gated`.
-        activation: "gelu", "gelu_tanh" or "relu".
+        activation: "gelu", "gelu_tanh", "relu" or "silu".
         neuron_mask: float32 [N], or None for ones.
         gated: True if the second half of `pre` is the gate of the first.
         in_place: True overwrites `pre`; not supported with a gate.
@@ -99,7 +99,7 @@ def activate_backward(
         hidden: [T, N], the activations before the mask; may be None if neither `masked` nor `neuron_sums` is wanted.
         masked: [T, N] to write hidden * neuron_mask to, or None.
         neuron_mask: float32 [N], or None for ones.
-        activation: "gelu", "gelu_tanh" or "relu".
+        activation: "gelu", "gelu_tanh", "relu" or "silu".
         bias_sums: True computes the column sums of the result, the gradient of the bias.
         neuron_sums: True computes the sums of gradient * hidden over each sequence's tokens.
         neuron_absolute: True sums absolute values in `neuron_sums`.

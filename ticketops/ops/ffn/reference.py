@@ -17,12 +17,16 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def _activate(pre: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return functional.relu(pre)
+    if activation == "silu":
+        return functional.silu(pre)
     return functional.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _activate_backward(gradient: Tensor, pre: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return torch.ops.aten.threshold_backward(gradient, pre, 0)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(gradient, pre)
     return torch.ops.aten.gelu_backward(gradient, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 

@@ -69,6 +69,9 @@ def activate(x, ACTIVATION: tl.constexpr):
     """Computes the activation and its derivative of float32 values."""
     if ACTIVATION == "relu":
         return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
+    if ACTIVATION == "silu":
+        gate = tl.sigmoid(x)
+        return x * gate, gate + x * gate * (1.0 - gate)
     if ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2 u), which needs no tanh.
         TWO_ROOT_2_OVER_PI: tl.constexpr = 1.5957691216057308

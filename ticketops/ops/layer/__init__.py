@@ -80,7 +80,7 @@ def encoder_layer(
         sequences: rows of each sequence.
         head_dim: D.
         scale: multiplies the attention scores.
-        activation: "gelu" (erf), "gelu_tanh" or "relu".
+        activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
         dropouts: probabilities in [0, 1) for attention weights, the output of attention and the output of the FFN.
         eps: added to the variance in the first and second LayerNorm.
         head_importance: [B, K] float tensor that requires a gradient, as a sink: its gradient is the importance of the

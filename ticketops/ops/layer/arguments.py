@@ -66,7 +66,7 @@ class Settings(NamedTuple):
         max_length: length of the longest sequence in tokens.
         head_dim: D.
         scale: multiplies the attention scores.
-        activation: "gelu" (erf), "gelu_tanh" or "relu".
+        activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
         attention_dropout, output_dropout, ffn_dropout: dropout probabilities of attention weights, the output of
             attention and the output of the FFN.
         eps1, eps2: added to the variance in the first and second LayerNorm.
