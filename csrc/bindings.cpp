@@ -318,11 +318,12 @@ void token_sums(bool bf16, Address a, Address b, Address bias, Address starts, A
   (bf16 ? KERNEL(token_sums<Bf16>) : KERNEL(token_sums<float>))(args);
 }
 
-// The kernel for the dtypes of x and of the residual, which is float32 or x's dtype.
-#define RESIDUAL_KERNEL(name)                       \
-  (residual_bf16 ? KERNEL(name<Bf16, Bf16>)         \
-   : x_bf16      ? KERNEL(name<Bf16, float>)        \
-                 : KERNEL(name<float, float>))
+// The kernel for the dtypes of x, of the residual and of the norm's result. The latter two are float32 or x's dtype.
+#define RESIDUAL_KERNEL(name)                             \
+  (residual_bf16 ? KERNEL(name<Bf16, Bf16, Bf16>)         \
+   : out_bf16    ? KERNEL(name<Bf16, float, Bf16>)        \
+   : x_bf16      ? KERNEL(name<Bf16, float, float>)       \
+                 : KERNEL(name<float, float, float>))
 
 // Addresses of gamma, beta, mean and rstd; zeros for no norm.
 using NormAddresses = std::array<Address, 4>;
@@ -349,21 +350,23 @@ void set_residual(Residual& args, int64_t rows, int64_t channels, const RowAddre
   args.threads = threads;
 }
 
-void residual_forward(bool x_bf16, bool residual_bf16, Address x, Address residual, Address bias,
-                      const std::array<NormAddresses, 2>& norms, Address out, Address half, int64_t rows,
-                      int64_t channels, std::array<double, 2> eps, uint64_t seed, uint32_t threshold, double p,
+void residual_forward(bool x_bf16, bool residual_bf16, bool out_bf16, Address x, Address residual, Address bias,
+                      const std::array<NormAddresses, 2>& norms, Address total, Address out, Address half,
+                      int64_t rows, int64_t channels, std::array<double, 2> eps, uint64_t seed, uint32_t threshold, double p,
                       int threads) {
   const Scratch scratch = allocate(threads * residual_rows * channels);
   ResidualForward args;
   set_residual(args, rows, channels, {{{x, 0}, {0, 0}, {residual, 0}}}, bias, norms, eps, dropout(seed, threshold, p),
                {}, scratch, threads);
+  args.total = pointer<void>(total);
   args.out = pointer<void>(out);
   args.half = pointer<Bf16>(half);
   RESIDUAL_KERNEL(residual_forward)(args);
 }
 
-void residual_backward(bool x_bf16, bool residual_bf16, Address dout, Address x, Address residual, Address bias,
-                       const std::array<NormAddresses, 2>& norms, Address dx, Address dresidual,
+void residual_backward(bool x_bf16, bool residual_bf16, bool out_bf16, Address dout, Address dtotal, Address x,
+                       Address residual, Address bias, const std::array<NormAddresses, 2>& norms, Address dx,
+                       Address dresidual,
                        const std::array<Address, 5>& sums, int64_t rows, int64_t channels, uint64_t seed,
                        uint32_t threshold, double p, int threads) {
   const Scratch scratch = allocate((rows + residual_chunk - 1) / residual_chunk * residual_sums * channels);
@@ -371,6 +374,7 @@ void residual_backward(bool x_bf16, bool residual_bf16, Address dout, Address x,
   set_residual(args, rows, channels, {{{x, 0}, {0, 0}, {residual, 0}}}, bias, norms, {}, dropout(seed, threshold, p),
                {}, scratch, threads);
   args.dout = pointer<void>(dout);
+  args.dtotal = pointer<void>(dtotal);
   args.dx = pointer<void>(dx);
   args.dresidual = pointer<void>(dresidual);
   for (int i = 0; i < 5; ++i) args.sums[i] = pointer<float>(sums[i]);
@@ -399,9 +403,10 @@ void embeddings_forward(bool bf16, const RowAddresses& tables, const std::array<
   ResidualForward args;
   set_residual(args, rows, channels, tables, 0, {addresses, {}}, {eps, 0}, {}, dropout(seed, threshold, p), scratch,
                threads);
+  args.total = nullptr;
   args.out = pointer<void>(out);
   args.half = nullptr;
-  (bf16 ? KERNEL(residual_forward<Bf16, Bf16>) : KERNEL(residual_forward<float, float>))(args);
+  (bf16 ? KERNEL(residual_forward<Bf16, Bf16, Bf16>) : KERNEL(residual_forward<float, float, float>))(args);
 }
 
 // dz [rows, channels]: gets the gradient of the sum of the embeddings.
@@ -413,11 +418,12 @@ void embeddings_backward(bool bf16, Address dout, const RowAddresses& tables, co
   ResidualBackward args;
   set_residual(args, rows, channels, tables, 0, {addresses, {}}, {}, {}, dropout(seed, threshold, p), scratch, threads);
   args.dout = pointer<void>(dout);
+  args.dtotal = nullptr;
   args.dx = nullptr;
   args.dresidual = pointer<void>(dz);
   float* const sums[] = {nullptr, pointer<float>(dgamma), pointer<float>(dbeta), nullptr, nullptr};
   std::copy(std::begin(sums), std::end(sums), args.sums);
-  (bf16 ? KERNEL(residual_backward<Bf16, Bf16>) : KERNEL(residual_backward<float, float>))(args);
+  (bf16 ? KERNEL(residual_backward<Bf16, Bf16, Bf16>) : KERNEL(residual_backward<float, float, float>))(args);
 }
 
 void add(bool total_bf16, Address total, Address x, int64_t x_row, int64_t rows, int64_t columns,
@@ -436,6 +442,13 @@ void dropout_rows(bool bf16, Address x, Address out, int64_t rows, int64_t colum
                   double p, int threads) {
   const DropoutRows args{rows, columns, pointer<void>(x), pointer<void>(out), dropout(seed, threshold, p), threads};
   (bf16 ? KERNEL(dropout<Bf16>) : KERNEL(dropout<float>))(args);
+}
+
+void rotary(bool bf16, Address x, int64_t row, Address cosines, Address sines, bool back, int64_t rows, int64_t heads,
+            int64_t head_dim, int threads) {
+  const Rotary args{rows,  heads, head_dim, pointer<void>(x), row, pointer<float>(cosines), pointer<float>(sines),
+                    back, threads};
+  (bf16 ? KERNEL(rotary<Bf16>) : KERNEL(rotary<float>))(args);
 }
 
 void transpose(Address x, Address out, int64_t rows, int64_t columns, int threads) {
@@ -633,6 +646,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("add", add, release);
   m.def("column_sums", column_sums, release);
   m.def("dropout_rows", dropout_rows, release);
+  m.def("rotary", rotary, release);
   m.def("transpose", transpose, release);
   m.def("embedding_gradient", embedding_gradient, release);
   m.def("encoder", encoder, release);

@@ -1,5 +1,5 @@
 // Elementwise operations and reductions that are not part of another kernel: addition of two dtypes, column sums (a
-// bias's gradient), dropout, sums of rows by id (an embedding's gradient), and transposes.
+// bias's gradient), dropout, rotary positions, sums of rows by id (an embedding's gradient), and transposes.
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 
@@ -62,6 +62,30 @@ void dropout(const DropoutRows& args) {
   });
 }
 
+template <typename T>
+void rotary(const Rotary& args) {
+  constexpr int64_t chunk = 16;
+  const int64_t half = args.head_dim / 2;
+  const float sign = args.back ? -1.0f : 1.0f;
+  parallel((args.rows + chunk - 1) / chunk, args.threads, [&](int64_t task, int) {
+    const int64_t end = min((task + 1) * chunk, args.rows);
+    for (int64_t row = task * chunk; row < end; ++row) {
+      const float *cos = args.cosines + row * args.head_dim, *sin = args.sines + row * args.head_dim;
+      // The transpose has each half's sine at the other.
+      const float *sin_a = args.back ? sin + half : sin, *sin_b = args.back ? sin : sin + half;
+      T* x = static_cast<T*>(args.x) + row * args.row;
+      for (int64_t head = 0; head < args.heads; ++head, x += args.head_dim)
+        for_row(half, [&](int64_t i, auto load, auto store) {
+          fetch<true>(x + i + args.row);
+          fetch<true>(x + half + i + args.row);
+          const Float a = load(x), b = load(x + half);
+          store(x, a * load(cos) - b * load(sin_a) * sign);
+          store(x + half, b * load(cos + half) + a * load(sin_b) * sign);
+        });
+    }
+  });
+}
+
 // Each thread takes a block of columns and goes through all rows, so that the rows of one id are added in order.
 template <typename T>
 void embedding_gradient(const EmbeddingGradient& args) {
@@ -119,6 +143,7 @@ void transpose(const Transpose& args) {
 #define INSTANTIATE(T)                              \
   template void column_sums<T>(const ColumnSums&); \
   template void dropout<T>(const DropoutRows&);     \
+  template void rotary<T>(const Rotary&);           \
   template void embedding_gradient<T>(const EmbeddingGradient&);
 INSTANTIATE(float)
 INSTANTIATE(Bf16)

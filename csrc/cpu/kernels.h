@@ -144,14 +144,15 @@ struct Rows {
 
 // A LayerNorm of T rows. mean and rstd: [T].
 struct Norm {
-  const float *gamma, *beta;  // gamma: null for no norm
+  const float *gamma, *beta;  // gamma: null for no norm; beta: null for zeros
   float eps;
   float *mean, *rstd;
 };
 
-// out = last(norms(residual + dropout(x + bias + third))), where `dropout` and `last` are dropouts: the end of a
-// sublayer. With embedding tables as x, third and residual, it is a model's embeddings. The second norm is for a layer
-// whose FFN is pruned: the LayerNorms before and after the FFN then follow each other.
+// total = residual + dropout(x + bias + third), out = last(norms(total)), where `dropout` and `last` are dropouts: the
+// end of a sublayer. If LayerNorm comes first in a layer, `total` goes on to the end of the next sublayer, and `out` into
+// it. With embedding tables as x, third and residual, it is a model's embeddings. The second norm is for a layer whose
+// FFN is pruned: the LayerNorms before and after the FFN then follow each other.
 struct Residual {
   int64_t rows, channels;
   Rows x, third, residual;
@@ -168,7 +169,8 @@ constexpr int64_t residual_rows = 8;
 
 // scratch: [threads, residual_rows, C].
 struct ResidualForward : Residual {
-  void* out;
+  void* total;  // [T, C], or null
+  void* out;  // [T, C]; not written without a norm
   Bf16* half;  // [T, C], a copy of `out` in bfloat16, or null
 };
 
@@ -179,8 +181,9 @@ constexpr int64_t residual_chunk = 64;
 constexpr int64_t residual_sums = 7;
 
 struct ResidualBackward : Residual {
-  const void* dout;
-  void *dx, *dresidual;  // dx: null if it equals dresidual
+  const void* dout;  // not read without a norm
+  const void* dtotal;  // what reaches `total` past the norm, or null
+  void *dx, *dresidual;  // dx: null if it equals dresidual; dresidual: null if it equals dtotal
   float* sums[5];  // [C] each, or null: dbias, dgamma and dbeta of the first norm, then of the second
 };
 
@@ -224,6 +227,17 @@ struct EmbeddingGradient {
   const void* x;  // [T, C]
   void* table;  // [V, C]
   int64_t skipped;
+  int threads;
+};
+
+// Turns pairs of channels by the angle of their token (rotary positions), in place: with the halves (a, b) of a head,
+// (a, b) = (a cos - b sin, b cos + a sin); `back`, the gradient's turn, is the transpose of that.
+struct Rotary {
+  int64_t rows, heads, head_dim;
+  void* x;  // [T, heads, D], rows `row` elements apart
+  int64_t row;
+  const float *cosines, *sines;  // [T, D]
+  bool back;
   int threads;
 };
 
@@ -322,9 +336,9 @@ struct Copies {
   void ffn_backward(const FfnBackward&);                                            \
   template <typename T>                                                             \
   void token_sums(const TokenSums&);                                                \
-  template <typename X, typename R>                                                 \
+  template <typename X, typename R, typename O>                                     \
   void residual_forward(const ResidualForward&);                                    \
-  template <typename X, typename R>                                                 \
+  template <typename X, typename R, typename O>                                     \
   void residual_backward(const ResidualBackward&);                                  \
   template <typename A, typename B>                                                 \
   void add(const Add&);                                                             \
@@ -332,6 +346,8 @@ struct Copies {
   void column_sums(const ColumnSums&);                                              \
   template <typename T>                                                             \
   void dropout(const DropoutRows&);                                                 \
+  template <typename T>                                                             \
+  void rotary(const Rotary&);                                                       \
   template <typename T>                                                             \
   void embedding_gradient(const EmbeddingGradient&);                                \
   void transpose(const Transpose&);                                                 \

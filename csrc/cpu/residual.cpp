@@ -1,5 +1,5 @@
 // Bias, dropout, residual and LayerNorm, or sum of embeddings, LayerNorm and dropout. Forward and backward each take
-// one pass over memory.
+// one pass over memory. X is the type of x, R that of the residual and the total, O that of the norm's result.
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 
@@ -41,12 +41,13 @@ float sum_row(const Residual& args, int64_t row, float* z) {
 // (z - mean) rstd gamma + beta of one vector of a row.
 template <typename Load>
 TICKETOPS_INLINE Float normalised(const Norm& norm, int64_t row, Load load, const float* z) {
-  return (load(z) - norm.mean[row]) * norm.rstd[row] * load(norm.gamma) + load(norm.beta);
+  const Float scaled = (load(z) - norm.mean[row]) * norm.rstd[row] * load(norm.gamma);
+  return norm.beta ? scaled + load(norm.beta) : scaled;
 }
 
 }  // namespace
 
-template <typename X, typename R>
+template <typename X, typename R, typename O>
 void residual_forward(const ResidualForward& args) {
   constexpr int64_t chunk = 2 * residual_rows;
   const int64_t channels = args.channels;
@@ -69,8 +70,16 @@ void residual_forward(const ResidualForward& args) {
           norm.rstd[first + i] = 1.0f / __builtin_sqrtf(sum(squares) / channels + norm.eps);
         }
       };
-      for (int64_t i = 0; i < rows; ++i)
-        first_norm.mean[first + i] = sum_row<X, R>(args, first + i, z + i * channels) / channels;
+      for (int64_t i = 0; i < rows; ++i) {
+        const float total = sum_row<X, R>(args, first + i, z + i * channels);
+        if (first_norm.gamma) first_norm.mean[first + i] = total / channels;
+        R* copy = args.total ? static_cast<R*>(args.total) + (first + i) * channels : nullptr;
+        for_row(copy ? channels : 0, [&](int64_t j, auto load, auto store) {
+          fetch<true>(copy + j + channels);
+          store(copy, load(z + i * channels));
+        });
+      }
+      if (!first_norm.gamma) continue;
       measure(first_norm);
       if (second_norm.gamma) {
         for (int64_t i = 0; i < rows; ++i) {
@@ -87,7 +96,7 @@ void residual_forward(const ResidualForward& args) {
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = first + i;
         const uint32_t key = row_key(args.last, row);
-        R* out = static_cast<R*>(args.out) + row * channels;
+        O* out = static_cast<O*>(args.out) + row * channels;
         Bf16* half = args.half ? args.half + row * channels : nullptr;
         for_row(channels, [&](int64_t j, auto load, auto store) {
           fetch<true>(out + j + channels);
@@ -102,8 +111,8 @@ void residual_forward(const ResidualForward& args) {
   });
 }
 
-// With N = (z - mean) rstd and G = gamma dOut: dz = rstd (G - mean(G) - N mean(G N)), dx = dropout(dz).
-template <typename X, typename R>
+// With N = (z - mean) rstd and G = gamma dOut: dz = rstd (G - mean(G) - N mean(G N)) + dTotal, dx = dropout(dz).
+template <typename X, typename R, typename O>
 void residual_backward(const ResidualBackward& args) {
   const int64_t channels = args.channels;
   const int64_t chunks = (args.rows + residual_chunk - 1) / residual_chunk;
@@ -117,8 +126,30 @@ void residual_backward(const ResidualBackward& args) {
     for (int64_t i = 0; i < (second.gamma ? 5 : 3) * channels; ++i) dbias[i] = 0;
     const int64_t end = min((task + 1) * residual_chunk, args.rows);
     for (int64_t row = task * residual_chunk; row < end; ++row) {
+      // The end of a row, from what reaches z through the norm.
+      const auto finish = [&](auto through_norm) {
+        const uint32_t key = row_key(dropout, row);
+        const R* dtotal = args.dtotal ? static_cast<const R*>(args.dtotal) + row * channels : nullptr;
+        X* dx = args.dx ? static_cast<X*>(args.dx) + row * channels : nullptr;
+        R* dresidual = args.dresidual ? static_cast<R*>(args.dresidual) + row * channels : nullptr;
+        for_row(channels, [&](int64_t i, auto load, auto store) {
+          if (dtotal) fetch(dtotal + i + channels);
+          if (dresidual) fetch<true>(dresidual + i + channels);
+          if (dx) fetch<true>(dx + i + channels);
+          Float dz = through_norm(i, load);
+          if (dtotal) dz += load(dtotal);
+          const Float dropped = dropout.threshold ? drop(dropout, key, i, dz * dropout.scale) : dz;
+          if (dresidual) store(dresidual, dz);
+          if (dx) store(dx, dropped);
+          store(dbias, load(dbias) + dropped);
+        });
+      };
+      if (!first.gamma) {
+        finish([](int64_t, auto) { return Float{}; });
+        continue;
+      }
       sum_row<X, R>(args, row, normal);
-      const R* dout = static_cast<const R*>(args.dout) + row * channels;
+      const O* dout = static_cast<const O*>(args.dout) + row * channels;
       const float mean = first.mean[row], rstd = first.rstd[row];
       const uint32_t last_key = row_key(args.last, row);
       // The gradient of the last norm's output, before the last dropout.
@@ -137,7 +168,8 @@ void residual_backward(const ResidualBackward& args) {
       if (second.gamma) {
         const float mean2 = second.mean[row], rstd2 = second.rstd[row];
         const auto centred2 = [&](auto load) {
-          return (load(normal) * load(first.gamma) + load(first.beta) - mean2) * rstd2;
+          const Float scaled = load(normal) * load(first.gamma);
+          return ((first.beta ? scaled + load(first.beta) : scaled) - mean2) * rstd2;
         };
         Float total2{}, product2{};
         for_row(channels, [&](int64_t i, auto load, auto store) {
@@ -165,18 +197,9 @@ void residual_backward(const ResidualBackward& args) {
         });
       }
       const float mean_total = sum(total) / channels, mean_product = sum(product) / channels;
-      const uint32_t key = row_key(dropout, row);
-      X* dx = args.dx ? static_cast<X*>(args.dx) + row * channels : nullptr;
-      R* dresidual = static_cast<R*>(args.dresidual) + row * channels;
-      for_row(channels, [&](int64_t i, auto load, auto store) {
-        fetch<true>(dresidual + i + channels);
-        if (dx) fetch<true>(dx + i + channels);
+      finish([&](int64_t i, auto load) {
         const Float value = second.gamma ? load(gradient) : norm_gradient(i, load);
-        const Float dz = (value * load(first.gamma) - mean_total - load(normal) * mean_product) * rstd;
-        const Float dropped = dropout.threshold ? drop(dropout, key, i, dz * dropout.scale) : dz;
-        store(dresidual, dz);
-        if (dx) store(dx, dropped);
-        store(dbias, load(dbias) + dropped);
+        return (value * load(first.gamma) - mean_total - load(normal) * mean_product) * rstd;
       });
     }
   });
@@ -185,11 +208,12 @@ void residual_backward(const ResidualBackward& args) {
       sum_rows(args.scratch + i * channels, chunks, residual_sums * channels, channels, args.sums[i], args.threads);
 }
 
-#define INSTANTIATE(X, R)                                           \
-  template void residual_forward<X, R>(const ResidualForward&);     \
-  template void residual_backward<X, R>(const ResidualBackward&);
-INSTANTIATE(float, float)
-INSTANTIATE(Bf16, float)
-INSTANTIATE(Bf16, Bf16)
+#define INSTANTIATE(X, R, O)                                        \
+  template void residual_forward<X, R, O>(const ResidualForward&);  \
+  template void residual_backward<X, R, O>(const ResidualBackward&);
+INSTANTIATE(float, float, float)
+INSTANTIATE(Bf16, float, float)
+INSTANTIATE(Bf16, float, Bf16)
+INSTANTIATE(Bf16, Bf16, Bf16)
 
 }  // namespace ticketops::TICKETOPS_ISA

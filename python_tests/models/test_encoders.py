@@ -8,6 +8,7 @@ import torch
 import transformers
 from bounds import roundings
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from ops.cases import need
 from sklearn.datasets import load_digits
 from torch import nn
 from transformers import DataCollatorWithFlattening
@@ -599,6 +600,18 @@ def test_dropout_is_where_stock_has_it(encoder):
     parts = adapter.parts(adapter.layers(base)[0])
     inside = [module for module in adapter.layers(base)[0].modules() if isinstance(module, nn.Dropout)]
     assert {id(module) for module in parts.dropouts} == {id(module) for module in inside}
+
+
+@pytest.mark.parametrize("ticket", [None, "neither", "neurons"])
+@pytest.mark.parametrize("name", TEXT)
+def test_each_layer_is_one_op_on_a_cpu(name, ticket, monkeypatch):
+    need("native", "attention", torch.float32)
+    model, calls, layer = make(f"{name}ForTokenClassification"), [], ticketops.ops.encoder_layer
+    monkeypatch.setattr(ticketops.ops, "encoder_layer", lambda *args, **more: calls.append(0) or layer(*args, **more))
+    with ticketops.patch(model) as handle:
+        handle.apply(None if ticket is None else TICKETS[ticket])
+        model(**draw(model)).logits.sum().backward()
+    assert len(calls) == LAYERS
 
 
 @pytest.mark.parametrize(("name", "place"), [("ModernBertModel", "drop"), ("GteModel", "dropout")])

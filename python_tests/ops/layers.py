@@ -1,12 +1,15 @@
 """A whole layer by its own op and by the ops that it is made of, and what it is held to."""
 
 import contextlib
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch.nn.functional import layer_norm
 
 from ticketops import ops
 from ticketops.ops import Sequences, Weights
+from ticketops.ops.dropout import draw_seed, keep_elements
 
 from .cases import assert_as_good
 
@@ -18,7 +21,40 @@ TICKETS = ((None, None, True), ([0, 2], None, True), ([3], None, False), ([], No
 DTYPES = ((torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None))
 
 
-def inputs(rows, ticket, seed=0, reach=None):
+class Kind(NamedTuple):
+    """How a layer differs from BERT's.
+
+    Attributes:
+        norm_first: LayerNorm before each sublayer.
+        gated: a gate in the FFN.
+        joined: one weight for q, k and v.
+        bare: no biases.
+        rotary: rotary positions.
+        window: how far attention reaches.
+        normed: a LayerNorm before attention, if `norm_first`.
+    """
+
+    norm_first: bool = False
+    gated: bool = False
+    joined: bool = False
+    bare: bool = False
+    rotary: bool = False
+    window: int | None = None
+    normed: bool = True
+
+
+LIKE_BERT = Kind()
+#: ModernBERT's, its first layer, ViT's, NomicBert's and GTE's.
+KINDS = (
+    Kind(norm_first=True, gated=True, joined=True, bare=True, rotary=True, window=3),
+    Kind(norm_first=True, gated=True, joined=True, rotary=True, normed=False),
+    Kind(norm_first=True),
+    Kind(gated=True, joined=True, bare=True, rotary=True),
+    Kind(gated=True, rotary=True, window=5),
+)
+
+
+def inputs(rows, ticket, seed=0, reach=None, kind=LIKE_BERT):
     """Tokens, the result's gradient and the layer's weights, in float64; with a position bias that reaches so far."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -26,13 +62,13 @@ def inputs(rows, ticket, seed=0, reach=None):
         return torch.randn(shape, generator=generator, dtype=torch.float64) * (shape[-1] ** -0.5 if shape[1:] else 1)
 
     heads, neurons, there = ticket
-    width = HEADS * DIM
+    width, first = HEADS * DIM, NEURONS * (1 + kind.gated)
     weights = Weights(
         *(normal(width, CHANNELS) for _ in range(3)),
         *(normal(width) for _ in range(3)),
         *(normal(CHANNELS, width), normal(CHANNELS), normal(CHANNELS), normal(CHANNELS)),
         *(
-            (normal(NEURONS, CHANNELS), normal(NEURONS), normal(CHANNELS, NEURONS), normal(CHANNELS))
+            (normal(first, CHANNELS), normal(first), normal(CHANNELS, NEURONS), normal(CHANNELS))
             if there
             else [None] * 4
         ),
@@ -43,15 +79,66 @@ def inputs(rows, ticket, seed=0, reach=None):
         None if heads is None else torch.tensor(heads, dtype=torch.int64),
         None if neurons is None else torch.tensor(neurons, dtype=torch.int64),
     )
-    return 3 * normal(rows, CHANNELS), 3 * normal(rows, CHANNELS), weights
+    tensors = 3 * normal(rows, CHANNELS), 3 * normal(rows, CHANNELS)
+    none = dict.fromkeys(("wk", "wv", "bk", "bv"))
+    if kind.joined:
+        weights = weights._replace(wq=torch.cat(weights[:3]), bq=torch.cat(weights[3:6]), **none)
+    if kind.bare:
+        weights = weights._replace(**dict.fromkeys(("bq", "bk", "bv", "bo", "beta1", "b1", "b2", "beta2")))
+    return *tensors, weights if kind.normed else weights._replace(gamma1=None, beta1=None)
 
 
-def composed(x, w, sequences, dropouts, sinks, per_token, activation="gelu", first_tokens=False):
+def angles(x, kind):
+    """Cosines and sines of positions, other ones for each token and channel; None without positions."""
+    if not kind.rotary:
+        return None
+    turns = torch.arange(len(x) * DIM, dtype=torch.float64, device=x.device).view(-1, DIM) * 0.37
+    return tuple(t.to(torch.promote_types(x.dtype, torch.float32)) for t in (turns.cos(), turns.sin()))
+
+
+def turned(x, kind):
+    """Queries or keys [T, H, D], turned by their positions."""
+    if not kind.rotary:
+        return x
+    cosines, sines = (t[:, None] for t in angles(x, kind))
+    a, b = x.to(cosines.dtype).chunk(2, -1)
+    return (torch.cat((a, b), -1) * cosines + torch.cat((-b, a), -1) * sines).to(x.dtype)
+
+
+def dropped(x, p):
+    """Dropout as the ops draw it."""
+    return x * keep_elements(draw_seed(x.device), *x.shape, p, x.device) / (1 - p) if p else x
+
+
+def unread(x, *vectors):
+    """The tokens behind a sublayer that is not computed: the LayerNorm before it has gradients of 0."""
+    return x + sum(0 * vector.sum() for vector in vectors if vector is not None)
+
+
+def composed(
+    x,
+    w,
+    sequences,
+    dropouts,
+    sinks,
+    per_token,
+    activation="gelu",
+    first_tokens=False,
+    kind=LIKE_BERT,
+    inner_dropout=0.0,
+):
     """The layer by the other ops."""
+    stream = x
     if w.heads is None or len(w.heads):
         groups = torch.arange(HEADS, device=x.device) if w.heads is None else w.heads
-        qkv = ops.project_rows(x, w[:3], w[3:6], groups, HEADS)
+        if kind.norm_first and w.gamma1 is not None:
+            x = layer_norm(x, x.shape[1:], w.gamma1, w.beta1, 1e-12)
+        weights, biases = w[:3], w[3:6]
+        if kind.joined:
+            weights, biases = w.wq.chunk(3), [None] * 3 if w.bq is None else w.bq.chunk(3)
+        qkv = ops.project_rows(x, weights, biases, groups, HEADS)
         q, k, v = (y.view(len(x), len(groups), DIM) for y in qkv)
+        q, k = turned(q, kind), turned(k, kind)
         context = ops.attention(
             *(q, k, v, sequences),
             dropout_p=dropouts[0],
@@ -59,32 +146,67 @@ def composed(x, w, sequences, dropouts, sinks, per_token, activation="gelu", fir
             importance=sinks[0],
             per_token=per_token,
             position_bias=w.position_bias,
+            window=kind.window,
         )
         if first_tokens:
             context = context[sequences.first_rows(len(x))]
         projected = ops.project_columns(context.flatten(1), w.wo, groups, HEADS)
+    x = stream
     if first_tokens:
         alone = torch.ones_like(sequences.lengths)
         x, sequences = x[sequences.first_rows(len(x))], Sequences.from_lengths(alone)
-    if w.heads is not None and not len(w.heads):
+    attends = w.heads is None or len(w.heads) > 0
+    if not attends:
         projected = torch.zeros_like(x)
-    x = ops.residual_norm(projected, x, w.gamma1, w.beta1, bias=w.bo, dropout_p=dropouts[1], eps=1e-12)
+    if kind.norm_first:
+        projected = projected if w.bo is None else projected + w.bo
+        x = x + (dropped(projected, dropouts[1]) if attends or w.bo is not None else 0 * x)
+        x = (x if attends else unread(x, w.gamma1, w.beta1)).to(stream.dtype)
+        if w.w1 is None:
+            return unread(x, w.gamma2, w.beta2)
+        normed = layer_norm(x, x.shape[1:], w.gamma2, w.beta2, 1e-12)
+        output = _feed(normed, w, sequences, sinks, per_token, activation, kind, inner_dropout)
+        return (x + dropped(output, dropouts[2])).to(stream.dtype)
+    x = _end(x, projected, w.bo, w.gamma1, w.beta1, dropouts[1])
     if w.w1 is None:
-        return torch.nn.functional.layer_norm(x, x.shape[1:], w.gamma2, w.beta2, 1e-12)
+        return layer_norm(x, x.shape[1:], w.gamma2, w.beta2, 1e-12)
+    output = _feed(x, w, sequences, sinks, per_token, activation, kind, inner_dropout)
+    return _end(x, output, None, w.gamma2, w.beta2, dropouts[2])
+
+
+def _end(x, output, bias, gamma, beta, dropout_p):
+    beta = torch.zeros_like(gamma) if beta is None else beta
+    return ops.residual_norm(output, x, gamma, beta, bias=bias, dropout_p=dropout_p, eps=1e-12)
+
+
+def _feed(x, w, sequences, sinks, per_token, activation, kind, inner_dropout):
     w1, b1, w2 = w.w1, w.b1, w.w2
     if w.neurons is not None:
-        w1, b1, w2 = w1[w.neurons], b1[w.neurons], w2[:, w.neurons]
-    output = ops.ffn(
+        rows = torch.cat((w.neurons, w.neurons + NEURONS)) if kind.gated else w.neurons
+        w1, b1, w2 = w1[rows], None if b1 is None else b1[rows], w2[:, w.neurons]
+    return ops.ffn(
         *(x, w1, b1, w2, w.b2, sequences),
         activation=activation,
+        gated=kind.gated,
+        dropout_p=inner_dropout,
         importance=sinks[1],
         neuron_importance=sinks[2],
         per_token=per_token,
     )
-    return ops.residual_norm(output, x, w.gamma2, w.beta2, dropout_p=dropouts[2], eps=1e-12)
 
 
-def whole(x, w, sequences, dropouts, sinks, per_token, activation="gelu", first_tokens=False):
+def whole(
+    x,
+    w,
+    sequences,
+    dropouts,
+    sinks,
+    per_token,
+    activation="gelu",
+    first_tokens=False,
+    kind=LIKE_BERT,
+    inner_dropout=0.0,
+):
     """The layer by its own op."""
     assert ops.serves_layer(x, w.wq)
     return ops.encoder_layer(
@@ -92,7 +214,12 @@ def whole(x, w, sequences, dropouts, sinks, per_token, activation="gelu", first_
         head_dim=DIM,
         scale=DIM**-0.5,
         activation=activation,
+        norm_first=kind.norm_first,
+        gated=kind.gated,
+        window=kind.window,
+        rotary=angles(x, kind),
         dropouts=dropouts,
+        inner_dropout=inner_dropout,
         head_importance=sinks[0],
         ffn_importance=sinks[1],
         neuron_importance=sinks[2],
@@ -158,14 +285,17 @@ def check(tensors, sequences, dtype, autocast=None, **options):
             assert_as_good(value, plain[name], exact[name], 2 if name == "out" else 3, name, terms)
 
 
-def opcheck(tensors, sequences, dtype, first_tokens):
+def opcheck(tensors, sequences, dtype, first_tokens, kind=LIKE_BERT):
     """What torch checks of an op: of the layer's all, of its gradient's what does not need a formula of its own, with
     weights of another layout and with frozen ones."""
     x, _, weights = tensors
     # Layouts that differ among q, k and v.
-    weights = weights._replace(wk=weights.wk.t().contiguous().t())
-    settings = (sequences.max_length, DIM, 0.3, "gelu", 0.0, 0.2, 0.0, 1e-12, 1e-12, dtype, first_tokens)
-    where = (sequences.starts, sequences.lengths, torch.tensor([7], device=x.device))
+    apart = "wq" if kind.joined else "wk"
+    weights = weights._replace(**{apart: getattr(weights, apart).t().contiguous().t()})
+    settings = (sequences.max_length, DIM, 0.3, "gelu", [0.0, 0.2, 0.0, 0.0], 1e-12, 1e-12, dtype, first_tokens)
+    settings += (kind.norm_first, kind.gated, kind.window)
+    positions = angles(x.float(), kind) or (None, None)
+    where = (sequences.starts, sequences.lengths, torch.tensor([7], device=x.device), *positions)
     given = [t.float() if t is not None and t.is_floating_point() else t for t in (x, *weights)]
     leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in given]
     layer, backward = torch.ops.ticketops.encoder_layer, torch.ops.ticketops.encoder_layer_backward
@@ -175,6 +305,7 @@ def opcheck(tensors, sequences, dtype, first_tokens):
     for trained in (False, True):
         # Beside all and nothing, some of each kind.
         some = [trained or name in ("wk", "bo", "b1", "gamma2") for name in PARAMETERS]
+        some = [want and getattr(weights, name) is not None for want, name in zip(some, PARAMETERS, strict=True)]
         wanted = (trained, some, trained, trained and weights.w1 is not None, False, False)
         arguments = (torch.randn_like(out), *given, *where, *saved, *settings, *wanted)
         torch.library.opcheck(backward.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -24,9 +24,11 @@ from .layers import (
     DIM,
     DTYPES,
     HEADS,
+    KINDS,
     NEURONS,
     PARAMETERS,
     TICKETS,
+    Kind,
     cast,
     check,
     composed,
@@ -67,6 +69,44 @@ def test_first_tokens_alone_are_as_good_as_their_parts(ticket, dtype, autocast, 
     for number in (1, 2):
         with threads(number), poisoned():
             check(inputs(rows, ticket, reach=reach), sequences, dtype, autocast, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+@pytest.mark.parametrize("first_tokens", [False, True])
+def test_layers_of_other_kinds(kind, ticket, dtype, autocast, first_tokens):
+    sequences, rows = padded_sequences(SHORT)
+    options = {"dropouts": (0.1, 0.2, 0.3), "inner_dropout": 0.4, "first_tokens": first_tokens, "kind": kind}
+    for per_token in (False, True):
+        with poisoned():
+            check(inputs(rows, ticket, kind=kind), sequences, dtype, autocast, per_token=per_token, **options)
+    check_inference(inputs(rows, ticket, kind=kind), sequences, dtype, autocast, first_tokens=first_tokens, kind=kind)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    heads=st.none() | st.sets(st.integers(0, HEADS - 1)),
+    neurons=st.none() | st.sets(st.integers(0, NEURONS - 1), min_size=1),
+    ffn=st.booleans(),
+    dropouts=st.tuples(*[st.sampled_from([0.0, 0.5])] * 4),
+    kind=st.builds(
+        Kind,
+        **{name: st.booleans() for name in ("norm_first", "gated", "joined", "bare", "rotary")},
+        window=st.none() | st.integers(0, 40),
+    ),
+    normed=st.booleans(),
+    autocast=st.sampled_from([None, torch.bfloat16]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_kind_of_layer(lengths, heads, neurons, ffn, dropouts, kind, normed, autocast, seed):
+    sequences, rows = padded_sequences(lengths)
+    kind = kind._replace(normed=normed or not kind.norm_first)
+    ticket = (None if heads is None else sorted(heads), sorted(neurons) if neurons and ffn else None, ffn)
+    options = {"dropouts": dropouts[:3], "inner_dropout": dropouts[3], "kind": kind}
+    with poisoned():
+        check(inputs(rows, ticket, seed, kind=kind), sequences, torch.float32, autocast, **options)
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
@@ -314,6 +354,30 @@ def test_a_bias_that_does_not_fit_is_refused(bias, problem):
             whole(x.float(), weights, sequences, (0.0, 0.0, 0.0), [None] * 3, False)
 
 
+def test_no_layer_norm_after_attention_is_refused():
+    sequences, rows = packed_sequences([5])
+    x, _, weights = inputs(rows, TICKETS[0], kind=KINDS[1])
+    with pytest.raises(InputError, match="needs gamma1 for a LayerNorm after attention"):
+        infer(whole, (x, None, weights), sequences, kind=KINDS[1]._replace(norm_first=False))
+
+
+def test_positions_of_other_shapes_are_refused():
+    sequences, rows = packed_sequences([5])
+    x, _, weights = inputs(rows, TICKETS[0], kind=KINDS[0])
+    angles = torch.zeros(rows, DIM + 2)
+    for no_gradients in (False, True):
+        with torch.inference_mode(no_gradients), pytest.raises(InputError, match="needs angles as"):
+            ops.encoder_layer(
+                *(x.float(), cast(weights, torch.float32), sequences),
+                head_dim=DIM,
+                scale=1.0,
+                activation="gelu",
+                norm_first=True,
+                gated=True,
+                rotary=(angles, angles),
+            )
+
+
 def test_norms_of_another_dtype_are_served():
     sequences, rows = packed_sequences([5])
     x, _, weights = inputs(rows, TICKETS[0])
@@ -330,8 +394,9 @@ def test_only_what_a_ticket_keeps_is_computed():
     sequences, rows = packed_sequences(SHORT)
     x, _, w = inputs(rows, ([1], [3, 4], True))
     w = [t.float() if t is not None and t.is_floating_point() else t for t in w]
-    settings = Settings(13, DIM, 0.3, "gelu", 0.0, 0.0, 0.0, 1e-12, 1e-12, torch.float32, False)
-    _, *saved = layer.forward(Inputs(x.float(), Weights(*w), sequences.starts, sequences.lengths, None), settings)
+    settings = Settings(13, DIM, 0.3, "gelu", [0.0] * 4, 1e-12, 1e-12, torch.float32, False, False, False, None)
+    where = (sequences.starts, sequences.lengths, None, None, None)
+    _, *saved = layer.forward(Inputs(x.float(), Weights(*w), *where), settings)
     saved = Saved(*saved)
     assert saved.qkv.shape == (rows, 3, 1, DIM)
     assert saved.w_qkv.shape == (3 * DIM, CHANNELS)
@@ -345,6 +410,14 @@ def test_only_what_a_ticket_keeps_is_computed():
 def test_opcheck(ticket, dtype, first_tokens, reach):
     sequences, rows = packed_sequences(SHORT)
     opcheck(inputs(rows, ticket, reach=reach), sequences, dtype, first_tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ticket", TICKETS)
+@pytest.mark.parametrize(("dtype", "first_tokens"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_opcheck_of_other_kinds(kind, ticket, dtype, first_tokens):
+    sequences, rows = packed_sequences(SHORT)
+    opcheck(inputs(rows, ticket, kind=kind), sequences, dtype, first_tokens, kind)
 
 
 def test_frozen_weights_and_second_derivatives():

@@ -51,6 +51,7 @@ class LayerParts:
         scale: factor of the attention scores.
         rates: current dropout probabilities of the attention weights, attention's output and the FFN's output; 0 for a
             module in evaluation mode.
+        norm_first: True for a LayerNorm before each sublayer, False for one after it.
         head_dim: width of a head.
         causal: True if tokens of a batch without padding do not attend to later ones.
         gated: a gate multiplies the activations; its rows are in fc1 behind those of the neurons, or in `gate`.
@@ -77,6 +78,7 @@ class LayerParts:
     biased: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm)
     activation_dropout: float = 0.0
     window: int | None = None
+    norm_first: bool = False
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linear layers by name."""

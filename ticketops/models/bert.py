@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +125,17 @@ class TicketLayer(nn.Module):
         return residual_norm(self.output.LayerNorm, output, hidden_states, None, rate(self.output.dropout))
 
 
-#: What becomes of q and k [tokens, heads, head_dim] before their product, as rotary positions do.
-Turn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+class Turn(NamedTuple):
+    """Rotary positions, which turn q and k before their product.
+
+    Attributes:
+        apply: function of transformers that turns q and k [tokens, heads, head_dim] by cosines and sines.
+        cosines, sines: [tokens, head_dim], of the tokens' positions.
+    """
+
+    apply: Callable[..., tuple[Tensor, Tensor]]
+    cosines: Tensor
+    sines: Tensor
 
 
 def post_norm_layer(
@@ -139,14 +148,14 @@ def post_norm_layer(
         parts: the layer's.
         hidden_states: [.., C].
         call: of the forward pass.
-        turn: what becomes of q and k; the op for a whole layer has none.
+        turn: rotary positions; None for none.
 
     Returns:
         [.., C], or [B, 1, C] where only first tokens are read.
     """
     state.check(call)
     hidden_states = call.enter(hidden_states)
-    done = whole_layer(state, parts, (), hidden_states, call) if turn is None else None
+    done = whole_layer(state, parts, (), hidden_states, call, turn)
     if done is None:
         done = read_tokens(state, _by_parts(state, parts, hidden_states, call, turn), call)
     return call.leave(done, state.index)
@@ -166,7 +175,12 @@ def _by_parts(state: LayerState, parts: LayerParts, hidden_states: Tensor, call:
 
 
 def whole_layer(
-    state: LayerState, parts: LayerParts, around: Sequence[nn.Module], hidden_states: Tensor, call: Call
+    state: LayerState,
+    parts: LayerParts,
+    around: Sequence[nn.Module],
+    hidden_states: Tensor,
+    call: Call,
+    turn: Turn | None = None,
 ) -> Tensor | None:
     """Computes a layer by one op, where there is one for its device and dtype.
 
@@ -176,31 +190,35 @@ def whole_layer(
         around: the modules that are called where the op does not compute the layer.
         hidden_states: [.., C].
         call: of the forward pass.
+        turn: rotary positions; None for none.
 
     Returns:
         [.., C], or [B, 1, C] where only first tokens are read; None where the layer's modules must compute it.
     """
     kept, index = state.kept, state.index
-    linears, fc1, fc2 = parts.qkv, parts.fc1, parts.fc2
-    norm = parts.attention_norm
-    assert norm is not None
-    if not call.whole or hidden_states.dtype != norm.weight.dtype:
+    linears = parts.qkv
+    norm, weight = parts.attention_norm, parts.ffn_norm.weight
+    if not call.whole or hidden_states.dtype != weight.dtype:
         return None
-    head_dim = linears[0].out_features // state.num_heads if state.num_heads else 1
+    head_dim = parts.head_dim if state.num_heads else 1
     heads_of, neurons = head_dim if kept.heads else None, kept.neurons is not None
-    if (heads_of or neurons) and not ops.serves_layer(
-        hidden_states, norm.weight, picked_heads_of=heads_of, picked_neurons=neurons
+    like_bert = not (parts.norm_first or parts.gated or parts.window) and turn is None and nn.Linear in parts.biased
+    if (heads_of or neurons or not like_bert) and not ops.serves_layer(
+        hidden_states, weight, picked_heads_of=heads_of, picked_neurons=neurons, like_bert=like_bert
     ):
         return None
     if any(map(is_hooked, (*around, *linears))):
         return None
-    device = hidden_states.device
+    device, none = hidden_states.device, (None,) * (3 - len(linears))
     weights = ops.Weights(
-        *(linear.weight if state.num_heads else norm.weight.new_empty(0, len(norm.weight)) for linear in linears),
-        *(linear.bias if state.num_heads else norm.weight.new_empty(0) for linear in linears),
-        parts.output.weight if state.num_heads else norm.weight.new_empty(len(norm.weight), 0),
-        *(parts.output.bias, norm.weight, norm.bias),
-        *((fc1.weight, fc1.bias, fc2.weight, fc2.bias) if kept.ffn else (None,) * 4),
+        *(linear.weight if state.num_heads else weight.new_empty(0, len(weight)) for linear in linears),
+        *none,
+        *(linear.bias if state.num_heads else weight.new_empty(0) for linear in linears),
+        *none,
+        parts.output.weight if state.num_heads else weight.new_empty(len(weight), 0),
+        parts.output.bias,
+        *((None, None) if norm is None else (norm.weight, norm.bias)),
+        *((*_joined(parts.first), parts.fc2.weight, parts.fc2.bias) if kept.ffn else (None,) * 4),
         *(parts.ffn_norm.weight, parts.ffn_norm.bias, call.bias_of(kept)),
         None if kept.heads is None else kept.heads.on(device),
         None if kept.neurons is None else kept.neurons.on(device),
@@ -213,8 +231,13 @@ def whole_layer(
         head_dim=head_dim,
         scale=parts.scale,
         activation=state.activation,
+        norm_first=parts.norm_first,
+        gated=parts.gated,
+        window=parts.window,
+        rotary=None if turn is None else (turn.cosines, turn.sines),
         dropouts=parts.rates,
-        eps=(norm.eps, parts.ffn_norm.eps),
+        inner_dropout=parts.activation_dropout,
+        eps=(parts.ffn_norm.eps if norm is None else norm.eps, parts.ffn_norm.eps),
         head_importance=call.head_importance.get(index),
         ffn_importance=call.ffn_importance.get(index),
         neuron_importance=call.neuron_importance.get(index),
@@ -261,7 +284,7 @@ def attend(
         scale: multiplies the scores.
         dropout_p: of attention weights, 0 in evaluation.
         window: how far attention reaches; None for the whole sequence.
-        turn: what becomes of q and k; None for nothing.
+        turn: rotary positions; None for none.
 
     Returns:
         The kept heads' contexts [.., heads * head_dim].
@@ -281,7 +304,7 @@ def attend(
     size = linears[0].out_features // (state.num_heads * (3 if fused else 1))
     query, key, value = (x.reshape(-1, x.shape[-1] // size, size) for x in projected)
     if turn is not None:
-        query, key = turn(query, key)
+        query, key = turn.apply(query, key, turn.cosines, turn.sines)
     context = ops.attention(
         query,
         key,
@@ -301,7 +324,7 @@ def attend(
 def rotation(
     apply: Callable[..., tuple[Tensor, Tensor]], embeddings: tuple[Tensor, Tensor], hidden_states: Tensor, call: Call
 ) -> Turn:
-    """Returns what turns q and k by their tokens' positions.
+    """Returns the rotary positions of a layer's tokens.
 
     Args:
         apply: function of transformers that turns q and k by cosines and sines.
@@ -311,7 +334,7 @@ def rotation(
     """
     rows = (x.expand(*hidden_states.shape[:-1], -1) for x in embeddings)
     cosines, sines = (call.enter(x).flatten(0, 1) for x in rows)
-    return lambda query, key: apply(query, key, cosines, sines)
+    return Turn(apply, cosines, sines)
 
 
 def rope_refusal(parameters: Mapping[str, Any]) -> str | None:

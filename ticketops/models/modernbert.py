@@ -9,7 +9,7 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts, rate
-from ticketops.models.bert import Turn, attend, feed_forward, project, rope_refusal, rotation, with_unread
+from ticketops.models.bert import Turn, attend, feed_forward, project, rope_refusal, rotation, whole_layer, with_unread
 from ticketops.models.boundary import TicketModel
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
@@ -30,12 +30,16 @@ class TicketModernBertEncoderLayer(nn.Module):
             self._ticketops.refuse_stock()
             return super().forward(hidden_states, *args, **kwargs)
         turn = rotation(apply_rotary_pos_emb, kwargs["position_embeddings"], hidden_states, ticketops)
-        done = self._by_modules(ticketops.enter(hidden_states), turn, ticketops)
-        return ticketops.leave(done, self._ticketops.index)
-
-    def _by_modules(self, hidden_states: Tensor, turn: Turn, ticketops: Call) -> Tensor:
-        state, attention, parts = self._ticketops, self.attn, _parts(self)
+        state, parts, around = self._ticketops, _parts(self), (self.attn_norm, self.mlp_norm, self.attn.out_drop)
         state.check(ticketops)
+        hidden_states = ticketops.enter(hidden_states)
+        done = whole_layer(state, parts, around, hidden_states, ticketops, turn)
+        if done is None:
+            done = self._by_modules(hidden_states, parts, turn, ticketops)
+        return ticketops.leave(done, state.index)
+
+    def _by_modules(self, hidden_states: Tensor, parts: LayerParts, turn: Turn, ticketops: Call) -> Tensor:
+        state, attention = self._ticketops, self.attn
         normed = self.attn_norm(hidden_states)
         contexts = attend(
             state,
@@ -77,8 +81,8 @@ def _parts(layer: Any) -> LayerParts:
         ffn_norm=layer.mlp_norm,
         dropouts=tuple(dropout for dropout in dropouts if not isinstance(dropout, nn.Identity)),
         scale=attention.head_dim**-0.5,
-        # Its own modules apply the other dropouts.
-        rates=(attention.attention_dropout if attention.training else 0.0, 0.0, 0.0),
+        rates=(attention.attention_dropout if attention.training else 0.0, rate(attention.out_drop), 0.0),
+        norm_first=True,
         head_dim=attention.head_dim,
         causal=attention.is_causal,
         gated=True,

@@ -155,7 +155,7 @@ class LayerState:
         window = self.handle.window(self.index)
         if parts.window != window:
             return f"attention that reaches {_reach(parts.window)} where its configuration says {_reach(window)}"
-        if any(dropout.p >= 1 for dropout in parts.dropouts) or max(parts.rates) >= 1:
+        if any(dropout.p >= 1 for dropout in parts.dropouts) or max(*parts.rates, parts.activation_dropout) >= 1:
             return "a dropout of everything"
         return None
 

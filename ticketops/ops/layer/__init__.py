@@ -1,10 +1,12 @@
 """A whole encoder layer as one autograd op, on the backends that support it: attention and FFN of the structures that a
 ticket keeps, each with its projections, dropout, residual and LayerNorm.
 
-The layer is defined by the other ops of this package. One op instead of seven saves time on small batches: autograd is
-entered once (not at all without gradients), activations and weights are cast once, and gradients are added up without
-separate passes. On a CPU, inference of few tokens, such as one sentence, is a single kernel. On a GPU, selected
-neurons, and selected heads if there are many tokens, are left to the other ops.
+LayerNorm may be after each sublayer or before it, the FFN gated, positions rotary, attention within a window, biases
+absent. The layer is defined by the other ops of this package. One op instead of seven saves time on small batches:
+autograd is entered once (not at all without gradients), activations and weights are cast once, and gradients are added
+up without separate passes. On a CPU, inference of few tokens, such as one sentence, is a single kernel for layers like
+BERT's. On a GPU, selected neurons, and selected heads if there are many tokens, are left to the other ops, and so are
+layers unlike BERT's.
 """
 
 import importlib
@@ -25,7 +27,12 @@ from ticketops.ops.registration import check_devices, define, is_watched
 
 
 def serves_layer(
-    x: Tensor, weights: Tensor, *, picked_heads_of: int | None = None, picked_neurons: bool = False
+    x: Tensor,
+    weights: Tensor,
+    *,
+    picked_heads_of: int | None = None,
+    picked_neurons: bool = False,
+    like_bert: bool = True,
 ) -> bool:
     """True if `encoder_layer` supports a layer on this device and dtype. Otherwise, use the other ops.
 
@@ -34,13 +41,14 @@ def serves_layer(
         weights: any weight of the layer.
         picked_heads_of: head dimension if some heads, but not all, are selected from the weights; else None.
         picked_neurons: True if some neurons, but not all, are selected from the weights.
+        like_bert: False for a layer with LayerNorm first, a gate, a window, rotary positions, or without all biases.
     """
     dtype = compute_dtype(x)
     if x.dtype != weights.dtype or x.dtype not in (torch.float32, dtype):
         return False
     backend = backends.common("attention", "ffn", "residual", device=x.device, dtype=dtype)
     if backend == "triton":
-        return not picked_neurons and (picked_heads_of is None or projection.indexed(x, picked_heads_of))
+        return like_bert and not picked_neurons and (picked_heads_of is None or projection.indexed(x, picked_heads_of))
     return backend == "native"
 
 
@@ -63,7 +71,12 @@ def encoder_layer(
     head_dim: int,
     scale: float,
     activation: str,
+    norm_first: bool = False,
+    gated: bool = False,
+    window: int | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
     dropouts: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    inner_dropout: float = 0.0,
     eps: tuple[float, float] = (1e-12, 1e-12),
     head_importance: Tensor | None = None,
     ffn_importance: Tensor | None = None,
@@ -71,7 +84,10 @@ def encoder_layer(
     per_token: bool = False,
     first_tokens: bool = False,
 ) -> Tensor:
-    """Computes one post-LayerNorm encoder layer. Requires `serves_layer`.
+    """Computes one encoder layer. Requires `serves_layer`.
+
+    With S a sublayer (attention or the FFN) and its dropout, a layer is y = LayerNorm(x + S(x)) for each, or with
+    `norm_first` y = x + S(LayerNorm(x)).
 
     Args:
         x: [T, C] tokens; float32, or half precision in a half-precision model.
@@ -81,7 +97,13 @@ def encoder_layer(
         head_dim: D.
         scale: multiplies the attention scores.
         activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
+        norm_first: True for a LayerNorm before each sublayer, False for one after it.
+        gated: True if the FFN has a gate.
+        window: number of tokens to either side that a token attends to; None for the whole sequence.
+        rotary: cosines and sines [T, D] of the tokens' positions, which turn queries and keys, see
+            `ticketops.ops.rotary`; None for none.
         dropouts: probabilities in [0, 1) for attention weights, the output of attention and the output of the FFN.
+        inner_dropout: probability in [0, 1) for the activations within the FFN.
         eps: added to the variance in the first and second LayerNorm.
         head_importance: [B, K] float tensor that requires a gradient, as a sink: its gradient is the importance of the
             computed heads, see `ticketops.ops.attention`.
@@ -96,21 +118,33 @@ def encoder_layer(
         must not get a gradient.
 
     Raises:
-        InputError: tensors are on different devices, or a parameter's dtype differs from the tokens'.
+        InputError: tensors are on different devices, a parameter's dtype differs from the tokens', or there is no
+            LayerNorm after attention.
     """
-    check_devices("encoder_layer", _NAMES, (x, *weights, sequences.starts, sequences.lengths))
+    cosines, sines = (None, None) if rotary is None else rotary
+    check_devices("encoder_layer", _NAMES, (x, *weights, sequences.starts, sequences.lengths, cosines, sines))
     _check_dtypes(x, weights)
-    computed = (weights.heads is None or len(weights.heads) > 0, True, weights.w1 is not None)
-    drops = [p if there else 0.0 for p, there in zip(dropouts, computed, strict=True)]
+    if weights.gamma1 is None and not norm_first:
+        raise InputError("encoder_layer needs gamma1 for a LayerNorm after attention: give it, or norm_first=True")
+    if window is not None and window >= sequences.max_length - 1:
+        # The window covers every sequence, so use the cheaper kernels without one.
+        window = None
+    attends, feeds = weights.heads is None or len(weights.heads) > 0, weights.w1 is not None
+    # With LayerNorm first, nothing is dropped of what is not computed.
+    whole = attends or not norm_first or weights.bo is not None
+    computed = (attends, whole, feeds, feeds)
+    drops = [
+        p if there else 0.0 for p, there in zip((*dropouts[:2], inner_dropout, dropouts[2]), computed, strict=True)
+    ]
     seeds = draw_seed(x.device, sum(p > 0 for p in drops)) if any(drops) else None
     dtype = compute_dtype(x)
-    fixed: tuple[Any, ...] = (head_dim, scale, activation, *drops, *eps, dtype, first_tokens)
+    fixed = (head_dim, scale, activation, drops, *eps, dtype, first_tokens, norm_first, gated, window)
     settings = Settings(sequences.max_length, *fixed)
-    inputs = Inputs(x, weights, sequences.starts, sequences.lengths, seeds)
+    inputs = Inputs(x, weights, sequences.starts, sequences.lengths, seeds, cosines, sines)
     if not (torch.is_grad_enabled() or is_watched(x, *weights, *inputs[2:])):
         module = _module(x)
-        same = all(p is None or p.dtype == x.dtype for p in weights[: PARAMETERS - 1])
-        if module is native and same and seeds is None and native.is_few(len(x), dtype == torch.bfloat16):
+        few = module is native and seeds is None and native.is_few(len(x), dtype == torch.bfloat16)
+        if few and native.infers(inputs, settings):
             return native.infer(inputs, settings)
         out: Tensor = module.forward(inputs, settings, keep=False)[0]
         return out
@@ -119,7 +153,7 @@ def encoder_layer(
 
 
 #: Names of the tensors that a caller passes, for error messages.
-_NAMES = ("x", *Weights._fields, "starts", "lengths")
+_NAMES = ("x", *Weights._fields, "starts", "lengths", "cosines", "sines")
 #: Parameters of the LayerNorms, whose dtype may differ: a half-precision model may keep them in float32.
 _NORMS = ("gamma1", "beta1", "gamma2", "beta2")
 
@@ -183,7 +217,7 @@ def _setup_context(ctx, inputs, output):
     ctx.settings = inputs[_SINKS:-1]
     tokens, *parameters = ctx.needs_input_grad[: 1 + PARAMETERS]
     ctx.wanted = Wanted(tokens, parameters, *(sink is not None for sink in ctx.sinks), ctx.per_token)
-    saved = needed(Saved(*output[1:]), ctx.wanted, output[0].new_empty(0))
+    saved = needed(Saved(*output[1:]), ctx.wanted, Settings(*ctx.settings), output[0].new_empty(0))
     ctx.save_for_backward(*inputs[:_TENSORS], *saved)
 
 
@@ -206,11 +240,19 @@ def _gradients(ctx, dout, *_):
 def _schema(fields: type) -> str:
     """Writes the fields of a NamedTuple as arguments in torch's schema language."""
     names: dict[Any, str] = {kind: kind.__name__ for kind in (Tensor, int, float, str, bool)}
-    names |= {Tensor | None: "Tensor?", list[bool]: "bool[]", torch.dtype: "ScalarType"}
+    names |= {
+        Tensor | None: "Tensor?",
+        int | None: "int?",
+        list[float]: "float[]",
+        list[bool]: "bool[]",
+        torch.dtype: "ScalarType",
+    }
     return ", ".join(f"{names[hint]} {name}" for name, hint in fields.__annotations__.items())
 
 
-_TENSOR_ARGUMENTS = f"Tensor x, {_schema(Weights)}, Tensor starts, Tensor lengths, Tensor? seeds"
+_TENSOR_ARGUMENTS = (
+    f"Tensor x, {_schema(Weights)}, Tensor starts, Tensor lengths, Tensor? seeds, Tensor? cosines, Tensor? sines"
+)
 # SymInt, because the longest sequence differs from batch to batch, and an int would make torch.compile recompile.
 _SETTING_ARGUMENTS = _schema(Settings).replace("int max_length", "SymInt max_length")
 _encoder_layer_op = define(

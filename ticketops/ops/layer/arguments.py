@@ -15,44 +15,62 @@ class Weights(NamedTuple):
     """Parameters of a layer, and the heads and neurons that are computed.
 
     Attributes:
-        wq, wk, wv: [H * D, C], projections of all heads.
-        bq, bk, bv: [H * D], biases of these.
+        wq, wk, wv: [H * D, C], projections of all heads. If wk and wv are None, wq [3 * H * D, C] has the rows of all
+            three.
+        bq, bk, bv: [H * D], biases of these, joined as the weights are; None for no biases.
         wo: [C, H * D], output projection.
-        bo: [C], bias of the output projection.
-        gamma1, beta1: [C], LayerNorm after attention.
-        w1, b1: [N, C] and [N], first linear layer of the FFN; None if the FFN is pruned.
-        w2, b2: [C, N] and [C], second linear layer of the FFN; None if the FFN is pruned.
-        gamma2, beta2: [C], LayerNorm after the FFN.
+        bo: [C], bias of the output projection; None for none.
+        gamma1, beta1: [C], LayerNorm after attention, or with `norm_first` before it; beta1 is None for no bias, both
+            are None for no LayerNorm before attention.
+        w1, b1: [N, C] and [N], first linear layer of the FFN; w1 is None if the FFN is pruned, b1 for no bias. A gated
+            FFN has [2N, C] and [2N], the gate's rows last.
+        w2, b2: [C, N] and [C], second linear layer of the FFN; w2 is None if the FFN is pruned, b2 for no bias.
+        gamma2, beta2: [C], LayerNorm after the FFN, or with `norm_first` before it; beta2 is None for no bias.
         position_bias: float32 [K, 2 R + 1], of the computed heads, see `ticketops.ops.attention`; None for no bias.
         heads: int64 [K], indices of the computed heads, ascending; None for all.
         neurons: int64 [n], indices of the computed neurons, ascending; None for all.
     """
 
     wq: Tensor
-    wk: Tensor
-    wv: Tensor
-    bq: Tensor
-    bk: Tensor
-    bv: Tensor
+    wk: Tensor | None
+    wv: Tensor | None
+    bq: Tensor | None
+    bk: Tensor | None
+    bv: Tensor | None
     wo: Tensor
-    bo: Tensor
-    gamma1: Tensor
-    beta1: Tensor
+    bo: Tensor | None
+    gamma1: Tensor | None
+    beta1: Tensor | None
     w1: Tensor | None
     b1: Tensor | None
     w2: Tensor | None
     b2: Tensor | None
     gamma2: Tensor
-    beta2: Tensor
+    beta2: Tensor | None
     position_bias: Tensor | None
     heads: Tensor | None
     neurons: Tensor | None
 
-    def ffn(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    @property
+    def projections(self) -> list[str]:
+        """Names of the projections' weights: of q, k and v, or only of q if it has the rows of all three."""
+        return ["wq"] if self.wk is None else ["wq", "wk", "wv"]
+
+    @property
+    def biases(self) -> list[str]:
+        """Names of their biases; empty without biases."""
+        return [] if self.bq is None else [name.replace("w", "b") for name in self.projections]
+
+    def ffn(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
         """Returns w1, b1, w2 and b2; None if the FFN is pruned."""
-        if self.w1 is None or self.b1 is None or self.w2 is None or self.b2 is None:
+        if self.w1 is None or self.w2 is None:
             return None
         return self.w1, self.b1, self.w2, self.b2
+
+    def has_all(self) -> bool:
+        """True if the projections are apart, and every linear layer and LayerNorm has a bias."""
+        ffn = () if self.w1 is None else (self.b1, self.b2)
+        return all(parameter is not None for parameter in (*self[:10], self.gamma2, self.beta2, *ffn))
 
 
 #: Number of parameters in Weights; they are its first fields.
@@ -67,24 +85,28 @@ class Settings(NamedTuple):
         head_dim: D.
         scale: multiplies the attention scores.
         activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
-        attention_dropout, output_dropout, ffn_dropout: dropout probabilities of attention weights, the output of
-            attention and the output of the FFN.
+        dropouts: dropout probabilities of attention weights, the output of attention, the FFN's activations and the
+            output of the FFN.
         eps1, eps2: added to the variance in the first and second LayerNorm.
         dtype: dtype of the matrix products.
         first_tokens: True computes the first token of each sequence only.
+        norm_first: True for a LayerNorm before each sublayer, False for one after it.
+        gated: True if the FFN has a gate.
+        window: number of tokens to either side that a token attends to; None for the whole sequence.
     """
 
     max_length: int
     head_dim: int
     scale: float
     activation: str
-    attention_dropout: float
-    output_dropout: float
-    ffn_dropout: float
+    dropouts: list[float]
     eps1: float
     eps2: float
     dtype: torch.dtype
     first_tokens: bool
+    norm_first: bool
+    gated: bool
+    window: int | None
 
 
 class Inputs(NamedTuple):
@@ -95,6 +117,7 @@ class Inputs(NamedTuple):
         weights: parameters of the layer.
         starts, lengths: int32 [B], first row and number of rows of each sequence.
         seeds: int64 [n], a seed for each dropout whose probability is not 0; None if there is none.
+        cosines, sines: [T, D], rotary positions of the tokens, see `ticketops.ops.rotary`; None for none.
     """
 
     x: Tensor
@@ -102,11 +125,22 @@ class Inputs(NamedTuple):
     starts: Tensor
     lengths: Tensor
     seeds: Tensor | None
+    cosines: Tensor | None
+    sines: Tensor | None
 
     def heads(self, settings: Settings) -> tuple[int, int]:
         """Returns the number of heads in the weights, and the number of heads that are computed."""
-        all_heads = self.weights.wq.shape[0] // settings.head_dim
+        all_heads = self.weights.wq.shape[0] // (settings.head_dim * (3 // len(self.weights.projections)))
         return all_heads, all_heads if self.weights.heads is None else self.weights.heads.shape[0]
+
+    def projection_slices(self, settings: Settings) -> tuple[int, Tensor | None]:
+        """Returns the number of blocks of D rows in each projection's weight, and the indices of the computed ones;
+        None for all."""
+        all_heads, _ = self.heads(settings)
+        heads, blocks = self.weights.heads, 3 // len(self.weights.projections)
+        if heads is not None and blocks > 1:
+            heads = torch.cat([heads + all_heads * block for block in range(blocks)])
+        return blocks * all_heads, heads
 
     def rows(self, settings: Settings) -> Tensor | None:
         """Returns the rows that are computed after attention: int64 [B] with `first_tokens`, else None for all."""
@@ -127,22 +161,24 @@ class Saved(NamedTuple):
     otherwise; empty if not needed.
 
     Attributes:
-        cast_x: [T, C], the tokens, cast.
-        qkv: [T, 3, K, D], queries, keys and values.
+        attention_input: [T, C], input of the projections to q, k and v, if it is not x: cast, normed or both.
+        qkv: [T, 3, K, D], queries and keys, turned by their positions, and values.
         context: [T, K, D], output of attention before the output projection.
         lse: float32 [T, K], log-sum-exp of the scaled scores.
         projected: output of the output projection without its bias.
         mean1, rstd1: float32 statistics of each row in the first LayerNorm.
-        middle: output of the first LayerNorm, in x's dtype.
-        cast_middle: `middle`, cast.
-        pre, hidden: input and output of the activation.
+        middle: output of the first LayerNorm after attention, in x's dtype.
+        ffn_input: input of the FFN's first linear layer, if it is not `middle`: cast, or the output of a LayerNorm
+            before the FFN.
+        pre: input of the activation, and of the gate.
+        hidden: input of the FFN's second linear layer.
         output: output of the FFN's second linear layer; on a CPU without its bias.
         mean2, rstd2: float32 statistics of each row in the second LayerNorm.
         w_qkv, w_o, w_1, w_2: copies of weights that were used instead of the parameters, if these were cast, joined or
             compacted.
     """
 
-    cast_x: Tensor
+    attention_input: Tensor
     qkv: Tensor
     context: Tensor
     lse: Tensor
@@ -150,7 +186,7 @@ class Saved(NamedTuple):
     mean1: Tensor
     rstd1: Tensor
     middle: Tensor
-    cast_middle: Tensor
+    ffn_input: Tensor
     pre: Tensor
     hidden: Tensor
     output: Tensor
@@ -185,40 +221,52 @@ class Wanted(NamedTuple):
         """True if the gradient of any of the named parameters is wanted; the names are those of Weights."""
         return any(self.parameters[Weights._fields.index(name)] for name in names)
 
-    def attention(self) -> bool:
+    def all(self, *names: str) -> bool:
+        """True if the gradients of all named parameters are wanted."""
+        return all(self.parameters[Weights._fields.index(name)] for name in names)
+
+    def before_attention(self, settings: Settings) -> bool:
+        """True if the gradient of the input of q, k and v is needed."""
+        return self.tokens or (settings.norm_first and self.any("gamma1", "beta1"))
+
+    def attention(self, settings: Settings) -> bool:
         """True if attention's backward pass must run, for the gradients of q, k, v and the bias or the importance of
         heads."""
-        return self.tokens or self.head_sums or any(self.parameters[:6]) or self.any("position_bias")
+        others = self.head_sums or any(self.parameters[:6]) or self.any("position_bias")
+        return others or self.before_attention(settings)
 
-    def projected(self) -> bool:
-        """True if the gradient of the first LayerNorm's input is needed: the residual plus the output of attention."""
-        return self.attention() or any(self.parameters[6:10])
+    def projected(self, settings: Settings) -> bool:
+        """True if the gradient of the residual plus the output of attention is needed."""
+        norm = self.any("gamma2", "beta2") if settings.norm_first else self.any("gamma1", "beta1")
+        return norm or self.attention(settings) or self.any("wo", "bo")
 
-    def inner(self) -> bool:
+    def inner(self, settings: Settings) -> bool:
         """True if the gradient of the activation's input is needed, or the importance of neurons, computed with it."""
-        return self.projected() or self.neuron_sums or self.any("w1", "b1")
+        return self.projected(settings) or self.neuron_sums or self.any("w1", "b1")
 
 
-def needed(saved: Saved, wanted: Wanted, none: Tensor) -> Saved:
+def needed(saved: Saved, wanted: Wanted, settings: Settings, none: Tensor) -> Saved:
     """Drops saved tensors that the backward pass will not read.
 
     Args:
         saved: all tensors that the forward pass saved.
         wanted: results that the backward pass is to compute.
+        settings: of the call.
         none: empty tensor that replaces the dropped ones.
     """
+    attention, projected, inner = wanted.attention(settings), wanted.projected(settings), wanted.inner(settings)
     read = {
-        "cast_x": wanted.any("wq", "wk", "wv"),
-        "qkv": wanted.attention(),
-        "context": wanted.attention() or wanted.any("wo"),
-        "lse": wanted.attention(),
-        "cast_middle": wanted.any("w1"),
-        "pre": wanted.inner(),
+        "attention_input": wanted.any("wq", "wk", "wv"),
+        "qkv": attention,
+        "context": attention or wanted.any("wo"),
+        "lse": attention,
+        "ffn_input": wanted.any("w1"),
+        "pre": inner,
         "hidden": wanted.neuron_sums or wanted.any("w2"),
-        "w_qkv": wanted.tokens,
-        "w_o": wanted.attention(),
-        "w_1": wanted.projected(),
-        "w_2": wanted.inner(),
+        "w_qkv": wanted.before_attention(settings),
+        "w_o": attention,
+        "w_1": projected,
+        "w_2": inner,
     }
     return saved._replace(**{name: none for name, is_read in read.items() if not is_read})
 
@@ -228,17 +276,18 @@ GRADIENTS = 6 + PARAMETERS
 
 
 def seeds_of(seeds: Tensor | None, settings: Settings) -> Iterator[Tensor | None]:
-    """Assigns seeds to the three dropouts of a layer.
+    """Assigns seeds to the dropouts of a layer.
 
     Args:
         seeds: int64 [n], a seed for each dropout whose probability is not 0; None if there is none.
         settings: settings with the probabilities.
 
     Yields:
-        For each of the three dropouts its seed [1], or None if its probability is 0.
+        For the dropouts of attention weights, attention's output, activations and the FFN's output, its seed [1], or
+        None if its probability is 0.
     """
     drawn = iter(() if seeds is None else seeds.split(1))
-    for p in (settings.attention_dropout, settings.output_dropout, settings.ffn_dropout):
+    for p in settings.dropouts:
         yield next(drawn, None) if p else None
 
 

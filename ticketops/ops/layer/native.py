@@ -9,6 +9,7 @@ from ticketops.ops.copies.native import Table
 from ticketops.ops.embedding import embedding_gradient
 from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
+from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.layer.arguments import (
     PARAMETERS,
     Inputs,
@@ -24,6 +25,7 @@ from ticketops.ops.layer.arguments import (
 from ticketops.ops.memory import empty
 from ticketops.ops.products import add_product, gradient_product, has_bf16_products, product
 from ticketops.ops.residual import native as residual
+from ticketops.ops.rotary import native as rotary
 
 #: Largest number of tokens for which csrc/cpu/encoder.cpp infers faster than torch's products between kernels: in
 #: general; in bfloat16 with AMX; and in bfloat16 where encoder.cpp lacks the bfloat16 instructions that oneDNN uses.
@@ -37,9 +39,26 @@ FEW_TOKENS_AMX = 256
 FEW_TOKENS_BF16 = 48
 
 
-def _bias(bias: Tensor, places: Tensor | None) -> Tensor:
-    """Returns the biases of the computed neurons, in float32."""
+def _bias(bias: Tensor | None, places: Tensor | None = None) -> Tensor | None:
+    """Returns a bias, or its elements at `places`, in float32."""
+    if bias is None:
+        return None
     return (bias if places is None else bias[places]).float()
+
+
+def _first_slices(inputs: Inputs, settings: Settings) -> tuple[int, Tensor | None]:
+    """Returns the number of rows of the FFN's first weight, and the indices of those of the computed neurons; None for
+    all."""
+    w1, neurons = inputs.weights.w1, inputs.weights.neurons
+    rows = 0 if w1 is None else w1.shape[0]
+    return rows, None if neurons is None else first_places(neurons, rows // (1 + settings.gated), settings.gated)
+
+
+def _joined(inputs: Inputs, settings: Settings) -> Tensor | None:
+    """Returns the weight of q, k and v together if it is a parameter that the products can read; else None."""
+    w = inputs.weights
+    usable = w.wk is None and w.heads is None and w.wq.dtype == settings.dtype
+    return w.wq if usable else None
 
 
 def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
@@ -53,6 +72,18 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return add_product(total, a, b)
     terms = product(a, b)
     return ffn.add_(total, terms) if total.dtype == torch.float32 else total.add_(terms)
+
+
+def infers(inputs: Inputs, settings: Settings) -> bool:
+    """True if `infer` computes such a layer: one like BERT's, with all parameters in the dtype of the tokens.
+
+    Args:
+        inputs: tensor arguments.
+        settings: non-tensor arguments.
+    """
+    x, w, s = inputs.x, inputs.weights, settings
+    other = s.norm_first or s.gated or s.window is not None or inputs.cosines is not None or not w.has_all()
+    return not other and all(p is None or p.dtype == x.dtype for p in w[: PARAMETERS - 1])
 
 
 def is_few(tokens: int, bf16: bool) -> bool:
@@ -79,7 +110,7 @@ def infer(inputs: Inputs, settings: Settings) -> Tensor:
     Returns:
         [T, C]; [B, C] with `first_tokens`.
     """
-    (x, weights, starts, lengths, _), s = inputs, settings
+    (x, weights, starts, lengths, *_), s = inputs, settings
     bf16 = s.dtype == torch.bfloat16
     wq, w1, heads, neurons = weights.wq, weights.w1, weights.heads, weights.neurons
     (tokens, channels), dtype, batch = x.shape, x.dtype, starts.shape[0]
@@ -118,70 +149,109 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     Returns:
         [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
     """
-    (x, w, starts, lengths, seeds), s = inputs, settings
+    (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
     ffn_weights, heads, neurons = w.ffn(), w.heads, w.neurons
     tokens, dtype, bf16 = x.shape[0], s.dtype, s.dtype == torch.bfloat16
     all_heads, count = inputs.heads(s)
-    attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
+    attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
+    attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
     none = x.new_empty(0)
     cast = dtype != x.dtype
-    w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
+    attention_input = w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
+    ffn_input = mean1 = rstd1 = mean2 = rstd2 = none
+    projected = None
+    normed = s.norm_first and w.gamma1 is not None
     width = count * s.head_dim
     copies = Table()
-    cast_x = copies.select(x, 0, 1, None, dtype) if cast else x
+    if cast and count and not normed:
+        attention_input = copies.select(x, 0, 1, None, dtype)
+    biases = None
     if count:
-        # One matrix product for q, k and v together, forward and backward. In float32 with MKL, three products of a
-        # MiniLM layer take 3.11 ms and one, copies included, 2.98 (420 tokens; 1.60 and 1.44 with half of the heads);
-        # with 2,400 tokens 18.1 and 16.9 (two cores of an Intel Xeon).
-        w_qkv = empty((3 * width, x.shape[1]), dtype)
-        biases = empty(3 * width, torch.float32)
-        for source, target in zip((w.wq, w.wk, w.wv), w_qkv.chunk(3), strict=True):
-            copies.select(source, 0, all_heads, heads, dtype, target)
-        for source, target in zip((w.bq, w.bk, w.bv), biases.chunk(3), strict=True):
-            copies.select(source, 0, all_heads, heads, biases.dtype, target)
+        groups, slices = inputs.projection_slices(s)
+        if _joined(inputs, s) is None:
+            # One matrix product for q, k and v together, forward and backward. In float32 with MKL, three products of a
+            # MiniLM layer take 3.11 ms and one, copies included, 2.98 (420 tokens; 1.60 and 1.44 with half of the
+            # heads); with 2,400 tokens 18.1 and 16.9 (two cores of an Intel Xeon).
+            w_qkv = empty((3 * width, x.shape[1]), dtype)
+            for name, target in zip(w.projections, w_qkv.chunk(len(w.projections)), strict=True):
+                copies.select(getattr(w, name), 0, groups, slices, dtype, target)
+        if w.biases:
+            biases = empty(3 * width, torch.float32)
+            for name, target in zip(w.biases, biases.chunk(len(w.biases)), strict=True):
+                copies.select(getattr(w, name), 0, groups, slices, biases.dtype, target)
         if cast or heads is not None:
             w_o = copies.select(w.wo, 1, all_heads, heads, dtype)
     if ffn_weights is not None:
         w1, b1, w2, b2 = ffn_weights
         if cast or neurons is not None:
-            all_neurons = w1.shape[0]
-            w1 = w_1 = copies.select(w1, 0, all_neurons, neurons, dtype)
-            w2 = w_2 = copies.select(w2, 1, all_neurons, neurons, dtype)
+            w1 = w_1 = copies.select(w1, 0, *_first_slices(inputs, s), dtype)
+            w2 = w_2 = copies.select(w2, 1, w2.shape[1], neurons, dtype)
     copies.run()
     rows = inputs.rows(s)
     stream = select(x, rows)
     with autocast_off(x):
         if count:
+            if normed:
+                _, attention_input, mean1, rstd1 = residual.forward_before(
+                    None, x, None, w.gamma1, w.beta1, None, 0.0, s.eps1, dtype
+                )
+            taken, joined = attention_input if cast or normed else x, _joined(inputs, s)
+            weight = (w_qkv if joined is None else joined).t()
             # [T, 3 K D]
-            flat = ffn.add_(product(cast_x, w_qkv.t()), biases) if bf16 else product(cast_x, w_qkv.t(), biases)
+            flat = product(taken, weight) if bf16 or biases is None else product(taken, weight, biases)
+            if bf16 and biases is not None:
+                ffn.add_(flat, biases)
             qkv = flat.view(tokens, 3, count, s.head_dim)
+            if cosines is not None and sines is not None:
+                rotary.turn_(qkv, cosines, sines)
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
-                *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, s.attention_dropout),
+                *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, attention_dropout),
+                window=s.window,
                 first_tokens=s.first_tokens,
                 bias=w.position_bias,
             )
             projected = product(select(context.view(tokens, width), rows), (w_o if w_o.numel() else w.wo).t())
+        middle = none
+        if s.norm_first:
+            gamma2, beta2 = (None, None) if ffn_weights is None else (w.gamma2, w.beta2)
+            total, *of_norm = residual.forward_before(
+                projected, stream, w.bo, gamma2, beta2, output_seed, output_dropout, s.eps2, dtype
+            )
+            if ffn_weights is not None:
+                ffn_input, mean2, rstd2 = of_norm
+            # A layer without anything returns its input, which an op of torch must not.
+            out = total.clone() if ffn_weights is None and total is stream else total
         else:
-            projected = None
-        half = empty(stream.shape, dtype) if cast and ffn_weights is not None else None
-        ends = (projected, stream, w.bo, w.gamma1, w.beta1, output_seed, s.output_dropout, s.eps1)
+            assert w.gamma1 is not None
+            half = empty(stream.shape, dtype) if cast and ffn_weights is not None else None
+            second = residual.Second(w.gamma2, w.beta2, s.eps2) if ffn_weights is None else None
+            out, mean1, rstd1, *of_second = residual.forward(
+                projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps1, half, second
+            )
+            if ffn_weights is None:
+                mean2, rstd2 = of_second
+            else:
+                middle, ffn_input = out, none if half is None else half
         if ffn_weights is not None:
-            middle, mean1, rstd1 = residual.forward(*ends, half)
             # The kernels after the products add the biases; in the products they would cost a pass over the results.
-            pre = product(middle if half is None else half, w1.t())
-            hidden, _ = ffn.activate(pre, s.activation, in_place=not keep, bias=_bias(b1, neurons))
+            pre = product(ffn_input if cast or s.norm_first else middle, w1.t())
+            hidden, _ = ffn.activate(
+                *(pre, s.activation, None, s.gated, not (keep or s.gated), _bias(b1, _first_slices(inputs, s)[1])),
+                *(inner_seed, inner_dropout),
+            )
             output = product(hidden, w2.t())
-            out, mean2, rstd2 = residual.forward(output, middle, b2, w.gamma2, w.beta2, ffn_seed, s.ffn_dropout, s.eps2)
-        else:
-            middle = none
-            out, mean1, rstd1, mean2, rstd2 = residual.forward(*ends, second=residual.Second(w.gamma2, w.beta2, s.eps2))
+            if s.norm_first:
+                out, *_ = residual.forward_before(output, total, b2, None, None, ffn_seed, ffn_dropout, 0.0, dtype)
+            else:
+                out, mean2, rstd2 = residual.forward(
+                    output, middle, b2, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps2
+                )
     if not keep:
         return (out,)
     saved = Saved(
-        *(cast_x if cast else none, qkv, context, lse, none if projected is None else projected, mean1, rstd1, middle),
-        none if half is None else half,
-        *(pre, hidden, output, mean2, rstd2, w_qkv, w_o, w_1, w_2),
+        *(attention_input, qkv, context, lse, none if projected is None else projected, mean1, rstd1, middle),
+        *(ffn_input, pre, hidden, output, mean2, rstd2, w_qkv, w_o, w_1, w_2),
     )
     return results(out, saved, none)
 
@@ -196,12 +266,12 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         not wanted, or if it belongs to a parameter that was not used. (The importance of heads is also computed
         whenever attention's backward pass runs.)
     """
-    (x, w, starts, lengths, seeds), s = inputs, settings
+    (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
     heads, neurons = w.heads, w.neurons
     tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
-    cast = dtype != x.dtype
     all_heads, count = inputs.heads(s)
-    attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
+    attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
+    attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
     gradients: dict[str, Tensor] = {}
     none = torch.empty(0, dtype=torch.float32, device=x.device)
     rows = inputs.rows(s)
@@ -223,145 +293,182 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
 
     def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor, ...]:
         copies.run()
+        # A LayerNorm before what is pruned is not read, yet whoever distributes a model waits for its gradients.
+        for name in unread:
+            if wanted.any(name):
+                gradients[name] = torch.zeros_like(getattr(w, name))
         results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_weights_order(gradients))
         # torch does not allow the same tensor twice among an op's results.
         return tuple(torch.empty_like(none) if x is None or x is none else x for x in results)
 
+    unread = []
+    if s.norm_first:
+        unread = [] if count else ["gamma1", "beta1"]
+        unread += ["gamma2", "beta2"] if w.w1 is None else []
     with autocast_off(x):
         ffn_signed, ffn_absolute, by_neuron = none, none, none
+        # Of the tokens between the sublayers: the gradient, and with `norm_first` what reaches it past the FFN.
+        dmiddle = dout
+        # What the LayerNorm before the FFN gives.
+        dnormed, second = None, None
         if (ffn_weights := w.ffn()) is not None:
             w1, b1, w2, b2 = ffn_weights
-            second = None
-            doutput, dmiddle, db2, dgamma2, dbeta2 = residual.backward(
-                dout, saved.output, saved.middle, b2, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, s.ffn_dropout
-            )
-            doutput = doutput if doutput.ndim > 1 else dmiddle
+            if s.norm_first:
+                doutput, _, db2, *_ = residual.backward_before(
+                    None, dout, None, dout, b2, None, None, None, ffn_seed, ffn_dropout, dtype
+                )
+                keep("b2", db2)
+            else:
+                doutput, dmiddle, db2, dgamma2, dbeta2 = residual.backward(
+                    dout, saved.output, saved.middle, b2, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, ffn_dropout
+                )
+                doutput = doutput if doutput.ndim > 1 else dmiddle
+                for name, gradient in (("b2", db2), ("gamma2", dgamma2), ("beta2", dbeta2)):
+                    keep(name, gradient)
             if wanted.ffn_sums:
-                ffn_signed, ffn_absolute = ffn.token_sums(doutput, saved.output, *spans, 1.0, b2.float())
+                ffn_signed, ffn_absolute = ffn.token_sums(doutput, saved.output, *spans, 1.0, _bias(b2))
             if wanted.any("w2"):
-                keep("w2", gradient_product(doutput, saved.hidden), 1, w1.shape[0], neurons)
-            for name, gradient in (("b2", db2), ("gamma2", dgamma2), ("beta2", dbeta2)):
-                keep(name, gradient)
-            if not wanted.inner():
+                keep("w2", gradient_product(doutput, saved.hidden), 1, w2.shape[1], neurons)
+            if not wanted.inner(s):
                 return finish()
-            dpre = product(doutput, saved.w_2 if saved.w_2.numel() else w2)
+            first_rows, first_slices = _first_slices(inputs, s)
+            dhidden = product(doutput, saved.w_2 if saved.w_2.numel() else w2)
+            dpre = empty(saved.pre.shape, dtype) if s.gated else dhidden
             db1, by_neuron = ffn.activate_backward(
-                *(dpre, saved.pre, saved.hidden if wanted.neuron_sums else None, None, None, s.activation),
-                *(wanted.any("b1"), wanted.neuron_sums, wanted.per_token, *spans),
-                bias=_bias(b1, neurons),
+                *(dhidden, saved.pre, saved.hidden if wanted.neuron_sums else None, None, None, s.activation),
+                *(wanted.any("b1"), wanted.neuron_sums, wanted.per_token, *spans, dpre if s.gated else None),
+                *(_bias(b1, first_slices), inner_seed, inner_dropout),
             )
             if wanted.any("w1"):
-                keep("w1", gradient_product(dpre, saved.cast_middle if cast else saved.middle), 0, w1.shape[0], neurons)
-            keep("b1", db1, 0, w1.shape[0], neurons)
+                entered = saved.ffn_input if dtype != x.dtype or s.norm_first else saved.middle
+                keep("w1", gradient_product(dpre, entered), 0, first_rows, first_slices)
+            keep("b1", db1, 0, first_rows, first_slices)
             copies.run()
             copies = Table()
-            if not wanted.projected():
+            if not wanted.projected(s):
                 return finish()
-            # Not earlier: without dropout and casts, doutput is the same tensor, which this overwrites.
-            dmiddle = _add_product(dmiddle, dpre, saved.w_1 if saved.w_1.numel() else w1)
+            weight = saved.w_1 if saved.w_1.numel() else w1
+            if s.norm_first:
+                dnormed = product(dpre, weight)
+            else:
+                # Not earlier: without dropout and casts, doutput is the same tensor, which this overwrites.
+                dmiddle = _add_product(dmiddle, dpre, weight)
+        elif not s.norm_first:
+            second = (w.beta1, w.gamma2, saved.mean2, saved.rstd2)
+        projected, stream = saved.projected if count else None, select(x, rows)
+        if s.norm_first:
+            gamma2 = None if dnormed is None else w.gamma2
+            dprojected, dx, dbo, *of_norm = residual.backward_before(
+                *(dnormed, dmiddle, projected, stream, w.bo, gamma2, saved.mean2, saved.rstd2, output_seed),
+                dropout_p=output_dropout,
+                dtype=dtype,
+            )
+            after: tuple[str, ...] = ("bo",) if dnormed is None else ("bo", "gamma2", "beta2")
         else:
-            dmiddle, second = dout, (w.beta1, w.gamma2, saved.mean2, saved.rstd2)
-        dprojected, dx, dbo, dgamma1, dbeta1, *of_second = residual.backward(
-            dmiddle,
-            saved.projected if count else None,
-            select(x, rows),
-            w.bo,
-            w.gamma1,
-            saved.mean1,
-            saved.rstd1,
-            output_seed,
-            s.output_dropout,
-            second,
-        )
-        dprojected = dprojected if dprojected.ndim > 1 else dx
-        after = ("bo", "gamma1", "beta1", "gamma2", "beta2")
-        for name, gradient in zip(after, (dbo, dgamma1, dbeta1, *of_second), strict=False):
+            assert w.gamma1 is not None
+            dprojected, dx, dbo, *of_norm = residual.backward(
+                *(dmiddle, projected, stream, w.bo, w.gamma1, saved.mean1, saved.rstd1, output_seed, output_dropout),
+                second=second,
+            )
+            dprojected = dprojected if dprojected.ndim > 1 else dx
+            after = ("bo", "gamma1", "beta1", "gamma2", "beta2")
+        for name, gradient in zip(after, (dbo, *of_norm), strict=False):
             keep(name, gradient)
         width = count * s.head_dim
         if count and wanted.any("wo"):
             dwo = gradient_product(dprojected, select(saved.context.view(tokens, width), rows))
             keep("wo", dwo, 1, all_heads, heads)
-        if not wanted.attention():
+        if not wanted.attention(s):
             return finish()
-        dx = _scatter(dx, rows, tokens) if wanted.tokens else none
+        dx = _scatter(dx, rows, tokens) if wanted.before_attention(s) else none
+        if dx is dout:
+            dx = dout.clone()
         signed, absolute = (none.new_empty((batch, 0)) for _ in range(2))
         if count:
             dcontext = _scatter(product(dprojected, saved.w_o if saved.w_o.numel() else w.wo), rows, tokens)
             dqkv = empty((tokens, 3, count, s.head_dim), dtype)
             q, k, v = saved.qkv.unbind(1)
             *_, signed, absolute, dbias = attention.backward(
-                dcontext.view(tokens, count, s.head_dim),
-                q,
-                k,
-                v,
-                saved.context,
-                saved.lse,
-                starts,
-                lengths,
-                None,
-                attention_seed,
-                s.max_length,
-                s.scale,
-                s.attention_dropout,
-                dqkv,
+                *(dcontext.view(tokens, count, s.head_dim), q, k, v, saved.context, saved.lse, starts, lengths, None),
+                *(attention_seed, s.max_length, s.scale, attention_dropout, dqkv),
+                window=s.window,
                 first_tokens=s.first_tokens,
                 bias=w.position_bias,
             )
             if dbias is not None:
                 keep("position_bias", dbias)
+            if cosines is not None and sines is not None:
+                rotary.turn_(dqkv, cosines, sines, back=True)
             flat = dqkv.view(tokens, 3 * width)
+            normed = s.norm_first and w.gamma1 is not None
+            taken = saved.attention_input if dtype != x.dtype or normed else x
+            groups, slices = inputs.projection_slices(s)
+            parts = flat.split(flat.shape[1] // len(w.projections), 1)
             # If the gradients of q, k and v are all wanted, compute them in one product.
-            taken, parts = saved.cast_x if cast else x, flat.split(width, 1)
-            whole = wanted.parameters[:3] == [True] * 3
-            dweights = gradient_product(flat, taken).chunk(3) if whole else (None,) * 3
-            for name, part, dweight in zip(w._fields[:3], parts, dweights, strict=True):
+            whole = wanted.all(*w.projections)
+            dweights = gradient_product(flat, taken).chunk(len(parts)) if whole else (None,) * len(parts)
+            for name, part, dweight in zip(w.projections, parts, dweights, strict=True):
                 if wanted.any(name):
                     dweight = gradient_product(part, taken) if dweight is None else dweight
-                    keep(name, dweight, 0, all_heads, heads, shared=whole)
-            if any(wanted.parameters[3:6]):
-                for name, gradient in zip(w._fields[3:6], ffn.column_sums(flat).chunk(3), strict=True):
-                    keep(name, gradient, 0, all_heads, heads, shared=True)
-            if wanted.tokens:
-                dx = _add_product(dx, flat, saved.w_qkv)
-        return finish(dx, signed, absolute)
+                    keep(name, dweight, 0, groups, slices, shared=len(parts) > 1 and whole)
+            if wanted.any(*w.biases):
+                sums = ffn.column_sums(flat).chunk(len(parts))
+                for name, gradient in zip(w.biases, sums, strict=True):
+                    keep(name, gradient, 0, groups, slices, shared=len(parts) > 1)
+            if wanted.before_attention(s):
+                joined = _joined(inputs, s)
+                weight = saved.w_qkv if joined is None else joined
+                if normed:
+                    dentered = product(flat, weight)
+                    _, dx, _, dgamma1, dbeta1 = residual.backward_before(
+                        dentered, dx, None, x, None, w.gamma1, saved.mean1, saved.rstd1, None, 0.0, x.dtype
+                    )
+                    keep("gamma1", dgamma1)
+                    keep("beta1", dbeta1)
+                else:
+                    dx = _add_product(dx, flat, weight)
+        return finish(dx if wanted.tokens else none, signed, absolute)
 
 
 def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tuple[Tensor, ...]:
     """Returns empty tensors of the shapes and dtypes of `forward`'s results. With `on_gpu`, those of the Triton
     backend, which also saves `middle` if the FFN is pruned, and does not copy weights of selected heads."""
-    x, w, starts, _, _ = inputs
-    (tokens, channels), dtype = x.shape, settings.dtype
-    cast, head_dim, (_, count) = dtype != x.dtype, settings.head_dim, inputs.heads(settings)
-    neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]
+    x, w, starts = inputs.x, inputs.weights, inputs.starts
+    (tokens, channels), dtype, s = x.shape, settings.dtype, settings
+    cast, head_dim, (_, count) = dtype != x.dtype, s.head_dim, inputs.heads(s)
+    neuron_count = 0 if w.w2 is None else w.w2.shape[1] if w.neurons is None else w.neurons.shape[0]
 
     def new(*shape: int, needed: bool = True, dtype: torch.dtype = dtype) -> Tensor:
         return x.new_empty(shape, dtype=dtype) if needed else x.new_empty(0)
 
     attends, feeds = count != 0, w.w1 is not None
-    rows = starts.shape[0] if settings.first_tokens else tokens
+    rows = starts.shape[0] if s.first_tokens else tokens
     stream = (rows, channels)
+    first = s.norm_first
+    normed = first and attends and w.gamma1 is not None
+    joins = attends and (w.wk is not None or cast or w.heads is not None)
 
-    def statistics() -> Tensor:
-        return new(rows, dtype=torch.float32)
+    def statistics(rows: int, needed: bool) -> Tensor:
+        return new(rows, needed=needed, dtype=torch.float32)
 
     saved = Saved(
-        cast_x=new(tokens, channels, needed=cast),
+        attention_input=new(tokens, channels, needed=normed or (cast and attends)),
         qkv=new(tokens, 3, count, head_dim, needed=attends),
         context=new(tokens, count, head_dim, needed=attends),
         lse=new(tokens, count, needed=attends, dtype=torch.float32),
         projected=new(*stream, needed=attends),
-        mean1=statistics(),
-        rstd1=statistics(),
-        middle=new(*stream, needed=feeds or on_gpu, dtype=x.dtype),
-        cast_middle=new(*stream, needed=cast and feeds),
-        pre=new(rows, neuron_count, needed=feeds),
+        mean1=statistics(tokens if first else rows, normed or not first),
+        rstd1=statistics(tokens if first else rows, normed or not first),
+        middle=new(*stream, needed=(feeds or on_gpu) and not first, dtype=x.dtype),
+        ffn_input=new(*stream, needed=feeds and (cast or first)),
+        pre=new(rows, neuron_count * (1 + s.gated), needed=feeds),
         hidden=new(rows, neuron_count, needed=feeds),
         output=new(*stream, needed=feeds),
-        mean2=statistics(),
-        rstd2=statistics(),
-        w_qkv=new(3 * count * head_dim, channels, needed=attends and not (on_gpu and w.heads is not None)),
+        mean2=statistics(rows, feeds or not first),
+        rstd2=statistics(rows, feeds or not first),
+        w_qkv=new(3 * count * head_dim, channels, needed=joins and not (on_gpu and w.heads is not None)),
         w_o=new(channels, count * head_dim, needed=attends and (cast if w.heads is None else not on_gpu)),
-        w_1=new(neuron_count, channels, needed=feeds and (cast or w.neurons is not None)),
+        w_1=new(neuron_count * (1 + s.gated), channels, needed=feeds and (cast or w.neurons is not None)),
         w_2=new(channels, neuron_count, needed=feeds and (cast or w.neurons is not None)),
     )
     return x.new_empty(stream), *saved
@@ -369,18 +476,18 @@ def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tu
 
 def fake_backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
     """Returns empty tensors of the shapes and dtypes of `backward`'s results."""
-    x, w, _, lengths, _ = inputs
+    x, w, lengths = inputs.x, inputs.weights, inputs.lengths
     batch, (_, count) = lengths.shape[0], inputs.heads(settings)
 
     def new(*shape: int, needed: bool = True) -> Tensor:
         return x.new_empty(shape if needed else (0,), dtype=torch.float32)
 
     attends, feeds = count != 0, w.w1 is not None
-    neuron_count = 0 if w.w1 is None else w.w1.shape[0] if w.neurons is None else w.neurons.shape[0]
+    neuron_count = 0 if w.w2 is None else w.w2.shape[1] if w.neurons is None else w.neurons.shape[0]
     parts = [attends] * 7 + [True] * 3 + [feeds] * 4 + [True] * 2 + [attends]
     return (
         x.new_empty(x.shape) if wanted.tokens else new(0),
-        *(new(batch, count, needed=wanted.attention()) for _ in range(2)),
+        *(new(batch, count, needed=wanted.attention(settings)) for _ in range(2)),
         *(new(batch, needed=feeds and wanted.ffn_sums) for _ in range(2)),
         new(batch, neuron_count, needed=feeds and wanted.neuron_sums),
         *(

@@ -7,6 +7,8 @@ products with transposed weights add to the gradient of the residual stream. The
 place by the kernels of ops.projection.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,6 @@ from ticketops.ops.layer.arguments import (
     Saved,
     Settings,
     Wanted,
-    Weights,
     autocast_off,
     in_weights_order,
     results,
@@ -61,11 +62,14 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     Returns:
         [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
     """
-    (x, w, starts, lengths, seeds), s = inputs, settings
+    (x, _, starts, lengths, seeds, *_), s = inputs, settings
+    # `serves_layer` has seen to it that all parameters are there.
+    w: Any = inputs.weights
     ffn_weights, heads = w.ffn(), w.heads
     (tokens, channels), dtype = x.shape, s.dtype
     all_heads, count = inputs.heads(s)
-    attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
+    attention_seed, output_seed, _, ffn_seed = seeds_of(seeds, s)
+    attention_dropout, output_dropout, _, ffn_dropout = s.dropouts
     cast, width, none = dtype != x.dtype, count * s.head_dim, x.new_empty(0)
     w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
     sources: list[Tensor] = []
@@ -104,7 +108,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 )
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
-                *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, s.attention_dropout),
+                *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, attention_dropout),
                 bias=w.position_bias,
             )
             seen = select(context.view(tokens, width), rows)
@@ -116,14 +120,12 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             projected = x.new_zeros(stream.shape, dtype=dtype)
         half = x.new_empty(stream.shape, dtype=dtype) if cast and ffn_weights is not None else None
         middle, mean1, rstd1 = residual.forward(
-            projected, stream, w.bo, w.gamma1, w.beta1, output_seed, s.output_dropout, s.eps1, half
+            projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps1, half
         )
         if ffn_weights is not None:
             inner = middle if half is None else half
             output, pre, hidden = ffn.forward(inner, w1, b1, w2, b2, None, None, s.activation)
-            out, mean2, rstd2 = residual.forward(
-                output, middle, None, w.gamma2, w.beta2, ffn_seed, s.ffn_dropout, s.eps2
-            )
+            out, mean2, rstd2 = residual.forward(output, middle, None, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps2)
         else:
             out, mean2, rstd2 = _norm(middle, w, s.eps2)
     if not keep:
@@ -139,12 +141,15 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
 def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
     """Computes the gradients of `forward` and the importance partials. The results are as the native backend's; some
     are views of one tensor."""
-    (x, w, starts, lengths, seeds), s = inputs, settings
+    (x, _, starts, lengths, seeds, *_), s = inputs, settings
+    # `serves_layer` has seen to it that all parameters are there.
+    w: Any = inputs.weights
     heads = w.heads
     tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
     cast = dtype != x.dtype
     all_heads, count = inputs.heads(s)
-    attention_seed, output_seed, ffn_seed = seeds_of(seeds, s)
+    attention_seed, output_seed, _, ffn_seed = seeds_of(seeds, s)
+    attention_dropout, output_dropout, _, ffn_dropout = s.dropouts
     gradients: dict[str, Tensor] = {}
     rows = inputs.rows(s)
     spans = inputs.spans_after_attention(s)
@@ -172,35 +177,35 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         if (ffn_weights := w.ffn()) is not None:
             w1, _, w2, _ = ffn_weights
             doutput, dmiddle, after_ffn = residual.first_stage(
-                dout, saved.output, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, s.ffn_dropout
+                dout, saved.output, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, ffn_dropout
             )
             doutput = doutput if doutput.ndim > 1 else dmiddle
             if wanted.any("w2"):
                 gradients["w2"] = _product(doutput.t(), saved.hidden, w2.dtype)
-            if wanted.inner():
+            if wanted.inner(s):
                 gradient, pre = torch.mm(doutput, saved.w_2 if saved.w_2.numel() else w2), saved.pre
             else:
                 gradient = pre = doutput.new_empty((len(doutput), 0))
-            if wanted.inner() or wanted.ffn_sums:
+            if wanted.inner(s) or wanted.ffn_sums:
                 sums = ffn.Wanted(wanted.any("b1"), False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token)
                 dpre, parts, by_neuron = ffn.activation_backward(
                     gradient, doutput, saved.output, pre, *spans, None, None, s.activation, sums
                 )
             if wanted.any("w1"):
-                gradients["w1"] = _product(dpre.t(), saved.cast_middle if cast else saved.middle, w1.dtype)
-            if not wanted.projected():
+                gradients["w1"] = _product(dpre.t(), saved.ffn_input if cast else saved.middle, w1.dtype)
+            if not wanted.projected(s):
                 return finish()
             # Not earlier: without dropout and casts, doutput is the same tensor, which this overwrites.
             dmiddle = _add_product(dmiddle, dpre, saved.w_1 if saved.w_1.numel() else w1)
         else:
-            dmiddle, dgamma2, dbeta2 = _norm_backward(dout, saved, w, wanted)
+            dmiddle, dgamma2, dbeta2 = _norm_backward(dout, saved, w, wanted, wanted.projected(s))
             gradients |= {"gamma2": dgamma2, "beta2": dbeta2}
-            if not wanted.projected():
+            if not wanted.projected(s):
                 return finish()
         stream = select(x, rows)
         projected = saved.projected if count else x.new_zeros(stream.shape, dtype=dtype)
         dprojected, dx, after_attention = residual.first_stage(
-            dmiddle, projected, stream, w.bo, w.gamma1, saved.mean1, saved.rstd1, output_seed, s.output_dropout
+            dmiddle, projected, stream, w.bo, w.gamma1, saved.mean1, saved.rstd1, output_seed, output_dropout
         )
         dprojected = dprojected if dprojected.ndim > 1 else dx
         width = count * s.head_dim
@@ -211,7 +216,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             else:
                 gradients["wo"] = torch.empty(w.wo.shape, dtype=w.wo.dtype, device=x.device)
                 projection.gradients([seen], dprojected, [gradients["wo"].t()], None, heads, all_heads)
-        if not wanted.attention():
+        if not wanted.attention(s):
             return finish()
         dx = _scatter(dx, rows, tokens) if wanted.tokens else none
         if not count:
@@ -235,13 +240,13 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             attention_seed,
             s.max_length,
             s.scale,
-            s.attention_dropout,
+            attention_dropout,
             into=dqkv,
             bias=w.position_bias,
         )
         if dbias is not None:
             gradients["position_bias"] = dbias
-        flat, taken = dqkv.view(tokens, 3 * width), saved.cast_x if cast else x
+        flat, taken = dqkv.view(tokens, 3 * width), saved.attention_input if cast else x
         dparts = flat.view(tokens, 3, width).unbind(1)
         if heads is None:
             if all(wanted.parameters[:3]):
@@ -262,18 +267,18 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         return finish(dx, signed, absolute)
 
 
-def _norm(x: Tensor, w: Weights, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm(x: Tensor, w: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Applies the second LayerNorm directly after the first, if the FFN is pruned. On a GPU, torch's LayerNorm requires
     parameters of x's dtype."""
     out, mean, rstd = torch.native_layer_norm(*_one_dtype(x, w.gamma2, w.beta2), eps)
     return out.to(x.dtype), mean, rstd
 
 
-def _norm_backward(dout: Tensor, saved: Saved, w: Weights, wanted: Wanted) -> tuple[Tensor, ...]:
+def _norm_backward(dout: Tensor, saved: Saved, w: Any, wanted: Wanted, projected: bool) -> tuple[Tensor, ...]:
     x, shape, gamma, beta = _one_dtype(saved.middle, w.gamma2, w.beta2)
     dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
         *(dout.to(x.dtype), x, shape, saved.mean2[:, None], saved.rstd2[:, None], gamma, beta),
-        [wanted.projected(), wanted.any("gamma2"), wanted.any("beta2")],
+        [projected, wanted.any("gamma2"), wanted.any("beta2")],
     )
     return dout if dx is None else dx.to(dout.dtype), dgamma, dbeta
 

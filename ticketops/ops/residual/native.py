@@ -39,7 +39,7 @@ class Second(NamedTuple):
     """
 
     gamma: Tensor
-    beta: Tensor
+    beta: Tensor | None
     eps: float
 
 
@@ -60,7 +60,7 @@ def forward(
     residual: Tensor,
     bias: Tensor | None,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
     eps: float,
@@ -71,6 +71,7 @@ def forward(
 
     Args:
         x: as in the reference; None for zeros, the output of a sublayer that is pruned.
+        beta: as in the reference; None for zeros.
         half: contiguous bfloat16 [T, C] to write a copy of the result to, or None.
         second: a second LayerNorm to apply to the result, or None.
 
@@ -95,10 +96,134 @@ def forward(
         norms[1] = norm(gamma2, beta2, *statistics[2:])
     run(
         native.residual_forward,
-        *(_is_bf16(x, residual), residual.dtype == torch.bfloat16, address(x), address(residual), address(bias)),
-        *(norms, address(out), address(half), rows, channels, (eps, eps2), *dropout_arguments(seed, dropout_p)),
+        *(_is_bf16(x, residual), residual.dtype == torch.bfloat16, residual.dtype == torch.bfloat16),
+        *(
+            address(x),
+            address(residual),
+            address(bias),
+            norms,
+            0,
+            address(out),
+            address(half),
+            rows,
+            channels,
+            (eps, eps2),
+            *dropout_arguments(seed, dropout_p),
+        ),
     )
     return out, *statistics
+
+
+class Before(NamedTuple):
+    """The end of a sublayer in a layer whose LayerNorms come first, before the next sublayer.
+
+    Attributes:
+        total: [T, C], residual + dropout(x + bias), in the residual's dtype; the residual itself if nothing is added.
+        normed: [T, C], its LayerNorm, in the dtype of matrix products; empty without a LayerNorm, as the others.
+        mean, rstd: float32 [T], each row's mean and 1 / sqrt(variance + eps).
+    """
+
+    total: Tensor
+    normed: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+def forward_before(
+    x: Tensor | None,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> Before:
+    """Computes `forward` with the sum before the LayerNorm.
+
+    Args:
+        x, residual, bias, seed, dropout_p, eps: as in `forward`.
+        gamma: as in `forward`; None for no LayerNorm.
+        beta: as in `forward`; None for zeros.
+        dtype: dtype of `normed`: x's, or the residual's.
+    """
+    rows, channels = residual.shape
+    x, residual = _pair(x, residual)
+    bias, gamma, beta = (
+        _vector("bias", bias, channels),
+        _vector("gamma", gamma, channels),
+        _vector("beta", beta, channels),
+    )
+    adds, norms = x is not None or bias is not None, gamma is not None
+    total = empty((rows, channels), residual.dtype) if adds else residual
+    normed = empty((rows, channels) if norms else (0,), dtype)
+    mean, rstd = (empty(rows if norms else 0) for _ in range(2))
+    run(
+        native.residual_forward,
+        *(_is_bf16(x, residual), residual.dtype == torch.bfloat16, dtype == torch.bfloat16),
+        *(address(x), address(residual), address(bias), (norm(gamma, beta, mean, rstd), _NONE)),
+        *(
+            address(total) if adds else 0,
+            address(normed),
+            0,
+            rows,
+            channels,
+            (eps, 0.0),
+            *dropout_arguments(seed, dropout_p),
+        ),
+    )
+    return Before(total, normed, mean, rstd)
+
+
+def backward_before(
+    dnormed: Tensor | None,
+    dtotal: Tensor,
+    x: Tensor | None,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Computes the gradients of `forward_before`.
+
+    Args:
+        dnormed, dtotal: [T, C], gradients of `normed` and `total`; None for the former without a LayerNorm.
+        x, residual, bias, gamma, seed, dropout_p: as in `forward_before`.
+        mean, rstd: as it returned them.
+        dtype: x's.
+
+    Returns:
+        dx [T, C], the same tensor as dresidual if they are equal; dresidual [T, C], `dtotal` itself if they are equal;
+        and dbias, dgamma and dbeta [C] in float32, the last two empty without a LayerNorm.
+    """
+    rows, channels = residual.shape
+    x, residual = _pair(x, residual)
+    dtotal = checked("dtotal", dtotal, residual.dtype, rows, channels)
+    bias, gamma = _vector("bias", bias, channels), _vector("gamma", gamma, channels)
+    if dnormed is not None:
+        dnormed = checked("dnormed", dnormed, dnormed.dtype, rows, channels)
+        mean, rstd = (checked("statistics", vector, torch.float32, rows) for vector in (mean, rstd))
+    dresidual = dtotal if gamma is None else empty((rows, channels), residual.dtype)
+    dx = empty((rows, channels), dtype) if dropout_p or dtype != residual.dtype else dresidual
+    if dx is dtotal and bias is None:
+        return dx, dtotal, empty(0), empty(0), empty(0)
+    dbias = empty(channels)
+    dgamma, dbeta = (empty(0 if gamma is None else channels) for _ in range(2))
+    out_bf16 = (residual if dnormed is None else dnormed).dtype == torch.bfloat16
+    run(
+        native.residual_backward,
+        *(dtype == torch.bfloat16, residual.dtype == torch.bfloat16, out_bf16, address(dnormed), address(dtotal)),
+        *(address(x), address(residual), address(bias), (norm(gamma, None, mean, rstd), _NONE)),
+        *(0 if dx is dresidual else address(dx), 0 if dresidual is dtotal else address(dresidual)),
+        *([address(dbias), *([0, 0] if gamma is None else [address(dgamma), address(dbeta)]), 0, 0], rows, channels),
+        *dropout_arguments(seed, dropout_p),
+    )
+    return dx, dresidual, dbias, dgamma, dbeta
 
 
 def backward(
@@ -111,7 +236,7 @@ def backward(
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
-    second: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    second: tuple[Tensor | None, Tensor, Tensor, Tensor] | None = None,
     vectors: bool = True,
 ) -> tuple[Tensor, ...]:
     """See ticketops.ops.residual.reference.backward.
@@ -145,8 +270,13 @@ def backward(
     addresses = [*map(address, sums if vectors else ()), *[0] * 5][:5]
     run(
         native.residual_backward,
-        *(_is_bf16(x, residual), residual.dtype == torch.bfloat16, address(dout), address(x), address(residual)),
-        *(address(bias), (norm(gamma, beta, mean, rstd), norm(gamma2, None, mean2, rstd2))),
+        *(_is_bf16(x, residual), residual.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, address(dout), 0),
+        *(
+            address(x),
+            address(residual),
+            address(bias),
+            (norm(gamma, beta, mean, rstd), norm(gamma2, None, mean2, rstd2)),
+        ),
         *(address(dx if own_dx else None), address(dresidual), addresses, rows, channels),
         *dropout_arguments(seed, dropout_p),
     )
