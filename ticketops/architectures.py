@@ -44,6 +44,7 @@ ARCHITECTURES = (
     Architecture("distilbert", "DistilBert", "distilbert", "Transformer"),
     _bert("electra", "Electra"),
     _bert("ernie", "Ernie"),
+    Architecture("eurobert", "EuroBert", "eurobert", "EuroBertModel", gated=True),
     Architecture("gte", "Gte", "rotary", "GteModel", gated=True, since="5.18"),
     Architecture("jina_embeddings_v3", "JinaEmbeddingsV3", "rotary", "JinaEmbeddingsV3Model"),
     Architecture("modernbert", "ModernBert", "modernbert", "ModernBertModel", gated=True),

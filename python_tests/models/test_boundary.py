@@ -239,13 +239,14 @@ def test_settings_of_a_table_hold_for_padding_too(text, setting):
     "name",
     [
         "BertModel",
+        "EuroBertForSequenceClassification",
         "NomicBertForSequenceClassification",
         "RobertaForSequenceClassification",
         "ModernBertForSequenceClassification",
     ],
 )
 def test_padding_in_front_goes_to_the_stock_code_where_first_tokens_are_read(name, unpad):
-    model = make(name)
+    model = make(name, **({"classifier_pooling": "bos"} if name.startswith("EuroBert") else {}))
     stock, batch = copy.deepcopy(model), draw(model, "left")
     with ticketops.patch(model, unpad=unpad) as handle:
         compare(model, stock, batch)

@@ -40,7 +40,15 @@ MODELS = [
     if name == f"{encoder}Model" or (name.startswith(f"{encoder}For") or name == f"{encoder}LMHeadModel")
 ]
 #: A bare model of each family of adapters.
-BUILT_APART = ["BertModel", "DistilBertModel", "ModernBertModel", "MPNetModel", "NomicBertModel", "ViTModel"]
+BUILT_APART = [
+    "BertModel",
+    "DistilBertModel",
+    "EuroBertModel",
+    "ModernBertModel",
+    "MPNetModel",
+    "NomicBertModel",
+    "ViTModel",
+]
 PADDING = {"right": [17, 3, 9, 1], "left": [17, 3, 9, 1], "none": [17, 17, 17, 17]}
 
 
@@ -57,12 +65,17 @@ def make(name, **changes):
         # A window of four tokens to either side, and rows of 17.
         sizes |= {"hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64}
         sizes |= {"local_attention": 8, "pad_token_id": 0}
+    elif encoder == "EuroBert":
+        sizes |= {"hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64}
+        sizes |= {"pad_token_id": 0}
     else:
         sizes |= {"hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64}
         sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         sizes |= {} if encoder == "MPNet" else {"type_vocab_size": 2}
         sizes |= {"image_size": 32, "patch_size": 8, "encoder_stride": 8} if encoder not in TEXT else {}
         sizes |= {"embedding_size": 24} if encoder == "Electra" else {}
+        # Gates multiply what rounding has done to the activations.
+        sizes |= {"initializer_range": 0.1} if encoder in ("Gte", "NomicBert") else {}
         sizes |= {"use_task_id": True} if encoder == "Ernie" else {}
     if name.endswith("ForQuestionAnswering"):
         sizes["num_labels"] = 2
@@ -148,7 +161,7 @@ def test_packed_inputs_are_the_sequences_that_flash_attention_sees(name):
     stock, padded, base = copy.deepcopy(model), draw(model), model.base_model
     real = padded["attention_mask"].bool()
     rows = [{"input_ids": ids[keep].tolist()} for ids, keep in zip(padded["input_ids"], real, strict=True)]
-    table = getattr(base.embeddings, "position_embeddings", None)
+    table = getattr(find_adapter(model)[0].embeddings(base), "position_embeddings", None)
     start = 0 if getattr(table, "padding_idx", None) is None else table.padding_idx + 1
     packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
     del packed["labels"]
@@ -240,6 +253,9 @@ def test_padding_where_the_task_head_reads_is_left_to_the_stock_code(name):
         ("GteModel", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
         ("GteForSequenceClassification", {"type_vocab_size": 0}),
         ("JinaEmbeddingsV3Model", {"hidden_act": "silu"}),
+        ("EuroBertModel", {"attention_bias": True, "mlp_bias": True, "head_dim": 8}),
+        ("EuroBertForSequenceClassification", {"classifier_pooling": "bos"}),
+        ("EuroBertForSequenceClassification", {"classifier_pooling": "mean", "attn_implementation": "eager"}),
         ("ModernBertModel", {"attn_implementation": "eager"}),
         ("ModernBertModel", {"attention_bias": True, "mlp_bias": True, "norm_bias": True}),
         ("ModernBertModel", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
@@ -386,6 +402,7 @@ def test_masks_with_holes_are_served_where_no_layer_has_a_window():
     [
         ("ModernBertForSequenceClassification", {"classifier_pooling": "mean"}),
         ("ModernBertForMultipleChoice", {}),
+        ("EuroBertForSequenceClassification", {}),
     ],
 )
 def test_heads_that_do_not_read_the_first_token_take_padding_on_the_left(name, changes):
@@ -557,6 +574,7 @@ def test_importance_equals_its_definition(encoder, inputs):
         # transformers' MPNet has no checkpoints.
         *((name, "checkpointed") for name in CLASSIFIERS if not name.startswith("MPNet")),
         ("DistilBertForSequenceClassification", "compiled"),
+        ("EuroBertForSequenceClassification", "compiled"),
         ("ElectraForSequenceClassification", "compiled"),
         ("ModernBertForSequenceClassification", "compiled"),
         ("MPNetForSequenceClassification", "compiled"),
@@ -652,6 +670,7 @@ def test_attention_weights_are_the_stock_code_s(encoder, inputs):
 @pytest.mark.parametrize(
     "name",
     [
+        "EuroBertForTokenClassification",
         "ModernBertForMaskedLM",
         "MPNetForTokenClassification",
         "NomicBertForSequenceClassification",
@@ -706,7 +725,7 @@ def test_the_longest_row_is_known(name):
     model = make(f"{name}Model")
     longest = positions(model)
     assert model(torch.full((1, longest), 7)).last_hidden_state.shape[1] == longest
-    if not hasattr(model.embeddings, "position_embeddings"):
+    if not hasattr(find_adapter(model)[0].embeddings(model), "position_embeddings"):
         # Rotary positions have no table that ends; the configuration says what they were trained for.
         assert longest == model.config.max_position_embeddings
         return

@@ -112,7 +112,7 @@ def test_exports_compute_elsewhere_what_masks_compute_here(format, names, script
             tokenizer = tokenizer_of(model)
             batch = dict(tokenizer(list(SENTENCES), padding=True, truncation=True, max_length=24, return_tensors="pt"))
             assert (batch["input_ids"] != tokenizer.unk_token_id).all()
-        if model.config.model_type in ("distilbert", "modernbert", "mpnet"):
+        if model.config.model_type in ("distilbert", "eurobert", "modernbert", "mpnet"):
             del batch["token_type_ids"]
         if name.endswith("ForMultipleChoice"):
             batch = {key: value[None] for key, value in batch.items()}

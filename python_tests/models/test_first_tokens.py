@@ -56,7 +56,11 @@ def step(model, batch, handle=None):
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], scores
 
 
-@pytest.mark.parametrize("encoder", [name for name in TEXT if name != "ModernBert"])
+#: Those whose sequence classifier reads first tokens alone.
+FIRST = [name for name in TEXT if name not in ("EuroBert", "ModernBert")]
+
+
+@pytest.mark.parametrize("encoder", FIRST)
 @pytest.mark.parametrize("padding", ["right", "none"])
 def test_every_classifier_of_bert_s_kind_is_served(encoder, padding):
     model = make(f"{encoder}ForSequenceClassification")
@@ -69,6 +73,19 @@ def test_every_classifier_of_bert_s_kind_is_served(encoder, padding):
         with torch.no_grad():
             torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, **roundings(1000, 100))
     assert said == [LAYERS - 1] * 2
+
+
+@pytest.mark.parametrize("encoder", FIRST)
+def test_a_hook_on_what_takes_the_first_token_sees_all(encoder):
+    model = make(f"{encoder}ForSequenceClassification")
+    stock, batch, seen = copy.deepcopy(model), draw(model), []
+    for each in (model, stock):
+        reader = getattr(each.base_model, "pooler", None) or each.classifier
+        reader.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    with ticketops.patch(model), torch.no_grad():
+        for each in (model, stock):
+            each(**batch)
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("ffn", [True, False])

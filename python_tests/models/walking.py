@@ -46,6 +46,8 @@ STARTS = (
     "ElectraForTokenClassification",
     "ModernBertForSequenceClassification",
     "ModernBertForTokenClassification",
+    "EuroBertForSequenceClassification",
+    "JinaEmbeddingsV3ForSequenceClassification",
     "MPNetForSequenceClassification",
     "MPNetForTokenClassification",
     "NomicBertForSequenceClassification",

@@ -47,6 +47,7 @@ class LayerParts:
         fc1, fc2: linear layers of the FFN.
         activation: module between fc1 and fc2.
         attention_norm, ffn_norm: LayerNorm of each sublayer; None if there is none.
+        norm: class of these.
         dropouts: dropout modules inside the layer.
         scale: factor of the attention scores.
         rates: current dropout probabilities of the attention weights, attention's output and the FFN's output; 0 for a
@@ -66,13 +67,14 @@ class LayerParts:
     fc1: nn.Linear
     fc2: nn.Linear
     activation: nn.Module
-    attention_norm: nn.LayerNorm | None
-    ffn_norm: nn.LayerNorm
+    attention_norm: Any
+    ffn_norm: Any
     dropouts: tuple[nn.Dropout, ...]
     scale: float
     rates: tuple[float, float, float]
     head_dim: int
     causal: bool
+    norm: type[nn.Module] = nn.LayerNorm
     gated: bool = False
     gate: nn.Linear | None = None
     biased: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm)
@@ -115,9 +117,11 @@ class LayerParts:
         """
         for name, module, expected in self._expected():
             if type(module) is not expected:
+                plain = getattr(nn, expected.__name__, None) is expected
                 return (
                     f"a {type(module).__module__}.{type(module).__name__} as its {name}, not a plain "
-                    f"torch.nn.{expected.__name__}: merge adapters and undo quantization before patching"
+                    f"{'torch.nn.' if plain else ''}{expected.__name__}: merge adapters and undo quantization before "
+                    "patching"
                 )
         return None
 
@@ -145,8 +149,8 @@ class LayerParts:
             if type(linear) is not RemovedLinear:
                 yield name, linear, nn.Linear
         if self.attention_norm is not None:
-            yield "attention_norm", self.attention_norm, nn.LayerNorm
-        yield "ffn_norm", self.ffn_norm, nn.LayerNorm
+            yield "attention_norm", self.attention_norm, self.norm
+        yield "ffn_norm", self.ffn_norm, self.norm
         for index, dropout in enumerate(self.dropouts):
             yield f"dropout {index}", dropout, nn.Dropout
 
@@ -170,6 +174,7 @@ class Adapter:
         base: class of the bare model, `model.base_model` of every task head.
         swaps: stock class -> the subclass that replaces it when a model is patched, of modules and of task heads.
         encoder: function that returns the module with the list of layers in a bare model.
+        embeddings: function that returns the module that embeds a bare model's inputs.
         parts: function that returns the parts of a layer.
         resize: function (layer, heads) that tells a shrunk layer's attention modules which heads of the architecture
             they have, in ascending order.
@@ -206,6 +211,7 @@ class Adapter:
     calls: Callable[[Any], tuple[nn.Module, ...]]
     calls_with_heads: Callable[[Any], tuple[nn.Module, ...]]
     attentions: Callable[[Any], tuple[nn.Module, ...]] = lambda layer: ()
+    embeddings: Callable[[Any], nn.Module] = lambda base: base.embeddings
     first_token_heads: Mapping[type[nn.Module], type[nn.Module] | None] = field(default_factory=dict)
     pooler: type[nn.Module] | None = None
     stack: str = "layer"

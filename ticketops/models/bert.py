@@ -138,6 +138,48 @@ class Turn(NamedTuple):
     sines: Tensor
 
 
+def pre_norm_layer(
+    state: LayerState,
+    parts: LayerParts,
+    norms: tuple[nn.Module, nn.Module],
+    drops: tuple[nn.Module, nn.Module],
+    hidden_states: Tensor,
+    call: Call,
+    turn: Turn | None = None,
+) -> Tensor:
+    """Computes a layer with a norm before each sublayer, whose norms and dropouts it calls as modules.
+
+    Args:
+        state: of the layer.
+        parts: the layer's.
+        norms: in front of attention and of the FFN.
+        drops: behind attention and behind the FFN.
+        hidden_states: [.., C], real tokens.
+        call: of the forward pass.
+        turn: what becomes of q and k; None for nothing.
+
+    Returns:
+        [.., C].
+    """
+    state.check(call)
+    normed = norms[0](hidden_states)
+    contexts = attend(state, parts.qkv, normed, call, parts.scale, parts.rates[0], parts.window, turn)
+    projected = project(state, parts.output, contexts, hidden_states)
+    if parts.output.bias is not None:
+        projected = projected + parts.output.bias
+    hidden_states = hidden_states + drops[0](projected)
+    if not state.kept.attention:
+        hidden_states = with_unread(norms[0], hidden_states, normed)
+    if state.kept.ffn:
+        output = feed_forward(state, parts, norms[1](hidden_states), call)
+        return hidden_states + drops[1](output.view_as(hidden_states))
+    hidden_states = with_unread(norms[1], hidden_states)
+    if is_hooked(drops[1]):
+        nothing = torch.zeros_like(hidden_states).requires_grad_(hidden_states.requires_grad)
+        hidden_states = hidden_states + drops[1](nothing)
+    return hidden_states
+
+
 def post_norm_layer(
     state: LayerState, parts: LayerParts, hidden_states: Tensor, call: Call, turn: Turn | None = None
 ) -> Tensor:

@@ -207,7 +207,8 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     if not look.watched:
         # The layers read the packing; without a mask the stock model builds no [B, 1, S, S] one, which hooks may see.
         arguments["attention_mask"] = handle.adapter.no_mask
-    embeds_positions = "position_ids" in handle.arguments and hasattr(base.embeddings, "position_embeddings")
+    embeddings = handle.adapter.embeddings(base)
+    embeds_positions = "position_ids" in handle.arguments and hasattr(embeddings, "position_embeddings")
     # On a GPU the embeddings of padding are no time worth a further launch.
     spread = packing.indices is not None and hidden and torch.is_grad_enabled()
     packed = (
@@ -220,7 +221,7 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     only_first = only_first and flat is None and rows > 0 and not hidden
     arguments["ticketops"] = handle.call(base, packing, device, packed, spread, only_first)
     if packing.indices is not None and packed:
-        _pack_inputs(base.embeddings, packing, packing.indices.clamp_min(0), arguments)
+        _pack_inputs(embeddings, packing, packing.indices.clamp_min(0), arguments)
     return arguments
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ticketops.models.hooks import is_hooked, transform
+from ticketops.models.hooks import any_module_is_hooked, is_hooked, transform
 from ticketops.models.swapping import stand_in
 from ticketops.ops.embedding import dropout, embedding, embeddings, layer_norm, serves_embedding
 
@@ -99,7 +99,7 @@ def embed(module: Any, ids: Tensor | None, positions: Tensor | None, types: Tens
     """
     words, places, kinds = (getattr(module, f"{name}_embeddings", None) for name in ("word", "position", "token_type"))
     norm, drop = module.LayerNorm, module.dropout
-    if transform() or ids is None:
+    if transform() or any_module_is_hooked() or ids is None:
         return None
     if places is None:
         positions = None

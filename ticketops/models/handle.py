@@ -51,7 +51,7 @@ def patch(model: Any, *, unpad: bool = True, bucket: int | None = None) -> "Patc
 
     Args:
         model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, MPNet, GTE, Jina v3,
-            NomicBert, ModernBERT, ViT or DeiT of transformers, bare or with a task head, on any device. Or a
+            NomicBert, ModernBERT, EuroBERT, ViT or DeiT of transformers, bare or with a task head, on any device. Or a
             SentenceTransformer, CrossEncoder or SparseEncoder of sentence-transformers with one of them inside.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static and never waits for the
             device, for graphs that capture the whole model, and then every row of the attention mask must be one
@@ -134,7 +134,7 @@ class PatchHandle:
                 if stock_class(module) in adapter.swaps:
                     self._swap(module, adapter.swaps, state)
         swaps = SWAPS | adapter.swaps
-        for module in base.embeddings.modules():
+        for module in adapter.embeddings(base).modules():
             if stock_class(module) in swaps:
                 self._swap(module, swaps, None)
         self._hooks: list[RemovableHandle] = []
@@ -156,7 +156,9 @@ class PatchHandle:
             self._first_token_head |= any(name.endswith(_FIRST_TOKEN_HEADS) for name in names)
         else:
             # ModernBERT's head for multiple choice looks for the first real token itself.
-            self._first_token_head |= pooling == "cls" and any(n.endswith("ForSequenceClassification") for n in names)
+            # EuroBERT calls the first token bos.
+            first = pooling in ("cls", "bos") and any(name.endswith("ForSequenceClassification") for name in names)
+            self._first_token_head |= first
         self.tell_first_tokens(model)
 
     def tell_first_tokens(self, caller: nn.Module) -> None:
@@ -519,7 +521,8 @@ class PatchHandle:
         Args:
             base: the bare model.
         """
-        return self.adapter.parts(self.adapter.layers(base)[0]).ffn_norm.weight
+        weight: Tensor = self.adapter.parts(self.adapter.layers(base)[0]).ffn_norm.weight
+        return weight
 
     def call(
         self, base: Any, packing: Packing, device: torch.device, packed: bool, spread: bool, only_first: bool

@@ -169,7 +169,7 @@ def positions(base: Any) -> int:
     Args:
         base: bare model for text.
     """
-    table: nn.Embedding | None = getattr(base.embeddings, "position_embeddings", None)
+    table: nn.Embedding | None = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     if table is None:
         return int(base.config.max_position_embeddings)
     # In RoBERTa-like models, positions start after the padding id.

@@ -8,7 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-_ROTARY = "rotary position embeddings, which only the adapters of GTE, Jina v3, ModernBERT and NomicBert apply"
+_ROTARY = (
+    "rotary position embeddings, which only the adapters of EuroBERT, GTE, Jina v3, ModernBERT and NomicBert apply"
+)
 _PRE_NORM = "LayerNorm before each sublayer, which no adapter for text serves yet"
 #: Model type -> reason, for reasons that the names of the modules do not show.
 _KNOWN = {
@@ -80,7 +82,7 @@ def _signs(model: PreTrainedModel) -> Iterator[str]:
     if _value(config, "num_key_value_heads") not in (None, _value(config, "num_attention_heads")):
         yield "keys and values shared by several heads (a pruned head takes its own q, k, v and o)"
     if any("RMSNorm" in kind for kind in kinds):
-        yield "RMSNorm (the residual op ends in LayerNorm)"
+        yield "RMSNorm, which only EuroBERT's adapter serves"
     if any(isinstance(module, nn.Conv1d) and _in_layer(name) for name, module in modules.items()):
         yield "convolutions inside its layers"
 

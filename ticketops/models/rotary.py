@@ -103,7 +103,10 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         refusal=lambda config: rope_refusal(config.rope_parameters),
         calls=lambda layer: (),
         calls_with_heads=lambda layer: (),
-        first_token_heads={stock("ForSequenceClassification"): None},
+        # Jina's classifier takes the first token from the row, and the others have a pooler.
+        first_token_heads={
+            stock("ForSequenceClassification"): getattr(modeling, f"{architecture.prefix}ClassificationHead", None)
+        },
         pooler=stock("Pooler"),
         stack="layers",
         gated=architecture.gated,

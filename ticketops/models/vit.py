@@ -3,14 +3,12 @@
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts
-from ticketops.models.bert import attend, feed_forward, project, with_unread
+from ticketops.models.bert import pre_norm_layer
 from ticketops.models.boundary import TicketModel
-from ticketops.models.hooks import is_hooked
 from ticketops.models.inputs import Images
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
@@ -32,21 +30,8 @@ class PreNormLayer(nn.Module):
         if ticketops is None:
             state.refuse_stock()
             return super().forward(hidden_states, *args, **kwargs)
-        parts, normed = _parts(self), self.layernorm_before(hidden_states)
-        state.check(ticketops)
-        contexts = attend(state, parts.qkv, normed, ticketops, parts.scale, parts.rates[0])
-        projected = project(state, parts.output, contexts, hidden_states) + parts.output.bias
-        hidden_states = hidden_states + self.dropout(projected)
-        if not state.kept.attention:
-            hidden_states = with_unread(self.layernorm_before, hidden_states, normed)
-        if not state.kept.ffn:
-            hidden_states = with_unread(self.layernorm_after, hidden_states)
-            if is_hooked(self.dropout):
-                nothing = torch.zeros_like(hidden_states).requires_grad_(hidden_states.requires_grad)
-                hidden_states = hidden_states + self.dropout(nothing)
-            return hidden_states
-        output = feed_forward(state, parts, self.layernorm_after(hidden_states), ticketops)
-        return hidden_states + self.dropout(output.view_as(hidden_states))
+        norms, drops = (self.layernorm_before, self.layernorm_after), (self.dropout, self.dropout)
+        return pre_norm_layer(state, _parts(self), norms, drops, hidden_states, ticketops)
 
 
 def _parts(layer: Any) -> LayerParts:
