@@ -160,3 +160,19 @@ def cuda_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     yield torch.device("cpu")
     for cached in caches:
         cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def graphs_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With TICKETOPS_TEST_GRAPHS=1, `make test-graphs`: all models on a CPU have emulated CUDA graphs, from the first
+    pass on, unless a test says otherwise."""
+    if os.environ.get("TICKETOPS_TEST_GRAPHS") != "1":
+        yield
+        return
+    from models.emulated_graphs import emulated
+    from ticketops import patch
+
+    monkeypatch.setitem(patch.__kwdefaults__, "graphs", "auto")
+
+    with emulated():
+        yield

@@ -107,8 +107,10 @@ class TicketLayer(nn.Module):
         if ticketops is None:
             self._ticketops.refuse_stock()
             return super().forward(hidden_states, *args, **kwargs)
-        attention, parts = self.attention, _parts(self)
         self._ticketops.check(ticketops)
+        if (done := ticketops.by_graph(self._ticketops.index, hidden_states)) is not None:
+            return done
+        attention, parts = self.attention, _parts(self)
         around, hidden_states = (attention, attention.self, attention.output), ticketops.enter(hidden_states)
         done = whole_layer(self._ticketops, parts, around, hidden_states, ticketops)
         if done is None:
@@ -196,6 +198,8 @@ def post_norm_layer(
         [.., C], or [B, 1, C] where only first tokens are read.
     """
     state.check(call)
+    if (done := call.by_graph(state.index, hidden_states, turn)) is not None:
+        return done
     hidden_states = call.enter(hidden_states)
     done = whole_layer(state, parts, (), hidden_states, call, turn)
     if done is None:
@@ -237,40 +241,72 @@ def whole_layer(
     Returns:
         [.., C], or [B, 1, C] where only first tokens are read; None where the layer's modules must compute it.
     """
-    kept, index = state.kept, state.index
-    linears = parts.qkv
-    norm, weight = parts.attention_norm, parts.ffn_norm.weight
+    if not serves_whole(state, parts, hidden_states, call, turn) or any(map(is_hooked, (*around, *parts.qkv))):
+        return None
+    return compute_layer(state, parts, hidden_states, call, turn)
+
+
+def serves_whole(
+    state: LayerState, parts: LayerParts, hidden_states: Tensor, call: Call, turn: Turn | None = None
+) -> bool:
+    """True if one op computes a layer, see `whole_layer`."""
+    kept, weight = state.kept, parts.ffn_norm.weight
     if not call.whole or hidden_states.dtype != weight.dtype:
-        return None
-    head_dim = parts.head_dim if state.num_heads else 1
-    heads_of, neurons = head_dim if kept.heads else None, kept.neurons is not None
+        return False
+    heads_of, neurons = _head_dim(state, parts) if kept.heads else None, kept.neurons is not None
     like_bert = not (parts.norm_first or parts.gated or parts.window) and turn is None and nn.Linear in parts.biased
-    if (heads_of or neurons or not like_bert) and not ops.serves_layer(
+    return not (heads_of or neurons or not like_bert) or ops.serves_layer(
         hidden_states, weight, picked_heads_of=heads_of, picked_neurons=neurons, like_bert=like_bert
-    ):
-        return None
-    if any(map(is_hooked, (*around, *linears))):
-        return None
-    device, none = hidden_states.device, (None,) * (3 - len(linears))
-    weights = ops.Weights(
-        *(linear.weight if state.num_heads else weight.new_empty(0, len(weight)) for linear in linears),
+    )
+
+
+def _head_dim(state: LayerState, parts: LayerParts) -> int:
+    return parts.head_dim if state.num_heads else 1
+
+
+def compute_layer(
+    state: LayerState,
+    parts: LayerParts,
+    hidden_states: Tensor,
+    call: Call,
+    turn: Turn | None = None,
+    read: Callable[[Tensor | None], Tensor | None] = lambda parameter: parameter,
+) -> Tensor:
+    """Computes a layer by one op. Requires `serves_whole`.
+
+    Args:
+        state: of the layer.
+        parts: the layer's.
+        hidden_states: [.., C].
+        call: of the forward pass.
+        turn: rotary positions; None for none.
+        read: returns what is read for a parameter.
+
+    Returns:
+        [.., C], or [B, 1, C] where only first tokens are read.
+    """
+    kept, linears, norm, weight = state.kept, parts.qkv, parts.attention_norm, parts.ffn_norm.weight
+    device, none = weight.device, (None,) * (3 - len(linears))
+    tensors: list[Any] = [
+        *(read(linear.weight) if state.num_heads else weight.new_empty(0, len(weight)) for linear in linears),
         *none,
-        *(linear.bias if state.num_heads else weight.new_empty(0) for linear in linears),
+        *(read(linear.bias) if state.num_heads else weight.new_empty(0) for linear in linears),
         *none,
-        parts.output.weight if state.num_heads else weight.new_empty(len(weight), 0),
-        parts.output.bias,
-        *((None, None) if norm is None else (norm.weight, norm.bias)),
-        *((*_joined(parts.first), parts.fc2.weight, parts.fc2.bias) if kept.ffn else (None,) * 4),
-        *(parts.ffn_norm.weight, parts.ffn_norm.bias, call.bias_of(kept)),
+        read(parts.output.weight) if state.num_heads else weight.new_empty(len(weight), 0),
+        read(parts.output.bias),
+        *((None, None) if norm is None else (read(norm.weight), read(norm.bias))),
+        *((*_joined(parts.first, read), read(parts.fc2.weight), read(parts.fc2.bias)) if kept.ffn else (None,) * 4),
+        *(read(parts.ffn_norm.weight), read(parts.ffn_norm.bias), call.bias_of(kept)),
         None if kept.heads is None else kept.heads.on(device),
         None if kept.neurons is None else kept.neurons.on(device),
-    )
+    ]
+    index = state.index
     first_tokens = call.first_tokens == index
     out = ops.encoder_layer(
         hidden_states.flatten(0, -2),
-        weights,
+        ops.Weights(*tensors),
         call.packing.sequences,
-        head_dim=head_dim,
+        head_dim=_head_dim(state, parts),
         scale=parts.scale,
         activation=state.activation,
         norm_first=parts.norm_first,
@@ -457,15 +493,17 @@ def feed_forward(state: LayerState, parts: LayerParts, hidden_states: Tensor, ca
     )
 
 
-def _joined(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
+def _joined(
+    linears: tuple[nn.Linear, ...], read: Callable[[Tensor | None], Any] = lambda parameter: parameter
+) -> tuple[Tensor, Tensor | None]:
     """The weight and bias of one linear layer with the rows of all; a copy where there are several."""
+    weights, biases = [read(linear.weight) for linear in linears], [read(linear.bias) for linear in linears]
     if len(linears) == 1:
-        return linears[0].weight, linears[0].bias
-    biases = [linear.bias for linear in linears]
+        return weights[0], biases[0]
     if all(bias is None for bias in biases):
-        return torch.cat([linear.weight for linear in linears]), None
-    rows = (linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears)
-    return torch.cat([linear.weight for linear in linears]), torch.cat(list(rows))
+        return torch.cat(weights), None
+    there = [x.new_zeros(len(x)) if bias is None else bias for x, bias in zip(weights, biases, strict=True)]
+    return torch.cat(weights), torch.cat(there)
 
 
 def residual_norm(

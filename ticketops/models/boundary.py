@@ -194,7 +194,7 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
         handle.refuse_stock(obstacle)
         return None
     only_first = arguments.pop(ONLY_FIRST, False)
-    unpad, bucket = handle.unpad and not look.watched, handle.bucket
+    unpad, bucket = handle.unpad and not look.watched, handle.bucket_on(device)
     if mask is not None and device.type == "cpu" and unpad and not bucket and mask.all():
         # Nothing to pack, as in a batch of one; where shapes are to repeat themselves, values are not asked for.
         mask = None
@@ -219,7 +219,8 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     rows = batch * width if packing.indices is None else len(packing.indices)
     # Of packed inputs a head reads the first token of a row, not of each sequence.
     only_first = only_first and flat is None and rows > 0 and not hidden
-    arguments["ticketops"] = handle.call(base, packing, device, packed, spread, only_first)
+    seen = "hooks inside the model" if look.watched else "output_hidden_states" if hidden else None
+    arguments["ticketops"] = handle.call(base, packing, device, packed, spread, only_first, seen)
     if packing.indices is not None and packed:
         _pack_inputs(embeddings, packing, packing.indices.clamp_min(0), arguments)
     return arguments

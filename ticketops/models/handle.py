@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ticketops.models.adapter import Adapter
 from ticketops.models.boundary import ONLY_FIRST, Snapshot, only_first_tokens
 from ticketops.models.containers import callers, refuse_readers_of_padding, separate_columns, transformers_model
 from ticketops.models.embeddings import SWAPS
+from ticketops.models.graphs import DEVICES, GraphedPass, Graphs
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
 from ticketops.models.inputs import Inputs
 from ticketops.models.note import Note
@@ -43,7 +44,9 @@ _FIRST_TOKEN_HEADS = (
 )
 
 
-def patch(model: Any, *, unpad: bool = True, bucket: int | None = None) -> "PatchHandle":
+def patch(
+    model: Any, *, unpad: bool = True, bucket: int | None = None, graphs: bool | Literal["auto"] = False
+) -> "PatchHandle":
     """Makes a transformers model run on ticketops' ops, in place.
 
     Parameter names, state_dict, optimizer references and isinstance checks stay as they are; only the classes of the
@@ -61,6 +64,10 @@ def patch(model: Any, *, unpad: bool = True, bucket: int | None = None) -> "Patc
             `torch.compile(model, mode="reduce-overhead")` captures for one of them serves the others. A few percent of
             a batch's tokens is a good size. None packs to the exact number, or on a CPU to the next of the sizes that
             oneDNN's products are compiled for, at most 3 % more above 512 tokens.
+        graphs: "auto" computes the encoder by CUDA graphs on a GPU, captured by themselves for each shape that comes a
+            third time, in which the host launches all kernels at once; shapes are then rounded up if no bucket is given.
+            True does so too, and refuses a model on another device. `handle.graphs` says what they computed, and why
+            other passes ran without. No GPU has run them yet, so they are off by default.
 
     Returns:
         The handle that records importance, applies tickets and reverts; usable as a context manager that reverts at its
@@ -68,10 +75,10 @@ def patch(model: Any, *, unpad: bool = True, bucket: int | None = None) -> "Patc
 
     Raises:
         UnsupportedError: a model, configuration or layer that is not served; the message names it.
-        InputError: the model is patched already, or a bucket that is none.
+        InputError: the model is patched already, a bucket that is none, or graphs=True for a model that is on no GPU.
     """
     refuse_readers_of_padding(model)
-    handle = PatchHandle(transformers_model(model), unpad=unpad, bucket=bucket)
+    handle = PatchHandle(transformers_model(model), unpad=unpad, bucket=bucket, graphs=graphs)
     for caller in callers(model):
         handle.tell_first_tokens(caller)
     try:
@@ -92,22 +99,38 @@ class PatchHandle:
         num_neurons: the same of the neurons of an FFN.
         ticket: the ticket applied, None for the whole model.
         note: what is saved of it along with the model.
+        graphs: CUDA graphs of the encoder; None for none.
         loads_tickets: load_state_dict applies the ticket that was applied where the weights come from.
     """
 
-    def __init__(self, model: PreTrainedModel, *, unpad: bool = True, bucket: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        unpad: bool = True,
+        bucket: int | None = None,
+        graphs: bool | Literal["auto"] = False,
+    ) -> None:
         if bucket is not None and (not unpad or type(bucket) is not int or bucket < 1):
             raise InputError(
                 f"bucket={bucket!r} with unpad={unpad} is not served: a bucket is a number of tokens of at least 1, "
                 "and only packed tokens are counted"
             )
+        if graphs not in (True, False, "auto"):
+            raise InputError(f"graphs={graphs!r} is not served: it is True, False or 'auto'")
         adapter, base = find_adapter(model)
+        if graphs is True and base.device.type not in DEVICES:
+            raise InputError(
+                f"graphs=True for a model on {base.device}: CUDA graphs need a GPU; move the model there first, or take "
+                "graphs='auto', which has them where there is one"
+            )
         if find_handle(model) is not None:
             raise InputError(f"this {type(model).__name__} is patched already: use its handle, or revert() it first")
         parts, encoder = check_layers(adapter, base), adapter.encoder(base)
         # Copies and pickles of the model take the handle along; an adapter has functions that none could take.
         self.model, self._base, self._architecture = model, base, adapter.base
         self.unpad, self.bucket = unpad, bucket
+        self.graphs = Graphs() if graphs else None
         self.num_layers = len(parts)
         self.num_heads: int = base.config.num_attention_heads
         self.num_neurons = num_neurons(base.config)
@@ -218,6 +241,15 @@ class PatchHandle:
             layer: its index.
         """
         return self.adapter.window(self._base.config, layer)
+
+    def bucket_on(self, device: torch.device) -> int | Literal["geometric"] | None:
+        """How the number of packed tokens is rounded up, see `Packing.from_mask`; graphs need shapes that come again.
+
+        Args:
+            device: of the inputs.
+        """
+        rounds = self.bucket is None and self.graphs is not None and device.type in DEVICES
+        return "geometric" if rounds else self.bucket
 
     @property
     def inputs(self) -> Inputs:
@@ -525,7 +557,14 @@ class PatchHandle:
         return weight
 
     def call(
-        self, base: Any, packing: Packing, device: torch.device, packed: bool, spread: bool, only_first: bool
+        self,
+        base: Any,
+        packing: Packing,
+        device: torch.device,
+        packed: bool,
+        spread: bool,
+        only_first: bool,
+        seen: str | None = None,
     ) -> Call:
         """What a forward pass hands to the layers, with a leaf for each importance partial if it records.
 
@@ -536,6 +575,7 @@ class PatchHandle:
             packed: the encoder's input is packed already.
             spread: layers hand on padded batches.
             only_first: only first tokens of the last layer's result are read.
+            seen: who looks at the hidden states between the layers, which no graph shows; None for nobody.
         """
         for state in self._states:
             for places in (state.kept.heads, state.kept.numbers, state.kept.neurons):
@@ -549,6 +589,10 @@ class PatchHandle:
         whole = ops.serves_layer(weight, weight)
         last, first = self.num_layers - 1, whole and only_first
         pads = packed and self.packs and not first and getattr(base, "pooler", None) is not None
+        graphed = None
+        if self.graphs is not None and not torch.compiler.is_compiling():
+            seen = seen or (None if base is self._base else "a replica of the model")
+            graphed = GraphedPass(self.graphs, self, base, seen)
         call = Call(
             packing,
             self._states[0].kept.number,
@@ -557,6 +601,7 @@ class PatchHandle:
             whole=whole,
             first_tokens=last if first else None,
             padded_by=last if pads else None,
+            graphed=graphed,
         )
         if self._recording is None or not torch.is_grad_enabled():
             return call

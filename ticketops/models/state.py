@@ -215,6 +215,7 @@ class Call:
         padded_by: number of the layer that pads its result again, since the bare model reads rows of it and has no
             encoder that would pad; None where no layer does.
         position_bias: [H, 2 R + 1] for the architecture's heads, see `ticketops.ops.attention`; None for no bias.
+        graphed: computes all layers by a graph, or says that it does not, see `graphs.GraphedPass`; None for no graphs.
         recorded: notes in which backward pass the forward pass's gradients arrive; None when not recording.
     """
 
@@ -230,7 +231,18 @@ class Call:
     first_tokens: int | None = None
     padded_by: int | None = None
     position_bias: Tensor | None = None
+    graphed: Any = None
     recorded: Any = None
+
+    def by_graph(self, index: int, hidden_states: Tensor) -> Tensor | None:
+        """A layer's result where a graph computes all of them; None where the layer has to be computed.
+
+        Args:
+            index: of the layer.
+            hidden_states: [.., C], its input; behind the first layer the result of the graph.
+        """
+        done: Tensor | None = None if self.graphed is None else self.graphed(index, hidden_states, self)
+        return done
 
     def bias_of(self, kept: Kept) -> Tensor | None:
         """The position bias of the heads that a layer computes, [K, 2 R + 1]; None for no bias or no heads.

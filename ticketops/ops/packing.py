@@ -1,6 +1,7 @@
 """Sequences as runs of rows of a flat token matrix, and conversion between padded batches and packed tokens."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class Packing:
         width: int,
         device: torch.device,
         unpad: bool = True,
-        bucket: int | None = None,
+        bucket: int | Literal["geometric"] | None = None,
         holes: bool = True,
         dtype: torch.dtype | None = None,
     ) -> "Packing":
@@ -116,7 +117,8 @@ class Packing:
             unpad: True removes padding; False keeps it, which requires that the real tokens of every sequence are
                 contiguous.
             bucket: rounds the number of rows up to a multiple of this (at most B * S), and `max_length` up to a power
-                of two, so that batches of similar size have equal shapes. None does not.
+                of two, so that batches of similar size have equal shapes: "geometric" to one of 16 sizes between two
+                powers of two, at most 6.3 % more (3.1 % on average), and not below 64. None does not.
             holes: True allows padding between two tokens of a sequence; False refuses it, for attention that depends on
                 the distance of tokens.
             dtype: dtype of the matrix products that the packed tokens are used in. If `bucket` is None, the number of
@@ -143,7 +145,10 @@ class Packing:
             rows, longest = sum(counts), max(counts, default=0)
             if bucket is not None:
                 longest = min(width, 1 << max(0, longest - 1).bit_length())
-            size = bucket or (1 if dtype is None else granule(rows, dtype, device))
+            if bucket == "geometric":
+                size = max(64, 1 << max(0, rows.bit_length() - 5))
+            else:
+                size = bucket or (1 if dtype is None else granule(rows, dtype, device))
             # The unpacked batch's size is the upper limit; it recurs from batch to batch as multiples of `size` do.
             rows = min(-(-rows // size) * size, batch * width)
             return cls(indices[:rows], numbers, Sequences(starts, lengths, longest), batch, width)

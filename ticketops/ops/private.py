@@ -28,6 +28,8 @@ _below_autograd = _find("_C._AutoDispatchBelowAutograd")
 _raw_stream = _find("_C._cuda_getCurrentRawStream")
 _copy_all = _find("_foreach_copy_")
 _assert_async = _find("_assert_async")
+_saving_hooks = _find("_C._autograd._top_saved_tensors_default_hooks")
+_keeps_graph = _find("_C._autograd._get_current_graph_task_keep_graph")
 
 #: Makes a tensor from a DLPack capsule, as every result of a native kernel is one.
 from_dlpack = _find("_C._from_dlpack") or torch.from_dlpack
@@ -72,6 +74,18 @@ def in_forward_ad() -> bool:
 def has_tangent(x: Tensor) -> bool:
     """True if a tensor has a tangent of forward-mode differentiation."""
     return forward_ad.unpack_dual(x).tangent is not None
+
+
+def has_saving_hooks() -> bool:
+    """True if somebody's hooks get what autograd saves, as those of checkpointing; also if this version of torch does not
+    tell."""
+    return _saving_hooks is None or _saving_hooks(True) is not None
+
+
+def keeps_graph() -> bool:
+    """True inside a backward pass that another one of the same graph may follow (retain_graph=True), or if this version
+    of torch does not tell."""
+    return _keeps_graph is None or bool(_keeps_graph())
 
 
 def can_dispatch_below_autograd() -> bool:

@@ -1,0 +1,273 @@
+"""CUDA graphs of a patched model's encoder: which passes they can compute, for which shapes they are there, and why others
+run without."""
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ticketops.models.bert import compute_layer, layer_weights, serves_whole
+from ticketops.models.state import Call
+from ticketops.models.swapping import unsharded_class
+from ticketops.ops import Sequences, backends, private
+from ticketops.ops.graphs import Capture, Graphed, Memory, cuda_capture
+from ticketops.text import count
+
+if TYPE_CHECKING:
+    from ticketops.models.handle import PatchHandle
+
+#: Types of devices that have graphs.
+DEVICES = ("cuda",)
+#: Passes of one shape that run without a graph before one is captured: kernels are compiled and tiles chosen in these.
+SIGHTINGS = 2
+#: Shapes that are remembered at a time, with and without a graph.
+_SHAPES = 1_000
+
+
+class Graphs:
+    """The graphs of a patched model, `handle.graphs`.
+
+    Args:
+        capture: makes what captures a model's graphs.
+
+    Attributes:
+        budget: bytes that the graphs of all shapes may reserve together; the least recently used ones leave first.
+        replays: forward passes that graphs have computed.
+        captures: graphs captured so far.
+        eager: why other forward passes ran without one -> how many.
+    """
+
+    budget = 4 << 30
+
+    def __init__(self, capture: Callable[[], Capture] = cuda_capture) -> None:
+        self._make = capture
+        self.replays, self.captures = 0, 0
+        self.eager: Counter[str] = Counter()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all graphs, and frees their memory."""
+        self._entries: OrderedDict[Any, tuple[Graphed, int]] = OrderedDict()
+        self._seen: OrderedDict[Any, int] = OrderedDict()
+        self._memory: Memory | None = None
+        self._addresses: list[int] = []
+        self._place: tuple[Any, ...] | None = None
+
+    def __len__(self) -> int:
+        """How many shapes have graphs."""
+        return len(self._entries)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that the graphs reserve."""
+        return sum(size for _, size in self._entries.values())
+
+    def __repr__(self) -> str:
+        without = ", ".join(f"{number} with {reason}" for reason, number in self.eager.most_common())
+        mib = f"{self.reserved / 2**20:.0f} of {self.budget / 2**20:.0f} MiB"
+        return (
+            f"<Graphs: {count(len(self), 'shape')} in {mib}, {count(self.replays, 'pass', 'passes')} replayed, "
+            f"{self.eager.total()} without a graph{': ' + without if without else ''}>"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs belong to one process and one model.
+        return {"_make": self._make, "budget": self.budget}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_make"])  # type: ignore[misc]
+        self.budget = state["budget"]
+
+    def run(self, handle: "PatchHandle", base: Any, call: Call, hidden_states: Tensor) -> Tensor | None:
+        """Computes all layers of the encoder by a graph.
+
+        Args:
+            handle: the model's.
+            base: the bare model.
+            call: of the forward pass.
+            hidden_states: the first layer's input, [.., C].
+
+        Returns:
+            The last layer's result, [.., C] or [B, 1, C]; None where the layers have to be computed one by one.
+        """
+        place = threading.get_ident(), _stream(hidden_states)
+        reason = _obstacle(handle, base, call, hidden_states)
+        if reason is None and self._place not in (None, place):
+            reason = "another thread or stream than the first"
+        if reason is not None:
+            self.eager[reason] += 1
+            return None
+        adapter = handle.adapter
+        layers = [(layer._ticketops, adapter.parts(layer)) for layer in adapter.layers(base)]
+        weights = [x for _, parts in layers for x in parts.tensors() if x is not None]
+        if not all(type(x) in (Tensor, torch.nn.Parameter) for x in weights):
+            self.eager["weights that are no plain tensors"] += 1
+            return None
+        addresses = [x.data_ptr() for x in weights]
+        if addresses != self._addresses:
+            # The graphs would go on reading where the weights were.
+            self.clear()
+            self._addresses = addresses
+        sequences = call.packing.sequences
+        sinks = [x for kind in _sinks(call) for x in kind.values()]
+        copied = [hidden_states, sequences.starts, sequences.lengths]
+        if call.position_bias is not None:
+            copied.append(call.position_bias)
+        key = (
+            *(tuple(x.shape) for x in copied),
+            *(x.requires_grad for x in (*copied, *weights)),
+            *((parts.rates, parts.scale, parts.attention_norm.eps, parts.ffn_norm.eps) for _, parts in layers),
+            *(tuple((index, tuple(x.shape)) for index, x in kind.items()) for kind in _sinks(call)),
+            *(sequences.max_length, call.number, call.first_tokens, call.per_token),
+            *_circumstances(hidden_states),
+        )
+        entry = self._entries.get(key)
+        if entry is None and (reason := self._reason_to_wait(layers, call, hidden_states, key)):
+            self.eager[reason] += 1
+            return None
+        if self._memory is None:
+            self._memory, self._place = Memory(self._make()), place
+        if self._memory.is_busy:
+            self.eager["an earlier pass whose backward pass is to come"] += 1
+            return None
+        if entry is None:
+            entry = self._capture(layers, call, copied, sinks, weights, key)
+            if entry is None:
+                return None
+        self._entries.move_to_end(key)
+        self.replays += 1
+        return entry[0](copied, sinks, weights)
+
+    def _reason_to_wait(self, layers: list[Any], call: Call, hidden_states: Tensor, key: Any) -> str | None:
+        if not all(serves_whole(state, parts, hidden_states, call) for state, parts in layers):
+            return "layers that no single op computes"
+        seen = self._seen[key] = self._seen.get(key, 0) + 1
+        self._seen.move_to_end(key)
+        while len(self._seen) > _SHAPES:
+            self._seen.popitem(last=False)
+        return None if seen > SIGHTINGS else f"a shape seen at most {count(SIGHTINGS, 'time')} before"
+
+    def _capture(
+        self, layers: list[Any], call: Call, copied: list[Tensor], sinks: list[Tensor], weights: list[Tensor], key: Any
+    ) -> tuple[Graphed, int] | None:
+        assert self._memory is not None
+        plans = [(state, parts, layer_weights(state, parts)) for state, parts in layers]
+        places = {id(x): place for place, x in enumerate(weights)}
+        longest, kinds = call.packing.sequences.max_length, [list(kind) for kind in _sinks(call)]
+        # Without what belongs to this one pass.
+        call = replace(call, packing=replace(call.packing, indices=None, numbers=None), recorded=None, graphed=None)
+
+        def function(copied: list[Tensor], sinks: list[Tensor], weights: list[Tensor]) -> Tensor:
+            x, starts, lengths, *bias = copied
+            rest = iter(sinks)
+            heads, ffns, neurons = ({index: next(rest) for index in kind} for kind in kinds)
+            mine = replace(
+                call,
+                packing=replace(call.packing, sequences=Sequences(starts, lengths, longest)),
+                head_importance=heads,
+                ffn_importance=ffns,
+                neuron_importance=neurons,
+                position_bias=bias[0] if bias else None,
+            )
+            for state, parts, real in plans:
+                aliases = (weights[places[id(each)]] if id(each) in places else each for each in real)
+                x = compute_layer(state, parts, type(real)(*aliases), x, mine)
+            return x
+
+        before = _reserved(copied[0])
+        graphed = Graphed(function, copied, sinks, weights, self._memory)
+        size = _reserved(copied[0]) - before
+        self.captures += 1
+        if size > self.budget:
+            self.eager[f"a graph of {size} bytes, more than handle.graphs.budget"] += 1
+            return None
+        entry = self._entries[key] = graphed, size
+        while self.reserved > self.budget:
+            self._entries.popitem(last=False)
+        return entry
+
+
+def _obstacle(handle: "PatchHandle", base: Any, call: Call, hidden_states: Tensor) -> str | None:
+    """Says why no graph can compute a forward pass, or None."""
+    layer = handle.adapter.layers(base)[0]
+    if not call.whole:
+        return "layers that no single op computes"
+    if hidden_states.device.type not in DEVICES:
+        return f"tensors on a device of type {hidden_states.device.type!r}"
+    if type(hidden_states) is not Tensor or unsharded_class(type(layer)) is not type(layer):
+        return "tensors or layers that are distributed"
+    if not hidden_states.numel():
+        return "no tokens"
+    if getattr(layer, "gradient_checkpointing", False) and layer.training:
+        return "gradient checkpointing"
+    if private.has_saving_hooks():
+        return "hooks on what autograd saves, as of checkpointing"
+    if torch.is_anomaly_enabled() or private.has_modes():
+        return "anomaly detection or a dispatch mode"
+    if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a graph of the caller's own"
+    return None
+
+
+def _sinks(call: Call) -> tuple[dict[int, Tensor], ...]:
+    return call.head_importance, call.ffn_importance, call.neuron_importance
+
+
+def _circumstances(x: Tensor) -> tuple[Any, ...]:
+    """What a captured function depends on besides its inputs."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (
+        *(x.dtype, x.device, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        *(torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), backends.requested()),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+    )
+
+
+def _stream(x: Tensor) -> Any:
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None
+
+
+def _reserved(x: Tensor) -> int:
+    """Bytes that torch has reserved on a tensor's device."""
+    return torch.cuda.memory_reserved(x.device) if x.is_cuda else 0
+
+
+class GraphedPass:
+    """One forward pass that graphs may compute: the first layer stands for all, and the others hand on its result.
+
+    Args:
+        graphs: of the model.
+        handle: the model's.
+        base: the bare model.
+        seen: who looks at the hidden states between the layers, which no graph shows; None for nobody.
+    """
+
+    def __init__(self, graphs: Graphs, handle: "PatchHandle", base: Any, seen: str | None) -> None:
+        self._graphs, self._handle, self._base, self._seen = graphs, handle, base, seen
+        self._done = False
+
+    def __call__(self, index: int, hidden_states: Tensor, call: Call) -> Tensor | None:
+        """What a layer returns.
+
+        Args:
+            index: of the layer.
+            hidden_states: its input, [.., C].
+            call: of the forward pass.
+
+        Returns:
+            The layer's result, or None where it has to be computed without a graph.
+        """
+        if index:
+            return hidden_states if self._done else None
+        if self._seen is not None:
+            self._graphs.eager[self._seen] += 1
+            return None
+        found = self._graphs.run(self._handle, self._base, call, hidden_states)
+        self._done = found is not None
+        return found

@@ -1,0 +1,238 @@
+"""A differentiable function of tensors as two CUDA graphs, one of its forward and one of its backward pass.
+
+The host launches a graph at once, however many kernels it has. A graph reads and writes the memory that it was captured
+with, so inputs are copied in and results are copied out; weights are read where they lie. All graphs of one Memory share
+what they compute with: between a forward pass and its backward pass no other graph may run.
+
+Source: torch.cuda.make_graphed_callables, which returns the graph's own memory as gradients and keeps one set of them
+for each function.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ticketops.errors import UnsupportedError
+from ticketops.ops import private
+
+#: Captures a function without arguments: returns its results, in memory of their own, and what computes them again.
+Capture = Callable[[Callable[[], list[Tensor]]], tuple[list[Tensor], Callable[[], None]]]
+
+
+def cuda_capture() -> Capture:
+    """Returns a function that captures others as CUDA graphs, all in one pool of memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on, such as one that loads the next batch.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            results = function()
+        return results, graph.replay
+
+    return capture
+
+
+class Memory:
+    """What the graphs of one model share.
+
+    Args:
+        capture: makes the graphs, see `cuda_capture`.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+        self.turn = 0
+        self._waiting: weakref.ref[_Turn] | None = None
+        self._gradients: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """True between a forward pass and its backward pass, as long as somebody may still ask for that."""
+        waiting = None if self._waiting is None else self._waiting()
+        return waiting is not None and not waiting.done
+
+    def start(self, waits: bool) -> "_Turn":
+        """Starts a forward pass.
+
+        Args:
+            waits: a backward pass may follow.
+        """
+        self.turn += 1
+        turn = _Turn(self.turn)
+        self._waiting = weakref.ref(turn) if waits else None
+        return turn
+
+    def gradient_of(self, weight: Tensor) -> Tensor:
+        """Returns the memory that all graphs write a weight's gradient to.
+
+        Args:
+            weight: the weight, or another tensor of its storage and shape.
+        """
+        key = weight.data_ptr(), weight.shape, weight.dtype
+        if key not in self._gradients:
+            self._gradients[key] = torch.empty_like(weight, memory_format=torch.contiguous_format).detach()
+        return self._gradients[key]
+
+
+class _Turn:
+    """One forward pass by a graph. Whoever may ask for its backward pass holds it."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.done = number, False
+
+
+class Graphed:
+    """A function of tensors as graphs, captured when it is made. It computes what the function does, bit for bit, with
+    dropout drawn anew.
+
+    Args:
+        function: takes three lists of tensors, as below, and returns one tensor. It must have run before on inputs of
+            these shapes, and must not wait for the device.
+        copied: inputs whose values differ from call to call.
+        sinks: inputs whose values are never read and whose gradients are wanted.
+        weights: inputs that are read where they lie.
+        memory: of the model.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[list[Tensor], list[Tensor], list[Tensor]], Tensor],
+        copied: Sequence[Tensor],
+        sinks: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        memory: Memory,
+    ) -> None:
+        self.memory = memory
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (*copied, *sinks, *weights))
+        # The first pass of a shape may be one of inference mode, whose tensors other passes could not use.
+        with torch.inference_mode(False):
+            self._copied = [x.detach().clone().requires_grad_(x.requires_grad) for x in copied]
+            unread = [torch.empty_like(x).requires_grad_() for x in sinks]
+            # Leaves of their own: gradients of the weights themselves would be added up outside of the graph.
+            aliases = [x.detach().requires_grad_(x.requires_grad) for x in weights]
+            self.in_place = len(self._copied) + len(unread)
+            self._out, self._replay, self._differentiate = self._capture(function, unread, aliases, differentiable)
+
+    def _capture(
+        self, function: Callable[..., Tensor], unread: list[Tensor], aliases: list[Tensor], differentiable: bool
+    ) -> tuple[Tensor, Callable[[], None], Callable[[], None] | None]:
+        inputs = [*self._copied, *unread, *aliases]
+        #: Where the gradient of each input is after the backward graph; None for those without one.
+        self._gradients: list[Tensor | None] = [None] * len(inputs)
+        result: Tensor | None = None
+
+        def forward() -> list[Tensor]:
+            nonlocal result
+            with torch.set_grad_enabled(differentiable):
+                result = function(self._copied, unread, aliases)
+            return [result.detach()]
+
+        (out,), replay = self.memory.capture(forward)
+        if not differentiable:
+            return out, replay, None
+        self._dout = torch.empty_like(out)
+        wanted = [place for place, x in enumerate(inputs) if x.requires_grad]
+        targets = {place: self.memory.gradient_of(inputs[place]) for place in wanted if place >= self.in_place}
+        found: dict[int, Tensor] = {}
+
+        def backward() -> list[Tensor]:
+            assert result is not None
+            # With what autograd has saved kept, the backward graph can run twice.
+            gradients = torch.autograd.grad(
+                result, [inputs[place] for place in wanted], self._dout, allow_unused=True, retain_graph=True
+            )
+            found.update((p, each) for p, each in zip(wanted, gradients, strict=True) if each is not None)
+            if there := [place for place in found if place in targets]:
+                private.copy_all([targets[place] for place in there], [found[place] for place in there])
+            return [x for p, x in found.items() if p not in targets]
+
+        with torch.autocast(out.device.type, enabled=False):
+            kept, differentiate = self.memory.capture(backward)
+        others = iter(kept)
+        for place in found:
+            self._gradients[place] = targets[place] if place in targets else next(others)
+        # The graphs have their memory, and no longer need what autograd has saved.
+        result = None
+        found.clear()
+        return out, replay, differentiate
+
+    def __call__(self, copied: Sequence[Tensor], sinks: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """Computes the function of inputs of the shapes that it was captured with.
+
+        Args:
+            copied, sinks, weights: see above; weights at the same addresses.
+        """
+        if self._differentiate is None:
+            self.memory.start(waits=False)
+            return self.forward(copied)
+        out: Tensor = _Replay.apply(self, len(copied), *copied, *sinks, *weights)
+        return out
+
+    def forward(self, copied: Sequence[Tensor]) -> Tensor:
+        """Runs the forward graph. Returns a copy of its result."""
+        with torch.no_grad():
+            private.copy_all(self._copied, copied)
+            self._replay()
+        return self._out.clone()
+
+    def backward(self, dout: Tensor) -> list[Tensor | None]:
+        """Runs the backward graph. Returns copies of the gradients."""
+        assert self._differentiate is not None
+        self._dout.copy_(dout)
+        self._differentiate()
+        places = [place for place, x in enumerate(self._gradients) if x is not None]
+        sources = [x for x in self._gradients if x is not None]
+        few = sum(place < self.in_place for place in places)
+        # Importance partials are kept for longer than weights' gradients, which come in one piece.
+        copies = [*map(torch.empty_like, sources[:few]), *_in_one_piece(sources[few:])]
+        private.copy_all(copies, sources)
+        found: list[Tensor | None] = [None] * len(self._gradients)
+        for place, copy in zip(places, copies, strict=True):
+            found[place] = copy
+        return found
+
+
+def _in_one_piece(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Makes tensors of these shapes, next to each other in memory where dtypes agree: few allocations for many."""
+    found: list[Any] = [None] * len(tensors)
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        places = [place for place, x in enumerate(tensors) if x.dtype == dtype]
+        sizes = [tensors[place].numel() for place in places]
+        pieces = tensors[places[0]].new_empty(sum(sizes)).split(sizes)
+        for place, piece in zip(places, pieces, strict=True):
+            found[place] = piece.view(tensors[place].shape)
+    return found
+
+
+class _Replay(torch.autograd.Function):
+    """A graphed function in autograd's eyes."""
+
+    @staticmethod
+    def forward(ctx: Any, graphed: Graphed, copied: int, *inputs: Tensor) -> Tensor:
+        ctx.graphed, ctx.turn = graphed, graphed.memory.start(waits=True)
+        # For autograd's check that nobody changes a weight in place before the backward pass.
+        ctx.save_for_backward(*inputs[graphed.in_place :])
+        return graphed.forward(inputs[:copied])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        graphed, turn = ctx.graphed, ctx.turn
+        ctx.saved_tensors  # noqa: B018
+        if private.is_batched(dout):
+            raise UnsupportedError(
+                "an encoder in CUDA graphs has no backward pass for several gradients at once, as under "
+                "is_grads_batched=True or vectorize=True: take them one by one, or patch(model) without graphs"
+            )
+        if turn.number != graphed.memory.turn:
+            raise UnsupportedError(
+                "the encoder ran again, in CUDA graphs, before this backward pass: keep its graph alive by "
+                "retain_graph=True from the first backward pass on, or patch(model) without graphs"
+            )
+        turn.done = not private.keeps_graph()
+        return None, None, *graphed.backward(dout)
