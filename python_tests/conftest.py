@@ -170,6 +170,7 @@ def graphs_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
         return
     from models.emulated_graphs import emulated
+
     from ticketops import patch
 
     monkeypatch.setitem(patch.__kwdefaults__, "graphs", "auto")

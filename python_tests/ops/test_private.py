@@ -16,7 +16,7 @@ from ticketops.ops import private
 
 #: Of `private`, what has a public way instead: each is there in this version, so that nobody takes the slow one unseen.
 FOUND = ["_dispatch_modes", "_functorch_active", "_below_autograd", "_copy_all", "_assert_async"]
-FOUND += ["_function_modes", "_is_batched"]
+FOUND += ["_function_modes", "_is_batched", "_saving_hooks", "_keeps_graph", "_unflatten"]
 
 
 class Mode(TorchDispatchMode):
@@ -74,6 +74,23 @@ def test_function_modes_and_batched_gradients_are_seen():
     torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
     assert seen == [True]
     assert not private.is_batched(x)
+
+
+def test_hooks_of_what_is_saved_and_kept_graphs_are_seen(monkeypatch):
+    assert not private.has_saving_hooks()
+    with torch.autograd.graph.save_on_cpu():
+        assert private.has_saving_hooks()
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_hook(lambda gradient: seen.append(private.keeps_graph()))
+    loss = x.sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert seen == [True, False]
+    for name in ("_saving_hooks", "_keeps_graph"):
+        monkeypatch.setattr(private, name, None)
+    # What is not known is not relied on.
+    assert private.has_saving_hooks()
+    assert private.keeps_graph()
 
 
 @pytest.mark.parametrize("there", [True, False])

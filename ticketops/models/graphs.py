@@ -1,9 +1,9 @@
-"""CUDA graphs of a patched model's encoder: which passes they can compute, for which shapes they are there, and why others
+"""CUDA graphs of a patched model's encoder: which passes they compute, for which shapes they are there, and why others
 run without."""
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ticketops.models.bert import compute_layer, layer_weights, serves_whole
+from ticketops.models.boundary import Look, Snapshot
 from ticketops.models.state import Call
 from ticketops.models.swapping import unsharded_class
-from ticketops.ops import Sequences, backends, private
+from ticketops.ops import Sequences, Weights, backends, private
 from ticketops.ops.graphs import Capture, Graphed, Memory, cuda_capture
 from ticketops.text import count
 
@@ -26,6 +27,7 @@ DEVICES = ("cuda",)
 SIGHTINGS = 2
 #: Shapes that are remembered at a time, with and without a graph.
 _SHAPES = 1_000
+_TOO_LARGE = "a graph larger than handle.graphs.budget"
 
 
 class Graphs:
@@ -53,9 +55,11 @@ class Graphs:
         """Forgets all graphs, and frees their memory."""
         self._entries: OrderedDict[Any, tuple[Graphed, int]] = OrderedDict()
         self._seen: OrderedDict[Any, int] = OrderedDict()
+        self._too_large: set[Any] = set()
         self._memory: Memory | None = None
         self._addresses: list[int] = []
         self._place: tuple[Any, ...] | None = None
+        self._known: _Known | None = None
 
     def __len__(self) -> int:
         """How many shapes have graphs."""
@@ -101,9 +105,10 @@ class Graphs:
         if reason is not None:
             self.eager[reason] += 1
             return None
-        adapter = handle.adapter
-        layers = [(layer._ticketops, adapter.parts(layer)) for layer in adapter.layers(base)]
-        weights = [x for _, parts in layers for x in parts.tensors() if x is not None]
+        known = self._known
+        if known is None or known.snapshot is not handle.snapshot:
+            known = _Known(handle, base)
+        weights = known.weights
         if not all(type(x) in (Tensor, torch.nn.Parameter) for x in weights):
             self.eager["weights that are no plain tensors"] += 1
             return None
@@ -112,6 +117,7 @@ class Graphs:
             # The graphs would go on reading where the weights were.
             self.clear()
             self._addresses = addresses
+        self._known = known
         sequences = call.packing.sequences
         sinks = [x for kind in _sinks(call) for x in kind.values()]
         copied = [hidden_states, sequences.starts, sequences.lengths]
@@ -120,15 +126,17 @@ class Graphs:
         key = (
             *(tuple(x.shape) for x in copied),
             *(x.requires_grad for x in (*copied, *weights)),
-            *((parts.rates, parts.scale, parts.attention_norm.eps, parts.ffn_norm.eps) for _, parts in layers),
+            *known.settings(),
             *(tuple((index, tuple(x.shape)) for index, x in kind.items()) for kind in _sinks(call)),
             *(sequences.max_length, call.number, call.first_tokens, call.per_token),
             *_circumstances(hidden_states),
         )
-        entry = self._entries.get(key)
-        if entry is None and (reason := self._reason_to_wait(layers, call, hidden_states, key)):
-            self.eager[reason] += 1
-            return None
+        entry, layers = self._entries.get(key), []
+        if entry is None:
+            layers = [(layer._ticketops, handle.adapter.parts(layer)) for layer in handle.adapter.layers(base)]
+            if reason := self._reason_to_wait(layers, call, hidden_states, key):
+                self.eager[reason] += 1
+                return None
         if self._memory is None:
             self._memory, self._place = Memory(self._make()), place
         if self._memory.is_busy:
@@ -145,6 +153,8 @@ class Graphs:
     def _reason_to_wait(self, layers: list[Any], call: Call, hidden_states: Tensor, key: Any) -> str | None:
         if not all(serves_whole(state, parts, hidden_states, call) for state, parts in layers):
             return "layers that no single op computes"
+        if key in self._too_large:
+            return _TOO_LARGE
         seen = self._seen[key] = self._seen.get(key, 0) + 1
         self._seen.move_to_end(key)
         while len(self._seen) > _SHAPES:
@@ -174,8 +184,8 @@ class Graphs:
                 position_bias=bias[0] if bias else None,
             )
             for state, parts, real in plans:
-                aliases = (weights[places[id(each)]] if id(each) in places else each for each in real)
-                x = compute_layer(state, parts, type(real)(*aliases), x, mine)
+                aliases: list[Any] = [weights[places[id(each)]] if id(each) in places else each for each in real]
+                x = compute_layer(state, parts, Weights(*aliases), x, mine)
             return x
 
         before = _reserved(copied[0])
@@ -183,7 +193,8 @@ class Graphs:
         size = _reserved(copied[0]) - before
         self.captures += 1
         if size > self.budget:
-            self.eager[f"a graph of {size} bytes, more than handle.graphs.budget"] += 1
+            self._too_large.add(key)
+            self.eager[_TOO_LARGE] += 1
             return None
         entry = self._entries[key] = graphed, size
         while self.reserved > self.budget:
@@ -193,7 +204,7 @@ class Graphs:
 
 def _obstacle(handle: "PatchHandle", base: Any, call: Call, hidden_states: Tensor) -> str | None:
     """Says why no graph can compute a forward pass, or None."""
-    layer = handle.adapter.layers(base)[0]
+    layer: Any = handle.adapter.layers(base)[0]
     if not call.whole:
         return "layers that no single op computes"
     if hidden_states.device.type not in DEVICES:
@@ -236,6 +247,24 @@ def _stream(x: Tensor) -> Any:
 def _reserved(x: Tensor) -> int:
     """Bytes that torch has reserved on a tensor's device."""
     return torch.cuda.memory_reserved(x.device) if x.is_cuda else 0
+
+
+class _Known:
+    """What need not be looked up in the layers anew as long as the handle's snapshot of them holds."""
+
+    def __init__(self, handle: "PatchHandle", base: Any) -> None:
+        self.snapshot = handle.snapshot or Snapshot(base, Look(None))
+        layers: list[torch.nn.Module] = list(handle.adapter.layers(base))
+        parts = list(map(handle.adapter.parts, layers))
+        self.weights = [x for each in parts for x in each.tensors() if x is not None]
+        self._modules = [module for layer in layers for module in layer.modules()]
+        self._norms = [norm for each in parts for norm in (each.attention_norm, each.ffn_norm) if norm is not None]
+
+    def settings(self) -> Iterator[Any]:
+        """What the layers' ops depend on besides tensors."""
+        yield self.snapshot.settings
+        yield tuple([module.training for module in self._modules])
+        yield tuple([norm.eps for norm in self._norms])
 
 
 class GraphedPass:

@@ -21,8 +21,8 @@ from ticketops.models.adapter import Adapter
 from ticketops.models.boundary import ONLY_FIRST, Snapshot, only_first_tokens
 from ticketops.models.containers import callers, refuse_readers_of_padding, separate_columns, transformers_model
 from ticketops.models.embeddings import SWAPS
-from ticketops.models.graphs import DEVICES, GraphedPass, Graphs
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
+from ticketops.models.graphs import DEVICES, GraphedPass, Graphs
 from ticketops.models.inputs import Inputs
 from ticketops.models.note import Note
 from ticketops.models.packing_collator import PACKED, put_in_rows
@@ -64,10 +64,10 @@ def patch(
             `torch.compile(model, mode="reduce-overhead")` captures for one of them serves the others. A few percent of
             a batch's tokens is a good size. None packs to the exact number, or on a CPU to the next of the sizes that
             oneDNN's products are compiled for, at most 3 % more above 512 tokens.
-        graphs: "auto" computes the encoder by CUDA graphs on a GPU, captured by themselves for each shape that comes a
-            third time, in which the host launches all kernels at once; shapes are then rounded up if no bucket is given.
-            True does so too, and refuses a model on another device. `handle.graphs` says what they computed, and why
-            other passes ran without. No GPU has run them yet, so they are off by default.
+        graphs: "auto" computes the encoder by CUDA graphs on a GPU, with which the host launches all kernels at once.
+            They are captured by themselves for each shape that comes a third time, and shapes are rounded up if no
+            bucket is given. True does so too, and refuses a model on another device. `handle.graphs` says what they
+            computed, and why other passes ran without. No GPU has run them yet, so they are off by default.
 
     Returns:
         The handle that records importance, applies tickets and reverts; usable as a context manager that reverts at its
@@ -121,8 +121,8 @@ class PatchHandle:
         adapter, base = find_adapter(model)
         if graphs is True and base.device.type not in DEVICES:
             raise InputError(
-                f"graphs=True for a model on {base.device}: CUDA graphs need a GPU; move the model there first, or take "
-                "graphs='auto', which has them where there is one"
+                f"graphs=True for a model on {base.device}: CUDA graphs need a GPU; move the model there first, or "
+                "take graphs='auto', which has them where there is one"
             )
         if find_handle(model) is not None:
             raise InputError(f"this {type(model).__name__} is patched already: use its handle, or revert() it first")

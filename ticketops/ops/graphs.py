@@ -1,8 +1,8 @@
 """A differentiable function of tensors as two CUDA graphs, one of its forward and one of its backward pass.
 
 The host launches a graph at once, however many kernels it has. A graph reads and writes the memory that it was captured
-with, so inputs are copied in and results are copied out; weights are read where they lie. All graphs of one Memory share
-what they compute with: between a forward pass and its backward pass no other graph may run.
+with, so inputs are copied in and results are copied out; weights are read where they lie. All graphs of one Memory
+share what they compute with: between a forward pass and its backward pass no other graph may run.
 
 Source: torch.cuda.make_graphed_callables, which returns the graph's own memory as gradients and keeps one set of them
 for each function.
@@ -48,7 +48,7 @@ class Memory:
         self.capture = capture
         self.turn = 0
         self._waiting: weakref.ref[_Turn] | None = None
-        self._gradients: dict[tuple[Any, ...], Tensor] = {}
+        self._rooms: dict[tuple[int, ...], tuple[Tensor, Sequence[Tensor]]] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -67,16 +67,20 @@ class Memory:
         self._waiting = weakref.ref(turn) if waits else None
         return turn
 
-    def gradient_of(self, weight: Tensor) -> Tensor:
-        """Returns the memory that all graphs write a weight's gradient to.
+    def room_for(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Returns memory for the gradients of some weights; all graphs with gradients of just these write to it.
 
         Args:
-            weight: the weight, or another tensor of its storage and shape.
+            tensors: of one dtype.
+
+        Returns:
+            One tensor, and a view of it for each weight.
         """
-        key = weight.data_ptr(), weight.shape, weight.dtype
-        if key not in self._gradients:
-            self._gradients[key] = torch.empty_like(weight, memory_format=torch.contiguous_format).detach()
-        return self._gradients[key]
+        key = tuple(x.data_ptr() for x in tensors)
+        if key not in self._rooms:
+            room = tensors[0].new_empty(sum(x.numel() for x in tensors))
+            self._rooms[key] = room, private.unflatten(room, tensors)
+        return self._rooms[key]
 
 
 class _Turn:
@@ -122,8 +126,9 @@ class Graphed:
         self, function: Callable[..., Tensor], unread: list[Tensor], aliases: list[Tensor], differentiable: bool
     ) -> tuple[Tensor, Callable[[], None], Callable[[], None] | None]:
         inputs = [*self._copied, *unread, *aliases]
-        #: Where the gradient of each input is after the backward graph; None for those without one.
-        self._gradients: list[Tensor | None] = [None] * len(inputs)
+        #: Of gradients that lie in one piece: the places of their inputs, tensors of their shapes, and the piece.
+        self._pieces: list[tuple[list[int], Sequence[Tensor], Tensor]] = []
+        self._number = len(inputs)
         result: Tensor | None = None
 
         def forward() -> list[Tensor]:
@@ -137,8 +142,7 @@ class Graphed:
             return out, replay, None
         self._dout = torch.empty_like(out)
         wanted = [place for place, x in enumerate(inputs) if x.requires_grad]
-        targets = {place: self.memory.gradient_of(inputs[place]) for place in wanted if place >= self.in_place}
-        found: dict[int, Tensor] = {}
+        groups: list[tuple[list[int], Sequence[Tensor]]] = []
 
         def backward() -> list[Tensor]:
             assert result is not None
@@ -146,20 +150,36 @@ class Graphed:
             gradients = torch.autograd.grad(
                 result, [inputs[place] for place in wanted], self._dout, allow_unused=True, retain_graph=True
             )
-            found.update((p, each) for p, each in zip(wanted, gradients, strict=True) if each is not None)
-            if there := [place for place in found if place in targets]:
-                private.copy_all([targets[place] for place in there], [found[place] for place in there])
-            return [x for p, x in found.items() if p not in targets]
+            there = {place: x for place, x in zip(wanted, gradients, strict=True) if x is not None}
+            groups.clear()
+            results = []
+            for places in self._grouped(there):
+                mine = [there[place] for place in places]
+                if places[0] >= self.in_place:
+                    room, parts = self.memory.room_for([inputs[place] for place in places])
+                else:
+                    room = mine[0].new_empty(sum(x.numel() for x in mine))
+                    parts = private.unflatten(room, mine)
+                private.copy_all(parts, mine)
+                results.append(room)
+                groups.append((places, parts))
+            return results
 
         with torch.autocast(out.device.type, enabled=False):
-            kept, differentiate = self.memory.capture(backward)
-        others = iter(kept)
-        for place in found:
-            self._gradients[place] = targets[place] if place in targets else next(others)
+            rooms, differentiate = self.memory.capture(backward)
+        self._pieces = [(places, parts, room) for (places, parts), room in zip(groups, rooms, strict=True)]
         # The graphs have their memory, and no longer need what autograd has saved.
         result = None
-        found.clear()
         return out, replay, differentiate
+
+    def _grouped(self, gradients: dict[int, Tensor]) -> list[list[int]]:
+        """Places of gradients that are copied together: those of weights of one dtype; importance partials, which are
+        kept for longer; and each other one by itself."""
+        groups: dict[Any, list[int]] = {}
+        for place, x in gradients.items():
+            kind = place if place < len(self._copied) else (place >= self.in_place, x.dtype)
+            groups.setdefault(kind, []).append(place)
+        return list(groups.values())
 
     def __call__(self, copied: Sequence[Tensor], sinks: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """Computes the function of inputs of the shapes that it was captured with.
@@ -185,28 +205,11 @@ class Graphed:
         assert self._differentiate is not None
         self._dout.copy_(dout)
         self._differentiate()
-        places = [place for place, x in enumerate(self._gradients) if x is not None]
-        sources = [x for x in self._gradients if x is not None]
-        few = sum(place < self.in_place for place in places)
-        # Importance partials are kept for longer than weights' gradients, which come in one piece.
-        copies = [*map(torch.empty_like, sources[:few]), *_in_one_piece(sources[few:])]
-        private.copy_all(copies, sources)
-        found: list[Tensor | None] = [None] * len(self._gradients)
-        for place, copy in zip(places, copies, strict=True):
-            found[place] = copy
+        found: list[Tensor | None] = [None] * self._number
+        for places, parts, room in self._pieces:
+            for place, gradient in zip(places, private.unflatten(room.clone(), parts), strict=True):
+                found[place] = gradient
         return found
-
-
-def _in_one_piece(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Makes tensors of these shapes, next to each other in memory where dtypes agree: few allocations for many."""
-    found: list[Any] = [None] * len(tensors)
-    for dtype in dict.fromkeys(x.dtype for x in tensors):
-        places = [place for place, x in enumerate(tensors) if x.dtype == dtype]
-        sizes = [tensors[place].numel() for place in places]
-        pieces = tensors[places[0]].new_empty(sum(sizes)).split(sizes)
-        for place, piece in zip(places, pieces, strict=True):
-            found[place] = piece.view(tensors[place].shape)
-    return found
 
 
 class _Replay(torch.autograd.Function):

@@ -29,6 +29,7 @@ _raw_stream = _find("_C._cuda_getCurrentRawStream")
 _copy_all = _find("_foreach_copy_")
 _assert_async = _find("_assert_async")
 _saving_hooks = _find("_C._autograd._top_saved_tensors_default_hooks")
+_unflatten = _find("_C._nn.unflatten_dense_tensors")
 _keeps_graph = _find("_C._autograd._get_current_graph_task_keep_graph")
 
 #: Makes a tensor from a DLPack capsule, as every result of a native kernel is one.
@@ -77,8 +78,8 @@ def has_tangent(x: Tensor) -> bool:
 
 
 def has_saving_hooks() -> bool:
-    """True if somebody's hooks get what autograd saves, as those of checkpointing; also if this version of torch does not
-    tell."""
+    """True if somebody's hooks get what autograd saves, as those of checkpointing do; also if this version of torch
+    does not tell."""
     return _saving_hooks is None or _saving_hooks(True) is not None
 
 
@@ -110,6 +111,19 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         return
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns parts of a tensor, one behind the other.
+
+    Args:
+        flat: [total].
+        like: tensors of the parts' shapes.
+    """
+    if _unflatten is not None:
+        return _unflatten(flat, list(like))
+    parts = flat.split([x.numel() for x in like])
+    return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
