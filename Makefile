@@ -16,6 +16,9 @@ EXTRAS := .venv-extras
 # Tests run in this many processes, of one thread each outside python_tests/ops.
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores : 8)))
 PYTEST := -m pytest -q --numprocesses $(WORKERS) --dist loadgroup
+# What runs once more with the encoders in CUDA graphs, which are emulated: python_tests/models/emulated_graphs.py.
+GRAPH_TESTS := $(addprefix python_tests/models/test_, \
+	$(addsuffix .py, apply boundary callback first_tokens importance kept_tickets patch rewind shared shrink))
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: setup demo test pytest test-triton test-isa test-long test-oldest test-extras lint bench sanitize gpu clean
@@ -45,6 +48,7 @@ test: setup
 
 pytest: setup
 	$(BIN)/python $(PYTEST)
+	TICKETOPS_TEST_GRAPHS=1 $(BIN)/python $(PYTEST) $(GRAPH_TESTS)
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter has a test run of its own.
 test-triton: setup

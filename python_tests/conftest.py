@@ -164,8 +164,8 @@ def cuda_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(autouse=True)
 def graphs_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """With TICKETOPS_TEST_GRAPHS=1, `make test-graphs`: all models on a CPU have emulated CUDA graphs, from the first
-    pass on, unless a test says otherwise."""
+    """With TICKETOPS_TEST_GRAPHS=1, as in `make test`: patched models on a CPU have emulated CUDA graphs, captured at
+    the first pass of a shape, unless a test says otherwise."""
     if os.environ.get("TICKETOPS_TEST_GRAPHS") != "1":
         yield
         return
@@ -174,6 +174,5 @@ def graphs_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from ticketops import patch
 
     monkeypatch.setitem(patch.__kwdefaults__, "graphs", "auto")
-
     with emulated():
         yield

@@ -72,8 +72,7 @@ def test_one_json_object(dtype, monkeypatch, capsys):
     for name in ("layer_vs_stock_host", "recording_vs_stock_host"):
         assert result[name] > 0
     assert all(0 < each["q20"] <= each["median"] <= each["q80"] for each in result["seconds"].values())
-    assert result["replay_ms"] is None
-    assert result["replay_ms_reason"]
+    assert result["replay_ms"] > 0
 
 
 def test_the_interpreter_is_refused_in_one_line(monkeypatch, capsys):

@@ -204,17 +204,17 @@ class Graphs:
 
 def _obstacle(handle: "PatchHandle", base: Any, call: Call, hidden_states: Tensor) -> str | None:
     """Says why no graph can compute a forward pass, or None."""
-    layer: Any = handle.adapter.layers(base)[0]
+    layer = handle.adapter.layers(base)[0]
     if not call.whole:
         return "layers that no single op computes"
     if hidden_states.device.type not in DEVICES:
         return f"tensors on a device of type {hidden_states.device.type!r}"
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        return "gradient checkpointing"
     if type(hidden_states) is not Tensor or unsharded_class(type(layer)) is not type(layer):
         return "tensors or layers that are distributed"
     if not hidden_states.numel():
         return "no tokens"
-    if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return "gradient checkpointing"
     if private.has_saving_hooks():
         return "hooks on what autograd saves, as of checkpointing"
     if torch.is_anomaly_enabled() or private.has_modes():

@@ -242,7 +242,7 @@ class Call:
             hidden_states: [.., C], its input; behind the first layer the result of the graph.
         """
         done: Tensor | None = None if self.graphed is None else self.graphed(index, hidden_states, self)
-        return done
+        return None if done is None else self.leave(done, index)
 
     def bias_of(self, kept: Kept) -> Tensor | None:
         """The position bias of the heads that a layer computes, [K, 2 R + 1]; None for no bias or no heads.
