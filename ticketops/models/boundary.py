@@ -325,8 +325,14 @@ class Snapshot:
     def __init__(self, base: nn.Module, look: Look) -> None:
         self._base, self.look = base, look
         self._modules = list(map(_noted, _inside(base)))
-        #: What is set in all modules, as a value to compare.
-        self.settings = tuple(setting for *_, settings in self._modules for setting in settings)
+        #: What is set in all modules, by which snapshots are equal.
+        self._settings = tuple(setting for *_, settings in self._modules for setting in settings)
+
+    def __hash__(self) -> int:
+        return hash(self._settings)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Snapshot) and other._settings == self._settings
 
     def holds(self, base: nn.Module) -> bool:
         """True if nothing that `examine` looks at has changed.

@@ -3,7 +3,7 @@ run without."""
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ class Graphs:
         if known is None or known.snapshot is not handle.snapshot:
             known = _Known(handle, base)
         weights = known.weights
-        if not all(type(x) in (Tensor, torch.nn.Parameter) for x in weights):
+        if not known.are_plain:
             self.eager["weights that are no plain tensors"] += 1
             return None
         addresses = [x.data_ptr() for x in weights]
@@ -124,11 +124,11 @@ class Graphs:
         if call.position_bias is not None:
             copied.append(call.position_bias)
         key = (
-            *(tuple(x.shape) for x in copied),
-            *(x.requires_grad for x in (*copied, *weights)),
-            *known.settings(),
-            *(tuple((index, tuple(x.shape)) for index, x in kind.items()) for kind in _sinks(call)),
+            *[x.shape for x in copied],
+            tuple([x.requires_grad for x in (*copied, *weights)]),
+            *[(tuple(kind), *[x.shape for x in kind.values()]) for kind in _sinks(call)],
             *(sequences.max_length, call.number, call.first_tokens, call.per_token),
+            *known.settings(),
             *_circumstances(hidden_states),
         )
         entry, layers = self._entries.get(key), []
@@ -257,14 +257,17 @@ class _Known:
         layers: list[torch.nn.Module] = list(handle.adapter.layers(base))
         parts = list(map(handle.adapter.parts, layers))
         self.weights = [x for each in parts for x in each.tensors() if x is not None]
+        self.are_plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in self.weights)
         self._modules = [module for layer in layers for module in layer.modules()]
         self._norms = [norm for each in parts for norm in (each.attention_norm, each.ffn_norm) if norm is not None]
 
-    def settings(self) -> Iterator[Any]:
+    def settings(self) -> tuple[Any, ...]:
         """What the layers' ops depend on besides tensors."""
-        yield self.snapshot.settings
-        yield tuple([module.training for module in self._modules])
-        yield tuple([norm.eps for norm in self._norms])
+        return (
+            self.snapshot,
+            tuple([module.training for module in self._modules]),
+            tuple([norm.eps for norm in self._norms]),
+        )
 
 
 class GraphedPass:
