@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ticketops.models.bert import compute_layer, layer_weights, serves_whole
+from ticketops.models.bert import compute_layer, serves_whole
 from ticketops.models.boundary import Look, Snapshot
 from ticketops.models.state import Call
 from ticketops.models.swapping import unsharded_class
-from ticketops.ops import Sequences, Weights, backends, private
+from ticketops.ops import Sequences, backends, private
 from ticketops.ops.graphs import Capture, Graphed, Memory, cuda_capture
 from ticketops.text import count
 
@@ -165,7 +165,6 @@ class Graphs:
         self, layers: list[Any], call: Call, copied: list[Tensor], sinks: list[Tensor], weights: list[Tensor], key: Any
     ) -> tuple[Graphed, int] | None:
         assert self._memory is not None
-        plans = [(state, parts, layer_weights(state, parts)) for state, parts in layers]
         places = {id(x): place for place, x in enumerate(weights)}
         longest, kinds = call.packing.sequences.max_length, [list(kind) for kind in _sinks(call)]
         # Without what belongs to this one pass.
@@ -183,9 +182,8 @@ class Graphs:
                 neuron_importance=neurons,
                 position_bias=bias[0] if bias else None,
             )
-            for state, parts, real in plans:
-                aliases: list[Any] = [weights[places[id(each)]] if id(each) in places else each for each in real]
-                x = compute_layer(state, parts, Weights(*aliases), x, mine)
+            for state, parts in layers:
+                x = compute_layer(state, parts, x, mine, read=lambda x: None if x is None else weights[places[id(x)]])
             return x
 
         before = _reserved(copied[0])
@@ -284,21 +282,22 @@ class GraphedPass:
         self._graphs, self._handle, self._base, self._seen = graphs, handle, base, seen
         self._done = False
 
-    def __call__(self, index: int, hidden_states: Tensor, call: Call) -> Tensor | None:
+    def __call__(self, index: int, hidden_states: Tensor, call: Call, turn: Any) -> Tensor | None:
         """What a layer returns.
 
         Args:
             index: of the layer.
             hidden_states: its input, [.., C].
             call: of the forward pass.
+            turn: rotary positions, which differ from layer to layer; None for none.
 
         Returns:
             The layer's result, or None where it has to be computed without a graph.
         """
         if index:
             return hidden_states if self._done else None
-        if self._seen is not None:
-            self._graphs.eager[self._seen] += 1
+        if reason := self._seen or (None if turn is None else "rotary positions"):
+            self._graphs.eager[reason] += 1
             return None
         found = self._graphs.run(self._handle, self._base, call, hidden_states)
         self._done = found is not None

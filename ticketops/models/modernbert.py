@@ -32,6 +32,8 @@ class TicketModernBertEncoderLayer(nn.Module):
         turn = rotation(apply_rotary_pos_emb, kwargs["position_embeddings"], hidden_states, ticketops)
         state, parts, around = self._ticketops, _parts(self), (self.attn_norm, self.mlp_norm, self.attn.out_drop)
         state.check(ticketops)
+        if (done := ticketops.by_graph(state.index, hidden_states, turn)) is not None:
+            return done
         hidden_states = ticketops.enter(hidden_states)
         done = whole_layer(state, parts, around, hidden_states, ticketops, turn)
         if done is None:

@@ -234,14 +234,15 @@ class Call:
     graphed: Any = None
     recorded: Any = None
 
-    def by_graph(self, index: int, hidden_states: Tensor) -> Tensor | None:
+    def by_graph(self, index: int, hidden_states: Tensor, turn: Any = None) -> Tensor | None:
         """A layer's result where a graph computes all of them; None where the layer has to be computed.
 
         Args:
             index: of the layer.
             hidden_states: [.., C], its input; behind the first layer the result of the graph.
+            turn: rotary positions; None for none.
         """
-        done: Tensor | None = None if self.graphed is None else self.graphed(index, hidden_states, self)
+        done: Tensor | None = None if self.graphed is None else self.graphed(index, hidden_states, self, turn)
         return None if done is None else self.leave(done, index)
 
     def bias_of(self, kept: Kept) -> Tensor | None:
