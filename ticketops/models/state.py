@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ticketops.errors import UnsupportedError
@@ -242,7 +243,10 @@ class Call:
             hidden_states: [.., C], its input; behind the first layer the result of the graph.
             turn: rotary positions; None for none.
         """
-        done: Tensor | None = None if self.graphed is None else self.graphed(index, hidden_states, self, turn)
+        # A compiler has graphs of its own.
+        if self.graphed is None or torch.compiler.is_compiling():
+            return None
+        done: Tensor | None = self.graphed(index, hidden_states, self, turn)
         return None if done is None else self.leave(done, index)
 
     def bias_of(self, kept: Kept) -> Tensor | None:
