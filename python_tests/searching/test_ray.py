@@ -131,7 +131,7 @@ def test_a_workers_error_is_one_line_with_its_trial(inputs: dict[str, str], tmp_
 @needs_ray
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("kills", [20])
+@pytest.mark.parametrize("kills", [int(os.environ.get("TICKETOPS_TEST_KILLS", 20))])
 def test_kills_of_workers_raylets_and_the_command_leave_no_trace(
     kills: int, inputs: dict[str, str], pairs: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ):
