@@ -53,4 +53,5 @@ ARCHITECTURES = (
     _bert("roberta", "Roberta"),
     Architecture("vit", "ViT", "vit", "ViTModel", extra_tokens=1),
     _bert("xlm_roberta", "XLMRoberta"),
+    Architecture("xlm_roberta_xl", "XLMRobertaXL", "xlm_roberta_xl", "XLMRobertaXLEncoder"),
 )

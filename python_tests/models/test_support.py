@@ -66,7 +66,7 @@ def test_the_class_that_the_configuration_names_and_what_it_removed(model, tmp_p
         ("ResNet", "no attention layers"),
         ("RoFormer", "rotary"),
         ("Splinter", "CONTRIBUTING"),
-        ("XLMRobertaXL", "XLMRobertaXLModel is not supported: it has LayerNorm before"),
+        ("RobertaPreLayerNorm", "RobertaPreLayerNormModel is not supported: it has LayerNorm before"),
     ],
 )
 def test_other_architectures_are_refused_with_the_reason(config, words):

@@ -18,6 +18,9 @@ from ticketops.models.hooks import is_hooked
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
 
+#: What stands where other architectures have a dropout.
+NO_DROPOUT = nn.Identity()
+
 
 class TicketEncoder(nn.Module):
     """Runs the layers on real tokens only: packs on entry, pads again at the exit."""
@@ -149,21 +152,40 @@ def pre_norm_layer(
     call: Call,
     turn: Turn | None = None,
 ) -> Tensor:
-    """Computes a layer with a norm before each sublayer, whose norms and dropouts it calls as modules.
+    """Computes a layer with a norm before each sublayer: by one op where there is one, else by several and by its own
+    norms and dropouts.
 
     Args:
         state: of the layer.
         parts: the layer's.
         norms: in front of attention and of the FFN.
         drops: behind attention and behind the FFN.
-        hidden_states: [.., C], real tokens.
+        hidden_states: [.., C].
         call: of the forward pass.
-        turn: what becomes of q and k; None for nothing.
+        turn: rotary positions; None for none.
 
     Returns:
-        [.., C].
+        [.., C], or [B, 1, C] where only first tokens are read.
     """
     state.check(call)
+    if (done := call.by_graph(state.index, hidden_states, turn)) is not None:
+        return done
+    hidden_states = call.enter(hidden_states)
+    done = whole_layer(state, parts, (*norms, *drops), hidden_states, call, turn)
+    if done is None:
+        done = read_tokens(state, _by_modules(state, parts, norms, drops, hidden_states, call, turn), call)
+    return call.leave(done, state.index)
+
+
+def _by_modules(
+    state: LayerState,
+    parts: LayerParts,
+    norms: tuple[nn.Module, nn.Module],
+    drops: tuple[nn.Module, nn.Module],
+    hidden_states: Tensor,
+    call: Call,
+    turn: Turn | None,
+) -> Tensor:
     normed = norms[0](hidden_states)
     contexts = attend(state, parts.qkv, normed, call, parts.scale, parts.rates[0], parts.window, turn)
     projected = project(state, parts.output, contexts, hidden_states)
@@ -251,7 +273,8 @@ def serves_whole(
 ) -> bool:
     """True if one op computes a layer, see `whole_layer`."""
     kept, weight = state.kept, parts.ffn_norm.weight
-    if not call.whole or hidden_states.dtype != weight.dtype:
+    # The op has no RMSNorm.
+    if not call.whole or hidden_states.dtype != weight.dtype or parts.norm is not nn.LayerNorm:
         return False
     heads_of, neurons = _head_dim(state, parts) if kept.heads else None, kept.neurons is not None
     like_bert = not (parts.norm_first or parts.gated or parts.window) and turn is None and nn.Linear in parts.biased
@@ -550,13 +573,15 @@ def _parts(layer: Any) -> LayerParts:
     )
 
 
-def _resize(layer: Any, heads: list[int]) -> None:
+def resize_attention(layer: Any, heads: list[int]) -> None:
+    """Tells a layer's self-attention how many heads it has, see `Adapter.resize`."""
     attention = layer.attention.self
     attention.num_attention_heads = len(heads)
     attention.all_head_size = len(heads) * attention.attention_head_size
 
 
-def _refusal(config: PretrainedConfig) -> str | None:
+def decoder_refusal(config: PretrainedConfig) -> str | None:
+    """Says which part of a decoder, or which other way to compute, a configuration asks for; None for none."""
     if config.is_decoder:
         return "is_decoder=True (causal attention): ticketops serves encoders; load it with is_decoder=False"
     if config.add_cross_attention:
@@ -595,8 +620,8 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         swaps={stock(name): stand_in(mixin, stock(name)) for name, mixin in _MIXINS.items()},
         encoder=lambda base: base.encoder,
         parts=_parts,
-        resize=_resize,
-        refusal=_refusal,
+        resize=resize_attention,
+        refusal=decoder_refusal,
         calls=lambda layer: (layer.attention, layer.attention.self, layer.attention.output),
         calls_with_heads=lambda layer: (layer.attention,),
         attentions=lambda layer: (layer.attention, layer.attention.self),

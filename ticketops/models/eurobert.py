@@ -8,13 +8,10 @@ from transformers.models.eurobert.modeling_eurobert import EuroBertRMSNorm, appl
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts
-from ticketops.models.bert import pre_norm_layer, rope_refusal, rotation
+from ticketops.models.bert import NO_DROPOUT, pre_norm_layer, rope_refusal, rotation
 from ticketops.models.boundary import TicketModel
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
-
-#: What stands where other architectures have a dropout.
-_NOTHING = nn.Identity()
 
 
 class TicketEuroBertLayer(nn.Module):
@@ -31,10 +28,8 @@ class TicketEuroBertLayer(nn.Module):
             state.refuse_stock()
             return super().forward(hidden_states, *args, **kwargs)
         turn = rotation(apply_rotary_pos_emb, kwargs["position_embeddings"], hidden_states, ticketops)
-        norms, drops = (self.input_layernorm, self.post_attention_layernorm), (_NOTHING, _NOTHING)
-        hidden_states = ticketops.enter(hidden_states)
-        done = pre_norm_layer(state, _parts(self), norms, drops, hidden_states, ticketops, turn)
-        return ticketops.leave(done, state.index)
+        norms, drops = (self.input_layernorm, self.post_attention_layernorm), (NO_DROPOUT, NO_DROPOUT)
+        return pre_norm_layer(state, _parts(self), norms, drops, hidden_states, ticketops, turn)
 
 
 def _parts(layer: Any) -> LayerParts:
@@ -55,6 +50,7 @@ def _parts(layer: Any) -> LayerParts:
         rates=(attention.attention_dropout if attention.training else 0.0, 0.0, 0.0),
         head_dim=attention.head_dim,
         causal=attention.is_causal,
+        norm_first=True,
         gated=True,
         biased=(),
     )

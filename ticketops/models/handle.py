@@ -53,9 +53,10 @@ def patch(
     encoder's modules change, to subclasses of the stock ones.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, MPNet, GTE, Jina v3,
-            NomicBert, ModernBERT, EuroBERT, ViT or DeiT of transformers, bare or with a task head, on any device. Or a
-            SentenceTransformer, CrossEncoder or SparseEncoder of sentence-transformers with one of them inside.
+        model: a BERT, RoBERTa, XLM-R, XLM-R-XL, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, MPNet, GTE,
+            Jina v3, NomicBert, ModernBERT, EuroBERT, ViT or DeiT of transformers, bare or with a task head, on any
+            device. Or a SentenceTransformer, CrossEncoder or SparseEncoder of sentence-transformers with one of them
+            inside.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static and never waits for the
             device, for graphs that capture the whole model, and then every row of the attention mask must be one
             unbroken run.

@@ -9,7 +9,7 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts, rate
-from ticketops.models.bert import Turn, attend, feed_forward, project, rope_refusal, rotation, whole_layer, with_unread
+from ticketops.models.bert import NO_DROPOUT, pre_norm_layer, rope_refusal, rotation
 from ticketops.models.boundary import TicketModel
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
@@ -30,39 +30,8 @@ class TicketModernBertEncoderLayer(nn.Module):
             self._ticketops.refuse_stock()
             return super().forward(hidden_states, *args, **kwargs)
         turn = rotation(apply_rotary_pos_emb, kwargs["position_embeddings"], hidden_states, ticketops)
-        state, parts, around = self._ticketops, _parts(self), (self.attn_norm, self.mlp_norm, self.attn.out_drop)
-        state.check(ticketops)
-        if (done := ticketops.by_graph(state.index, hidden_states, turn)) is not None:
-            return done
-        hidden_states = ticketops.enter(hidden_states)
-        done = whole_layer(state, parts, around, hidden_states, ticketops, turn)
-        if done is None:
-            done = self._by_modules(hidden_states, parts, turn, ticketops)
-        return ticketops.leave(done, state.index)
-
-    def _by_modules(self, hidden_states: Tensor, parts: LayerParts, turn: Turn, ticketops: Call) -> Tensor:
-        state, attention = self._ticketops, self.attn
-        normed = self.attn_norm(hidden_states)
-        contexts = attend(
-            state,
-            parts.qkv,
-            normed,
-            ticketops,
-            parts.scale,
-            parts.rates[0],
-            window=parts.window,
-            turn=turn,
-        )
-        projected = project(state, attention.Wo, contexts, hidden_states)
-        if attention.Wo.bias is not None:
-            projected = projected + attention.Wo.bias
-        hidden_states = hidden_states + attention.out_drop(projected)
-        if not state.kept.attention:
-            hidden_states = with_unread(self.attn_norm, hidden_states, normed)
-        if not state.kept.ffn:
-            return with_unread(self.mlp_norm, hidden_states)
-        output = feed_forward(state, parts, self.mlp_norm(hidden_states), ticketops)
-        return hidden_states + output.view_as(hidden_states)
+        norms, drops = (self.attn_norm, self.mlp_norm), (self.attn.out_drop, NO_DROPOUT)
+        return pre_norm_layer(self._ticketops, _parts(self), norms, drops, hidden_states, ticketops, turn)
 
 
 def _window(config: Any, kind: str) -> int | None:

@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto as auto
 _ROTARY = (
     "rotary position embeddings, which only the adapters of EuroBERT, GTE, Jina v3, ModernBERT and NomicBert apply"
 )
-_PRE_NORM = "LayerNorm before each sublayer, which no adapter for text serves yet"
+_PRE_NORM = "LayerNorm before each sublayer, in modules that no adapter knows"
 #: Model type -> reason, for reasons that the names of the modules do not show.
 _KNOWN = {
     "albert": "one layer's weights serve all layers, so a ticket has nothing of a single layer to prune",
@@ -29,7 +29,6 @@ _KNOWN = {
     "roformer": _ROTARY,
     "roberta-prelayernorm": _PRE_NORM,
     "squeezebert": "grouped convolutions in place of linear layers",
-    "xlm-roberta-xl": _PRE_NORM,
     "xlnet": "two attention streams with relative position terms in their scores",
     "xmod": "an adapter a language inside each layer",
     "yoso": "approximate attention",

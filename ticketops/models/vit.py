@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ticketops.architectures import Architecture
-from ticketops.models.adapter import Adapter, LayerParts
+from ticketops.models.adapter import Adapter, LayerParts, rate
 from ticketops.models.bert import pre_norm_layer
 from ticketops.models.boundary import TicketModel
 from ticketops.models.inputs import Images
@@ -46,8 +46,8 @@ def _parts(layer: Any) -> LayerParts:
         ffn_norm=layer.layernorm_after,
         dropouts=(layer.dropout,),
         scale=attention.scaling,
-        # The layer's own modules apply the other dropouts.
-        rates=(attention.attention_dropout if attention.training else 0.0, 0.0, 0.0),
+        rates=(attention.attention_dropout if attention.training else 0.0, rate(layer.dropout), rate(layer.dropout)),
+        norm_first=True,
         head_dim=attention.head_dim,
         causal=attention.is_causal,
     )
@@ -77,5 +77,4 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         calls_with_heads=lambda layer: (layer.layernorm_before, layer.layernorm_after, layer.dropout),
         stack="layers",
         inputs=Images(architecture.extra_tokens),
-        ops=("attention", "ffn", "projection"),
     )
