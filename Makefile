@@ -96,7 +96,8 @@ sanitize: setup
 	csrc/cuda/sanitize.sh
 
 # Builds, tests and measures on the machine's own Python where that has torch and Triton, without the network; else in
-# .venv. Where there is no GPU it goes the same way on tiny shapes, in Triton's interpreter. GPU_FLAGS: see bench/gpu.
+# .venv. Where there is no GPU it goes the same way on tiny shapes, in Triton's interpreter. GPU_FLAGS, such as the name of
+# one stage: python -m bench.gpu --help.
 gpu:
 	@if $(PYTHON) -c "import torch, triton, transformers" 2>/dev/null; then python=$(PYTHON); \
 		for name in accelerate datasets hypothesis matplotlib pytest pytest_timeout setuptools; do $$python -c "import $$name" || \

@@ -36,11 +36,13 @@ class Setting:
         device: "cuda", or "cpu" for Triton's interpreter.
         dtype: dtype of all tensors.
         tiny: True for shapes small enough for the interpreter, two repeats, and no ratios.
+        keep: takes each row as it is measured.
     """
 
     device: str
     dtype: torch.dtype
     tiny: bool
+    keep: Callable[[Row], None] = lambda row: None
 
     def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=self.device) * scale).to(self.dtype).requires_grad_()
@@ -84,8 +86,14 @@ def measured(row: Row, call: Callable[[], Callable[[], object]], work: Work | No
         setting: device and dtype of the run.
 
     Returns:
-        The row with milliseconds (median and quantiles) and rates.
+        The row with milliseconds (median and quantiles) and rates, which the setting keeps, too.
     """
+    row = _timed(row, call, work, setting)
+    setting.keep(row)
+    return row
+
+
+def _timed(row: Row, call: Callable[[], Callable[[], object]], work: Work | None, setting: Setting) -> Row:
     place = "  {bench}, {workload}, {pass}, {contender}".format_map(row)
     try:
         # sdpa backends that refuse an input warn about every reason.

@@ -23,6 +23,8 @@ def main() -> None:
         q = hidden.view(tokens, 4, 64)
         mask = torch.tensor([1.0, 0.0, 0.5, 1.0], device="cuda")
         context = ops.attention(q, q, q, sequences, head_mask=mask, dropout_p=0.1, importance=heads)
+        table = torch.randn((4, 2 * packed.max_length + 1), device="cuda", requires_grad=True)
+        context = context + ops.attention(q, q, q, sequences, position_bias=table, window=20)
         hidden = ops.residual_norm(context.flatten(1), x, b1[:256], b1[:256], bias=b1[:256], dropout_p=0.1)
         out = ops.ffn(hidden, w1, b1, w1.t(), b1[:256], sequences, neuron_importance=neurons)
         few = torch.tensor([0, 3], device="cuda")

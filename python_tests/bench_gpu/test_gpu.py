@@ -8,7 +8,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ("attention", "ffn", "projection", "residual", "step", "sharing", "shrunk")
+BENCHES = ("step", "attention", "ffn", "projection", "residual", "sharing", "shrunk")
+STAGES = ("smoke", "step", "graphs", "tests", "sanitizer", *BENCHES[1:], "tiles")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -22,16 +23,62 @@ def test_without_a_gpu_it_goes_all_the_way_on_tiny_shapes_and_claims_nothing(tmp
     done = run("--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "no CUDA GPU was found" in done.stderr
-    (results,) = tmp_path.glob("*.json")
-    record = json.loads(results.read_text())
+    stem = "triton-interpreter-on-the-cpu"
+    record = json.loads((tmp_path / f"{stem}.json").read_text())
     assert record["machine"]["device"] == "Triton interpreter on the CPU"
-    assert record["tests"]["passed"]
+    passed = {name: stage["passed"] for name, stage in record["stages"].items()}
+    assert passed == dict.fromkeys(STAGES, True) | dict.fromkeys(("smoke", "sanitizer", "tiles"))
     assert not {"ratios", "targets"} & set(record)
-    assert {row["bench"] for row in record["rows"]} == set(BENCHES)
-    for row in record["rows"]:
-        assert row["gate"] == "green"
-        assert row["ms"] > 0, row
+    for name in BENCHES:
+        stage = json.loads((tmp_path / f"{stem}-{name}.json").read_text())
+        assert {row["bench"] for row in stage["rows"]} == {name}
+        for row in stage["rows"]:
+            assert row["gate"] == "green"
+            assert row["ms"] > 0, row
     assert len(list(tmp_path.glob("*.png"))) == 9
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_a_stage_keeps_each_row_as_it_comes_and_runs_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.gpu import __main__ as gpu
+    from bench.gpu import residual
+
+    def rows(setting):
+        setting.keep({"bench": "residual", "workload": "w", "gate": "green", "ms": 1.0})
+        (path,) = tmp_path.glob("*-residual.json")
+        assert len(json.loads(path.read_text())["rows"]) == 1
+        assert json.loads(path.read_text())["passed"] is None
+        setting.keep({"bench": "residual", "workload": "v", "gate": "red: wrong", "ms": 1.0})
+
+    monkeypatch.setattr(residual, "rows", rows)
+    record = gpu.measure_stage("residual", True, tmp_path)
+    assert (record["passed"], record["summary"]) == (False, "v: red: wrong")
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "atention"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+
+
+def test_ratios_need_every_check_of_the_same_commit(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.gpu import __main__ as gpu
+    from bench.gpu import measure, plots
+
+    machine = {"device": "A GPU", "commit": "c0ffee"}
+    monkeypatch.setattr(measure, "machine", lambda setting: machine)
+    monkeypatch.setattr(plots, "draw", lambda *_: [])
+
+    def stage(name, passed=True, **others):
+        found = {"stage": name, "passed": passed, "summary": "", "machine": machine} | others
+        (tmp_path / f"a-gpu-{name}.json").write_text(json.dumps(found))
+
+    for name in gpu.CHECKS:
+        stage(name)
+    assert gpu.merge(False, tmp_path)["ratios"] == []
+    stage("tests", machine={**machine, "commit": "beef"})
+    assert gpu.merge(False, tmp_path)["ratios_withheld"] == "not green at this commit: tests"
+    stage("tests", passed=False)
+    assert "ratios" not in gpu.merge(False, tmp_path)
 
 
 def test_ratios_only_where_the_gate_is_green(monkeypatch):
