@@ -32,7 +32,7 @@ MATRIX_UNIT = {8: "mma", 9: "wgmma", 10: "tcgen05"}
 LEAST = 64
 PRODUCTS = {f"attention.{name}" for name in ("forward", "row_backward", "dq", "dkdv")}
 PRODUCTS |= {f"projection.{name}" for name in ("into", "out_of", "gradient")}
-OTHERS = {"ffn": ("forward", "backward", "finish"), "residual": ("forward", "backward", "finish")}
+OTHERS = {"ffn": ("forward", "backward", "finish"), "residual": ("forward", "backward", "finish"), "rotary": ("turn",)}
 KERNELS = PRODUCTS | {"projection.finish"} | {f"{op}.{name}" for op, names in OTHERS.items() for name in names}
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 

@@ -13,10 +13,11 @@ from transformers import BertForPreTraining, BertForSequenceClassification, Bert
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import ticketops
-from models.conftest import LAYERS, tiny_config
-from models.test_encoders import TEXT, draw, make
+from models.conftest import HEADS, LAYERS, tiny_config
+from models.test_encoders import NAMES, draw, make
 from models.test_patch import calls
 from ticketops.models.handle import find_handle
+from ticketops.models.registry import ADAPTERS
 from ticketops.tickets import Ticket
 
 
@@ -57,7 +58,7 @@ def step(model, batch, handle=None):
 
 
 #: Those whose sequence classifier reads first tokens alone.
-FIRST = [name for name in TEXT if name not in ("EuroBert", "ModernBert")]
+FIRST = [name for name, adapter in zip(NAMES, ADAPTERS, strict=True) if adapter.first_token_heads]
 
 
 @pytest.mark.parametrize("encoder", FIRST)
@@ -86,6 +87,21 @@ def test_a_hook_on_what_takes_the_first_token_sees_all(encoder):
         for each in (model, stock):
             each(**batch)
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_all_tokens_are_computed_where_a_mean_is_taken_or_somebody_looks_at_the_last_norm(pooling):
+    model = make("ModernBertForSequenceClassification", classifier_pooling=pooling)
+    batch, seen = draw(model), []
+    with ticketops.patch(model) as handle, torch.no_grad():
+        # Without a ticket, the stock code would compute what somebody looks at.
+        handle.apply(Ticket(torch.ones(LAYERS, HEADS).bool(), torch.tensor([True, False, True])))
+        before, said = model(**batch).logits, watched(model)
+        if pooling == "cls":
+            model.model.final_norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+        torch.testing.assert_close(model(**batch).logits, before, **roundings(1000, 100))
+    assert said == [None]
+    assert seen == ([] if pooling == "mean" else [(*batch["input_ids"].shape, 48)])
 
 
 @pytest.mark.parametrize("ffn", [True, False])

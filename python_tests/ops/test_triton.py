@@ -24,7 +24,7 @@ from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
 from ticketops.ops.ffn import ACTIVATIONS
 
 from .cases import SHORT, packed_sequences, padded_sequences
-from .layers import TICKETS, inputs
+from .layers import KINDS, TICKETS, inputs
 from .layers import check as check_layer
 from .layers import opcheck as opcheck_layer
 
@@ -868,6 +868,22 @@ def test_layers(ticket, dtype, autocast, per_token, dropouts, layout, first_toke
     check_layer(tensors, _to_device(sequences), dtype, autocast, **options)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ticket", WHOLE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "first_tokens"),
+    [(torch.float32, None, True), (torch.float16, None, False), (torch.float32, torch.float16, False)],
+)
+@pytest.mark.usefixtures("seeds_one_by_one")
+def test_layers_of_other_kinds(kind, ticket, dtype, autocast, first_tokens):
+    sequences, rows = padded_sequences(SHORT)
+    x, dout, weights = inputs(rows, ticket, kind=kind)
+    tensors = (x.to(DEVICE), dout.to(DEVICE), Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
+    dropouts = {"dropouts": (0.1, 0.2, 0.3), "inner_dropout": 0.4} if first_tokens or autocast else {}
+    options = {"per_token": first_tokens, "first_tokens": first_tokens, "kind": kind}
+    check_layer(tensors, _to_device(sequences), dtype, autocast, **options, **dropouts)
+
+
 @pytest.mark.parametrize("ticket", WHOLE, ids=str)
 @pytest.mark.parametrize("autocast", [None, torch.float16] + ([] if common.INTERPRETED else [torch.bfloat16]))
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), (0.1, 0.2, 0.3)])
@@ -1072,6 +1088,15 @@ def test_opcheck_of_layers(ticket, first_tokens, dtype, reach):
     x, dout, weights = inputs(rows, ticket, reach=reach)
     tensors = (x.to(DEVICE), dout, Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
     opcheck_layer(tensors, _to_device(sequences), dtype, first_tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ticket", WHOLE, ids=str)
+def test_opcheck_of_layers_of_other_kinds(kind, ticket):
+    sequences, rows = packed_sequences(SHORT)
+    x, dout, weights = inputs(rows, ticket, kind=kind)
+    tensors = (x.to(DEVICE), dout, Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
+    opcheck_layer(tensors, _to_device(sequences), torch.float16, False, kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64] + ([torch.bfloat16] if common.INTERPRETED else []))

@@ -24,6 +24,7 @@ from ticketops.ops.ffn import ACTIVATIONS
 from ticketops.ops.ffn import triton as ffn
 from ticketops.ops.projection import triton as projection
 from ticketops.ops.residual import triton as residual
+from ticketops.ops.rotary import triton as rotary
 from ticketops.ops.triton_common import INTERPRETED, compile_options, recorded_launches
 from ticketops.ops.triton_configs import Tile
 
@@ -251,6 +252,39 @@ def residual_launches(
     return launches
 
 
+def norm_first_launches(target: tuple[int, int], dtype: torch.dtype, channels: int = 768) -> list[Launch]:
+    """Lists the launches that a layer with LayerNorm first has beside those of others, forward and backward: rotary
+    positions, and the ends of its sublayers.
+
+    Args:
+        target: compute capability.
+        dtype: dtype of the matrix products. That of the tokens is float32, as under autocast.
+        channels: C.
+
+    Returns:
+        One launch per kernel and place.
+    """
+    x = torch.empty((256, channels), dtype=dtype, device="meta")
+    stream, vector, mean = x.float(), torch.empty(channels, device="meta"), torch.empty(256, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    qkv, angles = x.new_empty((256, 3, channels // 64, 64)), torch.empty((256, 64), device="meta")
+    launches: list[Launch] = []
+    # The LayerNorm before attention, that before the FFN, and the end of the layer.
+    places = (("first", None, vector, 0.0), ("middle", x, vector, 0.1), ("last", x, None, 0.1))
+    for place, sublayer, gamma, dropout_p in places:
+        case = {"dtype": _name(dtype), "case": f"C={channels}, LayerNorm first, {place}"}
+        with recorded_launches(target, _recorder(launches, target, case)):
+            residual.forward_before(sublayer, stream, None, gamma, None, seed, dropout_p, 1e-5, dtype)
+            dnormed, statistics = (None, None) if gamma is None else (x, mean)
+            residual.first_stage(
+                dnormed, sublayer, stream, None, gamma, statistics, statistics, seed, dropout_p, stream, dtype
+            )
+    with recorded_launches(target, _recorder(launches, target, {"dtype": _name(dtype), "case": "D=64"})):
+        rotary.turn_(qkv, angles, angles)
+        rotary.turn_(qkv, angles, angles, back=True)
+    return launches
+
+
 def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[Launch]:
     """Lists the launches of every kernel in every configuration of ticketops.ops.triton_configs, as BERT, ModernBERT
     and MPNet would make them.
@@ -288,6 +322,7 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
             for channels in (384, 768, 1024):
                 yield from residual_launches(target, dtype, channels)
         yield from residual_launches(target, torch.bfloat16, wide=True)
+        yield from norm_first_launches(target, torch.bfloat16)
         yield from projection_launches(target, torch.bfloat16, weight_dtype=torch.float32)
         for weight_dtype in (None, torch.float32):
             for launch in ffn_launches(target, torch.bfloat16, blocks=True, weight_dtype=weight_dtype):

@@ -16,7 +16,6 @@ from ticketops.models.inputs import TEXT, Inputs
 from ticketops.models.record import head_dim
 from ticketops.models.removed import RemovedLinear
 from ticketops.models.swapping import unsharded_class
-from ticketops.ops.backends import OPS
 
 #: Activation modules and what the FFN op calls them. A class of the same name from elsewhere may compute anything.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -188,7 +187,6 @@ class Adapter:
         pooler: the class of the bare model's pooler, which reads each row's first token.
         stack: the name of the list of layers in the encoder; their parameters are "the encoder" of weight counts.
         inputs: kind of the model's inputs.
-        ops: names of the ops that its layers run on.
         gated: True if the FFNs have a gate.
         biases: function of a configuration that returns if the linear layers of attention, the first ones of the FFN
             and its last one have biases.
@@ -216,7 +214,6 @@ class Adapter:
     pooler: type[nn.Module] | None = None
     stack: str = "layer"
     inputs: Inputs = TEXT
-    ops: tuple[str, ...] = OPS
     gated: bool = False
     biases: Callable[[Any], tuple[bool, bool, bool]] = lambda config: (True, True, True)
     window: Callable[[Any, int], int | None] = lambda config, layer: None

@@ -277,9 +277,8 @@ def serves_whole(
     if not call.whole or hidden_states.dtype != weight.dtype or parts.norm is not nn.LayerNorm:
         return False
     heads_of, neurons = _head_dim(state, parts) if kept.heads else None, kept.neurons is not None
-    like_bert = not (parts.norm_first or parts.gated or parts.window) and turn is None and nn.Linear in parts.biased
-    return not (heads_of or neurons or not like_bert) or ops.serves_layer(
-        hidden_states, weight, picked_heads_of=heads_of, picked_neurons=neurons, like_bert=like_bert
+    return not (heads_of or neurons) or ops.serves_layer(
+        hidden_states, weight, picked_heads_of=heads_of, picked_neurons=neurons
     )
 
 

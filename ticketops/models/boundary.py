@@ -584,9 +584,14 @@ def only_first_tokens(adapter: Adapter, model: PreTrainedModel) -> bool:
     # These hooks would see the argument that tells the bare model so.
     if len(model._forward_pre_hooks_with_kwargs) > 1 or model._forward_hooks_with_kwargs:
         return False
+    # ModernBERT's head may read the mean of the tokens.
+    if getattr(model.config, "classifier_pooling", "cls") != "cls":
+        return False
     base: Any = model.base_model
     pooler, classifier = getattr(base, "pooler", None), adapter.first_token_heads[stock_class(model)]
     readers: list[Any] = [base, adapter.encoder(base), adapter.layers(base)[-1]]
+    # What else takes the layers' result in a model that is its own encoder.
+    readers += [base.final_norm] if hasattr(base, "final_norm") else []
     readers += [] if pooler is None else [pooler]
     readers += [] if classifier is None else [model.classifier]
     stock = pooler is None or type(pooler) is adapter.pooler

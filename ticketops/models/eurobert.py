@@ -87,7 +87,6 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         calls=lambda layer: (layer.input_layernorm, layer.post_attention_layernorm),
         calls_with_heads=lambda layer: (layer.input_layernorm, layer.post_attention_layernorm),
         stack="layers",
-        ops=("attention", "ffn", "projection"),
         gated=architecture.gated,
         biases=lambda config: (config.attention_bias, config.mlp_bias, config.mlp_bias),
         reads_positions=True,

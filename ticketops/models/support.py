@@ -41,11 +41,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
     adapter, base = find_adapter(model)
     config, held, size = base.config, held_ticket(base.config), head_dim(base.config)
     dtype = config.dtype or torch.float32
-    rows = [
-        row
-        for row in backends.explain()
-        if row["op"] in adapter.ops and row["dtype"] in {str(dtype).removeprefix("torch."), "bfloat16"}
-    ]
+    rows = [row for row in backends.explain() if row["dtype"] in {str(dtype).removeprefix("torch."), "bfloat16"}]
     for row in rows:
         if (row["op"], row["backend"]) == ("attention", "triton") and size > 128:
             row["why"] = f"it would refuse heads of size {size}, above 128: set TICKETOPS_BACKEND=reference"

@@ -133,6 +133,11 @@ class Inputs(NamedTuple):
         all_heads = self.weights.wq.shape[0] // (settings.head_dim * (3 // len(self.weights.projections)))
         return all_heads, all_heads if self.weights.heads is None else self.weights.heads.shape[0]
 
+    def joined(self, settings: Settings) -> Tensor | None:
+        """Returns the weight of q, k and v together if it is a parameter that products can read; else None."""
+        w = self.weights
+        return w.wq if w.wk is None and w.heads is None and w.wq.dtype == settings.dtype else None
+
     def projection_slices(self, settings: Settings) -> tuple[int, Tensor | None]:
         """Returns the number of blocks of D rows in each projection's weight, and the indices of the computed ones;
         None for all."""

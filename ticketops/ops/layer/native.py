@@ -54,13 +54,6 @@ def _first_slices(inputs: Inputs, settings: Settings) -> tuple[int, Tensor | Non
     return rows, None if neurons is None else first_places(neurons, rows // (1 + settings.gated), settings.gated)
 
 
-def _joined(inputs: Inputs, settings: Settings) -> Tensor | None:
-    """Returns the weight of q, k and v together if it is a parameter that the products can read; else None."""
-    w = inputs.weights
-    usable = w.wk is None and w.heads is None and w.wq.dtype == settings.dtype
-    return w.wq if usable else None
-
-
 def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
     """Computes the gradient of `select`: rows of x at their positions among zeros."""
     return x if rows is None else embedding_gradient(x, rows, tokens, -1)
@@ -168,7 +161,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     biases = None
     if count:
         groups, slices = inputs.projection_slices(s)
-        if _joined(inputs, s) is None:
+        if inputs.joined(s) is None:
             # One matrix product for q, k and v together, forward and backward. In float32 with MKL, three products of a
             # MiniLM layer take 3.11 ms and one, copies included, 2.98 (420 tokens; 1.60 and 1.44 with half of the
             # heads); with 2,400 tokens 18.1 and 16.9 (two cores of an Intel Xeon).
@@ -195,7 +188,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 _, attention_input, mean1, rstd1 = residual.forward_before(
                     None, x, None, w.gamma1, w.beta1, None, 0.0, s.eps1, dtype
                 )
-            taken, joined = attention_input if cast or normed else x, _joined(inputs, s)
+            taken, joined = attention_input if cast or normed else x, inputs.joined(s)
             weight = (w_qkv if joined is None else joined).t()
             # [T, 3 K D]
             flat = product(taken, weight) if bf16 or biases is None else product(taken, weight, biases)
@@ -416,7 +409,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 for name, gradient in zip(w.biases, sums, strict=True):
                     keep(name, gradient, 0, groups, slices, shared=len(parts) > 1)
             if wanted.before_attention(s):
-                joined = _joined(inputs, s)
+                joined = inputs.joined(s)
                 weight = saved.w_qkv if joined is None else joined
                 if normed:
                     dentered = product(flat, weight)

@@ -7,10 +7,9 @@ products with transposed weights add to the gradient of the residual stream. The
 place by the kernels of ops.projection.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ticketops.ops import private
 from ticketops.ops.attention import triton as attention
@@ -20,6 +19,7 @@ from ticketops.ops.layer.arguments import (
     Saved,
     Settings,
     Wanted,
+    Weights,
     autocast_off,
     in_weights_order,
     results,
@@ -29,6 +29,7 @@ from ticketops.ops.layer.arguments import (
 from ticketops.ops.projection import picked_gradients
 from ticketops.ops.projection import triton as projection
 from ticketops.ops.residual import triton as residual
+from ticketops.ops.rotary import triton as rotary
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,16 +63,16 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     Returns:
         [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
     """
-    (x, _, starts, lengths, seeds, *_), s = inputs, settings
-    # `serves_layer` has seen to it that all parameters are there.
-    w: Any = inputs.weights
+    (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
     ffn_weights, heads = w.ffn(), w.heads
     (tokens, channels), dtype = x.shape, s.dtype
     all_heads, count = inputs.heads(s)
-    attention_seed, output_seed, _, ffn_seed = seeds_of(seeds, s)
-    attention_dropout, output_dropout, _, ffn_dropout = s.dropouts
+    attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
+    attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
     cast, width, none = dtype != x.dtype, count * s.head_dim, x.new_empty(0)
-    w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
+    attention_input = w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
+    mean1 = rstd1 = mean2 = rstd2 = middle = ffn_input = none
+    normed, projected, biases = s.norm_first and w.gamma1 is not None, None, None
     sources: list[Tensor] = []
     copies: list[Tensor] = []
 
@@ -81,34 +82,50 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         copies.append(copy)
         return copy
 
-    cast_x = copied(x) if cast else x
+    if cast and count and not normed:
+        attention_input = copied(x)
     if heads is None and count:
-        w_qkv, biases = x.new_empty((3 * width, channels), dtype=dtype), x.new_empty(3 * width, dtype=dtype)
-        for source, target in zip(w[:6], (*w_qkv.chunk(3), *biases.chunk(3)), strict=True):
-            copied(source, target)
+        if inputs.joined(s) is None:
+            w_qkv = x.new_empty((3 * width, channels), dtype=dtype)
+            for name, target in zip(w.projections, w_qkv.chunk(len(w.projections)), strict=True):
+                copied(getattr(w, name), target)
+        if w.biases:
+            biases = x.new_empty(3 * width, dtype=dtype)
+            for name, target in zip(w.biases, biases.chunk(len(w.biases)), strict=True):
+                copied(getattr(w, name), target)
         if cast:
             w_o = copied(w.wo)
     if ffn_weights is not None:
-        w1, b1, w2, b2 = map(copied, ffn_weights) if cast else ffn_weights
+        w1, b1, w2, b2 = ffn_weights
         if cast:
-            w_1, w_2 = w1, w2
+            w1, w2 = w_1, w_2 = copied(w1), copied(w2)
+            b1, b2 = (None if bias is None else copied(bias) for bias in (b1, b2))
     if sources:
         private.copy_all(copies, sources)
     rows = inputs.rows(s)
     stream = select(x, rows)
     with autocast_off(x):
         if count:
+            if normed:
+                _, attention_input, mean1, rstd1 = residual.forward_before(
+                    None, x, None, w.gamma1, w.beta1, None, 0.0, s.eps1, dtype
+                )
+            taken = attention_input if cast or normed else x
             if heads is None:
-                qkv = torch.addmm(biases, cast_x, w_qkv.t()).view(tokens, 3, count, s.head_dim)
+                joined = inputs.joined(s)
+                qkv = functional.linear(taken, w_qkv if joined is None else joined, biases)
+                qkv = qkv.view(tokens, 3, count, s.head_dim)
             else:
                 qkv = x.new_empty((tokens, 3, count, s.head_dim), dtype=dtype)
-                projections = [p.contiguous() for p in w[:6]]
-                projection.into(
-                    cast_x, projections[:3], projections[3:], heads, all_heads, ys=qkv.view(tokens, 3, width).unbind(1)
-                )
+                weights, vectors = _apart(w, w.projections), _apart(w, w.biases) or None
+                ys = qkv.view(tokens, 3, width).unbind(1)
+                projection.into(taken, weights, vectors, heads, all_heads, ys=ys)
+            if cosines is not None and sines is not None:
+                rotary.turn_(qkv, cosines, sines)
             q, k, v = qkv.unbind(1)
             context, lse = attention.forward(
                 *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, attention_dropout),
+                window=s.window,
                 bias=w.position_bias,
             )
             seen = select(context.view(tokens, width), rows)
@@ -116,24 +133,54 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 projected = torch.mm(seen, (w_o if cast else w.wo).t())
             else:
                 projected = projection.out_of([seen], [w.wo.t()], heads, all_heads)
+        if s.norm_first:
+            gamma2, beta2 = (None, None) if ffn_weights is None else (w.gamma2, w.beta2)
+            total, *of_norm = residual.forward_before(
+                projected, stream, w.bo, gamma2, beta2, output_seed, output_dropout, s.eps2, dtype
+            )
+            if ffn_weights is not None:
+                ffn_input, mean2, rstd2 = of_norm
+            # A layer without anything returns its input, which an op of torch must not.
+            out = total.clone() if ffn_weights is None and total is stream else total
         else:
-            projected = x.new_zeros(stream.shape, dtype=dtype)
-        half = x.new_empty(stream.shape, dtype=dtype) if cast and ffn_weights is not None else None
-        middle, mean1, rstd1 = residual.forward(
-            projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps1, half
-        )
+            assert w.gamma1 is not None
+            half = x.new_empty(stream.shape, dtype=dtype) if cast and ffn_weights is not None else None
+            if projected is None:
+                projected = x.new_zeros(stream.shape, dtype=dtype)
+            middle, mean1, rstd1 = residual.forward(
+                projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps1, half
+            )
+            ffn_input = none if half is None else half
+            if ffn_weights is None:
+                # The LayerNorms before and after the FFN follow each other.
+                _, out, mean2, rstd2 = residual.forward_before(
+                    None, middle, None, w.gamma2, w.beta2, None, 0.0, s.eps2, x.dtype
+                )
         if ffn_weights is not None:
-            inner = middle if half is None else half
-            output, pre, hidden = ffn.forward(inner, w1, b1, w2, b2, None, None, s.activation)
-            out, mean2, rstd2 = residual.forward(output, middle, None, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps2)
-        else:
-            out, mean2, rstd2 = _norm(middle, w, s.eps2)
+            inner = ffn_input if cast or s.norm_first else middle
+            output, pre, hidden = ffn.forward(
+                *(inner, w1, b1, w2, b2, None, None, s.activation), seed=inner_seed, dropout_p=inner_dropout
+            )
+            if s.norm_first:
+                out, *_ = residual.forward_before(output, total, None, None, None, ffn_seed, ffn_dropout, 0.0, dtype)
+            else:
+                out, mean2, rstd2 = residual.forward(
+                    output, middle, None, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps2
+                )
     if not keep:
         return (out,)
     saved = Saved(
-        *(cast_x if cast else none, qkv, context, lse, projected if count else none, mean1, rstd1, middle),
-        none if half is None else half,
-        *(pre, hidden, output, mean2.flatten(), rstd2.flatten(), w_qkv, w_o, w_1, w_2),
+        *(
+            attention_input,
+            qkv,
+            context,
+            lse,
+            projected if count and projected is not None else none,
+            mean1,
+            rstd1,
+            middle,
+        ),
+        *(ffn_input, pre, hidden, output, mean2, rstd2, w_qkv, w_o, w_1, w_2),
     )
     return results(out, saved, none)
 
@@ -141,45 +188,65 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
 def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
     """Computes the gradients of `forward` and the importance partials. The results are as the native backend's; some
     are views of one tensor."""
-    (x, _, starts, lengths, seeds, *_), s = inputs, settings
-    # `serves_layer` has seen to it that all parameters are there.
-    w: Any = inputs.weights
+    (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
     heads = w.heads
     tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
-    cast = dtype != x.dtype
+    cast, normed = dtype != x.dtype, s.norm_first and w.gamma1 is not None
     all_heads, count = inputs.heads(s)
-    attention_seed, output_seed, _, ffn_seed = seeds_of(seeds, s)
-    attention_dropout, output_dropout, _, ffn_dropout = s.dropouts
+    attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
+    attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
     gradients: dict[str, Tensor] = {}
     rows = inputs.rows(s)
     spans = inputs.spans_after_attention(s)
     none = x.new_empty(0, dtype=torch.float32)
     by_neuron, parts = none, ffn.Parts(None, None, None)
-    #: Partial sums [parts, 3, C] of the gradients of a bias and a LayerNorm's two parameters, to be added up.
-    after_ffn: Tensor | None = None
-    after_attention: Tensor | None = None
+    #: Names of a bias and of a LayerNorm's two parameters, "" for one that is not there, and partial sums [parts, 3, C]
+    #: of their gradients, to be added up. At most two of these.
+    vectors: list[tuple[tuple[str, str, str], Tensor]] = []
+    unread = []
+    if s.norm_first:
+        # A LayerNorm before what is pruned is not read, yet whoever distributes a model waits for its gradients.
+        unread = [] if count else ["gamma1", "beta1"]
+        unread += ["gamma2", "beta2"] if w.w1 is None else []
 
     def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor, ...]:
-        named = {("b2", "gamma2", "beta2"): after_ffn, ("bo", "gamma1", "beta1"): after_attention}
-        sums = [x.flatten(1) if x is not None and wanted.any(*names) else None for names, x in named.items()]
-        (db1, *vectors), *of_ffn = ffn.finish(parts._replace(db2=sums[0]), *spans, None, torch.float32, sums[1])
+        some = [(names, sums.flatten(1)) for names, sums in vectors if wanted.any(*filter(None, names))]
+        first, more = ([sums for _, sums in some] + [None, None])[:2]
+        (db1, *added), *of_ffn = ffn.finish(parts._replace(db2=first), *spans, None, torch.float32, more)
         if db1 is not None:
             gradients["b1"] = db1
-        for names, three in zip(named, vectors, strict=True):
-            if three is not None:
-                gradients.update(zip(names, three.chunk(3), strict=True))
+        for (names, _), three in zip(some, added, strict=False):
+            assert three is not None
+            gradients.update(zip(names, three.chunk(3), strict=True))
         # Sums are in float32.
-        found = {name: gradient.to(getattr(w, name).dtype) for name, gradient in gradients.items() if wanted.any(name)}
+        found = {
+            name: gradient.to(getattr(w, name).dtype)
+            for name, gradient in gradients.items()
+            if name and wanted.any(name)
+        }
+        found |= {name: torch.zeros_like(getattr(w, name)) for name in unread if wanted.any(name)}
         results = (dx, signed, absolute, *of_ffn, by_neuron, *in_weights_order(found))
         return tuple(torch.empty_like(none) if result is None or result is none else result for result in results)
 
     with autocast_off(x):
+        # Of the tokens between the sublayers: the gradient, and with `norm_first` what reaches it past the FFN.
+        dmiddle, dnormed = dout, None
         if (ffn_weights := w.ffn()) is not None:
-            w1, _, w2, _ = ffn_weights
-            doutput, dmiddle, after_ffn = residual.first_stage(
-                dout, saved.output, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, ffn_dropout
-            )
-            doutput = doutput if doutput.ndim > 1 else dmiddle
+            w1, _, w2, b2 = ffn_weights
+            if s.norm_first:
+                doutput = dout
+                if cast or ffn_dropout:
+                    doutput, *_ = residual.first_stage(
+                        *(None, None, dout, None, None, None, None, ffn_seed, ffn_dropout), dtotal=dout, dtype=dtype
+                    )
+                if wanted.any("b2"):
+                    gradients["b2"] = doutput.sum(0, dtype=torch.float32)
+            else:
+                doutput, dmiddle, sums = residual.first_stage(
+                    dout, saved.output, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, ffn_dropout
+                )
+                doutput = doutput if doutput.ndim > 1 else dmiddle
+                vectors.append((("" if b2 is None else "b2", "gamma2", "" if w.beta2 is None else "beta2"), sums))
             if wanted.any("w2"):
                 gradients["w2"] = _product(doutput.t(), saved.hidden, w2.dtype)
             if wanted.inner(s):
@@ -187,26 +254,46 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             else:
                 gradient = pre = doutput.new_empty((len(doutput), 0))
             if wanted.inner(s) or wanted.ffn_sums:
-                sums = ffn.Wanted(wanted.any("b1"), False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token)
+                flags = ffn.Wanted(wanted.any("b1"), False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token)
                 dpre, parts, by_neuron = ffn.activation_backward(
-                    gradient, doutput, saved.output, pre, *spans, None, None, s.activation, sums
+                    *(gradient, doutput, saved.output, pre, *spans, None, None, s.activation, flags),
+                    seed=inner_seed,
+                    dropout_p=inner_dropout,
                 )
             if wanted.any("w1"):
-                gradients["w1"] = _product(dpre.t(), saved.ffn_input if cast else saved.middle, w1.dtype)
+                entered = saved.ffn_input if cast or s.norm_first else saved.middle
+                gradients["w1"] = _product(dpre.t(), entered, w1.dtype)
             if not wanted.projected(s):
                 return finish()
-            # Not earlier: without dropout and casts, doutput is the same tensor, which this overwrites.
-            dmiddle = _add_product(dmiddle, dpre, saved.w_1 if saved.w_1.numel() else w1)
+            weight = saved.w_1 if saved.w_1.numel() else w1
+            if s.norm_first:
+                dnormed = torch.mm(dpre, weight)
+            else:
+                # Not earlier: without dropout and casts, doutput is the same tensor, which this overwrites.
+                dmiddle = _add_product(dmiddle, dpre, weight)
+        elif not s.norm_first:
+            _, dmiddle, sums = residual.first_stage(
+                dout, None, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, None, 0.0
+            )
+            vectors.append((("", "gamma2", "" if w.beta2 is None else "beta2"), sums))
+            if not wanted.projected(s):
+                return finish()
+        stream, projected = select(x, rows), saved.projected if count else None
+        bo = "" if w.bo is None else "bo"
+        if s.norm_first:
+            gamma2, mean2, rstd2 = (None,) * 3 if dnormed is None else (w.gamma2, saved.mean2, saved.rstd2)
+            dprojected, dx, sums = residual.first_stage(
+                dnormed, projected, stream, w.bo, gamma2, mean2, rstd2, output_seed, output_dropout, dmiddle, dtype
+            )
+            vectors.append(
+                ((bo, *(("", "") if dnormed is None else ("gamma2", "" if w.beta2 is None else "beta2"))), sums)
+            )
         else:
-            dmiddle, dgamma2, dbeta2 = _norm_backward(dout, saved, w, wanted, wanted.projected(s))
-            gradients |= {"gamma2": dgamma2, "beta2": dbeta2}
-            if not wanted.projected(s):
-                return finish()
-        stream = select(x, rows)
-        projected = saved.projected if count else x.new_zeros(stream.shape, dtype=dtype)
-        dprojected, dx, after_attention = residual.first_stage(
-            dmiddle, projected, stream, w.bo, w.gamma1, saved.mean1, saved.rstd1, output_seed, output_dropout
-        )
+            projected = x.new_zeros(stream.shape, dtype=dtype) if projected is None else projected
+            dprojected, dx, sums = residual.first_stage(
+                dmiddle, projected, stream, w.bo, w.gamma1, saved.mean1, saved.rstd1, output_seed, output_dropout
+            )
+            vectors.append(((bo, "gamma1", "" if w.beta1 is None else "beta1"), sums))
         dprojected = dprojected if dprojected.ndim > 1 else dx
         width = count * s.head_dim
         if count and wanted.any("wo"):
@@ -218,7 +305,9 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 projection.gradients([seen], dprojected, [gradients["wo"].t()], None, heads, all_heads)
         if not wanted.attention(s):
             return finish()
-        dx = _scatter(dx, rows, tokens) if wanted.tokens else none
+        dx = _scatter(dx, rows, tokens) if wanted.before_attention(s) else none
+        if dx is dout:
+            dx = dout.clone()
         if not count:
             return finish(dx, *(none.new_empty((batch, 0)) for _ in range(2)))
         if heads is None:
@@ -241,49 +330,56 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             s.max_length,
             s.scale,
             attention_dropout,
+            window=s.window,
             into=dqkv,
             bias=w.position_bias,
         )
         if dbias is not None:
             gradients["position_bias"] = dbias
-        flat, taken = dqkv.view(tokens, 3 * width), saved.attention_input if cast else x
-        dparts = flat.view(tokens, 3, width).unbind(1)
+        if cosines is not None and sines is not None:
+            rotary.turn_(dqkv, cosines, sines, back=True)
+        flat, taken = dqkv.view(tokens, 3 * width), saved.attention_input if cast or normed else x
+        names, biases = w.projections, w.biases
         if heads is None:
-            if all(wanted.parameters[:3]):
-                gradients |= zip(w._fields[:3], _product(flat.t(), taken, w.wq.dtype).chunk(3), strict=True)
+            dparts = flat.chunk(len(names), 1)
+            if wanted.all(*names):
+                gradients |= zip(names, _product(flat.t(), taken, w.wq.dtype).chunk(len(names)), strict=True)
             else:
-                for name, dpart in zip(w._fields[:3], dparts, strict=True):
+                for name, dpart in zip(names, dparts, strict=True):
                     if wanted.any(name):
                         gradients[name] = _product(dpart.t(), taken, w.wq.dtype)
-            if any(wanted.parameters[3:6]):
-                gradients |= zip(w._fields[3:6], flat.sum(0, dtype=w.bq.dtype).chunk(3), strict=True)
-            if wanted.tokens:
-                dx = _add_product(dx, flat, saved.w_qkv)
+            if wanted.any(*biases):
+                gradients |= zip(biases, flat.sum(0, dtype=torch.float32).chunk(len(biases)), strict=True)
         else:
-            six = picked_gradients(dparts, taken, w[:3], heads, all_heads, wanted.parameters[:6])
-            gradients |= {name: g for name, g in zip(w._fields[:6], six, strict=True) if g is not None}
-            if wanted.tokens:
-                dx += projection.out_of(dparts, [p.contiguous() for p in w[:3]], heads, all_heads)
-        return finish(dx, signed, absolute)
+            dparts = flat.view(tokens, 3, width).unbind(1)
+            weights = _apart(w, names)
+            # The parameter that each of the six is a part of.
+            six = [name for name in (*names, *biases) for _ in range(3 // len(names))]
+            flags3 = [wanted.any(name) for name in six] + [False] * (6 - len(six))
+            found = picked_gradients(dparts, taken, weights, heads, all_heads, flags3)
+            for name in filter(wanted.any, (*names, *biases)):
+                pieces = [
+                    piece for piece, other in zip(found, six, strict=False) if other == name and piece is not None
+                ]
+                gradients[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if not wanted.before_attention(s):
+            return finish(none, signed, absolute)
+        joined = inputs.joined(s)
+        weight = saved.w_qkv if joined is None else joined
+        if normed:
+            dentered = torch.mm(flat, weight) if heads is None else projection.out_of(dparts, weights, heads, all_heads)
+            _, dx, sums = residual.first_stage(
+                dentered, None, x, None, w.gamma1, saved.mean1, saved.rstd1, None, 0.0, dtotal=dx
+            )
+            vectors.append((("", "gamma1", "" if w.beta1 is None else "beta1"), sums))
+        elif heads is None:
+            dx = _add_product(dx, flat, weight)
+        else:
+            dx += projection.out_of(dparts, weights, heads, all_heads)
+        return finish(dx if wanted.tokens else none, signed, absolute)
 
 
-def _norm(x: Tensor, w: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Applies the second LayerNorm directly after the first, if the FFN is pruned. On a GPU, torch's LayerNorm requires
-    parameters of x's dtype."""
-    out, mean, rstd = torch.native_layer_norm(*_one_dtype(x, w.gamma2, w.beta2), eps)
-    return out.to(x.dtype), mean, rstd
-
-
-def _norm_backward(dout: Tensor, saved: Saved, w: Any, wanted: Wanted, projected: bool) -> tuple[Tensor, ...]:
-    x, shape, gamma, beta = _one_dtype(saved.middle, w.gamma2, w.beta2)
-    dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
-        *(dout.to(x.dtype), x, shape, saved.mean2[:, None], saved.rstd2[:, None], gamma, beta),
-        [projected, wanted.any("gamma2"), wanted.any("beta2")],
-    )
-    return dout if dx is None else dx.to(dout.dtype), dgamma, dbeta
-
-
-def _one_dtype(x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, list[int], Tensor, Tensor]:
-    if gamma.dtype != x.dtype or beta.dtype != x.dtype:
-        x, gamma, beta = x.float(), gamma.float(), beta.float()
-    return x, [x.shape[1]], gamma, beta
+def _apart(w: Weights, names: list[str]) -> list[Tensor]:
+    """Returns the weights or biases of q, k and v one by one; empty without any."""
+    tensors = [getattr(w, name).contiguous() for name in names]
+    return list(tensors[0].chunk(3)) if len(tensors) == 1 else tensors

@@ -114,21 +114,6 @@ def forward(
     return out, *statistics
 
 
-class Before(NamedTuple):
-    """The end of a sublayer in a layer whose LayerNorms come first, before the next sublayer.
-
-    Attributes:
-        total: [T, C], residual + dropout(x + bias), in the residual's dtype; the residual itself if nothing is added.
-        normed: [T, C], its LayerNorm, in the dtype of matrix products; empty without a LayerNorm, as the others.
-        mean, rstd: float32 [T], each row's mean and 1 / sqrt(variance + eps).
-    """
-
-    total: Tensor
-    normed: Tensor
-    mean: Tensor
-    rstd: Tensor
-
-
 def forward_before(
     x: Tensor | None,
     residual: Tensor,
@@ -139,14 +124,20 @@ def forward_before(
     dropout_p: float,
     eps: float,
     dtype: torch.dtype,
-) -> Before:
-    """Computes `forward` with the sum before the LayerNorm.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes the end of a sublayer where LayerNorm comes first: the sum goes on to the end of the next sublayer, its
+    LayerNorm into it.
 
     Args:
         x, residual, bias, seed, dropout_p, eps: as in `forward`.
         gamma: as in `forward`; None for no LayerNorm.
         beta: as in `forward`; None for zeros.
-        dtype: dtype of `normed`: x's, or the residual's.
+        dtype: dtype of the LayerNorm's result: x's, or the residual's.
+
+    Returns:
+        residual + dropout(x + bias) [T, C] in the residual's dtype, the residual itself if nothing is added; its
+        LayerNorm [T, C]; and each row's mean [T] and 1 / sqrt(variance + eps) [T]. The last three are empty without a
+        LayerNorm.
     """
     rows, channels = residual.shape
     x, residual = _pair(x, residual)
@@ -173,7 +164,7 @@ def forward_before(
             *dropout_arguments(seed, dropout_p),
         ),
     )
-    return Before(total, normed, mean, rstd)
+    return total, normed, mean, rstd
 
 
 def backward_before(
@@ -192,7 +183,7 @@ def backward_before(
     """Computes the gradients of `forward_before`.
 
     Args:
-        dnormed, dtotal: [T, C], gradients of `normed` and `total`; None for the former without a LayerNorm.
+        dnormed, dtotal: [T, C], gradients of the LayerNorm, None without one, and of the sum.
         x, residual, bias, gamma, seed, dropout_p: as in `forward_before`.
         mean, rstd: as it returned them.
         dtype: x's.

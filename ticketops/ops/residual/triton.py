@@ -46,8 +46,10 @@ def load_sum(
     channels,
     DROPOUT: tl.constexpr,
 ):
-    """z = residual + dropout(x + bias) on a block [rows, columns], 0 where masked."""
-    b_x = load_block(p_x, i_row, o_r, o_c, m_x, stride_xt, stride_xc)
+    """z = residual + dropout(x + bias) on a block [rows, columns], 0 where masked. Without x, it counts as 0."""
+    b_x = tl.zeros(m_x.shape, tl.float32)
+    if p_x is not None:
+        b_x = load_block(p_x, i_row, o_r, o_c, m_x, stride_xt, stride_xc)
     if p_bias is not None:
         b_x += tl.load(p_bias + o_c, mask=o_c < channels, other=0.0).to(tl.float32)[None, :]
     if DROPOUT:
@@ -66,6 +68,7 @@ def forward_kernel(
     p_gamma,
     p_beta,
     p_seed,
+    p_total,
     p_out,
     p_half,
     p_mean,
@@ -82,7 +85,8 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Output, mean and 1 / sqrt(variance + eps) of a block of rows; the mean first, then the variance around it."""
+    """Output, mean and 1 / sqrt(variance + eps) of a block of rows; the mean first, then the variance around it. If
+    asked for, also z, the sum before the norm; without gamma, z alone."""
     i_row = tl.program_id(0).to(tl.int64) * ROWS
     o_r = tl.arange(0, ROWS)
     o_c = tl.arange(0, COLUMNS)
@@ -110,25 +114,32 @@ def forward_kernel(
         channels,
         p_seed is not None,
     )
-    b_mean = tl.sum(tl.where(m_x, b_z, 0.0), 1) / channels
-    b_centred = tl.where(m_x, b_z - b_mean[:, None], 0.0)
-    b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, 1) / channels + eps)
-    b_gamma = tl.load(p_gamma + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_beta = tl.load(p_beta + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_out = b_centred * b_rstd[:, None] * b_gamma[None, :] + b_beta[None, :]
-    p_block = p_out + i_row * channels + o_r[:, None] * channels + o_c[None, :]
-    tl.store(p_block, b_out.to(p_out.dtype.element_ty), mask=m_x)
-    if p_half is not None:
-        p_block = p_half + i_row * channels + o_r[:, None] * channels + o_c[None, :]
-        tl.store(p_block, b_out.to(p_half.dtype.element_ty), mask=m_x)
-    tl.store(p_mean + i_row + o_r, b_mean, mask=m_r)
-    tl.store(p_rstd + i_row + o_r, b_rstd, mask=m_r)
+    if p_total is not None:
+        p_block = p_total + i_row * channels + o_r[:, None] * channels + o_c[None, :]
+        tl.store(p_block, b_z.to(p_total.dtype.element_ty), mask=m_x)
+    if p_gamma is not None:
+        b_mean = tl.sum(tl.where(m_x, b_z, 0.0), 1) / channels
+        b_centred = tl.where(m_x, b_z - b_mean[:, None], 0.0)
+        b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, 1) / channels + eps)
+        b_gamma = tl.load(p_gamma + o_c, mask=m_c, other=0.0).to(tl.float32)
+        b_out = b_centred * b_rstd[:, None] * b_gamma[None, :]
+        if p_beta is not None:
+            b_out += tl.load(p_beta + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        p_block = p_out + i_row * channels + o_r[:, None] * channels + o_c[None, :]
+        tl.store(p_block, b_out.to(p_out.dtype.element_ty), mask=m_x)
+        if p_half is not None:
+            p_block = p_half + i_row * channels + o_r[:, None] * channels + o_c[None, :]
+            tl.store(p_block, b_out.to(p_half.dtype.element_ty), mask=m_x)
+        tl.store(p_mean + i_row + o_r, b_mean, mask=m_r)
+        tl.store(p_rstd + i_row + o_r, b_rstd, mask=m_r)
 
 
 # The backward pass. With N = (z - mean) rstd, G = gamma dOut and R = keep / (1 - p):
 #
-#     dz = rstd (G - mean(G) - N mean(G N)),   dresidual = dz,   dx = R dz,
-#     dbias = sum dx,   dgamma = sum dOut N,   dbeta = sum dOut.
+#     dz = rstd (G - mean(G) - N mean(G N)) + dTotal,   dresidual = dz,   dx = R dz,
+#     dbias = sum dx,   dgamma = sum dOut N,   dbeta = sum dOut,
+#
+# where dTotal is what reaches z past the norm, if LayerNorm comes first in a layer.
 
 
 @triton.jit(
@@ -137,6 +148,7 @@ def forward_kernel(
 )
 def backward_kernel(
     p_dout,
+    p_dtotal,
     p_x,
     p_residual,
     p_bias,
@@ -149,6 +161,8 @@ def backward_kernel(
     p_parts,
     stride_dt,
     stride_dc,
+    stride_tt,
+    stride_tc,
     stride_xt,
     stride_xc,
     stride_rt,
@@ -161,14 +175,16 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dx and dresidual of a run of rows, and their part of dbias, dgamma and dbeta in p_parts [parts, 3, channels]."""
+    """dx and dresidual of a run of rows, and their part of dbias, dgamma and dbeta in p_parts [parts, 3, channels].
+    Without gamma, there is no norm."""
     i_part = tl.program_id(0).to(tl.int64)
     first = i_part * rows_per_part
     last = tl.minimum(first + rows_per_part, tokens)
     o_r = tl.arange(0, ROWS)
     o_c = tl.arange(0, COLUMNS)
     m_c = o_c < channels
-    b_gamma = tl.load(p_gamma + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if p_gamma is not None:
+        b_gamma = tl.load(p_gamma + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
     b_dgamma = tl.zeros([ROWS, COLUMNS], tl.float32)
     b_dbeta = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -178,42 +194,47 @@ def backward_kernel(
         m_keep = m_x
         if p_seed is not None:
             m_keep = dropout_keeps(dropout_rows(p_seed, i_row, o_r, 0, 1)[:, None], o_c[None, :], threshold)
-        # [ROWS, COLUMNS]
-        b_z = load_sum(
-            p_x,
-            p_residual,
-            p_bias,
-            i_row,
-            o_r,
-            o_c,
-            m_x,
-            m_keep,
-            keep_scale,
-            stride_xt,
-            stride_xc,
-            stride_rt,
-            stride_rc,
-            channels,
-            p_seed is not None,
-        )
-        b_mean = tl.load(p_mean + i_row + o_r, mask=m_r, other=0.0)
-        b_rstd = tl.load(p_rstd + i_row + o_r, mask=m_r, other=0.0)
-        b_normal = tl.where(m_x, (b_z - b_mean[:, None]) * b_rstd[:, None], 0.0)
-        b_do = load_block(p_dout, i_row, o_r, o_c, m_x, stride_dt, stride_dc)
-        b_g = b_do * b_gamma[None, :]
-        b_g_mean = tl.sum(b_g, 1) / channels
-        b_gn_mean = tl.sum(b_g * b_normal, 1) / channels
-        b_dz = tl.where(m_x, (b_g - b_g_mean[:, None] - b_normal * b_gn_mean[:, None]) * b_rstd[:, None], 0.0)
+        b_dz = tl.zeros([ROWS, COLUMNS], tl.float32)
+        if p_gamma is not None:
+            # [ROWS, COLUMNS]
+            b_z = load_sum(
+                p_x,
+                p_residual,
+                p_bias,
+                i_row,
+                o_r,
+                o_c,
+                m_x,
+                m_keep,
+                keep_scale,
+                stride_xt,
+                stride_xc,
+                stride_rt,
+                stride_rc,
+                channels,
+                p_seed is not None,
+            )
+            b_mean = tl.load(p_mean + i_row + o_r, mask=m_r, other=0.0)
+            b_rstd = tl.load(p_rstd + i_row + o_r, mask=m_r, other=0.0)
+            b_normal = tl.where(m_x, (b_z - b_mean[:, None]) * b_rstd[:, None], 0.0)
+            b_do = load_block(p_dout, i_row, o_r, o_c, m_x, stride_dt, stride_dc)
+            b_g = b_do * b_gamma[None, :]
+            b_g_mean = tl.sum(b_g, 1) / channels
+            b_gn_mean = tl.sum(b_g * b_normal, 1) / channels
+            b_dz = tl.where(m_x, (b_g - b_g_mean[:, None] - b_normal * b_gn_mean[:, None]) * b_rstd[:, None], 0.0)
+            b_dgamma += b_do * b_normal
+            b_dbeta += b_do
+        if p_dtotal is not None:
+            b_dz += load_block(p_dtotal, i_row, o_r, o_c, m_x, stride_tt, stride_tc)
         o_x = o_r[:, None] * channels + o_c[None, :]
-        tl.store(p_dresidual + i_row * channels + o_x, b_dz.to(p_dresidual.dtype.element_ty), mask=m_x)
+        if p_dresidual is not None:
+            tl.store(p_dresidual + i_row * channels + o_x, b_dz.to(p_dresidual.dtype.element_ty), mask=m_x)
         b_dx = b_dz
         if p_seed is not None:
             b_dx = tl.where(m_keep, b_dz * keep_scale, 0.0)
         if p_dx is not None:
             tl.store(p_dx + i_row * channels + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
         b_dbias += b_dx
-        b_dgamma += b_do * b_normal
-        b_dbeta += b_do
     p_part = p_parts + i_part * 3 * channels + o_c
     tl.store(p_part, tl.sum(b_dbias, 0), mask=m_c)
     tl.store(p_part + channels, tl.sum(b_dgamma, 0), mask=m_c)
@@ -245,7 +266,7 @@ def forward(
     residual: Tensor,
     bias: Tensor | None,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
     eps: float,
@@ -259,10 +280,51 @@ def forward(
     Returns:
         out [T, C] in the residual's dtype; and each row's mean [T] and 1 / sqrt(variance + eps) [T] in float32.
     """
-    tokens, channels = x.shape
-    out = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    mean, rstd = (torch.empty(tokens, dtype=torch.float32, device=x.device) for _ in range(2))
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
+    mean, rstd = _launch_forward(x, residual, bias, gamma, beta, seed, dropout_p, eps, None, out, half)
+    return out, mean, rstd
+
+
+def forward_before(
+    x: Tensor | None,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See the native backend; one launch, or none if nothing is computed."""
+    adds = x is not None or bias is not None
+    total = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) if adds else residual
+    normed = torch.empty((0,) if gamma is None else residual.shape, dtype=dtype, device=residual.device)
+    if not adds and gamma is None:
+        return total, normed, normed.new_empty(0), normed.new_empty(0)
+    some = (total if adds else None, None if gamma is None else normed)
+    return total, normed, *_launch_forward(x, residual, bias, gamma, beta, seed, dropout_p, eps, *some, None)
+
+
+def _launch_forward(
+    x: Tensor | None,
+    residual: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    total: Tensor | None,
+    out: Tensor | None,
+    half: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Writes z to `total` and its LayerNorm to `out` and `half`, as far as they are there. Returns mean and rstd."""
+    tokens, channels = residual.shape
+    shape = (0 if gamma is None else tokens,)
+    mean, rstd = (torch.empty(shape, dtype=torch.float32, device=residual.device) for _ in range(2))
     tile = triton_configs.norm_forward(channels)
+    stride_xt, stride_xc = (0, 0) if x is None else x.stride()
     launch(
         forward_kernel,
         cdiv(tokens, tile.rows),
@@ -270,15 +332,16 @@ def forward(
         p_x=x,
         p_residual=residual,
         p_bias=None if bias is None else bias.contiguous(),
-        p_gamma=gamma.contiguous(),
-        p_beta=beta.contiguous(),
+        p_gamma=None if gamma is None else gamma.contiguous(),
+        p_beta=None if beta is None else beta.contiguous(),
         p_seed=seed if dropout_p else None,
+        p_total=total,
         p_out=out,
         p_half=half,
-        p_mean=mean,
-        p_rstd=rstd,
-        stride_xt=x.stride(0),
-        stride_xc=x.stride(1),
+        p_mean=None if gamma is None else mean,
+        p_rstd=None if gamma is None else rstd,
+        stride_xt=stride_xt,
+        stride_xc=stride_xc,
         stride_rt=residual.stride(0),
         stride_rc=residual.stride(1),
         tokens=tokens,
@@ -289,7 +352,7 @@ def forward(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
     )
-    return out, mean, rstd
+    return mean, rstd
 
 
 def backward(
@@ -337,50 +400,65 @@ def backward(
 
 
 def first_stage(
-    dout: Tensor,
-    x: Tensor,
+    dout: Tensor | None,
+    x: Tensor | None,
     residual: Tensor,
     bias: Tensor | None,
-    gamma: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    gamma: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    dtotal: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `backward` without the final sums over parts; one launch.
+    """Computes `backward` without the final sums over parts; one launch. Also the gradients of `forward_before`.
+
+    Args:
+        dout: [T, C], gradient of the LayerNorm's result; None without a LayerNorm, as gamma, mean and rstd.
+        dtotal: [T, C], gradient of the sum before the LayerNorm; None for 0.
+        dtype: x's, for an x that is None.
 
     Returns:
-        dx and dresidual, as in `backward`; and float32 [parts, 3, C], whose sums over parts are dbias, dgamma and
-        dbeta.
+        dx and dresidual, as in `backward`, but dresidual is `dtotal` itself without a LayerNorm; and float32
+        [parts, 3, C], whose sums over parts are dbias, dgamma and dbeta.
     """
-    tokens, channels = x.shape
-    own_dx = bool(dropout_p) or x.dtype != residual.dtype
-    dx = torch.empty(x.shape if own_dx else (0,), dtype=x.dtype, device=x.device)
-    dresidual = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    tokens, channels = residual.shape
+    device, dtype = residual.device, x.dtype if x is not None else dtype or residual.dtype
+    own_dx = bool(dropout_p) or dtype != residual.dtype
+    dx = torch.empty(residual.shape if own_dx else (0,), dtype=dtype, device=device)
+    same = gamma is None and dtotal is not None
+    dresidual = (
+        dtotal if same and dtotal is not None else torch.empty(residual.shape, dtype=residual.dtype, device=device)
+    )
     tile = triton_configs.norm_backward(channels)
     blocks = cdiv(tokens, tile.rows)
     rows_per_part = tile.rows * max(1, cdiv(blocks, MAX_PARTS))
     parts = cdiv(tokens, rows_per_part)
-    sums = torch.empty((parts, 3, channels), dtype=torch.float32, device=x.device)
+    sums = torch.empty((parts, 3, channels), dtype=torch.float32, device=device)
+    strides = [(0, 0) if each is None else each.stride() for each in (dout, dtotal, x)]
     launch(
         backward_kernel,
         parts,
         tile,
         p_dout=dout,
+        p_dtotal=dtotal,
         p_x=x,
         p_residual=residual,
         p_bias=None if bias is None else bias.contiguous(),
-        p_gamma=gamma.contiguous(),
+        p_gamma=None if gamma is None else gamma.contiguous(),
         p_mean=mean,
         p_rstd=rstd,
         p_seed=seed if dropout_p else None,
         p_dx=dx if own_dx else None,
-        p_dresidual=dresidual,
+        p_dresidual=None if same else dresidual,
         p_parts=sums,
-        stride_dt=dout.stride(0),
-        stride_dc=dout.stride(1),
-        stride_xt=x.stride(0),
-        stride_xc=x.stride(1),
+        stride_dt=strides[0][0],
+        stride_dc=strides[0][1],
+        stride_tt=strides[1][0],
+        stride_tc=strides[1][1],
+        stride_xt=strides[2][0],
+        stride_xc=strides[2][1],
         stride_rt=residual.stride(0),
         stride_rc=residual.stride(1),
         tokens=tokens,
