@@ -306,6 +306,22 @@ def test_mmbert_and_ettin_are_modernberts(name, tmp_path):
     torch.testing.assert_close(ticketops.load(folder)(**batch).logits, want, **close)
 
 
+@pytest.mark.parametrize("name", ["ModernBertForSequenceClassification", "NomicBertForTokenClassification"])
+@pytest.mark.parametrize("options", [{}, {"unpad": False}, {"bucket": 16}])
+def test_positions_that_follow_the_width_of_a_batch_equal_stock(name, options):
+    # Beyond 10 tokens angles shrink; no row is as long as the batch is wide, and the next one is within 10 again.
+    model = make(name, max_position_embeddings=10, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    stock, lengths = copy.deepcopy(model), torch.tensor([12, 3, 9, 1])
+    with ticketops.patch(model, **options):
+        for width in (17, 13, 9, 12):
+            mask = (torch.arange(width) < lengths[:, None]).long()
+            batch = {"input_ids": torch.randint(5, 100, mask.shape), "attention_mask": mask}
+            compare(model, stock, batch)
+            with torch.no_grad():
+                got, want = (real(each(**batch), batch)["logits"] for each in (model, stock))
+            torch.testing.assert_close(got, want, **roundings(100))
+
+
 @pytest.mark.parametrize("options", [{}, {"unpad": False}, {"bucket": 16}])
 def test_rows_longer_than_a_window_equal_stock(options):
     # Several blocks of queries, most of them without a view of either end; a row within the window beside them.

@@ -84,10 +84,8 @@ def test_other_architectures_are_refused_with_the_reason(config, words):
         ("DistilBert", {"chunk_size_feed_forward": 4}, "chunk_size_feed_forward=4"),
         ("DistilBert", {"activation": "mish"}, "activation Mish"),
         ("EuroBert", {"num_attention_heads": 12, "num_key_value_heads": 4}, "num_key_value_heads=4 for num_attention"),
-        ("NomicBert", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ("MPNet", {"relative_attention_num_buckets": 64}, "relative_attention_num_buckets=64"),
         ("ModernBert", {"hidden_activation": "mish"}, "activation Mish"),
-        ("ModernBert", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ("Bert", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized"),
     ],
 )

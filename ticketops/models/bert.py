@@ -1,6 +1,6 @@
 """BERT and the encoders of its class pattern: the bare models and every task head of transformers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -435,17 +435,6 @@ def rotation(
     rows = (x.expand(*hidden_states.shape[:-1], -1) for x in embeddings)
     cosines, sines = (call.enter(x).flatten(0, 1) for x in rows)
     return Turn(apply, cosines, sines)
-
-
-def rope_refusal(parameters: Mapping[str, Any]) -> str | None:
-    """Says why a configuration's rotary positions are not supported, or None.
-
-    Args:
-        parameters: the configuration's `rope_parameters`, or those of one kind of layer.
-    """
-    if (rope := parameters["rope_type"]) in ("dynamic", "longrope"):
-        return f"rope_type {rope!r}: positions that change with the longest row of a batch; set it to 'default'"
-    return None
 
 
 def project(state: LayerState, linear: nn.Linear, contexts: Tensor, residual: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     embeddings = handle.adapter.embeddings(base)
     embeds_positions = "position_ids" in handle.arguments and hasattr(embeddings, "position_embeddings")
     # On a GPU the embeddings of padding are no time worth a further launch.
-    spread = packing.indices is not None and hidden and torch.is_grad_enabled()
+    spread = packing.indices is not None and ((hidden and torch.is_grad_enabled()) or _follow_width(base.config))
     packed = (
         packing.indices is not None
         and not spread
@@ -224,6 +224,14 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     if packing.indices is not None and packed:
         _pack_inputs(embeddings, packing, packing.indices.clamp_min(0), arguments)
     return arguments
+
+
+def _follow_width(config: Any) -> bool:
+    """True if a model's rotary positions depend on the width of its batch, padding included."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # One set for all layers, or one for each kind of layer.
+    sets = [parameters] if "rope_type" in parameters else parameters.values()
+    return any(each is not None and each["rope_type"] in ("dynamic", "longrope") for each in sets)
 
 
 # Packing asks for the number of real tokens, which a compiler cannot know: it runs outside of compiled graphs.

@@ -8,7 +8,7 @@ from transformers.models.eurobert.modeling_eurobert import EuroBertRMSNorm, appl
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts
-from ticketops.models.bert import NO_DROPOUT, pre_norm_layer, rope_refusal, rotation
+from ticketops.models.bert import NO_DROPOUT, pre_norm_layer, rotation
 from ticketops.models.boundary import TicketModel
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
@@ -63,7 +63,7 @@ def _refusal(config: Any) -> str | None:
             "heads that share keys and values cannot be pruned one by one, so ticketops serves EuroBERT-210m's kind, "
             "which has as many of both"
         )
-    return rope_refusal(config.rope_parameters)
+    return None
 
 
 def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:

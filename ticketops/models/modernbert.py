@@ -9,7 +9,7 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts, rate
-from ticketops.models.bert import NO_DROPOUT, pre_norm_layer, rope_refusal, rotation
+from ticketops.models.bert import NO_DROPOUT, pre_norm_layer, rotation
 from ticketops.models.boundary import TicketModel
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
@@ -63,10 +63,6 @@ def _parts(layer: Any) -> LayerParts:
     )
 
 
-def _refusal(config: Any) -> str | None:
-    return next(filter(None, (rope_refusal(config.rope_parameters[kind]) for kind in set(config.layer_types))), None)
-
-
 def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
     """Makes ModernBERT's adapter.
 
@@ -83,7 +79,7 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         parts=_parts,
         # Its attention takes the number of heads from the weights.
         resize=lambda layer, heads: None,
-        refusal=_refusal,
+        refusal=lambda config: None,
         calls=lambda layer: (layer.attn_norm, layer.mlp_norm, layer.attn.out_drop),
         calls_with_heads=lambda layer: (layer.attn_norm, layer.mlp_norm, layer.attn.out_drop),
         first_token_heads={modeling.ModernBertForSequenceClassification: None},

@@ -9,7 +9,7 @@ from transformers.models.nomic_bert.modeling_nomic_bert import apply_rotary_pos_
 
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts, rate
-from ticketops.models.bert import post_norm_layer, rope_refusal, rotation
+from ticketops.models.bert import post_norm_layer, rotation
 from ticketops.models.boundary import TicketModel
 from ticketops.models.embeddings import embed
 from ticketops.models.state import Call, LayerState
@@ -100,7 +100,7 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         parts=_parts,
         # Attention takes the number of heads from the weights.
         resize=lambda layer, heads: None,
-        refusal=lambda config: rope_refusal(config.rope_parameters),
+        refusal=lambda config: None,
         calls=lambda layer: (),
         calls_with_heads=lambda layer: (),
         # Jina's classifier takes the first token from the row, and the others have a pooler.

@@ -209,7 +209,7 @@ class Call:
         per_token: the granularity is "token".
         packed: the encoder's input is packed already.
         spread: layers take and return padded batches and pack inside, since somebody may ask for the gradients of the
-            hidden states between them.
+            hidden states between them, or positions depend on the batch's width.
         whole: one op computes each layer whose input has its weights' dtype.
         first_tokens: number of the layer of whose result only the first token of each row is read; None where all may
             be.
