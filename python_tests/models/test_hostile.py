@@ -14,6 +14,7 @@ from transformers import BertForSequenceClassification
 
 import ticketops
 from models.conftest import tiny_config
+from models.test_encoders import make
 from models.test_shrink import TICKETS
 from ticketops.errors import InputError, UnsupportedError
 
@@ -220,6 +221,23 @@ def test_hostile_tensors_are_refused(bad, good):
         assert words in refuse(bad)
     save_file({key: value for key, value in weights.items() if key != name}, bad / "model.safetensors")
     assert "lack" in refuse(bad)
+
+
+def test_weights_that_transformers_divides_are_checked_whole(tmp_path):
+    """NomicBert's files have q, k and v in one weight, as large as the three together."""
+    model = make("NomicBertForSequenceClassification")
+    folder = ticketops.export(model, tmp_path / "out", ticket=TICKETS["uneven"])
+    (folder / "ticketops.json").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "layers.2." in name and "Wqkv" in name)
+    for wrong in (tensors[name][:-1], tensors[name][:-3], torch.cat([tensors[name]] * 2), tensors[name][:, :-1]):
+        save_file(tensors | {name: wrong.contiguous()}, folder / "model.safetensors", {"format": "pt"})
+        assert f"Wqkv.weight' is F32 {list(wrong.shape)}" in refuse(folder)
+    part = name.replace("encoder.layers", "layers").replace("attn.Wqkv", "self_attn.k_proj")
+    save_file(tensors | {part: tensors[name][:12].clone()}, folder / "model.safetensors", {"format": "pt"})
+    assert "are one parameter twice" in refuse(folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert load_or_refuse(folder) is not None
 
 
 def test_hostile_indexes_are_refused(bad, good):
