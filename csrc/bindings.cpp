@@ -133,6 +133,23 @@ PositionBias position_bias(Address table, int64_t reach, int64_t longest) {
   return {pointer<float>(table), reach};
 }
 
+// Of each of two tables of position vectors the address and two strides, and how far the tables reach.
+using PositionArguments = std::array<int64_t, 7>;
+
+PositionTables position_tables(const PositionArguments& from, int64_t longest) {
+  const auto table = [&](int i) { return view(static_cast<Address>(from[i]), from[i + 1], from[i + 2]); };
+  const PositionTables tables{table(0), table(3), from[6], std::max<int64_t>(longest, 1)};
+  if (tables.there() && tables.reach < tables.longest - 1)
+    throw std::invalid_argument("the position tables reach " + std::to_string(tables.reach) +
+                                " tokens, but max_length is " + std::to_string(longest));
+  return tables;
+}
+
+int64_t attention_scratch_with(const PositionTables& tables, int64_t head_dim) {
+  return attention_scratch(tables.longest, head_dim) +
+         (tables.there() ? position_scratch(tables.longest, head_dim) : 0);
+}
+
 std::vector<Segment> read_sequences(Address starts, Address lengths, int64_t batch, int64_t rows, int64_t longest) {
   std::vector<Segment> sequences(batch);
   for (int64_t b = 0; b < batch; ++b) {
@@ -173,12 +190,14 @@ void clear_gaps(const std::vector<Segment>& segments, Address target, int64_t ro
 
 void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head,
                        Address v, int64_t v_row, int64_t v_head, Address out, Address lse, Address starts,
-                       Address lengths, Address head_mask, Address bias, int64_t reach, int64_t batch, int64_t tokens, int64_t heads,
-                       int64_t head_dim, int64_t max_length, int64_t window, bool first_tokens, double scale,
+                       Address lengths, Address head_mask, Address bias, int64_t reach,
+                       const PositionArguments& positions, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
+                       int64_t max_length, int64_t window, bool first_tokens, double scale,
                        uint64_t seed, uint32_t threshold, double p, int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
   const auto segments = cover(sequences, tokens);
-  const Scratch scratch = allocate(threads * attention_scratch(max_length, head_dim));
+  const PositionTables tables = position_tables(positions, max_length);
+  const Scratch scratch = allocate(threads * attention_scratch_with(tables, head_dim));
   AttentionForward args;
   args.heads = heads;
   args.head_dim = head_dim;
@@ -188,10 +207,11 @@ void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Addr
   args.dropout = dropout(seed, threshold, p);
   args.scale = static_cast<float>(scale);
   args.bias = position_bias(bias, reach, max_length);
+  args.positions = tables;
   args.window = window;
   args.first_tokens = first_tokens;
   args.scratch = scratch.get();
-  args.scratch_stride = attention_scratch(max_length, head_dim);
+  args.scratch_stride = attention_scratch_with(tables, head_dim);
   args.threads = threads;
   args.q = view(q, q_row, q_head);
   args.k = view(k, k_row, k_head);
@@ -207,13 +227,17 @@ void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Addr
 void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_head, Address q, int64_t q_row,
                         int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v, int64_t v_row,
                         int64_t v_head, Address out, Address lse, Address starts, Address lengths, Address head_mask,
-                        Address bias, int64_t reach, Address dq, Address dk, Address dv, int64_t gradient_row,
-                        Address signed_sums, Address absolute_sums, Address dbias, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
-                        int64_t max_length, int64_t window, bool first_tokens, double scale, uint64_t seed,
+                        Address bias, int64_t reach, const PositionArguments& positions, Address dq, Address dk, Address dv,
+                        int64_t gradient_row, Address signed_sums, Address absolute_sums, Address dbias,
+                        const std::array<Address, 2>& dpositions, int64_t batch, int64_t tokens, int64_t heads,
+                        int64_t head_dim, int64_t max_length, int64_t window, bool first_tokens, double scale, uint64_t seed,
                         uint32_t threshold, double p, int threads) {
   const auto sequences = read_sequences(starts, lengths, batch, tokens, max_length);
   const auto segments = cover(sequences, tokens);
-  const Scratch scratch = allocate(threads * attention_scratch(max_length, head_dim));
+  const PositionTables tables = position_tables(positions, max_length);
+  const Scratch scratch = allocate(threads * attention_scratch_with(tables, head_dim));
+  const int64_t summed = tables.chunks(batch) * heads * 2 * position_rows(tables.longest) * attention_stride(head_dim);
+  const Scratch position_sums = allocate(tables.there() ? summed : 0);
   const Scratch bias_table = allocate(bias ? batch * heads * (2 * reach + 1) : 0);
   AttentionBackward args;
   args.heads = heads;
@@ -224,10 +248,11 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
   args.dropout = dropout(seed, threshold, p);
   args.scale = static_cast<float>(scale);
   args.bias = position_bias(bias, reach, max_length);
+  args.positions = tables;
   args.window = window;
   args.first_tokens = first_tokens;
   args.scratch = scratch.get();
-  args.scratch_stride = attention_scratch(max_length, head_dim);
+  args.scratch_stride = attention_scratch_with(tables, head_dim);
   args.threads = threads;
   args.dout = view(dout, dout_row, dout_head);
   args.q = view(q, q_row, q_head);
@@ -242,6 +267,9 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
   args.absolute_sums = pointer<float>(absolute_sums);
   args.bias_table = bias_table.get();
   args.bias_sums = pointer<float>(dbias);
+  args.position_sums = position_sums.get();
+  args.key_sums = pointer<float>(dpositions[0]);
+  args.query_sums = pointer<float>(dpositions[1]);
   args.gradient_row = gradient_row;
   const int64_t element = bf16 ? 2 : 4;
   for (Address target : {dq, dk, dv}) clear_gaps(segments, target, heads * head_dim * element, gradient_row * element);

@@ -44,7 +44,7 @@ def whole_layers(sequences: ops.Sequences, tokens: int) -> None:
     square, vector = [parameter(256, 256) for _ in range(4)], [parameter(256) for _ in range(9)]
     attention = (*square[:3], *vector[:3], square[3], *vector[3:6])
     for ffn in ((parameter(512, 256), parameter(512), parameter(256, 512), vector[8]), (None,) * 4):
-        weights = ops.Weights(*attention, *ffn, *vector[6:8], None, None, None)
+        weights = ops.Weights(*attention, *ffn, *vector[6:8], *[None] * 5)
         for first_tokens in (False, True):
             x = torch.randn((tokens, 256), device="cuda", requires_grad=True)
             heads = torch.zeros((len(sequences), 4), device="cuda", requires_grad=True)

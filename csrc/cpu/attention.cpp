@@ -3,9 +3,8 @@
 // Only the scores of a block of queries exist at a time, and they stay in the cache.
 //
 // With AVX512-BF16 the products of two bfloat16 operands (scores and dP) read them in place. With AMX, bfloat16 heads
-// of an even size are computed by attention_tiles.h.
-#include "cpu/attention.h"
-#include "cpu/product.h"
+// of an even size are computed by attention_tiles.h. With position tables, all products are in float32.
+#include "cpu/attention_positions.h"
 #ifdef __AMX_BF16__
 #include "cpu/attention_tiles.h"
 #endif
@@ -17,11 +16,11 @@ constexpr int64_t query_block = attention_query_block;
 
 // Returns true if rows are multiplied as pairs of bfloat16.
 template <typename T>
-bool in_pairs(int64_t depth) {
+bool in_pairs(const Attention& args) {
 #ifdef __AVX512BF16__
-  return sizeof(T) == 2 && depth % 2 == 0;
+  return sizeof(T) == 2 && args.head_dim % 2 == 0 && !args.positions.there();
 #else
-  return (void)depth, false;
+  return (void)args, false;
 #endif
 }
 
@@ -64,15 +63,32 @@ void fetch_head(const View& view, int64_t start, int64_t rows, int64_t head, int
     for (int64_t d = 0; d < depth; d += 64 / sizeof(T)) fetch<write>(row + d);
 }
 
-// Calls body(sequence, head, thread, more) for all heads of all sequences. `more` is true if the same thread takes the
-// next head afterwards. Heads of a sequence form one task as far as enough tasks remain to balance the threads.
-template <typename F>
-void for_heads(const Attention& args, F body) {
+// The sums of the position tables' gradients that the task of a sequence and a head adds to; null in the forward pass.
+float* sums_of(const Attention&, int64_t, int64_t) { return nullptr; }
+float* sums_of(const AttentionBackward& args, int64_t sequence, int64_t head) {
+  const int64_t size = 2 * position_rows(args.positions.longest) * attention_stride(args.head_dim);
+  return args.position_sums + (sequence / args.positions.sequences(args.batch) * args.heads + head) * size;
+}
+
+// Calls body(sequence, head, thread, more, bands) for all heads of all sequences. `more` is true if the same thread takes
+// the next head afterwards. Heads of a sequence form one task as far as enough tasks remain to balance the threads. With
+// position tables, sequences of a head form one task, for which the head's tables are copied once.
+template <typename T, typename Args, typename F>
+void for_heads(const Args& args, F body) {
+  if (args.positions.there()) {
+    const int64_t size = args.positions.sequences(args.batch);
+    return parallel(args.positions.chunks(args.batch) * args.heads, args.threads, [&](int64_t task, int thread) {
+      const int64_t head = task % args.heads, first = task / args.heads * size;
+      const Bands bands = bands_of(args, thread, sums_of(args, first, head));
+      gather_bands<T>(args, head, bands);
+      for (int64_t b = first; b < min(first + size, args.batch); ++b) body(args.sequences[b], head, thread, false, bands);
+    });
+  }
   const int64_t some = args.batch * args.heads / (8 * args.threads), group = some < 1 ? 1 : min(some, args.heads);
   const int64_t groups = (args.heads + group - 1) / group;
   parallel(args.batch * groups, args.threads, [&](int64_t task, int thread) {
     const int64_t first = task % groups * group, last = min(first + group, args.heads);
-    for (int64_t head = first; head < last; ++head) body(args.sequences[task / groups], head, thread, head + 1 < last);
+    for (int64_t head = first; head < last; ++head) body(args.sequences[task / groups], head, thread, head + 1 < last, Bands{});
   });
 }
 
@@ -93,7 +109,7 @@ void pad_scores(float* scores, const Keys& keys, int64_t query, int64_t window) 
 
 template <typename T>
 void attention_forward(const AttentionForward& args) {
-  for_heads(args, [&](const Segment& sequence, int64_t head, int thread, bool more) {
+  for_heads<T>(args, [&](const Segment& sequence, int64_t head, int thread, bool more, const Bands& bands) {
     const int64_t n = sequence.length, queries = queries_of(args, sequence), depth = args.head_dim;
     if (more) {
       fetch_head<T>(args.q, sequence.start, queries, head + 1, depth);
@@ -109,7 +125,7 @@ void attention_forward(const AttentionForward& args) {
       for (int64_t i = 0; i < n; ++i) args.lse[(sequence.start + i) * args.heads + head] = 0;
       return;
     }
-    const bool pairs = in_pairs<T>(depth);
+    const bool pairs = in_pairs<T>(args);
     float* scratch = args.scratch + thread * args.scratch_stride;
 #ifdef __AMX_BF16__
     if (pairs) return forward_in_tiles(args, sequence, head, mask, scratch);
@@ -129,6 +145,7 @@ void attention_forward(const AttentionForward& args) {
       const Keys keys = keys_of(args, first, rows, n);
       row_products(args.q, start, rows, head, depth, pairs, args.scale, q, stride, k + keys.first, padded(keys.count),
                    scores, key_stride);
+      add_positions(bands, depth, first, rows, n, args.scale, q, stride, {k, 1, key_stride}, scores, key_stride);
       float factors[query_block];
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scores + i * key_stride;
@@ -158,10 +175,11 @@ void attention_forward(const AttentionForward& args) {
 
 // With P = softmax(S), R = keep / (1 - p), W = P * R, dO = m dOut and delta = rowsum(dOut * out):
 //   dV = W^T dO,  dP = (dO V^T) * R,  dS = P * (dP - delta),  dQ = scale dS K,  dK = dS^T (scale Q),
-//   and the mask's gradient is sum delta / m. The bias's gradient is the sum of dS over the pairs of one distance.
+//   and the mask's gradient is sum delta / m. The bias's gradient is the sum of dS over the pairs of one distance. Those of
+//   position tables are at add_position_gradients.
 template <typename T>
 void attention_backward(const AttentionBackward& args) {
-  for_heads(args, [&](const Segment& sequence, int64_t head, int thread, bool more) {
+  for_heads<T>(args, [&](const Segment& sequence, int64_t head, int thread, bool more, const Bands& bands) {
     const int64_t n = sequence.length, queries = queries_of(args, sequence), depth = args.head_dim;
     const int64_t task = (&sequence - args.sequences) * args.heads + head;
     const int64_t bias_row = args.bias.table ? 2 * args.bias.reach + 1 : 0;
@@ -186,7 +204,7 @@ void attention_backward(const AttentionBackward& args) {
       for (int64_t i = 0; i < bias_row; ++i) bias_sums[i] = 0;
       return;
     }
-    const bool pairs = in_pairs<T>(depth);
+    const bool pairs = in_pairs<T>(args);
     float* scratch = args.scratch + thread * args.scratch_stride;
 #ifdef __AMX_BF16__
     if (pairs) {
@@ -228,6 +246,7 @@ void attention_backward(const AttentionBackward& args) {
                    weights, key_stride);
       row_products(args.dout, start, rows, head, depth, pairs, mask, dout, stride, v_transposed + keys.first, columns,
                    dscores, key_stride);
+      add_positions(bands, depth, first, rows, n, args.scale, q, stride, {k, stride, 1}, weights, key_stride);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (start + i) * args.heads + head;
         const T* out_row = static_cast<const T*>(args.out) + at * depth;
@@ -258,10 +277,11 @@ void attention_backward(const AttentionBackward& args) {
         }
       }
       product<false>(rows, channels, keys.count, {dscores, key_stride, 1}, k + from, stride, dq, stride);
-      scatter<T>(dq, stride, args, start, rows, head, args.scale, args.dq, args.gradient_row);
       const auto accumulate = first || windowed ? product<true> : product<false>;
       accumulate(keys.count, channels, rows, {dscores, 1, key_stride}, q, stride, dk + from, stride);
       accumulate(keys.count, channels, rows, {weights, 1, key_stride}, dout, stride, dv + from, stride);
+      add_position_gradients(bands, depth, first, rows, n, args.scale, q, dq, k, dk, stride, dscores, key_stride);
+      scatter<T>(dq, stride, args, start, rows, head, args.scale, args.dq, args.gradient_row);
     }
     scatter<T>(dk, stride, args, sequence.start, n, head, 1, args.dk, args.gradient_row);
     scatter<T>(dv, stride, args, sequence.start, n, head, 1, args.dv, args.gradient_row);
@@ -271,6 +291,7 @@ void attention_backward(const AttentionBackward& args) {
   });
   const int64_t columns = args.bias.table ? args.heads * (2 * args.bias.reach + 1) : 0;
   sum_rows(args.bias_table, args.batch, columns, columns, args.bias_sums, args.threads);
+  if (args.positions.there()) sum_bands(args);
 }
 
 template void attention_forward<float>(const AttentionForward&);

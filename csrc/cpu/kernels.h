@@ -55,6 +55,31 @@ struct PositionBias {
   int64_t reach;  // at least the longest sequence - 1
 };
 
+// Vectors for each head and each distance from the query to the key, by which queries and keys are multiplied: two tables
+// [2 * reach + 1, H, D] with distance d in row reach + d.
+struct PositionTables {
+  View keys, queries;  // multiplied by queries, and by keys; data is null for no such term
+  int64_t reach;  // at least longest - 1
+  int64_t longest;  // length of the longest sequence, at least 1
+
+  bool there() const { return keys.data || queries.data; }
+  // Sequences in a task of one head. The tasks' gradients are added up, so this must not depend on the number of threads.
+  int64_t sequences(int64_t batch) const { return batch < 4 ? 1 : (batch + 3) / 4; }
+  int64_t chunks(int64_t batch) const { return (batch + sequences(batch) - 1) / sequences(batch); }
+};
+
+// Places of a table's vectors in scratch for sequences of up to n tokens: an odd number, with the largest vectors' width
+// less one of zeros on both sides. Distance 0 is in the middle.
+constexpr int64_t position_rows(int64_t n) { return 2 * n + 31; }
+// What a product of a table is wider than a row of scores, at most.
+constexpr int64_t position_margin = 48;
+
+// Further scratch of one thread for both tables, in floats.
+constexpr int64_t position_scratch(int64_t n, int64_t head_dim) {
+  return 2 * (head_dim * attention_stride(position_rows(n)) + position_rows(n) * attention_stride(head_dim)) +
+         16 * attention_stride(n + position_margin);
+}
+
 struct Attention {
   int64_t heads, head_dim;
   const Segment* sequences;
@@ -63,6 +88,7 @@ struct Attention {
   Dropout dropout;
   float scale;
   PositionBias bias;
+  PositionTables positions;
   int64_t window;  // a query attends to keys at a distance of at most `window` tokens
   bool first_tokens;  // compute only the first query of each sequence; the other rows are zeros
   float* scratch;  // [threads, scratch_stride]
@@ -85,6 +111,8 @@ struct AttentionBackward : Attention {
   float *signed_sums, *absolute_sums;  // [B, H]
   float* bias_table;  // [B, H, 2 * reach + 1] scratch
   float* bias_sums;  // [H, 2 * reach + 1], the gradient of the bias; null without one
+  float* position_sums;  // [chunks, H, 2, position_rows(longest), attention_stride(D)] scratch
+  float *key_sums, *query_sums;  // [2 * reach + 1, H, D], the gradients of the position tables; null without one
 };
 
 enum class Activation : int { gelu, gelu_tanh, relu, silu };

@@ -30,7 +30,7 @@ if INTERPRETED:
 MATRIX_UNIT = {8: "mma", 9: "wgmma", 10: "tcgen05"}
 # Blocks of fewer than 64 rows and columns, those of the shortest sequences, cannot feed the warp-group instructions.
 LEAST = 64
-PRODUCTS = {f"attention.{name}" for name in ("forward", "row_backward", "dq", "dkdv")}
+PRODUCTS = {f"attention.{name}" for name in ("forward", "row_backward", "dq", "dkdv", "positions")}
 PRODUCTS |= {f"projection.{name}" for name in ("into", "out_of", "gradient")}
 OTHERS = {"ffn": ("forward", "backward", "finish"), "residual": ("forward", "backward", "finish"), "rotary": ("turn",)}
 KERNELS = PRODUCTS | {"projection.finish"} | {f"{op}.{name}" for op, names in OTHERS.items() for name in names}
@@ -141,6 +141,7 @@ def test_kernels_compile_without_dropout_masks_and_bias():
     for launch in (
         *kernel_report.attention_launches((9, 0), torch.bfloat16, 64, 64, options=False),
         *kernel_report.attention_launches((9, 0), torch.bfloat16, 64, 512, options=False),
+        *kernel_report.attention_launches((9, 0), torch.bfloat16, 64, 512, options=False, positioned=True),
         *kernel_report.residual_launches((9, 0), torch.bfloat16, options=False),
     ):
         assert kernel_report.compile_launch(launch).spills == 0

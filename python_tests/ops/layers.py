@@ -10,11 +10,12 @@ from torch.nn.functional import layer_norm
 from ticketops import ops
 from ticketops.ops import Sequences, Weights
 from ticketops.ops.dropout import draw_seed, keep_elements
+from ticketops.ops.products import compute_dtype
 
 from .cases import assert_as_good
 
 HEADS, DIM, CHANNELS, NEURONS = 4, 12, 40, 56
-PARAMETERS = Weights._fields[:17]
+PARAMETERS = Weights._fields[:19]
 #: Computed heads, computed neurons (None: all) and whether there is an FFN.
 TICKETS = ((None, None, True), ([0, 2], None, True), ([3], None, False), ([], None, True), (None, [1, 5, 6, 50], True))
 #: x's dtype, and autocast's.
@@ -54,15 +55,16 @@ KINDS = (
 )
 
 
-def inputs(rows, ticket, seed=0, reach=None, kind=LIKE_BERT):
-    """Tokens, the result's gradient and the layer's weights, in float64; with a position bias that reaches so far."""
+def inputs(rows, ticket, seed=0, reach=None, kind=LIKE_BERT, vectors=False):
+    """Tokens, the result's gradient and the layer's weights, in float64; with a position bias that reaches so far, or
+    with position keys and queries."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64) * (shape[-1] ** -0.5 if shape[1:] else 1)
 
     heads, neurons, there = ticket
-    width, first = HEADS * DIM, NEURONS * (1 + kind.gated)
+    width, first, count = HEADS * DIM, NEURONS * (1 + kind.gated), HEADS if heads is None else len(heads)
     weights = Weights(
         *(normal(width, CHANNELS) for _ in range(3)),
         *(normal(width) for _ in range(3)),
@@ -73,9 +75,8 @@ def inputs(rows, ticket, seed=0, reach=None, kind=LIKE_BERT):
             else [None] * 4
         ),
         *(normal(CHANNELS), normal(CHANNELS)),
-        None
-        if reach is None
-        else normal(HEADS if heads is None else len(heads), 2 * reach + 1) * (2 * reach + 1) ** 0.5,
+        None if reach is None or vectors else normal(count, 2 * reach + 1) * (2 * reach + 1) ** 0.5,
+        *(normal(2 * reach + 1, count, DIM) * DIM**0.5 if vectors else None for _ in range(2)),
         None if heads is None else torch.tensor(heads, dtype=torch.int64),
         None if neurons is None else torch.tensor(neurons, dtype=torch.int64),
     )
@@ -147,6 +148,8 @@ def composed(
             per_token=per_token,
             position_bias=w.position_bias,
             window=kind.window,
+            position_keys=w.position_keys,
+            position_queries=w.position_queries,
         )
         if first_tokens:
             context = context[sequences.first_rows(len(x))]
@@ -209,6 +212,8 @@ def whole(
 ):
     """The layer by its own op."""
     assert ops.serves_layer(x, w.wq)
+    vectors = (None if table is None else table.to(compute_dtype(x)) for table in w.positions())
+    w = w._replace(**dict(zip(PARAMETERS[-2:], vectors, strict=True)))
     return ops.encoder_layer(
         *(x, w, sequences),
         head_dim=DIM,
@@ -276,7 +281,7 @@ def check(tensors, sequences, dtype, autocast=None, **options):
             # Sums of signed terms err by their terms; those of the key biases cancel to 0 in the softmax.
             like = exact["wk" if name == "bk" else name]
             scale = max(like.abs().max().item(), 1.0) if like.numel() else 1.0
-            if name in ("heads", "ffn", "neurons"):
+            if name in ("bk", "heads", "ffn", "neurons"):
                 # Each is a sum over tokens and channels, of about ten times what is left of it.
                 scale *= 10
             # Roundings are those of the products' dtype, whatever the result is stored in.

@@ -11,7 +11,9 @@ from .cases import RAGGED, SHORT, assert_as_good, need, packed_sequences, padded
 
 FAST = ("native",)
 DTYPES = (torch.float32, torch.bfloat16)
-NAMES = ("out", "lse", "dq", "dk", "dv", "signed", "absolute", "dbias")
+NAMES = ("out", "lse", "dq", "dk", "dv", "signed", "absolute", "dbias", "dkeys", "dqueries")
+#: Position keys and position queries that are there.
+TABLES = ((True, True), (True, False), (False, True))
 
 
 def inputs(rows, heads, head_dim, dtype, seed=0):
@@ -25,16 +27,25 @@ def bias_for(sequences, heads, further=0):
     return torch.randn(heads, width, generator=torch.Generator().manual_seed(width))
 
 
-def run(module, tensors, sequences, mask=None, dropout_p=0.0, dtype=None, window=None, bias=None):
+def positions_for(sequences, like, tables=(True, True), further=0):
+    """Position keys and queries for tensors like [T, H, D], which reach as far as the longest sequence, or further."""
+    rows = 2 * (max(sequences.max_length, 1) + further) - 1
+    vectors = inputs(rows, *like.shape[1:], like.dtype, rows)[:2]
+    return tuple(x if there else None for x, there in zip(vectors, tables, strict=True))
+
+
+def run(module, tensors, sequences, mask=None, dropout_p=0.0, dtype=None, window=None, bias=None, positions=None):
     q, k, v, dout = tensors if dtype is None else [x.to(dtype) for x in tensors]
+    positions = tuple(None if x is None else x.to(q.dtype) for x in positions or (None, None))
     mask, bias = (
         None if x is None else x.to(torch.float64 if q.dtype == torch.float64 else torch.float32) for x in (mask, bias)
     )
     seed = torch.tensor([0x2345_6789_ABCD_EF01 >> 1]) if dropout_p else None
     settings = (mask, seed, sequences.max_length, q.shape[-1] ** -0.5, dropout_p)
     where = (sequences.starts, sequences.lengths)
-    out, lse = module.forward(q, k, v, *where, *settings, window=window, bias=bias)
-    return out, lse, *module.backward(dout, q, k, v, out, lse, *where, *settings, window=window, bias=bias)
+    terms = {"window": window, "bias": bias, "positions": positions}
+    out, lse = module.forward(q, k, v, *where, *settings, **terms)
+    return out, lse, *module.backward(dout, q, k, v, out, lse, *where, *settings, **terms)
 
 
 def check(backend, tensors, sequences, **options):
@@ -42,13 +53,16 @@ def check(backend, tensors, sequences, **options):
     plain = run(reference, tensors, sequences, **options)
     exact = run(reference, tensors, sequences, dtype=torch.float64, **options)
     for i, name in enumerate(NAMES):
-        if got[i] is None and name == "dbias":
-            assert options.get("bias") is None
-            continue
+        if name in NAMES[-3:]:
+            there = dict(zip(NAMES[-3:], (options.get("bias"), *options.get("positions", (None, None))), strict=True))
+            assert (got[i] is None) == (there[name] is None)
+            if got[i] is None:
+                continue
         assert got[i].dtype == plain[i].dtype
         if name not in ("signed", "absolute"):
             # A query that sees itself alone has a weight of 1: the gradient of its score is the difference of equals.
-            terms = exact[6] if name == "dbias" and options.get("window") == 0 else None
+            alone = options.get("window") == 0 or max(sequences.max_length, 1) == 1
+            terms = exact[6] if name in NAMES[-3:] and alone else None
             assert_as_good(got[i], plain[i], exact[i], 2 if i < 2 else 3, name, terms)
     check_sums(dict(zip(NAMES, got, strict=True)), tensors[3], sequences, options.get("mask"))
 
@@ -83,13 +97,30 @@ def test_as_good_as_plain_pytorch(backend, dtype, dropout_p, masked, layout, win
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
+@pytest.mark.parametrize("tables", TABLES)
+def test_position_vectors_as_good_as_plain_pytorch(backend, dtype, dropout_p, masked, layout, tables):
+    need(backend, "attention", dtype)
+    sequences, rows = layout(RAGGED)
+    mask, tensors = torch.tensor([1.0, 0.0, -0.5, 2.0]) if masked else None, inputs(rows, 4, 32, dtype)
+    positions = positions_for(sequences, tensors[0], tables)
+    with poisoned():
+        check(backend, tensors, sequences, mask=mask, dropout_p=dropout_p, positions=positions)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [1, 7, 16, 20, 24, 40, 64, 80, 96, 128])
 def test_any_head_dim(backend, dtype, head_dim):
     need(backend, "attention", dtype)
     sequences, rows = packed_sequences([31, 9, 64])
     with poisoned():
+        tensors = inputs(rows, 3, head_dim, dtype)
         for bias in (None, bias_for(sequences, 3)):
-            check(backend, inputs(rows, 3, head_dim, dtype), sequences, dropout_p=0.2, bias=bias)
+            check(backend, tensors, sequences, dropout_p=0.2, bias=bias)
+        check(backend, tensors, sequences, dropout_p=0.2, positions=positions_for(sequences, tensors[0]))
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -102,16 +133,20 @@ def test_any_head_dim(backend, dtype, head_dim):
     window=st.none() | st.integers(0, 80),
     dtype=st.sampled_from(DTYPES),
     further=st.none() | st.integers(0, 40),
+    tables=st.none() | st.sampled_from(TABLES),
 )
-@settings(max_examples=120, deadline=None, derandomize=True)
-def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed, window, dtype, further):
+@settings(max_examples=160, deadline=None, derandomize=True)
+def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed, window, dtype, further, tables):
     need(backend, "attention", dtype)
     sequences, rows = padded_sequences(lengths)
     mask = torch.randn(heads, generator=torch.Generator().manual_seed(seed)).round(decimals=0)
     tensors = [strided(x) for x in inputs(rows, heads, head_dim, dtype, seed)]
-    bias = None if further is None else bias_for(sequences, heads, further)
+    options = {"window": window, "bias": None if further is None else bias_for(sequences, heads, further)}
+    if tables is not None:
+        vectors = positions_for(sequences, tensors[0], tables, further or 0)
+        options = {"positions": tuple(None if x is None else strided(x) for x in vectors)}
     with poisoned():
-        check(backend, tensors, sequences, mask=mask, dropout_p=dropout_p, window=window, bias=bias)
+        check(backend, tensors, sequences, mask=mask, dropout_p=dropout_p, **options)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -121,10 +156,14 @@ def test_strides_and_threads_change_nothing(backend, dtype):
     module = _module("attention", backend)
     sequences, rows = packed_sequences(RAGGED)
     tensors, bias = inputs(rows, 4, 32, dtype), bias_for(sequences, 4)
+    positions = positions_for(sequences, tensors[0])
     with threads(1):
         first = run(module, tensors, sequences, dropout_p=0.1, bias=bias)
+        by_vectors = run(module, tensors, sequences, dropout_p=0.1, positions=positions)
     for number in (1, 2, 3):
         with threads(number):
+            again = run(module, tensors, sequences, dropout_p=0.1, positions=[strided(x) for x in positions])
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(by_vectors, again, strict=True))
             for other in (
                 tensors,
                 [strided(x) for x in tensors],
@@ -133,7 +172,7 @@ def test_strides_and_threads_change_nothing(backend, dtype):
             ):
                 again = run(module, other, sequences, dropout_p=0.1, bias=bias.t().contiguous().t())
                 assert len(again) == len(NAMES)
-                assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+                assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -164,10 +203,9 @@ def test_large_scores_do_not_overflow(backend, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("terms", [(), ("window",), ("bias",), ("window", "bias"), ("positions",)])
 @pytest.mark.parametrize("head_dim", [7, 32])
-@pytest.mark.parametrize("biased", [False, True])
-def test_first_tokens_alone_are_the_first_of_all(dtype, dropout_p, masked, window, head_dim, biased):
+def test_first_tokens_alone_are_the_first_of_all(dtype, dropout_p, masked, terms, head_dim):
     need("native", "attention", dtype)
     native = _module("attention", "native")
     sequences, rows = padded_sequences(RAGGED)
@@ -178,14 +216,15 @@ def test_first_tokens_alone_are_the_first_of_all(dtype, dropout_p, masked, windo
     # Of the others no gradient is read.
     given = dout.masked_fill(~first[:, None, None], float("nan"))
     alone = (q, k, v, dout * first[:, None, None])
-    bias = bias_for(sequences, 4) if biased else None
-    want = dict(zip(NAMES, run(native, alone, sequences, mask, dropout_p, window=window, bias=bias), strict=True))
+    options = {"window": 20 if "window" in terms else None}
+    options["bias"] = bias_for(sequences, 4) if "bias" in terms else None
+    options["positions"] = positions_for(sequences, q) if "positions" in terms else (None, None)
+    want = dict(zip(NAMES, run(native, alone, sequences, mask, dropout_p, **options), strict=True))
     seed = torch.tensor([0x2345_6789_ABCD_EF01 >> 1]) if dropout_p else None
     settings = (sequences.starts, sequences.lengths, mask, seed, sequences.max_length, head_dim**-0.5, dropout_p)
     with poisoned():
-        options = {"window": window, "bias": bias, "first_tokens": True}
-        out, lse = native.forward(q, k, v, *settings, **options)
-        gradients = native.backward(given, q, k, v, out, lse, *settings, **options)
+        out, lse = native.forward(q, k, v, *settings, first_tokens=True, **options)
+        gradients = native.backward(given, q, k, v, out, lse, *settings, first_tokens=True, **options)
     got = dict(zip(NAMES, (out, lse, *gradients), strict=True))
     for name, value in got.items():
         expected = want[name]
@@ -223,3 +262,8 @@ def test_sequences_outside_the_tensor_are_refused(backend):
         module.forward(q, k, v, one, one, None, None, 3, 1.0, 0.0, bias=torch.zeros(2, 3))
     with pytest.raises(ValueError, match="native kernel needs position_bias"):
         module.forward(q, k, v, one, one, None, None, 3, 1.0, 0.0, bias=torch.zeros(1, 5))
+    vectors = torch.zeros(3, 2, 8)
+    with pytest.raises(ValueError, match="the position tables reach 1 tokens, but max_length is 3"):
+        module.forward(q, k, v, one, one, None, None, 3, 1.0, 0.0, positions=(vectors, None))
+    with pytest.raises(ValueError, match=r"native kernel needs position_queries as torch\.float32 \[3, 2, 8\]"):
+        module.forward(q, k, v, one, one, None, None, 2, 1.0, 0.0, positions=(vectors, vectors[1:]))

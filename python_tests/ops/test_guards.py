@@ -73,12 +73,14 @@ LAYER = {
     **dict.fromkeys(("gamma2", "beta2"), (CHANNELS,)),
 }
 BIAS = (HEADS, 2 * SEQUENCES.max_length - 1)
+VECTORS = (2 * SEQUENCES.max_length - 1, HEADS, DIM)
+BY_DISTANCE = ("position_bias", "position_keys", "position_queries")
 NO_FFN = dict.fromkeys(("w1", "b1", "w2", "b2"))
 
 
 def layer(heads: Tensor | None = None, **options: Any) -> Callable[..., Tensor]:
     def call(x: Tensor, **weights: Tensor) -> Tensor:
-        w = Weights(**{**NO_FFN, "position_bias": None, **weights}, heads=heads, neurons=None)
+        w = Weights(**{**NO_FFN, **dict.fromkeys(BY_DISTANCE), **weights}, heads=heads, neurons=None)
         return ops.encoder_layer(x, w, SEQUENCES, head_dim=DIM, scale=0.25, activation="gelu", **options)
 
     return call
@@ -102,6 +104,13 @@ OPS = {
         dict.fromkeys("qkv", (TOKENS, HEADS, DIM)) | {"position_bias": BIAS},
         saves_result=True,
     ),
+    "attention with position vectors": Op(
+        lambda q, k, v, position_keys, position_queries: ops.attention(
+            q, k, v, SEQUENCES, position_keys=position_keys, position_queries=position_queries
+        ),
+        dict.fromkeys("qkv", (TOKENS, HEADS, DIM)) | dict.fromkeys(("position_keys", "position_queries"), VECTORS),
+        saves_result=True,
+    ),
     "ffn": Op(lambda x, w1, b1, w2, b2: ops.ffn(x, w1, b1, w2, b2, SEQUENCES), FFN),
     "gated ffn": Op(
         lambda x, w1, b1, w2, b2: ops.ffn(x, w1, b1, w2, b2, SEQUENCES, gated=True, activation="relu"),
@@ -123,6 +132,7 @@ OPS = {
     "move_rows back": Op(lambda x: rows.move_rows(x, INVERSE, INDEX), {"x": (5, CHANNELS)}, ("reference",), twice=True),
     "layer": Op(layer(), LAYER, ("native", "triton")),
     "biased layer": Op(layer(), LAYER | {"position_bias": BIAS}, ("native", "triton")),
+    "layer with position vectors": Op(layer(), LAYER | dict.fromkeys(BY_DISTANCE[1:], VECTORS), ("native", "triton")),
     "layer of a head": Op(layer(HEAD), LAYER, ("native", "triton")),
     "layer without heads": Op(layer(HEAD[:0]), LAYER, ("native", "triton")),
     "layer without an FFN": Op(

@@ -195,11 +195,13 @@ def test_any_layer(lengths, heads, neurons, ffn, dropouts, activation, autocast,
     dropout_p=st.sampled_from([0.0, 0.5]),
     autocast=st.sampled_from([None, torch.bfloat16]),
     seed=st.integers(0, 9),
+    vectors=st.booleans(),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
-def test_any_layer_with_a_bias(lengths, heads, further, dropout_p, autocast, seed):
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_layer_with_terms_by_distance(lengths, heads, further, dropout_p, autocast, seed, vectors):
     sequences, rows = padded_sequences(lengths)
-    tensors = inputs(rows, (None if heads is None else sorted(heads), None, True), seed, max(lengths) + further)
+    kept = None if heads is None else sorted(heads)
+    tensors = inputs(rows, (kept, None, True), seed, max(lengths) + further, vectors=vectors)
     with poisoned():
         check(tensors, sequences, torch.float32, autocast, dropouts=(dropout_p, 0.0, 0.0))
 
@@ -256,11 +258,11 @@ def check_inference(tensors, sequences, dtype, autocast=None, **options):
     ],
 )
 @pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
-@pytest.mark.parametrize("biased", [False, True])
-def test_without_gradients_as_good_as_its_parts(ticket, dtype, autocast, lengths, layout, biased):
+@pytest.mark.parametrize("term", [None, "bias", "vectors"])
+def test_without_gradients_as_good_as_its_parts(ticket, dtype, autocast, lengths, layout, term):
     sequences, rows = layout(lengths)
-    reach = max(sequences.max_length, 1) - 1 if biased else None
-    check_inference(inputs(rows, ticket, reach=reach), sequences, dtype, autocast)
+    reach = None if term is None else max(sequences.max_length, 1) - 1
+    check_inference(inputs(rows, ticket, reach=reach, vectors=term == "vectors"), sequences, dtype, autocast)
 
 
 @given(
@@ -331,7 +333,7 @@ def test_structures_that_are_not_there_are_refused(heads, neurons):
 def test_parameters_of_other_shapes_are_refused():
     sequences, rows = packed_sequences([5])
     x, dout, weights = inputs(rows, TICKETS[0])
-    for name in PARAMETERS[:-1]:
+    for name in PARAMETERS[:-3]:
         wrong = weights._replace(**{name: getattr(weights, name)[:-1]})
         with pytest.raises(InputError, match="the native kernel needs"):
             infer(whole, (x, dout, wrong), sequences)
@@ -376,6 +378,22 @@ def test_positions_of_other_shapes_are_refused():
                 gated=True,
                 rotary=(angles, angles),
             )
+
+
+def test_position_vectors_of_another_dtype_or_shape_are_refused():
+    sequences, rows = packed_sequences([5])
+    x, _, weights = inputs(rows, TICKETS[0], reach=4, vectors=True)
+    weights, halved = cast(weights, torch.float32), weights.position_keys.bfloat16()
+    for keys, problem in (
+        (halved, "needs position_keys in torch.float32, got torch.bfloat16"),
+        (weights.position_keys[:, 1:], "the native kernel needs position_keys"),
+        (None, None),
+    ):
+        changed = weights._replace(position_keys=keys)
+        refused = pytest.raises(InputError, match=problem) if problem else contextlib.nullcontext()
+        with refused:
+            # The kernel is called past `whole`, which casts.
+            ops.encoder_layer(x.float(), changed, sequences, head_dim=DIM, scale=1.0, activation="gelu")
 
 
 def test_norms_of_another_dtype_are_served():

@@ -35,17 +35,24 @@ def inputs(lengths, heads=3, size=4, channels=6, neurons=10, dtype=torch.float64
     return sequences, qkv, [leaf(tokens, channels), *weights]
 
 
-def dense_attention(q, k, v, sequences, masks, scale=None, keep=None, p=0.0, window=None, bias=None):
+def dense_attention(
+    q, k, v, sequences, masks, scale=None, keep=None, p=0.0, window=None, bias=None, vectors=(None, None)
+):
     """One softmax over all tokens, with all outside of the query's sequence masked; `masks` is [B, H] or [T, H]."""
     tokens = q.shape[0]
     owner = torch.full((tokens,), -1)
     for b, (start, end) in enumerate(sequences.spans()):
         owner[start:end] = b
-    scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("qhd,khd->hqk", q, k)
+    # Rows of a sequence lie one behind the other, so their distance is that of their numbers.
+    distance = torch.arange(tokens) - torch.arange(tokens)[:, None]
+    for table, x, product in zip(vectors, (q, k), ("qhd,qkhd->hqk", "khd,qkhd->hqk"), strict=True):
+        if table is not None:
+            reach = len(table) // 2
+            scores = scores + torch.einsum(product, x, table[reach + distance.clamp(-reach, reach)])
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
-        # Rows of a sequence lie one behind the other, so their distance is that of their numbers.
         reach = bias.shape[1] // 2
-        distance = torch.arange(tokens) - torch.arange(tokens)[:, None]
         scores = scores + bias[:, reach + distance.clamp(-reach, reach)]
     allowed = (owner[:, None] == owner[None, :]) & (owner >= 0)[:, None]
     if window is not None:
@@ -83,6 +90,25 @@ def test_attention_equals_the_dense_definition(lengths, heads, gap, further):
     out = ops.attention(*leaves, sequences, head_mask=mask, scale=0.3, position_bias=bias)
     expected = dense_attention(*leaves, sequences, mask.expand(len(lengths), -1), 0.3, bias=bias)
     same_results(out, expected, leaves if bias is None else (*leaves, bias))
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
+    st.integers(1, 4),
+    st.sampled_from([0, 2]),
+    st.integers(0, 3),
+    st.sampled_from([(True, True), (True, False), (False, True)]),
+)
+def test_attention_with_position_vectors_equals_the_dense_definition(lengths, heads, gap, further, tables):
+    sequences, leaves, _ = inputs(lengths, heads, gap=gap)
+    mask = torch.linspace(-0.5, 1.5, heads, dtype=torch.float64)
+    shape = (2 * (max(lengths) + further) - 1, heads, 4)
+    vectors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) if there else None for there in tables]
+    named = dict(zip(("position_keys", "position_queries"), vectors, strict=True))
+    out = ops.attention(*leaves, sequences, head_mask=mask, scale=0.3, **named)
+    expected = dense_attention(*leaves, sequences, mask.expand(len(lengths), -1), 0.3, vectors=vectors)
+    same_results(out, expected, (*leaves, *(x for x in vectors if x is not None)))
 
 
 @pytest.mark.parametrize("window", [0, 3, 70, 149])
@@ -139,6 +165,36 @@ def test_biases_that_do_not_reach_are_refused(shape, problem):
         ops.attention(*qkv, sequences, position_bias=torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"position_keys": torch.zeros(14, 3, 4)}, r"position_keys must have shape \[2 R \+ 1, 3, 4\]"),
+        ({"position_queries": torch.zeros(13, 2, 4)}, r"position_queries must have shape \[2 R \+ 1, 3, 4\]"),
+        (
+            {"position_keys": torch.zeros(11, 3, 4)},
+            "position_keys must have at least 13 rows for sequences of 7 tokens",
+        ),
+        (
+            {"position_keys": torch.zeros(13, 3, 4), "position_queries": torch.zeros(15, 3, 4)},
+            "position_queries must have shape",
+        ),
+    ],
+)
+def test_position_vectors_that_do_not_fit_are_refused(options, problem):
+    sequences, qkv, _ = inputs(LENGTHS)
+    with pytest.raises(InputError, match=problem):
+        ops.attention(*qkv, sequences, **{name: x.double() for name, x in options.items()})
+    with pytest.raises(InputError, match="one dtype and device for all inputs"):
+        ops.attention(*qkv, sequences, position_keys=torch.zeros(13, 3, 4))
+
+
+@pytest.mark.parametrize("other", [{"window": 2}, {"position_bias": torch.zeros(3, 13)}])
+def test_position_vectors_beside_a_window_or_a_bias_are_refused(other):
+    sequences, qkv, _ = inputs(LENGTHS)
+    with pytest.raises(UnsupportedError, match="does not serve position_queries together with a"):
+        ops.attention(*qkv, sequences, position_queries=torch.zeros(13, 3, 4).double(), **other)
+
+
 def test_a_window_changes_what_is_computed_not_what_is_masked():
     # Keys outside the window are never read: not a number there harms nobody.
     sequences, (q, k, v), _ = inputs([300], heads=2)
@@ -159,6 +215,12 @@ def test_attention_gradients_against_finite_differences():
         return ops.attention(q, k, v, sequences, head_mask=m, position_bias=bias)
 
     assert torch.autograd.gradcheck(run, (*qkv, mask, table))
+    vectors = [torch.randn(15, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def with_vectors(q, k, v, m, keys, queries):
+        return ops.attention(q, k, v, sequences, head_mask=m, position_keys=keys, position_queries=queries)
+
+    assert torch.autograd.gradcheck(with_vectors, (*qkv, mask, *vectors))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -184,18 +246,21 @@ def test_ffn_gradients_against_finite_differences(activation, gated, dropout_p):
 
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_head_importance_is_the_gradient_of_masks_multiplied_in_by_hand(per_token, masked):
+@pytest.mark.parametrize("positioned", [False, True])
+def test_head_importance_is_the_gradient_of_masks_multiplied_in_by_hand(per_token, masked, positioned):
     sequences, (q, k, v), _ = inputs(LENGTHS)
+    vectors = list(torch.randn(2, 13, 3, 4, dtype=torch.float64)) if positioned else (None, None)
     mask = torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64) if masked else torch.ones(3, dtype=torch.float64)
     importance = torch.full((5, 3), 7.0, dtype=torch.float64, requires_grad=True)
+    options = dict(zip(("position_keys", "position_queries"), vectors, strict=True))
     out = ops.attention(
-        q, k, v, sequences, head_mask=mask if masked else None, importance=importance, per_token=per_token
+        *(q, k, v, sequences), head_mask=mask if masked else None, importance=importance, per_token=per_token, **options
     )
     out.cos().sum().backward()
 
     shape = (q.shape[0], 3) if per_token else (5, 3)
     by_hand = mask.expand(*shape).clone().requires_grad_()
-    dense_attention(q.detach(), k.detach(), v.detach(), sequences, by_hand).cos().sum().backward()
+    dense_attention(q.detach(), k.detach(), v.detach(), sequences, by_hand, vectors=vectors).cos().sum().backward()
     expected = by_hand.grad
     if per_token:
         expected = torch.stack([expected[start:end].abs().sum(0) for start, end in sequences.spans()])
@@ -349,8 +414,13 @@ def test_opcheck_and_one_graph():
     where = (sequences.starts, sequences.lengths)
     seed = torch.tensor([5])
     bias = torch.randn(3, 15, dtype=torch.float64, requires_grad=True)
-    settings = (seed, 7, 0.3, 0.1, False, 2)
-    torch.library.opcheck(torch.ops.ticketops.attention, (*qkv, *where, mask, bias, importance, *settings))
+    settings = (seed, 7, 0.3, 0.1, False)
+    torch.library.opcheck(
+        torch.ops.ticketops.attention, (*qkv, *where, mask, bias, None, None, importance, *settings, 2)
+    )
+    vectors = [torch.randn(15, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    arguments = (*qkv, *where, mask, None, *vectors, importance, *settings, None)
+    torch.library.opcheck(torch.ops.ticketops.attention, arguments)
     sink = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     ffn_mask = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(

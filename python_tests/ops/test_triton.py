@@ -143,14 +143,20 @@ def plain_attention(
     dropout_p: float,
     window: int | None,
     bias: Tensor | None,
+    tables: list[Tensor | None],
 ) -> dict[str, Tensor]:
     """Attention as one would write it with torch's autograd, in the dtype of its inputs."""
     heads = q.shape[1]
     mask = torch.ones(heads, dtype=q.dtype, device=q.device) if head_mask is None else head_mask
     unmasked = 0 * (q + k + v)
     for _, start, end in spans(sequences):
-        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * q.shape[2] ** -0.5
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end])
         place = torch.arange(end - start, device=q.device)
+        for table, product, x in zip(tables, ("qhd,qkhd->hqk", "khd,qkhd->hqk"), (q, k), strict=True):
+            if table is not None:
+                vectors = table[len(table) // 2 + place - place[:, None]]
+                scores = scores + torch.einsum(product, x[start:end], vectors)
+        scores = scores * q.shape[2] ** -0.5
         if bias is not None:
             scores = scores + bias[:, bias.shape[1] // 2 + place - place[:, None]]
         if window is not None:
@@ -165,15 +171,15 @@ def plain_attention(
             0, torch.arange(start, end, device=q.device), torch.einsum("hqk,khd->qhd", weights, v[start:end])
         )
     out = unmasked * mask[:, None]
-    leaves = [q, k, v] if bias is None else [q, k, v, bias]
-    gradients = torch.autograd.grad(out, leaves, gradient, retain_graph=True, materialize_grads=True)
+    named = {"dq": q, "dk": k, "dv": v, "dbias": bias, "dkeys": tables[0], "dqueries": tables[1]}
+    named = {name: x for name, x in named.items() if x is not None}
+    found = torch.autograd.grad(out, list(named.values()), gradient, retain_graph=True, materialize_grads=True)
     terms = (unmasked * gradient).sum(-1) * (mask != 0)
     zero = torch.zeros((len(sequences), heads), dtype=q.dtype, device=q.device)
     signed, absolute = zero, zero.clone()
     for b, start, end in spans(sequences):
         signed[b], absolute[b] = terms[start:end].sum(0), terms[start:end].abs().sum(0)
-    named = dict(zip(("dq", "dk", "dv", "dbias"), gradients, strict=False))
-    return {"out": out, **named, "signed": signed, "absolute": absolute}
+    return {"out": out, **dict(zip(named, found, strict=True)), "signed": signed, "absolute": absolute}
 
 
 def check_attention(
@@ -186,6 +192,7 @@ def check_attention(
     strided: bool,
     window: int | None,
     further: int | None = None,
+    tables: tuple[bool, bool] = (False, False),
 ) -> None:
     sequences, tokens = draw_sequences(lengths, layout)
     heads = 2 if mask is None else len(mask)
@@ -196,9 +203,13 @@ def check_attention(
     gradient = torch.randn((tokens, heads, head_dim), device=DEVICE).to(dtype)
     head_mask = None if mask is None else torch.tensor(mask, device=DEVICE)
     # It may reach further than the longest sequence.
-    bias = (
-        None if further is None else torch.randn((heads, 2 * (max(sequences.max_length, 1) + further) - 1)).to(DEVICE)
-    )
+    distances = 2 * (max(sequences.max_length, 1) + (further or 0)) - 1
+    vectors = [torch.randn((distances, heads, head_dim)).to(DEVICE, dtype) if there else None for there in tables]
+    bias = None
+    if any(tables):
+        window = None
+    elif further is not None:
+        bias = torch.randn((heads, distances)).to(DEVICE)
 
     def plain(dtype: torch.dtype) -> dict[str, Tensor]:
         torch.manual_seed(7)
@@ -207,6 +218,7 @@ def check_attention(
         return plain_attention(
             *(leaf(x, dtype) for x in (q, k, v)),
             *(sequences, mask, gradient.to(dtype), seed, dropout_p, window, leaf(bias, dtype)),
+            [leaf(x, dtype) for x in vectors],
         )
 
     exact, same = plain(torch.float64), plain(dtype)
@@ -215,6 +227,7 @@ def check_attention(
         torch.manual_seed(7)
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         mask_leaf, bias_leaf = leaf(head_mask, torch.float32), leaf(bias, torch.float32)
+        table_leaves = [leaf(x, dtype) for x in vectors]
         importance = torch.zeros((len(sequences), heads), device=DEVICE, requires_grad=True)
         out = ops.attention(
             *inputs,
@@ -225,14 +238,17 @@ def check_attention(
             per_token=per_token,
             window=window,
             position_bias=bias_leaf,
+            position_keys=table_leaves[0],
+            position_queries=table_leaves[1],
         )
         out.backward(gradient)
         actual |= {"out": out, **{f"d{name}": x.grad for name, x in zip("qkv", inputs, strict=True)}}
         actual["absolute" if per_token else "signed"] = importance.grad
         if mask_leaf is not None:
             actual["dmask"] = mask_leaf.grad
-        if bias_leaf is not None:
-            assert actual.setdefault("dbias", bias_leaf.grad).equal(bias_leaf.grad)
+        for name, x in zip(("dbias", "dkeys", "dqueries"), (bias_leaf, *table_leaves), strict=True):
+            if x is not None:
+                assert actual.setdefault(name, x.grad).equal(x.grad)
     for result in (exact, same):
         result["dmask"] = result["signed"].sum(0)
     check(actual, same, exact)
@@ -272,6 +288,58 @@ def check_attention(
 @example(lengths=[0, 131], layout="padded", mask=[0.5], head_dim=16, dropout_p=0.3, strided=False, window=3, further=0)
 def test_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided, window, further):
     check_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided, window, further)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@drawn
+@given(
+    lengths=lengths,
+    layout=layouts,
+    mask=st.none() | st.lists(st.sampled_from(MASK_VALUES), min_size=1, max_size=2),
+    head_dim=st.sampled_from([16, 24, 40, 64]),
+    dropout_p=st.sampled_from([0.0, 0.3]),
+    strided=st.booleans(),
+    further=st.integers(0, 20),
+    tables=st.sampled_from([(True, True), (True, False), (False, True)]),
+)
+@example(
+    lengths=[33, 0, 17, 1, 2, 3, 4, 5, 6, 7],
+    layout="scattered",
+    mask=[0.0, 0.5],
+    head_dim=32,
+    dropout_p=0.3,
+    strided=True,
+    further=2,
+    tables=(True, True),
+)
+@example(
+    lengths=[0, 0],
+    layout="packed",
+    mask=None,
+    head_dim=16,
+    dropout_p=0.0,
+    strided=False,
+    further=0,
+    tables=(True, True),
+)
+@example(
+    lengths=[49],
+    layout="padded",
+    mask=[-1.5],
+    head_dim=16,
+    dropout_p=0.1,
+    strided=False,
+    further=20,
+    tables=(False, True),
+)
+def test_attention_with_position_vectors(lengths, layout, mask, head_dim, dropout_p, dtype, strided, further, tables):
+    check_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided, None, further, tables)
+
+
+@pytest.mark.skipif(not common.INTERPRETED, reason="a GPU has its own tiles")
+def test_position_vectors_with_the_tiles_of_newer_gpus(monkeypatch):
+    monkeypatch.setattr(common, "_device_capability", lambda device: (9, 0))
+    check_attention([130, 33], "packed", [0.5], 40, 0.1, torch.float16, False, None, 0, (True, True))
 
 
 @pytest.mark.skipif(not common.INTERPRETED, reason="a GPU has its own tiles")
@@ -314,6 +382,9 @@ def test_attention_refuses_wide_heads():
     q = torch.zeros((4, 1, 160), device=DEVICE)
     with pytest.raises(UnsupportedError, match="up to 128, got 160"):
         ops.attention(q, q, q, _to_device(Sequences.from_lengths([4])))
+    q, vectors = torch.zeros((4, 1, 72), device=DEVICE), torch.zeros((7, 1, 72), device=DEVICE)
+    with pytest.raises(UnsupportedError, match="at most 64 elements in float32, got 72"):
+        ops.attention(q, q, q, _to_device(Sequences.from_lengths([4])), position_keys=vectors)
 
 
 # FFN
@@ -1060,7 +1131,7 @@ def test_opcheck():
     mask = torch.tensor([1.0, 0.0], device=DEVICE)
     seed = torch.tensor([5], device=DEVICE)
     for bias in (None, torch.randn((2, 9), device=DEVICE, requires_grad=True)):
-        settings = (mask, bias, None, seed, 4, 0.25, 0.1, False, 1)
+        settings = (mask, bias, None, None, None, seed, 4, 0.25, 0.1, False, 1)
         torch.library.opcheck(torch.ops.ticketops.attention, (q, q, q, *spans, *settings))
     x = torch.randn((7, 16), device=DEVICE, requires_grad=True)
     w1, b1 = torch.randn((24, 16), device=DEVICE), torch.randn(24, device=DEVICE)

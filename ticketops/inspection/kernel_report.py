@@ -100,6 +100,7 @@ def attention_launches(
     window: int | None = None,
     sequences: int = 2,
     biased: bool = False,
+    positioned: bool = False,
 ) -> list[Launch]:
     """Lists the launches of one attention call, forward and backward.
 
@@ -112,6 +113,7 @@ def attention_launches(
         window: number of tokens to either side that a token attends to, or None.
         sequences: number of sequences in the batch, which has 2 * `length` tokens.
         biased: True adds a position bias.
+        positioned: True adds position keys and position queries.
 
     Returns:
         One launch per kernel.
@@ -123,12 +125,14 @@ def attention_launches(
     head_mask = torch.empty(12, device="meta") if options else None
     settings = (starts, starts, head_mask, seed, length, head_dim**-0.5, 0.1 if options else 0.0)
     bias = torch.empty((12, 2 * length - 1), device="meta") if biased else None
-    kind = ("" if window is None else ", window") + (", bias" if biased else "")
+    vectors = q.new_empty((2 * length - 1, *q.shape[1:])) if positioned else None
+    kind = ("" if window is None else ", window") + (", bias" if biased else "") + (", vectors" if positioned else "")
     case = {"dtype": _name(dtype), "case": f"D={head_dim} S={length}{kind}"}
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, case)):
-        attention.forward(q, q, q, *settings, window=window, bias=bias)
-        attention.backward(q, q, q, q, q, lse, *settings, window=window, bias=bias)
+        terms: dict[str, Any] = {"window": window, "bias": bias, "positions": (vectors, vectors)}
+        attention.forward(q, q, q, *settings, **terms)
+        attention.backward(q, q, q, q, q, lse, *settings, **terms)
     return launches
 
 
@@ -286,8 +290,8 @@ def norm_first_launches(target: tuple[int, int], dtype: torch.dtype, channels: i
 
 
 def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[Launch]:
-    """Lists the launches of every kernel in every configuration of ticketops.ops.triton_configs, as BERT, ModernBERT
-    and MPNet would make them.
+    """Lists the launches of every kernel in every configuration of ticketops.ops.triton_configs, as BERT, ModernBERT,
+    MPNet and DeBERTa would make them.
 
     Args:
         targets: compute capabilities.
@@ -312,6 +316,8 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
                             if key not in seen:
                                 seen.add(key)
                                 yield launch
+                if dtype != torch.float16 and (dtype, head_dim) != (torch.float32, 128):
+                    yield from attention_launches(target, dtype, head_dim, 128, positioned=True)
             for activation in ACTIVATIONS if dtype == torch.bfloat16 else ("gelu",):
                 yield from ffn_launches(target, dtype, activation)
             # Without the last kernel, the second stage of the sums, which is the same with a gate.

@@ -2,7 +2,7 @@
 importance |dL/d mask|; the projections of selected heads; dropout + residual + LayerNorm; and a whole layer."""
 
 from ticketops.ops.attention import attention
-from ticketops.ops.attention.buckets import bucketed_bias
+from ticketops.ops.attention.buckets import bucketed_bias, position_vectors
 from ticketops.ops.ffn import ffn
 from ticketops.ops.layer import Weights, encoder_layer, serves_layer
 from ticketops.ops.packing import Packing, Sequences
@@ -17,6 +17,7 @@ __all__ = [
     "bucketed_bias",
     "encoder_layer",
     "ffn",
+    "position_vectors",
     "project_columns",
     "project_rows",
     "residual_norm",

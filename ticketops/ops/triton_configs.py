@@ -165,6 +165,17 @@ BIASED: dict[tuple[int, int, int], AttentionTiles] = {
     **{(major, 4, 64): replace(ATTENTION[8, 4, 64], forward={LONGER: Tile(16, 32, 8, 1)}) for major in (8, 9, 10)},
 }
 
+#: Square tiles for attention with position tables, by the same keys: of the forward kernel, of those for dq and dkdv,
+#: and of that for the tables' gradients.
+POSITIONED: dict[tuple[int, int, int], tuple[Tile, Tile, Tile, Tile]] = {
+    (8, 2, 64): (Tile(32, 32, 4, 1),) * 4,
+    (9, 2, 64): (Tile(64, 64, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
+    (10, 2, 64): (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), *(Tile(32, 32, 4, 1),) * 2),
+    **{(major, 2, 128): (Tile(32, 32, 8, 1),) * 4 for major in (8, 9, 10)},
+    # Wider heads would spill.
+    **{(major, 4, 64): (Tile(16, 16, 8, 1),) * 4 for major in (8, 9, 10)},
+}
+
 #: Tokens x neurons of the pointwise FFN kernels.
 FFN = Tile(32, 128, 4, 1, timed=_H200)
 #: The same for a gated FFN, whose kernels also read and write the gate.
@@ -217,10 +228,14 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
+def _key(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
+    return family(capability), dtype.itemsize, 64 if head_dim <= 64 else 128
+
+
 def _attention(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, windowed: bool, biased: bool
 ) -> AttentionTiles:
-    key = family(capability), dtype.itemsize, 64 if head_dim <= 64 else 128
+    key = _key(capability, dtype, head_dim)
     return (biased and BIASED.get(key)) or (windowed and WINDOWED.get(key)) or ATTENTION[key]
 
 
@@ -231,6 +246,7 @@ def attention_forward(
     max_length: int,
     windowed: bool = False,
     biased: bool = False,
+    positioned: bool = False,
 ) -> Tile:
     """Returns the tile of the attention forward kernel.
 
@@ -241,7 +257,10 @@ def attention_forward(
         max_length: length of the longest sequence in tokens.
         windowed: True if attention is limited to a window.
         biased: True if a position bias is added to the scores.
+        positioned: True if there are position tables.
     """
+    if positioned:
+        return POSITIONED[_key(capability, dtype, head_dim)][0]
     tiles = _attention(capability, dtype, head_dim, windowed, biased).forward
     return next(tile for longest, tile in tiles.items() if longest >= max_length)
 
@@ -254,7 +273,8 @@ def attention_backward(
     windowed: bool = False,
     mean_length: float = LONGER,
     biased: bool = False,
-) -> tuple[Tile] | tuple[Tile, Tile]:
+    positioned: bool = False,
+) -> tuple[Tile, ...]:
     """Returns the tiles of the attention backward kernels.
 
     Args:
@@ -265,11 +285,15 @@ def attention_backward(
         windowed: True if attention is limited to a window.
         mean_length: mean length of the sequences in tokens.
         biased: True if a position bias is added to the scores.
+        positioned: True if there are position tables.
 
     Returns:
         One tile, for the kernel that holds a whole sequence, if the sequences fit its block and fill enough of it. Else
-        two tiles, for the kernel of dq and the kernel of dk and dv.
+        two tiles, for the kernel of dq and the kernel of dk and dv. With position tables always three, the last one for
+        the kernel of the tables' gradients.
     """
+    if positioned:
+        return POSITIONED[_key(capability, dtype, head_dim)][1:]
     tiles = _attention(capability, dtype, head_dim, windowed, biased)
     whole = next((tile for tile in tiles.row_backward if tile.rows >= max_length), None)
     if whole is not None and (whole.rows <= 64 or mean_length >= FILLED * whole.rows):

@@ -1,10 +1,11 @@
 """Masked multi-head attention over (start, length) sequences, as one autograd op for all backends.
 
-    out[t, h] = head_mask[h] * sum_j dropout(softmax_j(scale * <q[t, h], k[j, h]> + bias[h, j - t])) v[j, h],
+    out[t, h] = head_mask[h] * sum_j dropout(softmax_j(scale * score[t, j, h] + bias[h, j - t])) v[j, h],
+    score[t, j, h] = <q[t, h], k[j, h]> + <q[t, h], keys[j - t, h]> + <k[j, h], queries[j - t, h]>,
     j over t's sequence
 
-With a window, j is limited to |t - j| <= window, and keys outside it are not computed. The bias is 0 unless it is
-given.
+With a window, j is limited to |t - j| <= window, and keys outside it are not computed. The bias, the position keys and
+the position queries are 0 unless they are given.
 
 A head whose mask is 0 is not computed: its output and all its gradients, that of the mask included, are 0. With O the
 output before the mask, the gradient of the mask is sum <dOut, O>. The backward pass computes <dOut, out> anyway, as the
@@ -14,13 +15,14 @@ softmax's delta, so importance costs only a sum over it.
 import torch
 from torch import Tensor
 
-from ticketops.errors import InputError
+from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops.backends import implementation
 from ticketops.ops.dropout import draw_seed
 from ticketops.ops.packing import Sequences
 from ticketops.ops.registration import autocast, define, same_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_POSITIONS = ("position_keys", "position_queries")
 
 
 def attention(
@@ -36,6 +38,8 @@ def attention(
     per_token: bool = False,
     window: int | None = None,
     position_bias: Tensor | None = None,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
 ) -> Tensor:
     """Computes self-attention within each sequence, with one mask value per head.
 
@@ -53,19 +57,26 @@ def attention(
         window: number of tokens to either side that a token attends to; None for the whole sequence.
         position_bias: [H, 2 R + 1] float with R at least the longest sequence - 1: element R + d is added to the scaled
             scores of a query and the key d tokens behind it. None adds nothing. Differentiable. See `bucketed_bias`.
+        position_keys: [2 R + 1, H, D] in q's dtype, any strides, with R at least the longest sequence - 1: a query's
+            product with row R + d is added to its product with the key d tokens behind it, before the scale. None adds
+            nothing. Differentiable. Not together with a window or position_bias.
+        position_queries: the same for the key's product with row R + d; of the same shape.
 
     Returns:
         [T, H, D], contiguous, in q's dtype (autocast's dtype under autocast).
 
     Raises:
         InputError: shapes, dtypes or values that do not fit together.
-        UnsupportedError: a dtype that no backend serves.
+        UnsupportedError: a dtype that no backend serves, or position vectors together with a window or a bias.
 
     Source:
-        Liang et al. 2021, section 3; the delta identity of flash attention's backward pass.
+        Liang et al. 2021, section 3; the delta identity of flash attention's backward pass. The position vectors: He
+        et al. 2021 (DeBERTa, arXiv 2006.03654), section 3.1.
     """
-    q, k, v = autocast(q, k, v)
-    same_dtype("attention", DTYPES, q=q, k=k, v=v)
+    given = {name: x for name, x in zip(_POSITIONS, (position_keys, position_queries), strict=True) if x is not None}
+    q, k, v, *vectors = autocast(q, k, v, *given.values())
+    given = dict(zip(given, vectors, strict=True))
+    same_dtype("attention", DTYPES, q=q, k=k, v=v, **given)
     if q.ndim != 3 or q.shape != k.shape or q.shape != v.shape:
         raise InputError(f"attention needs q, k, v of one shape [T, H, D], got {[tuple(x.shape) for x in (q, k, v)]}")
     if not 0.0 <= dropout_p < 1.0:
@@ -91,6 +102,22 @@ def attention(
                 f"position_bias must have at least {least} columns for sequences of {sequences.max_length} tokens, got "
                 f"{position_bias.shape[1]}"
             )
+    if given and (window is not None or position_bias is not None):
+        other = "a window" if window is not None else "a position_bias"
+        raise UnsupportedError(f"attention does not serve {' and '.join(given)} together with {other}: leave one out")
+    rows = 0
+    for name, table in given.items():
+        rows = rows or len(table)
+        if table.ndim != 3 or table.shape[1:] != q.shape[1:] or len(table) % 2 == 0 or len(table) != rows:
+            raise InputError(
+                f"{name} must have shape [2 R + 1, {q.shape[1]}, {q.shape[2]}], a row a distance as the other table "
+                f"has, got {[*table.shape]}"
+            )
+        if rows < 2 * sequences.max_length - 1:
+            raise InputError(
+                f"{name} must have at least {2 * sequences.max_length - 1} rows for sequences of "
+                f"{sequences.max_length} tokens, got {rows}"
+            )
     seed = draw_seed(q.device) if dropout_p else None
     dtype = _statistics_dtype(q.dtype)
     out, _ = _attention_op(
@@ -101,6 +128,7 @@ def attention(
         sequences.lengths,
         None if head_mask is None else head_mask.to(dtype),
         None if position_bias is None else position_bias.to(dtype),
+        *map(given.get, _POSITIONS),
         importance,
         seed,
         sequences.max_length,
@@ -116,76 +144,82 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _forward(
-    q, k, v, starts, lengths, head_mask, bias, importance, seed, max_length, scale, dropout_p, per_token, window
-):
+def _forward(q, k, v, starts, lengths, head_mask, bias, keys, queries, importance, seed, *settings):
+    max_length, scale, dropout_p, _, window = settings
     with torch.autocast(q.device.type, enabled=False):
         return implementation("attention", q.device, q.dtype).forward(
-            q, k, v, starts, lengths, head_mask, seed, max_length, scale, dropout_p, window=window, bias=bias
+            *(q, k, v, starts, lengths, head_mask, seed, max_length, scale, dropout_p),
+            window=window,
+            bias=bias,
+            positions=(keys, queries),
         )
 
 
-def _fake_forward(
-    q, k, v, starts, lengths, head_mask, bias, importance, seed, max_length, scale, dropout_p, per_token, window
-):
+def _fake_forward(q, *_):
     tokens, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((tokens, heads), dtype=_statistics_dtype(q.dtype))
 
 
-def _backward(dout, q, k, v, out, lse, starts, lengths, head_mask, bias, seed, max_length, scale, dropout_p, window):
+def _backward(
+    dout, q, k, v, out, lse, starts, lengths, head_mask, bias, keys, queries, seed, max_length, scale, dropout_p, window
+):
     with torch.autocast(q.device.type, enabled=False):
-        *others, dbias = implementation("attention", q.device, q.dtype).backward(
+        *others, dbias, dkeys, dqueries = implementation("attention", q.device, q.dtype).backward(
             *(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p),
             window=window,
             bias=bias,
+            positions=(keys, queries),
         )
-    return *others, lse.new_empty(0) if dbias is None else dbias
+    # Sums over the batch, which half precision rounds once.
+    positions = (None if x is None else x.to(q.dtype) for x in (dkeys, dqueries))
+    return *others, *(lse.new_empty(0) if x is None else x for x in (dbias, *positions))
 
 
-def _fake_backward(
-    dout, q, k, v, out, lse, starts, lengths, head_mask, bias, seed, max_length, scale, dropout_p, window
-):
-    partials = [q.new_empty((lengths.shape[0], q.shape[1]), dtype=_statistics_dtype(q.dtype)) for _ in range(2)]
+def _fake_backward(dout, q, k, v, out, lse, starts, lengths, head_mask, bias, keys, queries, *_):
+    dtype = _statistics_dtype(q.dtype)
+    partials = [q.new_empty((lengths.shape[0], q.shape[1]), dtype=dtype) for _ in range(2)]
     return (
         *(q.new_empty(q.shape) for _ in range(3)),
         *partials,
-        partials[0].new_empty(0 if bias is None else bias.shape),
+        *(partials[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, keys, queries)),
     )
 
 
+#: Number of the op's tensors in front of the importance sink.
+_DIFFERENTIABLE = 9
+
+
 def _setup_context(ctx, inputs, output):
-    q, k, v, starts, lengths, head_mask, bias, importance, seed, *ctx.settings, ctx.per_token, ctx.window = inputs
-    ctx.save_for_backward(q, k, v, *output, starts, lengths, head_mask, bias, seed)
+    *tensors, importance, seed = inputs[: _DIFFERENTIABLE + 2]
+    *ctx.settings, ctx.per_token, ctx.window = inputs[_DIFFERENTIABLE + 2 :]
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:], seed)
     ctx.importance_dtype = None if importance is None else importance.dtype
 
 
 def _gradients(ctx, dout, _):
-    *tensors, head_mask, bias, seed = ctx.saved_tensors
-    dq, dk, dv, signed, absolute, dbias = _attention_backward_op(
-        dout, *tensors, head_mask, bias, seed, *ctx.settings, ctx.window
+    dq, dk, dv, signed, absolute, *by_distance = _attention_backward_op(
+        dout, *ctx.saved_tensors, *ctx.settings, ctx.window
     )
-    dmask = signed.sum(0) if head_mask is not None and ctx.needs_input_grad[5] else None
     partial = None
     if ctx.importance_dtype is not None:
         partial = (absolute if ctx.per_token else signed).to(ctx.importance_dtype)
-    dq, dk, dv = (x if there else None for x, there in zip((dq, dk, dv), ctx.needs_input_grad[:3], strict=True))
-    dbias = dbias if bias is not None and ctx.needs_input_grad[6] else None
-    return dq, dk, dv, None, None, dmask, dbias, partial, None, None, None, None, None, None
+    found = (dq, dk, dv, None, None, signed.sum(0) if ctx.needs_input_grad[5] else None, *by_distance)
+    wanted = ctx.needs_input_grad[:_DIFFERENTIABLE]
+    return *(x if there else None for x, there in zip(found, wanted, strict=True)), partial, *(None,) * 6
 
 
+_TENSORS = "Tensor starts, Tensor lengths, Tensor? head_mask, Tensor? bias, Tensor? keys, Tensor? queries"
 _attention_op = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, Tensor? head_mask, Tensor? bias, "
-    "Tensor? importance, Tensor? seed, SymInt max_length, float scale, float dropout_p, bool per_token, "
-    "int? window) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, {_TENSORS}, Tensor? importance, Tensor? seed, SymInt max_length, "
+    "float scale, float dropout_p, bool per_token, int? window) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     _gradients,
     _setup_context,
 )
 _attention_backward_op = define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
-    "Tensor lengths, Tensor? head_mask, Tensor? bias, Tensor? seed, SymInt max_length, float scale, float dropout_p, "
-    "int? window) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TENSORS}, Tensor? seed, "
+    f"SymInt max_length, float scale, float dropout_p, int? window) -> ({', '.join(['Tensor'] * 8)})",
     _backward,
     _fake_backward,
 )

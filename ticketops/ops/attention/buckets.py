@@ -1,4 +1,5 @@
-"""The relative-position bias of T5 and MPNet: a table with an entry for each bucket of distances between two tokens."""
+"""Tables with an entry for each bucket of distances between two tokens: the relative-position bias of T5 and MPNet, and
+the position vectors of DeBERTa."""
 
 import math
 
@@ -39,6 +40,45 @@ def bucketed_bias(table: Tensor, max_length: int, *, max_distance: int = 128) ->
     reach = max(max_length, 1) - 1
     distances = torch.arange(-reach, reach + 1, device=table.device)
     return functional.embedding(_buckets(distances, table.shape[1], max_distance), table.t()).t()
+
+
+def position_vectors(
+    table: Tensor, max_length: int, *, buckets: int | None, max_distance: int
+) -> tuple[Tensor, Tensor | None]:
+    """Selects the vectors that the distances of a batch need from DeBERTa's table of relative positions. Projected, and
+    looked up at the returned places, they are what `ticketops.ops.attention` takes as position keys and queries.
+
+    Args:
+        table: [2 S, C], a vector for each bucket of distances from -S to S - 1, counted from the key to the query.
+            Differentiable.
+        max_length: length of the longest sequence in tokens.
+        buckets: number of buckets for distances of one sign, of which half have one distance each and the others are
+            logarithmic; None if all buckets have one distance.
+        max_distance: distance, in tokens, behind which logarithmic buckets end.
+
+    Returns:
+        Vectors [P, C]; and int64 [2 max_length - 1], the place among them of each distance from the query to the key,
+        from 1 - max_length to max_length - 1, or None if the vectors are in that order. max_length 0 counts as 1.
+
+    Source:
+        He et al. 2021 (arXiv 2006.03654), section 3.1; the logarithmic buckets are those of DeBERTa-v2.
+    """
+    span, reach = len(table) // 2, max(max_length, 1) - 1
+    if reach < span and (buckets is None or reach <= buckets // 2):
+        return table[span - reach : span + reach + 1].flip(0), None
+    distances = torch.arange(reach, -reach - 1, -1, device=table.device)
+    if buckets is not None:
+        distances = _logarithmic(distances, buckets // 2, max_distance)
+    return table, (distances + span).clamp(0, 2 * span - 1)
+
+
+def _logarithmic(distances: Tensor, half: int, max_distance: int) -> Tensor:
+    """Returns DeBERTa's bucket of each distance: up to `half` it is the distance itself."""
+    far = distances.abs().clamp_min(half - 1)
+    # In this order of operations, so that rounding puts every distance where transformers puts it.
+    scale = torch.log(torch.tensor((max_distance - 1) / half, device=distances.device))
+    large = torch.ceil(torch.log(far / half) / scale * (half - 1)).long() + half
+    return torch.where(far <= half, distances, large * distances.sign())
 
 
 def _buckets(distances: Tensor, buckets: int, max_distance: int) -> Tensor:

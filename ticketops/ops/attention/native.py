@@ -3,17 +3,19 @@
 import torch
 from torch import Tensor
 
+from ticketops.ops.attention.reference import Gradients, Positions
 from ticketops.ops.extension import address, checked, dropout_arguments, native, refusal, run
 from ticketops.ops.memory import empty
 
 __all__ = ["backward", "checked_bias", "forward", "refusal"]
 
 
-def _view(name: str, x: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Checks a [T, H, D] tensor. Returns it, or a copy, to be kept alive during the call; and its address and two
-    strides."""
-    if x.dtype != like.dtype or x.shape != like.shape or x.device != like.device or x.stride(2) != 1:
-        x = checked(name, x, like.dtype, *like.shape)
+def _view(name: str, x: Tensor, like: Tensor, rows: int | None = None) -> tuple[Tensor, tuple[int, int, int]]:
+    """Checks a [T, H, D] tensor, or one with another number of rows. Returns it, or a copy, to be kept alive during the
+    call; and its address and two strides."""
+    shape = like.shape if rows is None else (rows, *like.shape[1:])
+    if x.dtype != like.dtype or x.shape != shape or x.device != like.device or x.stride(2) != 1:
+        x = checked(name, x, like.dtype, *shape)
     if x.dtype == torch.bfloat16 and (x.data_ptr() | 2 * x.stride(0) | 2 * x.stride(1)) % 4 and x.shape[2] % 2 == 0:
         # The kernels read pairs of elements.
         x = x.clone(memory_format=torch.contiguous_format)
@@ -35,6 +37,15 @@ def checked_bias(bias: Tensor | None, heads: int) -> tuple[Tensor | None, int]:
     return checked("position_bias", bias, torch.float32, heads, bias.shape[1]), bias.shape[1] // 2
 
 
+def _position_views(positions: Positions, like: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Checks position tables. Returns them, or copies, to be kept alive during the call; and the kernels' argument."""
+    rows = next((len(x) for x in positions if x is not None), 1)
+    names = ("position_keys", "position_queries")
+    views = [None if x is None else _view(name, x, like, rows) for name, x in zip(names, positions, strict=True)]
+    alive = [view[0] for view in views if view is not None]
+    return alive, [number for view in views for number in ((0, 0, 0) if view is None else view[1])] + [rows // 2]
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -49,6 +60,7 @@ def forward(
     window: int | None = None,
     first_tokens: bool = False,
     bias: Tensor | None = None,
+    positions: Positions = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention.reference.forward.
 
@@ -65,12 +77,13 @@ def forward(
     lengths = checked("lengths", lengths, torch.int32, batch)
     head_mask = checked("head_mask", head_mask, torch.float32, heads)
     bias, reach = checked_bias(bias, heads)
+    _tables, position_views = _position_views(positions, q)
     out = empty((tokens, heads, head_dim), q.dtype)
     lse = empty((tokens, heads))
     run(
         native.attention_forward,
         *(q.dtype == torch.bfloat16, *q_view, *k_view, *v_view, address(out), address(lse)),
-        *(address(starts), address(lengths), address(head_mask), address(bias), reach),
+        *(address(starts), address(lengths), address(head_mask), address(bias), reach, position_views),
         *(batch, tokens, heads, head_dim, max_length),
         *(max_length if window is None else window, first_tokens, scale, *dropout_arguments(seed, dropout_p)),
     )
@@ -95,7 +108,8 @@ def backward(
     window: int | None = None,
     first_tokens: bool = False,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    positions: Positions = (None, None),
+) -> Gradients:
     """See ticketops.ops.attention.reference.backward.
 
     Args:
@@ -104,7 +118,7 @@ def backward(
 
     Returns:
         dq, dk and dv, each [T, H, D]; the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H]; and the
-        gradient of the bias, if there is one.
+        gradients of the bias, the position keys and the position queries in float32, None for each that is not there.
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]
@@ -116,18 +130,20 @@ def backward(
     lengths = checked("lengths", lengths, torch.int32, batch)
     head_mask = checked("head_mask", head_mask, torch.float32, heads)
     bias, reach = checked_bias(bias, heads)
+    _tables, position_views = _position_views(positions, q)
     if gradients is None:
         dq, dk, dv = (empty((tokens, heads, head_dim), q.dtype) for _ in range(3))
     else:
         dq, dk, dv = checked("gradients", gradients, q.dtype, tokens, 3, heads, head_dim).unbind(1)
     signed, absolute = (empty((batch, heads)) for _ in range(2))
-    dbias = None if bias is None else empty(bias.shape)
+    dbias, dkeys, dqueries = (None if x is None else empty(x.shape) for x in (bias, *positions))
     run(
         native.attention_backward,
         *(q.dtype == torch.bfloat16, *dout_view, *q_view, *k_view, *v_view, address(out), address(lse)),
-        *(address(starts), address(lengths), address(head_mask), address(bias), reach),
+        *(address(starts), address(lengths), address(head_mask), address(bias), reach, position_views),
         *(address(dq), address(dk), address(dv), dq.stride(0), address(signed), address(absolute), address(dbias)),
+        [address(dkeys), address(dqueries)],
         *(batch, tokens, heads, head_dim, max_length),
         *(max_length if window is None else window, first_tokens, scale, *dropout_arguments(seed, dropout_p)),
     )
-    return dq, dk, dv, signed, absolute, dbias
+    return dq, dk, dv, signed, absolute, dbias, dkeys, dqueries

@@ -2,12 +2,18 @@
 against it."""
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ticketops.ops.dropout import kept, row_keys
+
+#: Position keys and position queries, each [2 R + 1, H, D] or None, see ticketops.ops.attention.
+Positions: TypeAlias = tuple[Tensor | None, Tensor | None]
+#: What `backward` returns.
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -52,6 +58,39 @@ def _sum_by_distance(dscores: Tensor) -> Tensor:
     return rows.unflatten(1, (queries, queries + keys - 1)).sum(1)
 
 
+def _vectors_of(table: Tensor | None, heads: Tensor, n: int, dtype: torch.dtype) -> Tensor | None:
+    """Returns the position vectors of some heads for a sequence of n tokens, [h, 2 n - 1, D]."""
+    if table is None:
+        return None
+    reach = len(table) // 2
+    return _by_head(table, reach - (n - 1), reach + n, heads, dtype)
+
+
+def _places(n: int, device: torch.device) -> Tensor:
+    """Returns the row of each query's and key's distance in `_vectors_of`, [queries, keys]."""
+    tokens = torch.arange(n, device=device)
+    return n - 1 + tokens - tokens[:, None]
+
+
+def _add_positions(scores: Tensor, q: Tensor, k: Tensor, keys: Tensor | None, queries: Tensor | None) -> None:
+    """Adds the products of queries and position keys and of keys and position queries to scores [h, n, n]."""
+    if keys is None and queries is None:
+        return
+    places = _places(q.shape[1], q.device)
+    if keys is not None:
+        scores.add_((q @ keys.transpose(1, 2)).gather(2, places.expand_as(scores)))
+    if queries is not None:
+        products = (k @ queries.transpose(1, 2)).gather(2, places.t().expand_as(scores))
+        scores.add_(products.transpose(1, 2))
+
+
+def _of_distances(dscores: Tensor, places: Tensor) -> Tensor:
+    """Computes the gradient of a row's products with all position vectors, [h, n, 2 n - 1], from that of those that it
+    uses, [h, n, n]."""
+    gradient = dscores.new_zeros((*dscores.shape[:2], 2 * dscores.shape[1] - 1))
+    return gradient.scatter_(2, places.expand_as(dscores), dscores)
+
+
 def _blocks(length: int, window: int | None, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Divides a sequence into blocks of queries. Yields for each block its queries, the range of keys that any of them
     attends to, and a bool mask [queries, keys] that is True for pairs outside the window. Without a window there is one
@@ -82,6 +121,7 @@ def forward(
     dropout_p: float,
     window: int | None = None,
     bias: Tensor | None = None,
+    positions: Positions = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention. Sums and softmax are in float32 (float64 for float64 inputs).
 
@@ -98,10 +138,13 @@ def forward(
     rows = _row_keys(seed, dropout_p, tokens, heads, num_heads)
     for start, end in _spans(starts, lengths):
         qs, ks, vs = (_by_head(x, start, end, heads, dtype) for x in (q, k, v))
+        vectors = [_vectors_of(x, heads, end - start, dtype) for x in positions]
         for queries, keys, outside in _blocks(end - start, window, q.device):
             first, last = start + queries.start, start + queries.stop
             # [h, queries, keys]
-            weights = (qs[:, queries] @ ks[:, keys].transpose(1, 2)).mul_(scale)
+            weights = qs[:, queries] @ ks[:, keys].transpose(1, 2)
+            _add_positions(weights, qs, ks, *vectors)
+            weights.mul_(scale)
             if bias is not None:
                 weights.add_(_bias_of(bias, heads, queries, keys))
             if outside is not None:
@@ -134,27 +177,31 @@ def backward(
     dropout_p: float,
     window: int | None = None,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    positions: Positions = (None, None),
+) -> Gradients:
     """Computes the gradients of `forward` and the importance of each sequence and head.
 
     With P = softmax(S), R = keep / (1 - p), W = P * R, O = W V, out = m O and dO = m dOut:
         dV = W^T dO,   dP = (dO V^T) * R,   delta = rowsum(dO * O) = rowsum(dOut * out),
         dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dL/dm = sum <dOut, O> = sum delta / m,
-    and the gradient of the bias is the sum of dS over all pairs of one distance.
+    and the gradient of the bias is the sum of dS over all pairs of one distance. With position keys K' and position
+    queries Q', where S = scale (<q_i, k_j> + <q_i, K'_(j - i)> + <k_j, Q'_(j - i)>):
+        dq_i += scale sum_j dS_ij K'_(j - i),   dK'_d = scale sum_i dS_i(i + d) q_i,   and likewise for k and Q'.
 
     Returns:
         dq, dk and dv, each [T, H, D]; the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H]; and the
-        gradient of the bias, if there is one.
+        gradients of the bias, the position keys and the position queries in the dtype of the computation, None for
+        each that is not there.
     """
     num_heads = q.shape[1]
     dtype = lse.dtype
     dq, dk, dv = (torch.zeros(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     signed = torch.zeros((len(lengths), num_heads), dtype=dtype, device=q.device)
     absolute = torch.zeros_like(signed)
-    dbias = None if bias is None else signed.new_zeros(bias.shape)
+    dbias, dkeys, dqueries = (None if x is None else signed.new_zeros(x.shape) for x in (bias, *positions))
     heads = _active_heads(head_mask, num_heads, q.device)
     if not len(heads):
-        return dq, dk, dv, signed, absolute, dbias
+        return dq, dk, dv, signed, absolute, dbias, dkeys, dqueries
     rows = _row_keys(seed, dropout_p, q.shape[0], heads, num_heads)
     # [T, H]
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
@@ -172,10 +219,13 @@ def backward(
             do = do * head_mask[heads, None, None]
         row_lse = lse[start:end].index_select(1, heads).transpose(0, 1)
         row_delta = delta[start:end].index_select(1, heads).transpose(0, 1)
+        vectors = [_vectors_of(x, heads, n, dtype) for x in positions]
         sums = () if window is None else tuple(torch.zeros_like(x) for x in (qs, ks, vs))
         for queries, keys, outside in _blocks(n, window, q.device):
             # [h, queries, keys]
-            weights = (qs[:, queries] @ ks[:, keys].transpose(1, 2)).mul_(scale)
+            weights = qs[:, queries] @ ks[:, keys].transpose(1, 2)
+            _add_positions(weights, qs, ks, *vectors)
+            weights.mul_(scale)
             if bias is not None:
                 weights.add_(_bias_of(bias, heads, queries, keys))
             if outside is not None:
@@ -200,9 +250,33 @@ def backward(
             )
             if outside is None:
                 sums = parts
+            _add_position_gradients(dscores, qs, ks, vectors, parts[:2], [dkeys, dqueries], heads)
             for total, some, part in zip(sums, (queries, keys, keys), parts, strict=True):
                 if outside is not None:
                     total[:, some] += part
         for gradient, value in zip((dq, dk, dv), sums, strict=True):
             gradient[start:end].index_copy_(1, heads, value.transpose(0, 1).to(q.dtype))
-    return dq, dk, dv, signed, absolute, dbias
+    return dq, dk, dv, signed, absolute, dbias, dkeys, dqueries
+
+
+def _add_position_gradients(
+    dscores: Tensor,
+    q: Tensor,
+    k: Tensor,
+    vectors: list[Tensor | None],
+    gradients: tuple[Tensor, ...],
+    dpositions: list[Tensor | None],
+    heads: Tensor,
+) -> None:
+    """Adds what a sequence's position vectors give to the gradients of its q and k and to those of the tables."""
+    if vectors == [None, None]:
+        return
+    n = q.shape[1]
+    places = _places(n, q.device)
+    sides = ((dscores, places, q), (dscores.transpose(1, 2), places.t(), k))
+    for (dproducts, at, x), table, dx, dtable in zip(sides, vectors, gradients, dpositions, strict=True):
+        if table is None or dtable is None:
+            continue
+        by_distance, middle = _of_distances(dproducts, at), len(dtable) // 2
+        dx.add_(by_distance @ table)
+        dtable[middle - (n - 1) : middle + n].index_add_(1, heads, (by_distance.transpose(1, 2) @ x).transpose(0, 1))

@@ -3,7 +3,8 @@
 If the longest sequence fits one block, there is one program per sequence and head, and the backward pass is a single
 kernel that holds the whole score matrix and so needs no separate pass for delta. Longer sequences are tiled, with one
 kernel for dQ and one for dK and dV. No kernel uses atomics, so results are deterministic. With a window, the tiled
-kernels skip tiles that are entirely outside it; without one, that code is compiled away.
+kernels skip tiles that are entirely outside it; without one, that code is compiled away. With position tables, all
+sequences are tiled, in square blocks, and a third kernel computes the tables' gradients.
 
 The head mask is on the device, and reading it on the host would wait for the GPU. So the grid has programs for all
 heads; those of a head whose mask is 0 write zeros and return before they load anything else. Each grid has one extra
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ticketops.errors import UnsupportedError
 from ticketops.ops import triton_configs
+from ticketops.ops.attention.reference import Gradients, Positions
 from ticketops.ops.dropout import keep_threshold
 from ticketops.ops.triton_common import (
     UNALIGNED,
@@ -35,6 +37,7 @@ from ticketops.ops.triton_common import (
     refusal,
     zero_gaps,
 )
+from ticketops.ops.triton_configs import Tile
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -79,6 +82,134 @@ def store_bias(p_row, b_x, o_distance, reach):
 
 
 @triton.jit
+def load_vectors(
+    p_table,
+    i_head,
+    i_first,
+    SIGN: tl.constexpr,
+    reach,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Loads one head's vectors of the distances i_first .. i_first + BLOCK - 1, each times SIGN, from a contiguous
+    table [2 reach + 1, H, D] as a block [BLOCK, BLOCK_D]; 0 for distances beyond its reach."""
+    o_u = i_first + tl.arange(0, BLOCK)
+    o_d = tl.arange(0, BLOCK_D)
+    o_x = ((reach + SIGN * o_u) * heads + i_head)[:, None] * D + o_d[None, :]
+    return tl.load(p_table + o_x, mask=(tl.abs(o_u) <= reach)[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_vectors(
+    p_table,
+    b_x,
+    i_head,
+    i_first,
+    SIGN: tl.constexpr,
+    reach,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Stores a block where `load_vectors` loads it."""
+    o_u = i_first + tl.arange(0, BLOCK)
+    o_d = tl.arange(0, BLOCK_D)
+    o_x = ((reach + SIGN * o_u) * heads + i_head)[:, None] * D + o_d[None, :]
+    tl.store(p_table + o_x, b_x, mask=(tl.abs(o_u) <= reach)[:, None] & (o_d < D)[None, :])
+
+
+# Row a of a square tile of scores is multiplied by the vectors of BLOCK consecutive distances b - a, which begin one
+# further back in each row. All rows together need those of the first row and the BLOCK - 1 before them. Element (a, c)
+# of a turned tile belongs to distance c of the first row, or where a + c >= BLOCK to the distance BLOCK before it.
+# Along axis 0, columns take the place of rows.
+
+
+@triton.jit
+def is_upper(BLOCK: tl.constexpr):
+    """True where an element of a turned tile belongs to a distance of the first row."""
+    return tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :] < BLOCK
+
+
+@triton.jit
+def turned(b_s, AXIS: tl.constexpr, BLOCK: tl.constexpr):
+    """Turns a tile of scores."""
+    o_x = tl.arange(0, BLOCK)
+    return tl.gather(b_s, (o_x[:, None] + o_x[None, :]) % BLOCK, AXIS)
+
+
+@triton.jit
+def turned_back(b_x, AXIS: tl.constexpr, BLOCK: tl.constexpr):
+    """Turns a tile back into scores."""
+    o_x = tl.arange(0, BLOCK)
+    o_back = o_x[None, :] - o_x[:, None] if AXIS == 1 else o_x[:, None] - o_x[None, :]
+    return tl.gather(b_x, (o_back + BLOCK) % BLOCK, AXIS)
+
+
+@triton.jit
+def position_scores(
+    b_a,
+    b_b,
+    p_a,
+    p_b,
+    i_a,
+    i_b,
+    i_h,
+    SIGN: tl.constexpr,
+    reach,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The terms <a, table a[b - a]> + <b, table b[b - a]> for rows a from position i_a on and columns b from i_b on,
+    both [BLOCK, BLOCK_D]. The tables are ordered by SIGN * (b - a): 1 if rows are queries, -1 if they are keys."""
+    m_up = is_upper(BLOCK)
+    b_s = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if p_a is not None:
+        b_up = load_vectors(p_a, i_h, i_b - i_a, SIGN, reach, heads, D, BLOCK_D, BLOCK)
+        b_low = load_vectors(p_a, i_h, i_b - i_a - BLOCK, SIGN, reach, heads, D, BLOCK_D, BLOCK)
+        b_ups = tl.dot(b_a, tl.trans(b_up), input_precision=PRECISION)
+        b_lows = tl.dot(b_a, tl.trans(b_low), input_precision=PRECISION)
+        b_s += turned_back(tl.where(m_up, b_ups, b_lows), 1, BLOCK)
+    if p_b is not None:
+        b_up = load_vectors(p_b, i_h, i_a - i_b, -SIGN, reach, heads, D, BLOCK_D, BLOCK)
+        b_low = load_vectors(p_b, i_h, i_a - i_b - BLOCK, -SIGN, reach, heads, D, BLOCK_D, BLOCK)
+        b_ups = tl.dot(b_up, tl.trans(b_b), input_precision=PRECISION)
+        b_lows = tl.dot(b_low, tl.trans(b_b), input_precision=PRECISION)
+        b_s += turned_back(tl.where(m_up, b_ups, b_lows), 0, BLOCK)
+    return b_s
+
+
+@triton.jit
+def add_row_gradient(
+    b_da,
+    b_ds,
+    p_a,
+    i_a,
+    i_b,
+    i_h,
+    SIGN: tl.constexpr,
+    reach,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds to the gradient of rows a what `position_scores` and table a give, from the gradient of its tile."""
+    b_t = turned(b_ds, 1, BLOCK)
+    m_up = is_upper(BLOCK)
+    b_up = load_vectors(p_a, i_h, i_b - i_a, SIGN, reach, heads, D, BLOCK_D, BLOCK)
+    b_da = tl.dot(tl.where(m_up, b_t, 0.0).to(b_up.dtype), b_up, b_da, input_precision=PRECISION)
+    b_low = load_vectors(p_a, i_h, i_b - i_a - BLOCK, SIGN, reach, heads, D, BLOCK_D, BLOCK)
+    return tl.dot(tl.where(m_up, 0.0, b_t).to(b_low.dtype), b_low, b_da, input_precision=PRECISION)
+
+
+@triton.jit
 def span(i_first, ROWS: tl.constexpr, window, length, BLOCK: tl.constexpr):
     """Returns the first and last (exclusive) position, in steps of BLOCK, of a loop over the tokens within the window
     of rows i_first .. i_first + ROWS - 1."""
@@ -109,6 +240,8 @@ def forward_kernel(
     p_mask,
     p_seed,
     p_bias,
+    p_pk,
+    p_pq,
     stride_qt,
     stride_qh,
     stride_qd,
@@ -177,7 +310,13 @@ def forward_kernel(
         b_k = load_rows(p_k, start + i_n, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
         b_v = load_rows(p_v, start + i_n, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
         # [BLOCK_M, BLOCK_N]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if p_pk is not None or p_pq is not None:
+            i_first = i_m * BLOCK_M
+            b_s += position_scores(
+                b_q, b_k, p_pk, p_pq, i_first, i_n, i_h, 1, reach, heads, D, BLOCK_D, BLOCK_M, PRECISION
+            )
+        b_s *= scale * LOG2_E
         if p_bias is not None:
             b_s += LOG2_E * load_bias(p_bias, i_h, (i_n + o_n)[None, :] - (i_m * BLOCK_M + o_m)[:, None], reach)
         if window is None:
@@ -348,6 +487,8 @@ def dq_kernel(
     p_mask,
     p_seed,
     p_bias,
+    p_pk,
+    p_pq,
     p_dbias,
     stride_dt,
     stride_dh,
@@ -426,7 +567,13 @@ def dq_kernel(
         b_k = load_rows(p_k, start + i_n, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
         b_v = load_rows(p_v, start + i_n, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
         # [BLOCK_M, BLOCK_N]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if p_pk is not None or p_pq is not None:
+            i_first = i_m * BLOCK_M
+            b_s += position_scores(
+                b_q, b_k, p_pk, p_pq, i_first, i_n, i_h, 1, reach, heads, D, BLOCK_D, BLOCK_M, PRECISION
+            )
+        b_s *= scale * LOG2_E
         if p_bias is not None:
             b_s += LOG2_E * load_bias(p_bias, i_h, (i_n + o_n)[None, :] - (i_m * BLOCK_M + o_m)[:, None], reach)
         b_p = tl.exp2(b_s - b_lse[:, None])
@@ -441,6 +588,11 @@ def dq_kernel(
             b_behind, b_before = sums_by_distance(b_ds, BLOCK_M, BLOCK_N)
             store_bias(p_row, (b_dbias + b_before) * head_mask, i_n - BLOCK_N - i_m * BLOCK_M + o_n, reach)
             b_dbias = b_behind
+        if p_pk is not None:
+            i_first = i_m * BLOCK_M
+            b_dq = add_row_gradient(
+                b_dq, b_ds, p_pk, i_first, i_n, i_h, 1, reach, heads, D, BLOCK_D, BLOCK_M, PRECISION
+            )
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     store_rows(p_dq, b_dq * (head_mask * scale), i_row, o_m, m_m, i_h, stride_gt, D, BLOCK_D)
     if p_bias is not None:
@@ -468,6 +620,8 @@ def dkdv_kernel(
     p_mask,
     p_seed,
     p_bias,
+    p_pk,
+    p_pq,
     stride_dt,
     stride_dh,
     stride_dd,
@@ -551,7 +705,13 @@ def dkdv_kernel(
         b_signed += b_delta
         b_absolute += tl.abs(b_delta)
         # [BLOCK_N, BLOCK_M]; rows of keys past the end are garbage, which is not stored.
-        b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2_E)
+        b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        if p_pk is not None or p_pq is not None:
+            i_first = i_n * BLOCK_N
+            b_st += position_scores(
+                b_k, b_q, p_pq, p_pk, i_first, i_m, i_h, -1, reach, heads, D, BLOCK_D, BLOCK_N, PRECISION
+            )
+        b_st *= scale * LOG2_E
         if p_bias is not None:
             b_st += LOG2_E * load_bias(p_bias, i_h, (i_n * BLOCK_N + o_n)[:, None] - (i_m + o_m)[None, :], reach)
         b_pt = tl.exp2(b_st - b_lse[None, :])
@@ -566,8 +726,13 @@ def dkdv_kernel(
             b_wt = tl.where(m_keep, b_pt * keep_scale, 0.0)
             b_gt = tl.where(m_keep, b_gt * keep_scale, 0.0)
         b_dv = tl.dot(b_wt.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        b_ht = (b_pt * (b_gt - b_delta[None, :])).to(b_q.dtype)
-        b_dk = tl.dot(b_ht, b_q, b_dk, input_precision=PRECISION)
+        b_ht = b_pt * (b_gt - b_delta[None, :])
+        if p_pq is not None:
+            i_first = i_n * BLOCK_N
+            b_dk = add_row_gradient(
+                b_dk, b_ht, p_pq, i_first, i_m, i_h, -1, reach, heads, D, BLOCK_D, BLOCK_N, PRECISION
+            )
+        b_dk = tl.dot(b_ht.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     store_rows(p_dk, b_dk * (head_mask * scale), i_key, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
     store_rows(p_dv, b_dv * head_mask, i_key, o_n, m_n, i_h, stride_gt, D, BLOCK_D)
     if i_n == 0:
@@ -579,6 +744,115 @@ def dkdv_kernel(
                 b_absolute += tl.abs(b_delta)
         tl.store(p_signed + i_b * heads + i_h, tl.sum(b_signed, 0))
         tl.store(p_absolute + i_b * heads + i_h, tl.sum(b_absolute, 0))
+
+
+@triton.jit(
+    do_not_specialize=["batch", "size", "heads", "blocks", "scale", "threshold", "keep_scale", "reach"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
+def positions_kernel(
+    p_dout,
+    p_q,
+    p_k,
+    p_v,
+    p_lse,
+    p_delta,
+    p_dpk,
+    p_dpq,
+    p_starts,
+    p_lengths,
+    p_mask,
+    p_seed,
+    p_pk,
+    p_pq,
+    stride_dt,
+    stride_dh,
+    stride_dd,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    stride_kt,
+    stride_kh,
+    stride_kd,
+    stride_vt,
+    stride_vh,
+    stride_vd,
+    batch,
+    size,
+    heads,
+    blocks,
+    scale,
+    threshold,
+    keep_scale,
+    reach,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of one head's position vectors of BLOCK distances, summed over `size` sequences. Of
+    `position_scores`, these are the upper part of the tiles on one diagonal, where the first key is i_t * BLOCK behind
+    the first query, and the lower part of those on the next one; for position queries, whose distances are counted from
+    the key, it is the reverse."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    i_h = tl.program_id(0) % heads
+    i_t = tl.program_id(0) // heads % (2 * blocks) - blocks
+    i_c = tl.program_id(0) // heads // (2 * blocks)
+    head_mask = 1.0
+    if p_mask is not None:
+        head_mask = tl.load(p_mask + i_h)
+    b_dpk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    b_dpq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    o_x = tl.arange(0, BLOCK)
+    m_up = is_upper(BLOCK)
+    last = tl.minimum((i_c + 1) * size, batch)
+    if head_mask == 0.0:
+        last = 0
+    for i_b in range(i_c * size, last):
+        start = tl.load(p_starts + i_b).to(tl.int64)
+        length = tl.load(p_lengths + i_b)
+        # Each tile of queries that has keys there, twice: once for each diagonal.
+        begin = tl.maximum(-(i_t + 1), 0)
+        end = tl.cdiv(length - tl.maximum(i_t, 0) * BLOCK, BLOCK)
+        for i_tile in range(2 * begin, 2 * end):
+            i_m = i_tile // 2 * BLOCK
+            is_next = i_tile % 2
+            i_n = i_m + (i_t + is_next) * BLOCK
+            # The keys in front of the sequence and behind it are masked.
+            m_m = i_m + o_x < length
+            m_n = (i_n + o_x >= 0) & (i_n + o_x < length)
+            b_q = load_rows(p_q, start + i_m, o_x, m_m, i_h, stride_qt, stride_qh, stride_qd, D, BLOCK_D)
+            b_do = load_rows(p_dout, start + i_m, o_x, m_m, i_h, stride_dt, stride_dh, stride_dd, D, BLOCK_D)
+            b_k = load_rows(p_k, start + i_n, o_x, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
+            b_v = load_rows(p_v, start + i_n, o_x, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
+            o_row = ((start + i_m) * heads + i_h) + o_x * heads
+            b_lse = tl.load(p_lse + o_row, mask=m_m, other=float("inf")) * LOG2_E
+            b_delta = tl.load(p_delta + o_row, mask=m_m, other=0.0)
+            # [queries, keys]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_s += position_scores(b_q, b_k, p_pk, p_pq, i_m, i_n, i_h, 1, reach, heads, D, BLOCK_D, BLOCK, PRECISION)
+            b_p = tl.exp2(b_s * (scale * LOG2_E) - b_lse[:, None])
+            b_g = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+            if p_seed is not None:
+                b_word = dropout_rows(p_seed, start + i_m, o_x, i_h, heads)
+                b_g = tl.where(dropout_keeps(b_word[:, None], i_n + o_x[None, :], threshold), b_g * keep_scale, 0.0)
+            b_ds = tl.where(m_n[None, :], b_p * (b_g - b_delta[:, None]), 0.0)
+            if p_pk is not None:
+                b_t = tl.where(m_up == (is_next == 0), turned(b_ds, 1, BLOCK), 0.0)
+                b_dpk = tl.dot(tl.trans(b_t.to(b_q.dtype)), b_q, b_dpk, input_precision=PRECISION)
+            if p_pq is not None:
+                b_t = tl.where(m_up == (is_next == 1), turned(b_ds, 0, BLOCK), 0.0)
+                b_dpq = tl.dot(b_t.to(b_k.dtype), b_k, b_dpq, input_precision=PRECISION)
+    o_part = i_c.to(tl.int64) * (2 * reach + 1) * heads * D
+    factor = head_mask * scale
+    if p_pk is not None:
+        store_vectors(p_dpk + o_part, b_dpk * factor, i_h, i_t * BLOCK, 1, reach, heads, D, BLOCK_D, BLOCK)
+    if p_pq is not None:
+        store_vectors(p_dpq + o_part, b_dpq * factor, i_h, -(i_t + 1) * BLOCK, -1, reach, heads, D, BLOCK_D, BLOCK)
+
+
+#: Into how many parts the batch is divided for the gradients of position vectors: the parts' sums are added up.
+POSITION_PARTS = 8
 
 
 def _shared_arguments(
@@ -594,13 +868,19 @@ def _shared_arguments(
     dropout_p: float,
     window: int | None,
     bias: Tensor | None,
+    positions: Positions,
 ) -> dict[str, Any]:
-    """Returns the arguments that all four kernels have in common."""
+    """Returns the arguments that the four main kernels have in common."""
     tokens, heads, head_dim = q.shape
     if head_dim > MAX_HEAD_DIM:
         raise UnsupportedError(
             f"the Triton attention kernels serve head dimensions up to {MAX_HEAD_DIM}, got {head_dim}: set "
             "TICKETOPS_BACKEND=reference"
+        )
+    if positions != (None, None) and head_dim > 64 and q.dtype == torch.float32:
+        raise UnsupportedError(
+            f"the Triton attention kernels serve position vectors of at most 64 elements in float32, got {head_dim}: "
+            "use a half-precision dtype, or set TICKETOPS_BACKEND=reference"
         )
     arguments: dict[str, Any] = {
         "p_lse": lse,
@@ -609,6 +889,7 @@ def _shared_arguments(
         "p_mask": None if head_mask is None else head_mask.contiguous(),
         "p_seed": seed if dropout_p else None,
         "p_bias": None if bias is None else bias.contiguous(),
+        **{name: None if x is None else x.contiguous() for name, x in zip(_TABLES, positions, strict=True)},
         "tokens": tokens,
         "batch": lengths.shape[0],
         "heads": heads,
@@ -616,7 +897,7 @@ def _shared_arguments(
         "threshold": keep_threshold(dropout_p),
         "keep_scale": 1.0 / (1.0 - dropout_p),
         "window": window,
-        "reach": 0 if bias is None else bias.shape[1] // 2,
+        "reach": next((len(x) // 2 for x in positions if x is not None), 0 if bias is None else bias.shape[1] // 2),
         "D": head_dim,
         "BLOCK_D": triton_configs.power_of_two(head_dim),
         "PRECISION": product_precision(q.dtype),
@@ -626,6 +907,8 @@ def _shared_arguments(
     return arguments
 
 
+#: Names of the kernels' arguments for position keys and position queries.
+_TABLES = ("p_pk", "p_pq")
 #: Names of the kernels' arguments for each input: its pointer and three strides.
 _OPERANDS = {name: [f"p_{name}", *(f"stride_{name[0]}{axis}" for axis in "thd")] for name in ("q", "k", "v", "dout")}
 
@@ -652,6 +935,7 @@ def forward(
     dropout_p: float,
     window: int | None = None,
     bias: Tensor | None = None,
+    positions: Positions = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention and its reference backend; one launch.
 
@@ -664,16 +948,19 @@ def forward(
         return q.new_zeros(q.shape), q.new_zeros((tokens, heads), dtype=torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
+    shared = _shared_arguments(
+        q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window, bias, positions
+    )
     windowed = window is not None
     tile = triton_configs.attention_forward(
-        capability(q.device), q.dtype, head_dim, max_length, windowed, bias is not None
+        capability(q.device), q.dtype, head_dim, max_length, windowed, bias is not None, positions != (None, None)
     )
     blocks = max(1, cdiv(max_length, tile.rows))
     launch(
         forward_kernel,
         batch * blocks * (heads + 1),
         tile,
-        **_shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window, bias),
+        **shared,
         p_out=out,
         blocks=blocks,
         BLOCK_M=tile.rows,
@@ -699,16 +986,18 @@ def backward(
     window: int | None = None,
     into: Tensor | None = None,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    positions: Positions = (None, None),
+) -> Gradients:
     """Computes the gradients of `forward` and the importance of each sequence and head. One launch if the sequences fit
-    one block, else two; with a bias one more to clear its sums and one to add them up.
+    one block, else two; with a bias one more to clear its sums and one to add them up; with position tables three, and
+    one for each to add up its sums.
 
     Args:
         into: contiguous [T, 3, H, D] to write dq, dk and dv to; None allocates three tensors.
 
     Returns:
         dq, dk and dv, each [T, H, D]; the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H]; and the
-        gradient of the bias, if there is one.
+        gradients of the bias, the position keys and the position queries in float32, None for each that is not there.
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]
@@ -721,18 +1010,31 @@ def backward(
         (torch.zeros if empty else torch.empty)((batch, heads), dtype=torch.float32, device=q.device) for _ in range(2)
     )
     if empty:
-        dbias = None if bias is None else torch.zeros_like(bias)
-        return dq.zero_(), dk.zero_(), dv.zero_(), signed, absolute, dbias
-    shared = _shared_arguments(q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window, bias)
+        dbias, dkeys, dqueries = (
+            None if x is None else torch.zeros(x.shape, device=x.device) for x in (bias, *positions)
+        )
+        return dq.zero_(), dk.zero_(), dv.zero_(), signed, absolute, dbias, dkeys, dqueries
+    shared = _shared_arguments(
+        q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window, bias, positions
+    )
     shared |= _operand("dout", dout) | {"stride_gt": dq.stride(0)}
     windowed = window is not None
     tiles = triton_configs.attention_backward(
-        capability(q.device), q.dtype, head_dim, max_length, windowed, tokens / batch, bias is not None
+        capability(q.device),
+        q.dtype,
+        head_dim,
+        max_length,
+        windowed,
+        tokens / batch,
+        bias is not None,
+        positions != (None, None),
     )
     blocks = max(1, cdiv(max_length, tiles[0].rows))
     # Not all programs run, and not all that run have all distances.
     sums = None if bias is None else signed.new_zeros((batch * blocks, *bias.shape))
     if len(tiles) == 1:
+        # Its whole matrix of scores is in registers, which leaves no room for position vectors.
+        del shared["p_pk"], shared["p_pq"]
         launch(
             row_backward_kernel,
             batch * (heads + 1),
@@ -746,9 +1048,9 @@ def backward(
             p_dbias=sums,
             BLOCK=tiles[0].rows,
         )
-        return dq, dk, dv, signed, absolute, None if sums is None else sums.sum(0)
+        return dq, dk, dv, signed, absolute, None if sums is None else sums.sum(0), None, None
     delta = torch.empty_like(lse)
-    dq_tile, dkdv_tile = tiles
+    dq_tile, dkdv_tile, *position_tile = tiles
     launch(
         dq_kernel,
         batch * blocks * (heads + 1),
@@ -762,7 +1064,7 @@ def backward(
         BLOCK_M=dq_tile.rows,
         BLOCK_N=dq_tile.columns,
     )
-    blocks = cdiv(max_length, dkdv_tile.columns)
+    blocks = max(1, cdiv(max_length, dkdv_tile.columns))
     launch(
         dkdv_kernel,
         batch * blocks * (heads + 1),
@@ -777,4 +1079,29 @@ def backward(
         BLOCK_M=dkdv_tile.rows,
         BLOCK_N=dkdv_tile.columns,
     )
-    return dq, dk, dv, signed, absolute, None if sums is None else sums.sum(0)
+    dkeys, dqueries = _position_gradients(shared, delta, *position_tile) if position_tile else (None, None)
+    return dq, dk, dv, signed, absolute, None if sums is None else sums.sum(0), dkeys, dqueries
+
+
+def _position_gradients(shared: dict[str, Any], delta: Tensor, tile: Tile) -> Positions:
+    """Computes the gradients of the position tables from the arguments of the other backward kernels."""
+    unread = ("tokens", "window", "p_bias", "stride_gt")
+    arguments = {name: value for name, value in shared.items() if name not in unread}
+    batch, heads = arguments["batch"], arguments["heads"]
+    size = cdiv(batch, POSITION_PARTS)
+    parts, blocks = cdiv(batch, size), cdiv(arguments["reach"] + 1, tile.rows)
+    tables = (arguments[name] for name in _TABLES)
+    dkeys, dqueries = (None if x is None else delta.new_empty((parts, *x.shape)) for x in tables)
+    launch(
+        positions_kernel,
+        parts * 2 * blocks * heads,
+        tile,
+        **arguments,
+        p_delta=delta,
+        p_dpk=dkeys,
+        p_dpq=dqueries,
+        size=size,
+        blocks=blocks,
+        BLOCK=tile.rows,
+    )
+    return None if dkeys is None else dkeys.sum(0), None if dqueries is None else dqueries.sum(0)

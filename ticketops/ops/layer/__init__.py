@@ -84,8 +84,8 @@ def encoder_layer(
 
     Args:
         x: [T, C] tokens; float32, or half precision in a half-precision model.
-        weights: parameters of the layer, in x's dtype (LayerNorms may have another, a position bias has float32).
-            Matrix products run in autocast's dtype if autocast is on.
+        weights: parameters of the layer, in x's dtype. LayerNorms may have another, a position bias has float32,
+            position keys and queries have that of the matrix products, which run in autocast's dtype if autocast is on.
         sequences: rows of each sequence.
         head_dim: D.
         scale: multiplies the attention scores.
@@ -116,7 +116,8 @@ def encoder_layer(
     """
     cosines, sines = (None, None) if rotary is None else rotary
     check_devices("encoder_layer", _NAMES, (x, *weights, sequences.starts, sequences.lengths, cosines, sines))
-    _check_dtypes(x, weights)
+    dtype = compute_dtype(x)
+    _check_dtypes(x, weights, dtype)
     if weights.gamma1 is None and not norm_first:
         raise InputError("encoder_layer needs gamma1 for a LayerNorm after attention: give it, or norm_first=True")
     if window is not None and window >= sequences.max_length - 1:
@@ -130,7 +131,6 @@ def encoder_layer(
         p if there else 0.0 for p, there in zip((*dropouts[:2], inner_dropout, dropouts[2]), computed, strict=True)
     ]
     seeds = draw_seed(x.device, sum(p > 0 for p in drops)) if any(drops) else None
-    dtype = compute_dtype(x)
     fixed = (head_dim, scale, activation, drops, *eps, dtype, first_tokens, norm_first, gated, window)
     settings = Settings(sequences.max_length, *fixed)
     inputs = Inputs(x, weights, sequences.starts, sequences.lengths, seeds, cosines, sines)
@@ -151,11 +151,17 @@ _NAMES = ("x", *Weights._fields, "starts", "lengths", "cosines", "sines")
 _NORMS = ("gamma1", "beta1", "gamma2", "beta2")
 
 
-def _check_dtypes(x: Tensor, weights: Weights) -> None:
-    """Raises InputError if a parameter has a dtype that the layer's matrix products do not support."""
-    *parameters, bias = weights[:PARAMETERS]
-    if bias is not None and bias.dtype != torch.float32:
-        raise InputError(f"encoder_layer needs position_bias in torch.float32, got {bias.dtype}: convert it")
+#: Number of parameters that have the dtype of the tokens; they are the first fields of Weights.
+_WITH_DTYPE = Weights._fields.index("position_bias")
+
+
+def _check_dtypes(x: Tensor, weights: Weights, dtype: torch.dtype) -> None:
+    """Raises InputError if a parameter has a dtype that the layer's matrix products, in `dtype`, do not support."""
+    parameters = weights[:_WITH_DTYPE]
+    for name, wanted in (("position_bias", torch.float32), ("position_keys", dtype), ("position_queries", dtype)):
+        table = getattr(weights, name)
+        if table is not None and table.dtype != wanted:
+            raise InputError(f"encoder_layer needs {name} in {wanted}, got {table.dtype}: convert it")
     for name, parameter in zip(Weights._fields, parameters, strict=False):
         if parameter is None or parameter.dtype == x.dtype:
             continue

@@ -27,6 +27,8 @@ class Weights(NamedTuple):
         w2, b2: [C, N] and [C], second linear layer of the FFN; w2 is None if the FFN is pruned, b2 for no bias.
         gamma2, beta2: [C], LayerNorm after the FFN, or with `norm_first` before it; beta2 is None for no bias.
         position_bias: float32 [K, 2 R + 1], of the computed heads, see `ticketops.ops.attention`; None for no bias.
+        position_keys, position_queries: [2 R + 1, K, D] in the dtype of the matrix products, of the computed heads, see
+            `ticketops.ops.attention`; None for none.
         heads: int64 [K], indices of the computed heads, ascending; None for all.
         neurons: int64 [n], indices of the computed neurons, ascending; None for all.
     """
@@ -48,6 +50,8 @@ class Weights(NamedTuple):
     gamma2: Tensor
     beta2: Tensor | None
     position_bias: Tensor | None
+    position_keys: Tensor | None
+    position_queries: Tensor | None
     heads: Tensor | None
     neurons: Tensor | None
 
@@ -60,6 +64,10 @@ class Weights(NamedTuple):
     def biases(self) -> list[str]:
         """Names of their biases; empty without biases."""
         return [] if self.bq is None else [name.replace("w", "b") for name in self.projections]
+
+    def positions(self) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the position keys and the position queries."""
+        return self.position_keys, self.position_queries
 
     def ffn(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
         """Returns w1, b1, w2 and b2; None if the FFN is pruned."""
@@ -74,7 +82,7 @@ class Weights(NamedTuple):
 
 
 #: Number of parameters in Weights; they are its first fields.
-PARAMETERS = 17
+PARAMETERS = 19
 
 
 class Settings(NamedTuple):
@@ -235,9 +243,10 @@ class Wanted(NamedTuple):
         return self.tokens or (settings.norm_first and self.any("gamma1", "beta1"))
 
     def attention(self, settings: Settings) -> bool:
-        """True if attention's backward pass must run, for the gradients of q, k, v and the bias or the importance of
-        heads."""
-        others = self.head_sums or any(self.parameters[:6]) or self.any("position_bias")
+        """True if attention's backward pass must run, for the gradients of q, k, v and of what depends on distances, or
+        for the importance of heads."""
+        others = self.head_sums or any(self.parameters[:6])
+        others = others or self.any("position_bias", "position_keys", "position_queries")
         return others or self.before_attention(settings)
 
     def projected(self, settings: Settings) -> bool:

@@ -76,7 +76,8 @@ def infers(inputs: Inputs, settings: Settings) -> bool:
     """
     x, w, s = inputs.x, inputs.weights, settings
     other = s.norm_first or s.gated or s.window is not None or inputs.cosines is not None or not w.has_all()
-    return not other and all(p is None or p.dtype == x.dtype for p in w[: PARAMETERS - 1])
+    other = other or w.positions() != (None, None)
+    return not other and all(p is None or p.dtype == x.dtype for p in w[: PARAMETERS - 3])
 
 
 def is_few(tokens: int, bf16: bool) -> bool:
@@ -203,6 +204,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 window=s.window,
                 first_tokens=s.first_tokens,
                 bias=w.position_bias,
+                positions=w.positions(),
             )
             projected = product(select(context.view(tokens, width), rows), (w_o if w_o.numel() else w.wo).t())
         middle = none
@@ -381,15 +383,17 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             dcontext = _scatter(product(dprojected, saved.w_o if saved.w_o.numel() else w.wo), rows, tokens)
             dqkv = empty((tokens, 3, count, s.head_dim), dtype)
             q, k, v = saved.qkv.unbind(1)
-            *_, signed, absolute, dbias = attention.backward(
+            _, _, _, signed, absolute, *by_distance = attention.backward(
                 *(dcontext.view(tokens, count, s.head_dim), q, k, v, saved.context, saved.lse, starts, lengths, None),
                 *(attention_seed, s.max_length, s.scale, attention_dropout, dqkv),
                 window=s.window,
                 first_tokens=s.first_tokens,
                 bias=w.position_bias,
+                positions=w.positions(),
             )
-            if dbias is not None:
-                keep("position_bias", dbias)
+            for name, dtable in zip(w._fields[PARAMETERS - 3 : PARAMETERS], by_distance, strict=True):
+                if dtable is not None:
+                    keep(name, dtable)
             if cosines is not None and sines is not None:
                 rotary.turn_(dqkv, cosines, sines, back=True)
             flat = dqkv.view(tokens, 3 * width)
@@ -477,7 +481,7 @@ def fake_backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings
 
     attends, feeds = count != 0, w.w1 is not None
     neuron_count = 0 if w.w2 is None else w.w2.shape[1] if w.neurons is None else w.neurons.shape[0]
-    parts = [attends] * 7 + [True] * 3 + [feeds] * 4 + [True] * 2 + [attends]
+    parts = [attends] * 7 + [True] * 3 + [feeds] * 4 + [True] * 2 + [attends] * 3
     return (
         x.new_empty(x.shape) if wanted.tokens else new(0),
         *(new(batch, count, needed=wanted.attention(settings)) for _ in range(2)),

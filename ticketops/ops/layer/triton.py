@@ -127,6 +127,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, attention_dropout),
                 window=s.window,
                 bias=w.position_bias,
+                positions=w.positions(),
             )
             seen = select(context.view(tokens, width), rows)
             if heads is None:
@@ -316,7 +317,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             (dseen,) = projection.into(dprojected, [w.wo.t()], None, heads, all_heads)
         dqkv = torch.empty_like(saved.qkv)
         q, k, v = saved.qkv.unbind(1)
-        *_, signed, absolute, dbias = attention.backward(
+        *_, signed, absolute, dbias, dkeys, dqueries = attention.backward(
             _scatter(dseen, rows, tokens).view(tokens, count, s.head_dim),
             q,
             k,
@@ -333,9 +334,10 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             window=s.window,
             into=dqkv,
             bias=w.position_bias,
+            positions=w.positions(),
         )
-        if dbias is not None:
-            gradients["position_bias"] = dbias
+        by_distance = {"position_bias": dbias, "position_keys": dkeys, "position_queries": dqueries}
+        gradients |= {name: gradient for name, gradient in by_distance.items() if gradient is not None}
         if cosines is not None and sines is not None:
             rotary.turn_(dqkv, cosines, sines, back=True)
         flat, taken = dqkv.view(tokens, 3 * width), saved.attention_input if cast or normed else x
