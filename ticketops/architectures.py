@@ -40,6 +40,7 @@ ARCHITECTURES = (
     _bert("bert", "Bert"),
     _bert("camembert", "Camembert"),
     _bert("data2vec", "Data2VecText", "_text"),
+    Architecture("deberta_v2", "DebertaV2", "deberta", "DebertaV2Encoder"),
     Architecture("deit", "DeiT", "vit", "DeiTModel", extra_tokens=2),
     Architecture("distilbert", "DistilBert", "distilbert", "Transformer"),
     _bert("electra", "Electra"),

@@ -27,11 +27,11 @@ from ticketops.ops import memory
 
 TOKENS = [
     f"{name}ForTokenClassification"
-    for name in ("Bert", "Roberta", "DistilBert", "ModernBert", "MPNet", "NomicBert", "Electra")
+    for name in ("Bert", "Roberta", "DebertaV2", "DistilBert", "ModernBert", "MPNet", "NomicBert", "Electra")
 ]
 
 #: Those whose attention is a function that transformers looks up by its name.
-INTERFACED = [name for name in TOKENS if not name.startswith("MPNet")]
+INTERFACED = [name for name in TOKENS if not name.startswith(("DebertaV2", "MPNet"))]
 
 
 def twins(kind=BertForTokenClassification, **changes):
@@ -201,7 +201,9 @@ def test_hooks_on_the_model_from_before_patching_see_padded_states(text):
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("name", [name for name in TOKENS if not name.startswith(("Roberta", "ModernBert", "MPNet"))])
+@pytest.mark.parametrize(
+    "name", [name for name in TOKENS if not name.startswith(("Roberta", "ModernBert", "DebertaV2", "MPNet"))]
+)
 @pytest.mark.parametrize("buffer", ["position_ids", "token_type_ids"])
 def test_positions_and_types_are_the_buffers(name, buffer):
     model = make(name)
@@ -490,7 +492,7 @@ def test_a_layer_attends_as_it_is_told_to(kind):
 def test_gradients_flow_through_hidden_states(name, padding):
     model = make(name)
     stock, batch = copy.deepcopy(model), draw(model)
-    if padding == "holes" and "attention_mask" in batch and not name.startswith(("ModernBert", "MPNet")):
+    if padding == "holes" and "attention_mask" in batch and not name.startswith(("ModernBert", "DebertaV2", "MPNet")):
         batch["attention_mask"][0, [3, 5]] = 0
     real = batch.get("attention_mask", torch.ones(4, 17)).bool()
     found = []

@@ -43,6 +43,7 @@ MODELS = [
 #: A bare model of each family of adapters.
 BUILT_APART = [
     "BertModel",
+    "DebertaV2Model",
     "DistilBertModel",
     "EuroBertModel",
     "ModernBertModel",
@@ -50,6 +51,18 @@ BUILT_APART = [
     "NomicBertModel",
     "ViTModel",
 ]
+#: What makes a DeBERTa-v2 a v3. Distances of more than four tokens share logarithmic buckets.
+DEBERTA_V3 = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+#: Encoders whose task heads hand no keyword arguments on, patched or not.
+HANDING_NOTHING_ON = ("MPNet", "DebertaV2")
 PADDING = {"right": [17, 3, 9, 1], "left": [17, 3, 9, 1], "none": [17, 17, 17, 17]}
 
 
@@ -73,6 +86,7 @@ def make(name, **changes):
         sizes |= {"hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64}
         sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         sizes |= {} if encoder == "MPNet" else {"type_vocab_size": 2}
+        sizes |= DEBERTA_V3 if encoder == "DebertaV2" else {}
         sizes |= {"image_size": 32, "patch_size": 8, "encoder_stride": 8} if encoder not in TEXT else {}
         sizes |= {"embedding_size": 24} if encoder == "Electra" else {}
         # Gates multiply what rounding has done to the activations.
@@ -155,8 +169,7 @@ def test_every_task_head_equals_stock(name):
         compare(model, stock, draw(model))
 
 
-# MPNet's task heads hand none of these arguments on, patched or not.
-@pytest.mark.parametrize("name", [name for name in TEXT if name != "MPNet"])
+@pytest.mark.parametrize("name", [name for name in TEXT if name not in HANDING_NOTHING_ON])
 def test_packed_inputs_are_the_sequences_that_flash_attention_sees(name):
     model = make(f"{name}ForTokenClassification")
     stock, padded, base = copy.deepcopy(model), draw(model), model.base_model
@@ -257,6 +270,17 @@ def test_padding_where_the_task_head_reads_is_left_to_the_stock_code(name):
         ("EuroBertModel", {"attention_bias": True, "mlp_bias": True, "head_dim": 8}),
         ("EuroBertForSequenceClassification", {"classifier_pooling": "bos"}),
         ("EuroBertForSequenceClassification", {"classifier_pooling": "mean", "attn_implementation": "eager"}),
+        # DeBERTa-v2-xlarge's convolution, and what else v2 and mDeBERTa have.
+        ("DebertaV2ForMaskedLM", {"conv_kernel_size": 3, "conv_act": "gelu", "share_att_key": False}),
+        ("DebertaV2ForSequenceClassification", {"conv_kernel_size": 5, "conv_groups": 2, "position_buckets": 3}),
+        ("DebertaV2ForTokenClassification", {"share_att_key": False, "pos_att_type": "c2p", "norm_rel_ebd": "none"}),
+        ("DebertaV2ForTokenClassification", {"share_att_key": False, "pos_att_type": "p2c", "position_buckets": -1}),
+        ("DebertaV2ForTokenClassification", {"position_buckets": -1, "max_relative_positions": 6}),
+        ("DebertaV2ForTokenClassification", {"position_buckets": 16, "max_relative_positions": 10}),
+        ("DebertaV2Model", {"position_biased_input": True, "type_vocab_size": 2, "share_att_key": False}),
+        ("DebertaV2Model", {"embedding_size": 24, "pos_att_type": []}),
+        ("DebertaV2Model", {"relative_attention": False, "position_biased_input": True}),
+        ("DebertaV2ForMaskedLM", {"legacy": False, "hidden_act": "relu"}),
         ("ModernBertModel", {"attn_implementation": "eager"}),
         ("ModernBertModel", {"attention_bias": True, "mlp_bias": True, "norm_bias": True}),
         ("ModernBertModel", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
@@ -353,6 +377,63 @@ def test_a_bias_by_distance_is_that_of_stock_in_long_rows(options):
         assert (found[1].abs().amin(1) > 0).sum() == 31
 
 
+@pytest.mark.parametrize("options", [{}, {"unpad": False}, {"bucket": 16}])
+@pytest.mark.parametrize("changes", [{}, {"share_att_key": False, "conv_kernel_size": 3}])
+def test_position_vectors_are_those_of_stock_in_long_rows(options, changes):
+    # As many buckets as DeBERTa-v3, and distances that share them; the gradients of vectors and projections too.
+    sizes = {"max_position_embeddings": 304, "position_buckets": 256, "max_relative_positions": 280, **changes}
+    model = make("DebertaV2ForTokenClassification", **sizes)
+    stock, lengths = copy.deepcopy(model), torch.tensor([300, 15, 101])
+    mask = (torch.arange(300) < lengths[:, None]).long()
+    ids = torch.randint(5, 100, mask.shape).where(mask.bool(), model.config.pad_token_id)
+    with ticketops.patch(model, **options) as handle:
+        compare(model, stock, {"input_ids": ids, "attention_mask": mask})
+        found = []
+        for each in (model, masked(stock, TICKETS["uneven"])):
+            handle.apply(TICKETS["uneven"])
+            each.zero_grad()
+            each(ids, mask).logits[mask.bool()].square().sum().backward()
+            found.append(each.deberta.encoder.rel_embeddings.weight.grad)
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4 * found[1].abs().max().item())
+        assert (found[1].abs().amax(1) > 0).sum() > 300
+
+
+def test_position_vectors_are_dropped_out_as_stock_drops_them():
+    # Once for each layer and all rows of a batch.
+    model = make("DebertaV2ForTokenClassification", num_hidden_layers=1, share_att_key=False)
+    stock, batch = copy.deepcopy(model), draw(model, "none")
+    found = []
+    with ticketops.patch(model):
+        for each in (model, stock):
+            dropout = each.train().deberta.encoder.layer[0].attention.self.pos_dropout
+            dropout.p = 0.5
+            torch.manual_seed(1)
+            outputs = torch.stack([each(**batch).logits.detach() for _ in range(400)])
+            found.append((outputs.mean(0), outputs.std(0)))
+    assert found[0][1].max() > 0.1
+    for got, want in zip(*found, strict=True):
+        assert (got - want).abs().max() < 0.25 * found[1][1].max()
+
+
+def test_a_last_layer_that_is_passed_several_times_is_left_to_the_stock_code():
+    model = make("DebertaV2ForTokenClassification")
+    stock, batch = copy.deepcopy(model), draw(model)
+    for each in (model, stock):
+        each.deberta.z_steps = 2
+    with ticketops.patch(model) as handle:
+        results = []
+        for each in (model, stock):
+            try:
+                results.append(each(**batch).logits)
+            # What transformers makes of it is not ours to say.
+            except Exception as error:
+                results.append(repr(error))
+        assert type(results[0]) is type(results[1])
+        handle.apply(TICKETS["neither"])
+        with pytest.raises(UnsupportedError, match=r"z_steps=2.*ignore the applied ticket"):
+            model(**batch)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -406,7 +487,7 @@ def test_a_trained_table_of_a_bias_is_read_anew():
                 each.mpnet.encoder.relative_attention_bias.weight.mul_(-2)
 
 
-@pytest.mark.parametrize("name", ["MPNetForSequenceClassification", "MPNetModel"])
+@pytest.mark.parametrize("name", ["DebertaV2Model", "MPNetForSequenceClassification", "MPNetModel"])
 def test_results_are_tuples_where_they_are_asked_for(name):
     model = make(name)
     stock, batch = copy.deepcopy(model), draw(model)
@@ -427,7 +508,11 @@ def test_results_are_tuples_where_they_are_asked_for(name):
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("ModernBertForSequenceClassification", {"classifier_pooling": "mean"}), ("MPNetForTokenClassification", {})],
+    [
+        ("ModernBertForSequenceClassification", {"classifier_pooling": "mean"}),
+        ("MPNetForTokenClassification", {}),
+        ("DebertaV2Model", {}),
+    ],
 )
 def test_masks_whose_holes_would_bring_tokens_nearer_are_refused(name, changes):
     model = make(name, **changes)
@@ -495,6 +580,25 @@ def test_fused_and_gated_layers_are_counted_and_cut(changes):
         assert (layer.attn.Wqkv.out_features, layer.attn.Wo.in_features) == (3 * 12 * heads, 12 * heads)
         assert (layer.mlp.Wi.out_features, layer.mlp.Wo.in_features) == (2 * width, width)
         assert (layer.mlp.Wo.bias is not None) == bool(changes and width)
+
+
+@pytest.mark.parametrize("kinds", [["c2p", "p2c"], ["p2c"]])
+def test_position_projections_are_counted_and_cut(kinds, tmp_path):
+    model = make("DebertaV2ForTokenClassification", share_att_key=False, pos_att_type=kinds)
+    batch, before, ticket = draw(model), weight_counts(model), TICKETS["neurons"]
+    whole, left = costs(model, 17, ticket)
+    assert whole.macs_per_token == LAYERS * (4 * (4 * 48 * 12 + (2 + len(kinds)) * 12 * 17) + 64 * 2 * 48)
+    want = real(masked(copy.deepcopy(model), ticket)(**batch), batch)["logits"]
+    ticketops.shrink(model, ticket)
+    assert weight_counts(model).total == left.parameters == round(before.total * ticket.weights_remaining(before))
+    for layer, heads in zip(model.deberta.encoder.layer, ticket.head_mask.sum(1).tolist(), strict=True):
+        assert layer.attention.self.pos_query_proj.out_features == 12 * heads
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for each in (model, loaded):
+        torch.testing.assert_close(real(each(**batch), batch)["logits"], want, **close)
+        with ticketops.patch(each):
+            torch.testing.assert_close(real(each(**batch), batch)["logits"], want, **close)
 
 
 def test_a_cut_optimizer_goes_on_as_a_masked_models_and_rewinds(encoder, inputs):
@@ -624,6 +728,7 @@ def test_importance_equals_its_definition(encoder, inputs):
     [
         # transformers' MPNet has no checkpoints.
         *((name, "checkpointed") for name in CLASSIFIERS if not name.startswith("MPNet")),
+        ("DebertaV2ForSequenceClassification", "compiled"),
         ("DistilBertForSequenceClassification", "compiled"),
         ("EuroBertForSequenceClassification", "compiled"),
         ("ElectraForSequenceClassification", "compiled"),
@@ -723,6 +828,7 @@ def test_attention_weights_are_the_stock_code_s(encoder, inputs):
     "name",
     [
         "EuroBertForTokenClassification",
+        "DebertaV2ForTokenClassification",
         "ModernBertForMaskedLM",
         "MPNetForTokenClassification",
         "NomicBertForSequenceClassification",
@@ -777,8 +883,8 @@ def test_the_longest_row_is_known(name):
     model = make(f"{name}Model")
     longest = positions(model)
     assert model(torch.full((1, longest), 7)).last_hidden_state.shape[1] == longest
-    if not hasattr(find_adapter(model)[0].embeddings(model), "position_embeddings"):
-        # Rotary positions have no table that ends; the configuration says what they were trained for.
+    if getattr(find_adapter(model)[0].embeddings(model), "position_embeddings", None) is None:
+        # Other kinds of positions have no table that ends; the configuration says what they were trained for.
         assert longest == model.config.max_position_embeddings
         return
     with pytest.raises((IndexError, RuntimeError)):

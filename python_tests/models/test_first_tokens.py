@@ -14,8 +14,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import ticketops
 from models.conftest import HEADS, LAYERS, tiny_config
-from models.test_encoders import NAMES, draw, make
+from models.test_encoders import HANDING_NOTHING_ON, NAMES, draw, make
 from models.test_patch import calls
+from ticketops.errors import InputError
 from ticketops.models.handle import find_handle
 from ticketops.models.registry import ADAPTERS
 from ticketops.tickets import Ticket
@@ -180,16 +181,18 @@ def test_whoever_may_see_the_other_tokens_gets_them(model, stock, batch, change)
     torch.testing.assert_close(got, want, **roundings(1000))
 
 
-def test_a_bare_model_gives_all_tokens_beside_a_head():
-    """MPNet's head tells its bare model past the arguments, and that ends with its forward pass, also with an error."""
-    model = make("MPNetForSequenceClassification")
+@pytest.mark.parametrize("encoder", HANDING_NOTHING_ON)
+def test_a_bare_model_gives_all_tokens_beside_a_head(encoder):
+    """These heads tell their bare model past the arguments, and that ends with its forward pass, also with an error."""
+    model = make(f"{encoder}ForSequenceClassification")
     stock, batch = copy.deepcopy(model), draw(model)
     real = batch["attention_mask"].bool()
     with ticketops.patch(model), torch.no_grad():
         copied, said = copy.deepcopy(model), watched(model)
-        with pytest.raises(IndexError):
+        with pytest.raises((IndexError, InputError)):
             model(batch["input_ids"] + 1000)
-        torch.testing.assert_close(model.mpnet(**batch)[0][real], stock.mpnet(**batch)[0][real], **roundings(1000, 100))
+        states = [each.base_model(**batch)[0][real] for each in (model, stock)]
+        torch.testing.assert_close(*states, **roundings(1000, 100))
         for each in (model, copied):
             torch.testing.assert_close(each(**batch).logits, stock(**batch).logits, **roundings(1000, 100))
     assert said == [LAYERS - 1, None, LAYERS - 1]

@@ -39,14 +39,16 @@ def compiled_step(model, batch, compiled):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("architecture", ["bert", "distilbert", "mpnet", "nomic_bert"])
+@pytest.mark.parametrize("architecture", ["bert", "deberta", "distilbert", "mpnet", "nomic_bert"])
 def test_a_model_with_static_shapes_is_one_graph(architecture, batch):
     torch.manual_seed(0)
     if architecture == "bert":
         model = BertForSequenceClassification(tiny_config()).eval()
     else:
-        names = {"distilbert": "DistilBert", "mpnet": "MPNet", "nomic_bert": "NomicBert"}
-        model = make(f"{names[architecture]}ForSequenceClassification")
+        names = {"deberta": "DebertaV2", "distilbert": "DistilBert", "mpnet": "MPNet", "nomic_bert": "NomicBert"}
+        # Where it is not given, DeBERTa's head looks at the labels.
+        kind = {"problem_type": "single_label_classification"} if architecture == "deberta" else {}
+        model = make(f"{names[architecture]}ForSequenceClassification", **kind)
         if architecture != "nomic_bert":
             batch.pop("token_type_ids")
     want = step(model, batch)

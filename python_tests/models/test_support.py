@@ -59,7 +59,7 @@ def test_the_class_that_the_configuration_names_and_what_it_removed(model, tmp_p
     [
         ("Albert", "one layer's weights serve all layers"),
         ("Bart", "encoder with a decoder"),
-        ("DebertaV2", "relative position terms"),
+        ("Deberta", "relative position terms in the attention scores, of which only MPNet's and DeBERTa-v2's adapters"),
         ("FNet", "Fourier"),
         ("GPT2", "decoder, whose attention is causal"),
         ("Longformer", "window"),
@@ -84,6 +84,8 @@ def test_other_architectures_are_refused_with_the_reason(config, words):
         ("DistilBert", {"chunk_size_feed_forward": 4}, "chunk_size_feed_forward=4"),
         ("DistilBert", {"activation": "mish"}, "activation Mish"),
         ("EuroBert", {"num_attention_heads": 12, "num_key_value_heads": 4}, "num_key_value_heads=4 for num_attention"),
+        ("DebertaV2", {"attention_head_size": 32}, "attention_head_size=32"),
+        ("DebertaV2", {"conv_kernel_size": 3, "num_hidden_layers": 1}, "conv_kernel_size=3 with one layer"),
         ("MPNet", {"relative_attention_num_buckets": 64}, "relative_attention_num_buckets=64"),
         ("ModernBert", {"hidden_activation": "mish"}, "activation Mish"),
         ("Bert", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized"),

@@ -43,6 +43,8 @@ STARTS = (
     "RobertaForTokenClassification",
     "DistilBertForSequenceClassification",
     "DistilBertForTokenClassification",
+    "DebertaV2ForSequenceClassification",
+    "DebertaV2ForTokenClassification",
     "ElectraForTokenClassification",
     "ModernBertForSequenceClassification",
     "ModernBertForTokenClassification",

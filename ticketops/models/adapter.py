@@ -59,6 +59,8 @@ class LayerParts:
         biased: kinds of modules that need a bias.
         activation_dropout: current dropout probability of the activations, after the gate.
         window: how far its attention reaches; None for the whole sequence.
+        positions: linear layers of its own from position vectors to heads * head_dim, pruned as those of queries are.
+        shares_positions: the linear layers of queries and keys project position vectors, too.
     """
 
     qkv: tuple[nn.Linear, ...]
@@ -80,6 +82,8 @@ class LayerParts:
     activation_dropout: float = 0.0
     window: int | None = None
     norm_first: bool = False
+    positions: tuple[nn.Linear, ...] = ()
+    shares_positions: bool = False
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linear layers by name."""
@@ -89,6 +93,7 @@ class LayerParts:
             | {"output": self.output}
             | dict(zip(("fc1", "gate"), self.first, strict=False))
             | {"fc2": self.fc2}
+            | {f"position projection {index}": linear for index, linear in enumerate(self.positions)}
         )
 
     @property
@@ -104,7 +109,7 @@ class LayerParts:
 
     def tensors(self) -> list[Tensor | None]:
         """Returns weights and biases of all parts in a fixed order; None for a missing one."""
-        modules = (*self.qkv, self.output, self.attention_norm, *self.first, self.fc2, self.ffn_norm)
+        modules = (*self.qkv, *self.positions, self.output, self.attention_norm, *self.first, self.fc2, self.ffn_norm)
         there = [module._parameters for module in modules if module is not None]
         return [parameters.get(name) for parameters in there for name in ("weight", "bias")]
 
@@ -195,6 +200,8 @@ class Adapter:
         reads_positions: True if layers get position_ids, with which flash attention separates packed sequences.
         no_mask: attention mask argument with which the bare model builds no mask, since the layers read the packing.
         shrunk: classes that `resize` gives to modules of a shrunk layer.
+        position_terms: function of a configuration that returns how many products with position vectors are added to
+            each attention score, and how many linear layers of its own a layer projects them by.
         position_bias: function that returns an encoder's table of a bias by distance, an embedding [buckets, heads]
             that all layers share; None if attention has no such bias.
     """
@@ -220,6 +227,7 @@ class Adapter:
     reads_positions: bool = False
     no_mask: Mapping[str, None] | None = None
     shrunk: tuple[type[nn.Module], ...] = ()
+    position_terms: Callable[[Any], tuple[int, int]] = lambda config: (0, 0)
     position_bias: Callable[[Any], nn.Module] | None = None
 
     def layers(self, base: Any) -> list[Any]:
@@ -230,8 +238,14 @@ class Adapter:
         """Returns the number of weights of a head, of a neuron, and of an FFN apart from its neurons (the output
         bias)."""
         (of_attention, of_first, of_last), hidden = self.biases(config), config.hidden_size
-        head = (4 * hidden + 3 * of_attention) * head_dim(config)
+        inputs = 3 + self.position_terms(config)[1]
+        head = ((1 + inputs) * hidden + inputs * of_attention) * head_dim(config)
         return head, (2 + self.gated) * hidden + (1 + self.gated) * of_first, hidden * of_last
+
+    def by_distance(self, config: Any) -> bool:
+        """True if attention depends on how far apart two tokens are, so that none between them may be left out."""
+        windowed = any(window is not None for window in self.windows(config))
+        return windowed or self.position_bias is not None or self.position_terms(config)[0] > 0
 
     def windows(self, config: Any) -> list[int | None]:
         """How far each layer's attention reaches; None for the whole sequence."""

@@ -318,7 +318,7 @@ def compute_layer(
         read(parts.output.bias),
         *((None, None) if norm is None else (read(norm.weight), read(norm.bias))),
         *((*_joined(parts.first, read), read(parts.fc2.weight), read(parts.fc2.bias)) if kept.ffn else (None,) * 4),
-        *(read(parts.ffn_norm.weight), read(parts.ffn_norm.bias), call.bias_of(kept)),
+        *(read(parts.ffn_norm.weight), read(parts.ffn_norm.bias), call.bias_of(kept), *call.positions),
         None if kept.heads is None else kept.heads.on(device),
         None if kept.neurons is None else kept.neurons.on(device),
     ]
@@ -416,6 +416,8 @@ def attend(
         per_token=call.per_token,
         window=window,
         position_bias=call.bias_of(state.kept),
+        position_keys=call.positions[0],
+        position_queries=call.positions[1],
     )
     # Without any token, -1 would be ambiguous.
     return context.view(*hidden_states.shape[:-1], context.shape[1] * context.shape[2])

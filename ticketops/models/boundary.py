@@ -455,7 +455,7 @@ def _examine_modules(handle: "PatchHandle", base: Any) -> Look:
         if fault is not None:
             return Look(f"layer {index} has {fault}")
         if hooked := list(filter(is_hooked, modules)):
-            called = [layer, *adapter.calls(layer), *parts.qkv]
+            called = [layer, *adapter.calls(layer), *(() if parts.shares_positions else parts.qkv)]
             if state.kept.heads is not None:
                 # Where a ticket picks heads, their weights are read past their modules, and contexts are narrower.
                 called = [layer, *adapter.calls_with_heads(layer)]
@@ -596,7 +596,9 @@ def only_first_tokens(adapter: Adapter, model: PreTrainedModel) -> bool:
     if getattr(model.config, "classifier_pooling", "cls") != "cls":
         return False
     base: Any = model.base_model
-    pooler, classifier = getattr(base, "pooler", None), adapter.first_token_heads[stock_class(model)]
+    # DeBERTa's pooler is the task head's.
+    pooler = getattr(base, "pooler", getattr(model, "pooler", None))
+    classifier = adapter.first_token_heads[stock_class(model)]
     readers: list[Any] = [base, adapter.encoder(base), adapter.layers(base)[-1]]
     # What else takes the layers' result in a model that is its own encoder.
     readers += [base.final_norm] if hasattr(base, "final_norm") else []

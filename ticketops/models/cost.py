@@ -53,9 +53,11 @@ def costs(model: PreTrainedModel, length: int | None = None, ticket: Ticket | No
     length = adapter.inputs.length(base.config) if length is None else length
     held, hidden, dim = held_ticket(base.config), base.config.hidden_size, head_dim(base.config)
     width = num_neurons(base.config)
-    # Per token: a head's part of q, k, v and o, and its scores and contexts over all tokens in the window.
+    # Per token: a head's part of q, k, v and o, and its scores and contexts over all tokens in the window. What is
+    # projected once for all sequences, position vectors, is not counted.
     reach = [_reach(length, window) for window in adapter.windows(base.config)]
-    head = torch.tensor([4 * hidden * dim + 2 * dim * tokens // max(length, 1) for tokens in reach])
+    products = 2 + adapter.position_terms(base.config)[0]
+    head = torch.tensor([4 * hidden * dim + products * dim * tokens // max(length, 1) for tokens in reach])
     neuron = (2 + adapter.gated) * hidden
     head_weights, neuron_weights, rest = adapter.weights(base.config)
     size = next(model.parameters()).element_size()

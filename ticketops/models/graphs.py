@@ -296,7 +296,10 @@ class GraphedPass:
         """
         if index:
             return hidden_states if self._done else None
-        if reason := self._seen or (None if turn is None else "rotary positions"):
+        reason = self._seen or (None if turn is None else "rotary positions")
+        if reason is None and call.position_vectors is not None:
+            reason = "position vectors, which each layer projects"
+        if reason is not None:
             self._graphs.eager[reason] += 1
             return None
         found = self._graphs.run(self._handle, self._base, call, hidden_states)

@@ -53,10 +53,10 @@ def patch(
     encoder's modules change, to subclasses of the stock ones.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, XLM-R-XL, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, MPNet, GTE,
-            Jina v3, NomicBert, ModernBERT, EuroBERT, ViT or DeiT of transformers, bare or with a task head, on any
-            device. Or a SentenceTransformer, CrossEncoder or SparseEncoder of sentence-transformers with one of them
-            inside.
+        model: a BERT, RoBERTa, XLM-R, XLM-R-XL, CamemBERT, ELECTRA, ERNIE, Data2Vec-text, DistilBERT, MPNet, DeBERTa-v2
+            or v3, GTE, Jina v3, NomicBert, ModernBERT, EuroBERT, ViT or DeiT of transformers, bare or with a task head,
+            on any device. Or a SentenceTransformer, CrossEncoder or SparseEncoder of sentence-transformers with one of
+            them inside.
         unpad: compute real tokens only, packed inside the encoder; False keeps shapes static and never waits for the
             device, for graphs that capture the whole model, and then every row of the attention mask must be one
             unbroken run.
@@ -229,11 +229,8 @@ class PatchHandle:
 
     @property
     def holes(self) -> bool:
-        """True if packing may close holes in a mask: tokens behind a hole would come nearer than they are, which counts
-        within a window and with a bias by distance."""
-        return self.adapter.position_bias is None and not any(
-            window is not None for window in self.adapter.windows(self._base.config)
-        )
+        """True if packing may close holes in a mask, which brings the tokens behind a hole nearer than they are."""
+        return not self.adapter.by_distance(self._base.config)
 
     def window(self, layer: int) -> int | None:
         """How far a layer's attention reaches by the configuration as it is now; None for the whole sequence.

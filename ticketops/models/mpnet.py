@@ -1,6 +1,5 @@
 """MPNet: BERT's layers under other names, with a relative-position bias that all layers share."""
 
-from contextvars import ContextVar
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -14,33 +13,13 @@ from ticketops import ops
 from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts, rate
 from ticketops.models.bert import TicketEncoder, post_norm_layer, with_unread
-from ticketops.models.boundary import ONLY_FIRST, TicketModel
 from ticketops.models.embeddings import TicketEmbeddings
+from ticketops.models.first_tokens import TellingClassifier, ToldModel
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
 
 #: What the stock encoder looks up by, whatever the configuration says.
 _BUCKETS, _MAX_DISTANCE = 32, 128
-
-#: The bare model of a task head under way that reads nothing but first tokens.
-_reads_first: ContextVar[nn.Module | None] = ContextVar("reads_first", default=None)
-
-
-class TicketMPNetClassifier(nn.Module):
-    """A task head that tells its bare model where it reads nothing but first tokens; the stock one hands on none of its
-    keyword arguments."""
-
-    base_model: nn.Module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the stock model does."""
-        if not kwargs.pop(ONLY_FIRST, False):
-            return super().forward(*args, **kwargs)
-        before = _reads_first.set(self.base_model)
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            _reads_first.reset(before)
 
 
 class _Model(nn.Module):
@@ -70,14 +49,8 @@ class _Model(nn.Module):
         )
 
 
-class TicketMPNetModel(TicketModel, _Model):
+class TicketMPNetModel(ToldModel, _Model):
     """The bare model, see TicketModel."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the stock model does; hidden states at padding are zeros."""
-        if not torch.compiler.is_compiling() and _reads_first.get() is self:
-            kwargs[ONLY_FIRST] = True
-        return super().forward(*args, **kwargs)
 
 
 class _Encoder(nn.Module):
@@ -224,7 +197,7 @@ def make_adapter(modeling: ModuleType, architecture: Architecture) -> Adapter:
         modeling.MPNetEmbeddings: TicketMPNetEmbeddings,
         modeling.MPNetEncoder: TicketMPNetEncoder,
         modeling.MPNetLayer: TicketMPNetLayer,
-        modeling.MPNetForSequenceClassification: TicketMPNetClassifier,
+        modeling.MPNetForSequenceClassification: TellingClassifier,
     }
     return Adapter(
         modeling=modeling,

@@ -77,7 +77,7 @@ def _signs(model: PreTrainedModel) -> Iterator[str]:
     if any("Disentangled" in kind or "Relative" in kind for kind in kinds) or any(
         "relative" in name for name in leaves
     ):
-        yield "relative position terms in the attention scores, of which only MPNet's adapter adds any"
+        yield "relative position terms in the attention scores, of which only MPNet's and DeBERTa-v2's adapters add any"
     if _value(config, "num_key_value_heads") not in (None, _value(config, "num_attention_heads")):
         yield "keys and values shared by several heads (a pruned head takes its own q, k, v and o)"
     if any("RMSNorm" in kind for kind in kinds):

@@ -167,7 +167,7 @@ def _cuts(adapter: Adapter, encoder: Any, config: Any, held: Ticket, left: Ticke
         if not torch.equal(heads, left_heads):
             kept = left_heads[heads].repeat_interleave(dim).nonzero().flatten()
             rows = _repeated(kept, dim * int(heads.sum()), parts.repeats[0]) if len(kept) else None
-            for linear in parts.qkv:
+            for linear in (*parts.qkv, *parts.positions):
                 yield linear, "weight", 0, rows
                 if of_attention:
                     yield linear, "bias", 0, rows

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ticketops.models.handle import PatchHandle
 
 
+_BOTH = ("weight", "bias")
+
+
 @dataclass(frozen=True)
 class Kept:
     """The structures of one layer that a ticket keeps. Made once per ticket, so that applying it again makes no tensor.
@@ -56,9 +59,9 @@ class Kept:
             parts: parts of the layer.
         """
         return [
-            *((linear, name, self.frozen_rows) for linear in parts.qkv for name in ("weight", "bias")),
+            *((linear, name, self.frozen_rows) for linear in (*parts.qkv, *parts.positions) for name in _BOTH),
             (parts.output, "weight", self.frozen_columns),
-            *((linear, name, self.frozen_fc1) for linear in parts.first for name in ("weight", "bias")),
+            *((linear, name, self.frozen_fc1) for linear in parts.first for name in _BOTH),
             (parts.fc2, "weight", self.frozen_fc2),
             (parts.fc2, "bias", self.frozen_bias),
         ]
@@ -217,6 +220,9 @@ class Call:
             encoder that would pad; None where no layer does.
         position_bias: [H, 2 R + 1] for the architecture's heads, see `ticketops.ops.attention`; None for no bias.
         graphed: computes all layers by a graph, or says that it does not, see `graphs.GraphedPass`; None for no graphs.
+        position_vectors: what `ticketops.ops.position_vectors` returns, before each layer projects it; None for none.
+        positions: position keys and queries of the heads that a layer computes, see `ticketops.ops.attention`; given to
+            this layer alone.
         recorded: notes in which backward pass the forward pass's gradients arrive; None when not recording.
     """
 
@@ -233,6 +239,8 @@ class Call:
     padded_by: int | None = None
     position_bias: Tensor | None = None
     graphed: Any = None
+    position_vectors: tuple[Tensor, Tensor | None] | None = None
+    positions: tuple[Tensor | None, Tensor | None] = (None, None)
     recorded: Any = None
 
     def by_graph(self, index: int, hidden_states: Tensor, turn: Any = None) -> Tensor | None:
