@@ -311,9 +311,10 @@ class Step:
     def __init__(self, shape: Shape, task: str, folder: Path, dtype: str) -> None:
         torch.manual_seed(0)
         self.shape, self.dtype = shape, dtype
-        BertForSequenceClassification(shape.config()).save_pretrained(folder)
+        model = BertForSequenceClassification(shape.config())
+        model.save_pretrained(folder)
         batches = [self._batch(task_lengths(task, len(shape.lengths), seed)) for seed in (0, 1, 2)]
-        self._setup = step.Setup(f"lengths of {task}", str(folder), 2, batches, dtype, earlier=batches)
+        self._setup = step.Setup(f"lengths of {task}", str(folder), model.config, batches, dtype, earlier=batches)
         self._contenders = {name: step.contender(self._setup, each) for name, each in STEPS.items()}
 
     def _batch(self, lengths: tuple[int, ...]) -> step.Batch:

@@ -78,9 +78,9 @@ def measure(setups: dict[str, step.Setup], rounds: int) -> dict[str, Any]:
     def models() -> dict[str, PreTrainedModel]:
         torch.manual_seed(0)
         return {
-            task: AutoModelForSequenceClassification.from_pretrained(setup.model, num_labels=setup.labels).to(
-                setup.device
-            )
+            task: AutoModelForSequenceClassification.from_pretrained(
+                setup.model, num_labels=setup.config.num_labels
+            ).to(setup.device)
             for task, setup in setups.items()
         }
 

@@ -10,6 +10,7 @@ a different number of tokens, so the times include the cost of libraries that co
 
 import argparse
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -26,7 +27,13 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PretrainedConfig,
+)
 
 from ticketops import PackingCollator, Ticket, patch, prune, shrink
 from ticketops.errors import InputError, TicketopsError
@@ -36,6 +43,28 @@ from ticketops.tasks import DEMO_MODELS, demo_model, load_task, tokenize
 
 Batch = dict[str, Tensor]
 
+#: Published encoders of base size for --random-weights: model type and what differs from its configuration's defaults.
+BASE_SIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert-base": ("bert", {}),
+    "deberta-v3-base": (
+        "deberta-v2",
+        {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "num_hidden_layers": 12,
+            "norm_rel_ebd": "layer_norm",
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            "position_buckets": 256,
+            "relative_attention": True,
+            "share_att_key": True,
+        },
+    ),
+    "modernbert-base": ("modernbert", {}),
+    "mpnet-base": ("mpnet", {}),
+}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -44,16 +73,16 @@ class Setup:
     Attributes:
         task: name of the task.
         model: folder or name of the pre-trained encoder.
-        labels: number of outputs of the task head.
+        config: its configuration, with as many labels as the task has.
         batches: batches to time, padded to their longest row, on the device.
         dtype: "fp32" or "bf16" (autocast).
         earlier: equally many other batches, to warm up on.
-        random_weights: True draws the weights; of the encoder only the configuration and the tokenizer are read.
+        random_weights: True draws the weights.
     """
 
     task: str
     model: str
-    labels: int
+    config: PretrainedConfig
     batches: list[Batch]
     dtype: str
     earlier: list[Batch]
@@ -84,6 +113,10 @@ class Contender:
     step: Callable[[Batch], None]
 
 
+#: All contenders, see `contender`.
+CONTENDERS = ("sdpa", "compile", "full", "importance", "packed", "ticket50", "applied50", "switching")
+
+
 def load(
     data: Path | None,
     task: str,
@@ -104,8 +137,9 @@ def load(
         batches: number of batches to time, and also to warm up on.
         batch_size: rows per batch.
         max_length: maximum number of tokens per row.
-        model: folder or hub name of the encoder; "demo" for the MiniLM weights, "demo-base" for MPNet-base's.
-        random_weights: see Setup.
+        model: folder or hub name of the encoder; "demo" for the MiniLM weights, "demo-base" for MPNet-base's. With
+            random weights also a name in BASE_SIZED, which goes with MiniLM's tokenizer.
+        random_weights: True draws the weights, and reads only the encoder's configuration and tokenizer.
     """
     spec: str | Path = task
     if data is not None:
@@ -117,12 +151,19 @@ def load(
         remedy = f"--batches to {most}" if most else f"--batch-size to {len(loaded.train) // 2}"
         raise InputError(f"{task} has {len(loaded.train)} training rows of {rows}: lower {remedy}")
     path = str(demo_model(model)) if model in DEMO_MODELS else model
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    if random_weights and model in BASE_SIZED:
+        kind, sizes = BASE_SIZED[model]
+        config = AutoConfig.for_model(kind, num_labels=loaded.num_labels, **sizes)
+        tokenizer = AutoTokenizer.from_pretrained(demo_model("demo"), model_input_names=["input_ids", "attention_mask"])
+        config.pad_token_id = tokenizer.pad_token_id
+    else:
+        config = AutoConfig.from_pretrained(path, num_labels=loaded.num_labels)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     tokens = tokenize(loaded.train.select(range(rows)), loaded, tokenizer, max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = DataLoader(tokens, batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
     drawn = [{k: v.to(device) for k, v in batch.items()} for batch in loader]
-    return Setup(task, path, loaded.num_labels, drawn[batches:], dtype, drawn[:batches], random_weights)
+    return Setup(task, path, config, drawn[batches:], dtype, drawn[:batches], random_weights)
 
 
 def contender(setup: Setup, name: str) -> Contender:
@@ -138,7 +179,7 @@ def contender(setup: Setup, name: str) -> Contender:
     """
     torch.manual_seed(0)
     kind = AutoModelForSequenceClassification
-    config = AutoConfig.from_pretrained(setup.model, num_labels=setup.labels)
+    config = copy.deepcopy(setup.config)
     drawn = kind.from_config(config) if setup.random_weights else kind.from_pretrained(setup.model, config=config)
     model = drawn.to(setup.device)
     handle = None if name in ("sdpa", "compile") else patch(model)
@@ -337,7 +378,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
             failures[name] = (str(error).splitlines() or [type(error).__name__])[0]
             del contenders[name]
     # Lower bounds of a step's time, for the whole model and for its ticket.
-    floor_prefixes = {"full": "", "ticket50": "ticket50_"}
+    floor_prefixes = {name: prefix for name, prefix in (("full", ""), ("ticket50", "ticket50_")) if name in contenders}
     floors = [prefix + part for prefix in floor_prefixes.values() for part in ("matmul_floor", "optimizer")]
     times: dict[str, list[float]] = {name: [] for name in [*contenders, *floors]}
     for turn in range(rounds):
@@ -366,7 +407,8 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
 
     recorded, switched = ratio("importance", "full"), ratio("switching", "applied50")
     # The speed-up of the ticket if everything but matrix products and the optimizer took no time.
-    bounds = [sum(parts[:2]) / sum(parts[2:]) for parts in zip(*(times[name] for name in floors), strict=True)]
+    parts_of = zip(*(times[name] for name in floors), strict=True)
+    bounds = [sum(parts[:2]) / sum(parts[2:]) for parts in parts_of if "ticket50" in contenders]
     real = sum(int(batch["attention_mask"].sum()) for batch in setup.batches)
     return {
         "task": setup.task,
@@ -375,7 +417,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
         "full_vs_compile": ratio("compile", "full"),
         "packed_vs_full": ratio("full", "packed"),
         "ticket50_vs_full": ratio("full", "ticket50"),
-        "ticket50_vs_full_of_floors": statistics.median(bounds),
+        "ticket50_vs_full_of_floors": statistics.median(bounds) if bounds else None,
         "applied50_vs_full": ratio("full", "applied50"),
         "importance_overhead": None if recorded is None else recorded - 1,
         "switching_overhead": None if switched is None else switched - 1,
@@ -438,7 +480,16 @@ def main() -> int:
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: %(default)s)"
     )
     parser.add_argument("--model", default="demo", help="encoder, a folder or name (default: the demo's MiniLM)")
-    parser.add_argument("--random-weights", action="store_true", help="draw the weights instead of loading them")
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help=f"draw the weights instead of loading them; --model may also be {', '.join(BASE_SIZED)} then",
+    )
+    parser.add_argument(
+        "--contenders",
+        default=",".join(CONTENDERS),
+        help="which to time, of a large model as many as memory holds; sdpa and full are needed (default: %(default)s)",
+    )
     parser.add_argument(
         "--batches",
         type=int,
@@ -456,9 +507,12 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     if options.threads:
         torch.set_num_threads(options.threads)
-    compiled = [] if options.no_compile else ["compile"]
-    names = ["sdpa", *compiled, "full", "importance", "packed", "ticket50", "applied50", "switching"]
+    names = [name for name in options.contenders.split(",") if name != "compile" or not options.no_compile]
     try:
+        if not {"sdpa", "full"} <= set(names) <= set(CONTENDERS):
+            raise InputError(
+                f"--contenders {options.contenders}: need sdpa and full, and any of {', '.join(CONTENDERS)}"
+            )
         if options.batches < 1 or options.rounds < 1:
             raise InputError("--batches and --rounds must be at least 1")
         setup = load(
@@ -488,7 +542,7 @@ def main() -> int:
     ):
         print(f"{name:28s}" + ("not measured" if result[name] is None else f"{result[name]:.2f}x"))
     for name in ("importance_overhead", "switching_overhead"):
-        print(f"{name:28s}{result[name]:+.1%}")
+        print(f"{name:28s}" + ("not measured" if result[name] is None else f"{result[name]:+.1%}"))
     for name, reason in result["failures"].items():
         print(f"{name} failed: {reason}")
     return 0
