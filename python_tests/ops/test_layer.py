@@ -17,6 +17,8 @@ from ticketops.ops.ffn import ACTIVATIONS
 from ticketops.ops.layer import native as layer
 from ticketops.ops.layer.arguments import Inputs, Saved, Settings
 from ticketops.ops.layer.native import FEW_TOKENS, FEW_TOKENS_AMX, FEW_TOKENS_BF16
+from ticketops.ops.rotary import native as turn
+from ticketops.ops.rotary import reference
 
 from .cases import SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
 from .layers import (
@@ -82,6 +84,21 @@ def test_layers_of_other_kinds(kind, ticket, dtype, autocast, first_tokens):
         with poisoned():
             check(inputs(rows, ticket, kind=kind), sequences, dtype, autocast, per_token=per_token, **options)
     check_inference(inputs(rows, ticket, kind=kind), sequences, dtype, autocast, first_tokens=first_tokens, kind=kind)
+
+
+@given(tokens=st.integers(0, 40), heads=st.integers(1, 3), half=st.integers(1, 40), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_rotary_positions(tokens, heads, half, dtype):
+    generator = torch.Generator().manual_seed(half)
+    qkv, dqkv = torch.randn((2, tokens, 3, heads, 2 * half), generator=generator, dtype=torch.float64).to(dtype[0])
+    angles = torch.randn((2, tokens, 2 * half), generator=generator, dtype=torch.float64)
+    for x, back in ((qkv, False), (dqkv, True)):
+        got, exact = turn.turn_(x.clone(), *angles.float(), back), reference.turn_(x.double(), *angles, back)
+        assert torch.equal(got[:, 2], x[:, 2])
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=20 * torch.finfo(dtype[0]).eps)
+    # The turn of gradients is the transpose of that of what they belong to.
+    turned = reference.turn_(qkv.double(), *angles), reference.turn_(dqkv.double(), *angles, back=True)
+    torch.testing.assert_close((turned[0] * dqkv).sum(), (turned[1] * qkv).sum())
 
 
 @given(
