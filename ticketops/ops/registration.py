@@ -186,7 +186,9 @@ def define(
         CPU the dispatcher takes as long as the kernels of a small layer.
     """
     name = schema.partition("(")[0]
-    forward = _without_views(forward)
+    if backward is not None:
+        # Gradients may be views: they are computed without a gradient mode.
+        forward = _without_views(forward)
     _library.define(schema)
     _library.impl(name, _without_shared_memory(forward) if shares else forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ticketops::{name}", fake, lib=_library)
