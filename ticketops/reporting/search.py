@@ -124,10 +124,12 @@ def optimism(selection: Selection) -> str:
     if not selection.is_cross_fitted:
         return ""
     naive, fitted = (Spread.of(gains.values()).mean for gains in (selection.naive_gains, selection.gains))
+    # Rounded, and no negative zero.
+    optimism = round(100 * (naive - fitted), 1) + 0.0
     others = "the other seeds chose, " if len(selection.gains) > 1 else "was chosen "
     return (
         f"The gain is that of the level that {others}on rows that did not choose. By the rows and seeds that chose it, "
-        f"the super ticket would seem to gain {100 * naive:+.1f} points; {100 * (naive - fitted):+.1f} of these are "
+        f"the super ticket would seem to gain {100 * naive:+.1f} points; {optimism:+.1f} of these are "
         "what choosing the best makes of noise."
     )
 
