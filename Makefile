@@ -55,10 +55,11 @@ test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) -k triton python_tests/ops/test_triton.py python_tests/ops/test_guards.py
 
 # Each instruction set that the processor has beside its best, of the kernels and of torch, whose results differ by
-# roundings: as many runs of the tests of ops and models, but for the slow ones.
+# roundings: as many runs of the tests of ops, but for the slow ones, and for the kernels' lowest those of models.
 test-isa: setup
 	@set -e; $(BIN)/python python_tests/instruction_sets.py | while read setting; do echo "$$setting"; \
-		env $$setting $(BIN)/python $(PYTEST) -m "not long and not slow" python_tests/ops python_tests/models < /dev/null; done
+		case "$$setting" in TICKETOPS_ISA=avx2) models=python_tests/models;; *) models=;; esac; \
+		env $$setting $(BIN)/python $(PYTEST) -m "not long and not slow" python_tests/ops $$models < /dev/null; done
 
 # Fuzzing, kills, random walks, exports of every encoder, whole builds and benchmarks. pytest ends with 5 where no test is marked so.
 test-long: setup
