@@ -10,7 +10,7 @@ from transformers import BertForSequenceClassification
 
 import ticketops
 from models.conftest import tiny_batch, tiny_config
-from models.test_encoders import make
+from models.test_encoders import draw, make
 from ticketops.errors import InputError
 
 
@@ -66,6 +66,22 @@ def test_a_ticket_is_one_graph_too(model, batch):
         want = step(model, batch)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert_same(compiled_step(model, batch, compiled), want)
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "ViTForImageClassification"])
+def test_hooks_are_seen_where_shapes_are_static(name):
+    def double(module, args, output):
+        return output * 2 if isinstance(output, torch.Tensor) else (output[0] * 2, *output[1:])
+
+    model = make(name)
+    stock = copy.deepcopy(model)
+    inputs = draw(stock)
+    for each in (model, stock):
+        layer = next(m for n, m in each.named_modules() if n.endswith(("layer.1", "layers.1")))
+        layer.register_forward_hook(double)
+    with ticketops.patch(model, unpad=False), torch.no_grad():
+        got = torch.compile(model, backend="eager")(**inputs).logits
+        torch.testing.assert_close(got, stock(**inputs).logits, **roundings(1000, 100))
 
 
 def test_importance_is_recorded_beside_a_static_graph(model, batch):

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ticketops.models.packing_collator import PACKED
 from ticketops.models.record import APPLIED
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stock_class, unsharded_class
-from ticketops.ops import Packing
+from ticketops.ops import Packing, private
 from ticketops.ops.packing import check_rows, is_unbroken, require
 from ticketops.ops.products import compute_dtype
 
@@ -179,8 +180,8 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
         obstacle = f"a device of type {device.type!r}"
     if obstacle is None and mask is not None:
         obstacle = _mask_obstacle(handle, base, mask, batch, width, device)
-    if obstacle is None and not torch.compiler.is_compiling():
-        look = examine(handle, base)
+    if obstacle is None:
+        look = Look(*_look_of(handle.key)) if torch.compiler.is_compiling() else examine(handle, base)
         obstacle = look.obstacle
     if obstacle is None and look.watched and not handle.restricts:
         obstacle = "hooks inside it"
@@ -398,6 +399,18 @@ def _hook_numbers(state: dict[str, Any]) -> tuple[int, ...]:
     if not (forward or before or backward or before_backward):
         return ()
     return tuple(number for hooks in kinds for number in hooks)
+
+
+#: Handles by their keys: a compiler can hand a number to what it takes the result of, but no object.
+HANDLES: "WeakValueDictionary[int, PatchHandle]" = WeakValueDictionary()
+
+
+@private.assume_constant_result
+def _look_of(key: int) -> tuple[str | None, bool, bool]:
+    """What `examine` finds when a model is compiled; as in a stock model, hooks must be there by then."""
+    handle = HANDLES[key]
+    look = examine(handle, handle.base)
+    return look.obstacle, look.watched, look.front_packs
 
 
 def examine(handle: "PatchHandle", base: Any) -> Look:

@@ -1,6 +1,7 @@
 """The handle of a patched model: swaps the classes of its layers in place, records importance, applies tickets."""
 
 import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from ticketops import ops
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models.adapter import Adapter
-from ticketops.models.boundary import ONLY_FIRST, Snapshot, only_first_tokens
+from ticketops.models.boundary import HANDLES, ONLY_FIRST, Snapshot, only_first_tokens
 from ticketops.models.containers import callers, refuse_readers_of_padding, separate_columns, transformers_model
 from ticketops.models.embeddings import SWAPS
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
@@ -35,6 +36,7 @@ from ticketops.ops import Packing
 from ticketops.text import html
 from ticketops.tickets import Granularity, Importance, Ticket
 
+_KEYS = itertools.count()
 #: Task heads that read the first position of each row.
 _FIRST_TOKEN_HEADS = (
     "ForSequenceClassification",
@@ -130,6 +132,7 @@ class PatchHandle:
         parts, encoder = check_layers(adapter, base), adapter.encoder(base)
         # Copies and pickles of the model take the handle along; an adapter has functions that none could take.
         self.model, self._base, self._architecture = model, base, adapter.base
+        self._register()
         self.unpad, self.bucket = unpad, bucket
         self.graphs = Graphs() if graphs else None
         self.num_layers = len(parts)
@@ -201,6 +204,15 @@ class PatchHandle:
         self._swapped.append((module, stock))
         module.__class__ = swaps.get(stock, stock)
         module.__dict__["_ticketops"] = state
+
+    def _register(self) -> None:
+        self.key = next(_KEYS)
+        HANDLES[self.key] = self
+
+    @property
+    def base(self) -> Any:
+        """The bare model."""
+        return self._base
 
     def __repr__(self) -> str:
         state = f"ticket={self.ticket!r}" if self._swapped else "reverted"
@@ -528,6 +540,10 @@ class PatchHandle:
     def __getstate__(self) -> dict[str, Any]:
         # A copy that is made while importance is recorded does not record, and has modules of its own.
         return {**vars(self), "_recording": None, "snapshot": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._register()
 
     def revert(self) -> None:
         """Gives every module its stock class back; the weights are untouched. Reverting twice is allowed."""
