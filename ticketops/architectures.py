@@ -14,7 +14,7 @@ class Architecture(NamedTuple):
         suffix: of its modeling file, where the folder has several.
         extra_tokens: in front of an image's patches.
         gated: True if its FFNs have a gate.
-        since: version of transformers that brought it; empty if the oldest supported one has it.
+        since: version of transformers from which on it is served; empty if from the oldest supported one on.
     """
 
     package: str
@@ -50,7 +50,7 @@ ARCHITECTURES = (
     Architecture("jina_embeddings_v3", "JinaEmbeddingsV3", "rotary", "JinaEmbeddingsV3Model"),
     Architecture("modernbert", "ModernBert", "modernbert", "ModernBertModel", gated=True),
     Architecture("mpnet", "MPNet", "mpnet", "MPNetEncoder"),
-    Architecture("nomic_bert", "NomicBert", "rotary", "NomicBertModel", gated=True),
+    Architecture("nomic_bert", "NomicBert", "rotary", "NomicBertModel", gated=True, since="5.24"),
     _bert("roberta", "Roberta"),
     Architecture("vit", "ViT", "vit", "ViTModel", extra_tokens=1),
     _bert("xlm_roberta", "XLMRoberta"),

@@ -26,7 +26,7 @@ from transformers.integrations.neftune import activate_neftune
 
 import ticketops
 from models.conftest import HEADS, LAYERS
-from models.test_encoders import make
+from models.test_encoders import NAMES, make
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models.handle import find_handle
 from ticketops.models.record import kept_neurons
@@ -35,7 +35,7 @@ from ticketops.tickets import Ticket
 
 ROWS, WIDTH = 4, 13
 #: Models that walks begin with.
-STARTS = (
+_NAMES = (
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
@@ -56,6 +56,7 @@ STARTS = (
     "NomicBertForTokenClassification",
     "ViTForImageClassification",
 )
+STARTS = tuple(name for name in _NAMES if name.startswith(tuple(NAMES)))
 REFUSALS = UnsupportedError, InputError
 #: What is refused with a ticket and without one.
 ALWAYS_REFUSED = ("attention mask has holes",)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,8 @@ def _adapter(architecture: Architecture) -> Adapter:
 
 
 def _is_installed(architecture: Architecture) -> bool:
+    if architecture.since and Version(transformers.__version__) < Version(architecture.since):
+        return False
     return find_spec(f"transformers.models.{architecture.package}") is not None
 
 
@@ -47,8 +50,8 @@ def check_installed(model_type: Any) -> None:
     for architecture in ARCHITECTURES:
         if architecture.package == model_type and not _is_installed(architecture):
             raise UnsupportedError(
-                f"transformers {transformers.__version__} has no {architecture.prefix} models: install transformers "
-                f"{architecture.since} or later"
+                f"transformers {transformers.__version__} has no {architecture.prefix} models that ticketops serves: "
+                f"install transformers {architecture.since} or later"
             )
 
 
@@ -79,6 +82,7 @@ def find_adapter(model: nn.Module) -> tuple[Adapter, Any]:
             if refusal:
                 raise UnsupportedError(f"{type(model).__name__} with {refusal}")
             return adapter, base
+    check_installed(getattr(base.config, "model_type", None))
     served = ", ".join(adapter.base.__name__ for adapter in ADAPTERS)
     raise UnsupportedError(
         f"{type(model).__name__} is not supported: {why_not(model)}; ticketops serves {served} and their task heads"
