@@ -288,12 +288,11 @@ def choice_inflation(differences: np.ndarray, over_rows: np.ndarray | None = Non
     seeds, levels = differences.shape
     if seeds < 2:
         return 1.0
-    # Rows of noise with the covariance of levels: over seeds, and over rows.
-    of_seeds = (differences - differences.mean(axis=0)) / math.sqrt(seeds - 1)
+    # Rows of noise with the covariance of levels, as many as levels: over seeds, and over rows.
+    of_seeds = np.asarray(np.linalg.qr((differences - differences.mean(axis=0)) / math.sqrt(seeds - 1), mode="r"))
     of_rows = np.zeros((1, levels))
     if over_rows is not None:
         means = over_rows.mean(axis=0).T
-        # As many rows as levels have the same covariance.
         of_rows = np.asarray(np.linalg.qr((means - means.mean(axis=0)) / math.sqrt(len(means)), mode="r"))
     best = differences.mean(axis=0).argmax()
     behind = (differences[:, [best]] - differences).mean(axis=0)
@@ -303,10 +302,12 @@ def choice_inflation(differences: np.ndarray, over_rows: np.ndarray | None = Non
         return 1.0
     of_seeds, of_rows = of_seeds[:, equal], of_rows[:, equal]
     generator = np.random.default_rng(seeds)
-    drawn = generator.standard_normal((_CHOICES, seeds, seeds)) @ of_seeds
+    # With very many seeds fewer choices do, since each holds more.
+    choices = min(_CHOICES, max(_CHOICES // 5, 100 * _CHOICES // seeds))
+    drawn = generator.standard_normal((choices, seeds, len(of_seeds))) @ of_seeds
     # A half of the rows has twice the variance of all of them.
-    first, second = math.sqrt(2) * generator.standard_normal((2, _CHOICES, 1, len(of_rows))) @ of_rows
-    gains, shares = np.zeros((_CHOICES, seeds)), np.zeros((_CHOICES, equal.sum()))
+    first, second = math.sqrt(2) * generator.standard_normal((2, choices, 1, len(of_rows))) @ of_rows
+    gains, shares = np.zeros((choices, seeds)), np.zeros((choices, equal.sum()))
     for choosing, reporting in ((drawn + first, drawn + second), (drawn + second, drawn + first)):
         chosen = (choosing.sum(axis=1, keepdims=True) - choosing).argmax(axis=2)[..., None]
         gains += np.take_along_axis(reporting, chosen, axis=2)[..., 0] / 2
