@@ -2,7 +2,8 @@
 
     python -m bench.records --seeds 1000
 
-Ten trials a seed, with what 872 rows contribute to accuracy; nothing is trained.
+Ten trials a seed, with what 872 rows contribute to accuracy; nothing is trained. With --tickets there are each seed's
+importance and the tickets of one level, too, for which the report takes torch.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import ticketops
 from bench.step import exit_code
 from ticketops.searching import SearchConfig, Store
 from ticketops.searching.progress import status
+from ticketops.searching.selection import read_selection
 
 ROWS = 872
 #: `ticketops report` as a process of its own, which says its peak: that of `getrusage` has the parent's in it.
@@ -36,12 +38,13 @@ finally:
 """
 
 
-def make(folder: Path, seeds: int) -> int:
+def make(folder: Path, seeds: int, tickets: bool = False) -> int:
     """Writes the search.
 
     Args:
         folder: output folder.
         seeds: number of seeds.
+        tickets: True writes importances and tickets.
 
     Returns:
         The number of trials.
@@ -67,7 +70,29 @@ def make(folder: Path, seeds: int) -> int:
         results = np.stack([labels, answers], axis=1)
         kept = store.write_predictions(trial, {"validation-rows": results})
         store.write_record(trial, {**record, "predictions": kept})
+    if tickets:
+        write_tickets(store)
     return len(store.plan)
+
+
+def write_tickets(store: Store) -> None:
+    """Writes random importances, and the winning tickets of the level that the report reads."""
+    import torch
+
+    from ticketops.tickets import Importance, prune
+
+    generator, importances = torch.Generator().manual_seed(0), {}
+    for seed in store.config.seeds:
+        importance = importances[seed] = Importance(6, 12)
+        for layer in range(6):
+            importance.add_head(layer, torch.randn(1, 12, generator=generator), None)
+            importance.add_ffn(layer, torch.randn(1, generator=generator), None)
+        store.write_importance(seed, "pass", importance)
+    level = read_selection(store).super_level
+    for trial in store.plan:
+        if level is not None and (trial.kind, trial.sparsity) == (level.kind, level.sparsity):
+            counts = trial.heads_pruned, trial.ffns_pruned
+            store.keep_ticket(trial, prune(importances[trial.seed], counts=counts))
 
 
 def main() -> int:
@@ -78,11 +103,12 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m bench.records", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=1_000)
+    parser.add_argument("--tickets", action="store_true", help="write importances and tickets")
     options = parser.parse_args()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
-        found["trials"] = make(folder, options.seeds)
+        found["trials"] = make(folder, options.seeds, options.tickets)
         works: dict[str, Callable[[Path], Any]] = {
             "open": Store.read,
             "records": lambda folder: Store.read(folder).records(),

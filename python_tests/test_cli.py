@@ -16,6 +16,7 @@ from searching.tiny import FIELDS, make_model, make_pairs, make_task
 from test_text import HOSTILE
 from typer.testing import CliRunner, Result
 
+from bench.records import make
 from ticketops import cli, progress_view
 from ticketops.cli import app
 from ticketops.searching import SearchConfig, ShareConfig, ShareTrial, Store, TransferConfig, run
@@ -204,9 +205,14 @@ def test_help_names_every_field_with_its_default_and_does_not_wait_for_torch():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_reading_a_run_imports_neither_models_nor_the_compiler():
-    heavy = {"transformers", "datasets", "torch._dynamo", "sklearn", "pandas"}
-    code = f"import sys, ticketops.reporting; print(sorted({heavy} & set(sys.modules)))"
+def test_reading_a_run_waits_only_for_what_it_needs(tmp_path: Path):
+    # A run without tickets needs no torch, and none needs models or the compiler.
+    assert make(tmp_path, seeds=2) == 20
+    heavy = {"torch", "transformers", "datasets", "sklearn", "pandas", "scipy.stats", "scipy.optimize"}
+    code = f"import sys, ticketops; ticketops.report({str(tmp_path)!r}); print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    Ticket.full(6, 12).save(tmp_path / "tickets" / "winning-0.1-seed-0.safetensors")
+    code = code.replace(str(heavy), str(heavy - {"torch"} | {"torch._dynamo"}))
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -308,7 +308,7 @@ def read_json(
         raise InputError(f"{path} {reason}: {remedy}")
 
     def whole(digits: str) -> int:
-        if largest is not None and (len(digits) > 19 or abs(int(digits)) > largest):
+        if len(digits) > 19 or abs(int(digits)) > (largest or 0):
             refuse(f"has the size {digits:.20}, larger than any model's")
         return int(digits)
 
@@ -332,17 +332,19 @@ def read_json(
             refuse("is not a file")
         if found.st_size > most:
             refuse(f"is larger than {most} bytes")
-        content = json.loads(
-            path.read_text(encoding="utf-8"),
-            parse_int=whole,
-            parse_float=number,
-            parse_constant=number,
-            object_pairs_hook=unique,
-        )
+        text = path.read_text(encoding="utf-8")
+        # No function is called for each number where none is needed, because runs have thousands of such files.
+        integer = None if largest is None else whole
+        content = json.loads(text, parse_int=integer, parse_constant=number, object_pairs_hook=unique)
         if not isinstance(content, dict):
             refuse(f"is a JSON {type(content).__name__}, not an object")
         checksum = content.pop("checksum", None)
-        actual = _checksum(content)
+        try:
+            actual = _checksum(content)
+        except ValueError:
+            # A number that is too large for a float: find it.
+            json.loads(text, parse_float=number)
+            raise
     except InputError:
         raise
     except OSError as error:
@@ -357,7 +359,7 @@ def read_json(
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, name: str, fields: Mapping[str, Any]) -> None:

@@ -83,7 +83,10 @@ def printable(text: Any) -> str:
     Args:
         text: any object; unprintable characters become Python escapes such as `\\x1b`.
     """
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
+    found = str(text)
+    if found.isprintable():
+        return found
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in found)
 
 
 def markdown(text: Any) -> str:

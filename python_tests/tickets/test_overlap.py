@@ -1,9 +1,14 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 
 from ticketops.errors import InputError
-from ticketops.tickets import Importance, Ticket, chance_jaccard, prune
+from ticketops.tickets import Importance, Ticket, chance_jaccard, jaccards, mean_jaccard, prune
+
+from .strategies import same_shape_tickets
 
 
 @pytest.mark.parametrize("counts", [((14, 1), (28, 2)), ((43, 3), (43, 3)), ((60, 6), (0, 0))])
@@ -30,6 +35,18 @@ def test_the_smallest_case_by_hand():
     assert chance_jaccard(empty, full) == pytest.approx((0.0, 0.0))
 
 
+@given(same_shape_tickets(4))
+def test_many_tickets_overlap_as_each_pair_of_them(tickets):
+    by_pair = [[one.jaccard(other) for other in tickets] for one in tickets]
+    np.testing.assert_allclose(jaccards(tickets), by_pair, atol=1e-12)
+    pairs = list(itertools.combinations(tickets, 2))
+    mean, chance = mean_jaccard(tickets)
+    assert mean == pytest.approx(np.mean([one.jaccard(other) for one, other in pairs]))
+    assert chance == pytest.approx(np.mean([chance_jaccard(one, other)[0] for one, other in pairs]))
+
+
 def test_shapes_must_agree():
-    with pytest.raises(InputError, match="3 layers x 4 heads does not fit 12"):
-        chance_jaccard(Ticket.full(12, 12), Ticket.full(3, 4))
+    full, small = Ticket.full(12, 12), Ticket.full(3, 4)
+    for compute in (lambda: chance_jaccard(full, small), lambda: jaccards([full, full, small])):
+        with pytest.raises(InputError, match="3 layers x 4 heads does not fit 12"):
+            compute()

@@ -1,7 +1,7 @@
 """What report.html shows in place of the still figures: plots whose points can be read, maps of cells, and data."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
@@ -16,7 +16,9 @@ from ticketops.reporting.tables import points
 from ticketops.searching.selection import Selection
 from ticketops.searching.statistics import Spread
 from ticketops.text import count, printable
-from ticketops.tickets import Importance, Ticket
+
+if TYPE_CHECKING:
+    from ticketops.tickets import Importance, Ticket
 
 #: Inches of a plot on a wide page and on a phone.
 _WIDE, _NARROW = (8.4, 4.7), (4.3, 4.4)
@@ -72,7 +74,7 @@ def phase(selection: Selection, metric: str) -> Markup:
     return fragment("figure", caption=caption, plots=drawn, series=series, rows=rows)
 
 
-def importance(importances: Sequence[Importance], tickets: Mapping[int, Ticket], name: str) -> Markup:
+def importance(importances: "Sequence[Importance]", tickets: "Mapping[int, Ticket]", name: str) -> Markup:
     """The importance of each head and FFN, what the super ticket keeps, and how far the tickets of seeds agree.
 
     Args:
@@ -111,9 +113,10 @@ def importance(importances: Sequence[Importance], tickets: Mapping[int, Ticket],
         ]
         scale = ("", "pruned", "kept" if len(tickets) == 1 else f"kept by all {len(tickets)} seeds", _KEPT_GRADIENT)
         maps.append(_map(f"Kept by {name}", "layer", columns, rows, [scale]))
-    if len(tickets) > 1:
-        seeds = list(tickets)
-        overlap = np.array([[100 * tickets[one].jaccard(tickets[two]) for two in seeds] for one in seeds])
+    if 1 < len(tickets) <= plots.MOST_SEEDS:
+        from ticketops.tickets import jaccards
+
+        seeds, overlap = list(tickets), 100 * jaccards(list(tickets.values()))
         np.fill_diagonal(overlap, np.nan)
         names = [str(seed) for seed in seeds]
         maps.append(
@@ -176,7 +179,7 @@ def overlaps(tasks: Sequence[str], overlap: np.ndarray, chance: np.ndarray) -> M
     )
 
 
-def profiles(tickets: Mapping[str, Mapping[int, Ticket]]) -> Markup:
+def profiles(tickets: "Mapping[str, Mapping[int, Ticket]]") -> Markup:
     """The share of heads and of the FFN that the tasks' tickets keep in each layer, averaged over seeds.
 
     Args:

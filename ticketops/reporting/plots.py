@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +17,9 @@ from matplotlib.image import AxesImage
 from ticketops.searching.selection import Level, Selection
 from ticketops.searching.statistics import Spread
 from ticketops.text import count, printable
-from ticketops.tickets import Importance, Ticket
+
+if TYPE_CHECKING:
+    from ticketops.tickets import Importance, Ticket
 
 # Okabe and Ito's palette. Markers differ too, for black-and-white print.
 _STYLES: Mapping[str, tuple[str, str]] = {
@@ -255,7 +258,9 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
         )  # fmt: skip
 
 
-def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket], name: str, title: str = "") -> Figure:
+def importance_map(
+    importances: "Sequence[Importance]", tickets: "Sequence[Ticket]", name: str, title: str = ""
+) -> Figure:
     """Draws the importance of each head and FFN, and the share of seeds in which the super ticket keeps it.
 
     Args:
@@ -296,7 +301,7 @@ def importance_map(importances: Sequence[Importance], tickets: Sequence[Ticket],
     return figure
 
 
-def mean_importance(importances: Sequence[Importance]) -> tuple[np.ndarray, np.ndarray]:
+def mean_importance(importances: "Sequence[Importance]") -> tuple[np.ndarray, np.ndarray]:
     """Averages the normalised importance over seeds.
 
     Args:
@@ -310,7 +315,7 @@ def mean_importance(importances: Sequence[Importance]) -> tuple[np.ndarray, np.n
     return heads, ffns
 
 
-def mean_kept(tickets: Sequence[Ticket]) -> tuple[np.ndarray, np.ndarray]:
+def mean_kept(tickets: "Sequence[Ticket]") -> tuple[np.ndarray, np.ndarray]:
     """Averages what tickets keep.
 
     Args:

@@ -19,10 +19,11 @@ from ticketops.searching.statistics import Comparison, Spread
 from ticketops.searching.store import Record, Store
 from ticketops.searching.transfer_plan import SCORES, TransferConfig
 from ticketops.text import count, printable
-from ticketops.tickets import Ticket
 
 if TYPE_CHECKING:
     import pandas
+
+    from ticketops.tickets import Ticket
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -116,7 +117,7 @@ class SearchResult(Result):
 
     config: SearchConfig
     selection: Selection = field(compare=False)
-    tickets: dict[int, Ticket]
+    tickets: "dict[int, Ticket]"
 
     @property
     def super_level(self) -> Level | None:
@@ -124,7 +125,7 @@ class SearchResult(Result):
         return self.selection.super_level
 
     @property
-    def super_ticket(self) -> Ticket | None:
+    def super_ticket(self) -> "Ticket | None":
         """The ticket at the super level whose seed scores best on the split that selects."""
         level = self.super_level
         return None if level is None else self.tickets[level.best_seed]
@@ -158,7 +159,7 @@ class ShareResult(Result):
     """
 
     config: ShareConfig
-    tickets: dict[str, dict[int, Ticket]]
+    tickets: "dict[str, dict[int, Ticket]]"
     scores: dict[str, dict[str, dict[int, float]]]
     comparisons: dict[str, Comparison] = field(compare=False)
 

@@ -1,7 +1,7 @@
 """The report of a search."""
 
-import itertools
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ticketops.files import write_atomically
 from ticketops.reporting import page_figures, plots, tables
@@ -23,7 +23,9 @@ from ticketops.searching.selection import Level, Selection
 from ticketops.searching.statistics import ADVISED_SEEDS, Spread
 from ticketops.searching.store import Record, Store
 from ticketops.text import code, count, fenced, markdown, structures
-from ticketops.tickets import Importance, Ticket, chance_jaccard
+
+if TYPE_CHECKING:
+    from ticketops.tickets import Importance, Ticket
 
 
 def heading(config: SearchConfig) -> str:
@@ -32,7 +34,7 @@ def heading(config: SearchConfig) -> str:
 
 
 def lines(
-    store: Store, records: list[Record], selection: Selection, tickets: dict[int, Ticket], figures: Figures
+    store: Store, records: list[Record], selection: Selection, tickets: "dict[int, Ticket]", figures: Figures
 ) -> list[str]:
     """Writes a search's CSV file and figures, and the text of its report.
 
@@ -193,7 +195,7 @@ def _importance(
     store: Store,
     records: list[Record],
     selection: Selection,
-    tickets: dict[int, Ticket],
+    tickets: "dict[int, Ticket]",
     title: str,
     figures: Figures,
 ) -> list[str]:
@@ -227,7 +229,7 @@ def _importance(
     return [*text, ""]
 
 
-def _ticket(store: Store, selection: Selection, tickets: dict[int, Ticket]) -> list[str]:
+def _ticket(store: Store, selection: Selection, tickets: "dict[int, Ticket]") -> list[str]:
     level = selection.super_level
     if level is None or not tickets:
         return []
@@ -238,9 +240,9 @@ def _ticket(store: Store, selection: Selection, tickets: dict[int, Ticket]) -> l
     text = ["## The super ticket", "", f"Of the best seed, {seed}: {code(path.relative_to(store.folder))}", ""]
     text += [fenced(str(tickets[seed]), "text"), ""]
     if len(tickets) > 1:
-        pairs = list(itertools.combinations(tickets.values(), 2))
-        overlap = Spread.of(one.jaccard(other) for one, other in pairs).mean
-        chance = Spread.of(chance_jaccard(one, other)[0] for one, other in pairs).mean
+        from ticketops.tickets import mean_jaccard
+
+        overlap, chance = mean_jaccard(list(tickets.values()))
         text += [
             f"The tickets of two seeds share {100 * overlap:.0f} % of what either keeps (mean); random ones of their "
             f"size would share {100 * chance:.0f} %.",

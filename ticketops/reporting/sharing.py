@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,7 +18,9 @@ from ticketops.searching.sharing_plan import ARMS, SEARCHES, SINGLE, TaskTicket
 from ticketops.searching.statistics import ADVISED_SEEDS, Spread
 from ticketops.searching.store import Record, Store
 from ticketops.text import count, markdown
-from ticketops.tickets import Ticket, chance_jaccard
+
+if TYPE_CHECKING:
+    from ticketops.tickets import Ticket
 
 #: Stands for all tasks among the scores; no task, which is called after a file or a folder, has this name.
 AVERAGE = "/"
@@ -314,7 +316,7 @@ def trial_rows(records: Sequence[Record]) -> list[list[Any]]:
     return rows
 
 
-def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]], title: str, figures: Figures) -> list[str]:
+def _tickets(store: Store, tickets: "Mapping[str, Mapping[int, Ticket]]", title: str, figures: Figures) -> list[str]:
     """What tickets say about tasks: overlaps and layer profiles, as figures, files and text."""
     pairs = [
         (one, other, *_alike(tickets[one[0]][one[1]], tickets[other[0]][other[1]]))
@@ -361,11 +363,13 @@ def _tickets(store: Store, tickets: Mapping[str, Mapping[int, Ticket]], title: s
     ]
 
 
-def _alike(one: Ticket, other: Ticket) -> tuple[float, float, float]:
+def _alike(one: "Ticket", other: "Ticket") -> tuple[float, float, float]:
+    from ticketops.tickets import chance_jaccard
+
     return one.jaccard(other), *chance_jaccard(one, other)
 
 
-def _profiles(tickets: Mapping[str, Mapping[int, Ticket]]) -> str:
+def _profiles(tickets: "Mapping[str, Mapping[int, Ticket]]") -> str:
     rows: list[list[Any]] = [["task", "seed", "layer", "heads_kept", "heads", "ffn_kept"]]
     for task, by_seed in tickets.items():
         for seed, ticket in by_seed.items():

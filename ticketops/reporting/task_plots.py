@@ -4,6 +4,7 @@ rows."""
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,7 +27,9 @@ from ticketops.reporting.plots import (
 )
 from ticketops.searching.statistics import Spread
 from ticketops.text import count, printable
-from ticketops.tickets import Ticket
+
+if TYPE_CHECKING:
+    from ticketops.tickets import Ticket
 
 # Okabe and Ito's palette. Markers differ too, for black-and-white print.
 _STYLES = [
@@ -194,7 +197,7 @@ def _matrix(
     colour_bar(axes, image, "")
 
 
-def profiles(tickets: Mapping[str, Mapping[int, Ticket]], title: str = "") -> Figure:
+def profiles(tickets: "Mapping[str, Mapping[int, Ticket]]", title: str = "") -> Figure:
     """Draws the share of heads and of the FFN that the tasks' tickets keep in each layer, averaged over seeds.
 
     Args:

@@ -317,16 +317,18 @@ def make_plan(config: SearchConfig, layers: int, heads: int, neurons: int | None
             )
         return (found[0], 0, found[1]) if config.prune_neurons else found
 
+    entries = [entry.partition("@") for entry in config.kinds]
+    general = tuple(levels) if config.sparsities == "paper" else config.sparsities
+    tickets = []
+    for kind in TICKET_KINDS:
+        own = {float(level) for name, _, level in entries if name == kind and level}
+        shared = set(general) if (kind, "", "") in entries else set()
+        # Level 0 is the full model.
+        tickets += [(kind, level, counts(level)) for level in sorted(own | shared) if level]
     trials = []
     for seed in config.seeds:
         trials.append(Trial("full", 0.0, seed, 0, 0))
-        for kind in TICKET_KINDS:
-            entries = [entry.partition("@") for entry in config.kinds]
-            own = {float(level) for name, _, level in entries if name == kind and level}
-            general = tuple(levels) if config.sparsities == "paper" else config.sparsities
-            shared = set(general) if (kind, "", "") in entries else set()
-            # Level 0 is the full model.
-            trials += [Trial(kind, level, seed, *counts(level)) for level in sorted(own | shared) if level]
+        trials += [Trial(kind, level, seed, *pruned) for kind, level, pruned in tickets]
     return trials
 
 

@@ -5,9 +5,12 @@ labels, [2, labels]; or the counts of right, predicted and true entities, [3].
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 #: Number of random splits of the validation rows into halves, one that chooses and one that reports.
 HALVINGS = 50
@@ -54,7 +57,9 @@ def resampled(metric: str, results: Sequence[np.ndarray], weights: np.ndarray) -
         block = results[start : start + step]
         columns, score = _score(metric, block, classes)
         # A sparse matrix takes a dense one only at its right side.
-        sums = np.asarray((columns.T @ weights.T) if sparse.issparse(columns) else (weights @ columns).T, np.float64)
+        sums = np.asarray(
+            (weights @ columns).T if isinstance(columns, np.ndarray) else columns.T @ weights.T, np.float64
+        )
         found[start : start + step] = score(sums.reshape(len(block), -1, len(weights)), weights.sum(axis=1))
     return found
 
@@ -104,6 +109,9 @@ def _score(metric: str, results: Sequence[np.ndarray], classes: int) -> tuple:
     if len(shape) == 2:
         counts = [np.concatenate([each[:, 0] * each[:, 1], each[:, 1], each[:, 0]], axis=1) for each in results]
         return _stacked(counts), lambda sums, rows: _classes(metric, sums, rows, several=True)
+    # Not loaded for metrics that need none.
+    from scipy import sparse
+
     counts = [_one_hot(each, classes) for each in results]
     return sparse.hstack(counts, format="csc"), lambda sums, rows: _classes(metric, sums, rows, several=False)
 
@@ -143,8 +151,10 @@ def _correlation(sums: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.where(spread > 1e-10, _ratio(xy - x * y, np.sqrt(spread)), 0.0)
 
 
-def _one_hot(results: np.ndarray, classes: int) -> sparse.csc_array:
+def _one_hot(results: np.ndarray, classes: int) -> "sparse.csc_array":
     """One column per class for right answers, for predictions, and for labels."""
+    from scipy import sparse
+
     labels, predictions = np.asarray(results, np.int64).T
     rows = np.arange(len(results))
     right = labels == predictions

@@ -164,6 +164,10 @@ class ShareRecord(Trained):
     tasks: dict[Name, ShareTask]
 
 
+#: Kind of run -> type of its records.
+RECORDS: dict[str, Any] = {"search": SearchRecord, "share": ShareRecord, "transfer": TransferRecord}
+
+
 class Failure(TypedDict):
     """A trial that failed."""
 

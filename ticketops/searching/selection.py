@@ -343,7 +343,9 @@ def read_selection(store: Store, records: Sequence[Record] | None = None) -> Sel
         StoreError: a file is damaged.
     """
     records = store.records() if records is None else records
-    return select(records, store.config.seeds, resampled_scores(store, records))
+    # Losing tickets have no intervals.
+    compared = [record for record in records if record["kind"] != "losing"]
+    return select(records, store.config.seeds, resampled_scores(store, compared))
 
 
 def resampled_scores(store: Store, records: Sequence[Record], task: str = "") -> dict[str, Resampled]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
-from scipy import optimize, special
+from scipy import special
 
 from ticketops.text import count
 
@@ -196,10 +196,12 @@ class _Margin:
         """The rate at which the interval around a mean ends at 0."""
         if not self.rows:
             return 2 * float(special.stdtr(self.freedom, -abs(mean) / self.seeds))
-        lowest = 1e-15
-        if self.at(lowest) <= abs(mean):
-            return lowest
-        return float(optimize.brentq(lambda level: self.at(level) - abs(mean), lowest, 1.0)) if mean else 1.0
+        # Bisection of the level's logarithm. Half a second of a report would go into the import of scipy.optimize.
+        low, high = math.log(1e-15), 0.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.at(math.exp(middle)) > abs(mean) else (low, middle)
+        return math.exp(high)
 
 
 def row_weights(rows: int) -> np.ndarray:
@@ -259,16 +261,14 @@ def cross_fit(choosing: np.ndarray, reporting: np.ndarray, baseline: np.ndarray)
         The mean over all choices of rows, seed by seed.
     """
     seeds, levels, _ = choosing.shape
-    gains, shares = np.zeros(seeds), np.zeros((seeds, levels))
-    for seed in range(seeds):
-        others = [other for other in range(seeds) if other != seed] or [seed]
-        means = choosing[others].mean(axis=0)
-        # The last of equal ones.
-        chosen = levels - 1 - means[::-1].argmax(axis=0)
-        picked = np.take_along_axis(reporting[seed], chosen[None], axis=0)[0]
-        gains[seed] = (picked - baseline[seed]).mean()
-        shares[seed] = np.bincount(chosen, minlength=levels) / chosen.size
-    return Choice(gains, shares)
+    scores = choosing.astype(np.float64)
+    # Rounded, so that levels with equal scores stay equal.
+    others = (scores.sum(axis=0) - scores).round(9) if seeds > 1 else scores
+    # The last of equal ones.
+    chosen = levels - 1 - others[:, ::-1].argmax(axis=1)
+    picked = np.take_along_axis(reporting, chosen[:, None], axis=1)[:, 0]
+    shares = (chosen[:, None] == np.arange(levels)[:, None]).mean(axis=2)
+    return Choice((picked - baseline).mean(axis=1), shares)
 
 
 def choice_inflation(differences: np.ndarray, over_rows: np.ndarray | None = None) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -11,7 +12,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -34,7 +35,9 @@ from ticketops.searching.recipes import FORMAT_1_TRAINING, without_options
 from ticketops.searching.sharing_plan import SINGLE, ShareConfig, share_plan
 from ticketops.searching.task_options import DATA_OPTIONS
 from ticketops.searching.transfer_plan import SCORES, TransferConfig, transfer_plan
-from ticketops.tickets import Importance, Ticket
+
+if TYPE_CHECKING:
+    from ticketops.tickets import Importance, Ticket
 
 #: Format of a run's `config.json`. Format 1 had no checksum, and fewer fields of the configuration.
 FORMAT = 2
@@ -297,11 +300,11 @@ class Store:
 
     def record_path(self, trial: Named) -> Path:
         """Returns the path of a trial's record."""
-        return self.folder / "trials" / f"{trial.id}.json"
+        return self.folder / f"trials/{trial.id}.json"
 
     def failure_path(self, trial: Named) -> Path:
         """Returns the path of a failed trial's error."""
-        return self.folder / "failures" / f"{trial.id}.json"
+        return self.folder / f"failures/{trial.id}.json"
 
     def ticket_path(self, trial: Named) -> Path:
         """Returns the path of a trial's ticket."""
@@ -376,8 +379,7 @@ class Store:
         from ticketops.searching import schema
 
         path = self.record_path(trial)
-        kinds = {"search": schema.SearchRecord, "share": schema.ShareRecord, "transfer": schema.TransferRecord}
-        record = _read(path, kinds[self.kind], unsealed=False)
+        record = _read(path, schema.RECORDS[self.kind], unsealed=False)
         if record is None:
             return None
         wanted = {"id": trial.id, "seed": trial.seed, "kind": getattr(trial, "kind", None)}
@@ -475,12 +477,16 @@ class Store:
 
     def _array(self, trial: str, name: str, kept: Record) -> np.ndarray | None:
         """Reads an array of a trial; None if its file is missing."""
-        path = self.folder / "predictions" / trial / f"{name}.npy"
+        path = self.folder / f"predictions/{trial}/{name}.npy"
         try:
             content = read_bytes(path)
             if hashlib.sha256(content).hexdigest() != kept["sha256"]:
                 raise StoreError(f"{path} is truncated or damaged: {REMEDY}")
-            array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+            # Behind the magic string, the version of the format and the header's length comes the header.
+            start = 10 + int.from_bytes(content[8:10], "little")
+            shape, fortran, dtype = _array_header(content[:start])
+            numbers = np.frombuffer(content, dtype, offset=start)
+            array = numbers.reshape(shape, order="F" if fortran else "C").copy(order="K")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -521,7 +527,7 @@ class Store:
         content |= {"trace": trace} if trace else {}
         write_json(self.failure_path(trial), content)
 
-    def importance(self, seed: int, way: str, trial: Named | None = None) -> Importance | None:
+    def importance(self, seed: int, way: str, trial: Named | None = None) -> "Importance | None":
         """Reads the importance of a seed's full model; None if it was not scored yet.
 
         Args:
@@ -535,12 +541,12 @@ class Store:
         path = self.importance_path(seed, way)
         if not path.exists():
             return None
-        importance: Importance = _load(Importance, path)
+        importance: Importance = _load("Importance", path)
         if trial is not None:
             self._compare(path, trial)
         return importance
 
-    def write_importance(self, seed: int, way: str, importance: Importance) -> None:
+    def write_importance(self, seed: int, way: str, importance: "Importance") -> None:
         """Writes the importance of a seed's full model."""
         _save(importance, self.importance_path(seed, way))
 
@@ -579,7 +585,7 @@ class Store:
         """Writes the latencies of full model and super ticket."""
         self.write_facts(LATENCIES, latencies)
 
-    def ticket(self, trial: Named) -> Ticket | None:
+    def ticket(self, trial: Named) -> "Ticket | None":
         """Reads a trial's ticket; None if it was not drawn yet.
 
         Raises:
@@ -588,17 +594,17 @@ class Store:
         path = self.ticket_path(trial)
         if not path.exists():
             return None
-        ticket: Ticket = _load(Ticket, path)
+        ticket: Ticket = _load("Ticket", path)
         self._compare(path, trial)
         return ticket
 
-    def tickets(self, kind: str, sparsity: float) -> dict[int, Ticket]:
+    def tickets(self, kind: str, sparsity: float) -> "dict[int, Ticket]":
         """Reads the tickets of one level's finished trials, by seed."""
         trials = [trial for trial in self.plan if (trial.kind, trial.sparsity) == (kind, sparsity)]
         found = {trial.seed: self.ticket(trial) for trial in trials if self.record_path(trial).exists()}
         return {seed: ticket for seed, ticket in found.items() if ticket is not None}
 
-    def keep_ticket(self, trial: Named, ticket: Ticket, finished: bool = False) -> bool:
+    def keep_ticket(self, trial: Named, ticket: "Ticket", finished: bool = False) -> bool:
         """Writes a trial's ticket, unless the trial is finished and has one.
 
         Args:
@@ -718,16 +724,35 @@ class Claim:
         self.release()
 
 
-def _save(thing: Importance | Ticket, path: Path) -> None:
+@functools.lru_cache(maxsize=64)
+def _array_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Parses the start of a .npy file. Most files of a run start with the same, and parsing takes longer than reading.
+
+    Raises:
+        ValueError: it is no .npy file of the format that `np.save` writes.
+    """
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("the version of the format is another one")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("it holds objects")
+    return shape, fortran, dtype
+
+
+def _save(thing: "Importance | Ticket", path: Path) -> None:
     try:
         thing.save(path)
     except OSError as error:
         raise store_error(path, error) from error
 
 
-def _load(kind: type[Any], path: Path) -> Any:
+def _load(kind: Literal["Importance", "Ticket"], path: Path) -> Any:
+    # These take torch, which runs without such files are read without.
+    from ticketops import tickets
+
     try:
-        return kind.load(path)
+        return getattr(tickets, kind).load(path)
     except InputError as error:
         raise StoreError(f"{path} is truncated or damaged: {REMEDY}") from error
 
