@@ -8,7 +8,7 @@ alone. In their order, which gives the most first:
   graphs     the tests of CUDA graphs
   tests      all tests marked gpu
   sanitizer  compute-sanitizer on the smoke stage's kernels, where it is installed
-  attention, ffn, projection, residual, sharing, shrunk
+  attention, ffn, residual, sharing, shrunk
              benchmarks beside their rivals
   tiles      every candidate tile of every Triton kernel
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ("step", "attention", "ffn", "projection", "residual", "sharing", "shrunk")
+BENCHES = ("step", "attention", "ffn", "residual", "sharing", "shrunk")
 #: In the order in which they give the most.
 STAGES = ("smoke", "step", "graphs", "tests", "sanitizer", *BENCHES[1:], "tiles")
 #: Without these being green, no ratio is reported.

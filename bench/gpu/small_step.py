@@ -16,19 +16,13 @@ def main() -> None:
         b1 = torch.zeros(512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         heads = torch.zeros((len(lengths), 4), device="cuda", requires_grad=True)
         neurons = torch.zeros((len(lengths), 512), device="cuda", requires_grad=True)
-        wx = torch.randn((256, 256), device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        some = torch.tensor([0, 2, 3], device="cuda")
-        projected = ops.project_rows(x, (wx, wx, wx), (wx[0], wx[0], wx[0]), some, 4)
-        hidden = ops.project_columns(sum(projected), wx, some, 4)
-        q = hidden.view(tokens, 4, 64)
+        q = x.view(tokens, 4, 64)
         mask = torch.tensor([1.0, 0.0, 0.5, 1.0], device="cuda")
         context = ops.attention(q, q, q, sequences, head_mask=mask, dropout_p=0.1, importance=heads)
         table = torch.randn((4, 2 * packed.max_length + 1), device="cuda", requires_grad=True)
         context = context + ops.attention(q, q, q, sequences, position_bias=table, window=20)
         hidden = ops.residual_norm(context.flatten(1), x, b1[:256], b1[:256], bias=b1[:256], dropout_p=0.1)
         out = ops.ffn(hidden, w1, b1, w1.t(), b1[:256], sequences, neuron_importance=neurons)
-        few = torch.tensor([0, 3], device="cuda")
-        out = out + ops.ffn(hidden, w1, b1, w1.t(), b1[:256], sequences, blocks=few, count=8)
         out.float().square().mean().backward()
         whole_layers(sequences, tokens)
         around_the_layers(lengths, x.detach())
@@ -36,18 +30,22 @@ def main() -> None:
 
 
 def whole_layers(sequences: ops.Sequences, tokens: int) -> None:
-    """Runs whole layers as one op under autocast: with and without an FFN, for all tokens and for first tokens only."""
+    """Runs whole layers as one op under autocast: with all heads and neurons, with some, and without an FFN; for all
+    tokens and for first tokens only."""
 
     def parameter(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", requires_grad=True)
 
     square, vector = [parameter(256, 256) for _ in range(4)], [parameter(256) for _ in range(9)]
     attention = (*square[:3], *vector[:3], square[3], *vector[3:6])
-    for ffn in ((parameter(512, 256), parameter(512), parameter(256, 512), vector[8]), (None,) * 4):
-        weights = ops.Weights(*attention, *ffn, *vector[6:8], *[None] * 5)
+    feeds = (parameter(512, 256), parameter(512), parameter(256, 512), vector[8])
+    some = [torch.tensor(places, device="cuda") for places in ([0, 2, 3], [1, 2, 300, 511])]
+    for ffn, kept in ((feeds, (None, None)), (feeds, some), ((None,) * 4, (None, None))):
+        weights = ops.Weights(*attention, *ffn, *vector[6:8], *[None] * 3, *kept)
         for first_tokens in (False, True):
             x = torch.randn((tokens, 256), device="cuda", requires_grad=True)
-            heads = torch.zeros((len(sequences), 4), device="cuda", requires_grad=True)
+            count = 4 if kept[0] is None else len(kept[0])
+            heads = torch.zeros((len(sequences), count), device="cuda", requires_grad=True)
             with torch.autocast("cuda", torch.bfloat16):
                 out = ops.encoder_layer(
                     x,

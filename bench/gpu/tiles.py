@@ -25,7 +25,6 @@ from ticketops.files import write_atomically
 from ticketops.ops import triton_common, triton_configs
 from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
-from ticketops.ops.projection import triton as projection
 from ticketops.ops.residual import triton as residual
 from ticketops.ops.triton_configs import Tile
 
@@ -80,11 +79,6 @@ TILED_BACKWARD = (
 )
 NORM = [Tile(rows, 1024, warps, 1) for rows in (1, 2, 4) for warps in (2, 4, 8)]
 FFN = _grid((8, 16, 32, 64), (64, 128, 256), (4, 8), (1,))
-PROJECTION = [
-    Tile(rows, columns, warps, stages, depth)
-    for rows, columns, warps in ((128, 128, 8), (128, 128, 4), (128, 64, 4), (64, 128, 4), (128, 256, 8), (64, 64, 4))
-    for depth, stages in ((32, 4), (64, 3), (64, 4))
-]
 
 
 def _attention_cases() -> Iterator[Case]:
@@ -174,41 +168,10 @@ def _pointwise_cases() -> Iterator[Case]:
             yield Case(kernel, f"LayerNorm, {name}", residual, entry, lambda tile: lambda channels: tile, call, NORM)
 
 
-def _projection_cases() -> Iterator[Case]:
-    setting = Setting("cuda", torch.bfloat16, tiny=False)
-    groups = torch.arange(0, HEADS, 2, device=setting.device)
-    for tokens in (2048, TOKENS):
-        x = setting.randn(tokens, CHANNELS).detach()
-        ys = [setting.randn(tokens, CHANNELS // 2).detach() for _ in range(3)]
-        # As under autocast, which keeps weights in float32.
-        weights = [torch.randn((CHANNELS, CHANNELS), device=setting.device) for _ in range(3)]
-
-        def into(x: Tensor = x, weights: list[Tensor] = weights) -> object:
-            return projection.into(x, weights, None, groups, HEADS)
-
-        def out_of(ys: list[Tensor] = ys, weights: list[Tensor] = weights) -> object:
-            return projection.out_of(ys, weights, groups, HEADS)
-
-        def gradients(x: Tensor = x, ys: list[Tensor] = ys, weights: list[Tensor] = weights) -> object:
-            return projection.gradients(ys, x, weights, None, groups, HEADS)
-
-        for kernel, call in (("into_kernel", into), ("out_of_kernel", out_of), ("gradient_kernel", gradients)):
-            yield Case(
-                kernel,
-                f"half the heads, {tokens} tokens",
-                projection,
-                "projection",
-                lambda tile: lambda *a: tile,
-                call,
-                PROJECTION,
-            )
-
-
 def cases() -> Iterator[Case]:
     """Yields every kernel and workload to time."""
     yield from _attention_cases()
     yield from _pointwise_cases()
-    yield from _projection_cases()
 
 
 def launches(case: Case, tile: Tile | None) -> list[Launch]:
@@ -267,7 +230,7 @@ def timed(case: Case, tile: Tile | None, repeat: int) -> Row:
 
 def _short(row: Row) -> str:
     tile = Tile(**row["tile"])
-    extra = f" depth {tile.depth}" * bool(tile.depth) + f" registers {tile.registers}" * bool(tile.registers)
+    extra = f" registers {tile.registers}" * bool(tile.registers)
     return f"{1e3 * row['ms']:.1f} us {tile.rows}x{tile.columns} w{tile.warps} s{tile.stages}{extra}"
 
 

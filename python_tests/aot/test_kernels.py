@@ -31,9 +31,8 @@ MATRIX_UNIT = {8: "mma", 9: "wgmma", 10: "tcgen05"}
 # Blocks of fewer than 64 rows and columns, those of the shortest sequences, cannot feed the warp-group instructions.
 LEAST = 64
 PRODUCTS = {f"attention.{name}" for name in ("forward", "row_backward", "dq", "dkdv", "positions")}
-PRODUCTS |= {f"projection.{name}" for name in ("into", "out_of", "gradient")}
 OTHERS = {"ffn": ("forward", "backward", "finish"), "residual": ("forward", "backward", "finish"), "rotary": ("turn",)}
-KERNELS = PRODUCTS | {"projection.finish"} | {f"{op}.{name}" for op, names in OTHERS.items() for name in names}
+KERNELS = PRODUCTS | {"layer.slices"} | {f"{op}.{name}" for op, names in OTHERS.items() for name in names}
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
@@ -117,24 +116,6 @@ def test_ffn_compiles_whatever_is_wanted_of_it(weight_gradients, token_sums, neu
     assert len(launches) == 2 + (weight_gradients or token_sums)
     for launch in launches:
         assert kernel_report.compile_launch(launch).spills == 0
-
-
-def test_ffn_of_selected_blocks_multiplies_through_the_index():
-    launches = kernel_report.ffn_launches((9, 0), torch.bfloat16, blocks=True)
-    # Two products forward and two backward, and two weight gradients of two stages.
-    assert [launch.kernel.__name__ for launch in launches] == [
-        "into_kernel",
-        "forward_kernel",
-        "out_of_kernel",
-        "into_kernel",
-        "backward_kernel",
-        "finish_kernel",
-        "out_of_kernel",
-        *["gradient_kernel", "finish_kernel"] * 2,
-    ]
-    result = kernel_report.compile_launch(launches[2])
-    assert result.spills == 0
-    assert result.matrix_unit == "wgmma"
 
 
 def test_kernels_compile_without_dropout_masks_and_bias():

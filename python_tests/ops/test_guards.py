@@ -4,7 +4,7 @@ tracers and transforms. Each is served as by torch's own ops or refused by name.
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -42,7 +42,7 @@ class Op:
         shapes: of these.
         backends: that have it.
         saves_result: the backward pass reads the result, as those of torch's fused attention do.
-        plain: made of torch's own ops but in Triton's backend.
+        plain: made of torch's own ops.
         twice: can be differentiated twice.
     """
 
@@ -159,10 +159,7 @@ CALLS = [(name, backend) for name, op in OPS.items() for backend in BACKENDS if 
 def op(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Op:
     name, backend = request.param
     monkeypatch.setenv("TICKETOPS_BACKEND", backend)
-    if backend == "triton":
-        # Its kernels run on few tokens only, and nowhere but on a GPU by themselves.
-        monkeypatch.setattr(ops.projection, "_most_indexed_tokens", lambda device, dtype: 1 << 20)
-    return replace(OPS[name], plain=OPS[name].plain and backend != "triton")
+    return OPS[name]
 
 
 every_op = pytest.mark.parametrize("op", CALLS, indirect=True, ids=" by ".join)

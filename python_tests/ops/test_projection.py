@@ -1,4 +1,4 @@
-"""Projections of selected heads by compaction; test_triton.py has the indexed kernels."""
+"""Projections of selected heads."""
 
 import pytest
 import torch

@@ -17,6 +17,34 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TICKETOPS_BACKEND", "triton")
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_layers_of_some_heads_and_neurons_repeat_bit_for_bit_and_never_wait(autocast):
+    torch.manual_seed(0)
+    some, x = sequences([128, 300, 1]), torch.randn((429, 768), device="cuda", requires_grad=True)
+
+    def parameter(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", requires_grad=True)
+
+    square, vector = [parameter(768, 768) for _ in range(4)], [parameter(768) for _ in range(9)]
+    feeds = (parameter(3072, 768), parameter(3072), parameter(768, 3072))
+    kept = [torch.tensor(places, device="cuda") for places in ([0, 3, 4, 11], [5, 6, 1000, 3071])]
+    weights = ops.Weights(*square[:3], *vector[:3], square[3], *vector[3:6], *feeds, *vector[6:9], *[None] * 3, *kept)
+
+    def step() -> list[torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out = ops.encoder_layer(x, weights, some, head_dim=64, scale=0.125, activation="gelu")
+        return [out, *torch.autograd.grad(out.sum(), (x, *weights[:16]))]
+
+    first = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+
+
 def sequences(lengths: list[int], width: int | None = None) -> Sequences:
     some = Sequences.from_lengths(lengths, width)
     return Sequences(some.starts.cuda(), some.lengths.cuda(), some.max_length)
@@ -100,27 +128,3 @@ def test_replays_in_a_cuda_graph_with_fresh_dropout():
         results.append(out.clone())
     assert not torch.equal(*results)
     assert all(result.isfinite().all() for result in results)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_indexed_projections_repeat_bit_for_bit_and_never_wait(dtype, monkeypatch):
-    monkeypatch.setattr(ops.projection, "_most_indexed_tokens", lambda device, dtype: 1 << 30)
-    torch.manual_seed(0)
-    x = torch.randn((5000, 768), device="cuda", dtype=dtype, requires_grad=True)
-    weights = [torch.randn((768, 768), device="cuda", requires_grad=True) for _ in range(4)]
-    biases = [torch.randn(768, device="cuda", requires_grad=True) for _ in range(3)]
-    heads = torch.tensor([0, 3, 4, 11], device="cuda")
-
-    def step() -> list[torch.Tensor]:
-        q, k, v = ops.project_rows(x, weights[:3], biases, heads, 12)
-        out = ops.project_columns(q + k + v, weights[3], heads, 12)
-        return [out, *torch.autograd.grad(out, (x, *weights, *biases), torch.ones_like(out))]
-
-    first = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        again = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for one, other in zip(first, again, strict=True):
-        assert torch.equal(one, other)

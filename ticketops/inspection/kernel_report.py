@@ -18,11 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ticketops.files import write_atomically
-from ticketops.ops import triton_configs
 from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import ACTIVATIONS
 from ticketops.ops.ffn import triton as ffn
-from ticketops.ops.projection import triton as projection
+from ticketops.ops.layer.copies import Table
 from ticketops.ops.residual import triton as residual
 from ticketops.ops.rotary import triton as rotary
 from ticketops.ops.triton_common import INTERPRETED, compile_options, recorded_launches
@@ -145,8 +144,6 @@ def ffn_launches(
     weight_gradients: bool = True,
     token_sums: bool = True,
     neuron_sums: bool = True,
-    blocks: bool = False,
-    weight_dtype: torch.dtype | None = None,
     gated: bool = False,
     dropout_p: float = 0.0,
 ) -> list[Launch]:
@@ -160,8 +157,6 @@ def ffn_launches(
         weight_gradients: True if the weights are trained.
         token_sums: True if the FFN's importance is recorded.
         neuron_sums: True if the neurons' importance is recorded.
-        blocks: True selects half of the neurons, in blocks of 64.
-        weight_dtype: dtype of the weights; None for that of the tokens. Another dtype requires `blocks`.
         gated: True for a gated FFN without biases.
         dropout_p: probability of dropping an activation.
 
@@ -171,60 +166,53 @@ def ffn_launches(
     x = torch.empty((256, 768), dtype=dtype, device="meta")
     first = 2 * 3072 if gated else 3072
     shapes = ((first, 768), (first,), (768, 3072), (768,))
-    w1, b1, w2, b2 = (x.new_empty(shape, dtype=weight_dtype or dtype) for shape in shapes)
+    w1, b1, w2, b2 = (x.new_empty(shape) for shape in shapes)
     biases = (None, None) if gated else (b1, b2)
-    hidden = x.new_empty((256, 1536 if blocks else 3072))
+    hidden = x.new_empty((256, 3072))
     pre = torch.cat((hidden, hidden), 1) if gated else hidden
     starts = torch.empty(2, dtype=torch.int32, device="meta")
     ffn_mask = torch.empty((), device="meta") if masks else None
     neuron_mask = torch.empty(hidden.shape[1], device="meta") if masks else None
-    selected = (torch.empty(24, dtype=torch.int64, device="meta"), 48) if blocks else ()
-    wanted = ([True] + [weight_gradients] * 4, token_sums, neuron_sums, False, *selected)
-    kind = (", gated" if gated else "") + (", dropout" if dropout_p else "") + (", blocks" if blocks else "")
+    wanted: tuple[Any, ...] = ([True] + [weight_gradients] * 4, token_sums, neuron_sums, False)
+    kind = (", gated" if gated else "") + (", dropout" if dropout_p else "")
     case = {"dtype": _name(dtype), "case": activation + kind}
-    if weight_dtype is not None:
-        case["case"] += f" of {_name(weight_dtype)} weights"
     dropout: Any = {"seed": torch.empty(1, dtype=torch.int64, device="meta"), "dropout_p": dropout_p}
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, case)):
         weights = (w1, biases[0], w2, biases[1], ffn_mask, neuron_mask, activation)
-        ffn.forward(x, *weights, *selected, **dropout)
+        ffn.forward(x, *weights, **dropout)
         ffn.backward(x, x, pre, hidden, x, w1, w2, starts, starts, *weights[4:], *wanted, **dropout)
     return launches
 
 
-def projection_launches(
-    target: tuple[int, int], dtype: torch.dtype, head_dim: int = 64, *, weight_dtype: torch.dtype | None = None
+def slices_launches(
+    target: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype | None = None
 ) -> list[Launch]:
-    """Lists the launches of the indexed projections (to q, k and v, and of the contexts), forward and backward.
+    """Lists the launches that copy the weights of some of a layer's heads and neurons, and spread their gradients.
 
     Args:
         target: compute capability.
-        dtype: dtype of the tokens.
-        head_dim: D.
-        weight_dtype: dtype of the weights; None for that of the tokens.
+        dtype: dtype of the copies.
+        weight_dtype: dtype of the weights; None for that of the copies.
 
     Returns:
-        One launch per kernel and projection.
+        One launch for the heads and one for the neurons, forward and backward.
     """
-    x = torch.empty((256, 768), dtype=dtype, device="meta")
-    weights = [torch.empty((12 * head_dim, 768), dtype=weight_dtype or dtype, device="meta") for _ in range(3)]
-    biases = [weight[:, 0].contiguous() for weight in weights]
-    y = x.new_empty((256, 6 * head_dim))
-    heads = torch.empty(6, dtype=torch.int64, device="meta")
-    kind = f"D={head_dim}" + (f" {_name(weight_dtype)} weights" if weight_dtype else "")
-    case = {"dtype": _name(dtype), "case": f"{kind} qkv"}
+    square, vector = (torch.empty(shape, dtype=weight_dtype or dtype, device="meta") for shape in ((768, 768), (768,)))
+    w1, w2 = square.new_empty((3072, 768)), square.new_empty((768, 3072))
+    heads, neurons = (torch.empty(kept, dtype=torch.int64, device="meta") for kept in (6, 1001))
+    kind = f" of {_name(weight_dtype)} weights" if weight_dtype else ""
+    by_heads = [*((x, 0) for x in (square,) * 3 + (vector,) * 3), (square, 1)]
+    by_neurons = [(w1, 0), (w1[:, 0].contiguous(), 0), (w2, 1)]
     launches: list[Launch] = []
-    with recorded_launches(target, _recorder(launches, target, case)):
-        projection.into(x, weights, biases, heads, 12)
-        projection.out_of([y] * 3, weights, heads, 12)
-        projection.gradients([y] * 3, x, weights, biases, heads, 12)
-    # The transposed weight of the output projection, whose rows are selected.
-    columns = weights[0].new_empty((768, 12 * head_dim)).t()
-    with recorded_launches(target, _recorder(launches, target, {**case, "case": f"{kind} output"})):
-        projection.out_of([y], [columns], heads, 12)
-        projection.into(x, [columns], None, heads, 12)
-        projection.gradients([y], x, [columns], None, heads, 12)
+    for case, tensors, groups, index in (("heads", by_heads, 12, heads), ("neurons", by_neurons, 3072, neurons)):
+        copies, spread = Table(), Table()
+        for tensor, dim in tensors:
+            part = copies.select(tensor, dim, groups, index, dtype)
+            spread.spread(part.to(tensor.dtype), tensor, dim, groups, index)
+        with recorded_launches(target, _recorder(launches, target, {"dtype": _name(dtype), "case": case + kind})):
+            copies.run()
+            spread.run()
     return launches
 
 
@@ -323,18 +311,12 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
             # Without the last kernel, the second stage of the sums, which is the same with a gate.
             for dropout_p in (0.0, 0.1):
                 yield from ffn_launches(target, dtype, gated=True, dropout_p=dropout_p)[:2]
-            for head_dim in (32, 64, 128) if dtype == torch.bfloat16 else (64,):
-                yield from projection_launches(target, dtype, head_dim)
+            yield from slices_launches(target, dtype)
             for channels in (384, 768, 1024):
                 yield from residual_launches(target, dtype, channels)
         yield from residual_launches(target, torch.bfloat16, wide=True)
         yield from norm_first_launches(target, torch.bfloat16)
-        yield from projection_launches(target, torch.bfloat16, weight_dtype=torch.float32)
-        for weight_dtype in (None, torch.float32):
-            for launch in ffn_launches(target, torch.bfloat16, blocks=True, weight_dtype=weight_dtype):
-                # Only the projection kernels: the pointwise ones are the same as without `blocks`.
-                if launch.tile == triton_configs.projection(target, torch.bfloat16):
-                    yield launch
+        yield from slices_launches(target, torch.bfloat16, torch.float32)
 
 
 def kernel_table(

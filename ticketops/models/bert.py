@@ -263,27 +263,15 @@ def whole_layer(
     Returns:
         [.., C], or [B, 1, C] where only first tokens are read; None where the layer's modules must compute it.
     """
-    if not serves_whole(state, parts, hidden_states, call, turn) or any(map(is_hooked, (*around, *parts.qkv))):
+    if not serves_whole(parts, hidden_states, call) or any(map(is_hooked, (*around, *parts.qkv))):
         return None
     return compute_layer(state, parts, hidden_states, call, turn)
 
 
-def serves_whole(
-    state: LayerState, parts: LayerParts, hidden_states: Tensor, call: Call, turn: Turn | None = None
-) -> bool:
+def serves_whole(parts: LayerParts, hidden_states: Tensor, call: Call) -> bool:
     """True if one op computes a layer, see `whole_layer`."""
-    kept, weight = state.kept, parts.ffn_norm.weight
     # The op has no RMSNorm.
-    if not call.whole or hidden_states.dtype != weight.dtype or parts.norm is not nn.LayerNorm:
-        return False
-    heads_of, neurons = _head_dim(state, parts) if kept.heads else None, kept.neurons is not None
-    return not (heads_of or neurons) or ops.serves_layer(
-        hidden_states, weight, picked_heads_of=heads_of, picked_neurons=neurons
-    )
-
-
-def _head_dim(state: LayerState, parts: LayerParts) -> int:
-    return parts.head_dim if state.num_heads else 1
+    return call.whole and hidden_states.dtype == parts.ffn_norm.weight.dtype and parts.norm is nn.LayerNorm
 
 
 def compute_layer(
@@ -328,7 +316,7 @@ def compute_layer(
         hidden_states.flatten(0, -2),
         ops.Weights(*tensors),
         call.packing.sequences,
-        head_dim=_head_dim(state, parts),
+        head_dim=parts.head_dim if state.num_heads else 1,
         scale=parts.scale,
         activation=state.activation,
         norm_first=parts.norm_first,

@@ -151,7 +151,7 @@ class Graphs:
         return entry[0](copied, sinks, weights)
 
     def _reason_to_wait(self, layers: list[Any], call: Call, hidden_states: Tensor, key: Any) -> str | None:
-        if not all(serves_whole(state, parts, hidden_states, call) for state, parts in layers):
+        if not all(serves_whole(parts, hidden_states, call) for _, parts in layers):
             return "layers that no single op computes"
         if key in self._too_large:
             return _TOO_LARGE

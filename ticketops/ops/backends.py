@@ -11,7 +11,7 @@ from ticketops.errors import UnsupportedError
 from ticketops.ops import private
 from ticketops.ops.building import switch
 
-OPS = ("attention", "ffn", "projection", "residual", "rows", "importance", "copies")
+OPS = ("attention", "ffn", "residual", "rows", "importance", "copies")
 #: The ops that serve every dtype alike.
 ANY_DTYPE = ("rows", "importance", "copies")
 #: Backends by device type, in order of preference. A backend of an op is the module ticketops.ops.<op>.<backend>. It

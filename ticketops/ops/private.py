@@ -27,6 +27,7 @@ _function_modes = _find("overrides._get_current_function_mode_stack")
 _below_autograd = _find("_C._AutoDispatchBelowAutograd")
 _raw_stream = _find("_C._cuda_getCurrentRawStream")
 _copy_all = _find("_foreach_copy_")
+_zero_all = _find("_foreach_zero_")
 _assert_async = _find("_assert_async")
 _saving_hooks = _find("_C._autograd._top_saved_tensors_default_hooks")
 _unflatten = _find("_C._nn.unflatten_dense_tensors")
@@ -111,6 +112,19 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         return
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+def zero_all(targets: Sequence[Tensor]) -> None:
+    """Fills tensors with zeros, in as few launches as torch can.
+
+    Args:
+        targets: tensors to write to.
+    """
+    if _zero_all is not None:
+        _zero_all(targets)
+        return
+    for target in targets:
+        target.zero_()
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -23,7 +23,6 @@ class Tile:
         columns: columns of a block: keys in the attention kernels, neurons or channels in the others.
         warps: warps per program.
         stages: number of software pipeline stages.
-        depth: block size along the inner dimension of a matrix product; 0 if the kernel has no such block.
         registers: upper limit of registers per thread, so that more programs fit a multiprocessor; None for no limit.
         timed: file in bench/results with the timings that the tile was chosen by; None if the tile has not been timed.
     """
@@ -32,7 +31,6 @@ class Tile:
     columns: int
     warps: int
     stages: int
-    depth: int = 0
     registers: int | None = None
     timed: str | None = None
 
@@ -180,24 +178,8 @@ POSITIONED: dict[tuple[int, int, int], tuple[Tile, Tile, Tile, Tile]] = {
 FFN = Tile(32, 128, 4, 1, timed=_H200)
 #: The same for a gated FFN, whose kernels also read and write the gate.
 GATED_FFN = Tile(16, 64, 4, 1)
-#: Blocks of the indexed projections' products, by family and bytes of an element.
-PROJECTION: dict[tuple[int, int], Tile] = {
-    (8, 2): Tile(128, 128, 8, 3, 32),
-    (9, 2): Tile(128, 64, 4, 3, 64, timed=_H200),
-    (10, 2): Tile(128, 128, 8, 3, 64),
-    **{(major, 4): Tile(64, 64, 8, 2, 16) for major in (8, 9, 10)},
-}
-#: Rows x channels of one group in the gradient's second stage.
-PROJECTION_FINISH = Tile(32, 64, 8, 1)
-#: Largest number of tokens for which indexed projections are used instead of compaction, by family and bytes per
-#: element. Indexed projections save some 25 launches per layer. On an H200 the three kernels of q, k and v, with half
-#: of BERT-base's heads, take 82 us together for 2,048 tokens and 366 us for 16,384 (tiles-nvidia-h200.json). Compaction
-#: would take some 15 and 125 us for the products, plus 60 us for copies; this is estimated from 700 TFLOP/s and not yet
-#: measured (`make gpu` compares both at 4k to 64k tokens). In float32 Triton's products are far slower than cuBLAS's.
-MOST_INDEXED_TOKENS: dict[tuple[int, int], int] = {
-    **{(major, 2): 4096 for major in (8, 9, 10)},
-    **{(major, 4): 0 for major in (8, 9, 10)},
-}
+#: Elements copied by one program, of slices of weights.
+SLICES = Tile(1, 1024, 4, 1)
 #: Columns summed by one program of the LayerNorm's second stage.
 NORM_FINISH = Tile(32, 64, 4, 1)
 
@@ -301,26 +283,6 @@ def attention_backward(
     if tiles.short is not None and mean_length <= SHORT:
         return tiles.short
     return tiles.dq, tiles.dkdv
-
-
-def projection(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
-    """Returns the tile of the indexed projections and of their weights' gradients.
-
-    Args:
-        capability: compute capability.
-        dtype: dtype of the tokens.
-    """
-    return PROJECTION[family(capability), dtype.itemsize]
-
-
-def most_indexed_tokens(capability: tuple[int, int], dtype: torch.dtype) -> int:
-    """Returns the largest number of tokens for which indexed projections are used instead of compaction.
-
-    Args:
-        capability: compute capability.
-        dtype: dtype of the tokens.
-    """
-    return MOST_INDEXED_TOKENS[family(capability), dtype.itemsize]
 
 
 def norm_forward(channels: int) -> Tile:

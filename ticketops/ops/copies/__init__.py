@@ -11,7 +11,7 @@ from ticketops.errors import InputError
 from ticketops.ops.backends import implementation
 from ticketops.ops.memory import empty
 
-__all__ = ["Saved", "Slices", "gather", "scatter"]
+__all__ = ["Saved", "Slices", "gather", "part_shape", "scatter"]
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,29 @@ class Saved:
                 slices, copies = [self._slices[place] for place in places], [self._copies[place] for place in places]
                 runs.append(_implementation(slices).prepared(slices, copies, back))
         return self._prepared[count, back]
+
+
+def part_shape(whole: Tensor, dim: int, groups: int, index: Tensor | None) -> list[int]:
+    """Returns the shape of the selected slices of a tensor, side by side.
+
+    Args:
+        whole: the tensor.
+        dim: the dimension that is divided into slices.
+        groups: number of slices in the tensor.
+        index: int64 [n], indices of the selected slices; None for all.
+
+    Raises:
+        InputError: the dimension does not divide into slices, or the index has another dtype.
+    """
+    shape = list(whole.shape)
+    if index is not None:
+        if shape[dim] % groups or index.dtype != torch.int64:
+            raise InputError(
+                f"dimension {dim} of a tensor {shape} does not divide into {groups} slices, or not with an index of "
+                f"{index.dtype}"
+            )
+        shape[dim] = shape[dim] // groups * index.shape[0]
+    return shape
 
 
 def _new(slices: Sequence[Slices]) -> list[Tensor]:

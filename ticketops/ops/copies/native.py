@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ticketops.errors import InputError
 from ticketops.ops import extension
-from ticketops.ops.copies import Slices, reference
+from ticketops.ops.copies import Slices, part_shape, reference
 from ticketops.ops.extension import address
 from ticketops.ops.memory import empty
 
@@ -93,7 +93,7 @@ class Table:
         Raises:
             InputError: the shapes, dtypes or devices do not fit together.
         """
-        shape = _part_shape(tensor, dim, groups, index)
+        shape = part_shape(tensor, dim, groups, index)
         if out is None:
             out = empty(shape, dtype)
         elif list(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
@@ -118,7 +118,7 @@ class Table:
         Raises:
             InputError: the shapes, dtypes or devices do not fit together.
         """
-        shape = _part_shape(like, dim, groups, index)
+        shape = part_shape(like, dim, groups, index)
         if list(part.shape) != shape:
             raise InputError(f"slices of shape {shape} of {list(like.shape)} do not go with {list(part.shape)}")
         out = empty(like.shape, like.dtype)
@@ -162,16 +162,3 @@ class Table:
         if self._rows:
             table, numbers = self._rows.buffer_info()
             extension.run(extension.native.copy_slices, table, numbers // _FIELDS)
-
-
-def _part_shape(whole: Tensor, dim: int, groups: int, index: Tensor | None) -> list[int]:
-    """Returns the shape of the selected slices of a tensor, side by side."""
-    shape = list(whole.shape)
-    if index is not None:
-        if shape[dim] % groups or index.dtype != torch.int64:
-            raise InputError(
-                f"dimension {dim} of a tensor {shape} does not divide into {groups} slices, or not with an index of "
-                f"{index.dtype}"
-            )
-        shape[dim] = shape[dim] // groups * index.shape[0]
-    return shape

@@ -10,8 +10,7 @@ With Y the output and H the activations before the masks, the gradients of the m
 and dL/dneuron_mask = sum (ffn_mask dOut W2) * H.
 
 Blocks of neurons can also be selected by an index whose length the host knows; then the others cost nothing on any
-backend. As with selected heads (see ops.projection, whose `indexed` decides here too), weights are either compacted or
-read and written in place by indexed kernels.
+backend. As with selected heads (see ops.projection), their weights are copied out and multiplied densely.
 """
 
 import torch
@@ -22,7 +21,6 @@ from ticketops.ops.backends import implementation
 from ticketops.ops.dropout import draw_seed
 from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.packing import Sequences
-from ticketops.ops.projection import check_weights, indexed
 from ticketops.ops.registration import autocast, define, same_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -82,25 +80,17 @@ def ffn(
     Source:
         Liang et al. 2021, section 3; neuron masks go beyond the paper.
     """
-    if blocks is None:
-        count = 1
-    else:
+    if blocks is not None:
         if blocks.ndim != 1 or blocks.dtype != torch.int64 or w2.shape[1] % count:
             raise InputError(
                 f"ffn needs int64 blocks [K] and {w2.shape[1]} neurons in equal blocks, got {blocks.dtype} blocks "
                 f"{list(blocks.shape)} and {count} blocks"
             )
-        if not indexed(x, w2.shape[1] // count):
-            w1, b1, w2 = _compacted(w1, b1, w2, blocks, count, gated)
-            blocks, count = None, 1
+        w1, b1, w2 = _compacted(w1, b1, w2, blocks, count, gated)
     tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if blocks is None:
-        present = dict(zip(present, autocast(*present.values()), strict=True))
-        same_dtype("ffn", DTYPES, **present)
-    else:
-        (present["x"],) = autocast(x)
-        check_weights("ffn", present["x"], [present[name] for name in present if name != "x"])
+    present = dict(zip(present, autocast(*present.values()), strict=True))
+    same_dtype("ffn", DTYPES, **present)
     x, w1, b1, w2, b2 = present["x"], present["w1"], present.get("b1"), present["w2"], present.get("b2")
     if activation not in ACTIVATIONS:
         raise UnsupportedError(
@@ -114,8 +104,6 @@ def ffn(
     if x.ndim != 2 or x.shape[1] != channels or any(shapes.get(name, shape) != shape for name, shape in wanted.items()):
         first = "2N" if gated else "N"
         raise InputError(f"ffn needs x [T, C], w1 [{first}, C], b1 [{first}], w2 [C, N], b2 [C], got {shapes}")
-    if blocks is not None:
-        neurons = len(blocks) * (neurons // count)
     for name, tensor, shape in (
         ("ffn_mask", ffn_mask, ()),
         ("neuron_mask", neuron_mask, (neurons,)),
@@ -140,8 +128,6 @@ def ffn(
         draw_seed(x.device) if dropout_p else None,
         activation,
         per_token,
-        blocks,
-        count,
         dropout_p,
     )
     return out
@@ -156,11 +142,6 @@ def _compacted(
     if b1 is not None:
         b1 = b1.unflatten(0, (groups, -1)).index_select(0, rows).flatten()
     return w1, b1, w2.unflatten(1, (count, -1)).index_select(1, blocks).flatten(1)
-
-
-def _selected(blocks, count):
-    """Returns keyword arguments for selected blocks; none if all are selected, as only the Triton backend has them."""
-    return {} if blocks is None else {"blocks": blocks, "count": count}
 
 
 def _forward(
@@ -178,8 +159,6 @@ def _forward(
     seed,
     activation,
     per_token,
-    blocks,
-    count,
     dropout_p,
 ):
     with torch.autocast(x.device.type, enabled=False):
@@ -187,25 +166,17 @@ def _forward(
             *(x, w1, b1, w2, b2, ffn_mask, neuron_mask, activation),
             seed=seed,
             dropout_p=dropout_p,
-            **_selected(blocks, count),
         )
 
 
 def _fake_forward(x, w1, b1, w2, *others):
-    *_, blocks, count, _ = others
-    first, neurons = (
-        structures if blocks is None else blocks.shape[0] * (structures // count)
-        for structures in (w1.shape[0], w2.shape[1])
-    )
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], first)), x.new_empty((x.shape[0], neurons))
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], w1.shape[0])), x.new_empty((x.shape[0], w2.shape[1]))
 
 
 def _backward(dout, *others):
-    *others, seed, blocks, count, dropout_p = others
+    *others, seed, dropout_p = others
     with torch.autocast(dout.device.type, enabled=False):
-        return implementation("ffn", dout.device, dout.dtype).backward(
-            dout, *others, seed=seed, dropout_p=dropout_p, **_selected(blocks, count)
-        )
+        return implementation("ffn", dout.device, dout.dtype).backward(dout, *others, seed=seed, dropout_p=dropout_p)
 
 
 def _fake_backward(
@@ -226,11 +197,9 @@ def _fake_backward(
     neuron_sums,
     neuron_absolute,
     seed,
-    blocks,
-    count,
     dropout_p,
 ):
-    batch, neurons = lengths.shape[0], w2.shape[1] if blocks is None else blocks.shape[0] * (w2.shape[1] // count)
+    batch, neurons = lengths.shape[0], w2.shape[1]
     statistics = torch.float64 if dout.dtype == torch.float64 else torch.float32
 
     def sums(needed, *shape):
@@ -264,8 +233,6 @@ def _setup_context(ctx, inputs, output):
         seed,
         ctx.activation,
         ctx.per_token,
-        blocks,
-        ctx.count,
         ctx.dropout_p,
     ) = inputs
     out, pre, hidden = output
@@ -282,12 +249,12 @@ def _setup_context(ctx, inputs, output):
     out, pre, hidden, x = (
         tensor if needed else None for tensor, needed in zip((out, pre, hidden, x), kept.values(), strict=True)
     )
-    ctx.save_for_backward(out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, seed, blocks)
+    ctx.save_for_backward(out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, seed)
     ctx.importance_dtypes = [None if sink is None else sink.dtype for sink in (importance, neuron_importance)]
 
 
 def _gradients(ctx, dout, *_):
-    out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, seed, blocks = ctx.saved_tensors
+    out, pre, hidden, x, w1, w2, starts, lengths, ffn_mask, neuron_mask, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
     mask_wanted, neuron_mask_wanted = needs[7], needs[8]
     if neuron_mask_wanted and ctx.neuron_recording and ctx.per_token:
@@ -312,8 +279,6 @@ def _gradients(ctx, dout, *_):
         ctx.neuron_recording or neuron_mask_wanted,
         ctx.per_token and ctx.neuron_recording,
         seed,
-        blocks,
-        ctx.count,
         ctx.dropout_p,
     )
     dmask = signed.sum() if mask_wanted else None
@@ -322,13 +287,13 @@ def _gradients(ctx, dout, *_):
     partial = (absolute if ctx.per_token else signed).to(dtype) if ctx.recording else None
     neuron_partial = by_neuron.to(neuron_dtype) if ctx.neuron_recording else None
     gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs[:5], strict=True)]
-    return *gradients, None, None, dmask, dneuron_mask, partial, neuron_partial, *[None] * 6
+    return *gradients, None, None, dmask, dneuron_mask, partial, neuron_partial, *[None] * 4
 
 
 _ffn_op = define(
     "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor starts, Tensor lengths, Tensor? ffn_mask, "
     "Tensor? neuron_mask, Tensor? importance, Tensor? neuron_importance, Tensor? seed, str activation, bool per_token, "
-    "Tensor? blocks, int count, float dropout_p) -> (Tensor, Tensor, Tensor)",
+    "float dropout_p) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     _gradients,
@@ -337,8 +302,7 @@ _ffn_op = define(
 _ffn_backward_op = define(
     "ffn_backward(Tensor dout, Tensor? out, Tensor? pre, Tensor? hidden, Tensor? x, Tensor w1, Tensor w2, "
     "Tensor starts, Tensor lengths, Tensor? ffn_mask, Tensor? neuron_mask, str activation, bool[] wanted, "
-    "bool token_sums, bool neuron_sums, bool neuron_absolute, Tensor? seed, Tensor? blocks, int count, "
-    "float dropout_p) "
+    "bool token_sums, bool neuron_sums, bool neuron_absolute, Tensor? seed, float dropout_p) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,

@@ -10,9 +10,8 @@ Both masks are folded into the activations: with m the FFN mask and n the neuron
 out = hidden W2^T + m b2 and dW2 = dOut^T hidden, so that no tensor of the output's size is multiplied by m. The masks
 are on the device, and reading them on the host would wait for the GPU. So with a mask of 0 the products still run, on
 zeros, while the first pointwise kernel skips its loads. This matters to direct callers of the op only: a layer does not
-call it for an FFN that a ticket prunes. The blocks of neurons that a ticket keeps are known to the host and come as an
-index; then the products are ops.projection's kernels, and no other neurons are touched. A gate is the second half of
-the columns of the first product.
+call it for an FFN that a ticket prunes, and compacts the weights of the neurons that a ticket keeps. A gate is the
+second half of the columns of the first product.
 """
 
 from collections.abc import Sequence
@@ -26,8 +25,6 @@ from torch.nn import functional
 
 from ticketops.ops import triton_configs
 from ticketops.ops.dropout import keep_threshold
-from ticketops.ops.ffn.reference import first_places
-from ticketops.ops.projection import triton as projection
 from ticketops.ops.triton_common import UNALIGNED, cdiv, dropout_keeps, dropout_rows, launch, owned_rows, refusal
 
 __all__ = ["backward", "forward", "refusal"]
@@ -371,23 +368,17 @@ def forward(
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
-    blocks: Tensor | None = None,
-    count: int = 1,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ticketops.ops.ffn; two matrix products and one launch. With `blocks`, N is the number of selected neurons.
+    """See ticketops.ops.ffn; two matrix products and one launch.
 
     Returns:
         out [T, C]; the first layer's output [T, N] ([T, 2N] if gated); and the second layer's input, the activations
         multiplied by both masks [T, N].
     """
     gated = w1.shape[0] != w2.shape[1]
-    if blocks is None:
-        pre = functional.linear(x, w1, b1)
-    else:
-        w1, w2, biases = w1.contiguous(), w2.contiguous(), None if b1 is None else [b1.contiguous()]
-        (pre,) = projection.into(x, [w1], biases, first_places(blocks, count, gated), (1 + gated) * count)
+    pre = functional.linear(x, w1, b1)
     tokens, neurons = pre.shape[0], pre.shape[1] // (1 + gated)
     hidden = torch.empty((tokens, neurons), dtype=pre.dtype, device=pre.device)
     tile = triton_configs.GATED_FFN if gated else triton_configs.FFN
@@ -410,10 +401,7 @@ def forward(
         COLUMNS=tile.columns,
     )
     bias = b2 if b2 is None or ffn_mask is None else (b2 * ffn_mask).to(b2.dtype)
-    if blocks is None:
-        return functional.linear(hidden, w2, bias), pre, hidden
-    bias = None if bias is None else bias.contiguous()
-    return projection.out_of([hidden], [w2.t()], blocks, count, bias), pre, hidden
+    return functional.linear(hidden, w2, bias), pre, hidden
 
 
 def backward(
@@ -433,29 +421,20 @@ def backward(
     token_sums: bool,
     neuron_sums: bool,
     neuron_absolute: bool,
-    blocks: Tensor | None = None,
-    count: int = 1,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ticketops.ops.ffn.reference.backward; four matrix products (for the gradient of the activations, dx, dw1 and
-    dw2) and two launches, or one if no sum is wanted. With `blocks`, N is the number of selected neurons, except in
-    dw1, db1 and dw2, which have all neurons."""
-    gated, indexed = w1.shape[0] != w2.shape[1], blocks is not None
+    dw2) and two launches, or one if no sum is wanted."""
     through = neuron_sums or any(wanted[:3])
-    rows, groups = (None, 1) if blocks is None else (first_places(blocks, count, gated), (1 + gated) * count)
-    w1, w2 = (w1.contiguous(), w2.contiguous()) if indexed else (w1, w2)
     dx, dw1, dw2 = (dout.new_empty(0), *(w1.new_empty(0) for _ in range(2)))
     if not through:
         # No gradient of the activations is wanted, but the kernel still computes the sums over tokens.
         gradient = pre = dout.new_empty((dout.shape[0], 0))
-    elif blocks is None:
-        gradient = torch.mm(dout, w2)
     else:
-        (gradient,) = projection.into(dout, [w2.t()], None, blocks, count)
+        gradient = torch.mm(dout, w2)
     assert pre is not None
-    # With selected neurons, the indexed kernel for dw1 also computes db1.
-    sums = Wanted(wanted[2] and not (indexed and wanted[1]), wanted[4], token_sums, neuron_sums, neuron_absolute)
+    sums = Wanted(wanted[2], wanted[4], token_sums, neuron_sums, neuron_absolute)
     if not through:
         neuron_mask = None
     dpre, parts, by_neuron = activation_backward(
@@ -466,27 +445,13 @@ def backward(
     (*vectors, _), signed, absolute = finish(parts, starts, lengths, ffn_mask, w1.dtype)
     db1, db2 = (w1.new_empty(0) if vector is None else vector for vector in vectors)
     if wanted[0]:
-        dx = torch.mm(dpre, w1) if rows is None else projection.out_of([dpre], [w1], rows, groups)
-    if rows is None or blocks is None:
-        if wanted[1]:
-            assert x is not None
-            dw1 = torch.mm(dpre.t(), x)
-        if wanted[3]:
-            assert hidden is not None
-            dw2 = torch.mm(dout.t(), hidden)
-        return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron
+        dx = torch.mm(dpre, w1)
     if wanted[1]:
         assert x is not None
-        dw1 = torch.empty_like(w1)
-        both = torch.empty(len(w1), dtype=w1.dtype, device=dout.device) if wanted[2] else None
-        projection.gradients([dpre], x, [dw1], None if both is None else [both], rows, groups)
-        db1 = db1 if both is None else both
-    elif wanted[2]:
-        db1 = db1.new_zeros((groups, len(w1) // groups)).index_copy_(0, rows, db1.view(len(rows), -1)).flatten()
+        dw1 = torch.mm(dpre.t(), x)
     if wanted[3]:
         assert hidden is not None
-        dw2 = torch.empty_like(w2)
-        projection.gradients([hidden], dout, [dw2.t()], None, blocks, count)
+        dw2 = torch.mm(dout.t(), hidden)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron
 
 

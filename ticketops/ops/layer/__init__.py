@@ -5,7 +5,7 @@ LayerNorm may be after each sublayer or before it, the FFN gated, positions rota
 absent. The layer is defined by the other ops of this package. One op instead of seven saves time on small batches:
 autograd is entered once (not at all without gradients), activations and weights are cast once, and gradients are added
 up without separate passes. On a CPU, inference of few tokens, such as one sentence, is a single kernel for layers like
-BERT's. On a GPU, selected neurons, and selected heads if there are many tokens, are left to the other ops.
+BERT's.
 """
 
 import importlib
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
-from ticketops.ops import backends, projection
+from ticketops.ops import backends
 from ticketops.ops.dropout import draw_seed
 from ticketops.ops.layer import native
 from ticketops.ops.layer.arguments import GRADIENTS, PARAMETERS, Inputs, Saved, Settings, Wanted, Weights, needed
@@ -25,24 +25,18 @@ from ticketops.ops.products import compute_dtype
 from ticketops.ops.registration import check_devices, define, is_watched
 
 
-def serves_layer(
-    x: Tensor, weights: Tensor, *, picked_heads_of: int | None = None, picked_neurons: bool = False
-) -> bool:
+def serves_layer(x: Tensor, weights: Tensor) -> bool:
     """True if `encoder_layer` supports a layer on this device and dtype. Otherwise, use the other ops.
 
     Args:
         x: [.., C] tokens.
         weights: any weight of the layer.
-        picked_heads_of: head dimension if some heads, but not all, are selected from the weights; else None.
-        picked_neurons: True if some neurons, but not all, are selected from the weights.
     """
     dtype = compute_dtype(x)
     if x.dtype != weights.dtype or x.dtype not in (torch.float32, dtype):
         return False
     backend = backends.common("attention", "ffn", "residual", device=x.device, dtype=dtype)
-    if backend == "triton":
-        return not picked_neurons and (picked_heads_of is None or projection.indexed(x, picked_heads_of))
-    return backend == "native"
+    return backend in ("native", "triton")
 
 
 def _module(x: Tensor) -> Any:

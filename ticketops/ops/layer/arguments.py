@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.packing import Sequences
 
 
@@ -146,14 +147,22 @@ class Inputs(NamedTuple):
         w = self.weights
         return w.wq if w.wk is None and w.heads is None and w.wq.dtype == settings.dtype else None
 
-    def projection_slices(self, settings: Settings) -> tuple[int, Tensor | None]:
-        """Returns the number of blocks of D rows in each projection's weight, and the indices of the computed ones;
-        None for all."""
-        all_heads, _ = self.heads(settings)
-        heads, blocks = self.weights.heads, 3 // len(self.weights.projections)
+    def slices(self, settings: Settings) -> dict[str, tuple[int, int, Tensor | None]]:
+        """Returns how heads and neurons divide parameters: by the parameter's name the dimension, the number of slices,
+        and the indices of those that are computed; None for all."""
+        w, (all_heads, _) = self.weights, self.heads(settings)
+        heads, blocks = w.heads, 3 // len(w.projections)
         if heads is not None and blocks > 1:
             heads = torch.cat([heads + all_heads * block for block in range(blocks)])
-        return blocks * all_heads, heads
+        found: dict[str, tuple[int, int, Tensor | None]] = dict.fromkeys(
+            (*w.projections, *w.biases), (0, blocks * all_heads, heads)
+        )
+        found["wo"] = 1, all_heads, w.heads
+        if w.w1 is not None and w.w2 is not None:
+            count, neurons = w.w2.shape[1], w.neurons
+            rows = None if neurons is None else first_places(neurons, count, settings.gated)
+            found |= {"w1": (0, w.w1.shape[0], rows), "b1": (0, w.w1.shape[0], rows), "w2": (1, count, neurons)}
+        return found
 
     def rows(self, settings: Settings) -> Tensor | None:
         """Returns the rows that are computed after attention: int64 [B] with `first_tokens`, else None for all."""

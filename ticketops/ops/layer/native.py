@@ -9,7 +9,6 @@ from ticketops.ops.copies.native import Table
 from ticketops.ops.embedding import embedding_gradient
 from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
-from ticketops.ops.ffn.reference import first_places
 from ticketops.ops.layer.arguments import (
     PARAMETERS,
     Inputs,
@@ -44,14 +43,6 @@ def _bias(bias: Tensor | None, places: Tensor | None = None) -> Tensor | None:
     if bias is None:
         return None
     return (bias if places is None else bias[places]).float()
-
-
-def _first_slices(inputs: Inputs, settings: Settings) -> tuple[int, Tensor | None]:
-    """Returns the number of rows of the FFN's first weight, and the indices of those of the computed neurons; None for
-    all."""
-    w1, neurons = inputs.weights.w1, inputs.weights.neurons
-    rows = 0 if w1 is None else w1.shape[0]
-    return rows, None if neurons is None else first_places(neurons, rows // (1 + settings.gated), settings.gated)
 
 
 def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
@@ -146,7 +137,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
     ffn_weights, heads, neurons = w.ffn(), w.heads, w.neurons
     tokens, dtype, bf16 = x.shape[0], s.dtype, s.dtype == torch.bfloat16
-    all_heads, count = inputs.heads(s)
+    (_, count), slices = inputs.heads(s), inputs.slices(s)
     attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
     attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
     none = x.new_empty(0)
@@ -161,25 +152,24 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         attention_input = copies.select(x, 0, 1, None, dtype)
     biases = None
     if count:
-        groups, slices = inputs.projection_slices(s)
         if inputs.joined(s) is None:
             # One matrix product for q, k and v together, forward and backward. In float32 with MKL, three products of a
             # MiniLM layer take 3.11 ms and one, copies included, 2.98 (420 tokens; 1.60 and 1.44 with half of the
             # heads); with 2,400 tokens 18.1 and 16.9 (two cores of an Intel Xeon).
             w_qkv = empty((3 * width, x.shape[1]), dtype)
             for name, target in zip(w.projections, w_qkv.chunk(len(w.projections)), strict=True):
-                copies.select(getattr(w, name), 0, groups, slices, dtype, target)
+                copies.select(getattr(w, name), *slices[name], dtype, target)
         if w.biases:
             biases = empty(3 * width, torch.float32)
             for name, target in zip(w.biases, biases.chunk(len(w.biases)), strict=True):
-                copies.select(getattr(w, name), 0, groups, slices, biases.dtype, target)
+                copies.select(getattr(w, name), *slices[name], biases.dtype, target)
         if cast or heads is not None:
-            w_o = copies.select(w.wo, 1, all_heads, heads, dtype)
+            w_o = copies.select(w.wo, *slices["wo"], dtype)
     if ffn_weights is not None:
         w1, b1, w2, b2 = ffn_weights
         if cast or neurons is not None:
-            w1 = w_1 = copies.select(w1, 0, *_first_slices(inputs, s), dtype)
-            w2 = w_2 = copies.select(w2, 1, w2.shape[1], neurons, dtype)
+            w1 = w_1 = copies.select(w1, *slices["w1"], dtype)
+            w2 = w_2 = copies.select(w2, *slices["w2"], dtype)
     copies.run()
     rows = inputs.rows(s)
     stream = select(x, rows)
@@ -232,7 +222,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             # The kernels after the products add the biases; in the products they would cost a pass over the results.
             pre = product(ffn_input if cast or s.norm_first else middle, w1.t())
             hidden, _ = ffn.activate(
-                *(pre, s.activation, None, s.gated, not (keep or s.gated), _bias(b1, _first_slices(inputs, s)[1])),
+                *(pre, s.activation, None, s.gated, not (keep or s.gated), _bias(b1, slices["w1"][2])),
                 *(inner_seed, inner_dropout),
             )
             output = product(hidden, w2.t())
@@ -262,9 +252,8 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         whenever attention's backward pass runs.)
     """
     (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
-    heads, neurons = w.heads, w.neurons
     tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
-    all_heads, count = inputs.heads(s)
+    (_, count), slices = inputs.heads(s), inputs.slices(s)
     attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
     attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
     gradients: dict[str, Tensor] = {}
@@ -274,14 +263,12 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
 
     copies = Table()
 
-    def keep(
-        name: str, gradient: Tensor, dim: int = 0, groups: int = 1, index: Tensor | None = None, shared: bool = False
-    ) -> None:
-        """Stores a parameter's gradient, if wanted. Copies it if it covers selected slices only (`index`), has another
-        dtype than the parameter, or is part of a larger tensor (`shared`)."""
+    def keep(name: str, gradient: Tensor, shared: bool = False) -> None:
+        """Stores a parameter's gradient, if wanted. Copies it if it covers selected slices only, has another dtype than
+        the parameter, or is part of a larger tensor (`shared`)."""
         if not wanted.any(name):
             return
-        like = getattr(w, name)
+        like, (dim, groups, index) = getattr(w, name), slices.get(name, (0, 1, None))
         if shared or index is not None or gradient.dtype != like.dtype:
             gradient = copies.spread(gradient, like, dim, groups, index)
         gradients[name] = gradient
@@ -323,21 +310,20 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             if wanted.ffn_sums:
                 ffn_signed, ffn_absolute = ffn.token_sums(doutput, saved.output, *spans, 1.0, _bias(b2))
             if wanted.any("w2"):
-                keep("w2", gradient_product(doutput, saved.hidden), 1, w2.shape[1], neurons)
+                keep("w2", gradient_product(doutput, saved.hidden))
             if not wanted.inner(s):
                 return finish()
-            first_rows, first_slices = _first_slices(inputs, s)
             dhidden = product(doutput, saved.w_2 if saved.w_2.numel() else w2)
             dpre = empty(saved.pre.shape, dtype) if s.gated else dhidden
             db1, by_neuron = ffn.activate_backward(
                 *(dhidden, saved.pre, saved.hidden if wanted.neuron_sums else None, None, None, s.activation),
                 *(wanted.any("b1"), wanted.neuron_sums, wanted.per_token, *spans, dpre if s.gated else None),
-                *(_bias(b1, first_slices), inner_seed, inner_dropout),
+                *(_bias(b1, slices["w1"][2]), inner_seed, inner_dropout),
             )
             if wanted.any("w1"):
                 entered = saved.ffn_input if dtype != x.dtype or s.norm_first else saved.middle
-                keep("w1", gradient_product(dpre, entered), 0, first_rows, first_slices)
-            keep("b1", db1, 0, first_rows, first_slices)
+                keep("w1", gradient_product(dpre, entered))
+            keep("b1", db1)
             copies.run()
             copies = Table()
             if not wanted.projected(s):
@@ -371,8 +357,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             keep(name, gradient)
         width = count * s.head_dim
         if count and wanted.any("wo"):
-            dwo = gradient_product(dprojected, select(saved.context.view(tokens, width), rows))
-            keep("wo", dwo, 1, all_heads, heads)
+            keep("wo", gradient_product(dprojected, select(saved.context.view(tokens, width), rows)))
         if not wanted.attention(s):
             return finish()
         dx = _scatter(dx, rows, tokens) if wanted.before_attention(s) else none
@@ -399,7 +384,6 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             flat = dqkv.view(tokens, 3 * width)
             normed = s.norm_first and w.gamma1 is not None
             taken = saved.attention_input if dtype != x.dtype or normed else x
-            groups, slices = inputs.projection_slices(s)
             parts = flat.split(flat.shape[1] // len(w.projections), 1)
             # If the gradients of q, k and v are all wanted, compute them in one product.
             whole = wanted.all(*w.projections)
@@ -407,11 +391,11 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             for name, part, dweight in zip(w.projections, parts, dweights, strict=True):
                 if wanted.any(name):
                     dweight = gradient_product(part, taken) if dweight is None else dweight
-                    keep(name, dweight, 0, groups, slices, shared=len(parts) > 1 and whole)
+                    keep(name, dweight, shared=len(parts) > 1 and whole)
             if wanted.any(*w.biases):
                 sums = ffn.column_sums(flat).chunk(len(parts))
                 for name, gradient in zip(w.biases, sums, strict=True):
-                    keep(name, gradient, 0, groups, slices, shared=len(parts) > 1)
+                    keep(name, gradient, shared=len(parts) > 1)
             if wanted.before_attention(s):
                 joined = inputs.joined(s)
                 weight = saved.w_qkv if joined is None else joined
@@ -429,7 +413,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
 
 def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tuple[Tensor, ...]:
     """Returns empty tensors of the shapes and dtypes of `forward`'s results. With `on_gpu`, those of the Triton
-    backend, which also saves `middle` if the FFN is pruned, and does not copy weights of selected heads."""
+    backend, which also saves `middle` if the FFN is pruned."""
     x, w, starts = inputs.x, inputs.weights, inputs.starts
     (tokens, channels), dtype, s = x.shape, settings.dtype, settings
     cast, head_dim, (_, count) = dtype != x.dtype, s.head_dim, inputs.heads(s)
@@ -463,8 +447,8 @@ def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tu
         output=new(*stream, needed=feeds),
         mean2=statistics(rows, feeds or not first),
         rstd2=statistics(rows, feeds or not first),
-        w_qkv=new(3 * count * head_dim, channels, needed=joins and not (on_gpu and w.heads is not None)),
-        w_o=new(channels, count * head_dim, needed=attends and (cast if w.heads is None else not on_gpu)),
+        w_qkv=new(3 * count * head_dim, channels, needed=joins),
+        w_o=new(channels, count * head_dim, needed=attends and (cast or w.heads is not None)),
         w_1=new(neuron_count * (1 + s.gated), channels, needed=feeds and (cast or w.neurons is not None)),
         w_2=new(channels, neuron_count, needed=feeds and (cast or w.neurons is not None)),
     )

@@ -2,16 +2,15 @@
 
 With small batches the host's launches take longer than the GPU's work (bench/results/first-look-nvidia-h200.md). Module
 by module, a layer of BERT-base takes some 70 launches under autocast, most of them casts; as one op it takes some 25.
-All weights are cast at once; q, k and v are one product; the products for weight gradients write float32 directly; and
-products with transposed weights add to the gradient of the residual stream. The weights of selected heads are read in
-place by the kernels of ops.projection.
+All weights are cast at once, and those of selected heads and neurons put side by side in the same pass; q, k and v are
+one product; the products for weight gradients write float32 directly; and products with transposed weights add to the
+gradient of the residual stream.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ticketops.ops import private
 from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
 from ticketops.ops.layer.arguments import (
@@ -19,15 +18,13 @@ from ticketops.ops.layer.arguments import (
     Saved,
     Settings,
     Wanted,
-    Weights,
     autocast_off,
     in_weights_order,
     results,
     seeds_of,
     select,
 )
-from ticketops.ops.projection import picked_gradients
-from ticketops.ops.projection import triton as projection
+from ticketops.ops.layer.copies import Table
 from ticketops.ops.residual import triton as residual
 from ticketops.ops.rotary import triton as rotary
 
@@ -55,7 +52,7 @@ def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
 
 
 def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tensor, ...]:
-    """See ticketops.ops.layer.encoder_layer and the native backend. Computes all neurons; a selection is not supported.
+    """See ticketops.ops.layer.encoder_layer and the native backend.
 
     Args:
         keep: True saves tensors for a backward pass.
@@ -64,44 +61,40 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
     """
     (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
-    ffn_weights, heads = w.ffn(), w.heads
+    ffn_weights = w.ffn()
     (tokens, channels), dtype = x.shape, s.dtype
-    all_heads, count = inputs.heads(s)
+    (_, count), slices = inputs.heads(s), inputs.slices(s)
     attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
     attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
     cast, width, none = dtype != x.dtype, count * s.head_dim, x.new_empty(0)
     attention_input = w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
     mean1 = rstd1 = mean2 = rstd2 = middle = ffn_input = none
     normed, projected, biases = s.norm_first and w.gamma1 is not None, None, None
-    sources: list[Tensor] = []
-    copies: list[Tensor] = []
+    copies = Table()
 
-    def copied(source: Tensor, target: Tensor | None = None) -> Tensor:
-        copy = torch.empty(source.shape, dtype=dtype, device=x.device) if target is None else target
-        sources.append(source)
-        copies.append(copy)
-        return copy
+    def copied(name: str, target: Tensor | None = None) -> Tensor:
+        return copies.select(getattr(w, name), *slices.get(name, (0, 1, None)), dtype, target)
 
     if cast and count and not normed:
-        attention_input = copied(x)
-    if heads is None and count:
+        attention_input = copies.select(x, 0, 1, None, dtype)
+    if count:
         if inputs.joined(s) is None:
             w_qkv = x.new_empty((3 * width, channels), dtype=dtype)
             for name, target in zip(w.projections, w_qkv.chunk(len(w.projections)), strict=True):
-                copied(getattr(w, name), target)
+                copied(name, target)
         if w.biases:
             biases = x.new_empty(3 * width, dtype=dtype)
             for name, target in zip(w.biases, biases.chunk(len(w.biases)), strict=True):
-                copied(getattr(w, name), target)
-        if cast:
-            w_o = copied(w.wo)
+                copied(name, target)
+        if cast or w.heads is not None:
+            w_o = copied("wo")
     if ffn_weights is not None:
         w1, b1, w2, b2 = ffn_weights
-        if cast:
-            w1, w2 = w_1, w_2 = copied(w1), copied(w2)
-            b1, b2 = (None if bias is None else copied(bias) for bias in (b1, b2))
-    if sources:
-        private.copy_all(copies, sources)
+        if cast or w.neurons is not None:
+            w1, w2 = w_1, w_2 = copied("w1"), copied("w2")
+            b1 = None if b1 is None else copied("b1")
+        b2 = copied("b2") if cast and b2 is not None else b2
+    copies.run()
     rows = inputs.rows(s)
     stream = select(x, rows)
     with autocast_off(x):
@@ -111,15 +104,9 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                     None, x, None, w.gamma1, w.beta1, None, 0.0, s.eps1, dtype
                 )
             taken = attention_input if cast or normed else x
-            if heads is None:
-                joined = inputs.joined(s)
-                qkv = functional.linear(taken, w_qkv if joined is None else joined, biases)
-                qkv = qkv.view(tokens, 3, count, s.head_dim)
-            else:
-                qkv = x.new_empty((tokens, 3, count, s.head_dim), dtype=dtype)
-                weights, vectors = _apart(w, w.projections), _apart(w, w.biases) or None
-                ys = qkv.view(tokens, 3, width).unbind(1)
-                projection.into(taken, weights, vectors, heads, all_heads, ys=ys)
+            joined = inputs.joined(s)
+            qkv = functional.linear(taken, w_qkv if joined is None else joined, biases)
+            qkv = qkv.view(tokens, 3, count, s.head_dim)
             if cosines is not None and sines is not None:
                 rotary.turn_(qkv, cosines, sines)
             q, k, v = qkv.unbind(1)
@@ -130,10 +117,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 positions=w.positions(),
             )
             seen = select(context.view(tokens, width), rows)
-            if heads is None:
-                projected = torch.mm(seen, (w_o if cast else w.wo).t())
-            else:
-                projected = projection.out_of([seen], [w.wo.t()], heads, all_heads)
+            projected = torch.mm(seen, (w_o if w_o.numel() else w.wo).t())
         if s.norm_first:
             gamma2, beta2 = (None, None) if ffn_weights is None else (w.gamma2, w.beta2)
             total, *of_norm = residual.forward_before(
@@ -190,10 +174,9 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
     """Computes the gradients of `forward` and the importance partials. The results are as the native backend's; some
     are views of one tensor."""
     (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
-    heads = w.heads
     tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
     cast, normed = dtype != x.dtype, s.norm_first and w.gamma1 is not None
-    all_heads, count = inputs.heads(s)
+    (_, count), slices = inputs.heads(s), inputs.slices(s)
     attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
     attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
     gradients: dict[str, Tensor] = {}
@@ -219,12 +202,15 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         for (names, _), three in zip(some, added, strict=False):
             assert three is not None
             gradients.update(zip(names, three.chunk(3), strict=True))
-        # Sums are in float32.
-        found = {
-            name: gradient.to(getattr(w, name).dtype)
-            for name, gradient in gradients.items()
-            if name and wanted.any(name)
-        }
+        copies, found = Table(), {}
+        for name, gradient in gradients.items():
+            if name and wanted.any(name):
+                like, (dim, groups, index) = getattr(w, name), slices.get(name, (0, 1, None))
+                # Sums are in float32.
+                found[name] = (
+                    gradient.to(like.dtype) if index is None else copies.spread(gradient, like, dim, groups, index)
+                )
+        copies.run()
         found |= {name: torch.zeros_like(getattr(w, name)) for name in unread if wanted.any(name)}
         results = (dx, signed, absolute, *of_ffn, by_neuron, *in_weights_order(found))
         return tuple(torch.empty_like(none) if result is None or result is none else result for result in results)
@@ -299,11 +285,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         width = count * s.head_dim
         if count and wanted.any("wo"):
             seen = select(saved.context.view(tokens, width), rows)
-            if heads is None:
-                gradients["wo"] = _product(dprojected.t(), seen, w.wo.dtype)
-            else:
-                gradients["wo"] = torch.empty(w.wo.shape, dtype=w.wo.dtype, device=x.device)
-                projection.gradients([seen], dprojected, [gradients["wo"].t()], None, heads, all_heads)
+            gradients["wo"] = _product(dprojected.t(), seen, w.wo.dtype)
         if not wanted.attention(s):
             return finish()
         dx = _scatter(dx, rows, tokens) if wanted.before_attention(s) else none
@@ -311,10 +293,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             dx = dout.clone()
         if not count:
             return finish(dx, *(none.new_empty((batch, 0)) for _ in range(2)))
-        if heads is None:
-            dseen = torch.mm(dprojected, saved.w_o if saved.w_o.numel() else w.wo)
-        else:
-            (dseen,) = projection.into(dprojected, [w.wo.t()], None, heads, all_heads)
+        dseen = torch.mm(dprojected, saved.w_o if saved.w_o.numel() else w.wo)
         dqkv = torch.empty_like(saved.qkv)
         q, k, v = saved.qkv.unbind(1)
         *_, signed, absolute, dbias, dkeys, dqueries = attention.backward(
@@ -342,46 +321,23 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             rotary.turn_(dqkv, cosines, sines, back=True)
         flat, taken = dqkv.view(tokens, 3 * width), saved.attention_input if cast or normed else x
         names, biases = w.projections, w.biases
-        if heads is None:
-            dparts = flat.chunk(len(names), 1)
-            if wanted.all(*names):
-                gradients |= zip(names, _product(flat.t(), taken, w.wq.dtype).chunk(len(names)), strict=True)
-            else:
-                for name, dpart in zip(names, dparts, strict=True):
-                    if wanted.any(name):
-                        gradients[name] = _product(dpart.t(), taken, w.wq.dtype)
-            if wanted.any(*biases):
-                gradients |= zip(biases, flat.sum(0, dtype=torch.float32).chunk(len(biases)), strict=True)
+        if wanted.all(*names):
+            gradients |= zip(names, _product(flat.t(), taken, w.wq.dtype).chunk(len(names)), strict=True)
         else:
-            dparts = flat.view(tokens, 3, width).unbind(1)
-            weights = _apart(w, names)
-            # The parameter that each of the six is a part of.
-            six = [name for name in (*names, *biases) for _ in range(3 // len(names))]
-            flags3 = [wanted.any(name) for name in six] + [False] * (6 - len(six))
-            found = picked_gradients(dparts, taken, weights, heads, all_heads, flags3)
-            for name in filter(wanted.any, (*names, *biases)):
-                pieces = [
-                    piece for piece, other in zip(found, six, strict=False) if other == name and piece is not None
-                ]
-                gradients[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            for name, dpart in zip(names, flat.chunk(len(names), 1), strict=True):
+                if wanted.any(name):
+                    gradients[name] = _product(dpart.t(), taken, w.wq.dtype)
+        if wanted.any(*biases):
+            gradients |= zip(biases, flat.sum(0, dtype=torch.float32).chunk(len(biases)), strict=True)
         if not wanted.before_attention(s):
             return finish(none, signed, absolute)
         joined = inputs.joined(s)
         weight = saved.w_qkv if joined is None else joined
         if normed:
-            dentered = torch.mm(flat, weight) if heads is None else projection.out_of(dparts, weights, heads, all_heads)
             _, dx, sums = residual.first_stage(
-                dentered, None, x, None, w.gamma1, saved.mean1, saved.rstd1, None, 0.0, dtotal=dx
+                torch.mm(flat, weight), None, x, None, w.gamma1, saved.mean1, saved.rstd1, None, 0.0, dtotal=dx
             )
             vectors.append((("", "gamma1", "" if w.beta1 is None else "beta1"), sums))
-        elif heads is None:
-            dx = _add_product(dx, flat, weight)
         else:
-            dx += projection.out_of(dparts, weights, heads, all_heads)
+            dx = _add_product(dx, flat, weight)
         return finish(dx if wanted.tokens else none, signed, absolute)
-
-
-def _apart(w: Weights, names: list[str]) -> list[Tensor]:
-    """Returns the weights or biases of q, k and v one by one; empty without any."""
-    tensors = [getattr(w, name).contiguous() for name in names]
-    return list(tensors[0].chunk(3)) if len(tensors) == 1 else tensors
