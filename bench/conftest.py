@@ -11,11 +11,15 @@ import torch
 import transformers
 
 from bench import step
-from bench.contenders import DEVICE, DTYPES, OPS, OURS, Machine, Shape, Step
+from bench.contenders import DEVICE, DTYPES, OPS, OURS, Machine, Shape, Step, with_compiled
 from bench.gpu.workloads import QUANTILES, task_lengths
 
 #: Attention heads of every model, as in BERT-base and MiniLM.
 HEADS = 12
+#: A batch of BERT-large, all of its rows full, as MLPerf packs them; it is fine-tuned here, and pre-trained there.
+LARGE = Shape((512,) * 16, channels=1024, heads=16, neurons=4096, layers=24)
+#: Sequences a second of one of eight H200 in MLPerf Training 4.0.
+PUBLISHED = {"published_sequences_per_second": 996}
 _LINES = pytest.StashKey[list[str]]()
 
 
@@ -26,6 +30,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=int, default=16, help="rows of the batch (default: 16)")
     group.addoption("--channels", type=int, default=384, help="hidden size, 12 heads (default: 384)")
     group.addoption("--layers", type=int, default=6, help="layers of the model of a step (default: 6)")
+    group.addoption(
+        "--compile",
+        action="store_true",
+        default=DEVICE.type == "cuda",
+        help="also measure rivals under torch.compile, which takes minutes on a CPU (default: on a GPU)",
+    )
+    group.addoption(
+        "--large",
+        action="store_true",
+        default=DEVICE.type == "cuda",
+        help="also measure a step of BERT-large, which takes minutes on a CPU (default: on a GPU)",
+    )
     group.addoption(
         "--rounds",
         type=int,
@@ -67,6 +83,7 @@ def groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     channels = option("--channels")
     shape = Shape(lengths, channels, HEADS, 4 * channels, option("--layers"))
     least, seconds = (1, 0.0) if option("--benchmark-disable") else (option("--rounds"), 1.0)
+    compiles = option("--compile")
     known: dict[Any, Any] = {}
 
     def remembered(key: Any, make: Callable[[], Any]) -> Any:
@@ -79,12 +96,17 @@ def groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             torch.manual_seed(0)
             machine = remembered(dtype, lambda: Machine(DTYPES[dtype]))
             problem: Any
-            if name == "step":
+            of = LARGE if name == "bert-large" else shape
+            if name in ("step", "bert-large"):
+                batches = [of.lengths] * 3
+                if name == "step":
+                    batches = [task_lengths(option("--lengths"), len(of.lengths), seed) for seed in (0, 1, 2)]
                 folder = tmp_path_factory.mktemp("model")
-                problem = remembered((name, dtype), lambda: Step(shape, option("--lengths"), folder, dtype))
+                problem = remembered((name, dtype), lambda: Step(of, batches, folder, dtype, compiles))
                 check, arguments, size = problem.verdicts, (kind,), 4
             else:
                 problem = remembered(name, lambda: OPS[name](shape))
+                problem = with_compiled(name, problem) if compiles else problem
                 check, arguments = (lambda: problem.verdicts(DTYPES[dtype])), (DTYPES[dtype], kind)
                 size = DTYPES[dtype].itemsize
             # First, since training moves the weights.
@@ -94,9 +116,9 @@ def groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             rates = machine.rates(times)
             operations, elements = problem.work[kind]
             info = {
-                "tokens": shape.tokens,
-                "padded_tokens": shape.real.numel(),
-                "channels": channels,
+                "tokens": of.tokens,
+                "padded_tokens": of.real.numel(),
+                "channels": of.channels,
                 "operations": operations,
                 "bytes": elements * size,
                 "operations_per_second": rates.operations,
@@ -136,12 +158,24 @@ def in_turns(
     return times
 
 
+_NEEDS = {
+    "flex": "a GPU",
+    "varlen": "a GPU and half precision",
+    "flash-attn": "a GPU, half precision and its package",
+    "reduce-overhead": "a GPU",
+}
+
+
 @pytest.fixture
 def report(benchmark: Any, groups: Callable[..., Any], request: pytest.FixtureRequest) -> Callable[..., None]:
     """Returns a function that checks a contender of a group and hands its times to pytest-benchmark."""
 
     def reported(name: str, dtype: str, kind: str, contender: str) -> None:
+        if name == "bert-large" and not request.config.getoption("--large"):
+            pytest.skip("a step of BERT-large takes minutes here: --large")
         group = groups(name, dtype, kind)
+        if contender not in group["times"]:
+            pytest.skip(f"{contender} needs {_NEEDS.get(contender, '--compile')}")
         verdict = group["verdicts"][contender]
         assert verdict == "green", f"{contender} is wrong, and its times say nothing: {verdict}"
         times = group["times"]
@@ -157,6 +191,7 @@ def report(benchmark: Any, groups: Callable[..., Any], request: pytest.FixtureRe
         benchmark.extra_info |= {
             **group["info"],
             "share_of_floor": floor / median / 1e3,
+            **({"sequences_per_second": len(LARGE.lengths) / median, **PUBLISHED} if name == "bert-large" else {}),
             **ratios,
             **step.circumstances(DEVICE),
         }

@@ -1,11 +1,13 @@
 """What `pytest bench` measures: the ops of ticketops and what stock transformers computes in their place, on the same
 values, with the least work that each takes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,6 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from bench import step
 from bench.gpu.measure import Work, gate
-from bench.gpu.workloads import task_lengths
 from ticketops import ops
 from ticketops.ops import Sequences, Weights, backends
 from ticketops.ops.products import product
@@ -105,6 +106,7 @@ class Problem:
         weights: the other arguments, float64.
         ours: computes the op by ticketops from packed tokens.
         stock: each computes it by torch or transformers from padded tokens; "eager" is one.
+        packed: each computes it by another library from packed tokens.
         work: least work of each pass, in operations and in elements that memory is read and written for.
         unchecked: places of arguments whose gradient is 0 but for rounding.
     """
@@ -116,24 +118,32 @@ class Problem:
     stock: dict[str, Bind]
     work: dict[str, tuple[float, float]]
     unchecked: frozenset[int] = field(default_factory=frozenset)
+    packed: dict[str, Bind] = field(default_factory=dict)
+
+    def names(self, dtype: torch.dtype) -> list[str]:
+        """The contenders of a dtype; libraries for packed tokens take half precision alone."""
+        return [OURS, *self.stock, *(self.packed if dtype.itemsize == 2 else ())]
 
     def runs(self, dtype: torch.dtype, kind: str) -> dict[str, Callable[[], object]]:
-        """Returns what to time by contender, with dropout.
+        """Returns what to time by contender, with dropout where the contender has it.
 
         Args:
             dtype: of all tensors.
             kind: one of PASSES.
         """
-        return {name: self._run(name, dtype, kind) for name in (OURS, *self.stock)}
+        return {name: self._run(name, dtype, kind) for name in self.names(dtype)}
+
+    def _is_packed(self, name: str) -> bool:
+        return name == OURS or name in self.packed
 
     def _bound(self, name: str, dtype: torch.dtype, p: float) -> tuple[Callable[[], Tensor], list[Tensor], Tensor]:
-        layout = (lambda x: x) if name == OURS else self.shape.padded
+        layout = (lambda x: x) if self._is_packed(name) else self.shape.padded
         # The result has the shape of the first argument.
         generator = torch.Generator().manual_seed(1)
         gradient = torch.randn(self.tokens[0].shape, generator=generator, dtype=torch.float64).to(DEVICE)
         values = [*map(layout, self.tokens), *self.weights]
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in values]
-        bind = self.ours if name == OURS else self.stock[name]
+        bind = {OURS: self.ours, **self.stock, **self.packed}[name]
         return bind(leaves, p), leaves, layout(gradient).to(dtype)
 
     def _run(self, name: str, dtype: torch.dtype, kind: str) -> Callable[[], object]:
@@ -150,7 +160,7 @@ class Problem:
             call, leaves, gradient = self._bound(name, dtype, 0.0)
             out = call()
             found = [out, *torch.autograd.grad(out, leaves, gradient)]
-            if name != OURS:
+            if not self._is_packed(name):
                 per_token = 1 + len(self.tokens)
                 found = [x[self.shape.real.flatten()] for x in found[:per_token]] + found[per_token:]
             return [x for place, x in enumerate(found) if place - 1 not in self.unchecked]
@@ -158,8 +168,31 @@ class Problem:
         exact, same = results("eager", torch.float64), results("eager", dtype)
         return {
             name: gate(results(name, dtype), same, exact, terms=1.0, slack=1.0 if name == OURS else 10.0)
-            for name in (OURS, *self.stock)
+            for name in self.names(dtype)
         }
+
+
+#: Rivals under torch.compile -> its mode. CUDA graphs are a GPU's.
+MODES = {name: mode for name, mode in step.COMPILED.items() if mode is None or DEVICE.type == "cuda"}
+
+
+def with_compiled(name: str, problem: Problem) -> Problem:
+    """Adds rivals under torch.compile to a problem: the best of transformers, and to attention FlexAttention.
+
+    Args:
+        name: key of the problem in OPS.
+        problem: of that name.
+    """
+
+    def compiled(leaves: list[Tensor], p: float, mode: str | None) -> Callable[[], Tensor]:
+        bind = problem.stock.get("sdpa", problem.stock["eager"])
+        return torch.compile(bind(leaves, p), mode=mode)
+
+    more: dict[str, Bind] = {mode: partial(compiled, mode=MODES[mode]) for mode in MODES}
+    if name == "attention":
+        # On a CPU it has no backward pass.
+        more = {"flex": partial(flex, problem.shape)} if DEVICE.type == "cuda" else {}
+    return replace(problem, stock={**problem.stock, **more})
 
 
 def _normal(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -198,7 +231,56 @@ def attention(shape: Shape) -> Problem:
     size, products = shape.tokens * shape.channels, 2 * shape.pairs * shape.channels
     work = {"forward": (2 * products, 4 * size), "forward+backward": (7 * products, 12 * size)}
     values = _normal(*[(shape.tokens, heads, head_dim)] * 3)
-    return Problem(shape, values, [], ours, {"sdpa": sdpa, "eager": eager}, work)
+    there = [name for name, home in _HOMES.items() if DEVICE.type == "cuda" and find_spec(home)]
+    packed: dict[str, Bind] = {name: partial(_PACKED[name], shape) for name in there}
+    return Problem(shape, values, [], ours, {"sdpa": sdpa, "eager": eager}, work, packed=packed)
+
+
+def flex(shape: Shape, leaves: list[Tensor], p: float, compiled: bool = True) -> Callable[[], Tensor]:
+    """Attention by FlexAttention, which has no dropout.
+
+    Args:
+        shape: of the batch.
+        leaves: padded q, k and v.
+        p: ignored.
+        compiled: False computes it step by step, for tests.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    rows, width = shape.real.shape
+    lengths = torch.tensor(shape.lengths, device=DEVICE)
+    mask = create_block_mask(lambda b, h, i, j: j < lengths[b], rows, None, width, width, DEVICE)
+    call = torch.compile(flex_attention) if compiled else flex_attention
+
+    def run() -> Tensor:
+        q, k, v = (x.view(rows, width, shape.heads, -1).transpose(1, 2) for x in leaves)
+        return call(q, k, v, block_mask=mask).transpose(1, 2).reshape(leaves[0].shape)
+
+    return run
+
+
+def _ends(shape: Shape) -> Tensor:
+    return torch.tensor((0, *shape.lengths), device=DEVICE).cumsum(0, dtype=torch.int32)
+
+
+def varlen(shape: Shape, leaves: list[Tensor], p: float) -> Callable[[], Tensor]:
+    """Attention of packed sequences by torch, which has no dropout there."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends, width = _ends(shape), max(shape.lengths)
+    return lambda: varlen_attn(*leaves, ends, ends, width, width)
+
+
+def flash(shape: Shape, leaves: list[Tensor], p: float) -> Callable[[], Tensor]:
+    """Attention of packed sequences by flash-attn."""
+    from flash_attn import flash_attn_varlen_func
+
+    ends, width = _ends(shape), max(shape.lengths)
+    return lambda: flash_attn_varlen_func(*leaves, ends, ends, width, width, dropout_p=p)
+
+
+_PACKED = {"varlen": varlen, "flash-attn": flash}
+_HOMES = {"varlen": "torch.nn.attention.varlen", "flash-attn": "flash_attn"}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -303,19 +385,23 @@ class Step:
 
     Args:
         shape: of the first batch and of the model, whose weights are random.
-        task: key of the lengths' distribution, see bench.gpu.workloads.
+        batches: lengths of the rows of each batch.
         folder: where to keep the model.
         dtype: "fp32" or "bf16" (autocast).
+        compiles: True adds rivals under torch.compile.
     """
 
-    def __init__(self, shape: Shape, task: str, folder: Path, dtype: str) -> None:
+    def __init__(
+        self, shape: Shape, batches: Sequence[tuple[int, ...]], folder: Path, dtype: str, compiles: bool
+    ) -> None:
         torch.manual_seed(0)
         self.shape, self.dtype = shape, dtype
         model = BertForSequenceClassification(shape.config())
         model.save_pretrained(folder)
-        batches = [self._batch(task_lengths(task, len(shape.lengths), seed)) for seed in (0, 1, 2)]
-        self._setup = step.Setup(f"lengths of {task}", str(folder), model.config, batches, dtype, earlier=batches)
-        self._contenders = {name: step.contender(self._setup, each) for name, each in STEPS.items()}
+        drawn = [self._batch(lengths) for lengths in batches]
+        self._setup = step.Setup("random tokens", str(folder), model.config, drawn, dtype, earlier=drawn)
+        named = {**STEPS, **(dict(zip(MODES, MODES, strict=True)) if compiles else {})}
+        self._contenders = {name: step.contender(self._setup, each) for name, each in named.items()}
 
     def _batch(self, lengths: tuple[int, ...]) -> step.Batch:
         real = Shape(lengths, *[0] * 4).real
@@ -337,7 +423,7 @@ class Step:
 
             def forward() -> object:
                 with torch.inference_mode(), self._autocast():
-                    return each.model(**next(batches))
+                    return each.forward(**next(batches))
 
             return forward
 
@@ -352,11 +438,13 @@ class Step:
     def verdicts(self) -> dict[str, str]:
         """Compares logits and the gradients of the weights, without dropout, with the stock model in float64."""
 
-        def results(model: torch.nn.Module, autocast: bool = True) -> list[Tensor]:
+        def results(
+            model: torch.nn.Module, call: Callable[..., Any] | None = None, autocast: bool = True
+        ) -> list[Tensor]:
             model.eval()
             model.zero_grad()
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast and self.dtype == "bf16"):
-                out = model(**self._setup.batches[0])
+                out = (model if call is None else call)(**self._setup.batches[0])
             out.loss.backward()
             gradients = [p.grad.clone() for p in model.parameters() if p.ndim == 2 and p.grad is not None]
             model.zero_grad()
@@ -364,7 +452,7 @@ class Step:
 
         stock = BertForSequenceClassification.from_pretrained(self._setup.model, attn_implementation="sdpa").to(DEVICE)
         same, exact = results(stock), results(stock.double(), autocast=False)
-        return {name: gate(results(each.model), same, exact) for name, each in self._contenders.items()}
+        return {name: gate(results(each.model, each.forward), same, exact) for name, each in self._contenders.items()}
 
     @property
     def work(self) -> dict[str, tuple[float, float]]:

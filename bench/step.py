@@ -115,6 +115,8 @@ class Contender:
 
 #: All contenders, see `contender`.
 CONTENDERS = ("sdpa", "compile", "full", "importance", "packed", "ticket50", "applied50", "switching")
+#: Those under torch.compile -> its mode. On a CPU "reduce-overhead" is the same as "compile".
+COMPILED = {"compile": None, "reduce-overhead": "reduce-overhead"}
 
 
 def load(
@@ -171,19 +173,19 @@ def contender(setup: Setup, name: str) -> Contender:
 
     Args:
         setup: what all contenders share.
-        name: "sdpa" and "compile" are stock transformers, with the attention that it takes by itself: sdpa, or eager
-            for an architecture without. "full" is patched; "importance" also records importance;
-            "ticket50" is shrunk to half of all heads and FFNs, as in a search; "applied50" is whole, with that half
-            applied as a ticket; "switching" applies a different half at every step; "packed" is "full" on the same
-            batches without padding.
+        name: "sdpa", "compile" and "reduce-overhead" (compiled, with CUDA graphs) are stock transformers, with the
+            attention that it takes by itself: sdpa, or eager for an architecture without. "full" is patched;
+            "importance" also records importance; "ticket50" is shrunk to half of all heads and FFNs, as in a search;
+            "applied50" is whole, with that half applied as a ticket; "switching" applies a different half at every
+            step; "packed" is "full" on the same batches without padding.
     """
     torch.manual_seed(0)
     kind = AutoModelForSequenceClassification
     config = copy.deepcopy(setup.config)
     drawn = kind.from_config(config) if setup.random_weights else kind.from_pretrained(setup.model, config=config)
     model = drawn.to(setup.device)
-    handle = None if name in ("sdpa", "compile") else patch(model)
-    forward = torch.compile(model) if name == "compile" else model
+    handle = None if name == "sdpa" or name in COMPILED else patch(model)
+    forward = torch.compile(model, mode=COMPILED[name]) if name in COMPILED else model
     autocast = torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.dtype == "bf16")
     recording: Callable[[], Any] = (
         handle.record_importance if handle and name == "importance" else contextlib.nullcontext
@@ -373,7 +375,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
                 each.step(batch)
         # Inductor needs a C++ compiler and fails with many exceptions; the other contenders run without it.
         except Exception as error:
-            if name != "compile":
+            if name not in COMPILED:
                 raise
             failures[name] = (str(error).splitlines() or [type(error).__name__])[0]
             del contenders[name]
@@ -509,10 +511,9 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     names = [name for name in options.contenders.split(",") if name != "compile" or not options.no_compile]
     try:
-        if not {"sdpa", "full"} <= set(names) <= set(CONTENDERS):
-            raise InputError(
-                f"--contenders {options.contenders}: need sdpa and full, and any of {', '.join(CONTENDERS)}"
-            )
+        if not {"sdpa", "full"} <= set(names) <= {*CONTENDERS, *COMPILED}:
+            known = ", ".join(dict.fromkeys([*CONTENDERS, *COMPILED]))
+            raise InputError(f"--contenders {options.contenders}: need sdpa and full, and any of {known}")
         if options.batches < 1 or options.rounds < 1:
             raise InputError("--batches and --rounds must be at least 1")
         setup = load(

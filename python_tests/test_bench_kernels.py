@@ -46,6 +46,14 @@ def test_all_contenders_compute_the_same(op, dtype):
         run()
 
 
+def test_flex_attention_gets_the_same_problem():
+    problem = contenders.attention(SHAPE)
+    # Compiled, and differentiated, it needs a GPU.
+    leaves = [SHAPE.padded(x).float() for x in problem.tokens]
+    found = contenders.flex(SHAPE, leaves, 0.0, compiled=False)()
+    torch.testing.assert_close(found[SHAPE.real.flatten()], problem.ours(problem.tokens, 0.0)().float())
+
+
 def test_the_least_work_is_that_of_real_tokens():
     assert (SHAPE.tokens, SHAPE.pairs, SHAPE.weights) == (9, 35, 4 * 24**2 + 2 * 24 * 40)
     assert SHAPE.real.tolist() == [[True] * 5, [True] + [False] * 4, [True] * 3 + [False] * 2]
