@@ -63,6 +63,7 @@ BASE_SIZED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "modernbert-base": ("modernbert", {}),
     "mpnet-base": ("mpnet", {}),
+    "nomic-bert-base": ("nomic_bert", {}),
 }
 
 
