@@ -35,10 +35,10 @@ def test_an_architecture_that_transformers_does_not_have_yet(tmp_path, monkeypat
 
 
 def test_a_model_with_code_of_its_own_is_refused_with_the_remedy():
-    kind = type("NomicBertModel", (transformers.PreTrainedModel,), {"__module__": "transformers_modules.nomic"})
-    kind.config_class = transformers.NomicBertConfig
+    kind = type("ModernBertModel", (transformers.PreTrainedModel,), {"__module__": "transformers_modules.own"})
+    kind.config_class = transformers.ModernBertConfig
     with pytest.raises(UnsupportedError, match="load it without trust_remote_code"):
-        ticketops.patch(kind(transformers.NomicBertConfig()))
+        ticketops.patch(kind(transformers.ModernBertConfig()))
 
 
 def test_no_weight_is_allocated():
