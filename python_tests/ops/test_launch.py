@@ -127,3 +127,28 @@ def test_what_is_remembered_is_bounded(kernel, monkeypatch):
         common.launch(kernel, 3, TILE, **arguments(tokens=tokens))
     assert len(common._launched) <= 4
     assert len(kernel.compiled) == 1
+
+
+def test_a_part_of_a_tensor_is_an_address_to_the_kernel_and_a_view_to_triton(kernel):
+    whole = torch.arange(96.0)[4:].view(4, 23)
+    part = common.Part(whole, 8, (4, 8), (23, 1))
+    common.launch(kernel, 3, TILE, **arguments(p_x=part))
+    (view,) = (given["p_x"] for given in kernel.compiled)
+    assert torch.equal(view, whole[:, 8:16])
+    assert (view.data_ptr(), view.stride()) == (part.data_ptr(), part.stride())
+    common.launch(kernel, 3, TILE, **arguments(p_x=part))
+    assert kernel.run[0][9] == whole.data_ptr() + 8 * 4
+    # Four elements further on it is aligned as before, one further on it is not.
+    for first, compiled in ((12, 1), (9, 2)):
+        common.launch(kernel, 3, TILE, **arguments(p_x=common.Part(whole, first, (4, 8), (23, 1))))
+        assert len(kernel.compiled) == compiled
+    assert torch.equal(common.Part(whole, 2, (3, 2)).view(), whole.flatten()[2:8].view(3, 2))
+
+
+def test_thirds_are_queries_keys_and_values():
+    qkv = torch.randn(5, 3, 2, 4)
+    thirds = common.thirds(qkv.flatten(1), (5, 2, 4))
+    for part, want in zip(thirds, qkv.unbind(1), strict=True):
+        assert torch.equal(part.view(), want)
+        assert part.stride() == want.stride()
+        assert part.contiguous().is_contiguous()

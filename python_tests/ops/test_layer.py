@@ -433,7 +433,7 @@ def test_only_what_a_ticket_keeps_is_computed():
     where = (sequences.starts, sequences.lengths, None, None, None)
     _, *saved = layer.forward(Inputs(x.float(), Weights(*w), *where), settings)
     saved = Saved(*saved)
-    assert saved.qkv.shape == (rows, 3, 1, DIM)
+    assert saved.qkv.shape == (rows, 3 * DIM)
     assert saved.w_qkv.shape == (3 * DIM, CHANNELS)
     assert saved.pre.shape == saved.hidden.shape == (rows, 2)
 

@@ -159,6 +159,34 @@ class TestTriton:
         assert private.follows_launches()
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_function_is_applied_as_torch_applies_it(monkeypatch, known):
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, factor, x, y):
+            ctx.save_for_backward(x)
+            ctx.factor = factor
+            return factor * x, y
+
+        @staticmethod
+        def backward(ctx, dx, dy):
+            assert ctx.saved_tensors[0] is x
+            return None, ctx.factor * dx, dy
+
+    if not known:
+        monkeypatch.setattr(private, "_function_base", None)
+    else:
+        # Where torch's own is taken, the test shows nothing.
+        assert private._function_base is not None
+        monkeypatch.setattr(Scaled, "apply", None)
+    x, y = torch.randn(3, requires_grad=True), torch.randn(3)
+    out, same = private.apply(Scaled, 2.0, x, y)
+    assert torch.equal(out, 2 * x)
+    assert torch.equal(same, y)
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+
+
 def test_nothing_private_is_used_elsewhere():
     is_private = re.compile(r"torch\._\w+|torch\.ops\.mkldnn|packed_metadata|triton\.knobs\.(?!runtime\.interpret)")
     for file in Path(private.__file__).parent.rglob("*.py"):

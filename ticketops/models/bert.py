@@ -332,7 +332,7 @@ def compute_layer(
         per_token=call.per_token,
         first_tokens=first_tokens,
     )
-    return out[:, None] if first_tokens else out.view_as(hidden_states)
+    return out[:, None] if first_tokens else out.view(hidden_states.shape)
 
 
 def read_tokens(state: LayerState, hidden_states: Tensor, call: Call) -> Tensor:

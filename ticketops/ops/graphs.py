@@ -8,8 +8,11 @@ Source: torch.cuda.make_graphed_callables, which returns the graph's own memory 
 for each function.
 """
 
+import itertools
+import math
 import weakref
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -126,8 +129,7 @@ class Graphed:
         self, function: Callable[..., Tensor], unread: list[Tensor], aliases: list[Tensor], differentiable: bool
     ) -> tuple[Tensor, Callable[[], None], Callable[[], None] | None]:
         inputs = [*self._copied, *unread, *aliases]
-        #: Of gradients that lie in one piece: the places of their inputs, tensors of their shapes, and the piece.
-        self._pieces: list[tuple[list[int], Sequence[Tensor], Tensor]] = []
+        self._pieces: list[_Piece] = []
         self._number = len(inputs)
         result: Tensor | None = None
 
@@ -142,7 +144,7 @@ class Graphed:
             return out, replay, None
         self._dout = torch.empty_like(out)
         wanted = [place for place, x in enumerate(inputs) if x.requires_grad]
-        groups: list[tuple[list[int], Sequence[Tensor]]] = []
+        groups: list[list[int]] = []
 
         def backward() -> list[Tensor]:
             assert result is not None
@@ -162,24 +164,27 @@ class Graphed:
                     parts = private.unflatten(room, mine)
                 private.copy_all(parts, mine)
                 results.append(room)
-                groups.append((places, parts))
+                groups.append(places)
             return results
 
         with torch.autocast(out.device.type, enabled=False):
             rooms, differentiate = self.memory.capture(backward)
-        self._pieces = [(places, parts, room) for (places, parts), room in zip(groups, rooms, strict=True)]
+        self._pieces = [
+            _Piece(places, [inputs[place].shape for place in places], room)
+            for places, room in zip(groups, rooms, strict=True)
+        ]
         # The graphs have their memory, and no longer need what autograd has saved.
         result = None
         return out, replay, differentiate
 
     def _grouped(self, gradients: dict[int, Tensor]) -> list[list[int]]:
         """Places of gradients that are copied together: those of weights of one dtype; importance partials, which are
-        kept for longer; and each other one by itself."""
+        kept for longer; and each other one by itself. Those of one shape follow each other."""
         groups: dict[Any, list[int]] = {}
         for place, x in gradients.items():
             kind = place if place < len(self._copied) else (place >= self.in_place, x.dtype)
             groups.setdefault(kind, []).append(place)
-        return list(groups.values())
+        return [sorted(places, key=lambda place: gradients[place].shape) for places in groups.values()]
 
     def __call__(self, copied: Sequence[Tensor], sinks: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """Computes the function of inputs of the shapes that it was captured with.
@@ -190,7 +195,7 @@ class Graphed:
         if self._differentiate is None:
             self.memory.start(waits=False)
             return self.forward(copied)
-        out: Tensor = _Replay.apply(self, len(copied), *copied, *sinks, *weights)
+        out: Tensor = private.apply(_Replay, self, len(copied), *copied, *sinks, *weights)
         return out
 
     def forward(self, copied: Sequence[Tensor]) -> Tensor:
@@ -206,10 +211,35 @@ class Graphed:
         self._dout.copy_(dout)
         self._differentiate()
         found: list[Tensor | None] = [None] * self._number
-        for places, parts, room in self._pieces:
-            for place, gradient in zip(places, private.unflatten(room.clone(), parts), strict=True):
-                found[place] = gradient
+        for piece in self._pieces:
+            piece.copy_to(found)
         return found
+
+
+class _Piece:
+    """Gradients that lie one behind the other in one tensor, those of one shape together.
+
+    Args:
+        places: of their inputs.
+        shapes: of the gradients.
+        room: the tensor, [total].
+    """
+
+    def __init__(self, places: Sequence[int], shapes: Sequence[torch.Size], room: Tensor) -> None:
+        self._room = room
+        #: The places of each run of equal shapes, and the run's shape.
+        self._runs: list[tuple[list[int], list[int]]] = []
+        for shape, run in itertools.groupby(zip(shapes, places, strict=True), itemgetter(0)):
+            mine = [place for _, place in run]
+            self._runs.append((mine, [len(mine), *shape]))
+        self._sizes = [math.prod(shape) for _, shape in self._runs]
+
+    def copy_to(self, found: list[Tensor | None]) -> None:
+        """Puts a copy of each gradient at its input's place."""
+        # A view for each shape and one call for all gradients of it: views one by one take longer than all else here.
+        for (places, shape), run in zip(self._runs, self._room.clone().split_with_sizes(self._sizes), strict=True):
+            for place, gradient in zip(places, run.view(shape).unbind(), strict=True):
+                found[place] = gradient
 
 
 class _Replay(torch.autograd.Function):

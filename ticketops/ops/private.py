@@ -31,6 +31,7 @@ _zero_all = _find("_foreach_zero_")
 _assert_async = _find("_assert_async")
 _saving_hooks = _find("_C._autograd._top_saved_tensors_default_hooks")
 _unflatten = _find("_C._nn.unflatten_dense_tensors")
+_function_base = _find("_C._FunctionBase.apply")
 _keeps_graph = _find("_C._autograd._get_current_graph_task_keep_graph")
 
 #: Makes a tensor from a DLPack capsule, as every result of a native kernel is one.
@@ -88,6 +89,20 @@ def keeps_graph() -> bool:
     """True inside a backward pass that another one of the same graph may follow (retain_graph=True), or if this version
     of torch does not tell."""
     return _keeps_graph is None or bool(_keeps_graph())
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Does what `function.apply` does, without its loop over the arguments, which takes as long as all else for many of
+    them. It unwraps tensors that are left over from a transform of torch.func, so kernels refuse these here.
+
+    Args:
+        function: without a `setup_context` of its own.
+        arguments: of its forward.
+    """
+    if _function_base is None or _functorch_active is None or _functorch_active():
+        return function.apply(*arguments)
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply(*arguments)
 
 
 def can_dispatch_below_autograd() -> bool:
@@ -212,11 +227,16 @@ def can_launch(compiled: Any) -> bool:
 
 def follows_launches() -> bool:
     """True if a profiler has installed Triton's launch hooks, or if this version of Triton does not tell."""
+    runtime = _triton_runtime()
+    enter, leave = getattr(runtime, "launch_enter_hook", None), getattr(runtime, "launch_exit_hook", None)
+    return enter is None or leave is None or bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
+
+
+@cache
+def _triton_runtime() -> Any:
     import triton
 
-    runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
-    hooks = [getattr(runtime, name, None) for name in ("launch_enter_hook", "launch_exit_hook")]
-    return any(hook is None or bool(getattr(hook, "calls", True)) for hook in hooks)
+    return getattr(getattr(triton, "knobs", None), "runtime", None)
 
 
 def launch_compiled(compiled: Any, programs: int, stream: int, arguments: Sequence[Any]) -> None:

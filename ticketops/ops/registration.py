@@ -105,7 +105,9 @@ def check_devices(op: str, names: Iterable[str], arguments: Iterable[object]) ->
             raise InputError(f"{op} needs {name} as a dense, strided tensor, got a {kind} one: convert it first")
 
 
-def _differentiable(name: str, below: Callable, backward: Callable, setup_context: Callable) -> Callable:
+def _differentiable(
+    name: str, below: Callable, backward: Callable, setup_context: Callable, only_first: bool = False
+) -> Callable:
     """Makes a function differentiable, as torch.library.register_autograd does, but without reading the op's schema at
     every call, which takes longer than an op of forty arguments itself.
 
@@ -114,12 +116,13 @@ def _differentiable(name: str, below: Callable, backward: Callable, setup_contex
         below: computes the op's results from its arguments.
         backward: autograd formula.
         setup_context: saves what `backward` needs.
+        only_first: True gives autograd the first result alone.
     """
 
     def forward(ctx, *arguments):
         output = below(*arguments)
         setup_context(ctx, arguments, output)
-        return output
+        return _detached_from_base(output[0]) if only_first else output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     formula: Any = type(name, (torch.autograd.Function,), methods)
@@ -127,35 +130,43 @@ def _differentiable(name: str, below: Callable, backward: Callable, setup_contex
     def call(*arguments):
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
             return formula.apply(*arguments)
-        return below(*arguments)
+        return below(*arguments)[0] if only_first else below(*arguments)
 
     return call
 
 
-def _without_views(function: Callable) -> Callable:
-    """Wraps a function so that none of its results is a view in autograd's eyes. torch forbids in-place changes of a
-    view that was made inside an autograd.Function, but users change the results of ops in place."""
+def _detached_from_base(x: object) -> object:
+    """Returns a tensor that is no view in autograd's eyes. torch forbids in-place changes of a view that was made in an
+    autograd.Function, but users change the results of ops in place."""
+    if not isinstance(x, Tensor) or x._base is None:
+        return x
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
-    def detached_from_base(x: object) -> object:
-        if not isinstance(x, Tensor) or x._base is None:
-            return x
-        return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+def _without_views(function: Callable) -> Callable:
+    """Wraps a function so that none of its results is a view in autograd's eyes."""
 
     def call(*arguments):
         results = function(*arguments)
-        return detached_from_base(results) if isinstance(results, Tensor) else tuple(map(detached_from_base, results))
+        if isinstance(results, Tensor):
+            return _detached_from_base(results)
+        return tuple(map(_detached_from_base, results))
 
     return call
 
 
 def _without_shared_memory(function: Callable) -> Callable:
-    """Wraps a function so that no two of its results share memory: later ones are copied."""
+    """Wraps a function so that no two of its results share memory: later ones are copied. None becomes an empty tensor,
+    and an empty tensor that is there several times becomes several."""
 
     def call(*arguments):
         results, found = function(*arguments), set()
         for x in results:
+            if x is None or not x.numel():
+                yield results[0].new_empty(0) if x is None else x.new_empty(x.shape)
+                continue
             storage = x.untyped_storage().data_ptr()
-            yield x.clone() if x.numel() and (storage in found or x.storage_offset()) else x
+            yield x.clone() if storage in found or x.storage_offset() else x
             found.add(storage)
 
     return lambda *arguments: tuple(call(*arguments))
@@ -169,6 +180,7 @@ def define(
     setup_context: Callable | None = None,
     *,
     shares: bool = False,
+    only_first: bool = False,
 ) -> Callable[..., Any]:
     """Registers an op as torch.ops.ticketops.<name>.
 
@@ -179,13 +191,16 @@ def define(
         backward: the autograd formula. None for an op that is itself a backward pass: differentiating it is refused.
         setup_context: saves what `backward` needs.
         shares: True if several results may be parts of one tensor. torch allows this for gradients, but not for the
-            results of a registered op, so a dispatched call copies them.
+            results of a registered op, so a dispatched call copies them. Others may be None there: those of a
+            dispatched call are empty.
+        only_first: True if callers get the first result alone, and the others are for `setup_context`.
 
     Returns:
         A function that calls the op with positional arguments. It bypasses torch's dispatcher unless `is_watched`: on a
         CPU the dispatcher takes as long as the kernels of a small layer.
     """
     name = schema.partition("(")[0]
+    below = forward
     if backward is not None:
         # Gradients may be views: they are computed without a gradient mode.
         forward = _without_views(forward)
@@ -206,7 +221,7 @@ def define(
         _library.impl(name, _differentiable(name, dispatched, backward, setup_context), "Autograd")
     else:
         torch.library.register_autograd(f"ticketops::{name}", backward, setup_context=setup_context, lib=_library)
-    direct = _differentiable(name, forward, backward, setup_context)
+    direct = _differentiable(name, below if only_first else forward, backward, setup_context, only_first)
 
     names = [argument.name for argument in op._schema.arguments]
 
@@ -217,7 +232,7 @@ def define(
         if not torch.compiler.is_compiling():
             check_devices(name, names, arguments)
             _refuse_transforms(name, arguments)
-        return op(*arguments)
+        return op(*arguments)[0] if only_first else op(*arguments)
 
     return call
 

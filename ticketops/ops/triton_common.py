@@ -1,6 +1,7 @@
 """Code that the Triton backends of all ops share: the check of device and dtype, the launch of kernels, and device
 functions for dropout and for rows outside all sequences."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ticketops.ops import private
 from ticketops.ops.registration import check_devices
@@ -113,6 +115,57 @@ def cdiv(size: int, block: int) -> int:
     return -(-size // block)
 
 
+class Part:
+    """A part of a tensor as an argument of a kernel. Unlike a view, it takes no call of torch to make.
+
+    Args:
+        whole: the tensor.
+        first: number of elements in front of the part.
+        shape: the part's shape.
+        strides: its strides; None for those of a contiguous tensor.
+    """
+
+    __slots__ = ("_strides", "device", "dtype", "first", "layout", "shape", "whole")
+
+    def __init__(self, whole: Tensor, first: int, shape: tuple[int, ...], strides: tuple[int, ...] | None = None):
+        self.whole, self.first, self.shape = whole, first, shape
+        self.device, self.dtype, self.layout = whole.device, whole.dtype, whole.layout
+        self._strides = strides or tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+    def data_ptr(self) -> int:
+        """Returns the address of the first element."""
+        return self.whole.data_ptr() + self.first * self.dtype.itemsize
+
+    def stride(self) -> tuple[int, ...]:
+        """Returns the strides in elements."""
+        return self._strides
+
+    def view(self) -> Tensor:
+        """Returns the part as a tensor."""
+        return self.whole.as_strided(self.shape, self._strides, self.whole.storage_offset() + self.first)
+
+    def contiguous(self) -> Tensor:
+        """Returns the part as a contiguous tensor."""
+        return self.view().contiguous()
+
+
+def thirds(qkv: Tensor, shape: tuple[int, int, int]) -> tuple[Part, Part, Part]:
+    """Returns queries, keys and values.
+
+    Args:
+        qkv: contiguous [T, 3 * H * D].
+        shape: T, H and D.
+    """
+    _, heads, size = shape
+    width = heads * size
+    q, k, v = (Part(qkv, i * width, shape, (3 * width, size, 1)) for i in range(3))
+    return q, k, v
+
+
+def _as_tensors(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.view() if isinstance(x, Part) else x for name, x in arguments.items()}
+
+
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     """Launches a kernel over a flat grid on the device of its tensors, without waiting for it.
 
@@ -124,16 +177,17 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         kernel: a function decorated with triton.jit.
         programs: number of programs in the grid, which has one axis, because the other two end at 65535.
         tile: tile with the number of warps, pipeline stages and registers.
-        arguments: the kernel's arguments by name.
+        arguments: the kernel's arguments by name; a tensor may be a `Part`.
 
     Raises:
         InputError: a tensor is on another device than the first one, or not strided.
     """
     recording = _recorder.get()
     if recording is not None:
-        recording[1](kernel, tile, arguments)
+        recording[1](kernel, tile, _as_tensors(arguments))
         return
     if INTERPRETED:
+        arguments = _as_tensors(arguments)
         _check(kernel, arguments)
         kernel[(programs,)](**arguments, **compile_options(tile))
         return
@@ -151,7 +205,7 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         if device is None:
             device = tensor.device
         if tensor.device != device or tensor.layout is not torch.strided:
-            _check(kernel, arguments)
+            _check(kernel, _as_tensors(arguments))
         address = tensor.data_ptr()
         addresses[place] = address
         kinds.append(tensor.dtype)
@@ -171,7 +225,7 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         if len(_launched) >= MOST_LAUNCHED:
             _launched.clear()
         if compiled is None:
-            compiled = kernel[(programs,)](**arguments, **compile_options(tile))
+            compiled = kernel[(programs,)](**_as_tensors(arguments), **compile_options(tile))
             if private.can_launch(compiled):
                 _launched[key] = _compiled[asked] = compiled
             return

@@ -27,6 +27,7 @@ from ticketops.ops.attention.reference import Gradients, Positions
 from ticketops.ops.dropout import keep_threshold
 from ticketops.ops.triton_common import (
     UNALIGNED,
+    Part,
     capability,
     cdiv,
     dropout_keeps,
@@ -35,6 +36,7 @@ from ticketops.ops.triton_common import (
     owned_gaps,
     product_precision,
     refusal,
+    thirds,
     zero_gaps,
 )
 from ticketops.ops.triton_configs import Tile
@@ -856,14 +858,14 @@ POSITION_PARTS = 8
 
 
 def _shared_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | Part,
+    k: Tensor | Part,
+    v: Tensor | Part,
     lse: Tensor,
     starts: Tensor,
     lengths: Tensor,
     head_mask: Tensor | None,
-    seed: Tensor | None,
+    seed: Tensor | Part | None,
     scale: float,
     dropout_p: float,
     window: int | None,
@@ -913,7 +915,7 @@ _TABLES = ("p_pk", "p_pq")
 _OPERANDS = {name: [f"p_{name}", *(f"stride_{name[0]}{axis}" for axis in "thd")] for name in ("q", "k", "v", "dout")}
 
 
-def _operand(name: str, x: Tensor) -> dict[str, Any]:
+def _operand(name: str, x: Tensor | Part) -> dict[str, Any]:
     """Returns the arguments for an input: its pointer and strides. The input is copied if offsets within a block of
     rows would exceed 32 bits."""
     if max(x.stride()) * MAX_BLOCK >= 2**31:
@@ -923,13 +925,13 @@ def _operand(name: str, x: Tensor) -> dict[str, Any]:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | Part,
+    k: Tensor | Part,
+    v: Tensor | Part,
     starts: Tensor,
     lengths: Tensor,
     head_mask: Tensor | None,
-    seed: Tensor | None,
+    seed: Tensor | Part | None,
     max_length: int,
     scale: float,
     dropout_p: float,
@@ -945,7 +947,8 @@ def forward(
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]
     if not tokens * heads * batch:
-        return q.new_zeros(q.shape), q.new_zeros((tokens, heads), dtype=torch.float32)
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        return out, torch.zeros((tokens, heads), dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     shared = _shared_arguments(
@@ -970,16 +973,16 @@ def forward(
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    dout: Tensor | Part,
+    q: Tensor | Part,
+    k: Tensor | Part,
+    v: Tensor | Part,
     out: Tensor,
     lse: Tensor,
     starts: Tensor,
     lengths: Tensor,
     head_mask: Tensor | None,
-    seed: Tensor | None,
+    seed: Tensor | Part | None,
     max_length: int,
     scale: float,
     dropout_p: float,
@@ -993,19 +996,23 @@ def backward(
     one for each to add up its sums.
 
     Args:
-        into: contiguous [T, 3, H, D] to write dq, dk and dv to; None allocates three tensors.
+        into: contiguous [T, 3 * H * D] to write dq, dk and dv to; None allocates three tensors.
 
     Returns:
-        dq, dk and dv, each [T, H, D]; the sums of <dOut, O> and of |<dOut, O>| over each sequence, both [B, H]; and the
-        gradients of the bias, the position keys and the position queries in float32, None for each that is not there.
+        dq, dk and dv, each [T, H, D], parts of `into` if given; the sums of <dOut, O> and of |<dOut, O>| over each
+        sequence, both [B, H]; and the gradients of the bias, the position keys and the position queries in float32,
+        None for each that is not there.
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]
     empty = not tokens * heads * batch
+    dq: Any
+    dk: Any
+    dv: Any
     if into is None:
         dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     else:
-        dq, dk, dv = into.unbind(1)
+        dq, dk, dv = thirds(into, (tokens, heads, head_dim))
     signed, absolute = (
         (torch.zeros if empty else torch.empty)((batch, heads), dtype=torch.float32, device=q.device) for _ in range(2)
     )
@@ -1013,11 +1020,13 @@ def backward(
         dbias, dkeys, dqueries = (
             None if x is None else torch.zeros(x.shape, device=x.device) for x in (bias, *positions)
         )
-        return dq.zero_(), dk.zero_(), dv.zero_(), signed, absolute, dbias, dkeys, dqueries
+        for gradient in (dq, dk, dv):
+            gradient.zero_() if isinstance(gradient, Tensor) else gradient.view().zero_()
+        return dq, dk, dv, signed, absolute, dbias, dkeys, dqueries
     shared = _shared_arguments(
         q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window, bias, positions
     )
-    shared |= _operand("dout", dout) | {"stride_gt": dq.stride(0)}
+    shared |= _operand("dout", dout) | {"stride_gt": dq.stride()[0]}
     windowed = window is not None
     tiles = triton_configs.attention_backward(
         capability(q.device),

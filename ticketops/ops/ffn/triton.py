@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from ticketops.ops import triton_configs
 from ticketops.ops.dropout import keep_threshold
-from ticketops.ops.triton_common import UNALIGNED, cdiv, dropout_keeps, dropout_rows, launch, owned_rows, refusal
+from ticketops.ops.triton_common import UNALIGNED, Part, cdiv, dropout_keeps, dropout_rows, launch, owned_rows, refusal
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -368,7 +368,7 @@ def forward(
     ffn_mask: Tensor | None,
     neuron_mask: Tensor | None,
     activation: str,
-    seed: Tensor | None = None,
+    seed: Tensor | Part | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ticketops.ops.ffn; two matrix products and one launch.
@@ -421,7 +421,7 @@ def backward(
     token_sums: bool,
     neuron_sums: bool,
     neuron_absolute: bool,
-    seed: Tensor | None = None,
+    seed: Tensor | Part | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ticketops.ops.ffn.reference.backward; four matrix products (for the gradient of the activations, dx, dw1 and
@@ -442,8 +442,11 @@ def backward(
         seed=seed,
         dropout_p=dropout_p,
     )
-    (*vectors, _), signed, absolute = finish(parts, starts, lengths, ffn_mask, w1.dtype)
+    (*vectors, _), *sums_by_sequence = finish(parts, starts, lengths, ffn_mask, w1.dtype)
     db1, db2 = (w1.new_empty(0) if vector is None else vector for vector in vectors)
+    signed, absolute, by_neuron = (
+        dout.new_empty(0, dtype=torch.float32) if x is None else x for x in (*sums_by_sequence, by_neuron)
+    )
     if wanted[0]:
         dx = torch.mm(dpre, w1)
     if wanted[1]:
@@ -466,9 +469,9 @@ def activation_backward(
     neuron_mask: Tensor | None,
     activation: str,
     wanted: Wanted,
-    seed: Tensor | None = None,
+    seed: Tensor | Part | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Parts, Tensor]:
+) -> tuple[Tensor, Parts, Tensor | None]:
     """Computes the part of the backward pass between its matrix products; one launch.
 
     Args:
@@ -481,7 +484,7 @@ def activation_backward(
         seed, dropout_p: as in `backward`.
 
     Returns:
-        The gradient of `pre`; partial sums for `finish`; and the sums of G * H [B, N], empty if not wanted.
+        The gradient of `pre`; partial sums for `finish`; and the sums of G * H [B, N], None if not wanted.
     """
     (tokens, channels), (_, neurons), batch = dout.shape, gradient.shape, lengths.shape[0]
     first, gated = pre.shape[1], pre.shape[1] != neurons
@@ -492,7 +495,7 @@ def activation_backward(
     tile = triton_configs.GATED_FFN if gated else triton_configs.FFN
     row_blocks = cdiv(tokens, tile.rows)
     column_blocks = cdiv(neurons, tile.columns)
-    by_neuron = torch.empty((batch, neurons) if wanted.neurons else (0,), dtype=torch.float32, device=dout.device)
+    by_neuron = sums(wanted.neurons, batch, neurons)
     by_sequence = wanted.neurons and batch > 0
     parts = batch if by_sequence else row_blocks
     output_parts = row_blocks if wanted.db2 or wanted.tokens else 0
@@ -541,7 +544,7 @@ def finish(
     ffn_mask: Tensor | None,
     dtype: torch.dtype,
     more: Tensor | None = None,
-) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], Tensor, Tensor]:
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], Tensor | None, Tensor | None]:
     """Adds up the partial sums of `activation_backward`; one launch, or none if there are no sums.
 
     Args:
@@ -553,7 +556,7 @@ def finish(
 
     Returns:
         (db1 [N], db2 [C], the sum of `more` in float32), each None if it has no parts; and the sums of <dOut, Y> and of
-        |<dOut, Y>| over each sequence's tokens, both [B], empty if `parts.terms` is None.
+        |<dOut, Y>| over each sequence's tokens, both [B], None if `parts.terms` is.
     """
     sources = (parts.db1, parts.db2, more)
     db1, db2, total = (
@@ -561,8 +564,9 @@ def finish(
         for x, kind in zip(sources, (dtype, dtype, torch.float32), strict=True)
     )
     batch = lengths.shape[0]
-    shape = (0 if parts.terms is None else batch,)
-    signed, absolute = (torch.empty(shape, dtype=torch.float32, device=lengths.device) for _ in range(2))
+    signed, absolute = (
+        None if parts.terms is None else torch.empty(batch, dtype=torch.float32, device=lengths.device) for _ in "ab"
+    )
     if any(x is not None for x in (*sources, parts.terms)):
         tile = triton_configs.FFN
         widths = [0 if x is None else x.shape[1] for x in sources]
@@ -577,8 +581,8 @@ def finish(
             p_parts3=more,
             p_more=total,
             p_terms=parts.terms,
-            p_signed=None if parts.terms is None else signed,
-            p_absolute=None if parts.terms is None else absolute,
+            p_signed=signed,
+            p_absolute=absolute,
             p_starts=starts.contiguous(),
             p_lengths=lengths.contiguous(),
             p_ffn_mask=ffn_mask,

@@ -109,7 +109,6 @@ def encoder_layer(
             LayerNorm after attention.
     """
     cosines, sines = (None, None) if rotary is None else rotary
-    check_devices("encoder_layer", _NAMES, (x, *weights, sequences.starts, sequences.lengths, cosines, sines))
     dtype = compute_dtype(x)
     _check_dtypes(x, weights, dtype)
     if weights.gamma1 is None and not norm_first:
@@ -129,6 +128,7 @@ def encoder_layer(
     settings = Settings(sequences.max_length, *fixed)
     inputs = Inputs(x, weights, sequences.starts, sequences.lengths, seeds, cosines, sines)
     if not (torch.is_grad_enabled() or is_watched(x, *weights, *inputs[2:])):
+        check_devices("encoder_layer", _NAMES, (x, *weights, sequences.starts, sequences.lengths, cosines, sines))
         module = _module(x)
         few = module is native and seeds is None and native.is_few(len(x), dtype == torch.bfloat16)
         if few and native.infers(inputs, settings):
@@ -136,7 +136,7 @@ def encoder_layer(
         out: Tensor = module.forward(inputs, settings, keep=False)[0]
         return out
     sinks = (head_importance, ffn_importance, neuron_importance)
-    return _encoder_layer_op(x, *weights, *inputs[2:], *sinks, *settings, per_token)[0]
+    return _encoder_layer_op(x, *weights, *inputs[2:], *sinks, *settings, per_token)
 
 
 #: Names of the tensors that a caller passes, for error messages.
@@ -210,7 +210,7 @@ def _setup_context(ctx, inputs, output):
     ctx.settings = inputs[_SINKS:-1]
     tokens, *parameters = ctx.needs_input_grad[: 1 + PARAMETERS]
     ctx.wanted = Wanted(tokens, parameters, *(sink is not None for sink in ctx.sinks), ctx.per_token)
-    saved = needed(Saved(*output[1:]), ctx.wanted, Settings(*ctx.settings), output[0].new_empty(0))
+    saved = needed(Saved(*output[1:]), ctx.wanted, Settings(*ctx.settings))
     ctx.save_for_backward(*inputs[:_TENSORS], *saved)
 
 
@@ -225,7 +225,10 @@ def _gradients(ctx, dout, *_):
         None if neurons is None else by_neuron.to(neurons),
     )
     # Parameters of structures that are not computed get None instead of zeros, so that optimizers skip them.
-    gradients = [p if there and p.numel() else None for p, there in zip(parameters, ctx.wanted.parameters, strict=True)]
+    gradients = [
+        p if there and p is not None and p.numel() else None
+        for p, there in zip(parameters, ctx.wanted.parameters, strict=True)
+    ]
     indices = (None,) * (_TENSORS - 1 - PARAMETERS)
     return dx if ctx.wanted.tokens else None, *gradients, *indices, *partials, *(None,) * (len(Settings._fields) + 1)
 
@@ -255,6 +258,8 @@ _encoder_layer_op = define(
     _fake_forward,
     _gradients,
     _setup_context,
+    shares=True,
+    only_first=True,
 )
 _encoder_layer_backward_op = define(
     f"encoder_layer_backward(Tensor dout, {_TENSOR_ARGUMENTS}, {_schema(Saved)}, {_SETTING_ARGUMENTS}, "

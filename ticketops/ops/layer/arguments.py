@@ -1,7 +1,7 @@
 """Arguments of the encoder layer's backends: parameters, inputs and settings; tensors that the forward pass saves for
 the backward pass; and the gradients wanted from it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -84,6 +84,8 @@ class Weights(NamedTuple):
 
 #: Number of parameters in Weights; they are its first fields.
 PARAMETERS = 19
+#: Their positions by name.
+_PLACES = {name: place for place, name in enumerate(Weights._fields[:PARAMETERS])}
 
 
 class Settings(NamedTuple):
@@ -184,7 +186,7 @@ class Saved(NamedTuple):
 
     Attributes:
         attention_input: [T, C], input of the projections to q, k and v, if it is not x: cast, normed or both.
-        qkv: [T, 3, K, D], queries and keys, turned by their positions, and values.
+        qkv: [T, 3 * K * D], queries and keys, turned by their positions, and values.
         context: [T, K, D], output of attention before the output projection.
         lse: float32 [T, K], log-sum-exp of the scaled scores.
         projected: output of the output projection without its bias.
@@ -241,11 +243,11 @@ class Wanted(NamedTuple):
 
     def any(self, *names: str) -> bool:
         """True if the gradient of any of the named parameters is wanted; the names are those of Weights."""
-        return any(self.parameters[Weights._fields.index(name)] for name in names)
+        return True in [self.parameters[_PLACES[name]] for name in names]
 
     def all(self, *names: str) -> bool:
         """True if the gradients of all named parameters are wanted."""
-        return all(self.parameters[Weights._fields.index(name)] for name in names)
+        return False not in [self.parameters[_PLACES[name]] for name in names]
 
     def before_attention(self, settings: Settings) -> bool:
         """True if the gradient of the input of q, k and v is needed."""
@@ -268,14 +270,13 @@ class Wanted(NamedTuple):
         return self.projected(settings) or self.neuron_sums or self.any("w1", "b1")
 
 
-def needed(saved: Saved, wanted: Wanted, settings: Settings, none: Tensor) -> Saved:
-    """Drops saved tensors that the backward pass will not read.
+def needed(saved: Saved, wanted: Wanted, settings: Settings) -> Saved:
+    """Replaces saved tensors that the backward pass will not read by empty ones.
 
     Args:
         saved: all tensors that the forward pass saved.
         wanted: results that the backward pass is to compute.
         settings: of the call.
-        none: empty tensor that replaces the dropped ones.
     """
     attention, projected, inner = wanted.attention(settings), wanted.projected(settings), wanted.inner(settings)
     read = {
@@ -291,6 +292,9 @@ def needed(saved: Saved, wanted: Wanted, settings: Settings, none: Tensor) -> Sa
         "w_1": projected,
         "w_2": inner,
     }
+    if all(read.values()):
+        return saved
+    none = saved.qkv.new_empty(0)
     return saved._replace(**{name: none for name, is_read in read.items() if not is_read})
 
 
@@ -298,18 +302,21 @@ def needed(saved: Saved, wanted: Wanted, settings: Settings, none: Tensor) -> Sa
 GRADIENTS = 6 + PARAMETERS
 
 
-def seeds_of(seeds: Tensor | None, settings: Settings) -> Iterator[Tensor | None]:
+def seeds_of(
+    seeds: Tensor | None, settings: Settings, split: Callable[[Tensor], Iterable[Any]] = lambda seeds: seeds.split(1)
+) -> Iterator[Any]:
     """Assigns seeds to the dropouts of a layer.
 
     Args:
         seeds: int64 [n], a seed for each dropout whose probability is not 0; None if there is none.
         settings: settings with the probabilities.
+        split: divides the seeds into single ones.
 
     Yields:
         For the dropouts of attention weights, attention's output, activations and the FFN's output, its seed [1], or
         None if its probability is 0.
     """
-    drawn = iter(() if seeds is None else seeds.split(1))
+    drawn = iter(() if seeds is None else split(seeds))
     for p in settings.dropouts:
         yield next(drawn, None) if p else None
 
@@ -340,15 +347,3 @@ def in_weights_order(gradients: dict[str, Tensor]) -> Iterator[Tensor | None]:
         The gradient of each parameter, None if there is none.
     """
     return map(gradients.get, Weights._fields[:PARAMETERS])
-
-
-def results(out: Tensor, saved: Saved, none: Tensor) -> tuple[Tensor, ...]:
-    """Returns the results of a forward pass as one tuple. torch does not allow the same tensor twice in it, so every
-    occurrence of `none` becomes a new empty tensor.
-
-    Args:
-        out: output of the layer.
-        saved: tensors for the backward pass.
-        none: placeholder in `saved` for tensors that are not needed.
-    """
-    return out, *(out.new_empty(0) if kept is none else kept for kept in saved)

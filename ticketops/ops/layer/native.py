@@ -17,7 +17,6 @@ from ticketops.ops.layer.arguments import (
     Wanted,
     autocast_off,
     in_weights_order,
-    results,
     seeds_of,
     select,
 )
@@ -182,13 +181,13 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             taken, joined = attention_input if cast or normed else x, inputs.joined(s)
             weight = (w_qkv if joined is None else joined).t()
             # [T, 3 K D]
-            flat = product(taken, weight) if bf16 or biases is None else product(taken, weight, biases)
+            qkv = product(taken, weight) if bf16 or biases is None else product(taken, weight, biases)
             if bf16 and biases is not None:
-                ffn.add_(flat, biases)
-            qkv = flat.view(tokens, 3, count, s.head_dim)
+                ffn.add_(qkv, biases)
+            by_head = qkv.view(tokens, 3, count, s.head_dim)
             if cosines is not None and sines is not None:
-                rotary.turn_(qkv, cosines, sines)
-            q, k, v = qkv.unbind(1)
+                rotary.turn_(by_head, cosines, sines)
+            q, k, v = by_head.unbind(1)
             context, lse = attention.forward(
                 *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, attention_dropout),
                 window=s.window,
@@ -238,18 +237,20 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         *(attention_input, qkv, context, lse, none if projected is None else projected, mean1, rstd1, middle),
         *(ffn_input, pre, hidden, output, mean2, rstd2, w_qkv, w_o, w_1, w_2),
     )
-    return results(out, saved, none)
+    return out, *saved
 
 
-def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
+def backward(
+    dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
     """Computes the gradients of `forward` and the importance partials, as the chain of the backward passes of its
     parts.
 
     Returns:
         dx; the signed and absolute importance of the computed heads, both [B, K]; those of the FFN, both [B]; that of
         the computed neurons [B, N]; and the gradients of the parameters in the order of Weights. Each is empty if it is
-        not wanted, or if it belongs to a parameter that was not used. (The importance of heads is also computed
-        whenever attention's backward pass runs.)
+        not wanted; that of a parameter is None then, or if the parameter was not used. (The importance of heads is also
+        computed whenever attention's backward pass runs.)
     """
     (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
     tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
@@ -273,15 +274,13 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             gradient = copies.spread(gradient, like, dim, groups, index)
         gradients[name] = gradient
 
-    def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor, ...]:
+    def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor | None, ...]:
         copies.run()
         # A LayerNorm before what is pruned is not read, yet whoever distributes a model waits for its gradients.
         for name in unread:
             if wanted.any(name):
                 gradients[name] = torch.zeros_like(getattr(w, name))
-        results = (dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_weights_order(gradients))
-        # torch does not allow the same tensor twice among an op's results.
-        return tuple(torch.empty_like(none) if x is None or x is none else x for x in results)
+        return dx, signed, absolute, ffn_signed, ffn_absolute, by_neuron, *in_weights_order(gradients)
 
     unread = []
     if s.norm_first:
@@ -367,7 +366,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         if count:
             dcontext = _scatter(product(dprojected, saved.w_o if saved.w_o.numel() else w.wo), rows, tokens)
             dqkv = empty((tokens, 3, count, s.head_dim), dtype)
-            q, k, v = saved.qkv.unbind(1)
+            q, k, v = saved.qkv.view(dqkv.shape).unbind(1)
             _, _, _, signed, absolute, *by_distance = attention.backward(
                 *(dcontext.view(tokens, count, s.head_dim), q, k, v, saved.context, saved.lse, starts, lengths, None),
                 *(attention_seed, s.max_length, s.scale, attention_dropout, dqkv),
@@ -434,7 +433,7 @@ def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tu
 
     saved = Saved(
         attention_input=new(tokens, channels, needed=normed or (cast and attends)),
-        qkv=new(tokens, 3, count, head_dim, needed=attends),
+        qkv=new(tokens, 3 * count * head_dim, needed=attends),
         context=new(tokens, count, head_dim, needed=attends),
         lse=new(tokens, count, needed=attends, dtype=torch.float32),
         projected=new(*stream, needed=attends),

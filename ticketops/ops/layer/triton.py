@@ -7,6 +7,9 @@ one product; the products for weight gradients write float32 directly; and produ
 gradient of the residual stream.
 """
 
+from collections.abc import Iterator, Sequence
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,13 +23,13 @@ from ticketops.ops.layer.arguments import (
     Wanted,
     autocast_off,
     in_weights_order,
-    results,
     seeds_of,
     select,
 )
 from ticketops.ops.layer.copies import Table
 from ticketops.ops.residual import triton as residual
 from ticketops.ops.rotary import triton as rotary
+from ticketops.ops.triton_common import Part, thirds
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,6 +46,24 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if total.is_cuda:
         return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     return total.add_(torch.mm(a, b))
+
+
+@cache
+def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns an empty tensor that stands for those that are not there."""
+    # The first pass may be one of inference mode, whose tensors others could not save.
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=dtype, device=device)
+
+
+def _equal(x: Tensor, count: int) -> Sequence[Tensor]:
+    """Divides a tensor into equal parts along its first dimension, with fewer calls of torch than `chunk`."""
+    return (x,) if count == 1 else x.split_with_sizes([len(x) // count] * count)
+
+
+def _each(seeds: Tensor) -> Iterator[Part]:
+    """Yields the elements of a vector one by one, for kernels to read."""
+    return (Part(seeds, i, (1,)) for i in range(len(seeds)))
 
 
 def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
@@ -64,9 +85,9 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     ffn_weights = w.ffn()
     (tokens, channels), dtype = x.shape, s.dtype
     (_, count), slices = inputs.heads(s), inputs.slices(s)
-    attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
+    attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s, _each)
     attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
-    cast, width, none = dtype != x.dtype, count * s.head_dim, x.new_empty(0)
+    cast, width, none = dtype != x.dtype, count * s.head_dim, _nothing(x.device, x.dtype)
     attention_input = w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
     mean1 = rstd1 = mean2 = rstd2 = middle = ffn_input = none
     normed, projected, biases = s.norm_first and w.gamma1 is not None, None, None
@@ -79,12 +100,12 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         attention_input = copies.select(x, 0, 1, None, dtype)
     if count:
         if inputs.joined(s) is None:
-            w_qkv = x.new_empty((3 * width, channels), dtype=dtype)
-            for name, target in zip(w.projections, w_qkv.chunk(len(w.projections)), strict=True):
+            w_qkv = torch.empty((3 * width, channels), dtype=dtype, device=x.device)
+            for name, target in zip(w.projections, _equal(w_qkv, len(w.projections)), strict=True):
                 copied(name, target)
         if w.biases:
-            biases = x.new_empty(3 * width, dtype=dtype)
-            for name, target in zip(w.biases, biases.chunk(len(w.biases)), strict=True):
+            biases = torch.empty(3 * width, dtype=dtype, device=x.device)
+            for name, target in zip(w.biases, _equal(biases, len(w.biases)), strict=True):
                 copied(name, target)
         if cast or w.heads is not None:
             w_o = copied("wo")
@@ -106,12 +127,11 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             taken = attention_input if cast or normed else x
             joined = inputs.joined(s)
             qkv = functional.linear(taken, w_qkv if joined is None else joined, biases)
-            qkv = qkv.view(tokens, 3, count, s.head_dim)
+            shape = (tokens, count, s.head_dim)
             if cosines is not None and sines is not None:
-                rotary.turn_(qkv, cosines, sines)
-            q, k, v = qkv.unbind(1)
+                rotary.turn_(qkv.view(tokens, 3, *shape[1:]), cosines, sines)
             context, lse = attention.forward(
-                *(q, k, v, starts, lengths, None, attention_seed, s.max_length, s.scale, attention_dropout),
+                *(*thirds(qkv, shape), starts, lengths, None, attention_seed, s.max_length, s.scale, attention_dropout),
                 window=s.window,
                 bias=w.position_bias,
                 positions=w.positions(),
@@ -129,7 +149,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             out = total.clone() if ffn_weights is None and total is stream else total
         else:
             assert w.gamma1 is not None
-            half = x.new_empty(stream.shape, dtype=dtype) if cast and ffn_weights is not None else None
+            half = torch.empty(stream.shape, dtype=dtype, device=x.device) if cast and ffn_weights is not None else None
             if projected is None:
                 projected = x.new_zeros(stream.shape, dtype=dtype)
             middle, mean1, rstd1 = residual.forward(
@@ -167,24 +187,28 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         ),
         *(ffn_input, pre, hidden, output, mean2, rstd2, w_qkv, w_o, w_1, w_2),
     )
-    return results(out, saved, none)
+    return out, *saved
 
 
-def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted) -> tuple[Tensor, ...]:
+def backward(
+    dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
     """Computes the gradients of `forward` and the importance partials. The results are as the native backend's; some
     are views of one tensor."""
     (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
     tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
     cast, normed = dtype != x.dtype, s.norm_first and w.gamma1 is not None
     (_, count), slices = inputs.heads(s), inputs.slices(s)
-    attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
+    attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s, _each)
     attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
     gradients: dict[str, Tensor] = {}
+    # Asked for many times.
+    asked = {name for name, there in zip(w._fields, wanted.parameters, strict=False) if there}
     rows = inputs.rows(s)
     spans = inputs.spans_after_attention(s)
-    none = x.new_empty(0, dtype=torch.float32)
-    by_neuron, parts = none, ffn.Parts(None, None, None)
-    #: Names of a bias and of a LayerNorm's two parameters, "" for one that is not there, and partial sums [parts, 3, C]
+    none = _nothing(x.device, torch.float32)
+    by_neuron, parts = None, ffn.Parts(None, None, None)
+    #: Names of a bias and of a LayerNorm's two parameters, "" for one that is not there, and partial sums [parts, 3 C]
     #: of their gradients, to be added up. At most two of these.
     vectors: list[tuple[tuple[str, str, str], Tensor]] = []
     unread = []
@@ -193,27 +217,26 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         unread = [] if count else ["gamma1", "beta1"]
         unread += ["gamma2", "beta2"] if w.w1 is None else []
 
-    def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor, ...]:
-        some = [(names, sums.flatten(1)) for names, sums in vectors if wanted.any(*filter(None, names))]
+    def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor | None, ...]:
+        some = [(names, sums) for names, sums in vectors if not asked.isdisjoint(names)]
         first, more = ([sums for _, sums in some] + [None, None])[:2]
         (db1, *added), *of_ffn = ffn.finish(parts._replace(db2=first), *spans, None, torch.float32, more)
         if db1 is not None:
             gradients["b1"] = db1
         for (names, _), three in zip(some, added, strict=False):
             assert three is not None
-            gradients.update(zip(names, three.chunk(3), strict=True))
+            gradients.update(zip(names, _equal(three, 3), strict=True))
         copies, found = Table(), {}
         for name, gradient in gradients.items():
-            if name and wanted.any(name):
+            if name in asked:
                 like, (dim, groups, index) = getattr(w, name), slices.get(name, (0, 1, None))
                 # Sums are in float32.
-                found[name] = (
-                    gradient.to(like.dtype) if index is None else copies.spread(gradient, like, dim, groups, index)
-                )
+                if index is not None:
+                    gradient = copies.spread(gradient, like, dim, groups, index)
+                found[name] = gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
         copies.run()
-        found |= {name: torch.zeros_like(getattr(w, name)) for name in unread if wanted.any(name)}
-        results = (dx, signed, absolute, *of_ffn, by_neuron, *in_weights_order(found))
-        return tuple(torch.empty_like(none) if result is None or result is none else result for result in results)
+        found |= {name: torch.zeros_like(getattr(w, name)) for name in unread if name in asked}
+        return dx, signed, absolute, *of_ffn, by_neuron, *in_weights_order(found)
 
     with autocast_off(x):
         # Of the tokens between the sublayers: the gradient, and with `norm_first` what reaches it past the FFN.
@@ -226,7 +249,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                     doutput, *_ = residual.first_stage(
                         *(None, None, dout, None, None, None, None, ffn_seed, ffn_dropout), dtotal=dout, dtype=dtype
                     )
-                if wanted.any("b2"):
+                if "b2" in asked:
                     gradients["b2"] = doutput.sum(0, dtype=torch.float32)
             else:
                 doutput, dmiddle, sums = residual.first_stage(
@@ -234,20 +257,20 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
                 )
                 doutput = doutput if doutput.ndim > 1 else dmiddle
                 vectors.append((("" if b2 is None else "b2", "gamma2", "" if w.beta2 is None else "beta2"), sums))
-            if wanted.any("w2"):
+            if "w2" in asked:
                 gradients["w2"] = _product(doutput.t(), saved.hidden, w2.dtype)
             if wanted.inner(s):
                 gradient, pre = torch.mm(doutput, saved.w_2 if saved.w_2.numel() else w2), saved.pre
             else:
                 gradient = pre = doutput.new_empty((len(doutput), 0))
             if wanted.inner(s) or wanted.ffn_sums:
-                flags = ffn.Wanted(wanted.any("b1"), False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token)
+                flags = ffn.Wanted("b1" in asked, False, wanted.ffn_sums, wanted.neuron_sums, wanted.per_token)
                 dpre, parts, by_neuron = ffn.activation_backward(
                     *(gradient, doutput, saved.output, pre, *spans, None, None, s.activation, flags),
                     seed=inner_seed,
                     dropout_p=inner_dropout,
                 )
-            if wanted.any("w1"):
+            if "w1" in asked:
                 entered = saved.ffn_input if cast or s.norm_first else saved.middle
                 gradients["w1"] = _product(dpre.t(), entered, w1.dtype)
             if not wanted.projected(s):
@@ -283,7 +306,7 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             vectors.append(((bo, "gamma1", "" if w.beta1 is None else "beta1"), sums))
         dprojected = dprojected if dprojected.ndim > 1 else dx
         width = count * s.head_dim
-        if count and wanted.any("wo"):
+        if count and "wo" in asked:
             seen = select(saved.context.view(tokens, width), rows)
             gradients["wo"] = _product(dprojected.t(), seen, w.wo.dtype)
         if not wanted.attention(s):
@@ -294,13 +317,11 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
         if not count:
             return finish(dx, *(none.new_empty((batch, 0)) for _ in range(2)))
         dseen = torch.mm(dprojected, saved.w_o if saved.w_o.numel() else w.wo)
-        dqkv = torch.empty_like(saved.qkv)
-        q, k, v = saved.qkv.unbind(1)
+        shape = (tokens, count, s.head_dim)
+        flat = torch.empty((tokens, 3 * width), dtype=dtype, device=x.device)
         *_, signed, absolute, dbias, dkeys, dqueries = attention.backward(
-            _scatter(dseen, rows, tokens).view(tokens, count, s.head_dim),
-            q,
-            k,
-            v,
+            Part(_scatter(dseen, rows, tokens), 0, shape),
+            *thirds(saved.qkv, shape),
             saved.context,
             saved.lse,
             starts,
@@ -311,24 +332,24 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, settings: Settings, wan
             s.scale,
             attention_dropout,
             window=s.window,
-            into=dqkv,
+            into=flat,
             bias=w.position_bias,
             positions=w.positions(),
         )
         by_distance = {"position_bias": dbias, "position_keys": dkeys, "position_queries": dqueries}
         gradients |= {name: gradient for name, gradient in by_distance.items() if gradient is not None}
         if cosines is not None and sines is not None:
-            rotary.turn_(dqkv, cosines, sines, back=True)
-        flat, taken = dqkv.view(tokens, 3 * width), saved.attention_input if cast or normed else x
+            rotary.turn_(flat.view(tokens, 3, *shape[1:]), cosines, sines, back=True)
+        taken = saved.attention_input if cast or normed else x
         names, biases = w.projections, w.biases
-        if wanted.all(*names):
-            gradients |= zip(names, _product(flat.t(), taken, w.wq.dtype).chunk(len(names)), strict=True)
+        if asked.issuperset(names):
+            gradients |= zip(names, _equal(_product(flat.t(), taken, w.wq.dtype), len(names)), strict=True)
         else:
             for name, dpart in zip(names, flat.chunk(len(names), 1), strict=True):
-                if wanted.any(name):
+                if name in asked:
                     gradients[name] = _product(dpart.t(), taken, w.wq.dtype)
-        if wanted.any(*biases):
-            gradients |= zip(biases, flat.sum(0, dtype=torch.float32).chunk(len(biases)), strict=True)
+        if not asked.isdisjoint(biases):
+            gradients |= zip(biases, _equal(flat.sum(0, dtype=torch.float32), len(biases)), strict=True)
         if not wanted.before_attention(s):
             return finish(none, signed, absolute)
         joined = inputs.joined(s)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ticketops.ops import triton_configs
 from ticketops.ops.dropout import keep_threshold
-from ticketops.ops.triton_common import UNALIGNED, cdiv, dropout_keeps, dropout_rows, launch, refusal
+from ticketops.ops.triton_common import UNALIGNED, Part, cdiv, dropout_keeps, dropout_rows, launch, refusal
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -267,7 +267,7 @@ def forward(
     bias: Tensor | None,
     gamma: Tensor,
     beta: Tensor | None,
-    seed: Tensor | None,
+    seed: Tensor | Part | None,
     dropout_p: float,
     eps: float,
     half: Tensor | None = None,
@@ -291,7 +291,7 @@ def forward_before(
     bias: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    seed: Tensor | None,
+    seed: Tensor | Part | None,
     dropout_p: float,
     eps: float,
     dtype: torch.dtype,
@@ -312,7 +312,7 @@ def _launch_forward(
     bias: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    seed: Tensor | None,
+    seed: Tensor | Part | None,
     dropout_p: float,
     eps: float,
     total: Tensor | None,
@@ -363,7 +363,7 @@ def backward(
     gamma: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    seed: Tensor | None,
+    seed: Tensor | Part | None,
     dropout_p: float,
     vectors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -407,7 +407,7 @@ def first_stage(
     gamma: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
-    seed: Tensor | None,
+    seed: Tensor | Part | None,
     dropout_p: float,
     dtotal: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -421,7 +421,7 @@ def first_stage(
 
     Returns:
         dx and dresidual, as in `backward`, but dresidual is `dtotal` itself without a LayerNorm; and float32
-        [parts, 3, C], whose sums over parts are dbias, dgamma and dbeta.
+        [parts, 3 C], whose sums over parts are dbias, dgamma and dbeta.
     """
     tokens, channels = residual.shape
     device, dtype = residual.device, x.dtype if x is not None else dtype or residual.dtype
@@ -435,7 +435,7 @@ def first_stage(
     blocks = cdiv(tokens, tile.rows)
     rows_per_part = tile.rows * max(1, cdiv(blocks, MAX_PARTS))
     parts = cdiv(tokens, rows_per_part)
-    sums = torch.empty((parts, 3, channels), dtype=torch.float32, device=device)
+    sums = torch.empty((parts, 3 * channels), dtype=torch.float32, device=device)
     strides = [(0, 0) if each is None else each.stride() for each in (dout, dtotal, x)]
     launch(
         backward_kernel,
