@@ -190,7 +190,7 @@ void clear_gaps(const std::vector<Segment>& segments, Address target, int64_t ro
 
 void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head,
                        Address v, int64_t v_row, int64_t v_head, Address out, Address lse, Address starts,
-                       Address lengths, Address head_mask, Address bias, int64_t reach,
+                       Address lengths, Address real, Address head_mask, Address bias, int64_t reach,
                        const PositionArguments& positions, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
                        int64_t max_length, int64_t window, bool first_tokens, double scale,
                        uint64_t seed, uint32_t threshold, double p, int threads) {
@@ -209,6 +209,7 @@ void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Addr
   args.bias = position_bias(bias, reach, max_length);
   args.positions = tables;
   args.window = window;
+  args.real = pointer<uint8_t>(real);
   args.first_tokens = first_tokens;
   args.scratch = scratch.get();
   args.scratch_stride = attention_scratch_with(tables, head_dim);
@@ -226,9 +227,9 @@ void attention_forward(bool bf16, Address q, int64_t q_row, int64_t q_head, Addr
 
 void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_head, Address q, int64_t q_row,
                         int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v, int64_t v_row,
-                        int64_t v_head, Address out, Address lse, Address starts, Address lengths, Address head_mask,
-                        Address bias, int64_t reach, const PositionArguments& positions, Address dq, Address dk, Address dv,
-                        int64_t gradient_row, Address signed_sums, Address absolute_sums, Address dbias,
+                        int64_t v_head, Address out, Address lse, Address starts, Address lengths, Address real,
+                        Address head_mask, Address bias, int64_t reach, const PositionArguments& positions, Address dq,
+                        Address dk, Address dv, int64_t gradient_row, Address signed_sums, Address absolute_sums, Address dbias,
                         const std::array<Address, 2>& dpositions, int64_t batch, int64_t tokens, int64_t heads,
                         int64_t head_dim, int64_t max_length, int64_t window, bool first_tokens, double scale, uint64_t seed,
                         uint32_t threshold, double p, int threads) {
@@ -250,6 +251,7 @@ void attention_backward(bool bf16, Address dout, int64_t dout_row, int64_t dout_
   args.bias = position_bias(bias, reach, max_length);
   args.positions = tables;
   args.window = window;
+  args.real = pointer<uint8_t>(real);
   args.first_tokens = first_tokens;
   args.scratch = scratch.get();
   args.scratch_stride = attention_scratch_with(tables, head_dim);

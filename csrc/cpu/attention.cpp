@@ -98,11 +98,14 @@ void add_bias(float* scores, const Keys& keys, int64_t query, const float* bias)
     store(scores + j, load(scores + j) + load(bias + keys.first + j - query));
 }
 
-// Sets the scores of keys outside the query's window, and of the padding after the last key, to -inf.
-void pad_scores(float* scores, const Keys& keys, int64_t query, int64_t window) {
+// Sets the scores of keys that the query does not attend to, and of the padding after the last key, to -inf.
+void pad_scores(const Attention& args, const Segment& sequence, float* scores, const Keys& keys, int64_t query) {
+  const int64_t window = args.window;
   const int64_t low = query - window - keys.first, high = query + window + 1 - keys.first;
   for (int64_t j = 0; j < low; ++j) scores[j] = -__builtin_inff();
   for (int64_t j = min(high, keys.count); j < padded(keys.count); ++j) scores[j] = -__builtin_inff();
+  for (int64_t j = 0; args.real && j < keys.count; ++j)
+    if (is_hidden(args, sequence, keys.first + j) && keys.first + j != query) scores[j] = -__builtin_inff();
 }
 
 }  // namespace
@@ -150,7 +153,7 @@ void attention_forward(const AttentionForward& args) {
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scores + i * key_stride;
         add_bias(row, keys, first + i, bias);
-        pad_scores(row, keys, first + i, args.window);
+        pad_scores(args, sequence, row, keys, first + i);
         Float largest = load(row);
         for (int64_t j = W; j < keys.count; j += W) largest = larger(load(row + j), largest);
         const float top = max(largest);
@@ -259,7 +262,7 @@ void attention_backward(const AttentionBackward& args) {
         float* weight_row = weights + i * key_stride;
         float* dscore_row = dscores + i * key_stride;
         add_bias(weight_row, keys, first + i, bias);
-        pad_scores(weight_row, keys, first + i, args.window);
+        pad_scores(args, sequence, weight_row, keys, first + i);
         const uint32_t key = row_key(dropout, at);
         for (int64_t j = 0; j < keys.count; j += W) {
           const Float weight = exp(load(weight_row + j) - lse);

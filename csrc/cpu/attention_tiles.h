@@ -113,10 +113,12 @@ inline void scatter_columns(const float* packed, int64_t stride, const Attention
     }
 }
 
-// The scores of one key and the queries query .. query + W - 1, with -inf where the key is outside the query's window.
-TICKETOPS_INLINE Float in_window(const Attention& args, int64_t key, int64_t query, Float scores) {
-  const Word distance = static_cast<uint32_t>(key + args.window - query) - lanes();
-  return distance <= static_cast<uint32_t>(2 * args.window) ? scores : splat(-__builtin_inff());
+// The scores of one key and the queries query .. query + W - 1, with -inf for queries that do not attend to the key: that
+// have it outside their window or, if it is a hole, are not the hole itself.
+TICKETOPS_INLINE Float seen(const Attention& args, const Segment& sequence, int64_t key, int64_t query, Float scores) {
+  const int64_t window = is_hidden(args, sequence, key) ? 0 : args.window;
+  const Word distance = static_cast<uint32_t>(key + window - query) - lanes();
+  return distance <= static_cast<uint32_t>(2 * window) ? scores : splat(-__builtin_inff());
 }
 
 inline void forward_in_tiles(const AttentionForward& args, const Segment& sequence, int64_t head, float mask,
@@ -125,7 +127,7 @@ inline void forward_in_tiles(const AttentionForward& args, const Segment& sequen
   const int64_t n = sequence.length, queries = queries_of(args, sequence);
   const int64_t depth = args.head_dim, channels = whole(depth, tile);
   const int64_t depth_pairs = whole(depth / 2, tile), all_keys = whole(n, 2 * tile), v_stride = all_keys / 2 + tile;
-  const bool windowed = args.window < n - 1;
+  const bool windowed = args.window < n - 1, limited = windowed || args.real;
   float* k = scratch;                              // [keys][pairs of channels]
   float* v = k + all_keys * depth_pairs;           // [channels][pairs of keys]
   float* q = v + channels * v_stride;              // [pairs of channels][queries]
@@ -147,7 +149,7 @@ inline void forward_in_tiles(const AttentionForward& args, const Segment& sequen
       const auto score = [&](int64_t j) {
         Float x = load(scores + j * block + i) * args.scale;
         if (bias) x += load(bias + first + i - keys.first - j);
-        return windowed ? in_window(args, keys.first + j, first + i, x) : x;
+        return limited ? seen(args, sequence, keys.first + j, first + i, x) : x;
       };
       Float top = score(0);
       for (int64_t j = 1; j < keys.count; ++j) top = larger(score(j), top);
@@ -191,7 +193,7 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
   const int64_t n = sequence.length, queries = queries_of(args, sequence);
   const int64_t depth = args.head_dim, channels = whole(depth, tile);
   const int64_t depth_pairs = whole(depth / 2, tile), all_keys = whole(n, 2 * tile), k_stride = all_keys / 2 + tile;
-  const bool windowed = args.window < n - 1;
+  const bool windowed = args.window < n - 1, limited = windowed || args.real;
   float* k_rows = scratch;                            // [keys][pairs of channels]
   float* v_rows = k_rows + all_keys * depth_pairs;
   float* k = v_rows + all_keys * depth_pairs;         // [channels][pairs of keys]
@@ -253,7 +255,7 @@ inline DeltaSums backward_in_tiles(const AttentionBackward& args, const Segment&
       const auto at = [&](int64_t j) {
         Float score = load(scores + j * block + i) * args.scale, dweight = load(dweights + j * block + i) * mask;
         if (bias) score += load(bias + first + i - keys.first - j);
-        if (windowed) score = in_window(args, keys.first + j, first + i, score);
+        if (limited) score = seen(args, sequence, keys.first + j, first + i, score);
         const Float weight = exp(score - lse);
         Float dropped = weight;
         if (dropout.threshold) {

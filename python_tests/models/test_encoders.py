@@ -509,17 +509,35 @@ def test_results_are_tuples_where_they_are_asked_for(name):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
+        ("ModernBertForSequenceClassification", {}),
         ("ModernBertForSequenceClassification", {"classifier_pooling": "mean"}),
+        ("ModernBertForTokenClassification", {}),
+        ("MPNetForSequenceClassification", {}),
         ("MPNetForTokenClassification", {}),
-        ("DebertaV2Model", {}),
+        ("DebertaV2ForSequenceClassification", {}),
+        ("DebertaV2ForTokenClassification", {"conv_kernel_size": 3, "conv_act": "gelu"}),
+        ("DebertaV2ForTokenClassification", {"share_att_key": False, "position_biased_input": True}),
     ],
 )
-def test_masks_whose_holes_would_bring_tokens_nearer_are_refused(name, changes):
+@pytest.mark.parametrize("way", ["plain", "bucket", "parts", "spread", "compiled"])
+def test_holes_in_masks_keep_the_distances_of_the_tokens_around_them(name, changes, way, monkeypatch):
     model = make(name, **changes)
-    batch = draw(model)
-    batch["attention_mask"][0, 5] = 0
-    with ticketops.patch(model), pytest.raises(InputError, match="row 0 of the attention mask has holes"):
-        model(**batch)
+    stock, batch = copy.deepcopy(model), draw(model)
+    # A hole longer than the window, several, and a row whose mask has holes only behind its last token.
+    batch["attention_mask"][0, [2, 4, 5, 6, 7, 8, 9, 12]] = 0
+    batch["attention_mask"][2, 3] = 0
+    if way == "parts":
+        monkeypatch.setenv("TICKETOPS_BACKEND", "reference")
+    if way == "spread":
+        model.config.output_hidden_states = stock.config.output_hidden_states = True
+    with ticketops.patch(model, bucket=16 if way == "bucket" else None) as handle:
+        compare(torch.compile(model, backend="aot_eager") if way == "compiled" else model, stock, batch)
+        for ticket in (TICKETS["neither"], TICKETS["neurons"]):
+            handle.apply(ticket)
+            compare(model, masked(copy.deepcopy(stock), ticket), batch)
+        if name.endswith("SequenceClassification"):
+            handle.apply(None)
+            check_importance(handle, stock, batch | {"labels": torch.tensor([0, 2, 1, 2])})
 
 
 def test_masks_with_holes_are_served_where_no_layer_has_a_window():
@@ -702,10 +720,17 @@ def test_a_hook_is_called_or_refused(name, register, pruned):
 
 
 def test_importance_equals_its_definition(encoder, inputs):
-    with ticketops.patch(encoder) as handle, handle.record_importance() as importance:
-        encoder(**inputs).loss.backward()
+    stock = copy.deepcopy(encoder)
+    with ticketops.patch(encoder) as handle:
+        check_importance(handle, stock, inputs)
+
+
+def check_importance(handle, stock, inputs):
+    """Asserts that the importance that a patched model records is the gradient of masks in the stock one, by rows."""
+    with handle.record_importance() as importance:
+        handle.model(**inputs).loss.backward()
     head, ffn = torch.zeros(LAYERS, HEADS), torch.zeros(LAYERS)
-    adapter, base = find_adapter(encoder)
+    adapter, base = find_adapter(stock)
     for row in range(4):
         masks = [(torch.ones(HEADS, requires_grad=True), torch.ones((), requires_grad=True)) for _ in range(LAYERS)]
         hooks = []
@@ -714,7 +739,7 @@ def test_importance_equals_its_definition(encoder, inputs):
             scale = lambda module, args, heads=heads: (args[0] * heads.repeat_interleave(12),)  # noqa: E731
             hooks.append(parts.output.register_forward_pre_hook(scale))
             hooks.append(parts.fc2.register_forward_hook(lambda module, args, output, whole=whole: output * whole))
-        encoder(**{name: value[row : row + 1] for name, value in inputs.items()}).loss.backward()
+        stock(**{name: value[row : row + 1] for name, value in inputs.items()}).loss.backward()
         for hook in hooks:
             hook.remove()
         head += torch.stack([heads.grad.abs() for heads, _ in masks]) / 4

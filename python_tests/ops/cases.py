@@ -1,6 +1,7 @@
 """Inputs, backends and bounds that the tests of all ops share."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,6 +71,15 @@ def padded_sequences(lengths: list[int]) -> tuple[Sequences, int]:
 def packed_sequences(lengths: list[int]) -> tuple[Sequences, int]:
     """Sequences one behind the other, and the number of rows."""
     return Sequences.from_lengths(lengths), sum(lengths)
+
+
+def with_holes(sequences: Sequences, rows: int, share: float = 0.4) -> Sequences:
+    """The same sequences, with this share of their rows as holes; as in a mask, none is first or last."""
+    real = torch.rand(rows, generator=torch.Generator().manual_seed(rows)) > share
+    for start, end in sequences.spans():
+        if end > start:
+            real[[start, end - 1]] = True
+    return dataclasses.replace(sequences, real=real.to(sequences.starts.device))
 
 
 def strided(x: Tensor) -> Tensor:

@@ -297,10 +297,10 @@ def opcheck(tensors, sequences, dtype, first_tokens, kind=LIKE_BERT):
     # Layouts that differ among q, k and v.
     apart = "wq" if kind.joined else "wk"
     weights = weights._replace(**{apart: getattr(weights, apart).t().contiguous().t()})
-    settings = (sequences.max_length, DIM, 0.3, "gelu", [0.0, 0.2, 0.0, 0.0], 1e-12, 1e-12, dtype, first_tokens)
+    settings = (sequences.max_length, DIM, 0.3, "gelu", [0.0, 0.2, 0.0, 0.0], [1e-12] * 2, dtype, first_tokens)
     settings += (kind.norm_first, kind.gated, kind.window)
     positions = angles(x.float(), kind) or (None, None)
-    where = (sequences.starts, sequences.lengths, torch.tensor([7], device=x.device), *positions)
+    where = (sequences.starts, sequences.lengths, sequences.real, torch.tensor([7], device=x.device), *positions)
     given = [t.float() if t is not None and t.is_floating_point() else t for t in (x, *weights)]
     leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in given]
     layer, backward = torch.ops.ticketops.encoder_layer, torch.ops.ticketops.encoder_layer_backward

@@ -7,7 +7,18 @@ from ticketops.ops import Sequences
 from ticketops.ops.attention import reference
 from ticketops.ops.backends import _module
 
-from .cases import RAGGED, SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, strided, threads
+from .cases import (
+    RAGGED,
+    SHORT,
+    assert_as_good,
+    need,
+    packed_sequences,
+    padded_sequences,
+    poisoned,
+    strided,
+    threads,
+    with_holes,
+)
 
 FAST = ("native",)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -43,7 +54,7 @@ def run(module, tensors, sequences, mask=None, dropout_p=0.0, dtype=None, window
     seed = torch.tensor([0x2345_6789_ABCD_EF01 >> 1]) if dropout_p else None
     settings = (mask, seed, sequences.max_length, q.shape[-1] ** -0.5, dropout_p)
     where = (sequences.starts, sequences.lengths)
-    terms = {"window": window, "bias": bias, "positions": positions}
+    terms = {"window": window, "bias": bias, "positions": positions, "real": sequences.real}
     out, lse = module.forward(q, k, v, *where, *settings, **terms)
     return out, lse, *module.backward(dout, q, k, v, out, lse, *where, *settings, **terms)
 
@@ -112,6 +123,24 @@ def test_position_vectors_as_good_as_plain_pytorch(backend, dtype, dropout_p, ma
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [packed_sequences, padded_sequences])
+@pytest.mark.parametrize("term", ["window", "bias", "both", "positions", None])
+@pytest.mark.parametrize("head_dim", [7, 32])
+def test_holes_as_good_as_in_plain_pytorch(backend, dtype, layout, term, head_dim):
+    need(backend, "attention", dtype)
+    sequences, rows = layout(RAGGED)
+    tensors, sequences = inputs(rows, 4, head_dim, dtype), with_holes(sequences, rows)
+    options = {"window": 20 if term in ("window", "both") else None}
+    options["bias"] = bias_for(sequences, 4) if term in ("bias", "both") else None
+    options["positions"] = positions_for(sequences, tensors[0]) if term == "positions" else (None, None)
+    for dropout_p in (0.0, 0.1):
+        with poisoned():
+            mask = torch.tensor([1.0, 0.0, -0.5, 2.0])
+            check(backend, tensors, sequences, mask=mask, dropout_p=dropout_p, **options)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [1, 7, 16, 20, 24, 40, 64, 80, 96, 128])
 def test_any_head_dim(backend, dtype, head_dim):
     need(backend, "attention", dtype)
@@ -134,11 +163,13 @@ def test_any_head_dim(backend, dtype, head_dim):
     dtype=st.sampled_from(DTYPES),
     further=st.none() | st.integers(0, 40),
     tables=st.none() | st.sampled_from(TABLES),
+    holes=st.none() | st.sampled_from([0.1, 0.9]),
 )
 @settings(max_examples=160, deadline=None, derandomize=True)
-def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed, window, dtype, further, tables):
+def test_any_shape(backend, lengths, heads, head_dim, dropout_p, seed, window, dtype, further, tables, holes):
     need(backend, "attention", dtype)
     sequences, rows = padded_sequences(lengths)
+    sequences = sequences if holes is None else with_holes(sequences, rows, holes)
     mask = torch.randn(heads, generator=torch.Generator().manual_seed(seed)).round(decimals=0)
     tensors = [strided(x) for x in inputs(rows, heads, head_dim, dtype, seed)]
     options = {"window": window, "bias": None if further is None else bias_for(sequences, heads, further)}

@@ -20,7 +20,7 @@ from ticketops.ops.layer.native import FEW_TOKENS, FEW_TOKENS_AMX, FEW_TOKENS_BF
 from ticketops.ops.rotary import native as turn
 from ticketops.ops.rotary import reference
 
-from .cases import SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads
+from .cases import SHORT, assert_as_good, need, packed_sequences, padded_sequences, poisoned, threads, with_holes
 from .layers import (
     CHANNELS,
     DIM,
@@ -84,6 +84,18 @@ def test_layers_of_other_kinds(kind, ticket, dtype, autocast, first_tokens):
         with poisoned():
             check(inputs(rows, ticket, kind=kind), sequences, dtype, autocast, per_token=per_token, **options)
     check_inference(inputs(rows, ticket, kind=kind), sequences, dtype, autocast, first_tokens=first_tokens, kind=kind)
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
+@pytest.mark.parametrize("terms", [{"kind": KINDS[0]}, {"reach": 14}, {"reach": 14, "vectors": True}])
+def test_layers_around_holes(dtype, autocast, terms):
+    sequences, rows = padded_sequences(SHORT)
+    sequences, kind = with_holes(sequences, rows), terms.get("kind", Kind())
+    for first_tokens in (False, True):
+        options = {"first_tokens": first_tokens, "kind": kind}
+        with poisoned():
+            check(inputs(rows, TICKETS[1], **terms), sequences, dtype, autocast, dropouts=(0.1, 0.2, 0.3), **options)
+        check_inference(inputs(rows, TICKETS[1], **terms), sequences, dtype, autocast, **options)
 
 
 @given(tokens=st.integers(0, 40), heads=st.integers(1, 3), half=st.integers(1, 40), dtype=st.sampled_from(DTYPES))
@@ -429,8 +441,8 @@ def test_only_what_a_ticket_keeps_is_computed():
     sequences, rows = packed_sequences(SHORT)
     x, _, w = inputs(rows, ([1], [3, 4], True))
     w = [t.float() if t is not None and t.is_floating_point() else t for t in w]
-    settings = Settings(13, DIM, 0.3, "gelu", [0.0] * 4, 1e-12, 1e-12, torch.float32, False, False, False, None)
-    where = (sequences.starts, sequences.lengths, None, None, None)
+    settings = Settings(13, DIM, 0.3, "gelu", [0.0] * 4, [1e-12] * 2, torch.float32, False, False, False, None)
+    where = (sequences.starts, sequences.lengths, *[None] * 4)
     _, *saved = layer.forward(Inputs(x.float(), Weights(*w), *where), settings)
     saved = Saved(*saved)
     assert saved.qkv.shape == (rows, 3 * DIM)

@@ -22,10 +22,31 @@ def test_packing_any_mask_keeps_the_real_tokens_in_order_and_unpacks_to_zeros(ro
     assert torch.equal(packing.unpack(packed), padded * mask[:, :, None])
 
 
-def test_packing_is_differentiable():
-    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    packing = Packing.from_mask(mask, 2, 3, mask.device)
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+@given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=5), st.sampled_from([None, 1, 8]))
+def test_holes_are_kept_as_rows_of_zeros_between_the_tokens(rows, bucket):
+    mask = torch.tensor(rows)
+    padded = torch.randn(*mask.shape, 3, requires_grad=True)
+    packing = Packing.from_mask(mask.int(), *mask.shape, mask.device, bucket=bucket, close_holes=False)
+    packed, sequences = packing.pack(padded), packing.sequences
+    holes = 0
+    for (start, end), row, keep in zip(sequences.spans(), padded, mask, strict=True):
+        places = keep.nonzero().flatten().tolist() or [0, -1]
+        run = slice(places[0], places[-1] + 1)
+        assert torch.equal(packed[start:end], (row * keep[:, None])[run])
+        assert sequences.real is None or torch.equal(sequences.real[start:end], keep[run])
+        holes += int((~keep[run]).sum())
+    assert (sequences.real is None) == (holes == 0)
+    whole = packing.unpack(packed + 1)
+    assert torch.equal(whole, (padded + 1) * mask[:, :, None])
+    gradient = torch.randn_like(whole)
+    assert torch.equal(torch.autograd.grad(whole, padded, gradient)[0], gradient * mask[:, :, None])
+
+
+@pytest.mark.parametrize("close_holes", [True, False])
+def test_packing_is_differentiable(close_holes):
+    mask = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]])
+    packing = Packing.from_mask(mask, 2, 4, mask.device, close_holes=close_holes)
+    x = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: packing.unpack(packing.pack(x) ** 2), x)
 
 

@@ -1,5 +1,7 @@
 """The reference against definitions written independently of it: dense masks, autograd through every multiplication."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,8 @@ from ticketops.errors import InputError, UnsupportedError
 from ticketops.ops import Sequences
 from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
 from ticketops.ops.ffn import ACTIVATIONS
+
+from .cases import with_holes
 
 LENGTHS = [5, 1, 0, 7, 3]
 
@@ -57,6 +61,8 @@ def dense_attention(
     allowed = (owner[:, None] == owner[None, :]) & (owner >= 0)[:, None]
     if window is not None:
         allowed = allowed & ((torch.arange(tokens)[:, None] - torch.arange(tokens)).abs() <= window)
+    if sequences.real is not None:
+        allowed = allowed & (sequences.real | torch.eye(tokens, dtype=torch.bool))
     weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1).nan_to_num()
     if keep is not None:
         weights = weights * keep / (1 - p)
@@ -120,6 +126,31 @@ def test_attention_within_a_window_equals_the_dense_definition(window, biased):
     out = ops.attention(*leaves, sequences, head_mask=mask[0], window=window, position_bias=bias)
     expected = dense_attention(*leaves, sequences, mask.expand(4, -1), window=window, bias=bias)
     same_results(out, expected, (*leaves, bias) if biased else leaves)
+
+
+@pytest.mark.parametrize("window", [None, 3, 70])
+@pytest.mark.parametrize("term", [None, "position_bias", "position_keys"])
+def test_attention_around_holes_equals_the_dense_definition(window, term):
+    if window is not None and term == "position_keys":
+        return
+    sequences, leaves, _ = inputs([150, 0, 9, 66], heads=2)
+    sequences, mask = with_holes(sequences, 225), torch.tensor([[0.5, -1.5]], dtype=torch.float64)
+    shapes = {"position_bias": (2, 299), "position_keys": (299, 2, 4)}
+    table = None if term is None else torch.randn(shapes[term], dtype=torch.float64, requires_grad=True)
+    options = {} if term is None else {term: table}
+    out = ops.attention(*leaves, sequences, head_mask=mask[0], window=window, **options)
+    named = {"bias": table} if term == "position_bias" else {"vectors": (table, None)}
+    expected = dense_attention(*leaves, sequences, mask.expand(4, -1), window=window, **named)
+    same_results(out, expected, leaves if term is None else (*leaves, table))
+
+
+def test_holes_may_be_left_out_where_no_term_depends_on_distance():
+    sequences, leaves, _ = inputs([50, 3, 9], heads=2)
+    real = with_holes(sequences, 62).real
+    counts = [int(real[start:end].sum()) for start, end in sequences.spans()]
+    assert sum(counts) < 62
+    out = ops.attention(*leaves, dataclasses.replace(sequences, real=real))[real]
+    same_results(out, ops.attention(*(x[real] for x in leaves), Sequences.from_lengths(counts)), leaves)
 
 
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (32, 20), (8, 5), (4, 128)])
@@ -415,11 +446,12 @@ def test_opcheck_and_one_graph():
     seed = torch.tensor([5])
     bias = torch.randn(3, 15, dtype=torch.float64, requires_grad=True)
     settings = (seed, 7, 0.3, 0.1, False)
+    real = with_holes(sequences, 16).real
     torch.library.opcheck(
-        torch.ops.ticketops.attention, (*qkv, *where, mask, bias, None, None, importance, *settings, 2)
+        torch.ops.ticketops.attention, (*qkv, *where, real, mask, bias, None, None, importance, *settings, 2)
     )
     vectors = [torch.randn(15, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    arguments = (*qkv, *where, mask, None, *vectors, importance, *settings, None)
+    arguments = (*qkv, *where, None, mask, None, *vectors, importance, *settings, None)
     torch.library.opcheck(torch.ops.ticketops.attention, arguments)
     sink = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     ffn_mask = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)

@@ -22,8 +22,8 @@ from ticketops.ops.backends import BACKENDS, choose
 from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
 from ticketops.ops.ffn import ACTIVATIONS
 
-from .cases import SHORT, packed_sequences, padded_sequences
-from .layers import KINDS, TICKETS, inputs
+from .cases import SHORT, packed_sequences, padded_sequences, with_holes
+from .layers import KINDS, LIKE_BERT, TICKETS, inputs
 from .layers import check as check_layer
 from .layers import opcheck as opcheck_layer
 
@@ -160,6 +160,8 @@ def plain_attention(
             scores = scores + bias[:, bias.shape[1] // 2 + place - place[:, None]]
         if window is not None:
             scores = scores.masked_fill((place[:, None] - place).abs() > window, float("-inf"))
+        if sequences.real is not None:
+            scores = scores.masked_fill(~sequences.real[start:end] & (place[:, None] != place), float("-inf"))
         weights = scores.softmax(-1)
         if dropout_p:
             kept = keep_mask(
@@ -192,8 +194,10 @@ def check_attention(
     window: int | None,
     further: int | None = None,
     tables: tuple[bool, bool] = (False, False),
+    holes: bool = False,
 ) -> None:
     sequences, tokens = draw_sequences(lengths, layout)
+    sequences = with_holes(sequences, tokens) if holes else sequences
     heads = 2 if mask is None else len(mask)
     torch.manual_seed(len(lengths) + head_dim)
     # Strided: a slice of one [D, H, 3, T] tensor, whose last dimension is not the contiguous one.
@@ -342,6 +346,24 @@ def test_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided, w
 )
 def test_attention_with_position_vectors(lengths, layout, mask, head_dim, dropout_p, dtype, strided, further, tables):
     check_attention(lengths, layout, mask, head_dim, dropout_p, dtype, strided, None, further, tables)
+
+
+@pytest.mark.parametrize("layout", ["packed", "scattered"])
+@pytest.mark.parametrize(
+    ("window", "further", "tables"),
+    [
+        (None, None, (False, False)),
+        (7, None, (False, False)),
+        (None, 2, (False, False)),
+        (7, 2, (False, False)),
+        (None, 2, (True, True)),
+    ],
+)
+def test_attention_around_holes(layout, window, further, tables):
+    for lengths in ([33, 0, 17, 1, 2], [131]):
+        check_attention(
+            *(lengths, layout, [0.0, 0.5], 32, 0.3, torch.float32, False, window, further, tables), holes=True
+        )
 
 
 @pytest.mark.skipif(not common.INTERPRETED, reason="a GPU has its own tiles")
@@ -754,6 +776,16 @@ def test_layers_of_other_kinds(kind, ticket, dtype, autocast, first_tokens):
     check_layer(tensors, _to_device(sequences), dtype, autocast, **options, **dropouts)
 
 
+@pytest.mark.parametrize("terms", [{"kind": KINDS[0]}, {"reach": 14}, {"reach": 14, "vectors": True}])
+@pytest.mark.usefixtures("seeds_one_by_one")
+def test_layers_around_holes(terms):
+    sequences, rows = padded_sequences(SHORT)
+    x, dout, weights = inputs(rows, TICKETS[0], **terms)
+    tensors = (x.to(DEVICE), dout.to(DEVICE), Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
+    options = {"dropouts": (0.0, 0.0, 0.0), "kind": terms.get("kind", LIKE_BERT)}
+    check_layer(tensors, with_holes(_to_device(sequences), rows), torch.float32, None, **options)
+
+
 @pytest.mark.parametrize("ticket", TICKETS, ids=str)
 @pytest.mark.parametrize("autocast", [None, torch.float16] + ([] if common.INTERPRETED else [torch.bfloat16]))
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), (0.1, 0.2, 0.3)])
@@ -881,7 +913,7 @@ def test_opcheck():
     mask = torch.tensor([1.0, 0.0], device=DEVICE)
     seed = torch.tensor([5], device=DEVICE)
     for bias in (None, torch.randn((2, 9), device=DEVICE, requires_grad=True)):
-        settings = (mask, bias, None, None, None, seed, 4, 0.25, 0.1, False, 1)
+        settings = (None, mask, bias, None, None, None, seed, 4, 0.25, 0.1, False, 1)
         torch.library.opcheck(torch.ops.ticketops.attention, (q, q, q, *spans, *settings))
     x = torch.randn((7, 16), device=DEVICE, requires_grad=True)
     w1, b1 = torch.randn((24, 16), device=DEVICE), torch.randn(24, device=DEVICE)

@@ -41,6 +41,7 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
     torch.int64: "*i64",
 }
 
@@ -100,6 +101,7 @@ def attention_launches(
     sequences: int = 2,
     biased: bool = False,
     positioned: bool = False,
+    holes: bool = False,
 ) -> list[Launch]:
     """Lists the launches of one attention call, forward and backward.
 
@@ -113,6 +115,7 @@ def attention_launches(
         sequences: number of sequences in the batch, which has 2 * `length` tokens.
         biased: True adds a position bias.
         positioned: True adds position keys and position queries.
+        holes: True keeps holes among the tokens.
 
     Returns:
         One launch per kernel.
@@ -125,11 +128,13 @@ def attention_launches(
     settings = (starts, starts, head_mask, seed, length, head_dim**-0.5, 0.1 if options else 0.0)
     bias = torch.empty((12, 2 * length - 1), device="meta") if biased else None
     vectors = q.new_empty((2 * length - 1, *q.shape[1:])) if positioned else None
+    real = torch.empty(2 * length, dtype=torch.bool, device="meta") if holes else None
     kind = ("" if window is None else ", window") + (", bias" if biased else "") + (", vectors" if positioned else "")
+    kind += ", holes" if holes else ""
     case = {"dtype": _name(dtype), "case": f"D={head_dim} S={length}{kind}"}
     launches: list[Launch] = []
     with recorded_launches(target, _recorder(launches, target, case)):
-        terms: dict[str, Any] = {"window": window, "bias": bias, "positions": (vectors, vectors)}
+        terms: dict[str, Any] = {"window": window, "bias": bias, "positions": (vectors, vectors), "real": real}
         attention.forward(q, q, q, *settings, **terms)
         attention.backward(q, q, q, q, q, lse, *settings, **terms)
     return launches
@@ -306,6 +311,10 @@ def shipped_launches(targets: Iterable[tuple[int, int]] = TARGETS) -> Iterator[L
                                 yield launch
                 if dtype != torch.float16 and (dtype, head_dim) != (torch.float32, 128):
                     yield from attention_launches(target, dtype, head_dim, 128, positioned=True)
+            if dtype != torch.float16:
+                # Only where attention depends on distances are holes kept.
+                for terms in ({"window": 64}, {"biased": True}, {"positioned": True}):
+                    yield from attention_launches(target, dtype, 64, 128, holes=True, **terms)
             for activation in ACTIVATIONS if dtype == torch.bfloat16 else ("gelu",):
                 yield from ffn_launches(target, dtype, activation)
             # Without the last kernel, the second stage of the sums, which is the same with a gate.

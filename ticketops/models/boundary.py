@@ -202,7 +202,8 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     dtype = compute_dtype(handle.weight(base))
     flat = _flat(handle, base, arguments, batch, width)
     if flat is None:
-        packing = Packing.from_mask(mask, batch, width, device, unpad, bucket if unpad else None, handle.holes, dtype)
+        bucket, closes = bucket if unpad else None, handle.close_holes
+        packing = Packing.from_mask(mask, batch, width, device, unpad, bucket, closes, dtype)
     else:
         packing = flat
     if not look.watched:

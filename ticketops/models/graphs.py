@@ -213,6 +213,8 @@ def _obstacle(handle: "PatchHandle", base: Any, call: Call, hidden_states: Tenso
         return "tensors or layers that are distributed"
     if not hidden_states.numel():
         return "no tokens"
+    if call.packing.sequences.real is not None:
+        return "holes in the attention mask, which are kept"
     if private.has_saving_hooks():
         return "hooks on what autograd saves, as of checkpointing"
     if torch.is_anomaly_enabled() or private.has_modes():

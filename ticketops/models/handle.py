@@ -240,7 +240,7 @@ class PatchHandle:
         return adapter_of(self._architecture)
 
     @property
-    def holes(self) -> bool:
+    def close_holes(self) -> bool:
         """True if packing may close holes in a mask, which brings the tokens behind a hole nearer than they are."""
         return not self.adapter.by_distance(self._base.config)
 

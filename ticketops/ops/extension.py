@@ -11,7 +11,7 @@ from ticketops.ops.building import load, switch
 from ticketops.ops.dropout import keep_threshold
 
 _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
-_DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.bool)
 
 
 def _load() -> tuple[Any, str]:

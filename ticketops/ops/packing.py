@@ -21,11 +21,14 @@ class Sequences:
         starts: int32 [B], index of each sequence's first row in the flat token matrix.
         lengths: int32 [B], number of tokens in each sequence; 0 for an empty one.
         max_length: upper bound of the lengths; a Python number, so that no kernel launch waits for the device.
+        real: bool [T], False for a row that no other row of its sequence attends to: a hole in an attention mask, which
+            keeps the distances of the tokens around it. None if there is none.
     """
 
     starts: Tensor
     lengths: Tensor
     max_length: int
+    real: Tensor | None = None
 
     @classmethod
     def from_lengths(cls, lengths: list[int] | Tensor, width: int | None = None) -> "Sequences":
@@ -79,7 +82,8 @@ class Packing:
 
     Attributes:
         indices: int64 [T], indices of the real tokens among the rows of the flattened batch, in order. -1 packs a row
-            of zeros, which rounds the number of rows up. None if the batch is only flattened, with its padding.
+            of zeros, for a hole in the mask or to round the number of rows up. None if the batch is only flattened,
+            with its padding.
         numbers: int64 [B * S], the packed row of each row of the flattened batch, -1 for padding. None if `indices` is.
         sequences: position of each sequence among the rows that `pack` returns.
         batch: B, number of sequences in the padded batch.
@@ -101,7 +105,7 @@ class Packing:
         device: torch.device,
         unpad: bool = True,
         bucket: int | Literal["geometric"] | None = None,
-        holes: bool = True,
+        close_holes: bool = True,
         dtype: torch.dtype | None = None,
     ) -> "Packing":
         """Builds the packing for an attention mask. Any 0/1 mask can be packed, also with padding on the left or
@@ -119,8 +123,8 @@ class Packing:
             bucket: rounds the number of rows up to a multiple of this (at most B * S), and `max_length` up to a power
                 of two, so that batches of similar size have equal shapes: "geometric" to one of 16 sizes between two
                 powers of two, at most 6.3 % more (3.1 % on average), and not below 64. None does not.
-            holes: True allows padding between two tokens of a sequence; False refuses it, for attention that depends on
-                the distance of tokens.
+            close_holes: True removes padding between two tokens of a sequence, too; False packs it as rows of zeros
+                that are not attended to, for attention that depends on the distance of tokens.
             dtype: dtype of the matrix products that the packed tokens are used in. If `bucket` is None, the number of
                 rows is rounded up to what is fast for them (`products.granule`). None does not round.
 
@@ -128,20 +132,21 @@ class Packing:
             The packing.
 
         Raises:
-            InputError: `unpad=False` or `holes=False`, and the real tokens of a sequence are not contiguous. For a mask
-                on a GPU, which the host does not read, an assertion on the device stops the program instead.
+            InputError: `unpad=False`, and the real tokens of a sequence are not contiguous. For a mask on a GPU, which
+                the host does not read, an assertion on the device stops the program instead.
         """
         if mask is None:
             lengths = torch.full((batch,), width, dtype=torch.int32, device=device)
             starts = torch.arange(batch, dtype=torch.int32, device=device) * width
             return cls(None, None, Sequences(starts, lengths, width), batch, width)
         if unpad:
-            if not holes:
-                problem = "has holes, which attention by distance (a window, a bias) cannot serve: pad on one side only"
-                check_rows(_unbroken(mask.to(torch.bool))[2], problem, wait=False)
-            starts, lengths, indices, numbers = number_tokens(mask.to(device))
+            mask = mask.to(device)
+            taken = mask if close_holes else _filled(mask.to(torch.bool))
+            starts, lengths, indices, numbers = number_tokens(taken)
+            asked = lengths if close_holes else torch.cat([lengths, (taken != mask.bool()).sum()[None].int()])
             # This waits for the device, once: a tensor's size must be known on the host.
-            counts = lengths.tolist()
+            counts = asked.tolist()
+            holes = 0 if close_holes else counts.pop()
             rows, longest = sum(counts), max(counts, default=0)
             if bucket is not None:
                 longest = min(width, 1 << max(0, longest - 1).bit_length())
@@ -151,7 +156,12 @@ class Packing:
                 size = bucket or (1 if dtype is None else granule(rows, dtype, device))
             # The unpacked batch's size is the upper limit; it recurs from batch to batch as multiples of `size` do.
             rows = min(-(-rows // size) * size, batch * width)
-            return cls(indices[:rows], numbers, Sequences(starts, lengths, longest), batch, width)
+            indices, there = indices[:rows], None
+            if holes:
+                real = mask.bool().flatten()
+                there = (indices >= 0) & real[indices]
+                indices, numbers = indices.where(there, -1), numbers.where(real, -1)
+            return cls(indices, numbers, Sequences(starts, lengths, longest, there), batch, width)
         first, lengths, unbroken = _unbroken(mask.to(torch.bool))
         problem = "has holes, which unpad=False cannot serve: patch(model, unpad=True) packs it"
         check_rows(unbroken, problem, wait=False)
@@ -218,6 +228,12 @@ def is_unbroken(mask: Tensor) -> Tensor:
         mask: nonzero for a real token, any dtype.
     """
     return _unbroken(mask.bool())[2]
+
+
+def _filled(real: Tensor) -> Tensor:
+    """Returns a mask [B, S] with ones between the first and the last real token of each row."""
+    counts = real.cumsum(1)
+    return real | ((counts > 0) & (counts < counts[:, -1:]))
 
 
 def _unbroken(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 FP_FUSION = True
 #: Pointers whose elements are loaded one at a time. Their alignment gains nothing, and specialising on it would compile
 #: kernels twice.
-UNALIGNED = ["p_starts", "p_lengths", "p_seed"]
+UNALIGNED = ["p_starts", "p_lengths", "p_seed", "p_real"]
 #: The oldest GPUs with bfloat16 tensor cores and asynchronous copies.
 OLDEST_CAPABILITY = (8, 0)
 

@@ -4,7 +4,8 @@
     score[t, j, h] = <q[t, h], k[j, h]> + <q[t, h], keys[j - t, h]> + <k[j, h], queries[j - t, h]>,
     j over t's sequence
 
-With a window, j is limited to |t - j| <= window, and keys outside it are not computed. The bias, the position keys and
+With a window, j is limited to |t - j| <= window, and keys outside it are not computed. A hole, a row of a sequence that
+is not real, is attended to by itself alone. The bias, the position keys and
 the position queries are 0 unless they are given.
 
 A head whose mask is 0 is not computed: its output and all its gradients, that of the mask included, are 0. With O the
@@ -85,6 +86,9 @@ def attention(
         raise InputError(f"head_mask must have shape [{q.shape[1]}], one value a head, got {tuple(head_mask.shape)}")
     if importance is not None and importance.shape != (len(sequences), q.shape[1]):
         raise InputError(f"importance must have shape [{len(sequences)}, {q.shape[1]}], got {tuple(importance.shape)}")
+    real = sequences.real
+    if real is not None and (real.shape != q.shape[:1] or real.dtype != torch.bool):
+        raise InputError(f"sequences.real must be bool [{len(q)}], a flag a row, got {real.dtype} {[*real.shape]}")
     if window is not None:
         if window < 0:
             raise InputError(f"window must be at least 0, or None for the whole sequence, got {window}")
@@ -126,6 +130,7 @@ def attention(
         v,
         sequences.starts,
         sequences.lengths,
+        real,
         None if head_mask is None else head_mask.to(dtype),
         None if position_bias is None else position_bias.to(dtype),
         *map(given.get, _POSITIONS),
@@ -144,7 +149,7 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _forward(q, k, v, starts, lengths, head_mask, bias, keys, queries, importance, seed, *settings):
+def _forward(q, k, v, starts, lengths, real, head_mask, bias, keys, queries, importance, seed, *settings):
     max_length, scale, dropout_p, _, window = settings
     with torch.autocast(q.device.type, enabled=False):
         return implementation("attention", q.device, q.dtype).forward(
@@ -152,6 +157,7 @@ def _forward(q, k, v, starts, lengths, head_mask, bias, keys, queries, importanc
             window=window,
             bias=bias,
             positions=(keys, queries),
+            real=real,
         )
 
 
@@ -160,22 +166,22 @@ def _fake_forward(q, *_):
     return q.new_empty(q.shape), q.new_empty((tokens, heads), dtype=_statistics_dtype(q.dtype))
 
 
-def _backward(
-    dout, q, k, v, out, lse, starts, lengths, head_mask, bias, keys, queries, seed, max_length, scale, dropout_p, window
-):
+def _backward(dout, q, k, v, out, lse, starts, lengths, real, head_mask, bias, keys, queries, seed, *settings):
+    max_length, scale, dropout_p, window = settings
     with torch.autocast(q.device.type, enabled=False):
         *others, dbias, dkeys, dqueries = implementation("attention", q.device, q.dtype).backward(
             *(dout, q, k, v, out, lse, starts, lengths, head_mask, seed, max_length, scale, dropout_p),
             window=window,
             bias=bias,
             positions=(keys, queries),
+            real=real,
         )
     # Sums over the batch, which half precision rounds once.
     positions = (None if x is None else x.to(q.dtype) for x in (dkeys, dqueries))
     return *others, *(lse.new_empty(0) if x is None else x for x in (dbias, *positions))
 
 
-def _fake_backward(dout, q, k, v, out, lse, starts, lengths, head_mask, bias, keys, queries, *_):
+def _fake_backward(dout, q, k, v, out, lse, starts, lengths, real, head_mask, bias, keys, queries, *_):
     dtype = _statistics_dtype(q.dtype)
     partials = [q.new_empty((lengths.shape[0], q.shape[1]), dtype=dtype) for _ in range(2)]
     return (
@@ -186,7 +192,7 @@ def _fake_backward(dout, q, k, v, out, lse, starts, lengths, head_mask, bias, ke
 
 
 #: Number of the op's tensors in front of the importance sink.
-_DIFFERENTIABLE = 9
+_DIFFERENTIABLE = 10
 
 
 def _setup_context(ctx, inputs, output):
@@ -203,12 +209,12 @@ def _gradients(ctx, dout, _):
     partial = None
     if ctx.importance_dtype is not None:
         partial = (absolute if ctx.per_token else signed).to(ctx.importance_dtype)
-    found = (dq, dk, dv, None, None, signed.sum(0) if ctx.needs_input_grad[5] else None, *by_distance)
+    found = (dq, dk, dv, None, None, None, signed.sum(0) if ctx.needs_input_grad[6] else None, *by_distance)
     wanted = ctx.needs_input_grad[:_DIFFERENTIABLE]
     return *(x if there else None for x, there in zip(found, wanted, strict=True)), partial, *(None,) * 6
 
 
-_TENSORS = "Tensor starts, Tensor lengths, Tensor? head_mask, Tensor? bias, Tensor? keys, Tensor? queries"
+_TENSORS = "Tensor starts, Tensor lengths, Tensor? real, Tensor? head_mask, Tensor? bias, Tensor? keys, Tensor? queries"
 _attention_op = define(
     f"attention(Tensor q, Tensor k, Tensor v, {_TENSORS}, Tensor? importance, Tensor? seed, SymInt max_length, "
     "float scale, float dropout_p, bool per_token, int? window) -> (Tensor, Tensor)",

@@ -61,6 +61,7 @@ def forward(
     first_tokens: bool = False,
     bias: Tensor | None = None,
     positions: Positions = (None, None),
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention.reference.forward.
 
@@ -75,6 +76,7 @@ def forward(
     (q, q_view), (k, k_view), (v, v_view) = _view("q", q, q), _view("k", k, q), _view("v", v, q)
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
+    real = checked("real", real, torch.bool, tokens)
     head_mask = checked("head_mask", head_mask, torch.float32, heads)
     bias, reach = checked_bias(bias, heads)
     _tables, position_views = _position_views(positions, q)
@@ -83,7 +85,7 @@ def forward(
     run(
         native.attention_forward,
         *(q.dtype == torch.bfloat16, *q_view, *k_view, *v_view, address(out), address(lse)),
-        *(address(starts), address(lengths), address(head_mask), address(bias), reach, position_views),
+        *(address(starts), address(lengths), address(real), address(head_mask), address(bias), reach, position_views),
         *(batch, tokens, heads, head_dim, max_length),
         *(max_length if window is None else window, first_tokens, scale, *dropout_arguments(seed, dropout_p)),
     )
@@ -109,6 +111,7 @@ def backward(
     first_tokens: bool = False,
     bias: Tensor | None = None,
     positions: Positions = (None, None),
+    real: Tensor | None = None,
 ) -> Gradients:
     """See ticketops.ops.attention.reference.backward.
 
@@ -128,6 +131,7 @@ def backward(
     lse = checked("lse", lse, torch.float32, tokens, heads)
     starts = checked("starts", starts, torch.int32, batch)
     lengths = checked("lengths", lengths, torch.int32, batch)
+    real = checked("real", real, torch.bool, tokens)
     head_mask = checked("head_mask", head_mask, torch.float32, heads)
     bias, reach = checked_bias(bias, heads)
     _tables, position_views = _position_views(positions, q)
@@ -140,7 +144,7 @@ def backward(
     run(
         native.attention_backward,
         *(q.dtype == torch.bfloat16, *dout_view, *q_view, *k_view, *v_view, address(out), address(lse)),
-        *(address(starts), address(lengths), address(head_mask), address(bias), reach, position_views),
+        *(address(starts), address(lengths), address(real), address(head_mask), address(bias), reach, position_views),
         *(address(dq), address(dk), address(dv), dq.stride(0), address(signed), address(absolute), address(dbias)),
         [address(dkeys), address(dqueries)],
         *(batch, tokens, heads, head_dim, max_length),

@@ -91,13 +91,16 @@ def _of_distances(dscores: Tensor, places: Tensor) -> Tensor:
     return gradient.scatter_(2, places.expand_as(dscores), dscores)
 
 
-def _blocks(length: int, window: int | None, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
+def _blocks(
+    length: int, window: int | None, device: torch.device, real: Tensor | None
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Divides a sequence into blocks of queries. Yields for each block its queries, the range of keys that any of them
-    attends to, and a bool mask [queries, keys] that is True for pairs outside the window. Without a window there is one
-    block, and the mask is None."""
-    if window is None:
+    attends to, and a bool mask [queries, keys] that is True for pairs outside the window and for keys that are holes,
+    except for their own queries. Without a window there is one block; without holes either, the mask is None."""
+    if window is None and real is None:
         yield slice(0, length), slice(0, length), None
         return
+    window = length if window is None else window
     size = max(64, window)
     for first in range(0, length, size):
         queries = slice(first, min(first + size, length))
@@ -105,7 +108,8 @@ def _blocks(length: int, window: int | None, device: torch.device) -> Iterator[t
         distance = torch.arange(queries.start, queries.stop, device=device)[:, None] - torch.arange(
             keys.start, keys.stop, device=device
         )
-        yield queries, keys, distance.abs() > window
+        outside = distance.abs() > window
+        yield queries, keys, outside if real is None else outside | (~real[keys] & (distance != 0))
 
 
 def forward(
@@ -122,6 +126,7 @@ def forward(
     window: int | None = None,
     bias: Tensor | None = None,
     positions: Positions = (None, None),
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention. Sums and softmax are in float32 (float64 for float64 inputs).
 
@@ -139,7 +144,7 @@ def forward(
     for start, end in _spans(starts, lengths):
         qs, ks, vs = (_by_head(x, start, end, heads, dtype) for x in (q, k, v))
         vectors = [_vectors_of(x, heads, end - start, dtype) for x in positions]
-        for queries, keys, outside in _blocks(end - start, window, q.device):
+        for queries, keys, outside in _blocks(end - start, window, q.device, None if real is None else real[start:end]):
             first, last = start + queries.start, start + queries.stop
             # [h, queries, keys]
             weights = qs[:, queries] @ ks[:, keys].transpose(1, 2)
@@ -178,6 +183,7 @@ def backward(
     window: int | None = None,
     bias: Tensor | None = None,
     positions: Positions = (None, None),
+    real: Tensor | None = None,
 ) -> Gradients:
     """Computes the gradients of `forward` and the importance of each sequence and head.
 
@@ -220,8 +226,8 @@ def backward(
         row_lse = lse[start:end].index_select(1, heads).transpose(0, 1)
         row_delta = delta[start:end].index_select(1, heads).transpose(0, 1)
         vectors = [_vectors_of(x, heads, n, dtype) for x in positions]
-        sums = () if window is None else tuple(torch.zeros_like(x) for x in (qs, ks, vs))
-        for queries, keys, outside in _blocks(n, window, q.device):
+        sums = () if window is None and real is None else tuple(torch.zeros_like(x) for x in (qs, ks, vs))
+        for queries, keys, outside in _blocks(n, window, q.device, None if real is None else real[start:end]):
             # [h, queries, keys]
             weights = qs[:, queries] @ ks[:, keys].transpose(1, 2)
             _add_positions(weights, qs, ks, *vectors)

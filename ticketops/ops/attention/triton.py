@@ -212,6 +212,13 @@ def add_row_gradient(
 
 
 @triton.jit
+def is_seen(p_real, start, o_n, m_n, o_m):
+    """True for the keys o_n of a sequence that its queries o_m attend to: those that are no holes, and a hole itself.
+    Takes key and query numbers of broadcastable shapes."""
+    return (tl.load(p_real + start + o_n, mask=m_n, other=0) != 0) | (o_n == o_m)
+
+
+@triton.jit
 def span(i_first, ROWS: tl.constexpr, window, length, BLOCK: tl.constexpr):
     """Returns the first and last (exclusive) position, in steps of BLOCK, of a loop over the tokens within the window
     of rows i_first .. i_first + ROWS - 1."""
@@ -239,6 +246,7 @@ def forward_kernel(
     p_lse,
     p_starts,
     p_lengths,
+    p_real,
     p_mask,
     p_seed,
     p_bias,
@@ -321,11 +329,15 @@ def forward_kernel(
         b_s *= scale * LOG2_E
         if p_bias is not None:
             b_s += LOG2_E * load_bias(p_bias, i_h, (i_n + o_n)[None, :] - (i_m * BLOCK_M + o_m)[:, None], reach)
-        if window is None:
+        if window is None and p_real is None:
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         else:
-            m_s = m_n[None, :] & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
-            # Not -inf, which would give NaN: a tile may have no key within a row's window. What the row sums up then is
+            m_s = m_n[None, :]
+            if window is not None:
+                m_s = m_s & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
+            if p_real is not None:
+                m_s = m_s & is_seen(p_real, start, (i_n + o_n)[None, :], m_n[None, :], i_m * BLOCK_M + o_m[:, None])
+            # Not -inf, which would give NaN: a tile may have no key that a row attends to. What the row sums up then is
             # multiplied by exp2(-1e30 - maximum) = 0 at its first key.
             b_s = tl.where(m_s, b_s, -1e30)
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
@@ -370,6 +382,7 @@ def row_backward_kernel(
     p_absolute,
     p_starts,
     p_lengths,
+    p_real,
     p_mask,
     p_seed,
     p_bias,
@@ -444,6 +457,8 @@ def row_backward_kernel(
     m_p = m_n[None, :]
     if window is not None:
         m_p = m_p & (tl.abs(o_n[:, None] - o_n[None, :]) <= window)
+    if p_real is not None:
+        m_p = m_p & is_seen(p_real, start, o_n[None, :], m_n[None, :], o_n[:, None])
     b_p = tl.where(m_p, tl.exp2(b_s - (b_lse * LOG2_E)[:, None]), 0.0)
     b_g = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_w = b_p
@@ -486,6 +501,7 @@ def dq_kernel(
     p_dq,
     p_starts,
     p_lengths,
+    p_real,
     p_mask,
     p_seed,
     p_bias,
@@ -585,6 +601,8 @@ def dq_kernel(
         m_p = m_n[None, :]
         if window is not None:
             m_p = m_p & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
+        if p_real is not None:
+            m_p = m_p & is_seen(p_real, start, (i_n + o_n)[None, :], m_n[None, :], i_m * BLOCK_M + o_m[:, None])
         b_ds = tl.where(m_p, b_p * (b_g - b_delta[:, None]), 0.0)
         if p_bias is not None:
             b_behind, b_before = sums_by_distance(b_ds, BLOCK_M, BLOCK_N)
@@ -619,6 +637,7 @@ def dkdv_kernel(
     p_absolute,
     p_starts,
     p_lengths,
+    p_real,
     p_mask,
     p_seed,
     p_bias,
@@ -720,6 +739,9 @@ def dkdv_kernel(
         if window is not None:
             m_pt = tl.abs((i_n * BLOCK_N + o_n)[:, None] - (i_m + o_m)[None, :]) <= window
             b_pt = tl.where(m_pt, b_pt, 0.0)
+        if p_real is not None:
+            m_pt = is_seen(p_real, start, (i_n * BLOCK_N + o_n)[:, None], m_n[:, None], (i_m + o_m)[None, :])
+            b_pt = tl.where(m_pt, b_pt, 0.0)
         b_gt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_wt = b_pt
         if p_seed is not None:
@@ -763,6 +785,7 @@ def positions_kernel(
     p_dpq,
     p_starts,
     p_lengths,
+    p_real,
     p_mask,
     p_seed,
     p_pk,
@@ -838,7 +861,10 @@ def positions_kernel(
             if p_seed is not None:
                 b_word = dropout_rows(p_seed, start + i_m, o_x, i_h, heads)
                 b_g = tl.where(dropout_keeps(b_word[:, None], i_n + o_x[None, :], threshold), b_g * keep_scale, 0.0)
-            b_ds = tl.where(m_n[None, :], b_p * (b_g - b_delta[:, None]), 0.0)
+            m_p = m_n[None, :]
+            if p_real is not None:
+                m_p = m_p & is_seen(p_real, start, (i_n + o_x)[None, :], m_p, (i_m + o_x)[:, None])
+            b_ds = tl.where(m_p, b_p * (b_g - b_delta[:, None]), 0.0)
             if p_pk is not None:
                 b_t = tl.where(m_up == (is_next == 0), turned(b_ds, 1, BLOCK), 0.0)
                 b_dpk = tl.dot(tl.trans(b_t.to(b_q.dtype)), b_q, b_dpk, input_precision=PRECISION)
@@ -864,6 +890,7 @@ def _shared_arguments(
     lse: Tensor,
     starts: Tensor,
     lengths: Tensor,
+    real: Tensor | None,
     head_mask: Tensor | None,
     seed: Tensor | Part | None,
     scale: float,
@@ -888,6 +915,7 @@ def _shared_arguments(
         "p_lse": lse,
         "p_starts": starts.contiguous(),
         "p_lengths": lengths.contiguous(),
+        "p_real": None if real is None else real.contiguous().view(torch.uint8),
         "p_mask": None if head_mask is None else head_mask.contiguous(),
         "p_seed": seed if dropout_p else None,
         "p_bias": None if bias is None else bias.contiguous(),
@@ -938,6 +966,7 @@ def forward(
     window: int | None = None,
     bias: Tensor | None = None,
     positions: Positions = (None, None),
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ticketops.ops.attention and its reference backend; one launch.
 
@@ -952,7 +981,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     shared = _shared_arguments(
-        q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window, bias, positions
+        q, k, v, lse, starts, lengths, real, head_mask, seed, scale, dropout_p, window, bias, positions
     )
     windowed = window is not None
     tile = triton_configs.attention_forward(
@@ -990,6 +1019,7 @@ def backward(
     into: Tensor | None = None,
     bias: Tensor | None = None,
     positions: Positions = (None, None),
+    real: Tensor | None = None,
 ) -> Gradients:
     """Computes the gradients of `forward` and the importance of each sequence and head. One launch if the sequences fit
     one block, else two; with a bias one more to clear its sums and one to add them up; with position tables three, and
@@ -1024,7 +1054,7 @@ def backward(
             gradient.zero_() if isinstance(gradient, Tensor) else gradient.view().zero_()
         return dq, dk, dv, signed, absolute, dbias, dkeys, dqueries
     shared = _shared_arguments(
-        q, k, v, lse, starts, lengths, head_mask, seed, scale, dropout_p, window, bias, positions
+        q, k, v, lse, starts, lengths, real, head_mask, seed, scale, dropout_p, window, bias, positions
     )
     shared |= _operand("dout", dout) | {"stride_gt": dq.stride()[0]}
     windowed = window is not None

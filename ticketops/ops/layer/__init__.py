@@ -109,6 +109,7 @@ def encoder_layer(
             LayerNorm after attention.
     """
     cosines, sines = (None, None) if rotary is None else rotary
+    rows = sequences.starts, sequences.lengths, sequences.real
     dtype = compute_dtype(x)
     _check_dtypes(x, weights, dtype)
     if weights.gamma1 is None and not norm_first:
@@ -124,11 +125,11 @@ def encoder_layer(
         p if there else 0.0 for p, there in zip((*dropouts[:2], inner_dropout, dropouts[2]), computed, strict=True)
     ]
     seeds = draw_seed(x.device, sum(p > 0 for p in drops)) if any(drops) else None
-    fixed = (head_dim, scale, activation, drops, *eps, dtype, first_tokens, norm_first, gated, window)
+    fixed = (head_dim, scale, activation, drops, list(eps), dtype, first_tokens, norm_first, gated, window)
     settings = Settings(sequences.max_length, *fixed)
-    inputs = Inputs(x, weights, sequences.starts, sequences.lengths, seeds, cosines, sines)
+    inputs = Inputs(x, weights, *rows, seeds, cosines, sines)
     if not (torch.is_grad_enabled() or is_watched(x, *weights, *inputs[2:])):
-        check_devices("encoder_layer", _NAMES, (x, *weights, sequences.starts, sequences.lengths, cosines, sines))
+        check_devices("encoder_layer", _NAMES, (x, *weights, *rows, cosines, sines))
         module = _module(x)
         few = module is native and seeds is None and native.is_few(len(x), dtype == torch.bfloat16)
         if few and native.infers(inputs, settings):
@@ -140,7 +141,7 @@ def encoder_layer(
 
 
 #: Names of the tensors that a caller passes, for error messages.
-_NAMES = ("x", *Weights._fields, "starts", "lengths", "cosines", "sines")
+_NAMES = ("x", *Weights._fields, "starts", "lengths", "real", "cosines", "sines")
 #: Parameters of the LayerNorms, whose dtype may differ: a half-precision model may keep them in float32.
 _NORMS = ("gamma1", "beta1", "gamma2", "beta2")
 
@@ -247,7 +248,8 @@ def _schema(fields: type) -> str:
 
 
 _TENSOR_ARGUMENTS = (
-    f"Tensor x, {_schema(Weights)}, Tensor starts, Tensor lengths, Tensor? seeds, Tensor? cosines, Tensor? sines"
+    f"Tensor x, {_schema(Weights)}, Tensor starts, Tensor lengths, Tensor? real, Tensor? seeds, Tensor? cosines, "
+    "Tensor? sines"
 )
 # SymInt, because the longest sequence differs from batch to batch, and an int would make torch.compile recompile.
 _SETTING_ARGUMENTS = _schema(Settings).replace("int max_length", "SymInt max_length")

@@ -98,7 +98,7 @@ class Settings(NamedTuple):
         activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
         dropouts: dropout probabilities of attention weights, the output of attention, the FFN's activations and the
             output of the FFN.
-        eps1, eps2: added to the variance in the first and second LayerNorm.
+        eps: added to the variance in the first and second LayerNorm.
         dtype: dtype of the matrix products.
         first_tokens: True computes the first token of each sequence only.
         norm_first: True for a LayerNorm before each sublayer, False for one after it.
@@ -111,8 +111,7 @@ class Settings(NamedTuple):
     scale: float
     activation: str
     dropouts: list[float]
-    eps1: float
-    eps2: float
+    eps: list[float]
     dtype: torch.dtype
     first_tokens: bool
     norm_first: bool
@@ -127,6 +126,7 @@ class Inputs(NamedTuple):
         x: [T, C] tokens.
         weights: parameters of the layer.
         starts, lengths: int32 [B], first row and number of rows of each sequence.
+        real: bool [T], see `ticketops.ops.Sequences`; None for no holes.
         seeds: int64 [n], a seed for each dropout whose probability is not 0; None if there is none.
         cosines, sines: [T, D], rotary positions of the tokens, see `ticketops.ops.rotary`; None for none.
     """
@@ -135,6 +135,7 @@ class Inputs(NamedTuple):
     weights: Weights
     starts: Tensor
     lengths: Tensor
+    real: Tensor | None
     seeds: Tensor | None
     cosines: Tensor | None
     sines: Tensor | None

@@ -66,7 +66,7 @@ def infers(inputs: Inputs, settings: Settings) -> bool:
     """
     x, w, s = inputs.x, inputs.weights, settings
     other = s.norm_first or s.gated or s.window is not None or inputs.cosines is not None or not w.has_all()
-    other = other or w.positions() != (None, None)
+    other = other or w.positions() != (None, None) or inputs.real is not None
     return not other and all(p is None or p.dtype == x.dtype for p in w[: PARAMETERS - 3])
 
 
@@ -119,7 +119,7 @@ def infer(inputs: Inputs, settings: Settings) -> Tensor:
         *(address(starts), address(lengths)),
         *(batch, tokens, channels, all_heads, s.head_dim, all_heads if heads is None else heads.shape[0]),
         *(neuron_count, neuron_count if neurons is None else neurons.shape[0], s.max_length, s.first_tokens),
-        *(s.scale, s.eps1, s.eps2),
+        *(s.scale, *s.eps),
     )
     return out
 
@@ -133,7 +133,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     Returns:
         [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
     """
-    (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
+    (x, w, starts, lengths, real, seeds, cosines, sines), s = inputs, settings
     ffn_weights, heads, neurons = w.ffn(), w.heads, w.neurons
     tokens, dtype, bf16 = x.shape[0], s.dtype, s.dtype == torch.bfloat16
     (_, count), slices = inputs.heads(s), inputs.slices(s)
@@ -176,7 +176,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         if count:
             if normed:
                 _, attention_input, mean1, rstd1 = residual.forward_before(
-                    None, x, None, w.gamma1, w.beta1, None, 0.0, s.eps1, dtype
+                    None, x, None, w.gamma1, w.beta1, None, 0.0, s.eps[0], dtype
                 )
             taken, joined = attention_input if cast or normed else x, inputs.joined(s)
             weight = (w_qkv if joined is None else joined).t()
@@ -194,13 +194,14 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 first_tokens=s.first_tokens,
                 bias=w.position_bias,
                 positions=w.positions(),
+                real=real,
             )
             projected = product(select(context.view(tokens, width), rows), (w_o if w_o.numel() else w.wo).t())
         middle = none
         if s.norm_first:
             gamma2, beta2 = (None, None) if ffn_weights is None else (w.gamma2, w.beta2)
             total, *of_norm = residual.forward_before(
-                projected, stream, w.bo, gamma2, beta2, output_seed, output_dropout, s.eps2, dtype
+                projected, stream, w.bo, gamma2, beta2, output_seed, output_dropout, s.eps[1], dtype
             )
             if ffn_weights is not None:
                 ffn_input, mean2, rstd2 = of_norm
@@ -209,9 +210,9 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         else:
             assert w.gamma1 is not None
             half = empty(stream.shape, dtype) if cast and ffn_weights is not None else None
-            second = residual.Second(w.gamma2, w.beta2, s.eps2) if ffn_weights is None else None
+            second = residual.Second(w.gamma2, w.beta2, s.eps[1]) if ffn_weights is None else None
             out, mean1, rstd1, *of_second = residual.forward(
-                projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps1, half, second
+                projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps[0], half, second
             )
             if ffn_weights is None:
                 mean2, rstd2 = of_second
@@ -229,7 +230,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 out, *_ = residual.forward_before(output, total, b2, None, None, ffn_seed, ffn_dropout, 0.0, dtype)
             else:
                 out, mean2, rstd2 = residual.forward(
-                    output, middle, b2, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps2
+                    output, middle, b2, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps[1]
                 )
     if not keep:
         return (out,)
@@ -252,7 +253,7 @@ def backward(
         not wanted; that of a parameter is None then, or if the parameter was not used. (The importance of heads is also
         computed whenever attention's backward pass runs.)
     """
-    (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
+    (x, w, starts, lengths, real, seeds, cosines, sines), s = inputs, settings
     tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
     (_, count), slices = inputs.heads(s), inputs.slices(s)
     attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s)
@@ -374,6 +375,7 @@ def backward(
                 first_tokens=s.first_tokens,
                 bias=w.position_bias,
                 positions=w.positions(),
+                real=real,
             )
             for name, dtable in zip(w._fields[PARAMETERS - 3 : PARAMETERS], by_distance, strict=True):
                 if dtable is not None:

@@ -81,7 +81,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     Returns:
         [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
     """
-    (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
+    (x, w, starts, lengths, real, seeds, cosines, sines), s = inputs, settings
     ffn_weights = w.ffn()
     (tokens, channels), dtype = x.shape, s.dtype
     (_, count), slices = inputs.heads(s), inputs.slices(s)
@@ -122,7 +122,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         if count:
             if normed:
                 _, attention_input, mean1, rstd1 = residual.forward_before(
-                    None, x, None, w.gamma1, w.beta1, None, 0.0, s.eps1, dtype
+                    None, x, None, w.gamma1, w.beta1, None, 0.0, s.eps[0], dtype
                 )
             taken = attention_input if cast or normed else x
             joined = inputs.joined(s)
@@ -135,13 +135,14 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 window=s.window,
                 bias=w.position_bias,
                 positions=w.positions(),
+                real=real,
             )
             seen = select(context.view(tokens, width), rows)
             projected = torch.mm(seen, (w_o if w_o.numel() else w.wo).t())
         if s.norm_first:
             gamma2, beta2 = (None, None) if ffn_weights is None else (w.gamma2, w.beta2)
             total, *of_norm = residual.forward_before(
-                projected, stream, w.bo, gamma2, beta2, output_seed, output_dropout, s.eps2, dtype
+                projected, stream, w.bo, gamma2, beta2, output_seed, output_dropout, s.eps[1], dtype
             )
             if ffn_weights is not None:
                 ffn_input, mean2, rstd2 = of_norm
@@ -153,13 +154,13 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             if projected is None:
                 projected = x.new_zeros(stream.shape, dtype=dtype)
             middle, mean1, rstd1 = residual.forward(
-                projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps1, half
+                projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps[0], half
             )
             ffn_input = none if half is None else half
             if ffn_weights is None:
                 # The LayerNorms before and after the FFN follow each other.
                 _, out, mean2, rstd2 = residual.forward_before(
-                    None, middle, None, w.gamma2, w.beta2, None, 0.0, s.eps2, x.dtype
+                    None, middle, None, w.gamma2, w.beta2, None, 0.0, s.eps[1], x.dtype
                 )
         if ffn_weights is not None:
             inner = ffn_input if cast or s.norm_first else middle
@@ -170,7 +171,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 out, *_ = residual.forward_before(output, total, None, None, None, ffn_seed, ffn_dropout, 0.0, dtype)
             else:
                 out, mean2, rstd2 = residual.forward(
-                    output, middle, None, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps2
+                    output, middle, None, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps[1]
                 )
     if not keep:
         return (out,)
@@ -195,7 +196,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Computes the gradients of `forward` and the importance partials. The results are as the native backend's; some
     are views of one tensor."""
-    (x, w, starts, lengths, seeds, cosines, sines), s = inputs, settings
+    (x, w, starts, lengths, real, seeds, cosines, sines), s = inputs, settings
     tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
     cast, normed = dtype != x.dtype, s.norm_first and w.gamma1 is not None
     (_, count), slices = inputs.heads(s), inputs.slices(s)
@@ -335,6 +336,7 @@ def backward(
             into=flat,
             bias=w.position_bias,
             positions=w.positions(),
+            real=real,
         )
         by_distance = {"position_bias": dbias, "position_keys": dkeys, "position_queries": dqueries}
         gradients |= {name: gradient for name, gradient in by_distance.items() if gradient is not None}
