@@ -98,14 +98,15 @@ void add_bias(float* scores, const Keys& keys, int64_t query, const float* bias)
     store(scores + j, load(scores + j) + load(bias + keys.first + j - query));
 }
 
-// Sets the scores of keys that the query does not attend to, and of the padding after the last key, to -inf.
+// Sets the scores of keys that the query does not attend to, and of the padding after the last key, to -inf. A hole keeps
+// its score of itself, so that the softmax is finite.
 void pad_scores(const Attention& args, const Segment& sequence, float* scores, const Keys& keys, int64_t query) {
   const int64_t window = args.window;
   const int64_t low = query - window - keys.first, high = query + window + 1 - keys.first;
   for (int64_t j = 0; j < low; ++j) scores[j] = -__builtin_inff();
   for (int64_t j = min(high, keys.count); j < padded(keys.count); ++j) scores[j] = -__builtin_inff();
   for (int64_t j = 0; args.real && j < keys.count; ++j)
-    if (is_hidden(args, sequence, keys.first + j) && keys.first + j != query) scores[j] = -__builtin_inff();
+    if (is_hole(args, sequence.start + keys.first + j) && keys.first + j != query) scores[j] = -__builtin_inff();
 }
 
 }  // namespace
@@ -165,8 +166,10 @@ void attention_forward(const AttentionForward& args) {
           store(row + j, args.dropout.threshold ? drop(args.dropout, key, keys.first + j, weight) : weight);
         }
         const float normaliser = sum(total);
-        args.lse[(start + i) * args.heads + head] = top + __builtin_logf(normaliser);
-        factors[i] = mask * args.dropout.scale / normaliser;
+        // An lse of infinity makes all weights of a hole 0 in the backward pass.
+        const bool hole = is_hole(args, start + i);
+        args.lse[(start + i) * args.heads + head] = hole ? __builtin_inff() : top + __builtin_logf(normaliser);
+        factors[i] = hole ? 0 : mask * args.dropout.scale / normaliser;
       }
       product<false>(rows, padded(depth), keys.count, {scores, key_stride, 1}, v + keys.first * stride, stride, out,
                      stride);

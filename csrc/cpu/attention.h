@@ -80,10 +80,8 @@ TICKETOPS_INLINE int64_t queries_of(const Attention& args, const Segment& sequen
   return args.first_tokens ? min(1, sequence.length) : sequence.length;
 }
 
-// Returns true for a key that is a hole, which no other query attends to.
-TICKETOPS_INLINE bool is_hidden(const Attention& args, const Segment& sequence, int64_t key) {
-  return args.real && !args.real[sequence.start + key];
-}
+// Returns true for a row that is a hole.
+TICKETOPS_INLINE bool is_hole(const Attention& args, int64_t row) { return args.real && !args.real[row]; }
 
 // The rows of the queries that are not computed.
 TICKETOPS_INLINE Segment others_of(const Attention& args, const Segment& sequence) {

@@ -113,10 +113,10 @@ inline void scatter_columns(const float* packed, int64_t stride, const Attention
     }
 }
 
-// The scores of one key and the queries query .. query + W - 1, with -inf for queries that do not attend to the key: that
-// have it outside their window or, if it is a hole, are not the hole itself.
+// The scores of one key and the queries query .. query + W - 1, with -inf for queries that do not attend to the key. A hole
+// keeps its score of itself, so that the softmax is finite.
 TICKETOPS_INLINE Float seen(const Attention& args, const Segment& sequence, int64_t key, int64_t query, Float scores) {
-  const int64_t window = is_hidden(args, sequence, key) ? 0 : args.window;
+  const int64_t window = is_hole(args, sequence.start + key) ? 0 : args.window;
   const Word distance = static_cast<uint32_t>(key + window - query) - lanes();
   return distance <= static_cast<uint32_t>(2 * window) ? scores : splat(-__builtin_inff());
 }
@@ -171,8 +171,13 @@ inline void forward_in_tiles(const AttentionForward& args, const Segment& sequen
       alignas(64) float tops[W], totals[W];
       store(tops, top);
       store(totals, total);
-      for (int64_t lane = 0; lane < min(W, rows - i); ++lane)
-        args.lse[(start + i + lane) * args.heads + head] = tops[lane] + __builtin_logf(totals[lane]);
+      for (int64_t lane = 0; lane < min(W, rows - i); ++lane) {
+        // An lse of infinity makes all weights of a hole 0 in the backward pass.
+        const bool hole = is_hole(args, start + i + lane);
+        const float lse = tops[lane] + __builtin_logf(totals[lane]);
+        args.lse[(start + i + lane) * args.heads + head] = hole ? __builtin_inff() : lse;
+        if (hole) factors[i + lane] = 0;
+      }
     }
     tile_product(channels, columns, whole(keys.count, 2 * tile) / 2, v + keys.first / 2, v_stride, weights, block, out,
                  block);

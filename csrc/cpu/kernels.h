@@ -90,7 +90,7 @@ struct Attention {
   PositionBias bias;
   PositionTables positions;
   int64_t window;  // a query attends to keys at a distance of at most `window` tokens
-  const uint8_t* real;  // [T], 0 for a row that only itself attends to; null: no such rows
+  const uint8_t* real;  // [T], 0 for a hole, which neither attends nor is attended to; null: no holes
   bool first_tokens;  // compute only the first query of each sequence; the other rows are zeros
   float* scratch;  // [threads, scratch_stride]
   int64_t scratch_stride;

@@ -62,7 +62,7 @@ def dense_attention(
     if window is not None:
         allowed = allowed & ((torch.arange(tokens)[:, None] - torch.arange(tokens)).abs() <= window)
     if sequences.real is not None:
-        allowed = allowed & (sequences.real | torch.eye(tokens, dtype=torch.bool))
+        allowed = allowed & sequences.real & sequences.real[:, None]
     weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1).nan_to_num()
     if keep is not None:
         weights = weights * keep / (1 - p)

@@ -161,8 +161,11 @@ def plain_attention(
         if window is not None:
             scores = scores.masked_fill((place[:, None] - place).abs() > window, float("-inf"))
         if sequences.real is not None:
-            scores = scores.masked_fill(~sequences.real[start:end] & (place[:, None] != place), float("-inf"))
+            real = sequences.real[start:end]
+            scores = scores.masked_fill(~real & (place[:, None] != place), float("-inf"))
         weights = scores.softmax(-1)
+        if sequences.real is not None:
+            weights = weights * real[:, None]
         if dropout_p:
             kept = keep_mask(
                 seed, start, end - start, torch.arange(heads, device=q.device), heads, end - start, dropout_p

@@ -3,9 +3,11 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+import transformers
+from transformers import BertTokenizerFast
 
 FILLERS = ["film", "the", "a", "plot", "and", "of", "to", "is", "in", "that", "it", "with", "this", "not", "story"]
 LAYERS, HEADS = 2, 4
@@ -21,21 +23,28 @@ FIELDS = {
 }
 
 
-def make_model(folder: Path) -> Path:
-    """Saves a BERT of 2 layers x 4 heads with random weights, and its tokenizer."""
+def make_model(folder: Path, encoder: str = "Bert", **changes: Any) -> Path:
+    """Saves an encoder of 2 layers x 4 heads with random weights, and a tokenizer of BERT's kind.
+
+    Args:
+        folder: where to.
+        encoder: name of its classes in transformers, without "Model".
+        changes: what else its configuration says.
+    """
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", *FILLERS]
     BertTokenizerFast(vocab={word: index for index, word in enumerate(words)}).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        initializer_range=0.1,
-    )
-    BertModel(config).save_pretrained(folder)
+    sizes = {
+        "vocab_size": len(words),
+        "hidden_size": 32,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.1,
+    }
+    config = getattr(transformers, f"{encoder}Config")(**(sizes | changes))
+    getattr(transformers, f"{encoder}Model")(config).save_pretrained(folder)
     return folder
 
 

@@ -21,8 +21,8 @@ class Sequences:
         starts: int32 [B], index of each sequence's first row in the flat token matrix.
         lengths: int32 [B], number of tokens in each sequence; 0 for an empty one.
         max_length: upper bound of the lengths; a Python number, so that no kernel launch waits for the device.
-        real: bool [T], False for a row that no other row of its sequence attends to: a hole in an attention mask, which
-            keeps the distances of the tokens around it. None if there is none.
+        real: bool [T], False for a row of a sequence that takes no part in attention, a hole in its attention mask that
+            keeps the distances of the tokens around it; None if there is none.
     """
 
     starts: Tensor

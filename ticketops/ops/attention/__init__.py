@@ -5,7 +5,7 @@
     j over t's sequence
 
 With a window, j is limited to |t - j| <= window, and keys outside it are not computed. A hole, a row of a sequence that
-is not real, is attended to by itself alone. The bias, the position keys and
+is not real, neither attends nor is attended to: its output and its gradients are 0. The bias, the position keys and
 the position queries are 0 unless they are given.
 
 A head whose mask is 0 is not computed: its output and all its gradients, that of the mask included, are 0. With O the

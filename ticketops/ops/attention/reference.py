@@ -95,8 +95,8 @@ def _blocks(
     length: int, window: int | None, device: torch.device, real: Tensor | None
 ) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Divides a sequence into blocks of queries. Yields for each block its queries, the range of keys that any of them
-    attends to, and a bool mask [queries, keys] that is True for pairs outside the window and for keys that are holes,
-    except for their own queries. Without a window there is one block; without holes either, the mask is None."""
+    attends to, and a bool mask [queries, keys] that is True for pairs outside the window and for keys that are holes.
+    Without a window there is one block; without holes either, the mask is None."""
     if window is None and real is None:
         yield slice(0, length), slice(0, length), None
         return
@@ -109,7 +109,7 @@ def _blocks(
             keys.start, keys.stop, device=device
         )
         outside = distance.abs() > window
-        yield queries, keys, outside if real is None else outside | (~real[keys] & (distance != 0))
+        yield queries, keys, outside if real is None else outside | ~real[keys]
 
 
 def forward(
@@ -131,7 +131,7 @@ def forward(
     """See ticketops.ops.attention. Sums and softmax are in float32 (float64 for float64 inputs).
 
     Returns:
-        out [T, H, D] in q's dtype; and the log-sum-exp of the scaled scores [T, H].
+        out [T, H, D] in q's dtype; and the log-sum-exp of the scaled scores [T, H], infinity for holes.
     """
     tokens, num_heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -155,6 +155,9 @@ def forward(
             if outside is not None:
                 weights.masked_fill_(outside, float("-inf"))
             row_lse = weights.logsumexp(-1)
+            if real is not None:
+                # So all weights of a hole are 0, here and in the backward pass.
+                row_lse.masked_fill_(~real[first:last], float("inf"))
             weights.sub_(row_lse[:, :, None]).exp_()
             if dropout_p:
                 weights.mul_(kept(rows[:, first:last], keys, dropout_p)).div_(1 - dropout_p)

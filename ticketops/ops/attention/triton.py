@@ -212,10 +212,9 @@ def add_row_gradient(
 
 
 @triton.jit
-def is_seen(p_real, start, o_n, m_n, o_m):
-    """True for the keys o_n of a sequence that its queries o_m attend to: those that are no holes, and a hole itself.
-    Takes key and query numbers of broadcastable shapes."""
-    return (tl.load(p_real + start + o_n, mask=m_n, other=0) != 0) | (o_n == o_m)
+def without_holes(m_rows, p_real, i_row, o_rows):
+    """Returns the mask of rows i_row + o_rows without those that are holes."""
+    return m_rows & (tl.load(p_real + i_row + o_rows, mask=m_rows, other=0) != 0)
 
 
 @triton.jit
@@ -329,14 +328,14 @@ def forward_kernel(
         b_s *= scale * LOG2_E
         if p_bias is not None:
             b_s += LOG2_E * load_bias(p_bias, i_h, (i_n + o_n)[None, :] - (i_m * BLOCK_M + o_m)[:, None], reach)
+        if p_real is not None:
+            m_n = without_holes(m_n, p_real, start + i_n, o_n)
         if window is None and p_real is None:
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         else:
             m_s = m_n[None, :]
             if window is not None:
                 m_s = m_s & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
-            if p_real is not None:
-                m_s = m_s & is_seen(p_real, start, (i_n + o_n)[None, :], m_n[None, :], i_m * BLOCK_M + o_m[:, None])
             # Not -inf, which would give NaN: a tile may have no key that a row attends to. What the row sums up then is
             # multiplied by exp2(-1e30 - maximum) = 0 at its first key.
             b_s = tl.where(m_s, b_s, -1e30)
@@ -348,9 +347,15 @@ def forward_kernel(
         if p_seed is not None:
             b_p = tl.where(dropout_keeps(b_word[:, None], i_n + o_n[None, :], threshold), b_p, 0.0)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
-    b_out = b_acc * (head_mask * keep_scale / b_sum)[:, None]
-    store_rows(p_out, b_out, i_row, o_m, m_m, i_h, heads * D, D, BLOCK_D)
-    tl.store(p_lse + (i_row * heads + i_h) + o_m * heads, (b_max + tl.log2(b_sum)) / LOG2_E, mask=m_m)
+    b_factor = head_mask * keep_scale / b_sum
+    b_lse = (b_max + tl.log2(b_sum)) / LOG2_E
+    if p_real is not None:
+        # An infinite log-sum-exp makes all weights of a hole 0 in the backward pass.
+        m_real = without_holes(m_m, p_real, i_row, o_m)
+        b_factor = tl.where(m_real, b_factor, 0.0)
+        b_lse = tl.where(m_real, b_lse, float("inf"))
+    store_rows(p_out, b_acc * b_factor[:, None], i_row, o_m, m_m, i_h, heads * D, D, BLOCK_D)
+    tl.store(p_lse + (i_row * heads + i_h) + o_m * heads, b_lse, mask=m_m)
 
 
 # The backward kernels. With m the head's mask, S = scale Q K^T, P = softmax(S), R = keep / (1 - p), W = P * R and
@@ -455,10 +460,10 @@ def row_backward_kernel(
     if p_bias is not None:
         b_s += LOG2_E * load_bias(p_bias, i_h, o_n[None, :] - o_n[:, None], reach)
     m_p = m_n[None, :]
+    if p_real is not None:
+        m_p = without_holes(m_n, p_real, start, o_n)[None, :]
     if window is not None:
         m_p = m_p & (tl.abs(o_n[:, None] - o_n[None, :]) <= window)
-    if p_real is not None:
-        m_p = m_p & is_seen(p_real, start, o_n[None, :], m_n[None, :], o_n[:, None])
     b_p = tl.where(m_p, tl.exp2(b_s - (b_lse * LOG2_E)[:, None]), 0.0)
     b_g = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_w = b_p
@@ -598,11 +603,11 @@ def dq_kernel(
         b_g = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         if p_seed is not None:
             b_g = tl.where(dropout_keeps(b_word[:, None], i_n + o_n[None, :], threshold), b_g * keep_scale, 0.0)
+        if p_real is not None:
+            m_n = without_holes(m_n, p_real, start + i_n, o_n)
         m_p = m_n[None, :]
         if window is not None:
             m_p = m_p & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
-        if p_real is not None:
-            m_p = m_p & is_seen(p_real, start, (i_n + o_n)[None, :], m_n[None, :], i_m * BLOCK_M + o_m[:, None])
         b_ds = tl.where(m_p, b_p * (b_g - b_delta[:, None]), 0.0)
         if p_bias is not None:
             b_behind, b_before = sums_by_distance(b_ds, BLOCK_M, BLOCK_N)
@@ -703,6 +708,8 @@ def dkdv_kernel(
                 tl.store(p_absolute + i_b * heads + i_h, 0.0)
             return
 
+    if p_real is not None:
+        m_real = without_holes(m_n, p_real, i_key, o_n)
     # [BLOCK_N, BLOCK_D]
     b_k = load_rows(p_k, i_key, o_n, m_n, i_h, stride_kt, stride_kh, stride_kd, D, BLOCK_D)
     b_v = load_rows(p_v, i_key, o_n, m_n, i_h, stride_vt, stride_vh, stride_vd, D, BLOCK_D)
@@ -740,8 +747,7 @@ def dkdv_kernel(
             m_pt = tl.abs((i_n * BLOCK_N + o_n)[:, None] - (i_m + o_m)[None, :]) <= window
             b_pt = tl.where(m_pt, b_pt, 0.0)
         if p_real is not None:
-            m_pt = is_seen(p_real, start, (i_n * BLOCK_N + o_n)[:, None], m_n[:, None], (i_m + o_m)[None, :])
-            b_pt = tl.where(m_pt, b_pt, 0.0)
+            b_pt = tl.where(m_real[:, None], b_pt, 0.0)
         b_gt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_wt = b_pt
         if p_seed is not None:
@@ -861,10 +867,9 @@ def positions_kernel(
             if p_seed is not None:
                 b_word = dropout_rows(p_seed, start + i_m, o_x, i_h, heads)
                 b_g = tl.where(dropout_keeps(b_word[:, None], i_n + o_x[None, :], threshold), b_g * keep_scale, 0.0)
-            m_p = m_n[None, :]
             if p_real is not None:
-                m_p = m_p & is_seen(p_real, start, (i_n + o_x)[None, :], m_p, (i_m + o_x)[:, None])
-            b_ds = tl.where(m_p, b_p * (b_g - b_delta[:, None]), 0.0)
+                m_n = without_holes(m_n, p_real, start + i_n, o_x)
+            b_ds = tl.where(m_n[None, :], b_p * (b_g - b_delta[:, None]), 0.0)
             if p_pk is not None:
                 b_t = tl.where(m_up == (is_next == 0), turned(b_ds, 1, BLOCK), 0.0)
                 b_dpk = tl.dot(tl.trans(b_t.to(b_q.dtype)), b_q, b_dpk, input_precision=PRECISION)
