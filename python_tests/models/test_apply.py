@@ -82,6 +82,27 @@ def pruned_parts(model, ticket):
             yield layer.output.dense.bias.detach()
 
 
+def test_hooks_on_parameters_are_called_where_there_is_a_gradient(model, batch):
+    ticket = Ticket(torch.tensor([[0] * 4, [1, 0, 1, 1], [1] * 4]).bool(), torch.tensor([1, 1, 0]).bool())
+    called = set()
+    with ticketops.patch(model).apply(ticket):
+        for name, parameter in model.named_parameters():
+            parameter.register_hook(lambda gradient, name=name: called.add((name, "gradient")))
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: called.add((name, "accumulated")))
+        model(**batch).loss.backward()
+        missing = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+        query = model.bert.encoder.layer[1].attention.self.query.weight.grad.unflatten(0, (4, -1))
+    assert {name for name, _ in called} == {name for name, _ in model.named_parameters()} - missing
+    assert len(called) == 2 * len({name for name, _ in called})
+    assert {name.removeprefix("bert.encoder.layer.") for name in missing} == {
+        *(f"0.attention.self.{linear}.{kind}" for linear in ("query", "key", "value") for kind in ("weight", "bias")),
+        *("0.attention.output.dense.weight", "2.intermediate.dense.weight", "2.intermediate.dense.bias"),
+        *("2.output.dense.weight", "2.output.dense.bias"),
+    }
+    assert query[[0, 2, 3]].any()
+    assert not query[1].any()
+
+
 def test_a_step_that_is_cut_short_moves_nothing_that_is_pruned(model, batch):
     class Interrupted(torch.optim.SGD):
         interrupted = False

@@ -551,6 +551,29 @@ def test_masks_with_holes_are_served_where_no_layer_has_a_window():
         compare(model, stock, batch)
 
 
+@pytest.mark.parametrize("part", ["attention_norm", "ffn_norm"])
+@pytest.mark.parametrize("index", [0, LAYERS - 1])
+def test_another_norm_in_place_of_a_layers_own_is_computed_by_stock_code_or_refused(encoder, inputs, part, index):
+    def replace(model):
+        layer = find_adapter(model)[0].layers(model.base_model)[index]
+        norm = getattr(find_adapter(model)[0].parts(layer), part)
+        if norm is None:
+            pytest.skip("this layer has none")
+        place = next(name for name, module in layer.named_modules() if module is norm)
+        layer.set_submodule(place, nn.RMSNorm(48))
+
+    stock = copy.deepcopy(encoder)
+    replace(stock)
+    with pytest.raises(UnsupportedError, match=f"layer {index} has .*RMSNorm as its {part}, not a plain"):
+        ticketops.patch(copy.deepcopy(stock))
+    with ticketops.patch(encoder) as handle:
+        replace(encoder)
+        compare(encoder, stock, inputs)
+        handle.apply(TICKETS["uneven"])
+        with pytest.raises(UnsupportedError, match=f"layer {index} has .*RMSNorm as its {part}, not a plain"):
+            encoder(**inputs)
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

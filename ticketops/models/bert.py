@@ -297,12 +297,18 @@ def compute_layer(
     """
     kept, linears, norm, weight = state.kept, parts.qkv, parts.attention_norm, parts.ffn_norm.weight
     device, none = weight.device, (None,) * (3 - len(linears))
+
+    def of_heads(parameter: Tensor | None) -> Tensor | None:
+        found = read(parameter)
+        # The op needs the shapes, but hooks on parameters without a gradient must not be called.
+        return found if found is None or kept.attention else found.detach()
+
     tensors: list[Any] = [
-        *(read(linear.weight) if state.num_heads else weight.new_empty(0, len(weight)) for linear in linears),
+        *(of_heads(linear.weight) if state.num_heads else weight.new_empty(0, len(weight)) for linear in linears),
         *none,
-        *(read(linear.bias) if state.num_heads else weight.new_empty(0) for linear in linears),
+        *(of_heads(linear.bias) if state.num_heads else weight.new_empty(0) for linear in linears),
         *none,
-        read(parts.output.weight) if state.num_heads else weight.new_empty(len(weight), 0),
+        of_heads(parts.output.weight) if state.num_heads else weight.new_empty(len(weight), 0),
         read(parts.output.bias),
         *((None, None) if norm is None else (read(norm.weight), read(norm.bias))),
         *((*_joined(parts.first, read), read(parts.fc2.weight), read(parts.fc2.bias)) if kept.ffn else (None,) * 4),
