@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -48,7 +48,10 @@ pytestmark = [
     *([] if common.INTERPRETED else [pytest.mark.gpu]),
 ]
 drawn = settings(
-    max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=EXAMPLES,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    # The interpreter takes seconds for an example, and so minutes to make a failing one smaller.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate] + ([] if common.INTERPRETED else [Phase.shrink]),
 )
 
 # One token, primes, both sides of every block edge up to 64; 0 is an empty sequence.

@@ -329,7 +329,8 @@ def forward_kernel(
         if p_bias is not None:
             b_s += LOG2_E * load_bias(p_bias, i_h, (i_n + o_n)[None, :] - (i_m * BLOCK_M + o_m)[:, None], reach)
         if p_real is not None:
-            m_n = without_holes(m_n, p_real, start + i_n, o_n)
+            # Without a mask, whose predicates would spill.
+            m_n = m_n & (tl.load(p_real + start + tl.minimum(i_n + o_n, length - 1)) != 0)
         if window is None and p_real is None:
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         else:
