@@ -276,7 +276,11 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """out and log-sum-exp of one block of queries: online softmax over blocks of keys, in base 2. A short sequence
+<<<<<<< HEAD
     takes one iteration."""
+=======
+    takes one iteration. Masked loads of which keys are holes would spill with a window, other loads with vectors."""
+>>>>>>> 2dbc664 (Forward attention finds holes without spilling registers; the kernels' table)
     LOG2_E: tl.constexpr = 1.4426950408889634
     i_h = tl.program_id(0) % (heads + 1)
     i_m = tl.program_id(0) // (heads + 1) % blocks
@@ -300,7 +304,6 @@ def forward_kernel(
             store_rows(p_out, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), i_row, o_m, m_m, i_h, heads * D, D, BLOCK_D)
             tl.store(p_lse + (i_row * heads + i_h) + o_m * heads, tl.zeros([BLOCK_M], tl.float32), mask=m_m)
             return
-
     # [BLOCK_M, BLOCK_D]
     b_q = load_rows(p_q, i_row, o_m, m_m, i_h, stride_qt, stride_qh, stride_qd, D, BLOCK_D)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -328,17 +331,22 @@ def forward_kernel(
         b_s *= scale * LOG2_E
         if p_bias is not None:
             b_s += LOG2_E * load_bias(p_bias, i_h, (i_n + o_n)[None, :] - (i_m * BLOCK_M + o_m)[:, None], reach)
+<<<<<<< HEAD
         if p_real is not None:
             # Without a mask, whose predicates would spill.
+=======
+        if p_real is not None and p_pk is None and p_pq is None:
+>>>>>>> 2dbc664 (Forward attention finds holes without spilling registers; the kernels' table)
             m_n = m_n & (tl.load(p_real + start + tl.minimum(i_n + o_n, length - 1)) != 0)
+        elif p_real is not None:
+            m_n = without_holes(m_n, p_real, start + i_n, o_n)
         if window is None and p_real is None:
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         else:
             m_s = m_n[None, :]
             if window is not None:
                 m_s = m_s & (tl.abs(i_m * BLOCK_M + o_m[:, None] - (i_n + o_n)[None, :]) <= window)
-            # Not -inf, which would give NaN: a tile may have no key that a row attends to. What the row sums up then is
-            # multiplied by exp2(-1e30 - maximum) = 0 at its first key.
+            # Not -inf, hence NaN: a row's sums of a tile without its keys are multiplied by exp2(-1e30 - maximum) = 0.
             b_s = tl.where(m_s, b_s, -1e30)
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new_max[:, None])
