@@ -276,11 +276,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """out and log-sum-exp of one block of queries: online softmax over blocks of keys, in base 2. A short sequence
-<<<<<<< HEAD
-    takes one iteration."""
-=======
     takes one iteration. Masked loads of which keys are holes would spill with a window, other loads with vectors."""
->>>>>>> 2dbc664 (Forward attention finds holes without spilling registers; the kernels' table)
     LOG2_E: tl.constexpr = 1.4426950408889634
     i_h = tl.program_id(0) % (heads + 1)
     i_m = tl.program_id(0) // (heads + 1) % blocks
@@ -331,12 +327,7 @@ def forward_kernel(
         b_s *= scale * LOG2_E
         if p_bias is not None:
             b_s += LOG2_E * load_bias(p_bias, i_h, (i_n + o_n)[None, :] - (i_m * BLOCK_M + o_m)[:, None], reach)
-<<<<<<< HEAD
-        if p_real is not None:
-            # Without a mask, whose predicates would spill.
-=======
         if p_real is not None and p_pk is None and p_pq is None:
->>>>>>> 2dbc664 (Forward attention finds holes without spilling registers; the kernels' table)
             m_n = m_n & (tl.load(p_real + start + tl.minimum(i_n + o_n, length - 1)) != 0)
         elif p_real is not None:
             m_n = without_holes(m_n, p_real, start + i_n, o_n)
