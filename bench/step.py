@@ -293,7 +293,7 @@ def matmul_floor(setup: Setup, contender: Contender, batch: Batch) -> Iterator[C
             yield run
 
 
-def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int = 150) -> dict[str, list[float]]:
+def measure_inference(setup: Setup, contenders: dict[str, Contender], turns: int) -> dict[str, list[float]]:
     """Times the contenders in turns on one sequence of 32 tokens, without gradients.
 
     Args:
@@ -354,13 +354,14 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
+def measure(setup: Setup, names: list[str], rounds: int, inferences: int = 150) -> dict[str, Any]:
     """Times the contenders in turns on every batch.
 
     Args:
         setup: the shared task and batches.
         names: names of the contenders.
         rounds: number of times that each contender runs each batch.
+        inferences: number of times that each contender infers one sequence.
 
     Returns:
         Median seconds with 20 % and 80 % quantiles, medians of the paired ratios, and the machine and versions.
@@ -400,7 +401,7 @@ def measure(setup: Setup, names: list[str], rounds: int) -> dict[str, Any]:
                 times[f"{prefix}matmul_floor"].append(floor)
                 times[f"{prefix}optimizer"].append(seconds(contenders[name].optimizer.step, setup.device))
 
-    inference = measure_inference(setup, contenders)
+    inference = measure_inference(setup, contenders, inferences)
     times |= {f"inference_{name}": values for name, values in inference.items()}
 
     def ratio(slow: str, fast: str) -> float | None:
@@ -500,6 +501,9 @@ def main() -> int:
         help="batches to time, after as many others to warm up (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=1, help="steps timed on each batch (default: %(default)s)")
+    parser.add_argument(
+        "--inferences", type=int, default=150, help="turns of inferring one sequence (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="rows per batch (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=128, help="maximum tokens per row (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -515,8 +519,8 @@ def main() -> int:
         if not {"sdpa", "full"} <= set(names) <= {*CONTENDERS, *COMPILED}:
             known = ", ".join(dict.fromkeys([*CONTENDERS, *COMPILED]))
             raise InputError(f"--contenders {options.contenders}: need sdpa and full, and any of {known}")
-        if options.batches < 1 or options.rounds < 1:
-            raise InputError("--batches and --rounds must be at least 1")
+        if min(options.batches, options.rounds, options.inferences) < 1:
+            raise InputError("--batches, --rounds and --inferences must be at least 1")
         setup = load(
             options.data,
             options.task,
@@ -527,7 +531,7 @@ def main() -> int:
             model=options.model,
             random_weights=options.random_weights,
         )
-        result = measure(setup, names, options.rounds)
+        result = measure(setup, names, options.rounds, options.inferences)
     except TicketopsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
