@@ -8,7 +8,7 @@ alone. In their order, which gives the most first:
   graphs     the tests of CUDA graphs
   tests      all tests marked gpu
   sanitizer  compute-sanitizer on the smoke stage's kernels, where it is installed
-  attention, ffn, residual, sharing, shrunk
+  attention, ffn, residual, encoders, sharing, shrunk
              benchmarks beside their rivals
   tiles      every candidate tile of every Triton kernel
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ("step", "attention", "ffn", "residual", "sharing", "shrunk")
+BENCHES = ("step", "attention", "ffn", "residual", "encoders", "sharing", "shrunk")
 #: In the order in which they give the most.
 STAGES = ("smoke", "step", "graphs", "tests", "sanitizer", *BENCHES[1:], "tiles")
 #: Without these being green, no ratio is reported.
@@ -149,6 +149,8 @@ TARGETS: tuple[tuple[str, str, str, str, tuple[str, ...], float, str], ...] = (
     ("FFN: torch.compile", "ffn", _WHOLE, "", ("torch.compile",), 1.15, "ticketops"),
     ("step: transformers + sdpa", "step", "step", "", ("transformers",), 3.0, _GRAPHS),
     ("step: transformers + the better torch.compile", "step", "step", "", _COMPILED, 1.5, _GRAPHS),
+    ("encoders: transformers", "encoders", "step", "", ("transformers",), 3.0, "ticketops"),
+    ("encoders: flash-deberta", "encoders", "step", "deberta", ("flash-deberta",), 1.0, "ticketops"),
     ("sharing: another ticket every step costs at most 3 %", "sharing", "step", "",
      ("ticketops, one ticket for all tasks",), 0.97, "ticketops"),
 )  # fmt: skip

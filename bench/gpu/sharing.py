@@ -22,12 +22,12 @@ def rows(setting: Setting) -> list[Row]:
     for task in tasks(setting):
         size = 2 if setting.tiny else 32
         work = Workload(f"{task}, batch {size}, {TASKS} tasks", (5, 2) if setting.tiny else task_lengths(task, size))
-        batch = step._batch(work, setting)
+        batch = step.make_batch(work, setting)
         verdict = step.check(batch, setting)
         for contender, name in (("ticketops", "switching"), ("ticketops, one ticket for all tasks", "fixed")):
 
             def build(batch: dict[str, torch.Tensor] = batch, name: str = name) -> Callable[[], object]:
-                models = {str(place): step._model(setting) for place in range(TASKS)}
+                models = {str(place): step.make_model(setting) for place in range(TASKS)}
                 run = sharing.contender(models, name, setting.dtype)
 
                 def steps() -> None:

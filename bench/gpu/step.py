@@ -11,27 +11,39 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from bench.gpu.measure import Row, Setting, Work, gate, measured
 from bench.gpu.workloads import Workload, task_lengths, tasks
+from bench.step import BASE_SIZED
 from ticketops import patch
 
 Batch = dict[str, torch.Tensor]
 BUCKET = 256
 
 
-def _model(setting: Setting) -> BertForSequenceClassification:
-    sizes = (
-        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
-        if setting.tiny
-        else {}
-    )
+def make_model(setting: Setting, name: str = "bert-base", kind: type | None = None) -> PreTrainedModel:
+    """Makes a classifier with random weights.
+
+    Args:
+        setting: its device and scale.
+        name: key of bench.step.BASE_SIZED.
+        kind: its class; None for that of transformers.
+    """
+    model_type, sizes = BASE_SIZED[name]
+    config = AutoConfig.for_model(model_type, **sizes)
+    if setting.tiny:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        sizes |= {"head_dim": 16} if hasattr(config, "head_dim") else {}
+        config = AutoConfig.for_model(model_type, **{**BASE_SIZED[name][1], **sizes, "vocab_size": 99})
+    config.pad_token_id = 0
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**sizes, attn_implementation="sdpa")).to(setting.device)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config) if kind is None else kind(config)
+    return model.to(setting.device)
 
 
-def _batch(work: Workload, setting: Setting) -> Batch:
+def make_batch(work: Workload, setting: Setting) -> Batch:
+    """Draws tokens of these lengths, padded to the longest row."""
     real = work.real(setting.device)
     return {
         "input_ids": torch.randint(1, 99, real.shape, device=setting.device) * real,
@@ -46,7 +58,15 @@ def _autocast(setting: Setting) -> Iterator[None]:
         yield
 
 
-def _step(model: torch.nn.Module, call: Callable, batch: Batch, setting: Setting) -> Callable[[], object]:
+def make_step(model: torch.nn.Module, call: Callable, batch: Batch, setting: Setting) -> Callable[[], object]:
+    """Returns a training step: forward, backward and AdamW.
+
+    Args:
+        model: to train.
+        call: the model, compiled or not.
+        batch: to train it on.
+        setting: device and dtype of autocast.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=setting.device == "cuda")
 
     def step() -> None:
@@ -59,9 +79,9 @@ def _step(model: torch.nn.Module, call: Callable, batch: Batch, setting: Setting
     return step
 
 
-def check(batch: Batch, setting: Setting) -> str:
+def check(batch: Batch, setting: Setting, name: str = "bert-base") -> str:
     """Returns the correctness gate: logits without dropout, against the stock model in float64."""
-    model = _model(setting).eval()
+    model = make_model(setting, name).eval()
     with torch.no_grad(), _autocast(setting):
         same = model(**batch).logits
         with patch(model):
@@ -71,7 +91,7 @@ def check(batch: Batch, setting: Setting) -> str:
     return gate([actual], [same.to(setting.dtype)], [exact])
 
 
-def _need(work: Workload, model: BertForSequenceClassification) -> Work:
+def _need(work: Workload, model: PreTrainedModel) -> Work:
     """Returns the least work of a step. Operations: the layers' matrix products on real tokens, one forward and two
     backward. Bytes: AdamW reads parameters, gradients and both moments, and writes all but the gradients, in
     float32."""
@@ -92,19 +112,19 @@ def rows(setting: Setting) -> list[Row]:
     for task in tasks(setting):
         for size in (2,) if setting.tiny else (32, 128):
             work = Workload(f"{task}, batch {size}", (5, 2) if setting.tiny else task_lengths(task, size))
-            batch = _batch(work, setting)
+            batch = make_batch(work, setting)
             verdict = check(batch, setting)
-            need = _need(work, _model(setting))
+            need = _need(work, make_model(setting))
 
             def ours(
                 batch: Batch = batch, recording: bool = True, graphs: bool = False, compiled: bool = False
             ) -> Callable[[], object]:
-                model = _model(setting).train()
+                model = make_model(setting).train()
                 # Without a GPU there are none.
                 graphed: bool | Literal["auto"] = "auto" if graphs and setting.tiny else graphs
                 handle = patch(model, bucket=BUCKET if compiled else None, graphs=graphed)
                 call = setting.compile(model, mode="reduce-overhead") if compiled else model
-                step = _step(model, call, batch, setting)
+                step = make_step(model, call, batch, setting)
                 if not recording:
                     return step
 
@@ -115,8 +135,8 @@ def rows(setting: Setting) -> list[Row]:
                 return recorded
 
             def stock(batch: Batch = batch, compiled: bool = False, mode: str | None = None) -> Callable[[], object]:
-                model = _model(setting).train()
-                return _step(model, setting.compile(model, mode) if compiled else model, batch, setting)
+                model = make_model(setting).train()
+                return make_step(model, setting.compile(model, mode) if compiled else model, batch, setting)
 
             contenders: dict[str, Callable[[], Callable[[], object]]] = {
                 "ticketops": ours,

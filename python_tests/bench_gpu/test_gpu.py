@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ("step", "attention", "ffn", "residual", "sharing", "shrunk")
+BENCHES = ("step", "attention", "ffn", "residual", "encoders", "sharing", "shrunk")
 STAGES = ("smoke", "step", "graphs", "tests", "sanitizer", *BENCHES[1:], "tiles")
 
 
