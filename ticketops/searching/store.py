@@ -262,7 +262,7 @@ class Store:
         values = {**self.description["identity"]["config"], **not_in_identity}
         return KINDS[self.kind][0].from_dict(values)
 
-    @property
+    @functools.cached_property
     def _mark(self) -> str:
         """Digest that all records of the run share, even if seeds, levels or tasks are added later."""
         identity = self.description["identity"]
