@@ -304,6 +304,14 @@ def test_a_tensor_on_another_device_is_refused_by_name_after_a_good_call(op):
     op.call(**inputs)
 
 
+def test_what_compiled_code_calls_checks_its_tensors_too():
+    x = torch.randn(3, 4)
+    call = torch.ops.ticketops.residual_norm
+    call(x, x, None, x[0], x[0], None, 0.0, 1e-5)
+    with pytest.raises(InputError, match=r"residual_norm needs residual as a dense, strided tensor"):
+        call(x, x.to_sparse(), None, x[0], x[0], None, 0.0, 1e-5)
+
+
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
 def test_a_layer_takes_one_dtype_but_for_its_norms(backend, monkeypatch):
     monkeypatch.setenv("TICKETOPS_BACKEND", backend)

@@ -41,7 +41,8 @@ def is_hooked(module: nn.Module) -> bool:
         return True
     # Most modules have none, and each is asked in every forward pass.
     state = module.__dict__
-    return any(hooks and not all(map(_is_neutral, hooks.values())) for hooks in map(state.__getitem__, _KINDS))
+    hooks = [hook for kind in _KINDS if state[kind] for hook in state[kind].values()]
+    return not all(map(_is_neutral, hooks))
 
 
 def minds_packing(module: nn.Module) -> bool:

@@ -129,7 +129,7 @@ def _differentiable(
 
     def call(*arguments):
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return formula.apply(*arguments)
+            return private.apply(formula, *arguments)
         return below(*arguments)[0] if only_first else below(*arguments)
 
     return call
@@ -204,14 +204,22 @@ def define(
     if backward is not None:
         # Gradients may be views: they are computed without a gradient mode.
         forward = _without_views(forward)
+    computed = _without_shared_memory(forward) if shares else forward
+
+    def implementation(*arguments):
+        # Compiled code comes here without a call of ours.
+        check_devices(name, names, arguments)
+        return computed(*arguments)
+
     _library.define(schema)
-    _library.impl(name, _without_shared_memory(forward) if shares else forward, "CompositeExplicitAutograd")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ticketops::{name}", fake, lib=_library)
     if backward is None or setup_context is None:
         backward, setup_context = _no_second_derivative(name), lambda ctx, inputs, output: None
     else:
         backward, setup_context = _formula(name, backward, setup_context)
     op = getattr(torch.ops.ticketops, name).default
+    names = [argument.name for argument in op._schema.arguments]
 
     def dispatched(*arguments):
         with private.below_autograd():
@@ -222,8 +230,6 @@ def define(
     else:
         torch.library.register_autograd(f"ticketops::{name}", backward, setup_context=setup_context, lib=_library)
     direct = _differentiable(name, below if only_first else forward, backward, setup_context, only_first)
-
-    names = [argument.name for argument in op._schema.arguments]
 
     def call(*arguments):
         if not is_watched(*arguments):

@@ -16,16 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ticketops.ops import private
-from ticketops.ops.registration import check_devices
 from ticketops.ops.triton_configs import Tile
 
 #: Triton reads TRITON_INTERPRET when a kernel is decorated, so later changes of the variable have no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 #: Set explicitly, because Triton's default for fusing multiply and add differs between versions.
 FP_FUSION = True
-#: Pointers whose elements are loaded one at a time. Their alignment gains nothing, and specialising on it would compile
-#: kernels twice.
-UNALIGNED = ["p_starts", "p_lengths", "p_seed", "p_real"]
+#: Pointers to a number for each row, sequence or call. Their alignment gains nothing, and specialising on it would
+#: compile kernels twice.
+UNALIGNED = ["p_starts", "p_lengths", "p_seed", "p_real", "p_mean", "p_rstd"]
 #: The oldest GPUs with bfloat16 tensor cores and asynchronous copies.
 OLDEST_CAPABILITY = (8, 0)
 
@@ -125,12 +124,12 @@ class Part:
         strides: its strides; None for those of a contiguous tensor.
     """
 
-    __slots__ = ("_strides", "device", "dtype", "first", "layout", "shape", "whole")
+    __slots__ = ("_strides", "device", "dtype", "first", "shape", "whole")
 
     def __init__(self, whole: Tensor, first: int, shape: tuple[int, ...], strides: tuple[int, ...] | None = None):
         self.whole, self.first, self.shape = whole, first, shape
-        self.device, self.dtype, self.layout = whole.device, whole.dtype, whole.layout
-        self._strides = strides or tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        self.device, self.dtype = whole.device, whole.dtype
+        self._strides = strides
 
     def data_ptr(self) -> int:
         """Returns the address of the first element."""
@@ -138,15 +137,23 @@ class Part:
 
     def stride(self) -> tuple[int, ...]:
         """Returns the strides in elements."""
+        if self._strides is None:
+            self._strides = tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
         return self._strides
 
     def view(self) -> Tensor:
         """Returns the part as a tensor."""
-        return self.whole.as_strided(self.shape, self._strides, self.whole.storage_offset() + self.first)
+        return self.whole.as_strided(self.shape, self.stride(), self.whole.storage_offset() + self.first)
 
     def contiguous(self) -> Tensor:
         """Returns the part as a contiguous tensor."""
         return self.view().contiguous()
+
+
+def clear(*tensors: Tensor | Part) -> None:
+    """Fills tensors with zeros."""
+    for x in tensors:
+        (x if isinstance(x, Tensor) else x.view()).zero_()
 
 
 def thirds(qkv: Tensor, shape: tuple[int, int, int]) -> tuple[Part, Part, Part]:
@@ -162,12 +169,36 @@ def thirds(qkv: Tensor, shape: tuple[int, int, int]) -> tuple[Part, Part, Part]:
     return q, k, v
 
 
+def transposed(x: Tensor) -> Tensor:
+    """Returns a matrix transposed, in one call of torch; `x.t()` makes three of them.
+
+    Args:
+        x: [N, C].
+    """
+    rows, columns = x.shape
+    stride, step = x.stride()
+    return x.as_strided((columns, rows), (step, stride))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Computes x weight^T + bias, in fewer calls of torch than `functional.linear`.
+
+    Args:
+        x: [T, C].
+        weight: [N, C].
+        bias: [N]; None for none.
+    """
+    weight = transposed(weight)
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
 def _as_tensors(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: x.view() if isinstance(x, Part) else x for name, x in arguments.items()}
 
 
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
-    """Launches a kernel over a flat grid on the device of its tensors, without waiting for it.
+    """Launches a kernel over a flat grid on the device of its tensors, without waiting for it. The tensors must be
+    strided and on one device, which every op checks (`registration.check_devices`): the kernel only sees addresses.
 
     Triton's own launch of a compiled kernel takes longer than the kernels of a small batch: 130 us with thirty
     arguments, where `aten::empty` takes 5 (bench/results/first-look-nvidia-h200.md). Most of it is spent on inspecting
@@ -178,39 +209,29 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         programs: number of programs in the grid, which has one axis, because the other two end at 65535.
         tile: tile with the number of warps, pipeline stages and registers.
         arguments: the kernel's arguments by name; a tensor may be a `Part`.
-
-    Raises:
-        InputError: a tensor is on another device than the first one, or not strided.
     """
     recording = _recorder.get()
     if recording is not None:
         recording[1](kernel, tile, _as_tensors(arguments))
         return
     if INTERPRETED:
-        arguments = _as_tensors(arguments)
-        _check(kernel, arguments)
-        kernel[(programs,)](**arguments, **compile_options(tile))
+        kernel[(programs,)](**_as_tensors(arguments), **compile_options(tile))
         return
     plan = _plans.get(kernel.fn) or _plan(kernel)
     values = plan.ordered(arguments)
     addresses = list(values)
     kinds: list[Any] = []
-    device: Any = None
+    tensor: Any = None
     for place, aligned in plan.pointers:
-        tensor = values[place]
-        if tensor is None:
+        if values[place] is None:
             kinds.append(None)
             continue
-        # Checked at every launch: a module may have been moved since the last one, and the kernel only sees addresses.
-        if device is None:
-            device = tensor.device
-        if tensor.device != device or tensor.layout is not torch.strided:
-            _check(kernel, _as_tensors(arguments))
-        address = tensor.data_ptr()
-        addresses[place] = address
+        tensor = values[place]
+        addresses[place] = address = tensor.data_ptr()
         kinds.append(tensor.dtype)
         if aligned and address % 16:
             kinds.append(place)
+    device = tensor.device
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, programs, tile, **arguments)
@@ -231,11 +252,6 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
             return
         _launched[key] = compiled
     private.launch_compiled(compiled, programs, private.raw_stream(device.index), addresses)
-
-
-def _check(kernel: Any, arguments: dict[str, Any]) -> None:
-    names = (name.removeprefix("p_") for name in arguments)
-    check_devices(f"the Triton kernel {getattr(kernel.fn, '__name__', '')}", names, arguments.values())
 
 
 @dataclass(frozen=True)

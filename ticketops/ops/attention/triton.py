@@ -30,6 +30,7 @@ from ticketops.ops.triton_common import (
     Part,
     capability,
     cdiv,
+    clear,
     dropout_keeps,
     dropout_rows,
     launch,
@@ -892,7 +893,7 @@ def _shared_arguments(
     q: Tensor | Part,
     k: Tensor | Part,
     v: Tensor | Part,
-    lse: Tensor,
+    lse: Tensor | Part,
     starts: Tensor,
     lengths: Tensor,
     real: Tensor | None,
@@ -951,10 +952,12 @@ _OPERANDS = {name: [f"p_{name}", *(f"stride_{name[0]}{axis}" for axis in "thd")]
 def _operand(name: str, x: Tensor | Part) -> dict[str, Any]:
     """Returns the arguments for an input: its pointer and strides. The input is copied if offsets within a block of
     rows would exceed 32 bits."""
-    if max(x.stride()) * MAX_BLOCK >= 2**31:
+    by_token, by_head, by_element = x.stride()
+    if max(by_token, by_head, by_element) * MAX_BLOCK >= 2**31:
         x = x.contiguous()
-    pointer, *strides = _OPERANDS[name]
-    return {pointer: x, **dict(zip(strides, x.stride(), strict=True))}
+        by_token, by_head, by_element = x.stride()
+    pointer, of_token, of_head, of_element = _OPERANDS[name]
+    return {pointer: x, of_token: by_token, of_head: by_head, of_element: by_element}
 
 
 def forward(
@@ -972,19 +975,28 @@ def forward(
     bias: Tensor | None = None,
     positions: Positions = (None, None),
     real: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    into: tuple[Part, Part] | None = None,
+) -> tuple[Any, Any]:
     """See ticketops.ops.attention and its reference backend; one launch.
 
+    Args:
+        into: contiguous out and lse to write to; None allocates them.
+
     Returns:
-        out [T, H, D] in q's dtype; and the log-sum-exp of the scaled scores [T, H] in float32.
+        out [T, H, D] in q's dtype; and lse, the log-sum-exp of the scaled scores [T, H] in float32.
     """
     tokens, heads, head_dim = q.shape
     batch = lengths.shape[0]
+    out: Any
+    lse: Any
+    if into is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
+    else:
+        out, lse = into
     if not tokens * heads * batch:
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-        return out, torch.zeros((tokens, heads), dtype=torch.float32, device=q.device)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
+        clear(out, lse)
+        return out, lse
     shared = _shared_arguments(
         q, k, v, lse, starts, lengths, real, head_mask, seed, scale, dropout_p, window, bias, positions
     )
@@ -1011,8 +1023,8 @@ def backward(
     q: Tensor | Part,
     k: Tensor | Part,
     v: Tensor | Part,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | Part,
+    lse: Tensor | Part,
     starts: Tensor,
     lengths: Tensor,
     head_mask: Tensor | None,
@@ -1055,8 +1067,7 @@ def backward(
         dbias, dkeys, dqueries = (
             None if x is None else torch.zeros(x.shape, device=x.device) for x in (bias, *positions)
         )
-        for gradient in (dq, dk, dv):
-            gradient.zero_() if isinstance(gradient, Tensor) else gradient.view().zero_()
+        clear(dq, dk, dv)
         return dq, dk, dv, signed, absolute, dbias, dkeys, dqueries
     shared = _shared_arguments(
         q, k, v, lse, starts, lengths, real, head_mask, seed, scale, dropout_p, window, bias, positions
@@ -1093,7 +1104,7 @@ def backward(
             BLOCK=tiles[0].rows,
         )
         return dq, dk, dv, signed, absolute, None if sums is None else sums.sum(0), None, None
-    delta = torch.empty_like(lse)
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     dq_tile, dkdv_tile, *position_tile = tiles
     launch(
         dq_kernel,

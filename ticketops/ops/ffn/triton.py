@@ -15,17 +15,27 @@ second half of the columns of the first product.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from ticketops.ops import triton_configs
 from ticketops.ops.dropout import keep_threshold
-from ticketops.ops.triton_common import UNALIGNED, Part, cdiv, dropout_keeps, dropout_rows, launch, owned_rows, refusal
+from ticketops.ops.triton_common import (
+    UNALIGNED,
+    Part,
+    cdiv,
+    dropout_keeps,
+    dropout_rows,
+    launch,
+    linear,
+    owned_rows,
+    refusal,
+    transposed,
+)
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -378,7 +388,7 @@ def forward(
         multiplied by both masks [T, N].
     """
     gated = w1.shape[0] != w2.shape[1]
-    pre = functional.linear(x, w1, b1)
+    pre = linear(x, w1, b1)
     tokens, neurons = pre.shape[0], pre.shape[1] // (1 + gated)
     hidden = torch.empty((tokens, neurons), dtype=pre.dtype, device=pre.device)
     tile = triton_configs.GATED_FFN if gated else triton_configs.FFN
@@ -401,7 +411,7 @@ def forward(
         COLUMNS=tile.columns,
     )
     bias = b2 if b2 is None or ffn_mask is None else (b2 * ffn_mask).to(b2.dtype)
-    return functional.linear(hidden, w2, bias), pre, hidden
+    return linear(hidden, w2, bias), pre, hidden
 
 
 def backward(
@@ -451,10 +461,10 @@ def backward(
         dx = torch.mm(dpre, w1)
     if wanted[1]:
         assert x is not None
-        dw1 = torch.mm(dpre.t(), x)
+        dw1 = torch.mm(transposed(dpre), x)
     if wanted[3]:
         assert hidden is not None
-        dw2 = torch.mm(dout.t(), hidden)
+        dw2 = torch.mm(transposed(dout), hidden)
     return dx, dw1, db1, dw2, db2, signed, absolute, by_neuron
 
 
@@ -544,7 +554,8 @@ def finish(
     ffn_mask: Tensor | None,
     dtype: torch.dtype,
     more: Tensor | None = None,
-) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], Tensor | None, Tensor | None]:
+    into: Sequence[Any] | None = None,
+) -> tuple[Sequence[Any], Tensor | None, Tensor | None]:
     """Adds up the partial sums of `activation_backward`; one launch, or none if there are no sums.
 
     Args:
@@ -553,23 +564,26 @@ def finish(
         dtype: dtype of db1 and db2.
         more: further partial sums to add up in the same launch, float32 [parts, C] with as many columns as `parts.db2`;
             or None.
+        into: db1, db2 and the sum of `more` to write to, None for each without parts; None allocates them.
 
     Returns:
         (db1 [N], db2 [C], the sum of `more` in float32), each None if it has no parts; and the sums of <dOut, Y> and of
         |<dOut, Y>| over each sequence's tokens, both [B], None if `parts.terms` is.
     """
     sources = (parts.db1, parts.db2, more)
-    db1, db2, total = (
-        None if x is None else torch.empty(x.shape[1], dtype=kind, device=x.device)
-        for x, kind in zip(sources, (dtype, dtype, torch.float32), strict=True)
-    )
+    if into is None:
+        into = [
+            None if x is None else torch.empty(x.shape[1], dtype=kind, device=x.device)
+            for x, kind in zip(sources, (dtype, dtype, torch.float32), strict=True)
+        ]
+    db1, db2, total = into
     batch = lengths.shape[0]
     signed, absolute = (
         None if parts.terms is None else torch.empty(batch, dtype=torch.float32, device=lengths.device) for _ in "ab"
     )
     if any(x is not None for x in (*sources, parts.terms)):
         tile = triton_configs.FFN
-        widths = [0 if x is None else x.shape[1] for x in sources]
+        counts, widths = zip(*((0, 0) if x is None else x.shape for x in sources), strict=True)
         launch(
             finish_kernel,
             batch + sum(cdiv(width, tile.columns) for width in widths),
@@ -586,13 +600,13 @@ def finish(
             p_starts=starts.contiguous(),
             p_lengths=lengths.contiguous(),
             p_ffn_mask=ffn_mask,
-            parts=0 if parts.db1 is None else len(parts.db1),
-            output_parts=0 if parts.db2 is None else len(parts.db2),
-            more_parts=0 if more is None else len(more),
+            parts=counts[0],
+            output_parts=counts[1],
+            more_parts=counts[2],
             batch=batch,
             neurons=widths[0],
             channels=max(widths[1:]),
             ROWS=tile.rows,
             COLUMNS=tile.columns,
         )
-    return (db1, db2, total), signed, absolute
+    return into, signed, absolute

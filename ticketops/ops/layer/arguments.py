@@ -119,6 +119,10 @@ class Settings(NamedTuple):
     window: int | None
 
 
+#: Of a parameter that is not divided: dimension, number of slices, and no indices. See `Inputs.slices`.
+WHOLE = (0, 1, None)
+
+
 class Inputs(NamedTuple):
     """Tensor arguments of a call.
 
@@ -152,9 +156,11 @@ class Inputs(NamedTuple):
 
     def slices(self, settings: Settings) -> dict[str, tuple[int, int, Tensor | None]]:
         """Returns how heads and neurons divide parameters: by the parameter's name the dimension, the number of slices,
-        and the indices of those that are computed; None for all."""
+        and the indices of those that are computed; None for all. Parameters that are not there are `WHOLE`."""
         w, (all_heads, _) = self.weights, self.heads(settings)
         heads, blocks = w.heads, 3 // len(w.projections)
+        if heads is None and w.neurons is None:
+            return {}
         if heads is not None and blocks > 1:
             heads = torch.cat([heads + all_heads * block for block in range(blocks)])
         found: dict[str, tuple[int, int, Tensor | None]] = dict.fromkeys(
@@ -173,6 +179,15 @@ class Inputs(NamedTuple):
             return None
         return Sequences(self.starts, self.lengths, settings.max_length).first_rows(self.x.shape[0])
 
+    def norm_rows(self, settings: Settings) -> tuple[int, int]:
+        """Returns the number of rows of the first and the second LayerNorm; 0 for one that is not computed."""
+        w, tokens = self.weights, self.x.shape[0]
+        rows = self.lengths.shape[0] if settings.first_tokens else tokens
+        if not settings.norm_first:
+            return rows, rows
+        attends = self.heads(settings)[1] > 0
+        return tokens if attends and w.gamma1 is not None else 0, 0 if w.w1 is None else rows
+
     def spans_after_attention(self, settings: Settings) -> tuple[Tensor, Tensor]:
         """Returns the starts and lengths of the sequences after attention: with `first_tokens`, each has one token."""
         if not settings.first_tokens:
@@ -188,8 +203,9 @@ class Saved(NamedTuple):
     Attributes:
         attention_input: [T, C], input of the projections to q, k and v, if it is not x: cast, normed or both.
         qkv: [T, 3 * K * D], queries and keys, turned by their positions, and values.
-        context: [T, K, D], output of attention before the output projection.
-        lse: float32 [T, K], log-sum-exp of the scaled scores.
+        context: [T, K * D], output of attention before the output projection.
+        lse: float32 [T, K], log-sum-exp of the scaled scores. On a GPU one vector has mean1, rstd1, mean2 and rstd2
+            behind it, which are empty themselves.
         projected: output of the output projection without its bias.
         mean1, rstd1: float32 statistics of each row in the first LayerNorm.
         middle: output of the first LayerNorm after attention, in x's dtype.
@@ -284,7 +300,6 @@ def needed(saved: Saved, wanted: Wanted, settings: Settings) -> Saved:
         "attention_input": wanted.any("wq", "wk", "wv"),
         "qkv": attention,
         "context": attention or wanted.any("wo"),
-        "lse": attention,
         "ffn_input": wanted.any("w1"),
         "pre": inner,
         "hidden": wanted.neuron_sums or wanted.any("w2"),
@@ -322,6 +337,9 @@ def seeds_of(
         yield next(drawn, None) if p else None
 
 
+_NOTHING = nullcontext()
+
+
 def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
     """Returns a context in which autocast is off. If it is off already, as in backward passes, the context does
     nothing, which is faster than torch.autocast.
@@ -330,7 +348,7 @@ def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
         x: a tensor on the device of the products.
     """
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
 def select(x: Tensor, rows: Tensor | None) -> Tensor:

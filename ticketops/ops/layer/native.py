@@ -11,6 +11,7 @@ from ticketops.ops.extension import address, checked, native, run
 from ticketops.ops.ffn import native as ffn
 from ticketops.ops.layer.arguments import (
     PARAMETERS,
+    WHOLE,
     Inputs,
     Saved,
     Settings,
@@ -157,18 +158,18 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             # heads); with 2,400 tokens 18.1 and 16.9 (two cores of an Intel Xeon).
             w_qkv = empty((3 * width, x.shape[1]), dtype)
             for name, target in zip(w.projections, w_qkv.chunk(len(w.projections)), strict=True):
-                copies.select(getattr(w, name), *slices[name], dtype, target)
+                copies.select(getattr(w, name), *slices.get(name, WHOLE), dtype, target)
         if w.biases:
             biases = empty(3 * width, torch.float32)
             for name, target in zip(w.biases, biases.chunk(len(w.biases)), strict=True):
-                copies.select(getattr(w, name), *slices[name], biases.dtype, target)
+                copies.select(getattr(w, name), *slices.get(name, WHOLE), biases.dtype, target)
         if cast or heads is not None:
-            w_o = copies.select(w.wo, *slices["wo"], dtype)
+            w_o = copies.select(w.wo, *slices.get("wo", WHOLE), dtype)
     if ffn_weights is not None:
         w1, b1, w2, b2 = ffn_weights
         if cast or neurons is not None:
-            w1 = w_1 = copies.select(w1, *slices["w1"], dtype)
-            w2 = w_2 = copies.select(w2, *slices["w2"], dtype)
+            w1 = w_1 = copies.select(w1, *slices.get("w1", WHOLE), dtype)
+            w2 = w_2 = copies.select(w2, *slices.get("w2", WHOLE), dtype)
     copies.run()
     rows = inputs.rows(s)
     stream = select(x, rows)
@@ -196,7 +197,8 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 positions=w.positions(),
                 real=real,
             )
-            projected = product(select(context.view(tokens, width), rows), (w_o if w_o.numel() else w.wo).t())
+            context = context.view(tokens, width)
+            projected = product(select(context, rows), (w_o if w_o.numel() else w.wo).t())
         middle = none
         if s.norm_first:
             gamma2, beta2 = (None, None) if ffn_weights is None else (w.gamma2, w.beta2)
@@ -222,7 +224,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             # The kernels after the products add the biases; in the products they would cost a pass over the results.
             pre = product(ffn_input if cast or s.norm_first else middle, w1.t())
             hidden, _ = ffn.activate(
-                *(pre, s.activation, None, s.gated, not (keep or s.gated), _bias(b1, slices["w1"][2])),
+                *(pre, s.activation, None, s.gated, not (keep or s.gated), _bias(b1, slices.get("w1", WHOLE)[2])),
                 *(inner_seed, inner_dropout),
             )
             output = product(hidden, w2.t())
@@ -270,7 +272,7 @@ def backward(
         the parameter, or is part of a larger tensor (`shared`)."""
         if not wanted.any(name):
             return
-        like, (dim, groups, index) = getattr(w, name), slices.get(name, (0, 1, None))
+        like, (dim, groups, index) = getattr(w, name), slices.get(name, WHOLE)
         if shared or index is not None or gradient.dtype != like.dtype:
             gradient = copies.spread(gradient, like, dim, groups, index)
         gradients[name] = gradient
@@ -318,7 +320,7 @@ def backward(
             db1, by_neuron = ffn.activate_backward(
                 *(dhidden, saved.pre, saved.hidden if wanted.neuron_sums else None, None, None, s.activation),
                 *(wanted.any("b1"), wanted.neuron_sums, wanted.per_token, *spans, dpre if s.gated else None),
-                *(_bias(b1, slices["w1"][2]), inner_seed, inner_dropout),
+                *(_bias(b1, slices.get("w1", WHOLE)[2]), inner_seed, inner_dropout),
             )
             if wanted.any("w1"):
                 entered = saved.ffn_input if dtype != x.dtype or s.norm_first else saved.middle
@@ -357,7 +359,7 @@ def backward(
             keep(name, gradient)
         width = count * s.head_dim
         if count and wanted.any("wo"):
-            keep("wo", gradient_product(dprojected, select(saved.context.view(tokens, width), rows)))
+            keep("wo", gradient_product(dprojected, select(saved.context, rows)))
         if not wanted.attention(s):
             return finish()
         dx = _scatter(dx, rows, tokens) if wanted.before_attention(s) else none
@@ -365,11 +367,12 @@ def backward(
             dx = dout.clone()
         signed, absolute = (none.new_empty((batch, 0)) for _ in range(2))
         if count:
+            shape = (tokens, count, s.head_dim)
             dcontext = _scatter(product(dprojected, saved.w_o if saved.w_o.numel() else w.wo), rows, tokens)
             dqkv = empty((tokens, 3, count, s.head_dim), dtype)
             q, k, v = saved.qkv.view(dqkv.shape).unbind(1)
             _, _, _, signed, absolute, *by_distance = attention.backward(
-                *(dcontext.view(tokens, count, s.head_dim), q, k, v, saved.context, saved.lse, starts, lengths, None),
+                *(dcontext.view(shape), q, k, v, saved.context.view(shape), saved.lse, starts, lengths, None),
                 *(attention_seed, s.max_length, s.scale, attention_dropout, dqkv),
                 window=s.window,
                 first_tokens=s.first_tokens,
@@ -430,24 +433,27 @@ def fake_forward(inputs: Inputs, settings: Settings, on_gpu: bool = False) -> tu
     normed = first and attends and w.gamma1 is not None
     joins = attends and (w.wk is not None or cast or w.heads is not None)
 
-    def statistics(rows: int, needed: bool) -> Tensor:
-        return new(rows, needed=needed, dtype=torch.float32)
-
+    norm_rows = inputs.norm_rows(s)
+    mean1, mean2 = (new(0 if on_gpu else n, dtype=torch.float32) for n in norm_rows)
+    if on_gpu:
+        lse = new(tokens * count + 2 * sum(norm_rows), dtype=torch.float32)
+    else:
+        lse = new(tokens, count, needed=attends, dtype=torch.float32)
     saved = Saved(
         attention_input=new(tokens, channels, needed=normed or (cast and attends)),
         qkv=new(tokens, 3 * count * head_dim, needed=attends),
-        context=new(tokens, count, head_dim, needed=attends),
-        lse=new(tokens, count, needed=attends, dtype=torch.float32),
+        context=new(tokens, count * head_dim, needed=attends),
+        lse=lse,
         projected=new(*stream, needed=attends),
-        mean1=statistics(tokens if first else rows, normed or not first),
-        rstd1=statistics(tokens if first else rows, normed or not first),
+        mean1=mean1,
+        rstd1=torch.empty_like(mean1),
         middle=new(*stream, needed=(feeds or on_gpu) and not first, dtype=x.dtype),
         ffn_input=new(*stream, needed=feeds and (cast or first)),
         pre=new(rows, neuron_count * (1 + s.gated), needed=feeds),
         hidden=new(rows, neuron_count, needed=feeds),
         output=new(*stream, needed=feeds),
-        mean2=statistics(rows, feeds or not first),
-        rstd2=statistics(rows, feeds or not first),
+        mean2=mean2,
+        rstd2=torch.empty_like(mean2),
         w_qkv=new(3 * count * head_dim, channels, needed=joins),
         w_o=new(channels, count * head_dim, needed=attends and (cast or w.heads is not None)),
         w_1=new(neuron_count * (1 + s.gated), channels, needed=feeds and (cast or w.neurons is not None)),

@@ -9,14 +9,15 @@ gradient of the residual stream.
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ticketops.ops.attention import triton as attention
 from ticketops.ops.ffn import triton as ffn
 from ticketops.ops.layer.arguments import (
+    WHOLE,
     Inputs,
     Saved,
     Settings,
@@ -29,7 +30,7 @@ from ticketops.ops.layer.arguments import (
 from ticketops.ops.layer.copies import Table
 from ticketops.ops.residual import triton as residual
 from ticketops.ops.rotary import triton as rotary
-from ticketops.ops.triton_common import Part, thirds
+from ticketops.ops.triton_common import Part, linear, thirds, transposed
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,6 +67,15 @@ def _each(seeds: Tensor) -> Iterator[Part]:
     return (Part(seeds, i, (1,)) for i in range(len(seeds)))
 
 
+def _statistics(whole: Tensor, lse: tuple[int, int], norm_rows: tuple[int, int]) -> list[Part]:
+    """Divides `Saved.lse` into lse [T, K], mean1, rstd1, mean2 and rstd2."""
+    parts, end = [Part(whole, 0, lse)], lse[0] * lse[1]
+    for rows in norm_rows:
+        parts += Part(whole, end, (rows,)), Part(whole, end + rows, (rows,))
+        end += 2 * rows
+    return parts
+
+
 def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
     """Computes the gradient of `select`: rows of x at their positions among zeros. Only one sequence's gradient counts
     for a row that several sequences refer to; the others are empty and have a gradient of 0."""
@@ -88,13 +98,15 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s, _each)
     attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
     cast, width, none = dtype != x.dtype, count * s.head_dim, _nothing(x.device, x.dtype)
-    attention_input = w_qkv = w_o = w_1 = w_2 = qkv = context = lse = pre = hidden = output = none
-    mean1 = rstd1 = mean2 = rstd2 = middle = ffn_input = none
+    attention_input = w_qkv = w_o = w_1 = w_2 = qkv = context = pre = hidden = output = middle = ffn_input = none
+    norm_rows = inputs.norm_rows(s)
+    statistics = torch.empty(tokens * count + 2 * sum(norm_rows), dtype=torch.float32, device=x.device)
+    lse, *of_norms = _statistics(statistics, (tokens, count), norm_rows)
     normed, projected, biases = s.norm_first and w.gamma1 is not None, None, None
     copies = Table()
 
     def copied(name: str, target: Tensor | None = None) -> Tensor:
-        return copies.select(getattr(w, name), *slices.get(name, (0, 1, None)), dtype, target)
+        return copies.select(getattr(w, name), *slices.get(name, WHOLE), dtype, target)
 
     if cast and count and not normed:
         attention_input = copies.select(x, 0, 1, None, dtype)
@@ -118,75 +130,69 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     copies.run()
     rows = inputs.rows(s)
     stream = select(x, rows)
-    with autocast_off(x):
-        if count:
-            if normed:
-                _, attention_input, mean1, rstd1 = residual.forward_before(
-                    None, x, None, w.gamma1, w.beta1, None, 0.0, s.eps[0], dtype
-                )
-            taken = attention_input if cast or normed else x
-            joined = inputs.joined(s)
-            qkv = functional.linear(taken, w_qkv if joined is None else joined, biases)
-            shape = (tokens, count, s.head_dim)
-            if cosines is not None and sines is not None:
-                rotary.turn_(qkv.view(tokens, 3, *shape[1:]), cosines, sines)
-            context, lse = attention.forward(
-                *(*thirds(qkv, shape), starts, lengths, None, attention_seed, s.max_length, s.scale, attention_dropout),
-                window=s.window,
-                bias=w.position_bias,
-                positions=w.positions(),
-                real=real,
+    # Autocast, if it is on, has nothing to cast: all factors of products have its dtype.
+    if count:
+        if normed:
+            _, attention_input = residual.forward_before(
+                None, x, None, w.gamma1, w.beta1, None, 0.0, s.eps[0], dtype, of_norms[:2]
             )
-            seen = select(context.view(tokens, width), rows)
-            projected = torch.mm(seen, (w_o if w_o.numel() else w.wo).t())
-        if s.norm_first:
-            gamma2, beta2 = (None, None) if ffn_weights is None else (w.gamma2, w.beta2)
-            total, *of_norm = residual.forward_before(
-                projected, stream, w.bo, gamma2, beta2, output_seed, output_dropout, s.eps[1], dtype
-            )
-            if ffn_weights is not None:
-                ffn_input, mean2, rstd2 = of_norm
-            # A layer without anything returns its input, which an op of torch must not.
-            out = total.clone() if ffn_weights is None and total is stream else total
-        else:
-            assert w.gamma1 is not None
-            half = torch.empty(stream.shape, dtype=dtype, device=x.device) if cast and ffn_weights is not None else None
-            if projected is None:
-                projected = x.new_zeros(stream.shape, dtype=dtype)
-            middle, mean1, rstd1 = residual.forward(
-                projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps[0], half
-            )
-            ffn_input = none if half is None else half
-            if ffn_weights is None:
-                # The LayerNorms before and after the FFN follow each other.
-                _, out, mean2, rstd2 = residual.forward_before(
-                    None, middle, None, w.gamma2, w.beta2, None, 0.0, s.eps[1], x.dtype
-                )
+        taken = attention_input if cast or normed else x
+        joined = inputs.joined(s)
+        qkv = linear(taken, w_qkv if joined is None else joined, biases)
+        shape = (tokens, count, s.head_dim)
+        if cosines is not None and sines is not None:
+            rotary.turn_(qkv.view(tokens, 3, *shape[1:]), cosines, sines)
+        context = torch.empty((tokens, width), dtype=dtype, device=x.device)
+        attention.forward(
+            *(*thirds(qkv, shape), starts, lengths, None, attention_seed, s.max_length, s.scale, attention_dropout),
+            window=s.window,
+            bias=w.position_bias,
+            positions=w.positions(),
+            real=real,
+            into=(Part(context, 0, shape), lse),
+        )
+        projected = linear(select(context, rows), w_o if w_o.numel() else w.wo, None)
+    if s.norm_first:
+        gamma2, beta2 = (None, None) if ffn_weights is None else (w.gamma2, w.beta2)
+        total, normed2 = residual.forward_before(
+            projected, stream, w.bo, gamma2, beta2, output_seed, output_dropout, s.eps[1], dtype, of_norms[2:]
+        )
         if ffn_weights is not None:
-            inner = ffn_input if cast or s.norm_first else middle
-            output, pre, hidden = ffn.forward(
-                *(inner, w1, b1, w2, b2, None, None, s.activation), seed=inner_seed, dropout_p=inner_dropout
+            ffn_input = normed2
+        # A layer without anything returns its input, which an op of torch must not.
+        out = total.clone() if ffn_weights is None and total is stream else total
+    else:
+        assert w.gamma1 is not None
+        half = torch.empty(stream.shape, dtype=dtype, device=x.device) if cast and ffn_weights is not None else None
+        if projected is None:
+            projected = x.new_zeros(stream.shape, dtype=dtype)
+        middle, *_ = residual.forward(
+            projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps[0], half, of_norms[:2]
+        )
+        ffn_input = none if half is None else half
+        if ffn_weights is None:
+            # The LayerNorms before and after the FFN follow each other.
+            _, out = residual.forward_before(
+                None, middle, None, w.gamma2, w.beta2, None, 0.0, s.eps[1], x.dtype, of_norms[2:]
             )
-            if s.norm_first:
-                out, *_ = residual.forward_before(output, total, None, None, None, ffn_seed, ffn_dropout, 0.0, dtype)
-            else:
-                out, mean2, rstd2 = residual.forward(
-                    output, middle, None, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps[1]
-                )
+    if ffn_weights is not None:
+        inner = ffn_input if cast or s.norm_first else middle
+        output, pre, hidden = ffn.forward(
+            *(inner, w1, b1, w2, b2, None, None, s.activation), seed=inner_seed, dropout_p=inner_dropout
+        )
+        if s.norm_first:
+            out, *_ = residual.forward_before(output, total, None, None, None, ffn_seed, ffn_dropout, 0.0, dtype)
+        else:
+            out, *_ = residual.forward(
+                output, middle, None, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps[1], None, of_norms[2:]
+            )
     if not keep:
         return (out,)
+    if not count or projected is None:
+        projected = none
     saved = Saved(
-        *(
-            attention_input,
-            qkv,
-            context,
-            lse,
-            projected if count and projected is not None else none,
-            mean1,
-            rstd1,
-            middle,
-        ),
-        *(ffn_input, pre, hidden, output, mean2, rstd2, w_qkv, w_o, w_1, w_2),
+        *(attention_input, qkv, context, statistics, projected, none, none, middle, ffn_input, pre, hidden, output),
+        *(none, none, w_qkv, w_o, w_1, w_2),
     )
     return out, *saved
 
@@ -197,7 +203,7 @@ def backward(
     """Computes the gradients of `forward` and the importance partials. The results are as the native backend's; some
     are views of one tensor."""
     (x, w, starts, lengths, real, seeds, cosines, sines), s = inputs, settings
-    tokens, batch, dtype = x.shape[0], lengths.shape[0], s.dtype
+    (tokens, channels), batch, dtype = x.shape, lengths.shape[0], s.dtype
     cast, normed = dtype != x.dtype, s.norm_first and w.gamma1 is not None
     (_, count), slices = inputs.heads(s), inputs.slices(s)
     attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s, _each)
@@ -208,6 +214,7 @@ def backward(
     rows = inputs.rows(s)
     spans = inputs.spans_after_attention(s)
     none = _nothing(x.device, torch.float32)
+    lse, mean1, rstd1, mean2, rstd2 = _statistics(saved.lse, (tokens, count), inputs.norm_rows(s))
     by_neuron, parts = None, ffn.Parts(None, None, None)
     #: Names of a bias and of a LayerNorm's two parameters, "" for one that is not there, and partial sums [parts, 3 C]
     #: of their gradients, to be added up. At most two of these.
@@ -221,16 +228,21 @@ def backward(
     def finish(dx: Tensor = none, signed: Tensor = none, absolute: Tensor = none) -> tuple[Tensor | None, ...]:
         some = [(names, sums) for names, sums in vectors if not asked.isdisjoint(names)]
         first, more = ([sums for _, sums in some] + [None, None])[:2]
-        (db1, *added), *of_ffn = ffn.finish(parts._replace(db2=first), *spans, None, torch.float32, more)
-        if db1 is not None:
-            gradients["b1"] = db1
-        for (names, _), three in zip(some, added, strict=False):
-            assert three is not None
-            gradients.update(zip(names, _equal(three, 3), strict=True))
+        # All sums in one tensor, that of b1 last: it may have any length.
+        names, sizes = [name for names, _ in some for name in names], [channels] * (3 * len(some))
+        if parts.db1 is not None:
+            names, sizes = [*names, "b1"], [*sizes, parts.db1.shape[1]]
+        total = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
+        places = [Part(total, i * 3 * channels, (3 * channels,)) for i in range(len(some))]
+        db1 = None if parts.db1 is None else Part(total, len(some) * 3 * channels, (sizes[-1],))
+        into = (db1, *places, *(None,) * (2 - len(some)))
+        _, *of_ffn = ffn.finish(parts._replace(db2=first), *spans, None, torch.float32, more, into)
+        if names:
+            gradients.update(zip(names, total.split_with_sizes(sizes), strict=True))
         copies, found = Table(), {}
         for name, gradient in gradients.items():
             if name in asked:
-                like, (dim, groups, index) = getattr(w, name), slices.get(name, (0, 1, None))
+                like, (dim, groups, index) = getattr(w, name), slices.get(name, WHOLE)
                 # Sums are in float32.
                 if index is not None:
                     gradient = copies.spread(gradient, like, dim, groups, index)
@@ -254,12 +266,12 @@ def backward(
                     gradients["b2"] = doutput.sum(0, dtype=torch.float32)
             else:
                 doutput, dmiddle, sums = residual.first_stage(
-                    dout, saved.output, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, ffn_seed, ffn_dropout
+                    dout, saved.output, saved.middle, None, w.gamma2, mean2, rstd2, ffn_seed, ffn_dropout
                 )
                 doutput = doutput if doutput.ndim > 1 else dmiddle
                 vectors.append((("" if b2 is None else "b2", "gamma2", "" if w.beta2 is None else "beta2"), sums))
             if "w2" in asked:
-                gradients["w2"] = _product(doutput.t(), saved.hidden, w2.dtype)
+                gradients["w2"] = _product(transposed(doutput), saved.hidden, w2.dtype)
             if wanted.inner(s):
                 gradient, pre = torch.mm(doutput, saved.w_2 if saved.w_2.numel() else w2), saved.pre
             else:
@@ -273,7 +285,7 @@ def backward(
                 )
             if "w1" in asked:
                 entered = saved.ffn_input if cast or s.norm_first else saved.middle
-                gradients["w1"] = _product(dpre.t(), entered, w1.dtype)
+                gradients["w1"] = _product(transposed(dpre), entered, w1.dtype)
             if not wanted.projected(s):
                 return finish()
             weight = saved.w_1 if saved.w_1.numel() else w1
@@ -283,18 +295,16 @@ def backward(
                 # Not earlier: without dropout and casts, doutput is the same tensor, which this overwrites.
                 dmiddle = _add_product(dmiddle, dpre, weight)
         elif not s.norm_first:
-            _, dmiddle, sums = residual.first_stage(
-                dout, None, saved.middle, None, w.gamma2, saved.mean2, saved.rstd2, None, 0.0
-            )
+            _, dmiddle, sums = residual.first_stage(dout, None, saved.middle, None, w.gamma2, mean2, rstd2, None, 0.0)
             vectors.append((("", "gamma2", "" if w.beta2 is None else "beta2"), sums))
             if not wanted.projected(s):
                 return finish()
         stream, projected = select(x, rows), saved.projected if count else None
         bo = "" if w.bo is None else "bo"
         if s.norm_first:
-            gamma2, mean2, rstd2 = (None,) * 3 if dnormed is None else (w.gamma2, saved.mean2, saved.rstd2)
+            of_norm: tuple[Any, Any, Any] = (None, None, None) if dnormed is None else (w.gamma2, mean2, rstd2)
             dprojected, dx, sums = residual.first_stage(
-                dnormed, projected, stream, w.bo, gamma2, mean2, rstd2, output_seed, output_dropout, dmiddle, dtype
+                dnormed, projected, stream, w.bo, *of_norm, output_seed, output_dropout, dmiddle, dtype
             )
             vectors.append(
                 ((bo, *(("", "") if dnormed is None else ("gamma2", "" if w.beta2 is None else "beta2"))), sums)
@@ -302,14 +312,13 @@ def backward(
         else:
             projected = x.new_zeros(stream.shape, dtype=dtype) if projected is None else projected
             dprojected, dx, sums = residual.first_stage(
-                dmiddle, projected, stream, w.bo, w.gamma1, saved.mean1, saved.rstd1, output_seed, output_dropout
+                dmiddle, projected, stream, w.bo, w.gamma1, mean1, rstd1, output_seed, output_dropout
             )
             vectors.append(((bo, "gamma1", "" if w.beta1 is None else "beta1"), sums))
         dprojected = dprojected if dprojected.ndim > 1 else dx
         width = count * s.head_dim
         if count and "wo" in asked:
-            seen = select(saved.context.view(tokens, width), rows)
-            gradients["wo"] = _product(dprojected.t(), seen, w.wo.dtype)
+            gradients["wo"] = _product(transposed(dprojected), select(saved.context, rows), w.wo.dtype)
         if not wanted.attention(s):
             return finish()
         dx = _scatter(dx, rows, tokens) if wanted.before_attention(s) else none
@@ -323,8 +332,8 @@ def backward(
         *_, signed, absolute, dbias, dkeys, dqueries = attention.backward(
             Part(_scatter(dseen, rows, tokens), 0, shape),
             *thirds(saved.qkv, shape),
-            saved.context,
-            saved.lse,
+            Part(saved.context, 0, shape),
+            lse,
             starts,
             lengths,
             None,
@@ -345,11 +354,11 @@ def backward(
         taken = saved.attention_input if cast or normed else x
         names, biases = w.projections, w.biases
         if asked.issuperset(names):
-            gradients |= zip(names, _equal(_product(flat.t(), taken, w.wq.dtype), len(names)), strict=True)
+            gradients |= zip(names, _equal(_product(transposed(flat), taken, w.wq.dtype), len(names)), strict=True)
         else:
             for name, dpart in zip(names, flat.chunk(len(names), 1), strict=True):
                 if name in asked:
-                    gradients[name] = _product(dpart.t(), taken, w.wq.dtype)
+                    gradients[name] = _product(transposed(dpart), taken, w.wq.dtype)
         if not asked.isdisjoint(biases):
             gradients |= zip(biases, _equal(flat.sum(0, dtype=torch.float32), len(biases)), strict=True)
         if not wanted.before_attention(s):
@@ -358,7 +367,7 @@ def backward(
         weight = saved.w_qkv if joined is None else joined
         if normed:
             _, dx, sums = residual.first_stage(
-                torch.mm(flat, weight), None, x, None, w.gamma1, saved.mean1, saved.rstd1, None, 0.0, dtotal=dx
+                torch.mm(flat, weight), None, x, None, w.gamma1, mean1, rstd1, None, 0.0, dtotal=dx
             )
             vectors.append((("", "gamma1", "" if w.beta1 is None else "beta1"), sums))
         else:

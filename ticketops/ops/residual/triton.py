@@ -6,6 +6,9 @@ residual, they reach 3.2 TB/s forward and 2.8 backward, of 4.8 in the data sheet
 compares them with Inductor's; there are no results of that yet.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -271,18 +274,27 @@ def forward(
     dropout_p: float,
     eps: float,
     half: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    statistics: Sequence[Part] | None = None,
+) -> tuple[Tensor, Any, Any]:
     """See ticketops.ops.residual; one launch.
 
     Args:
         half: contiguous [T, C] of a 16-bit dtype to write a copy of the result to, or None.
+        statistics: float32 [T] and [T] to write each row's mean and 1 / sqrt(variance + eps) to; None allocates them.
 
     Returns:
         out [T, C] in the residual's dtype; and each row's mean [T] and 1 / sqrt(variance + eps) [T] in float32.
     """
     out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
-    mean, rstd = _launch_forward(x, residual, bias, gamma, beta, seed, dropout_p, eps, None, out, half)
+    mean, rstd = _statistics(residual) if statistics is None else statistics
+    _launch_forward(x, residual, bias, gamma, beta, seed, dropout_p, eps, None, out, half, mean, rstd)
     return out, mean, rstd
+
+
+def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocates the mean and 1 / sqrt(variance + eps) of each row."""
+    mean, rstd = (torch.empty(rows.shape[:1], dtype=torch.float32, device=rows.device) for _ in range(2))
+    return mean, rstd
 
 
 def forward_before(
@@ -295,15 +307,19 @@ def forward_before(
     dropout_p: float,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See the native backend; one launch, or none if nothing is computed."""
+    statistics: Sequence[Part] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See the native backend; one launch, or none if nothing is computed. Writes to `statistics` what `forward` does,
+    and does not return it."""
     adds = x is not None or bias is not None
     total = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) if adds else residual
     normed = torch.empty((0,) if gamma is None else residual.shape, dtype=dtype, device=residual.device)
     if not adds and gamma is None:
-        return total, normed, normed.new_empty(0), normed.new_empty(0)
+        return total, normed
     some = (total if adds else None, None if gamma is None else normed)
-    return total, normed, *_launch_forward(x, residual, bias, gamma, beta, seed, dropout_p, eps, *some, None)
+    of_norm = (None, None) if gamma is None else statistics or _statistics(residual)
+    _launch_forward(x, residual, bias, gamma, beta, seed, dropout_p, eps, *some, None, *of_norm)
+    return total, normed
 
 
 def _launch_forward(
@@ -318,11 +334,11 @@ def _launch_forward(
     total: Tensor | None,
     out: Tensor | None,
     half: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Writes z to `total` and its LayerNorm to `out` and `half`, as far as they are there. Returns mean and rstd."""
+    mean: Tensor | Part | None,
+    rstd: Tensor | Part | None,
+) -> None:
+    """Writes z to `total` and its LayerNorm to `out` and `half`, as far as they are there."""
     tokens, channels = residual.shape
-    shape = (0 if gamma is None else tokens,)
-    mean, rstd = (torch.empty(shape, dtype=torch.float32, device=residual.device) for _ in range(2))
     tile = triton_configs.norm_forward(channels)
     stride_xt, stride_xc = (0, 0) if x is None else x.stride()
     launch(
@@ -338,8 +354,8 @@ def _launch_forward(
         p_total=total,
         p_out=out,
         p_half=half,
-        p_mean=None if gamma is None else mean,
-        p_rstd=None if gamma is None else rstd,
+        p_mean=mean,
+        p_rstd=rstd,
         stride_xt=stride_xt,
         stride_xc=stride_xc,
         stride_rt=residual.stride(0),
@@ -352,7 +368,6 @@ def _launch_forward(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
     )
-    return mean, rstd
 
 
 def backward(
@@ -405,8 +420,8 @@ def first_stage(
     residual: Tensor,
     bias: Tensor | None,
     gamma: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    mean: Tensor | Part | None,
+    rstd: Tensor | Part | None,
     seed: Tensor | Part | None,
     dropout_p: float,
     dtotal: Tensor | None = None,
