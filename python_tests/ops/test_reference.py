@@ -456,7 +456,7 @@ def test_opcheck_and_one_graph():
     sink = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     ffn_mask = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.ticketops.ffn, (*tensors, *where, ffn_mask, None, sink, None, seed, "gelu", True, None, 1, 0.1)
+        torch.ops.ticketops.ffn, (*tensors, *where, ffn_mask, None, sink, None, seed, "gelu", True, 0.1)
     )
 
     def step(q, k, v, importance, *tensors):
