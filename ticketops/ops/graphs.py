@@ -130,6 +130,8 @@ class Graphed:
     ) -> tuple[Tensor, Callable[[], None], Callable[[], None] | None]:
         inputs = [*self._copied, *unread, *aliases]
         self._pieces: list[_Piece] = []
+        #: Places, among the weights, of those that get no gradient although they ask for one.
+        self._without: list[int] = []
         self._number = len(inputs)
         result: Tensor | None = None
 
@@ -173,6 +175,8 @@ class Graphed:
             _Piece(places, [inputs[place].shape for place in places], room)
             for places, room in zip(groups, rooms, strict=True)
         ]
+        reached = {place for places in groups for place in places}
+        self._without = [place - self.in_place for place in wanted if place >= self.in_place and place not in reached]
         # The graphs have their memory, and no longer need what autograd has saved.
         result = None
         return out, replay, differentiate
@@ -195,6 +199,11 @@ class Graphed:
         if self._differentiate is None:
             self.memory.start(waits=False)
             return self.forward(copied)
+        if self._without:
+            # Hooks on what a ticket prunes are not called, as without a graph.
+            weights = list(weights)
+            for place in self._without:
+                weights[place] = weights[place].detach()
         out: Tensor = private.apply(_Replay, self, len(copied), *copied, *sinks, *weights)
         return out
 
