@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import inspect
 import json
 import sys
@@ -209,6 +210,17 @@ def _print_result(result: Any) -> None:
         raise TrialError(f"{count} failed, the first {first}; the same command tries again")
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Switches Python's garbage collector off: it would visit the records of a large run again and again, and free
+    nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _print_report(path: Path) -> None:
     _say(f"Report: {path}")
     _say(f"In a browser: {path.with_suffix('.html')}")
@@ -230,7 +242,7 @@ def _report(
     traceback: Trace = False,
 ) -> None:
     """Write the report of a search, share or transfer again: report.md, report.html, results.csv, the figures."""
-    with _errors(traceback):
+    with _errors(traceback), _without_collections():
         from ticketops.reporting import write_report
 
         found, path = write_report(folder)
@@ -245,7 +257,7 @@ def _status(
     traceback: Trace = False,
 ) -> None:
     """Print how far a run is: finished, failed and missing trials, and an estimate of the time that is left."""
-    with _errors(traceback):
+    with _errors(traceback), _without_collections():
         from ticketops.searching.progress import status
 
         found = status(folder)
