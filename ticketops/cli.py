@@ -214,11 +214,13 @@ def _print_result(result: Any) -> None:
 def _without_collections() -> Iterator[None]:
     """Switches Python's garbage collector off: it would visit the records of a large run again and again, and free
     nothing."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 def _print_report(path: Path) -> None:

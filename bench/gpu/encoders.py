@@ -28,14 +28,7 @@ def rows(setting: Setting) -> list[Row]:
             model = step.make_model(setting, name).train()
             handle = patch(model)
             plain = step.make_step(model, model, batch, setting)
-            if not recording:
-                return plain
-
-            def recorded() -> None:
-                with handle.record_importance("example"):
-                    plain()
-
-            return recorded
+            return step.recorded(handle, plain) if recording else plain
 
         def stock(name: str = name, batch: step.Batch = batch, kind: type | None = None) -> Callable[[], object]:
             model = step.make_model(setting, name, kind).train()

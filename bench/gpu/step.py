@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from bench.gpu.measure import Row, Setting, Work, gate, measured
 from bench.gpu.workloads import Workload, task_lengths, tasks
 from bench.step import BASE_SIZED
-from ticketops import patch
+from ticketops import PatchHandle, patch
 
 Batch = dict[str, torch.Tensor]
 BUCKET = 256
@@ -79,6 +79,16 @@ def make_step(model: torch.nn.Module, call: Callable, batch: Batch, setting: Set
     return step
 
 
+def recorded(handle: PatchHandle, step: Callable[[], object]) -> Callable[[], None]:
+    """Returns a step that records importance."""
+
+    def run() -> None:
+        with handle.record_importance("example"):
+            step()
+
+    return run
+
+
 def check(batch: Batch, setting: Setting, name: str = "bert-base") -> str:
     """Returns the correctness gate: logits without dropout, against the stock model in float64."""
     model = make_model(setting, name).eval()
@@ -125,14 +135,7 @@ def rows(setting: Setting) -> list[Row]:
                 handle = patch(model, bucket=BUCKET if compiled else None, graphs=graphed)
                 call = setting.compile(model, mode="reduce-overhead") if compiled else model
                 step = make_step(model, call, batch, setting)
-                if not recording:
-                    return step
-
-                def recorded() -> None:
-                    with handle.record_importance("example"):
-                        step()
-
-                return recorded
+                return recorded(handle, step) if recording else step
 
             def stock(batch: Batch = batch, compiled: bool = False, mode: str | None = None) -> Callable[[], object]:
                 model = make_model(setting).train()

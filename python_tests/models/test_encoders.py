@@ -10,6 +10,7 @@ import transformers
 from bounds import roundings
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from ops.cases import need
+from searching.tiny import DEBERTA_V3
 from sklearn.datasets import load_digits
 from torch import nn
 from transformers import DataCollatorWithFlattening
@@ -51,16 +52,6 @@ BUILT_APART = [
     "NomicBertModel",
     "ViTModel",
 ]
-#: What makes a DeBERTa-v2 a v3. Distances of more than four tokens share logarithmic buckets.
-DEBERTA_V3 = {
-    "relative_attention": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_buckets": 8,
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
-    "position_biased_input": False,
-    "type_vocab_size": 0,
-}
 #: Encoders whose task heads hand no keyword arguments on, patched or not.
 HANDING_NOTHING_ON = ("MPNet", "DebertaV2")
 PADDING = {"right": [17, 3, 9, 1], "left": [17, 3, 9, 1], "none": [17, 17, 17, 17]}

@@ -17,19 +17,11 @@ from ticketops.searching import ShareConfig, Store, run_share
 from ticketops.searching.release import release
 
 from .test_sharing import FIELDS
-from .tiny import HEADS, LAYERS, make_model
+from .tiny import DEBERTA_V3, HEADS, LAYERS, make_model
 
 #: What the configuration of each says beside its sizes; the tokenizer pads with id 0.
 ENCODERS: dict[str, dict[str, Any]] = {
-    "DebertaV2": {
-        "relative_attention": True,
-        "pos_att_type": ["p2c", "c2p"],
-        "position_buckets": 8,
-        "share_att_key": True,
-        "norm_rel_ebd": "layer_norm",
-        "position_biased_input": False,
-        "type_vocab_size": 0,
-    },
+    "DebertaV2": DEBERTA_V3,
     "DistilBert": {"dim": 32, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": 64},
     "EuroBert": {"pad_token_id": 0},
     "ModernBert": {"local_attention": 4, "pad_token_id": 0},

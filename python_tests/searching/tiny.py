@@ -11,6 +11,16 @@ from transformers import BertTokenizerFast
 
 FILLERS = ["film", "the", "a", "plot", "and", "of", "to", "is", "in", "that", "it", "with", "this", "not", "story"]
 LAYERS, HEADS = 2, 4
+#: What makes a DeBERTa-v2 a v3. Distances of more than four tokens share logarithmic buckets.
+DEBERTA_V3: dict[str, Any] = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 #: Keyword arguments of a search over these inputs: 4 trials of 6 steps each.
 FIELDS = {
     "sparsities": "0.25,0.5",
