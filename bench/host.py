@@ -1,12 +1,13 @@
-"""Counts what an encoder layer of BERT-base asks of torch and Triton on its way to a GPU, forward and backward, and
-times the host alone beside a stock transformers layer. Needs no GPU.
+"""Counts what the encoder layers of BERT-base ask of torch and Triton on their way to a GPU, forward and backward, and
+times the host alone beside stock transformers layers. Needs no GPU.
 
     python -m bench.host --dtype bf16 --json
 
-Tensors are on the CPU, and the layer runs the code of the GPU path, but for the last step of each Triton launch: the
-call into the driver is recorded instead of made. Counts are of BERT-base's shapes, with dropout. Times are of one
-thread's processor time, in turns, on shapes so small that kernels take next to none of it (the counts must be the same
-there), and without dropout: on a CPU torch makes several calls of what is one on a GPU.
+Tensors are on the CPU, and the layers run the code of the GPU path, but for the last step of each Triton launch: the
+call into the driver is recorded instead of made. All 12 layers run one after the other, as in a step; figures are of
+one of them, a twelfth. Counts are of BERT-base's shapes, with dropout. Times are of one thread's processor time, in
+turns, on shapes so small that kernels take next to none of it (the counts must be the same there), and without dropout:
+on a CPU torch makes several calls of what is one on a GPU.
 
 Left out is what only a GPU has: Triton's and the driver's part of a launch (some 4 us each), the choice of cuBLAS's
 kernels, the caching allocator in place of malloc. Stock attention is the CPU's fused kernel, as many calls as a GPU's.
@@ -37,14 +38,15 @@ from bench.step import circumstances, exit_code, public, quantiles
 from ticketops import patch
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models import graphs
+from ticketops.models.encoder import EncoderPass
 from ticketops.ops.graphs import Graphed
 
-#: Hidden size, heads and FFN neurons of BERT-base, and of the layer that is timed.
+#: Hidden size, heads and FFN neurons of BERT-base, and of the layers that are timed.
 BERT_BASE, SMALL = (768, 12, 3072), (16, 1, 32)
 #: Tokens of each row of the batch; padded for the stock layer.
 LENGTHS = (4, 3, 2, 1)
 DROPOUT = 0.1
-#: Layers of the encoder that graphs are timed for.
+#: Layers of an encoder.
 LAYERS = 12
 
 
@@ -64,11 +66,11 @@ class Count:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The counts for a file of results."""
+        """The counts for a file of results, totals of one layer of an encoder's, and by name of all."""
         return {
-            "triton_launches": self.triton.total(),
-            "torch_launches": self.launches.total(),
-            "calls": self.calls.total(),
+            "triton_launches": self.triton.total() / LAYERS,
+            "torch_launches": self.launches.total() / LAYERS,
+            "calls": self.calls.total() / LAYERS,
             "triton_by_name": dict(self.triton.most_common()),
             "torch_launches_by_name": dict(self.launches.most_common()),
             "calls_by_name": dict(self.calls.most_common()),
@@ -199,8 +201,8 @@ def _computes(name: str) -> bool:
     return all(alias is None or alias.is_write for alias in aliases)
 
 
-def layer(sizes: tuple[int, int, int], kind: str, dtype: str, dropout: float) -> Callable[[], Callable[[], None]]:
-    """Makes a layer with its arguments, as they reach it in a training step of its model.
+def encoder(sizes: tuple[int, int, int], kind: str, dtype: str, dropout: float) -> Callable[[], Callable[[], None]]:
+    """Makes the layers of an encoder with their arguments, as they reach them in a training step of its model.
 
     Args:
         sizes: hidden size, heads and FFN neurons.
@@ -212,37 +214,27 @@ def layer(sizes: tuple[int, int, int], kind: str, dtype: str, dropout: float) ->
         A function that clears all gradients and returns a function to run: forward and backward pass.
     """
     torch.manual_seed(0)
-    channels, heads, neurons = sizes
-    config = BertConfig(
-        hidden_size=channels,
-        num_attention_heads=heads,
-        intermediate_size=neurons,
-        num_hidden_layers=1,
-        vocab_size=8,
-        max_position_embeddings=8,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        attn_implementation="sdpa",
-    )
-    model = BertModel(config).train()
-    if kind != "stock":
-        patch(model)
-    module = model.encoder.layer[0]
-    args, kwargs = _arguments(model, module)
+    model = bert(sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    handle = None if kind == "stock" else patch(model)
+    layers = model.encoder.layer
+    args, kwargs = _arguments(model, layers[0])
     tokens = args[0].detach().requires_grad_()
-    leaves = [tokens, *module.parameters()]
-    if kind != "stock":
+    leaves = [tokens, *layers.parameters()]
+    if handle is not None:
         call = replace(kwargs["ticketops"], whole=True)
         if kind == "recording":
-            sinks = [torch.zeros(shape, requires_grad=True) for shape in ((len(LENGTHS), heads), (len(LENGTHS),))]
-            call = replace(call, head_importance={0: sinks[0]}, ffn_importance={0: sinks[1]})
-            leaves += sinks
+            shapes = ((len(LENGTHS), sizes[1]), (len(LENGTHS),))
+            sinks = [{i: torch.zeros(shape, requires_grad=True) for i in range(LAYERS)} for shape in shapes]
+            call = replace(call, head_importance=sinks[0], ffn_importance=sinks[1])
+            leaves += [sink for each in sinks for sink in each.values()]
         kwargs["ticketops"] = call
     gradient = torch.randn_like(tokens)
 
     def run() -> None:
+        out = tokens
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            out = module(tokens, *args[1:], **kwargs)
+            for layer in layers:
+                out = layer(out, *args[1:], **kwargs)
         out.backward(gradient)
 
     def prepared() -> Callable[[], None]:
@@ -251,6 +243,27 @@ def layer(sizes: tuple[int, int, int], kind: str, dtype: str, dropout: float) ->
         return run
 
     return prepared
+
+
+def bert(sizes: tuple[int, int, int], **options: Any) -> BertModel:
+    """Makes a BERT of 12 layers for training.
+
+    Args:
+        sizes: hidden size, heads and FFN neurons.
+        options: of its configuration.
+    """
+    channels, heads, neurons = sizes
+    config = BertConfig(
+        hidden_size=channels,
+        num_attention_heads=heads,
+        intermediate_size=neurons,
+        num_hidden_layers=LAYERS,
+        vocab_size=8,
+        max_position_embeddings=8,
+        attn_implementation="sdpa",
+        **options,
+    )
+    return BertModel(config).train()
 
 
 def _arguments(model: nn.Module, module: nn.Module) -> tuple[Any, dict[str, Any]]:
@@ -293,9 +306,7 @@ def replay(turns: int) -> tuple[list[float], list[float]]:
     def capture(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
         return [x.clone() for x in function()], lambda: None
 
-    channels, heads, neurons = SMALL
-    sizes = {"hidden_size": channels, "num_attention_heads": heads, "intermediate_size": neurons}
-    model = BertModel(BertConfig(**sizes, num_hidden_layers=LAYERS, vocab_size=8, max_position_embeddings=8)).train()
+    model = bert(SMALL)
     times = []
     with (
         mock.patch.object(graphs, "DEVICES", ("cpu",)),
@@ -308,11 +319,11 @@ def replay(turns: int) -> tuple[list[float], list[float]]:
             own.append(0.0)
             args, kwargs = _arguments(model, model.encoder)
             tokens = args[0].detach().requires_grad_()
-            gradient = torch.randn(len(LENGTHS), max(LENGTHS), channels)
+            gradient = torch.randn(len(LENGTHS), max(LENGTHS), SMALL[0])
             for _ in range(20 + turns):
                 model.zero_grad()
-                one = graphs.GraphedPass(handle.graphs, handle, model, None)
-                kwargs["ticketops"] = replace(kwargs["ticketops"], graphed=one)
+                one = EncoderPass(handle, model, None)
+                kwargs["ticketops"] = replace(kwargs["ticketops"], encoder=one)
                 own.append(0.0)
                 start = time.thread_time()
                 model.encoder(tokens, *args[1:], **kwargs).last_hidden_state.backward(gradient)
@@ -323,21 +334,23 @@ def replay(turns: int) -> tuple[list[float], list[float]]:
 
 
 def measure(dtype: str, turns: int) -> dict[str, Any]:
-    """Counts and times a layer.
+    """Counts and times the layers of an encoder.
 
     Args:
         dtype: "fp32" or "bf16" (autocast).
         turns: number of turns of each contender.
 
     Returns:
-        Counts and seconds of each contender, the median ratio of ours to stock, machine and versions.
+        Counts and seconds of each contender for one layer, the median ratio of ours to stock, machine and versions.
 
     Raises:
-        TicketopsError: the layer that is timed asks for something else than one of BERT-base's shapes.
+        TicketopsError: the layers that are timed ask for something else than those of BERT-base's shapes.
     """
     kinds = ("stock", "patched", "recording")
-    counted = {(kind, sizes): layer(sizes, kind, dtype, DROPOUT) for kind in kinds[1:] for sizes in (BERT_BASE, SMALL)}
-    timed = {kind: layer(SMALL, kind, dtype, dropout=0.0) for kind in kinds}
+    counted = {
+        (kind, sizes): encoder(sizes, kind, dtype, DROPOUT) for kind in kinds[1:] for sizes in (BERT_BASE, SMALL)
+    }
+    timed = {kind: encoder(SMALL, kind, dtype, dropout=0.0) for kind in kinds}
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     with recorded() as launched:
         for prepared in counted.values():
@@ -346,7 +359,7 @@ def measure(dtype: str, turns: int) -> dict[str, Any]:
         counts = {key: count(prepared(), launched) for key, prepared in counted.items()}
         for kind in kinds[1:]:
             if counts[kind, BERT_BASE] != counts[kind, SMALL]:
-                raise TicketopsError(f"a layer of {SMALL} asks for other calls than one of {BERT_BASE}: change SMALL")
+                raise TicketopsError(f"layers of {SMALL} ask for other calls than those of {BERT_BASE}: change SMALL")
         for turn in range(-20, turns):
             place = turn % len(kinds)
             for kind in kinds[place:] + kinds[:place]:
@@ -355,14 +368,14 @@ def measure(dtype: str, turns: int) -> dict[str, Any]:
                 run()
                 taken = time.thread_time() - start
                 if turn >= 0:
-                    times[kind].append(taken)
+                    times[kind].append(taken / LAYERS)
         plain = {kind: count(prepared(), launched) for kind, prepared in timed.items()}
     found, (own, steps) = counts["patched", BERT_BASE], replay(turns)
     times |= {"replay": own, "replay_with_torch": steps}
     return {
         "dtype": dtype,
-        "launches_a_layer": found.triton.total() + found.launches.total(),
-        "calls_a_layer": found.calls.total(),
+        "launches_a_layer": (found.triton.total() + found.launches.total()) / LAYERS,
+        "calls_a_layer": found.calls.total() / LAYERS,
         "layer_vs_stock_host": _ratio(times["patched"], times["stock"]),
         "recording_vs_stock_host": _ratio(times["recording"], times["stock"]),
         "replay_ms": 1e3 * statistics.median(own),
@@ -396,8 +409,8 @@ def main() -> int:
         return 0
     for kind, counted in result["counts"].items():
         print(
-            f"{kind:17} {counted['triton_launches']:4} Triton launches {counted['torch_launches']:4} of torch "
-            f"{counted['calls']:4} calls of torch"
+            f"{kind:17} {counted['triton_launches']:5.1f} Triton launches {counted['torch_launches']:5.1f} of torch "
+            f"{counted['calls']:5.1f} calls of torch"
         )
     for kind, seconds in result["seconds"].items():
         low, median, high = (seconds[key] * 1e6 for key in ("q20", "median", "q80"))

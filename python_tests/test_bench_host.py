@@ -57,15 +57,17 @@ def test_one_json_object(dtype, monkeypatch, capsys):
         torch.set_num_threads(threads)
     result = json.loads(capsys.readouterr().out)
     counts, plain = result["counts"]["patched"], result["counts_without_dropout"]
-    assert result["launches_a_layer"] == counts["triton_launches"] + counts["torch_launches"]
-    assert result["calls_a_layer"] == counts["calls"] == sum(counts["calls_by_name"].values())
-    assert counts["triton_by_name"]["attention.forward_kernel"] == 1
+    assert result["launches_a_layer"] == pytest.approx(counts["triton_launches"] + counts["torch_launches"])
+    assert result["calls_a_layer"] == counts["calls"] == sum(counts["calls_by_name"].values()) / host.LAYERS
+    assert result["calls_a_layer"] < 100
+    assert counts["triton_by_name"]["attention.forward_kernel"] == host.LAYERS
+    # All layers' seeds are one draw.
     assert counts["torch_launches_by_name"]["random_"] == 1
     assert "random_" not in plain["patched"]["torch_launches_by_name"]
-    # Under autocast all weights are cast at once, those of a stock layer one by one.
+    # The weights of all layers are cast at once, those of a stock layer one by one.
     assert counts["torch_launches_by_name"]["_foreach_copy_"] == 1
     casts = plain["stock"]["torch_launches_by_name"].get("copy_", 0)
-    assert casts > 12 if dtype == "bf16" else casts == 0
+    assert casts > 12 * host.LAYERS if dtype == "bf16" else casts == 0
     # As on a GPU, stock attention is one call.
     assert sum("attention" in name for name in plain["stock"]["torch_launches_by_name"]) == 2
     assert not plain["stock"]["triton_by_name"]

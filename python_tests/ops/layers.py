@@ -8,11 +8,11 @@ import torch
 from torch.nn.functional import layer_norm
 
 from ticketops import ops
-from ticketops.ops import Sequences, Weights
+from ticketops.ops import Layer, Sequences, Weights
 from ticketops.ops.dropout import draw_seed, keep_elements
 from ticketops.ops.products import compute_dtype
 
-from .cases import assert_as_good
+from .cases import SHORT, assert_as_good, packed_sequences
 
 HEADS, DIM, CHANNELS, NEURONS = 4, 12, 40, 56
 PARAMETERS = Weights._fields[:19]
@@ -53,6 +53,22 @@ KINDS = (
     Kind(gated=True, joined=True, bare=True, rotary=True),
     Kind(gated=True, rotary=True, window=5),
 )
+
+
+#: A kind and a ticket for each layer.
+STACKS = {
+    "tickets": [(LIKE_BERT, ticket) for ticket in (*TICKETS, TICKETS[0])],
+    "kinds": [(kind, TICKETS[0]) for kind in (LIKE_BERT, *KINDS, LIKE_BERT)],
+    "kinds with tickets": [(kind, TICKETS[place % 5]) for place, kind in enumerate((*KINDS, LIKE_BERT))],
+}
+#: What is trained: the tokens, and of which layers the parameters and the sinks.
+TRAINED = {
+    "all": (True, lambda place: True, lambda place: True),
+    "upper layers": (False, lambda place: place > 1, lambda place: place > 2),
+    "a layer": (False, lambda place: place == 2, lambda place: False),
+    "sinks": (False, lambda place: False, lambda place: True),
+    "tokens": (True, lambda place: False, lambda place: False),
+}
 
 
 def inputs(rows, ticket, seed=0, reach=None, kind=LIKE_BERT, vectors=False):
@@ -314,3 +330,72 @@ def opcheck(tensors, sequences, dtype, first_tokens, kind=LIKE_BERT):
         wanted = (trained, some, trained, trained and weights.w1 is not None, False, False)
         arguments = (torch.randn_like(out), *given, *where, *saved, *settings, *wanted)
         torch.library.opcheck(backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def stack(name, trained="all", dtype=torch.float32, first_tokens=False, device="cpu"):
+    """Tokens, sequences, layers, and the leaves among their tensors."""
+    sequences, rows = packed_sequences(SHORT)
+    tokens, of_weights, of_sinks = TRAINED[trained]
+    x = inputs(rows, TICKETS[0])[0].to(device, dtype).requires_grad_(tokens)
+    layers, leaves = [], [x]
+    for place, (kind, ticket) in enumerate(STACKS[name]):
+        weights = cast(inputs(rows, ticket, seed=place, kind=kind)[2], dtype)
+        weights = Weights(*(None if w is None else w.to(device) for w in weights))
+        parameters = [w for w in weights if w is not None and w.is_floating_point()]
+        heads = HEADS if weights.heads is None else len(weights.heads)
+        neurons = NEURONS if weights.neurons is None else len(weights.neurons)
+        shapes = ((len(sequences), heads), (len(sequences),), (len(sequences), neurons))
+        there = (heads > 0, weights.w1 is not None, weights.w1 is not None)
+        sinks = [torch.zeros(shape, device=device) if each else None for shape, each in zip(shapes, there, strict=True)]
+        for leaf in parameters:
+            leaf.requires_grad_(of_weights(place))
+        for leaf in sinks:
+            if leaf is not None:
+                leaf.requires_grad_(of_sinks(place))
+        leaves += parameters + [sink for sink in sinks if sink is not None]
+        layers.append(
+            Layer(
+                weights,
+                head_dim=DIM,
+                scale=DIM**-0.5,
+                activation="gelu",
+                norm_first=kind.norm_first,
+                gated=kind.gated,
+                window=kind.window,
+                rotary=angles(x.detach(), kind),
+                dropouts=(0.1, 0.2, 0.3),
+                head_importance=sinks[0],
+                ffn_importance=sinks[1],
+                neuron_importance=sinks[2],
+                first_tokens=first_tokens and place == len(STACKS[name]) - 1,
+            )
+        )
+    sequences = Sequences(sequences.starts.to(device), sequences.lengths.to(device), sequences.max_length)
+    return x, sequences, layers, leaves
+
+
+def one_by_one(x, layers, sequences):
+    for layer in layers:
+        x = ops.encoder_layers(x, [layer], sequences)
+    return x
+
+
+def results(compute, x, sequences, layers, leaves, autocast=None):
+    """The result of a stack and the gradients of its leaves."""
+    torch.manual_seed(3)
+    with torch.autocast(x.device.type, autocast) if autocast else contextlib.nullcontext():
+        out = compute(x, layers, sequences)
+    loss = (out.float() * torch.linspace(-1, 1, out.shape[1], device=out.device)).sum(1)
+    loss[: len(sequences)].sum().backward()
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return [out.detach(), *gradients]
+
+
+def assert_equal(got, want):
+    """On a CPU equal to the bit."""
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, **({} if ours.is_cuda else {"rtol": 0, "atol": 0}))

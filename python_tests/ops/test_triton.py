@@ -23,7 +23,7 @@ from ticketops.ops.dropout import draw_seed, keep_elements, keep_mask
 from ticketops.ops.ffn import ACTIVATIONS
 
 from .cases import SHORT, packed_sequences, padded_sequences, with_holes
-from .layers import KINDS, LIKE_BERT, TICKETS, inputs
+from .layers import KINDS, LIKE_BERT, TICKETS, assert_equal, inputs, one_by_one, results, stack
 from .layers import check as check_layer
 from .layers import opcheck as opcheck_layer
 
@@ -790,6 +790,15 @@ def test_layers_around_holes(terms):
     tensors = (x.to(DEVICE), dout.to(DEVICE), Weights(*(None if w is None else w.to(DEVICE) for w in weights)))
     options = {"dropouts": (0.0, 0.0, 0.0), "kind": terms.get("kind", LIKE_BERT)}
     check_layer(tensors, with_holes(_to_device(sequences), rows), torch.float32, None, **options)
+
+
+@pytest.mark.parametrize("name", ["tickets", "kinds with tickets"])
+@pytest.mark.parametrize(("trained", "autocast"), [("all", torch.float16), ("upper layers", None)])
+@pytest.mark.usefixtures("seeds_one_by_one")
+def test_layers_at_once_are_layers_one_by_one(name, trained, autocast):
+    given = stack(name, trained, device=DEVICE)
+    want = results(one_by_one, *given, autocast)
+    assert_equal(results(ops.encoder_layers, *given, autocast), want)
 
 
 @pytest.mark.parametrize("ticket", TICKETS, ids=str)

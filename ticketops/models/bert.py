@@ -111,7 +111,7 @@ class TicketLayer(nn.Module):
             self._ticketops.refuse_stock()
             return super().forward(hidden_states, *args, **kwargs)
         self._ticketops.check(ticketops)
-        if (done := ticketops.by_graph(self._ticketops.index, hidden_states)) is not None:
+        if (done := ticketops.by_encoder(self._ticketops.index, hidden_states)) is not None:
             return done
         attention, parts = self.attention, _parts(self)
         around, hidden_states = (attention, attention.self, attention.output), ticketops.enter(hidden_states)
@@ -168,7 +168,7 @@ def pre_norm_layer(
         [.., C], or [B, 1, C] where only first tokens are read.
     """
     state.check(call)
-    if (done := call.by_graph(state.index, hidden_states, turn)) is not None:
+    if (done := call.by_encoder(state.index, hidden_states, turn)) is not None:
         return done
     hidden_states = call.enter(hidden_states)
     done = whole_layer(state, parts, (*norms, *drops), hidden_states, call, turn)
@@ -220,7 +220,7 @@ def post_norm_layer(
         [.., C], or [B, 1, C] where only first tokens are read.
     """
     state.check(call)
-    if (done := call.by_graph(state.index, hidden_states, turn)) is not None:
+    if (done := call.by_encoder(state.index, hidden_states, turn)) is not None:
         return done
     hidden_states = call.enter(hidden_states)
     done = whole_layer(state, parts, (), hidden_states, call, turn)
@@ -265,7 +265,7 @@ def whole_layer(
     """
     if not serves_whole(parts, hidden_states, call) or any(map(is_hooked, (*around, *parts.qkv))):
         return None
-    return compute_layer(state, parts, hidden_states, call, turn)
+    return compute_layers([(state, parts)], hidden_states, call, turn)
 
 
 def serves_whole(parts: LayerParts, hidden_states: Tensor, call: Call) -> bool:
@@ -274,27 +274,38 @@ def serves_whole(parts: LayerParts, hidden_states: Tensor, call: Call) -> bool:
     return call.whole and hidden_states.dtype == parts.ffn_norm.weight.dtype and parts.norm is nn.LayerNorm
 
 
-def compute_layer(
-    state: LayerState,
-    parts: LayerParts,
+def compute_layers(
+    layers: Sequence[tuple[LayerState, LayerParts]],
     hidden_states: Tensor,
     call: Call,
     turn: Turn | None = None,
     read: Callable[[Tensor | None], Tensor | None] = lambda parameter: parameter,
 ) -> Tensor:
-    """Computes a layer by one op. Requires `serves_whole`.
+    """Computes layers, one after the other, by one op. Requires `serves_whole` of each.
 
     Args:
-        state: of the layer.
-        parts: the layer's.
+        layers: state and parts of each.
         hidden_states: [.., C].
         call: of the forward pass.
-        turn: rotary positions; None for none.
+        turn: rotary positions, the same for all; None for none.
         read: returns what is read for a parameter.
 
     Returns:
         [.., C], or [B, 1, C] where only first tokens are read.
     """
+    described = [_described(state, parts, call, turn, read) for state, parts in layers]
+    out = ops.encoder_layers(hidden_states.flatten(0, -2), described, call.packing.sequences)
+    return out[:, None] if described[-1].first_tokens else out.view(hidden_states.shape)
+
+
+def _described(
+    state: LayerState,
+    parts: LayerParts,
+    call: Call,
+    turn: Turn | None,
+    read: Callable[[Tensor | None], Tensor | None],
+) -> ops.Layer:
+    """Describes a layer to its op, see `compute_layers`."""
     kept, linears, norm = state.kept, parts.qkv, parts.attention_norm
     gamma2, beta2 = _parameters(parts.ffn_norm)
     device, none = gamma2.device, (None,) * (3 - len(linears))
@@ -319,12 +330,8 @@ def compute_layer(
         None if kept.heads is None else kept.heads.on(device),
         None if kept.neurons is None else kept.neurons.on(device),
     ]
-    index = state.index
-    first_tokens = call.first_tokens == index
-    out = ops.encoder_layer(
-        hidden_states.flatten(0, -2),
+    return ops.Layer(
         ops.Weights(*tensors),
-        call.packing.sequences,
         head_dim=parts.head_dim if state.num_heads else 1,
         scale=parts.scale,
         activation=state.activation,
@@ -335,13 +342,12 @@ def compute_layer(
         dropouts=parts.rates,
         inner_dropout=parts.activation_dropout,
         eps=(parts.ffn_norm.eps if norm is None else norm.eps, parts.ffn_norm.eps),
-        head_importance=call.head_importance.get(index),
-        ffn_importance=call.ffn_importance.get(index),
-        neuron_importance=call.neuron_importance.get(index),
+        head_importance=call.head_importance.get(state.index),
+        ffn_importance=call.ffn_importance.get(state.index),
+        neuron_importance=call.neuron_importance.get(state.index),
         per_token=call.per_token,
-        first_tokens=first_tokens,
+        first_tokens=call.first_tokens == state.index,
     )
-    return out[:, None] if first_tokens else out.view(hidden_states.shape)
 
 
 def read_tokens(state: LayerState, hidden_states: Tensor, call: Call) -> Tensor:

@@ -91,8 +91,8 @@ class _Encoder(nn.Module):
                 # What distributes a model waits for a gradient of every parameter.
                 hidden_states = hidden_states + table[:0].sum()
         if self.conv is not None:
-            # Graphs compute all layers at once, and nothing between them.
-            call = replace(call, graphed=None)
+            # Where all layers are computed at once, nothing is computed between them.
+            call = replace(call, encoder=None)
         states = [hidden_states]
         for layer in self.layer:
             hidden_states, _ = layer(hidden_states, ticketops=call)

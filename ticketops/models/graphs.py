@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ticketops.models.bert import compute_layer, serves_whole
+from ticketops.models.bert import compute_layers, serves_whole
 from ticketops.models.boundary import Look, Snapshot
 from ticketops.models.state import Call
-from ticketops.models.swapping import unsharded_class
 from ticketops.ops import Sequences, backends, private
 from ticketops.ops.graphs import Capture, Graphed, Memory, cuda_capture
 from ticketops.text import count
@@ -86,7 +85,9 @@ class Graphs:
         self.__init__(state["_make"])  # type: ignore[misc]
         self.budget = state["budget"]
 
-    def run(self, handle: "PatchHandle", base: Any, call: Call, hidden_states: Tensor) -> Tensor | None:
+    def run(
+        self, handle: "PatchHandle", base: Any, call: Call, hidden_states: Tensor, reason: str | None = None
+    ) -> Tensor | None:
         """Computes all layers of the encoder by a graph.
 
         Args:
@@ -94,12 +95,13 @@ class Graphs:
             base: the bare model.
             call: of the forward pass.
             hidden_states: the first layer's input, [.., C].
+            reason: why no graph may compute them; None for no reason.
 
         Returns:
-            The last layer's result, [.., C] or [B, 1, C]; None where the layers have to be computed one by one.
+            The last layer's result, [.., C] or [B, 1, C]; None where no graph has computed it.
         """
         place = threading.get_ident(), _stream(hidden_states)
-        reason = _obstacle(handle, base, call, hidden_states)
+        reason = reason or _obstacle(call, hidden_states)
         if reason is None and self._place not in (None, place):
             reason = "another thread or stream than the first"
         if reason is not None:
@@ -168,7 +170,7 @@ class Graphs:
         places = {id(x): place for place, x in enumerate(weights)}
         longest, kinds = call.packing.sequences.max_length, [list(kind) for kind in _sinks(call)]
         # Without what belongs to this one pass.
-        call = replace(call, packing=replace(call.packing, indices=None, numbers=None), recorded=None, graphed=None)
+        call = replace(call, packing=replace(call.packing, indices=None, numbers=None), recorded=None, encoder=None)
 
         def function(copied: list[Tensor], sinks: list[Tensor], weights: list[Tensor]) -> Tensor:
             x, starts, lengths, *bias = copied
@@ -182,9 +184,7 @@ class Graphs:
                 neuron_importance=neurons,
                 position_bias=bias[0] if bias else None,
             )
-            for state, parts in layers:
-                x = compute_layer(state, parts, x, mine, read=lambda x: None if x is None else weights[places[id(x)]])
-            return x
+            return compute_layers(layers, x, mine, read=lambda x: None if x is None else weights[places[id(x)]])
 
         before = _reserved(copied[0])
         graphed = Graphed(function, copied, sinks, weights, self._memory)
@@ -200,17 +200,10 @@ class Graphs:
         return entry
 
 
-def _obstacle(handle: "PatchHandle", base: Any, call: Call, hidden_states: Tensor) -> str | None:
+def _obstacle(call: Call, hidden_states: Tensor) -> str | None:
     """Says why no graph can compute a forward pass, or None."""
-    layer = handle.adapter.layers(base)[0]
-    if not call.whole:
-        return "layers that no single op computes"
     if hidden_states.device.type not in DEVICES:
         return f"tensors on a device of type {hidden_states.device.type!r}"
-    if layer.training and getattr(layer, "gradient_checkpointing", False):
-        return "gradient checkpointing"
-    if type(hidden_states) is not Tensor or unsharded_class(type(layer)) is not type(layer):
-        return "tensors or layers that are distributed"
     if not hidden_states.numel():
         return "no tokens"
     if call.packing.sequences.real is not None:
@@ -268,42 +261,3 @@ class _Known:
             tuple([module.training for module in self._modules]),
             tuple([norm.eps for norm in self._norms]),
         )
-
-
-class GraphedPass:
-    """One forward pass that graphs may compute: the first layer stands for all, and the others hand on its result.
-
-    Args:
-        graphs: of the model.
-        handle: the model's.
-        base: the bare model.
-        seen: who looks at the hidden states between the layers, which no graph shows; None for nobody.
-    """
-
-    def __init__(self, graphs: Graphs, handle: "PatchHandle", base: Any, seen: str | None) -> None:
-        self._graphs, self._handle, self._base, self._seen = graphs, handle, base, seen
-        self._done = False
-
-    def __call__(self, index: int, hidden_states: Tensor, call: Call, turn: Any) -> Tensor | None:
-        """What a layer returns.
-
-        Args:
-            index: of the layer.
-            hidden_states: its input, [.., C].
-            call: of the forward pass.
-            turn: rotary positions, which differ from layer to layer; None for none.
-
-        Returns:
-            The layer's result, or None where it has to be computed without a graph.
-        """
-        if index:
-            return hidden_states if self._done else None
-        reason = self._seen or (None if turn is None else "rotary positions")
-        if reason is None and call.position_vectors is not None:
-            reason = "position vectors, which each layer projects"
-        if reason is not None:
-            self._graphs.eager[reason] += 1
-            return None
-        found = self._graphs.run(self._handle, self._base, call, hidden_states)
-        self._done = found is not None
-        return found

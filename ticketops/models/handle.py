@@ -22,8 +22,9 @@ from ticketops.models.adapter import Adapter
 from ticketops.models.boundary import HANDLES, ONLY_FIRST, Snapshot, only_first_tokens
 from ticketops.models.containers import callers, refuse_readers_of_padding, separate_columns, transformers_model
 from ticketops.models.embeddings import SWAPS
+from ticketops.models.encoder import EncoderPass
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
-from ticketops.models.graphs import DEVICES, GraphedPass, Graphs
+from ticketops.models.graphs import DEVICES, Graphs
 from ticketops.models.inputs import Inputs
 from ticketops.models.note import Note
 from ticketops.models.packing_collator import PACKED, put_in_rows
@@ -589,7 +590,7 @@ class PatchHandle:
             packed: the encoder's input is packed already.
             spread: layers hand on padded batches.
             only_first: only first tokens of the last layer's result are read.
-            seen: who looks at the hidden states between the layers, which no graph shows; None for nobody.
+            seen: who looks at the hidden states between the layers; None for nobody.
         """
         for state in self._states:
             for places in (state.kept.heads, state.kept.numbers, state.kept.neurons):
@@ -603,10 +604,9 @@ class PatchHandle:
         whole = ops.serves_layer(weight, weight)
         last, first = self.num_layers - 1, whole and only_first
         pads = packed and self.packs and not first and getattr(base, "pooler", None) is not None
-        graphed = None
-        if self.graphs is not None and not torch.compiler.is_compiling():
-            seen = seen or (None if base is self._base else "a replica of the model")
-            graphed = GraphedPass(self.graphs, self, base, seen)
+        encoder = None
+        if not torch.compiler.is_compiling():
+            encoder = EncoderPass(self, base, seen or (None if base is self._base else "a replica of the model"))
         call = Call(
             packing,
             self._states[0].kept.number,
@@ -615,7 +615,7 @@ class PatchHandle:
             whole=whole,
             first_tokens=last if first else None,
             padded_by=last if pads else None,
-            graphed=graphed,
+            encoder=encoder,
         )
         if self._recording is None or not torch.is_grad_enabled():
             return call

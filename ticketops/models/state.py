@@ -219,7 +219,7 @@ class Call:
         padded_by: number of the layer that pads its result again, since the bare model reads rows of it and has no
             encoder that would pad; None where no layer does.
         position_bias: [H, 2 R + 1] for the architecture's heads, see `ticketops.ops.attention`; None for no bias.
-        graphed: computes all layers by a graph, or says that it does not, see `graphs.GraphedPass`; None for no graphs.
+        encoder: computes all layers at once, or none, see `encoder.EncoderPass`; None computes them one by one.
         position_vectors: what `ticketops.ops.position_vectors` returns, before each layer projects it; None for none.
         positions: position keys and queries of the heads that a layer computes, see `ticketops.ops.attention`; given to
             this layer alone.
@@ -238,23 +238,23 @@ class Call:
     first_tokens: int | None = None
     padded_by: int | None = None
     position_bias: Tensor | None = None
-    graphed: Any = None
+    encoder: Any = None
     position_vectors: tuple[Tensor, Tensor | None] | None = None
     positions: tuple[Tensor | None, Tensor | None] = (None, None)
     recorded: Any = None
 
-    def by_graph(self, index: int, hidden_states: Tensor, turn: Any = None) -> Tensor | None:
-        """A layer's result where a graph computes all of them; None where the layer has to be computed.
+    def by_encoder(self, index: int, hidden_states: Tensor, turn: Any = None) -> Tensor | None:
+        """A layer's result where all layers are computed at once; None where the layer has to be computed.
 
         Args:
             index: of the layer.
-            hidden_states: [.., C], its input; behind the first layer the result of the graph.
+            hidden_states: [.., C], its input; behind the first layer the result of all.
             turn: rotary positions; None for none.
         """
-        # A compiler has graphs of its own.
-        if self.graphed is None or torch.compiler.is_compiling():
+        # A compiler sees layer by layer.
+        if self.encoder is None or torch.compiler.is_compiling():
             return None
-        done: Tensor | None = self.graphed(index, hidden_states, self, turn)
+        done: Tensor | None = self.encoder(index, hidden_states, self, turn)
         return None if done is None else self.leave(done, index)
 
     def bias_of(self, kept: Kept) -> Tensor | None:

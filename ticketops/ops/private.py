@@ -32,6 +32,7 @@ _assert_async = _find("_assert_async")
 _saving_hooks = _find("_C._autograd._top_saved_tensors_default_hooks")
 _unflatten = _find("_C._nn.unflatten_dense_tensors")
 _function_base = _find("_C._FunctionBase.apply")
+_active_ddp = _find("nn.parallel.DistributedDataParallel._get_active_ddp_module")
 _keeps_graph = _find("_C._autograd._get_current_graph_task_keep_graph")
 
 #: Makes a tensor from a DLPack capsule, as every result of a native kernel is one.
@@ -89,6 +90,12 @@ def keeps_graph() -> bool:
     """True inside a backward pass that another one of the same graph may follow (retain_graph=True), or if this version
     of torch does not tell."""
     return _keeps_graph is None or bool(_keeps_graph())
+
+
+def in_distributed_forward() -> bool:
+    """True inside the forward pass of a DistributedDataParallel module. False if this version of torch does not
+    tell."""
+    return _active_ddp is not None and _active_ddp() is not None
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -122,7 +122,7 @@ def _differentiable(
     def forward(ctx, *arguments):
         output = below(*arguments)
         setup_context(ctx, arguments, output)
-        return _detached_from_base(output[0]) if only_first else output
+        return without_base(output[0]) if only_first else output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     formula: Any = type(name, (torch.autograd.Function,), methods)
@@ -135,7 +135,7 @@ def _differentiable(
     return call
 
 
-def _detached_from_base(x: object) -> object:
+def without_base(x: Any) -> Any:
     """Returns a tensor that is no view in autograd's eyes. torch forbids in-place changes of a view that was made in an
     autograd.Function, but users change the results of ops in place."""
     if not isinstance(x, Tensor) or x._base is None:
@@ -149,8 +149,8 @@ def _without_views(function: Callable) -> Callable:
     def call(*arguments):
         results = function(*arguments)
         if isinstance(results, Tensor):
-            return _detached_from_base(results)
-        return tuple(map(_detached_from_base, results))
+            return without_base(results)
+        return tuple(map(without_base, results))
 
     return call
 

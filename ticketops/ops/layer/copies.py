@@ -137,7 +137,8 @@ class Table:
         if self._zeros:
             private.zero_all(self._zeros)
         for (_, back), (index, groups, copies) in self._slices.items():
-            copy(copies, index, groups, back)
+            for first in range(0, len(copies), MOST):
+                copy(copies[first : first + MOST], index, groups, back)
 
 
 def copy(copies: list[_Copy], index: Tensor, groups: int, back: bool) -> None:

@@ -1,6 +1,8 @@
 """An encoder layer on the CPU: the native kernels, with torch's matrix products between them. Weights are compacted and
 cast in one copy. Inference of few tokens runs as one kernel, csrc/cpu/encoder.cpp."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -125,11 +127,27 @@ def infer(inputs: Inputs, settings: Settings) -> Tensor:
     return out
 
 
-def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tensor, ...]:
+def prepare(layers: Sequence[tuple[Inputs, Settings]]) -> tuple[list[None], None]:
+    """Does nothing: on a CPU each layer copies its weights right before its products, which find them in the caches."""
+    return [None] * len(layers), None
+
+
+def forward(
+    inputs: Inputs,
+    settings: Settings,
+    keep: bool = True,
+    weights: None = None,
+    entered: Tensor | None = None,
+    half: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """See ticketops.ops.layer.encoder_layer.
 
     Args:
         keep: True saves tensors for a backward pass.
+        weights: result of `prepare`.
+        entered: x in the dtype of the products, if there is such a copy; None makes one where products need it.
+        half: [T, C] of that dtype to write a copy of the result to; None for no copy. Only of a layer with an FFN and a
+            LayerNorm behind it.
 
     Returns:
         [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
@@ -149,7 +167,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
     width = count * s.head_dim
     copies = Table()
     if cast and count and not normed:
-        attention_input = copies.select(x, 0, 1, None, dtype)
+        attention_input = copies.select(x, 0, 1, None, dtype) if entered is None else entered
     biases = None
     if count:
         if inputs.joined(s) is None:
@@ -211,15 +229,15 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             out = total.clone() if ffn_weights is None and total is stream else total
         else:
             assert w.gamma1 is not None
-            half = empty(stream.shape, dtype) if cast and ffn_weights is not None else None
+            inner_half = empty(stream.shape, dtype) if cast and ffn_weights is not None else None
             second = residual.Second(w.gamma2, w.beta2, s.eps[1]) if ffn_weights is None else None
             out, mean1, rstd1, *of_second = residual.forward(
-                projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps[0], half, second
+                projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps[0], inner_half, second
             )
             if ffn_weights is None:
                 mean2, rstd2 = of_second
             else:
-                middle, ffn_input = out, none if half is None else half
+                middle, ffn_input = out, none if inner_half is None else inner_half
         if ffn_weights is not None:
             # The kernels after the products add the biases; in the products they would cost a pass over the results.
             pre = product(ffn_input if cast or s.norm_first else middle, w1.t())
@@ -232,7 +250,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 out, *_ = residual.forward_before(output, total, b2, None, None, ffn_seed, ffn_dropout, 0.0, dtype)
             else:
                 out, mean2, rstd2 = residual.forward(
-                    output, middle, b2, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps[1]
+                    output, middle, b2, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps[1], half
                 )
     if not keep:
         return (out,)

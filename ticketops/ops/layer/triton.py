@@ -1,7 +1,7 @@
 """An encoder layer on a GPU: the Triton kernels of the layer's parts, with cuBLAS's products between them.
 
 With small batches the host's launches take longer than the GPU's work (bench/results/first-look-nvidia-h200.md). Module
-by module, a layer of BERT-base takes some 70 launches under autocast, most of them casts; as one op it takes some 25.
+by module, a layer of BERT-base takes some 70 launches under autocast, most of them casts; as one op it takes some 22.
 All weights are cast at once, and those of selected heads and neurons put side by side in the same pass; q, k and v are
 one product; the products for weight gradients write float32 directly; and products with transposed weights add to the
 gradient of the residual stream.
@@ -9,7 +9,7 @@ gradient of the residual stream.
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,37 +82,63 @@ def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
     return x if rows is None else x.new_zeros((tokens, x.shape[1])).index_add_(0, rows, x)
 
 
-def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tensor, ...]:
-    """See ticketops.ops.layer.encoder_layer and the native backend.
+class _Read(NamedTuple):
+    """A layer's weights as products read them: copies of the computed heads and neurons in the products' dtype, or the
+    parameters themselves.
+
+    Attributes:
+        w_qkv: weight of q, k and v together; empty if a parameter has it, or no head is computed.
+        biases: of these; None for none.
+        w_o, w_1, w_2: copies of weights, see Saved.
+        b1, b2: biases of the FFN; None for none.
+    """
+
+    w_qkv: Tensor
+    biases: Tensor | None
+    w_o: Tensor
+    w_1: Tensor
+    w_2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+
+
+def prepare(layers: Sequence[tuple[Inputs, Settings]]) -> tuple[list[_Read], Tensor | None]:
+    """Copies the weights of several layers, which takes few launches for all of them.
 
     Args:
-        keep: True saves tensors for a backward pass.
+        layers: tensor arguments and other arguments of each.
 
     Returns:
-        [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
+        What `forward` takes as `weights` for each layer, and as `entered` for the first one.
     """
-    (x, w, starts, lengths, real, seeds, cosines, sines), s = inputs, settings
-    ffn_weights = w.ffn()
-    (tokens, channels), dtype = x.shape, s.dtype
-    (_, count), slices = inputs.heads(s), inputs.slices(s)
-    attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s, _each)
-    attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
-    cast, width, none = dtype != x.dtype, count * s.head_dim, _nothing(x.device, x.dtype)
-    attention_input = w_qkv = w_o = w_1 = w_2 = qkv = context = pre = hidden = output = middle = ffn_input = none
-    norm_rows = inputs.norm_rows(s)
-    statistics = torch.empty(tokens * count + 2 * sum(norm_rows), dtype=torch.float32, device=x.device)
-    lse, *of_norms = _statistics(statistics, (tokens, count), norm_rows)
-    normed, projected, biases = s.norm_first and w.gamma1 is not None, None, None
     copies = Table()
+    entered = _entered(*layers[0], copies)
+    found = [_read(inputs, settings, copies) for inputs, settings in layers]
+    copies.run()
+    return found, entered
+
+
+def _entered(inputs: Inputs, s: Settings, copies: Table) -> Tensor | None:
+    """Adds a copy of the tokens in the products' dtype to a table, if products need it; else returns None."""
+    normed = s.norm_first and inputs.weights.gamma1 is not None
+    needed = s.dtype != inputs.x.dtype and inputs.heads(s)[1] and not normed
+    return copies.select(inputs.x, 0, 1, None, s.dtype) if needed else None
+
+
+def _read(inputs: Inputs, s: Settings, copies: Table) -> _Read:
+    """Adds a layer's copies to a table that will run them."""
+    x, w, slices = inputs.x, inputs.weights, inputs.slices(s)
+    (_, count), dtype = inputs.heads(s), s.dtype
+    cast, width = dtype != x.dtype, count * s.head_dim
+    w_qkv = w_o = w_1 = w_2 = _nothing(x.device, x.dtype)
+    biases, b1, b2 = None, w.b1, w.b2
 
     def copied(name: str, target: Tensor | None = None) -> Tensor:
         return copies.select(getattr(w, name), *slices.get(name, WHOLE), dtype, target)
 
-    if cast and count and not normed:
-        attention_input = copies.select(x, 0, 1, None, dtype)
     if count:
         if inputs.joined(s) is None:
-            w_qkv = torch.empty((3 * width, channels), dtype=dtype, device=x.device)
+            w_qkv = torch.empty((3 * width, x.shape[1]), dtype=dtype, device=x.device)
             for name, target in zip(w.projections, _equal(w_qkv, len(w.projections)), strict=True):
                 copied(name, target)
         if w.biases:
@@ -121,13 +147,52 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
                 copied(name, target)
         if cast or w.heads is not None:
             w_o = copied("wo")
-    if ffn_weights is not None:
-        w1, b1, w2, b2 = ffn_weights
+    if w.ffn() is not None:
         if cast or w.neurons is not None:
-            w1, w2 = w_1, w_2 = copied("w1"), copied("w2")
+            w_1, w_2 = copied("w1"), copied("w2")
             b1 = None if b1 is None else copied("b1")
         b2 = copied("b2") if cast and b2 is not None else b2
-    copies.run()
+    return _Read(w_qkv, biases, w_o, w_1, w_2, b1, b2)
+
+
+def forward(
+    inputs: Inputs,
+    settings: Settings,
+    keep: bool = True,
+    weights: _Read | None = None,
+    entered: Tensor | None = None,
+    half: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """See ticketops.ops.layer.encoder_layer and the native backend.
+
+    Args:
+        keep: True saves tensors for a backward pass.
+        weights: result of `prepare`; None copies the weights here.
+        entered, half: see the native backend.
+
+    Returns:
+        [T, C], or [B, C] with `first_tokens`; and the fields of Saved, if `keep`.
+    """
+    (x, w, starts, lengths, real, seeds, cosines, sines), s = inputs, settings
+    ffn_weights = w.ffn()
+    tokens, dtype = x.shape[0], s.dtype
+    _, count = inputs.heads(s)
+    attention_seed, output_seed, inner_seed, ffn_seed = seeds_of(seeds, s, _each)
+    attention_dropout, output_dropout, inner_dropout, ffn_dropout = s.dropouts
+    cast, width, none = dtype != x.dtype, count * s.head_dim, _nothing(x.device, x.dtype)
+    qkv = context = pre = hidden = output = middle = ffn_input = none
+    norm_rows = inputs.norm_rows(s)
+    statistics = torch.empty(tokens * count + 2 * sum(norm_rows), dtype=torch.float32, device=x.device)
+    lse, *of_norms = _statistics(statistics, (tokens, count), norm_rows)
+    normed, projected = s.norm_first and w.gamma1 is not None, None
+    if weights is None:
+        (weights,), entered = prepare([(inputs, s)])
+    elif entered is None:
+        copies = Table()
+        entered = _entered(inputs, s, copies)
+        copies.run()
+    attention_input = none if entered is None else entered
+    w_qkv, biases, w_o, w_1, w_2, b1, b2 = weights
     rows = inputs.rows(s)
     stream = select(x, rows)
     # Autocast, if it is on, has nothing to cast: all factors of products have its dtype.
@@ -163,13 +228,14 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
         out = total.clone() if ffn_weights is None and total is stream else total
     else:
         assert w.gamma1 is not None
-        half = torch.empty(stream.shape, dtype=dtype, device=x.device) if cast and ffn_weights is not None else None
+        inner_half = None
+        if cast and ffn_weights is not None:
+            ffn_input = inner_half = torch.empty(stream.shape, dtype=dtype, device=x.device)
         if projected is None:
             projected = x.new_zeros(stream.shape, dtype=dtype)
         middle, *_ = residual.forward(
-            projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps[0], half, of_norms[:2]
+            projected, stream, w.bo, w.gamma1, w.beta1, output_seed, output_dropout, s.eps[0], inner_half, of_norms[:2]
         )
-        ffn_input = none if half is None else half
         if ffn_weights is None:
             # The LayerNorms before and after the FFN follow each other.
             _, out = residual.forward_before(
@@ -177,6 +243,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             )
     if ffn_weights is not None:
         inner = ffn_input if cast or s.norm_first else middle
+        w1, w2 = (copy if copy.numel() else whole for copy, whole in ((w_1, ffn_weights[0]), (w_2, ffn_weights[2])))
         output, pre, hidden = ffn.forward(
             *(inner, w1, b1, w2, b2, None, None, s.activation), seed=inner_seed, dropout_p=inner_dropout
         )
@@ -184,7 +251,7 @@ def forward(inputs: Inputs, settings: Settings, keep: bool = True) -> tuple[Tens
             out, *_ = residual.forward_before(output, total, None, None, None, ffn_seed, ffn_dropout, 0.0, dtype)
         else:
             out, *_ = residual.forward(
-                output, middle, None, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps[1], None, of_norms[2:]
+                output, middle, None, w.gamma2, w.beta2, ffn_seed, ffn_dropout, s.eps[1], half, of_norms[2:]
             )
     if not keep:
         return (out,)
