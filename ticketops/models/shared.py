@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,6 +46,7 @@ class SharedModel(nn.Module):
             pooler. The encoder of the first model, or of the first one with a pooler, is patched and replaces those of
             the others, in place.
         tickets: task -> its ticket; None or a missing task keeps everything.
+        graphs: see `ticketops.patch`.
 
     Attributes:
         handle: PatchHandle of the encoder.
@@ -64,7 +65,11 @@ class SharedModel(nn.Module):
     NOTE = "shared.json"
 
     def __init__(
-        self, models: Mapping[str, PreTrainedModel], tickets: Mapping[str, Ticket | None] | None = None
+        self,
+        models: Mapping[str, PreTrainedModel],
+        tickets: Mapping[str, Ticket | None] | None = None,
+        *,
+        graphs: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__()
         if not models:
@@ -92,7 +97,7 @@ class SharedModel(nn.Module):
         self.tickets = {task: by_task.get(task) or full for task in models}
         for task, ticket in self.tickets.items():
             _check(task, ticket, full, num_neurons(base.config))
-        self.handle = PatchHandle(first)
+        self.handle = PatchHandle(first, graphs=graphs)
         # A ticket in a loaded state_dict is not applied: each task has its own.
         self.handle.loads_tickets = False
         for model in others:

@@ -56,7 +56,7 @@ _ALIASES = {
     "optim": ("recipe",),
 }
 #: Fields that change no result: where results go, whether models are kept with them, who is told of the training, and
-#: where trials run.
+#: where and how trials run.
 NO_RESULT = (
     "output",
     "save_models",
@@ -65,6 +65,7 @@ NO_RESULT = (
     "address",
     "cpus_per_trial",
     "gpus_per_trial",
+    "graphs",
     "retries",
 )
 #: The groups of flags in a command's help, in their order.

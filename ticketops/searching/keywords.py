@@ -29,6 +29,7 @@ class RunFields(TypedDict, total=False):
     address: Any
     cpus_per_trial: Any
     gpus_per_trial: Any
+    graphs: Any
     retries: Any
     report_to: Any
     granularity: Any

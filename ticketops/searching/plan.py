@@ -234,7 +234,7 @@ class SearchConfig(RunConfig):
             put("report_to", tuple(dict.fromkeys(list_of("report_to", self.report_to))))
             for name in self.report_to:
                 check_choice("report_to", name, TRACKERS)
-        for name in ("save_models", "prune_neurons", "halving"):
+        for name in ("save_models", "prune_neurons", "halving", "graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{spelled(name)} {shown(getattr(self, name))} is neither true nor false")
         if self.halving and "winning" not in self.kinds:

@@ -99,6 +99,12 @@ class RunConfig(Config):
         float,
         shown="1 where there are any",
     )
+    graphs: bool = option(
+        False,
+        "On a GPU, launch the encoder's kernels by CUDA graphs. No GPU has run them yet.",
+        EXECUTION,
+        bool,
+    )
     retries: int = option(0, "How often a trial that failed is tried again at once.", EXECUTION, int)
     report_to: tuple[str, ...] = option(
         (),

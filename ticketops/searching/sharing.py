@@ -180,7 +180,8 @@ def run_share_trial(
     sizes = [len(setting.splits["train"]) for setting in settings.values()]
     schedule = make_schedule(sizes, config.batch_size, config.joint_epochs, config.mixing, trial.seed)
     with quiet(), Tracker(tracked) as tracker:
-        shared = SharedModel({name: own.fresh_model(trial.seed) for name, own in settings.items()}, tickets)
+        models = {name: own.fresh_model(trial.seed) for name, own in settings.items()}
+        shared = SharedModel(models, tickets, graphs="auto" if config.graphs else False)
         counts = {name: weight_counts(shared.select(name)) for name in settings}
         trainer = MixedTrainer(
             {name: own.loss_function for name, own in settings.items()},

@@ -112,7 +112,7 @@ def run_trial(
         whole, left = costs(model, ticket=kept)
         # Shrunk, so that pruned weights cost the optimizer neither time nor memory.
         trained = model if ticket is None else shrink(copy.deepcopy(model), ticket)
-        handle = stack.enter_context(patch(trained))
+        handle = stack.enter_context(patch(trained, graphs="auto" if config.graphs else False))
         options: dict[str, Any] = {
             "granularity": config.granularity,
             "neurons": config.prune_neurons,
