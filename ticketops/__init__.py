@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ticketops.models.drawing import draw
     from ticketops.models.export import export
     from ticketops.models.handle import PatchHandle, patch
-    from ticketops.models.packing_collator import PackingCollator
+    from ticketops.models.packing_collator import CountingCollator, PackingCollator
     from ticketops.models.rewind import rewind
     from ticketops.models.shared import SharedModel
     from ticketops.models.shrink import shrink
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CountingCollator",
     "Importance",
     "InputError",
     "Listener",
@@ -59,6 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CountingCollator": "ticketops.models",
     "Importance": "ticketops.tickets",
     "InputError": "ticketops.errors",
     "Listener": "ticketops.searching",

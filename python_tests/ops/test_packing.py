@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from ticketops.errors import InputError
 from ticketops.ops import Packing, Sequences, products
+from ticketops.ops.packing import TokenCounts
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=5))
@@ -40,6 +41,28 @@ def test_holes_are_kept_as_rows_of_zeros_between_the_tokens(rows, bucket):
     assert torch.equal(whole, (padded + 1) * mask[:, :, None])
     gradient = torch.randn_like(whole)
     assert torch.equal(torch.autograd.grad(whole, padded, gradient)[0], gradient * mask[:, :, None])
+
+
+@given(
+    st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=5),
+    st.sampled_from([None, 8, "geometric"]),
+    st.booleans(),
+)
+def test_counts_pack_as_reading_does(rows, bucket, close_holes):
+    mask = torch.tensor(rows)
+    read, known = (
+        Packing.from_mask(mask, *mask.shape, mask.device, True, bucket, close_holes, counts=counts)
+        for counts in (None, TokenCounts.of(mask))
+    )
+    for name in ("indices", "numbers"):
+        assert torch.equal(getattr(read, name), getattr(known, name))
+    for name in ("starts", "lengths"):
+        assert torch.equal(getattr(read.sequences, name), getattr(known.sequences, name))
+    # Longest runs are not shortened by their holes.
+    assert read.sequences.max_length <= known.sequences.max_length <= 7
+    if not close_holes:
+        assert read.sequences.max_length == known.sequences.max_length
+        assert (read.sequences.real is None) == (known.sequences.real is None)
 
 
 @pytest.mark.parametrize("close_holes", [True, False])

@@ -10,6 +10,7 @@ from bounds import roundings
 
 from ticketops.errors import InputError, StoreError
 from ticketops.models import SharedModel, load
+from ticketops.ops import Packing
 from ticketops.reporting import ShareResult, read
 from ticketops.searching import SearchConfig, ShareConfig, ShareTrial, Store, run_search, run_share
 from ticketops.searching.release import release
@@ -147,6 +148,21 @@ def test_a_trial_is_a_pure_function_and_the_seed_moves_it(tasks: dict[str, str])
     torch.manual_seed(99)
     assert run(1) == first
     assert other["tasks"]["task"]["predictions_sha256"] != first["tasks"]["task"]["predictions_sha256"]
+
+
+def test_batches_of_every_task_are_counted_before_they_travel(tasks: dict[str, str], monkeypatch):
+    counted, from_mask = [], Packing.from_mask
+
+    def noted(*args: Any) -> Packing:
+        counted.append(args[-1] is not None)
+        return from_mask(*args)
+
+    monkeypatch.setattr(Packing, "from_mask", noted)
+    config = ShareConfig(**tasks, **FIELDS)
+    run_share_trial(config, load_settings(config), ShareTrial("plain", 0, 0), {"task": None, "pairs": None})
+    # Training and evaluation.
+    assert len(counted) == 4 + 2
+    assert all(counted)
 
 
 def test_random_tickets_of_two_tasks_and_of_two_seeds_are_drawn_apart():

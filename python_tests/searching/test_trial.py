@@ -3,6 +3,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from transformers import AutoModel, Trainer
 
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models import patch, shrink
+from ticketops.ops import Packing
 from ticketops.optim import Adamax
 from ticketops.searching import SearchConfig, Setting, Trial, run_trial
 from ticketops.searching.recipes import RECIPES
 from ticketops.searching.release import release
 from ticketops.searching.scoring import score_pass
+from ticketops.searching.trial import trainer_options
 from ticketops.tickets import Ticket
 
 from .tiny import FIELDS, HEADS, LAYERS
@@ -66,6 +69,34 @@ def test_the_full_model_learns_and_pruned_weights_stay_pretrained(setting: Setti
     name = "encoder.layer.0.attention.self.query.weight"
     heads = [torch.equal(a, b) for a, b in zip(trained[name].chunk(HEADS), start[name].chunk(HEADS), strict=True)]
     assert heads == [False, True, False, True]
+
+
+def test_batches_are_counted_before_they_travel_and_nothing_else_changes(setting: Setting, monkeypatch):
+    counted, from_mask = [], Packing.from_mask
+
+    def noted(*args: Any) -> Packing:
+        counted.append(args[-1] is not None)
+        return from_mask(*args)
+
+    monkeypatch.setattr(Packing, "from_mask", noted)
+    found = run_trial(setting, FULL, ways=("pass", "on_the_fly"))
+    assert counted
+    assert all(counted)
+    monkeypatch.setattr(Setting, "collator", property(lambda self: self.task.collator(self.tokenizer)))
+    counted.clear()
+    assert reproducible(run_trial(setting, FULL, ways=("pass", "on_the_fly")).record) == reproducible(found.record)
+    assert not any(counted)
+
+
+def test_where_there_is_a_gpu_batches_are_sent_without_waiting(setting: Setting, monkeypatch):
+    # Where there is none, the Trainer's own takes pinned memory back.
+    monkeypatch.setattr(
+        "ticketops.searching.trial.TrainingArguments", lambda **given: SimpleNamespace(n_gpu=1, **given)
+    )
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        arguments = trainer_options(setting, 0)["args"]
+        assert arguments.dataloader_pin_memory == arguments.accelerator_config["non_blocking"] == there
 
 
 def test_both_ways_of_scoring_see_every_row_once(setting: Setting):

@@ -6,7 +6,7 @@ from ticketops.models.cost import Cost, costs, latencies
 from ticketops.models.drawing import Drawing, draw
 from ticketops.models.export import Format, expand, export
 from ticketops.models.handle import PatchHandle, patch
-from ticketops.models.packing_collator import PackingCollator
+from ticketops.models.packing_collator import CountingCollator, PackingCollator
 from ticketops.models.registry import check_supported, weight_counts
 from ticketops.models.rewind import rewind
 from ticketops.models.shared import SharedModel
@@ -15,6 +15,7 @@ from ticketops.models.support import describe
 
 __all__ = [
     "Cost",
+    "CountingCollator",
     "Drawing",
     "Format",
     "PackingCollator",

@@ -23,12 +23,12 @@ from ticketops.models.hooks import (
     sees_keywords,
     transform,
 )
-from ticketops.models.packing_collator import PACKED
+from ticketops.models.packing_collator import PACKED, TOKEN_COUNTS
 from ticketops.models.record import APPLIED
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stock_class, unsharded_class
 from ticketops.ops import Packing, private
-from ticketops.ops.packing import check_rows, is_unbroken, require
+from ticketops.ops.packing import TokenCounts, begins_with_token, check_rows, is_unbroken, on_host, require
 from ticketops.ops.products import compute_dtype
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 #: By this argument a task head's hook tells the base model's forward that nothing but first tokens is read.
 ONLY_FIRST = "ticketops_only_first"
+
+#: A task head's hook leaves the counts on the mask under this name, since not every head hands arguments on.
+_COUNTS = "_ticketops_counts"
 
 #: Arguments of a forward pass that stock layers honour and ticketops' layers do not.
 _STOCK_ARGUMENTS = (
@@ -85,7 +88,8 @@ class TicketModel(nn.Module):
         enter = _enter_packed if handle.unpad and not torch.compiler.is_exporting() else _enter
         entered = enter(handle, self, args, kwargs)
         if entered is None:
-            kwargs.pop(ONLY_FIRST, None)
+            for name in (ONLY_FIRST, TOKEN_COUNTS):
+                kwargs.pop(name, None)
             return super().forward(*args, **kwargs)
         call: Call = entered["ticketops"]
         output = super().forward(**entered)
@@ -175,11 +179,12 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
         return None
     batch, width, device = shape
     mask = arguments.get("attention_mask")
+    counts = _counts_of(mask, arguments.pop(TOKEN_COUNTS, None), batch, width)
     obstacle, look = transform() or stock_argument(base, arguments), Look(None)
     if obstacle is None and device.type not in ("cpu", "cuda"):
         obstacle = f"a device of type {device.type!r}"
     if obstacle is None and mask is not None:
-        obstacle = _mask_obstacle(handle, base, mask, batch, width, device)
+        obstacle = _mask_obstacle(handle, mask, counts, batch, width)
     if obstacle is None:
         look = Look(*_look_of(handle.key)) if torch.compiler.is_compiling() else examine(handle, base)
         obstacle = look.obstacle
@@ -189,7 +194,7 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     hidden = base.config.output_hidden_states if hidden is None else hidden
     # It may be the number of a layer, 0 too.
     hidden = hidden is not None and hidden is not False
-    if obstacle is None and look.watched and handle.unpad and mask is not None and not is_unbroken(mask).all():
+    if obstacle is None and look.watched and handle.unpad and mask is not None and _has_holes(mask, counts):
         obstacle = "hooks inside it, which see padded batches, with holes in the attention mask"
     if obstacle is not None:
         handle.refuse_stock(obstacle)
@@ -203,7 +208,7 @@ def _enter(handle: "PatchHandle", base: Any, args: tuple[Any, ...], kwargs: dict
     flat = _flat(handle, base, arguments, batch, width)
     if flat is None:
         bucket, closes = bucket if unpad else None, handle.close_holes
-        packing = Packing.from_mask(mask, batch, width, device, unpad, bucket, closes, dtype)
+        packing = Packing.from_mask(mask, batch, width, device, unpad, bucket, closes, dtype, counts)
     else:
         packing = flat
     if not look.watched:
@@ -302,8 +307,37 @@ def _flat(handle: "PatchHandle", base: Any, arguments: dict[str, Any], batch: in
     return Packing.from_bounds(bounds, int(bounds.diff().max()), batch, width)
 
 
+# On a tensor that a compiler follows it could be left nowhere.
+@torch.compiler.disable
+def leave_counts(mask: Any, counts: TokenCounts) -> None:
+    """Leaves the counts of a mask with it, for the bare model that a task head calls.
+
+    Args:
+        mask: attention mask of a batch; anything else is left alone.
+        counts: what came with it.
+    """
+    if isinstance(mask, Tensor):
+        vars(_whole(mask))[_COUNTS] = counts
+
+
+def _counts_of(mask: Any, counts: Any, batch: int, width: int) -> TokenCounts | None:
+    """The counts of a mask: those of the batch, or what a task head's hook has left. None for those of another shape,
+    as where DataParallel has divided the batch."""
+    # What is compiled whole has static shapes, and would be compiled anew for each batch's numbers.
+    if not isinstance(mask, Tensor) or torch.compiler.is_compiling():
+        return None
+    counts = vars(_whole(mask)).pop(_COUNTS, counts)
+    fits = isinstance(counts, TokenCounts) and (counts.rows, counts.width) == (batch, width)
+    return counts if fits else None
+
+
+def _whole(mask: Tensor) -> Tensor:
+    """The tensor that a mask is a view of, as the head of a multiple choice makes one; else the mask itself."""
+    return mask if mask._base is None else mask._base
+
+
 def _mask_obstacle(
-    handle: "PatchHandle", base: Any, mask: Tensor, batch: int, width: int, device: torch.device
+    handle: "PatchHandle", mask: Tensor, counts: TokenCounts | None, batch: int, width: int
 ) -> str | None:
     """Says why an attention mask needs the stock code, or None."""
     if not handle.inputs.ragged:
@@ -314,14 +348,20 @@ def _mask_obstacle(
         )
     if not handle.reads_first:
         return None
-    fine, problem = mask[:, 0].bool() | ~mask.bool().any(1), "where its first token is read"
-    if handle.unpad or (mask.is_cpu and not torch.compiler.is_compiling()):
+    remedy = "where its first token is read: pad on the right (padding_side='right')"
+    padded, fine = f"padding in front of a row, {remedy}", begins_with_token(mask)
+    if counts is None and (handle.unpad or on_host(mask)):
         # Packing waits for the device anyway.
-        padded = f"padding in front of a row, {problem}: pad on the right (padding_side='right')"
         return None if fine.all() else padded
+    if counts is not None and counts.padded_in_front:
+        return padded
     # Static graphs and what does not wait for the device have no other way left.
-    check_rows(fine, f"begins with padding, {problem}: pad on the right (padding_side='right')", wait=False)
+    check_rows(fine, f"begins with padding, {remedy}")
     return None
+
+
+def _has_holes(mask: Tensor, counts: TokenCounts | None) -> bool:
+    return counts.holes > 0 if counts else not is_unbroken(mask).all()
 
 
 class Snapshot:

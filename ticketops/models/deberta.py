@@ -17,6 +17,7 @@ from ticketops.models.bert import TicketEncoder, post_norm_layer
 from ticketops.models.boundary import ONLY_FIRST
 from ticketops.models.embeddings import TicketEmbeddings
 from ticketops.models.first_tokens import TellingClassifier, ToldModel
+from ticketops.models.packing_collator import TOKEN_COUNTS
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
 from ticketops.ops import Packing
@@ -55,7 +56,8 @@ class TicketDebertaModel(ToldModel, _Model):
         """Takes and returns what the stock model does; hidden states at padding are zeros."""
         if self.z_steps > 1:
             self._ticketops.refuse_stock(f"z_steps={self.z_steps}, which passes the last layer several times")
-            kwargs.pop(ONLY_FIRST, None)
+            for name in (ONLY_FIRST, TOKEN_COUNTS):
+                kwargs.pop(name, None)
             return self._ticketops.adapter.base.forward(self, *args, **kwargs)
         return super().forward(*args, **kwargs)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ticketops import ops
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models.adapter import Adapter
-from ticketops.models.boundary import HANDLES, ONLY_FIRST, Snapshot, only_first_tokens
+from ticketops.models.boundary import HANDLES, ONLY_FIRST, Snapshot, leave_counts, only_first_tokens
 from ticketops.models.containers import callers, refuse_readers_of_padding, separate_columns, transformers_model
 from ticketops.models.embeddings import SWAPS
 from ticketops.models.encoder import EncoderPass
@@ -27,7 +27,7 @@ from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
 from ticketops.models.graphs import DEVICES, Graphs
 from ticketops.models.inputs import Inputs
 from ticketops.models.note import Note
-from ticketops.models.packing_collator import PACKED, put_in_rows
+from ticketops.models.packing_collator import PACKED, TOKEN_COUNTS, put_in_rows
 from ticketops.models.record import applied_ticket, held_ticket, kept_neurons, num_neurons, read_applied, record_of
 from ticketops.models.recording import Recording
 from ticketops.models.registry import adapter_of, check_layers, find_adapter
@@ -84,7 +84,7 @@ def patch(
     refuse_readers_of_padding(model)
     handle = PatchHandle(transformers_model(model), unpad=unpad, bucket=bucket, graphs=graphs)
     for caller in callers(model):
-        handle.tell_first_tokens(caller)
+        handle.prepare_calls(caller)
     try:
         handle.restore()
     except TicketopsError:
@@ -187,17 +187,17 @@ class PatchHandle:
             # EuroBERT calls the first token bos.
             first = pooling in ("cls", "bos") and any(name.endswith("ForSequenceClassification") for name in names)
             self._first_token_head |= first
-        self.tell_first_tokens(model)
+        self.prepare_calls(model)
 
-    def tell_first_tokens(self, caller: nn.Module) -> None:
-        """Has the bare model know where nothing but first tokens is read of its result, and rows of what is packed.
+    def prepare_calls(self, caller: nn.Module) -> None:
+        """Has the bare model know where nothing but first tokens is read of its result, rows of what is packed, and how
+        many tokens the host has counted.
 
         Args:
             caller: the model with its task head, or a module that hands keyword arguments to that one's forward.
         """
-        head = _head_of(caller)
-        if stock_class(head) in self.adapter.first_token_heads or _classifies_sequences(head):
-            hook = partial(_before_head, self._architecture)
+        if _head_of(caller) is not self._base:
+            hook = partial(_before_head, self._architecture, self.unpad)
             self._hooks.append(caller.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _swap(self, module: nn.Module, swaps: dict[type[nn.Module], type[nn.Module]], state: object) -> None:
@@ -652,12 +652,15 @@ def find_handle(model: PreTrainedModel) -> PatchHandle | None:
 
 
 def _before_head(
-    architecture: type[nn.Module], caller: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    architecture: type[nn.Module], unpad: bool, caller: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Puts a packed batch in rows, and tells the bare model where a task head reads nothing but first tokens."""
-    head = _head_of(caller)
+    """Puts a packed batch in rows, takes the counts of its tokens out, and tells the bare model where a task head reads
+    nothing but first tokens."""
+    head, counts = _head_of(caller), kwargs.pop(TOKEN_COUNTS, None)
     if PACKED in kwargs and _classifies_sequences(head):
-        kwargs = put_in_rows(head.config, kwargs)
+        kwargs, counts = put_in_rows(head.config, kwargs)
+    if unpad and counts is not None:
+        leave_counts(kwargs.get("attention_mask"), counts)
     only = only_first_tokens(adapter_of(architecture), head)
     return args, {**kwargs, ONLY_FIRST: True} if only else kwargs
 

@@ -1,21 +1,65 @@
-"""PackingCollator: batches for sequence classification and regression without padding, and what a patched model makes
-of them."""
+"""Collators: batches that say how many tokens they have; batches for sequence classification and regression without
+padding, and what a patched model makes of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ticketops.errors import InputError
-from ticketops.ops.packing import require
+from ticketops.ops.packing import TokenCounts, require
 
-#: Where a batch has its token ids. A stock model has no argument of this name, and refuses a batch without input_ids.
+#: By this argument a batch tells a patched model the TokenCounts of its attention mask.
+TOKEN_COUNTS = "token_counts"
+
+#: Where a packed batch has its token ids. A stock model has no argument of this name, and refuses a batch without
+#: input_ids.
 PACKED = "packed_input_ids"
 
 #: Columns of a row with a value for each token.
 _TOKENS = ("input_ids", "token_type_ids", "attention_mask")
 _LABELS = ("labels", "label", "label_ids")
+
+
+class CountingCollator:
+    """Has the batches of another collator say how many tokens they have, so that a patched model on a GPU never waits
+    for it to count: `Trainer(..., data_collator=CountingCollator(DataCollatorWithPadding(tokenizer)))`, or a
+    DataLoader's `collate_fn`.
+
+    The counts are a batch's `token_counts`, which stays on the host where its tensors move to a GPU. A patched model of
+    any kind takes them out; where they do not fit the mask, it refuses the batch. Batches without an `attention_mask`
+    of at least two dimensions stay as they are, and so do those of PackingCollator, whose shapes tell. Other models
+    have no such argument.
+
+    Args:
+        collator: makes a batch from a list of rows. Its attributes are also those of this collator.
+    """
+
+    def __init__(self, collator: Callable[[Any], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Any) -> Any:
+        """Makes a batch.
+
+        Args:
+            rows: as the other collator takes them.
+
+        Returns:
+            What the other collator returns, with `token_counts`.
+        """
+        batch = self.collator(rows)
+        if isinstance(batch, MutableMapping) and PACKED not in batch:
+            mask = batch.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.is_cpu and mask.ndim > 1:
+                batch[TOKEN_COUNTS] = TokenCounts.of(mask)
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        # Pickle asks before there is anything to ask.
+        if name.startswith("__") or name == "collator":
+            raise AttributeError(name)
+        return getattr(self.collator, name)
 
 
 class PackingCollator:
@@ -109,7 +153,7 @@ def _joined(name: str, values: list[list[int]], ids: list[list[int]], lengths: l
     return torch.tensor([[value for row, n in zip(values, lengths, strict=True) for value in row[:n]]])
 
 
-def put_in_rows(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def put_in_rows(config: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], TokenCounts]:
     """Puts the tokens of a packed batch back in rows, as a model's forward takes them. Its layers pack them again.
 
     The model then numbers positions itself and pools under the mask, so a packed batch cannot differ from a padded one.
@@ -119,7 +163,8 @@ def put_in_rows(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         arguments: of its forward pass, among them those of a PackingCollator.
 
     Returns:
-        The same with `input_ids`, and `token_type_ids` where given, of shape [rows, longest].
+        The same with `input_ids`, and `token_type_ids` where given, of shape [rows, longest]; and what shapes tell of
+        the mask.
 
     Raises:
         InputError: the attention mask is not that of these tokens.
@@ -134,4 +179,5 @@ def put_in_rows(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, (values, padding) in packed.items():
         if values is not None:
             arguments[name] = values.new_full(real.shape, padding).masked_scatter(real, values)
-    return arguments
+    rows, longest = real.shape
+    return arguments, TokenCounts(rows, longest, tokens.numel(), 0, longest, False)

@@ -1,7 +1,7 @@
 """Sequences as runs of rows of a flat token matrix, and conversion between padded batches and packed tokens."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -76,6 +76,47 @@ class Sequences:
         return [(start, start + n) for start, n in zip(self.starts.tolist(), self.lengths.tolist(), strict=True)]
 
 
+@dataclass
+class TokenCounts:
+    """What the host knows of an attention mask, so that packing it on a GPU need not wait for the device.
+
+    A batch carries it beside its tensors: `to`, by which loops move a batch to a device, leaves it where it is.
+
+    Attributes:
+        rows, width: shape of the mask.
+        tokens: number of real tokens.
+        holes: number of places without a token between the first and the last token of their row.
+        longest: largest number of places from the first to the last token of a row, or more.
+        padded_in_front: True if padding comes before the first token of a row.
+    """
+
+    rows: int
+    width: int
+    tokens: int
+    holes: int
+    longest: int
+    padded_in_front: bool
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "TokenCounts":
+        """Counts a mask. For one on a GPU this waits for the device.
+
+        Args:
+            mask: [.., S], nonzero for a real token, any dtype.
+        """
+        real = mask.bool().flatten(0, -2)
+        rows, width = real.shape
+        if not rows or not width:
+            return cls(rows, width, 0, 0, 0, False)
+        spans, tokens = _filled(real).sum(1), int(real.sum())
+        holes, longest = int(spans.sum()) - tokens, int(spans.max())
+        return cls(rows, width, tokens, holes, longest, not begins_with_token(real).all())
+
+    def to(self, *args: Any, **kwargs: Any) -> "TokenCounts":
+        """Returns the object itself, on the host."""
+        return self
+
+
 @dataclass(frozen=True)
 class Packing:
     """Conversion between a padded batch [B, S, C] and its real tokens [T, C].
@@ -107,11 +148,13 @@ class Packing:
         bucket: int | Literal["geometric"] | None = None,
         close_holes: bool = True,
         dtype: torch.dtype | None = None,
+        counts: TokenCounts | None = None,
     ) -> "Packing":
         """Builds the packing for an attention mask. Any 0/1 mask can be packed, also with padding on the left or
         between tokens.
 
-        Packing waits for the mask's device once, to read the number of real tokens. `unpad=False` never waits.
+        Packing needs the number of real tokens on the host. It is read from a mask on the CPU before that is sent to
+        the device, or taken from `counts`. A mask on a GPU without counts is waited for. `unpad=False` never waits.
 
         Args:
             mask: [B, S], nonzero for a real token, any dtype; None if all tokens are real.
@@ -140,14 +183,24 @@ class Packing:
             starts = torch.arange(batch, dtype=torch.int32, device=device) * width
             return cls(None, None, Sequences(starts, lengths, width), batch, width)
         if unpad:
-            mask = mask.to(device)
+            if counts is None and mask.device != device:
+                counts = TokenCounts.of(mask)
+            mask = _send(mask, device)
             taken = mask if close_holes else _filled(mask.to(torch.bool))
             starts, lengths, indices, numbers = number_tokens(taken)
-            asked = lengths if close_holes else torch.cat([lengths, (taken != mask.bool()).sum()[None].int()])
-            # This waits for the device, once: a tensor's size must be known on the host.
-            counts = asked.tolist()
-            holes = 0 if close_holes else counts.pop()
-            rows, longest = sum(counts), max(counts, default=0)
+            if counts is None:
+                added = [] if close_holes else [(taken != mask.bool()).sum()[None].int()]
+                # This waits for the device, once: a tensor's size must be known on the host.
+                read = torch.cat([lengths, *added]).tolist()
+                holes = 0 if close_holes else read.pop()
+                rows, longest = sum(read), max(read, default=0)
+            else:
+                holes, longest = 0 if close_holes else counts.holes, counts.longest
+                rows = counts.tokens + holes
+                fine = (lengths.sum() == rows) & (lengths <= longest).all()
+                if not close_holes:
+                    fine &= (taken != mask.bool()).sum() == holes
+                require(fine, "the number of tokens that came with the attention mask is that of another mask")
             if bucket is not None:
                 longest = min(width, 1 << max(0, longest - 1).bit_length())
             if bucket == "geometric":
@@ -164,9 +217,9 @@ class Packing:
             return cls(indices, numbers, Sequences(starts, lengths, longest, there), batch, width)
         first, lengths, unbroken = _unbroken(mask.to(torch.bool))
         problem = "has holes, which unpad=False cannot serve: patch(model, unpad=True) packs it"
-        check_rows(unbroken, problem, wait=False)
+        check_rows(unbroken, problem)
         starts = torch.arange(batch, dtype=torch.int32, device=mask.device) * width + first
-        starts, lengths = (x.to(device, non_blocking=True) for x in (starts, lengths))
+        starts, lengths = (_send(x, device) for x in (starts, lengths))
         return cls(None, None, Sequences(starts, lengths, width), batch, width)
 
     @classmethod
@@ -230,6 +283,29 @@ def is_unbroken(mask: Tensor) -> Tensor:
     return _unbroken(mask.bool())[2]
 
 
+def begins_with_token(mask: Tensor) -> Tensor:
+    """Returns, for each row of an attention mask [B, S], True if no padding comes before its first real token.
+
+    Args:
+        mask: nonzero for a real token, any dtype; of at least one column.
+    """
+    real = mask.bool()
+    return real.any(1) == real[:, 0]
+
+
+def on_host(x: Tensor) -> bool:
+    """True if the host can read a tensor's values without waiting for a device."""
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor to a device; from the host without waiting for the device."""
+    if x.is_cpu and device.type == "cuda":
+        # From other memory the copy would wait for what was queued before.
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def _filled(real: Tensor) -> Tensor:
     """Returns a mask [B, S] with ones between the first and the last real token of each row."""
     counts = real.cumsum(1)
@@ -257,25 +333,24 @@ def require(fine: Tensor, problem: str) -> None:
     Raises:
         InputError: the inputs are invalid, and `fine` is on the CPU.
     """
-    if not fine.is_cpu or torch.compiler.is_compiling():
+    if not on_host(fine):
         private.assert_on_device(fine, problem)
     elif not fine:
         raise InputError(problem)
 
 
-def check_rows(fine: Tensor, problem: str, wait: bool) -> None:
-    """Refuses an attention mask if any of its rows is invalid.
+def check_rows(fine: Tensor, problem: str) -> None:
+    """Refuses an attention mask if any of its rows is invalid. For a mask on a GPU, which the host does not read, an
+    assertion on the device stops the program.
 
     Args:
         fine: bool [B], False for an invalid row of the mask.
         problem: end of the sentence "row 3 of the attention mask ...": what is wrong and the remedy.
-        wait: True waits for a GPU's result, so that the error can name the row; False lets an assertion on the GPU stop
-            the program. Without effect on a CPU.
 
     Raises:
-        InputError: a row is invalid, and the mask is on the CPU or `wait` is True.
+        InputError: a row is invalid, and the mask is on the CPU.
     """
-    if (wait or fine.is_cpu) and not torch.compiler.is_compiling():
+    if on_host(fine):
         bad = (~fine).nonzero()
         if len(bad):
             raise InputError(f"row {int(bad[0])} of the attention mask {problem}")

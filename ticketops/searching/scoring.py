@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from ticketops.launch import processes, rank
 from ticketops.models import PatchHandle
@@ -43,7 +44,7 @@ def score_pass(
         with handle.record_importance(**options) as importance:
             # Those that train together score together, each every so many batches.
             for batch in itertools.islice(batches, rank(), None, processes()):
-                batch = {key: value.to(model.device) for key, value in batch.items()}
+                batch = send_to_device(batch, model.device, non_blocking=True)
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
                     loss = compute_loss(model, batch)
                 loss.backward()

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from ticketops.errors import InputError, UnsupportedError, spelled
 from ticketops.files import user_path
 from ticketops.hub import HubError, fetch_model
-from ticketops.models import check_supported
+from ticketops.models import CountingCollator, check_supported
 from ticketops.models.checkpoint import LOCAL, check_folder
 from ticketops.models.inputs import positions
 from ticketops.models.record import held_ticket, num_neurons
@@ -234,6 +234,11 @@ class Setting:
     def loss_function(self) -> Any:
         """The loss of training and of importance, as `Task.loss_function` returns it."""
         return self.task.loss_function(self.config.class_weights)
+
+    @property
+    def collator(self) -> CountingCollator:
+        """What pads inputs to a batch, and counts its tokens before they travel to a GPU."""
+        return CountingCollator(self.task.collator(self.tokenizer))
 
     def plan(self) -> list[Trial]:
         """Lists the trials of the search in the order in which they run.

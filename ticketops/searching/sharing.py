@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, set_seed
 
@@ -255,10 +256,7 @@ class MixedSteps(Dataset):
 
     def __init__(self, settings: Mapping[str, Setting], schedule: Sequence[Step]):
         self._schedule = schedule
-        self._tasks = [
-            (name, setting.splits["train"], setting.task.collator(setting.tokenizer))
-            for name, setting in settings.items()
-        ]
+        self._tasks = [(name, setting.splits["train"], setting.collator) for name, setting in settings.items()]
 
     def __len__(self) -> int:
         return len(self._schedule)
@@ -281,13 +279,18 @@ class MixedTrainer(Trainer):
         super().__init__(**options)
         self._losses = losses
 
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Moves the batch to the device, without waiting for that as the Trainer would, and trains on it."""
+        inputs = send_to_device(inputs, self.args.device, non_blocking=self.args.dataloader_pin_memory)
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of the step's task."""
         self.compute_loss_func = self._losses[inputs["task"]]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The steps one by one; `_prepare_inputs` moves their tensors and leaves the task's name."""
+        """The steps one by one."""
         assert self.train_dataset is not None
         return DataLoader(
             self.train_dataset, batch_size=None, collate_fn=_as_it_is, pin_memory=self.args.dataloader_pin_memory

@@ -149,7 +149,12 @@ def run_trial(
         tracker.log_scores(trainer, scores["scores"])
         importance = {"on_the_fly": recorder.importance} if recorder else {}
         if "pass" in ways:
-            batches = DataLoader(setting.splits["train"], config.batch_size, collate_fn=trainer.data_collator)
+            batches = DataLoader(
+                setting.splits["train"],
+                config.batch_size,
+                collate_fn=trainer.data_collator,
+                pin_memory=torch.cuda.is_available(),
+            )
             with timing.of("score_seconds"):
                 # Without a scaler of the loss float16 would lose small gradients, so that is scored in float32.
                 autocast = config.dtype == "bf16"
@@ -242,7 +247,9 @@ def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, An
         **precision(config.dtype),
         "seed": seed,
         "data_seed": seed,
+        # Batches travel to a GPU while it computes.
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},
     }
     arguments = TrainingArguments(**{**options, **changes})
     # The Trainer would wrap the model in DataParallel on several GPUs, whose replicas lose the patch.
@@ -257,7 +264,7 @@ def trainer_options(setting: Setting, seed: int, **changes: Any) -> dict[str, An
     optimizer, extra = own[recipe.optimizer]
     return {
         "args": arguments,
-        "data_collator": setting.task.collator(setting.tokenizer),
+        "data_collator": setting.collator,
         "compute_loss_func": setting.loss_function,
         "optimizer_cls_and_kwargs": (
             optimizer,
