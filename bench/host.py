@@ -1,5 +1,6 @@
 """Counts what the encoder layers of BERT-base ask of torch and Triton on their way to a GPU, forward and backward, and
-times the host alone beside stock transformers layers. Needs no GPU.
+times the host alone beside stock transformers layers; counts launches and waits of a whole step (bench/host_step.py).
+Needs no GPU.
 
     python -m bench.host --dtype bf16 --json
 
@@ -370,6 +371,10 @@ def measure(dtype: str, turns: int) -> dict[str, Any]:
                 if turn >= 0:
                     times[kind].append(taken / LAYERS)
         plain = {kind: count(prepared(), launched) for kind, prepared in timed.items()}
+    # It counts by what is here.
+    from bench.host_step import count_step
+
+    launches, waits = count_step(autocast=dtype == "bf16")
     found, (own, steps) = counts["patched", BERT_BASE], replay(turns)
     times |= {"replay": own, "replay_with_torch": steps}
     return {
@@ -378,9 +383,12 @@ def measure(dtype: str, turns: int) -> dict[str, Any]:
         "calls_a_layer": found.calls.total() / LAYERS,
         "layer_vs_stock_host": _ratio(times["patched"], times["stock"]),
         "recording_vs_stock_host": _ratio(times["recording"], times["stock"]),
+        "launches_a_step": launches.total(),
+        "waits_a_step": waits.total(),
         "replay_ms": 1e3 * statistics.median(own),
         "replay_with_torch_ms": 1e3 * statistics.median(steps),
         "counts": {kind: counts[kind, BERT_BASE].record for kind in kinds[1:]},
+        "counts_of_a_step": {"launches": dict(launches.most_common()), "waits": dict(waits)},
         "counts_without_dropout": {kind: each.record for kind, each in plain.items()},
         "seconds": {kind: quantiles(values) for kind, values in times.items()},
         "turns": turns,
@@ -417,6 +425,8 @@ def main() -> int:
         print(f"{kind:17} {median:8.0f} us  ({low:.0f} to {high:.0f})")
     for name in ("layer_vs_stock_host", "recording_vs_stock_host", "replay_ms", "replay_with_torch_ms"):
         print(f"{name:24} {result[name]:.2f}")
+    for name in ("launches_a_step", "waits_a_step"):
+        print(f"{name:24} {result[name]}")
     return 0
 
 
