@@ -101,8 +101,8 @@ sanitize: setup
 # one stage: python -m bench.gpu --help.
 gpu:
 	@if $(PYTHON) -c "import torch, triton, transformers" 2>/dev/null; then python=$(PYTHON); \
-		for name in accelerate datasets hypothesis matplotlib pytest pytest_timeout setuptools; do $$python -c "import $$name" || \
-			{ echo "make gpu: $$python has torch but no $$name: install it, or give PYTHON=" >&2; exit 1; }; done; \
+		for name in accelerate datasets hypothesis matplotlib pytest pytest_benchmark pytest_timeout setuptools; do \
+			$$python -c "import $$name" || { echo "make gpu: $$python has torch but no $$name: install it, or give PYTHON=" >&2; exit 1; }; done; \
 		$$python setup.py --quiet build_ext --inplace || exit 1; \
 	else $(MAKE) setup && python=$(BIN)/python || exit 1; fi; \
 	$$python -m bench.gpu $(GPU_FLAGS)

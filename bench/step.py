@@ -118,6 +118,7 @@ class Contender:
 CONTENDERS = ("sdpa", "compile", "full", "importance", "packed", "ticket50", "applied50", "switching")
 #: Those under torch.compile -> its mode. On a CPU "reduce-overhead" is the same as "compile".
 COMPILED = {"compile": None, "reduce-overhead": "reduce-overhead"}
+FLASH_DEBERTA = "flash-deberta"
 
 
 def load(
@@ -178,18 +179,28 @@ def contender(setup: Setup, name: str) -> Contender:
             attention that it takes by itself: sdpa, or eager for an architecture without. "full" is patched;
             "importance" also records importance; "ticket50" is shrunk to half of all heads and FFNs, as in a search;
             "applied50" is whole, with that half applied as a ticket; "switching" applies a different half at every
-            step; "packed" is "full" on the same batches without padding.
+            step; "packed" is "full" on the same batches without padding. On a GPU "graphs" is "importance" in CUDA
+            graphs, and "bucket" under torch.compile, with tokens padded to a multiple of 256; "flash-deberta" is stock
+            DeBERTa with that package's attention.
     """
     torch.manual_seed(0)
     kind = AutoModelForSequenceClassification
     config = copy.deepcopy(setup.config)
-    drawn = kind.from_config(config) if setup.random_weights else kind.from_pretrained(setup.model, config=config)
+    if name == FLASH_DEBERTA:
+        from flashdeberta import FlashDebertaV2ForSequenceClassification as kind
+    draw = kind.from_config if hasattr(kind, "from_config") else kind
+    drawn = draw(config) if setup.random_weights else kind.from_pretrained(setup.model, config=config)
     model = drawn.to(setup.device)
-    handle = None if name == "sdpa" or name in COMPILED else patch(model)
-    forward = torch.compile(model, mode=COMPILED[name]) if name in COMPILED else model
+    options: dict[str, Any] = {"bucket": {"bucket": 256}}.get(name, {})
+    if name == "graphs":
+        # Without a GPU there are none.
+        options = {"graphs": True if setup.device.type == "cuda" else "auto"}
+    handle = None if name in ("sdpa", FLASH_DEBERTA, *COMPILED) else patch(model, **options)
+    modes = {**COMPILED, "bucket": "reduce-overhead"}
+    forward = torch.compile(model, mode=modes[name]) if name in modes else model
     autocast = torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.dtype == "bf16")
     recording: Callable[[], Any] = (
-        handle.record_importance if handle and name == "importance" else contextlib.nullcontext
+        handle.record_importance if handle and name in ("importance", "graphs", "bucket") else contextlib.nullcontext
     )
     tickets: list[Ticket] = []
     if handle and name in ("ticket50", "applied50", "switching"):

@@ -8,34 +8,56 @@ alone. In their order, which gives the most first:
   graphs     the tests of CUDA graphs
   tests      all tests marked gpu
   sanitizer  compute-sanitizer on the smoke stage's kernels, where it is installed
-  attention, ffn, residual, encoders, sharing, shrunk
-             benchmarks beside their rivals
+  attention, ffn, residual
+             the ops beside their rivals
+  encoders   steps of BERT-large and of other encoders
+  sharing    steps of several tasks with a ticket each
+  shrunk     models shrunk to tickets
   tiles      every candidate tile of every Triton kernel
 
-A stage writes <device>-<stage>.json, a benchmark row by row as it comes. Without a stage, all run one after the other,
+The benchmarks are runs of `pytest bench` and `pytest bench/models.py` with the options in BENCHES. A stage writes
+<device>-<stage>.json, a benchmark row by row as it comes. Without a stage, all run one after the other,
 each in a process of its own. At the end, <device>.json says which stages are green, and holds ratios and targets: only
-where smoke, tests and sanitizer were green at the same commit, and only of workloads whose results were checked.
-`--tiny` runs the same code on tiny shapes in Triton's interpreter on the CPU and reports no ratios; it is the default
-without a GPU.
+where smoke, tests and sanitizer were green at the same commit, and only of results that were checked. Ratios are
+medians over turns. `--tiny` runs the same code on tiny shapes in Triton's interpreter on the CPU and reports no ratios;
+it is the default without a GPU.
 """
 
 import argparse
-import importlib
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ("step", "attention", "ffn", "residual", "encoders", "sharing", "shrunk")
+_BASE = ("--channels", "768", "--layers", "12")
+_KERNELS, _MODELS = "bench/test_kernels.py", "bench/models.py"
+_TOKENS = ("--tokens", "4096,16384,65536", *_BASE)
+#: What pytest runs in a benchmark, and its options, in the order in which they give the most.
+BENCHES: dict[str, tuple[str, ...]] = {
+    "step": (f"{_KERNELS}::test_step", "-k", "backward", "--rows", "32", "--lengths", "rte,sst2", *_BASE),
+    # Some rivals have no dropout.
+    "attention": (
+        *(f"{_KERNELS}::test_attention", "--dropout", "0"),
+        *("--lengths", "64,128,256,512,sst2,rte,mnli-assumed", *_TOKENS),
+    ),
+    "ffn": (f"{_KERNELS}::test_ffn", "--lengths", "128", *_TOKENS),
+    "residual": (f"{_KERNELS}::test_residual", "--lengths", "128", *_TOKENS),
+    "encoders": (f"{_MODELS}::test_encoders", f"{_MODELS}::test_bert_large", "--rows", "32"),
+    "sharing": (f"{_MODELS}::test_sharing", "--rows", "32", "--lengths", "rte,sst2,mnli-assumed", *_BASE),
+    "shrunk": (f"{_MODELS}::test_shrunk", "--rows", "1,8,32,128", "--lengths", "32,128,512", *_BASE),
+}
 #: In the order in which they give the most.
-STAGES = ("smoke", "step", "graphs", "tests", "sanitizer", *BENCHES[1:], "tiles")
+STAGES = ("smoke", "step", "graphs", "tests", "sanitizer", *list(BENCHES)[1:], "tiles")
 #: Without these being green, no ratio is reported.
 CHECKS = ("smoke", "tests", "sanitizer")
 _TOOLS = ("memcheck", "racecheck")
@@ -117,61 +139,104 @@ def _tiles(tiny: bool, folder: Path) -> dict[str, Any]:
 
 
 def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the speed-up of ticketops over each contender, for workloads whose gate is green."""
-    ratios = []
-    for row in rows:
-        if row["contender"] != "ticketops" or row["ms"] is None or row["gate"] != "green":
-            continue
-        place = {key: row[key] for key in ("bench", "workload", "tokens", "pass")}
-        for other in rows:
-            same = all(other[key] == value for key, value in place.items())
-            if same and other is not row and other["ms"] is not None:
-                ratios.append({**place, "against": other["contender"], "ratio": other["ms"] / row["ms"]})
-    return ratios
+    """Returns how many times as fast ticketops is as each contender, and its floor's share of its time, where its
+    results are right."""
+    kept = ("bench", "workload", "tokens", "pass", "contender")
+    return [
+        {**{key: row[key] for key in kept}, "against": rival, "ratio": ratio}
+        for row in rows
+        if row["contender"].startswith("ticketops") and row["ms"] is not None and row["gate"] == "green"
+        for rival, ratio in row["vs"].items()
+    ]
 
 
-#: Targets on an H100: name, benchmark, pass, substring of the workloads' names, rivals, least ratio, contender. The
-#: ratio is the fastest rival's time divided by the contender's.
-_RIVALS = ("sdpa math", "sdpa flash", "sdpa efficient", "sdpa cudnn", "flex", "torch varlen", "flash-attn")
-_PADDED, _PACKED = _RIVALS[:5], _RIVALS[5:]
-_WHOLE = "forward+backward"
-_GRAPHS = "ticketops, graphs"
-_COMPILED = ("transformers, torch.compile", "transformers, reduce-overhead")
-TARGETS: tuple[tuple[str, str, str, str, tuple[str, ...], float, str], ...] = (
-    ("attention, even lengths: the best other", "attention", _WHOLE, " x ", _RIVALS, 1.0, "ticketops"),
-    ("attention, real lengths: the best on packed", "attention", _WHOLE, "lengths of", _PACKED, 1.0, "ticketops"),
-    ("attention, real lengths: the best on padded", "attention", _WHOLE, "lengths of", _PADDED, 1.5, "ticketops"),
-    ("attention: importance costs at most 2 %", "attention", _WHOLE, "", ("ticketops without importance",), 0.98,
-     "ticketops"),
-    ("attention: half of the heads, within 15 % of half", "attention", _WHOLE, "", ("ticketops",), 1.74,
+#: Targets on an H100: name, benchmark, substring of the workloads' names, rivals, least ratio, contender. The ratio is
+#: that to the fastest rival in the same turns; that of the floor is its share of the contender's time.
+_RIVALS = ("sdpa", "sdpa math", "sdpa flash", "sdpa efficient", "sdpa cudnn", "flex", "varlen", "flash-attn")
+_PADDED, _PACKED = _RIVALS[:6], _RIVALS[6:]
+_COMPILED = ("compile", "reduce-overhead")
+_PLAIN, _IMPORTANCE, _GRAPHS = "ticketops", "ticketops, importance", "ticketops, graphs"
+Target = tuple[str, str, str, tuple[str, ...], float, str]
+
+
+def _of_steps(name: str, bench: str, part: str) -> Iterator[Target]:
+    """Yields the targets of a training step's wall clock, with importance, as a loop calls it and in CUDA graphs."""
+    for how, whose in (("", _IMPORTANCE), (", in CUDA graphs", _GRAPHS)):
+        yield f"{name}{how}: transformers + sdpa", bench, part, ("sdpa",), 3.0, whose
+        yield f"{name}{how}: transformers + the better torch.compile", bench, part, _COMPILED, 1.5, whose
+        yield f"{name}{how}: at most 3 times the floor", bench, part, ("floor",), 1 / 3, whose
+
+
+TARGETS: tuple[Target, ...] = (
+    ("attention, even lengths: the best other", "attention", " x ", _RIVALS, 1.0, _IMPORTANCE),
+    ("attention, real lengths: the best on packed", "attention", "lengths of", _PACKED, 1.0, _IMPORTANCE),
+    ("attention, real lengths: the best on padded", "attention", "lengths of", _PADDED, 1.5, _IMPORTANCE),
+    ("attention: importance costs at most 2 %", "attention", "", (_PLAIN,), 0.98, _IMPORTANCE),
+    ("attention: half of the heads, within 15 % of half", "attention", "", (_PLAIN,), 1.74,
      "ticketops, half the heads masked"),
-    ("FFN: cuBLAS + unfused", "ffn", _WHOLE, "", ("torch",), 1.15, "ticketops"),
-    ("FFN: torch.compile", "ffn", _WHOLE, "", ("torch.compile",), 1.15, "ticketops"),
-    ("step: transformers + sdpa", "step", "step", "", ("transformers",), 3.0, _GRAPHS),
-    ("step: transformers + the better torch.compile", "step", "step", "", _COMPILED, 1.5, _GRAPHS),
-    ("encoders: transformers", "encoders", "step", "", ("transformers",), 3.0, "ticketops"),
-    ("encoders: flash-deberta", "encoders", "step", "deberta", ("flash-deberta",), 1.0, "ticketops"),
-    ("sharing: another ticket every step costs at most 3 %", "sharing", "step", "",
-     ("ticketops, one ticket for all tasks",), 0.97, "ticketops"),
+    ("FFN: cuBLAS + unfused", "ffn", "", ("eager",), 1.15, _IMPORTANCE),
+    ("FFN: torch.compile", "ffn", "", _COMPILED, 1.15, _IMPORTANCE),
+    *_of_steps("step", "step", ""),
+    *_of_steps("step of BERT-large", "bert-large", ""),
+    ("encoders: transformers", "encoders", "", ("sdpa",), 3.0, _IMPORTANCE),
+    ("encoders: flash-deberta", "encoders", "deberta", ("flash-deberta",), 1.0, _IMPORTANCE),
+    ("sharing: another ticket every step costs at most 3 %", "sharing", "",
+     ("ticketops, one ticket for all tasks",), 0.97, _PLAIN),
 )  # fmt: skip
 
 
 def _verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns each target with the measured ratio of every workload, and whether all of them reach it."""
     verdicts = []
-    for name, bench, kind, part, others, least, whose in TARGETS:
-        times: dict[str, dict[str, float]] = {}
-        for row in rows:
-            if (row["bench"], row["pass"]) == (bench, kind) and row["ms"] is not None and row["gate"] == "green":
-                times.setdefault(f"{row['workload']}, {row['tokens']} tokens", {})[row["contender"]] = row["ms"]
-        ratios = {
-            place: min(found[other] for other in others if other in found) / found[whose]
-            for place, found in times.items()
-            if part in place and whose in found and any(other in found for other in others)
-        }
+    for name, bench, part, rivals, least, whose in TARGETS:
+        found: dict[str, list[float]] = {}
+        for each in _ratios(rows):
+            place = f"{each['workload']}, {each['tokens']} tokens"
+            if (each["bench"], each["pass"], each["contender"]) == (bench, "forward+backward", whose) and (
+                part in place and each["against"] in rivals
+            ):
+                found.setdefault(place, []).append(each["ratio"])
+        ratios = {place: min(each) for place, each in found.items()}
         reached = all(ratio >= least for ratio in ratios.values()) if ratios else None
         verdicts.append({"target": name, "least": least, "reached": reached, "ratios": ratios})
     return verdicts
+
+
+class _Rows:
+    """A plugin of pytest that hands on each row as its test ends.
+
+    Args:
+        keep: takes a row.
+    """
+
+    def __init__(self, keep: Callable[[dict[str, Any]], None]) -> None:
+        self._keep = keep
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == "row":
+                self._keep(value)
+
+
+def _bench(name: str, tiny: bool, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Runs one of BENCHES in this process. A row that is red, or a failure of ticketops, makes it red."""
+    import pytest
+
+    count, wrong = 0, []
+
+    def counted(row: dict[str, Any]) -> None:
+        nonlocal count
+        count += 1
+        if row["gate"] != "green" and (row["ms"] is not None or row["contender"].startswith("ticketops")):
+            wrong.append(f"{row['workload']}, {row['contender']}: {row.get('note', row['gate'])}")
+        keep(row)
+
+    places, options = [each for each in BENCHES[name] if each.startswith("bench/")], ["-q", "-p", "no:cacheprovider"]
+    options += [str(ROOT / place) for place in places] + [each for each in BENCHES[name] if each not in places]
+    options += ["--rootdir", str(ROOT), "--benchmark-quiet", *["--tiny"] * tiny]
+    code = pytest.main(options, plugins=[_Rows(counted)])
+    found = "; ".join(wrong) or (f"{count} rows, all results checked" if code == 0 else f"pytest ended with {code!r}")
+    return {"passed": code == 0, "summary": found}
 
 
 def measure_stage(name: str, tiny: bool, folder: Path) -> dict[str, Any]:
@@ -185,28 +250,23 @@ def measure_stage(name: str, tiny: bool, folder: Path) -> dict[str, Any]:
     Returns:
         What the file holds.
     """
-    import torch
-
-    from bench.gpu import measure
+    from bench.gpu import machine
     from ticketops.files import write_atomically
 
     rows: list[dict[str, Any]] = []
     record: dict[str, Any] = {"stage": name, "passed": None, "summary": "not at its end"}
+    record["machine"] = machine.machine("fp32" if tiny else "bf16")
+    path = folder / f"{machine.stem(record['machine']['device'])}-{name}.json"
 
     def keep(row: dict[str, Any] | None = None) -> None:
         rows.extend([] if row is None else [row])
         found = record | ({"rows": rows} if name in BENCHES else {})
-        write_atomically(folder / f"{stem}-{name}.json", json.dumps(found, indent=1) + "\n")
+        write_atomically(path, json.dumps(found, indent=1) + "\n")
 
-    dtype, device = (torch.float32, "cpu") if tiny else (torch.bfloat16, "cuda")
-    setting = measure.Setting(device, dtype, tiny=tiny, keep=keep)
-    record["machine"] = measure.machine(setting)
-    stem = measure.stem(record["machine"]["device"])
+    keep()
     start = time.monotonic()
     if name in BENCHES:
-        importlib.import_module(f"bench.gpu.{name}").rows(setting)
-        red = sorted({f"{row['workload']}: {row['gate']}" for row in rows if row["gate"] != "green"})
-        record |= {"passed": not red, "summary": "; ".join(red) or f"{len(rows)} rows, all results checked"}
+        record |= _bench(name, tiny, keep)
     elif name == "tiles":
         record |= _tiles(tiny, folder)
     else:
@@ -226,21 +286,18 @@ def merge(tiny: bool, folder: Path) -> dict[str, Any]:
     Returns:
         What <device>.json holds.
     """
-    import torch
-
-    from bench.gpu import measure, plots
+    from bench.gpu import machine, plots
     from ticketops.files import write_atomically
 
-    setting = measure.Setting(*(("cpu", torch.float32) if tiny else ("cuda", torch.bfloat16)), tiny=tiny)
-    machine = measure.machine(setting)
-    stem = measure.stem(machine["device"])
+    place = machine.machine("fp32" if tiny else "bf16")
+    stem = machine.stem(place["device"])
     paths = {name: folder / f"{stem}-{name}.json" for name in STAGES}
     found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     # What another commit's kernels did says nothing of these.
-    found = {name: each for name, each in found.items() if each["machine"] == machine}
+    found = {name: each for name, each in found.items() if each["machine"] == place}
     fields = ("passed", "summary", "seconds")
     stages = {name: {field: each.get(field) for field in fields} for name, each in found.items()}
-    record: dict[str, Any] = {"machine": machine, "stages": stages}
+    record: dict[str, Any] = {"machine": place, "stages": stages}
     rows = [row for each in found.values() for row in each.get("rows", ())]
     if missing := [name for name in CHECKS if name not in found or not found[name]["passed"]]:
         record["ratios_withheld"] = f"not green at this commit: {', '.join(missing)}"
@@ -249,10 +306,23 @@ def merge(tiny: bool, folder: Path) -> dict[str, Any]:
     if "ratios_withheld" not in record:
         record |= {"ratios": _ratios(rows), "targets": _verdicts(rows)}
     write_atomically(folder / f"{stem}.json", json.dumps(record, indent=1) + "\n")
-    for path in plots.draw(rows, machine["device"], folder, stem):
+    for path in plots.draw(rows, place["device"], folder, stem):
         print(path)
     print(folder / f"{stem}.json")
     return record
+
+
+def _in_time(command: list[str], limit: float) -> int | None:
+    """Runs a command, and ends it with all that it has started after `limit` seconds; returns None then, else its exit
+    code."""
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> int:
@@ -272,6 +342,7 @@ def main() -> int:
         os.environ["TICKETOPS_BACKEND"] = "triton"
         # Triton reads it when a kernel is decorated, so the imports must follow.
         os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:
         # The default backends of a GPU: Triton, and the CUDA C++ kernels if they are built.
         os.environ.pop("TICKETOPS_BACKEND", None)
@@ -286,11 +357,10 @@ def main() -> int:
     failed = False
     for name in options.stages or STAGES:
         command = [sys.executable, "-m", "bench.gpu", name, "--output", str(folder), *["--tiny"] * options.tiny]
-        try:
-            failed |= subprocess.run(command, cwd=ROOT, timeout=options.limit).returncode != 0
-        except subprocess.TimeoutExpired:
+        code = _in_time(command, options.limit)
+        failed |= code != 0
+        if code is None:
             print(f"{name}: stopped after {options.limit:.0f} s; what it measured until then is kept", file=sys.stderr)
-            failed = True
     merge(options.tiny, folder)
     return int(failed)
 

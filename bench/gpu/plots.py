@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from bench.gpu.measure import Row
+from bench.gpu.machine import Row
 
 
 def draw(rows: list[Row], device: str, folder: Path, stem: str) -> list[Path]:

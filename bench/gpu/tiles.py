@@ -19,8 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from bench.gpu.measure import ROOT, Row, Setting, machine, stem
-from bench.gpu.workloads import Workload, task_lengths
+from bench.contenders import Shape
+from bench.gpu.machine import ROOT, Row, machine, stem
+from bench.lengths import draw, rows_of
 from ticketops.files import write_atomically
 from ticketops.ops import triton_common, triton_configs
 from ticketops.ops.attention import triton as attention
@@ -81,18 +82,24 @@ NORM = [Tile(rows, 1024, warps, 1) for rows in (1, 2, 4) for warps in (2, 4, 8)]
 FFN = _grid((8, 16, 32, 64), (64, 128, 256), (4, 8), (1,))
 
 
+def _shape(lengths: tuple[int, ...]) -> Shape:
+    return Shape(lengths, CHANNELS, HEADS, NEURONS, layers=1)
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda").bfloat16()
+
+
 def _attention_cases() -> Iterator[Case]:
-    works = [Workload(f"{TOKENS // n} x {n}", (n,) * (TOKENS // n)) for n in (64, 128, 256, 512)]
-    for task in ("sst2", "rte"):
-        mean = sum(task_lengths(task, 4096)) / 4096
-        works.append(Workload(f"lengths of {task}", task_lengths(task, round(TOKENS / mean))))
-    setting = Setting("cuda", torch.bfloat16, tiny=False)
-    for work, dropout_p in product(works, (0.0, 0.1)):
-        q, k, v, dout = (setting.randn(work.tokens, HEADS, HEAD_DIM).detach() for _ in range(4))
-        sequences = work.sequences(setting.device)
-        seed = torch.tensor([5], device=setting.device) if dropout_p else None
+    tasks = {f"{TOKENS // n} x {n}": str(n) for n in (64, 128, 256, 512)}
+    tasks |= {f"lengths of {task}": task for task in ("sst2", "rte")}
+    for (work, task), dropout_p in product(tasks.items(), (0.0, 0.1)):
+        shape = _shape(draw(task, rows_of(task, TOKENS)))
+        q, k, v, dout = (_randn(shape.tokens, HEADS, HEAD_DIM) for _ in range(4))
+        sequences = shape.sequences
+        seed = torch.tensor([5], device="cuda") if dropout_p else None
         spans = (sequences.starts, sequences.lengths)
-        options = (None, seed, work.width, HEAD_DIM**-0.5, dropout_p)
+        options = (None, seed, sequences.max_length, HEAD_DIM**-0.5, dropout_p)
 
         def forward(x: tuple = (q, k, v), spans: tuple = spans, options: tuple = options) -> tuple[Tensor, Tensor]:
             return attention.forward(*x, *spans, *options)
@@ -104,8 +111,8 @@ def _attention_cases() -> Iterator[Case]:
         ) -> tuple[Tensor, ...]:
             return attention.backward(*x, *spans, *options)
 
-        name = f"{work.name}, dropout {dropout_p}"
-        most = triton_configs.power_of_two(work.width)
+        name = f"{work}, dropout {dropout_p}"
+        most = triton_configs.power_of_two(sequences.max_length)
         tiles = [tile for tile in FORWARD if tile.rows <= most]
         yield Case("forward_kernel", name, attention, "attention_forward", lambda tile: lambda *a: tile, forward, tiles)
         if most in ROW_BACKWARD:
@@ -131,12 +138,10 @@ def _attention_cases() -> Iterator[Case]:
 
 
 def _pointwise_cases() -> Iterator[Case]:
-    setting = Setting("cuda", torch.bfloat16, tiny=False)
     for tokens in (2048, TOKENS):
-        lengths = Workload("", (128,) * (tokens // 128)).sequences(setting.device)
-        x = setting.randn(tokens, CHANNELS).detach()
-        w1, w2 = setting.randn(NEURONS, CHANNELS).detach(), setting.randn(CHANNELS, NEURONS).detach()
-        b1, b2 = setting.randn(NEURONS).detach(), setting.randn(CHANNELS).detach()
+        lengths = _shape((128,) * (tokens // 128)).sequences
+        x, w1, w2 = _randn(tokens, CHANNELS), _randn(NEURONS, CHANNELS), _randn(CHANNELS, NEURONS)
+        b1, b2 = _randn(NEURONS), _randn(CHANNELS)
         results = ffn.forward(x, w1, b1, w2, b2, None, None, "gelu")
 
         def ffn_forward(x: tuple = (x, w1, b1, w2, b2)) -> object:
@@ -151,8 +156,8 @@ def _pointwise_cases() -> Iterator[Case]:
         for kernel, call in (("forward_kernel", ffn_forward), ("backward_kernel", ffn_backward)):
             yield Case(kernel, f"FFN, {name}", ffn, "FFN", lambda tile: tile, call, FFN)
         # As under autocast, which keeps the residual in float32.
-        stream, gradient = (torch.randn((tokens, CHANNELS), device=setting.device) for _ in range(2))
-        seed, gamma = torch.tensor([5], device=setting.device), torch.ones(CHANNELS, device=setting.device)
+        stream, gradient = (torch.randn((tokens, CHANNELS), device="cuda") for _ in range(2))
+        seed, gamma = torch.tensor([5], device="cuda"), torch.ones(CHANNELS, device="cuda")
         _, mean, rstd = residual.forward(x, stream, b2, gamma, gamma, seed, 0.1, 1e-5)
 
         def norm_forward(x: tuple = (x, stream, b2, gamma, gamma, seed, 0.1, 1e-5)) -> object:
@@ -254,7 +259,7 @@ def main() -> int:
         shipped, best = mine[:1], sorted((row for row in mine[1:] if row["ms"] is not None), key=lambda row: row["ms"])
         entries = [_short(row) for row in [*shipped, *best[:3]] if row["ms"] is not None]
         print(f"{case.kernel}, {case.workload}: {' | '.join(entries) or mine[0]['note']}", flush=True)
-    place = machine(Setting("cuda", torch.bfloat16, tiny=False))
+    place = machine("bf16")
     options.output.mkdir(parents=True, exist_ok=True)
     # One line per row: there are over a thousand.
     lines = ",\n".join(map(json.dumps, rows))

@@ -2,14 +2,16 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ("step", "attention", "ffn", "residual", "encoders", "sharing", "shrunk")
-STAGES = ("smoke", "step", "graphs", "tests", "sanitizer", *BENCHES[1:], "tiles")
+NAMES = ("step", "attention", "ffn", "residual", "encoders", "sharing", "shrunk")
+STAGES = ("smoke", "step", "graphs", "tests", "sanitizer", *NAMES[1:], "tiles")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -29,9 +31,10 @@ def test_without_a_gpu_it_goes_all_the_way_on_tiny_shapes_and_claims_nothing(tmp
     passed = {name: stage["passed"] for name, stage in record["stages"].items()}
     assert passed == dict.fromkeys(STAGES, True) | dict.fromkeys(("smoke", "sanitizer", "tiles"))
     assert not {"ratios", "targets"} & set(record)
-    for name in BENCHES:
+    for name in NAMES:
         stage = json.loads((tmp_path / f"{stem}-{name}.json").read_text())
-        assert {row["bench"] for row in stage["rows"]} == {name}
+        assert {row["bench"] for row in stage["rows"]} == {name} | ({"bert-large"} if name == "encoders" else set())
+        assert {row["contender"] for row in stage["rows"]} > {"ticketops"}
         for row in stage["rows"]:
             assert row["gate"] == "green"
             assert row["ms"] > 0, row
@@ -42,30 +45,71 @@ def test_without_a_gpu_it_goes_all_the_way_on_tiny_shapes_and_claims_nothing(tmp
 def test_a_stage_keeps_each_row_as_it_comes_and_runs_alone(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from bench.gpu import __main__ as gpu
-    from bench.gpu import residual
 
-    def rows(setting):
-        setting.keep({"bench": "residual", "workload": "w", "gate": "green", "ms": 1.0})
+    def written():
         (path,) = tmp_path.glob("*-residual.json")
-        assert len(json.loads(path.read_text())["rows"]) == 1
-        assert json.loads(path.read_text())["passed"] is None
-        setting.keep({"bench": "residual", "workload": "v", "gate": "red: wrong", "ms": 1.0})
+        return json.loads(path.read_text())
 
-    monkeypatch.setattr(residual, "rows", rows)
+    def main(options, plugins):
+        assert f"{ROOT}/bench/test_kernels.py::test_residual" in options
+        row = {"bench": "residual", "workload": "w", "contender": "eager", "gate": "green", "ms": 1.0}
+        for place, more in enumerate(({}, {"ms": None, "gate": None}, {"workload": "v", "gate": "red: wrong"})):
+            assert len(written()["rows"]) == place
+            assert written()["passed"] is None
+            for when in ("setup", "call", "teardown"):
+                report = SimpleNamespace(when=when, user_properties=[("row", {**row, **more})])
+                plugins[0].pytest_runtest_logreport(report)
+        return pytest.ExitCode.TESTS_FAILED
+
+    monkeypatch.setattr(pytest, "main", main)
     record = gpu.measure_stage("residual", True, tmp_path)
-    assert (record["passed"], record["summary"]) == (False, "v: red: wrong")
+    # That another's kernel refuses is no error.
+    assert (record["passed"], record["summary"]) == (False, "v, eager: red: wrong")
+    assert len(written()["rows"]) == 3
     monkeypatch.setattr(sys, "argv", ["bench.gpu", "atention"])
     with pytest.raises(SystemExit):
         gpu.main()
 
 
+def test_a_stage_that_takes_too_long_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.gpu.__main__ import _in_time
+
+    assert _in_time([sys.executable, "-c", "raise SystemExit(3)"], 60) == 3
+    note = tmp_path / "pid"
+    start = f"sleep 600 & echo $! > {note}.part; mv {note}.part {note}; wait"
+    assert _in_time(["sh", "-c", start], 1) is None
+    for _ in range(100):
+        stat = Path(f"/proc/{note.read_text().strip()}/stat")
+        # Gone, or dead and not yet collected.
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("what the stage had started runs on")
+
+
+@pytest.mark.long
+def test_options_of_each_stage_select_tests(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.gpu.__main__ import BENCHES
+
+    assert tuple(BENCHES) == NAMES
+    for options in BENCHES.values():
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        assert "[" in done.stdout
+
+
 def test_ratios_need_every_check_of_the_same_commit(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
     from bench.gpu import __main__ as gpu
-    from bench.gpu import measure, plots
+    from bench.gpu import machine as described
+    from bench.gpu import plots
 
     machine = {"device": "A GPU", "commit": "c0ffee"}
-    monkeypatch.setattr(measure, "machine", lambda setting: machine)
+    monkeypatch.setattr(described, "machine", lambda dtype: machine)
     monkeypatch.setattr(plots, "draw", lambda *_: [])
 
     def stage(name, passed=True, **others):
@@ -81,48 +125,62 @@ def test_ratios_need_every_check_of_the_same_commit(tmp_path, monkeypatch, capsy
     assert "ratios" not in gpu.merge(False, tmp_path)
 
 
+def row(contender="ticketops", gate="green", ms=2.0, bench="attention", vs=None):
+    place = {"bench": bench, "workload": "lengths of rte, batch 3", "tokens": 1, "pass": "forward+backward"}
+    return {**place, "contender": contender, "gate": gate, "ms": ms, "vs": vs or {}}
+
+
 def test_ratios_only_where_the_gate_is_green(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from bench.gpu.__main__ import _ratios
 
-    place = {"bench": "ffn", "workload": "w", "tokens": 1, "pass": "p"}
-    ours = {**place, "contender": "ticketops", "ms": 2.0, "gate": "green"}
-    others = [{**place, "contender": "a", "ms": 3.0, "gate": "green"}, {**place, "contender": "b", "ms": None}]
-    assert [ratio["ratio"] for ratio in _ratios([ours, *others])] == [1.5]
-    assert not _ratios([{**ours, "gate": "red: wrong"}, *others])
-    assert not _ratios([{**ours, "ms": None}, *others])
+    others = [row("eager", vs={"ticketops": 0.7}), {"contender": "flex", "ms": None, "gate": None}]
+    found = _ratios([row(vs={"eager": 1.5, "floor": 0.4}), *others])
+    assert [(each["against"], each["ratio"]) for each in found] == [("eager", 1.5), ("floor", 0.4)]
+    assert not _ratios([row(gate="red: wrong", vs={"eager": 1.5}), *others])
+    assert not _ratios([row(ms=None), *others])
 
 
 def test_targets_are_held_against_the_fastest_rival(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from bench.gpu.__main__ import TARGETS, _verdicts
 
-    place = {"bench": "attention", "workload": "lengths of rte, batch 3", "tokens": 1, "pass": "forward+backward"}
-
-    def row(contender, ms, gate="green"):
-        return {**place, "contender": contender, "ms": ms, "gate": gate}
-
-    rows = [row("ticketops", 2.0), row("flex", 4.0), row("sdpa math", 2.5), row("sdpa flash", None)]
+    recorded = "ticketops, importance"
+    rows = [row(recorded, vs={"flex": 2.0, "sdpa math": 1.25, "varlen": 1.1, "ticketops": 0.99})]
+    rows += [
+        row(recorded, bench=bench, vs={"sdpa": 3.1, "compile": 1.6, "reduce-overhead": 1.4, "floor": 0.34})
+        for bench in ("step", "bert-large")
+    ]
     verdicts = {verdict["target"]: verdict for verdict in _verdicts(rows)}
     assert len(verdicts) == len(TARGETS)
     padded = verdicts["attention, real lengths: the best on padded"]
     assert padded["ratios"] == {"lengths of rte, batch 3, 1 tokens": 1.25}
     assert padded["reached"] is False
+    assert verdicts["attention, real lengths: the best on packed"]["reached"] is True
+    assert verdicts["attention: importance costs at most 2 %"]["reached"] is True
+    # A third of sdpa's wall clock, two thirds of the better torch.compile's, three times the floor.
+    for name in ("step", "step of BERT-large"):
+        reached = {
+            rival: verdicts[f"{name}: {rival}"]["reached"]
+            for rival in ("transformers + sdpa", "transformers + the better torch.compile", "at most 3 times the floor")
+        }
+        assert list(reached.values()) == [True, False, True]
+        assert verdicts[f"{name}, in CUDA graphs: transformers + sdpa"]["reached"] is None
     # Nothing measured, nothing claimed.
     assert verdicts["FFN: torch.compile"]["reached"] is None
-    red = [row(contender, 1.0, "red: wrong") for contender in ("ticketops", "flex")]
+    red = [row(recorded, "red: wrong", vs={"flex": 2.0})]
     assert all(verdict["reached"] is None for verdict in _verdicts(red))
 
 
-def test_gate_turns_red(monkeypatch):
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_kernels_are_timed_on_the_gpu(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    from bench.gpu.measure import gate
+    from bench.conftest import gpu_facts, kernel_seconds
 
-    exact = torch.ones(3, dtype=torch.float64)
-    plain = exact.float() * (1 + 1e-5)
-    assert gate([plain], [plain], [exact]) == "green"
-    assert gate([exact.float() * (1 + 4e-5)], [plain], [exact]).startswith("red")
-    assert gate([plain * float("nan")], [plain], [exact]).startswith("red")
+    x = torch.ones(1 << 20, device="cuda")
+    assert kernel_seconds(lambda: x.mul_(2), x.device) > 0
+    assert gpu_facts(lambda: x.mul_(2), 1)["gpu_ms"] > 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
