@@ -22,7 +22,7 @@ from torch.autograd.profiler import profile
 from transformers import BertConfig, BertForSequenceClassification
 
 from bench.host import LAYERS, LENGTHS, SMALL, Count, _has_kernel, _walk
-from ticketops import CountingCollator, patch
+from ticketops import CountingCollator, Ticket, patch
 from ticketops.errors import TicketopsError
 from ticketops.models import boundary, graphs, handle
 from ticketops.models import embeddings as embedding_modules
@@ -58,7 +58,9 @@ class _Kernels:
         launched: what is launched, by kernel.
     """
 
-    device, built_for, max_layers, max_structures = "cpu", "no GPU", 64, 4096
+    device, built_for = "cpu", "no GPU"
+    # See csrc/cuda/kernels.h.
+    max_layers, max_structures, block_vectors = 64, 4096, 1024
 
     def __init__(self, launched: Counter[str]) -> None:
         self._launched = launched
@@ -224,6 +226,7 @@ def count_step(
     tokens: int = 32 * 128,
     autocast: bool = False,
     collator: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ticket: Ticket | None = None,
     after: Callable[[torch.nn.Module], object] = lambda model: None,
 ) -> tuple[Counter[str], Counter[str]]:
     """Counts a training step of a patched BERT of 12 layers that classifies sequences: forward and backward pass with
@@ -233,6 +236,7 @@ def count_step(
         tokens: places of a batch of BERT-base, padding included.
         autocast: True to run under bfloat16 autocast.
         collator: takes a padded batch and returns the one that the model gets; None for CountingCollator's.
+        ticket: applied to the model; None for none.
         after: called with the model at the end of the step.
 
     Returns:
@@ -249,7 +253,7 @@ def count_step(
     batch["labels"] = torch.zeros(len(LENGTHS), dtype=torch.int64)
     with gpu_path() as launched:
         model = BertForSequenceClassification(config).train()
-        patched = patch(model, graphs="auto")
+        patched = patch(model, graphs="auto").apply(ticket)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
         def step(inputs: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import host_step
-from ticketops import PackingCollator
+from ticketops import PackingCollator, Ticket
 
 X = torch.tensor([1.0, -1.0, 2.0])
 ONE = torch.tensor(1)
@@ -30,6 +30,16 @@ def test_a_step_never_waits_and_has_at_most_150_launches(autocast):
     assert launches["graph"] == 2
     assert launches["importance"] == 1
     assert launches["_fused_adamw_"] == 7
+
+
+def test_a_step_under_a_ticket_never_waits():
+    heads, ffns = torch.ones(12, 1).bool(), torch.ones(12).bool()
+    heads[5], ffns[3] = False, False
+    ticket = Ticket(heads, ffns, neuron_mask=torch.arange(32).expand(12, -1) % 3 > 0)
+    launches, waits = host_step.count_step(ticket=ticket)
+    assert not waits
+    # What no optimizer may move is put aside and back.
+    assert launches["copy_table"] == 2
 
 
 def test_a_step_on_packed_batches_never_waits():

@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from bounds import roundings
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import (
     BatchEncoding,
@@ -273,6 +275,16 @@ def test_a_shared_encoder_takes_counts_for_each_head(packed):
     for name, batch in (("one", one), ("three", three)):
         assert torch.equal(shared(name, **COUNTED(batch)).logits, shared(name, **batch).logits)
     assert packed == [TokenCounts.of(one["attention_mask"]), None] * 2
+
+
+def test_distributed_models_hand_the_counts_on(model, batch, packed, process_group):
+    ticketops.patch(model)
+    want = outputs(model, batch)
+    for distribute in (DistributedDataParallel, fully_shard):
+        packed.clear()
+        distributed = distribute(copy.deepcopy(model))
+        assert torch.equal(distributed(**COUNTED(batch)).logits, want[1])
+        assert packed == [TokenCounts.of(batch["attention_mask"])]
 
 
 class Rows(torch.utils.data.Dataset):

@@ -173,13 +173,15 @@ class Packing:
                 that are not attended to, for attention that depends on the distance of tokens.
             dtype: dtype of the matrix products that the packed tokens are used in. If `bucket` is None, the number of
                 rows is rounded up to what is fast for them (`products.granule`). None does not round.
+            counts: of this mask; None if the host does not know them.
 
         Returns:
             The packing.
 
         Raises:
-            InputError: `unpad=False`, and the real tokens of a sequence are not contiguous. For a mask on a GPU, which
-                the host does not read, an assertion on the device stops the program instead.
+            InputError: `unpad=False`, and the real tokens of a sequence are not contiguous; or the counts are those of
+                another mask. For a mask on a GPU, which the host does not read, an assertion on the device stops the
+                program instead.
         """
         if mask is None:
             lengths = torch.full((batch,), width, dtype=torch.int32, device=device)
@@ -192,9 +194,9 @@ class Packing:
             taken = mask if close_holes else _filled(mask.to(torch.bool))
             starts, lengths, indices, numbers = number_tokens(taken)
             if counts is None:
-                added = [] if close_holes else [(taken != mask.bool()).sum()[None].int()]
+                asked = lengths if close_holes else torch.cat([lengths, (taken != mask.bool()).sum()[None].int()])
                 # This waits for the device, once: a tensor's size must be known on the host.
-                read = torch.cat([lengths, *added]).tolist()
+                read = asked.tolist()
                 holes = 0 if close_holes else read.pop()
                 rows, longest = sum(read), max(read, default=0)
             else:
