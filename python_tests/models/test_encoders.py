@@ -17,6 +17,7 @@ from transformers import DataCollatorWithFlattening
 
 import ticketops
 from models.conftest import HEADS, LAYERS
+from models.emulated_graphs import emulated
 from models.test_shrink import TICKETS, close
 from ticketops.errors import InputError, UnsupportedError
 from ticketops.models import costs, describe, weight_counts
@@ -818,7 +819,7 @@ def test_dropout_is_where_stock_has_it(encoder):
 @pytest.mark.parametrize("ticket", [None, "neither", "neurons"])
 # The op has no RMSNorm, as EuroBERT needs it.
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if not name.startswith("EuroBert")])
-def test_layers_are_one_op_on_a_cpu(name, ticket, monkeypatch):
+def test_all_layers_are_one_op_on_a_cpu(name, ticket, monkeypatch):
     need("native", "attention", torch.float32)
     model, counts, compute = make(name), [], ticketops.ops.encoder_layers
     monkeypatch.setattr(
@@ -829,9 +830,43 @@ def test_layers_are_one_op_on_a_cpu(name, ticket, monkeypatch):
     with ticketops.patch(model) as handle:
         handle.apply(None if ticket is None else TICKETS[ticket])
         model(**draw(model)).logits.sum().backward()
-    # Positions that each layer gets or projects by itself.
-    own_positions = name.startswith(("Deberta", "Gte", "Jina", "ModernBert", "NomicBert"))
-    assert counts == ([1] * LAYERS if own_positions else [LAYERS])
+    assert counts == [LAYERS]
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_graphs_compute_what_is_computed_without(name):
+    """In graphs that are emulated: training under a ticket, and importance, equal to the bit."""
+    need("native", "attention", torch.float32)
+    found = []
+    with emulated(sightings=1):
+        for graphs in ("auto", False):
+            torch.manual_seed(0)
+            model = make(name).train()
+            handle = ticketops.patch(model, graphs=graphs, bucket=64 if model.main_input_name == "input_ids" else None)
+            handle.apply(TICKETS["uneven"])
+            optimizer, results = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+            for step in range(6):
+                if step == 3 and hasattr(model.config, "local_attention"):
+                    model.config.local_attention = 4
+                torch.manual_seed(step)
+                with handle.record_importance() as importance:
+                    loss = model(**draw(model)).logits.square().mean()
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                results += [loss.detach(), importance.head, importance.ffn]
+            found.append([*results, *(p.detach() for p in model.parameters())])
+            if graphs:
+                why, replays = dict(handle.graphs.eager), handle.graphs.replays
+    assert all(map(torch.equal, *found))
+    if name.startswith("Deberta"):
+        assert why == {"position vectors, which each layer projects": 6}
+    elif name.startswith("EuroBert"):
+        assert why == {"layers that no single op computes": 6}
+    else:
+        # What changes a window changes what is computed.
+        shapes = 1 + name.startswith("ModernBert")
+        assert (replays, sum(why.values())) == (6 - shapes, shapes)
 
 
 @pytest.mark.parametrize(("name", "place"), [("ModernBertModel", "drop"), ("GteModel", "dropout")])

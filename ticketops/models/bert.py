@@ -265,7 +265,7 @@ def whole_layer(
     """
     if not serves_whole(parts, hidden_states, call) or any(map(is_hooked, (*around, *parts.qkv))):
         return None
-    return compute_layers([(state, parts)], hidden_states, call, turn)
+    return compute_layers([Given(state, parts, call, turn)], hidden_states)
 
 
 def serves_whole(parts: LayerParts, hidden_states: Tensor, call: Call) -> bool:
@@ -274,27 +274,39 @@ def serves_whole(parts: LayerParts, hidden_states: Tensor, call: Call) -> bool:
     return call.whole and hidden_states.dtype == parts.ffn_norm.weight.dtype and parts.norm is nn.LayerNorm
 
 
+class Given(NamedTuple):
+    """What a layer is computed from, besides its input.
+
+    Attributes:
+        state: of the layer.
+        parts: the layer's.
+        call: of the forward pass.
+        turn: rotary positions; None for none.
+    """
+
+    state: LayerState
+    parts: LayerParts
+    call: Call
+    turn: Turn | None = None
+
+
 def compute_layers(
-    layers: Sequence[tuple[LayerState, LayerParts]],
+    layers: Sequence[Given],
     hidden_states: Tensor,
-    call: Call,
-    turn: Turn | None = None,
     read: Callable[[Tensor | None], Tensor | None] = lambda parameter: parameter,
 ) -> Tensor:
     """Computes layers, one after the other, by one op. Requires `serves_whole` of each.
 
     Args:
-        layers: state and parts of each.
-        hidden_states: [.., C].
-        call: of the forward pass.
-        turn: rotary positions, the same for all; None for none.
+        layers: what each is computed from.
+        hidden_states: [.., C], the first one's input.
         read: returns what is read for a parameter.
 
     Returns:
         [.., C], or [B, 1, C] where only first tokens are read.
     """
-    described = [_described(state, parts, call, turn, read) for state, parts in layers]
-    out = ops.encoder_layers(hidden_states.flatten(0, -2), described, call.packing.sequences)
+    described = [_described(*each, read) for each in layers]
+    out = ops.encoder_layers(hidden_states.flatten(0, -2), described, layers[0].call.packing.sequences)
     return out[:, None] if described[-1].first_tokens else out.view(hidden_states.shape)
 
 

@@ -93,7 +93,7 @@ class _Encoder(nn.Module):
                 # What distributes a model waits for a gradient of every parameter.
                 hidden_states = hidden_states + table[:0].sum()
         if self.conv is not None:
-            # Where all layers are computed at once, nothing is computed between them.
+            # It is between two layers.
             call = replace(call, encoder=None)
         states = [hidden_states]
         for layer in self.layer:

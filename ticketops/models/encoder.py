@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ticketops.models.bert import compute_layers, serves_whole
+from ticketops.models.bert import Given, Turn, compute_layers
 from ticketops.models.state import Call
 from ticketops.models.swapping import unsharded_class
 from ticketops.ops import private
@@ -13,9 +14,46 @@ if TYPE_CHECKING:
     from ticketops.models.handle import PatchHandle
 
 
+class Stack:
+    """An encoder's layers, and what need not be looked up in them anew as long as the handle's snapshot of them holds.
+
+    Args:
+        handle: the model's.
+        base: the bare model.
+
+    Attributes:
+        snapshot: the handle's.
+        base: the bare model.
+        layers: its layers.
+        weights: parameters of all layers, in a fixed order.
+        are_plain: True if they are plain tensors.
+        dtype: that of the LayerNorms' weights; None if they differ, or there are norms of another kind. One op computes
+            all layers where their tokens have this dtype.
+    """
+
+    def __init__(self, handle: "PatchHandle", base: Any) -> None:
+        self.snapshot, self.base = handle.snapshot, base
+        self.layers: list[nn.Module] = handle.adapter.layers(base)
+        parts = list(map(handle.adapter.parts, self.layers))
+        self.weights = [x for each in parts for x in each.tensors() if x is not None]
+        self.are_plain = all(type(x) in (Tensor, nn.Parameter) for x in self.weights)
+        dtypes = {each.ffn_norm.weight.dtype if each.norm is nn.LayerNorm else None for each in parts}
+        self.dtype: torch.dtype | None = dtypes.pop() if len(dtypes) == 1 else None
+        self._modules = [module for layer in self.layers for module in layer.modules()]
+        self._norms = [norm for each in parts for norm in (each.attention_norm, each.ffn_norm) if norm is not None]
+
+    def settings(self) -> tuple[Any, ...]:
+        """What the layers' ops depend on besides tensors."""
+        return (
+            self.snapshot,
+            tuple([module.training for module in self._modules]),
+            tuple([getattr(norm, "eps", None) for norm in self._norms]),
+        )
+
+
 class EncoderPass:
-    """One forward pass whose layers may be computed at once: the first layer stands for all, and the others hand on its
-    result.
+    """One forward pass whose layers may be computed at once: all but the last hand on their input, and the last one
+    computes all of them, each with what it was given.
 
     Args:
         handle: the model's.
@@ -25,52 +63,77 @@ class EncoderPass:
 
     def __init__(self, handle: "PatchHandle", base: Any, seen: str | None) -> None:
         self._handle, self._base, self._seen = handle, base, seen
-        self._done = False
+        self._stack: Stack | None = None
+        self._given: list[tuple[Call, Turn | None]] = []
 
-    def __call__(self, index: int, hidden_states: Tensor, call: Call, turn: Any) -> Tensor | None:
+    def __call__(self, index: int, hidden_states: Tensor, call: Call, turn: Turn | None) -> Tensor | None:
         """What a layer returns.
 
         Args:
             index: of the layer.
             hidden_states: its input, [.., C].
-            call: of the forward pass.
-            turn: rotary positions, which differ from layer to layer; None for none.
+            call: of the forward pass, as this layer gets it.
+            turn: rotary positions, as this layer gets them; None for none.
 
         Returns:
-            The layer's result, or None where the layers have to be computed one by one.
+            The layer's input, of the last layer the result of all; None where the layers have to be computed one by
+            one.
         """
-        if index:
-            return hidden_states if self._done else None
-        found, graphs = None, self._handle.graphs
-        reason = self._seen or self._obstacle(call, hidden_states, turn)
+        if index == 0:
+            self._stack, self._given = self._stack_for(call, hidden_states), []
+        stack = self._stack
+        if stack is None:
+            return None
+        self._given.append((call, turn))
+        if len(self._given) < len(stack.layers):
+            return hidden_states
+        done, graphs = None, self._handle.graphs
         if graphs is not None:
-            found = graphs.run(self._handle, self._base, call, hidden_states, reason)
-        if found is None and reason is None:
-            found = self._by_one_op(call, hidden_states)
-        self._done = found is not None
-        return found
+            done = graphs.run(self._handle, stack, self._given, hidden_states)
+        return self._by_op(stack, hidden_states) if done is None else done
 
-    def _obstacle(self, call: Call, hidden_states: Tensor, turn: Any) -> str | None:
-        """Says why the layers have to be computed one by one, or None."""
-        layer = self._handle.adapter.layers(self._base)[0]
-        if turn is not None:
-            return "rotary positions"
-        if call.position_vectors is not None:
-            return "position vectors, which each layer projects"
-        if not call.whole:
-            return "layers that no single op computes"
-        if layer.training and getattr(layer, "gradient_checkpointing", False):
-            return "gradient checkpointing"
-        if type(hidden_states) is not Tensor or unsharded_class(type(layer)) is not type(layer):
-            return "tensors or layers that are distributed"
-        return None
+    def _stack_for(self, call: Call, hidden_states: Tensor) -> Stack | None:
+        """The layers, if they can be computed at once."""
+        stack, reason = None, self._seen
+        if reason is None:
+            stack = self._handle.stack
+            if stack is None or stack.snapshot is not self._handle.snapshot or stack.base is not self._base:
+                stack = self._handle.stack = Stack(self._handle, self._base)
+            reason = _obstacle(stack, call, hidden_states)
+        if reason is not None and self._handle.graphs is not None:
+            self._handle.graphs.eager[reason] += 1
+        return None if reason else stack
 
-    def _by_one_op(self, call: Call, hidden_states: Tensor) -> Tensor | None:
+    def _by_op(self, stack: Stack, hidden_states: Tensor) -> Tensor:
+        given = described(self._handle, stack, self._given)
         # DistributedDataParallel sends a layer's gradients while those of the layers before it are computed.
-        if private.in_distributed_forward():
-            return None
-        adapter = self._handle.adapter
-        layers = [(layer._ticketops, adapter.parts(layer)) for layer in adapter.layers(self._base)]
-        if not all(serves_whole(parts, hidden_states, call) for _, parts in layers):
-            return None
-        return compute_layers(layers, hidden_states, call)
+        for some in [[each] for each in given] if private.in_distributed_forward() else [given]:
+            hidden_states = compute_layers(some, hidden_states)
+        return hidden_states
+
+
+def described(handle: "PatchHandle", stack: Stack, given: list[tuple[Call, Turn | None]]) -> list[Given]:
+    """What each layer is computed from.
+
+    Args:
+        handle: the model's.
+        stack: its layers.
+        given: what each of them is called with.
+    """
+    parts = map(handle.adapter.parts, stack.layers)
+    states = [layer.__dict__["_ticketops"] for layer in stack.layers]
+    return [Given(*each) for each in zip(states, parts, *zip(*given, strict=True), strict=True)]
+
+
+def _obstacle(stack: Stack, call: Call, hidden_states: Tensor) -> str | None:
+    """Says why the layers have to be computed one by one, or None."""
+    layer = stack.layers[0]
+    if not call.whole or stack.dtype != hidden_states.dtype:
+        return "layers that no single op computes"
+    if call.spread:
+        return "layers that hand on padded batches"
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        return "gradient checkpointing"
+    if type(hidden_states) is not Tensor or unsharded_class(type(layer)) is not type(layer):
+        return "tensors or layers that are distributed"
+    return None

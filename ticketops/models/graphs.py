@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ticketops.models.bert import compute_layers, serves_whole
-from ticketops.models.boundary import Look, Snapshot
+from ticketops.models.bert import Given, Turn, compute_layers
+from ticketops.models.encoder import Stack, described
 from ticketops.models.state import Call
 from ticketops.ops import Sequences, backends, private
 from ticketops.ops.graphs import Capture, Graphed, Memory, cuda_capture
@@ -58,7 +58,6 @@ class Graphs:
         self._memory: Memory | None = None
         self._addresses: list[int] = []
         self._place: tuple[Any, ...] | None = None
-        self._known: _Known | None = None
 
     def __len__(self) -> int:
         """How many shapes have graphs."""
@@ -86,75 +85,65 @@ class Graphs:
         self.budget = state["budget"]
 
     def run(
-        self, handle: "PatchHandle", base: Any, call: Call, hidden_states: Tensor, reason: str | None = None
+        self, handle: "PatchHandle", stack: Stack, given: list[tuple[Call, Turn | None]], hidden_states: Tensor
     ) -> Tensor | None:
         """Computes all layers of the encoder by a graph.
 
         Args:
             handle: the model's.
-            base: the bare model.
-            call: of the forward pass.
+            stack: the layers.
+            given: what each of them is called with.
             hidden_states: the first layer's input, [.., C].
-            reason: why no graph may compute them; None for no reason.
 
         Returns:
             The last layer's result, [.., C] or [B, 1, C]; None where no graph has computed it.
         """
-        place = threading.get_ident(), _stream(hidden_states)
-        reason = reason or _obstacle(call, hidden_states)
+        call, place = given[0][0], (threading.get_ident(), _stream(hidden_states))
+        reason = _obstacle(stack, call, hidden_states)
         if reason is None and self._place not in (None, place):
             reason = "another thread or stream than the first"
         if reason is not None:
             self.eager[reason] += 1
             return None
-        known = self._known
-        if known is None or known.snapshot is not handle.snapshot:
-            known = _Known(handle, base)
-        weights = known.weights
-        if not known.are_plain:
-            self.eager["weights that are no plain tensors"] += 1
-            return None
+        weights = stack.weights
         addresses = [x.data_ptr() for x in weights]
         if addresses != self._addresses:
             # The graphs would go on reading where the weights were.
             self.clear()
             self._addresses = addresses
-        self._known = known
         sequences = call.packing.sequences
         sinks = [x for kind in _sinks(call) for x in kind.values()]
-        copied = [hidden_states, sequences.starts, sequences.lengths]
+        angles, places = _angles([turn for _, turn in given])
+        copied = [hidden_states, sequences.starts, sequences.lengths, *angles]
         if call.position_bias is not None:
             copied.append(call.position_bias)
         key = (
             *[x.shape for x in copied],
             tuple([x.requires_grad for x in (*copied, *weights)]),
             *[(tuple(kind), *[x.shape for x in kind.values()]) for kind in _sinks(call)],
-            *(sequences.max_length, call.number, call.first_tokens, call.per_token),
-            *known.settings(),
+            *(sequences.max_length, call.number, call.first_tokens, call.per_token, places),
+            tuple(handle.adapter.windows(stack.base.config)),
+            *stack.settings(),
             *_circumstances(hidden_states),
         )
-        entry, layers = self._entries.get(key), []
-        if entry is None:
-            layers = [(layer._ticketops, handle.adapter.parts(layer)) for layer in handle.adapter.layers(base)]
-            if reason := self._reason_to_wait(layers, call, hidden_states, key):
-                self.eager[reason] += 1
-                return None
+        entry = self._entries.get(key)
+        if entry is None and (reason := self._reason_to_wait(key)):
+            self.eager[reason] += 1
+            return None
         if self._memory is None:
             self._memory, self._place = Memory(self._make()), place
         if self._memory.is_busy:
             self.eager["an earlier pass whose backward pass is to come"] += 1
             return None
         if entry is None:
-            entry = self._capture(layers, call, copied, sinks, weights, key)
+            entry = self._capture(described(handle, stack, given), places, copied, sinks, weights, key)
             if entry is None:
                 return None
         self._entries.move_to_end(key)
         self.replays += 1
         return entry[0](copied, sinks, weights)
 
-    def _reason_to_wait(self, layers: list[Any], call: Call, hidden_states: Tensor, key: Any) -> str | None:
-        if not all(serves_whole(parts, hidden_states, call) for _, parts in layers):
-            return "layers that no single op computes"
+    def _reason_to_wait(self, key: Any) -> str | None:
         if key in self._too_large:
             return _TOO_LARGE
         seen = self._seen[key] = self._seen.get(key, 0) + 1
@@ -164,16 +153,24 @@ class Graphs:
         return None if seen > SIGHTINGS else f"a shape seen at most {count(SIGHTINGS, 'time')} before"
 
     def _capture(
-        self, layers: list[Any], call: Call, copied: list[Tensor], sinks: list[Tensor], weights: list[Tensor], key: Any
+        self,
+        layers: list[Given],
+        places: tuple[int | None, ...],
+        copied: list[Tensor],
+        sinks: list[Tensor],
+        weights: list[Tensor],
+        key: Any,
     ) -> tuple[Graphed, int] | None:
         assert self._memory is not None
-        places = {id(x): place for place, x in enumerate(weights)}
+        call, of_weights = layers[0].call, {id(x): place for place, x in enumerate(weights)}
         longest, kinds = call.packing.sequences.max_length, [list(kind) for kind in _sinks(call)]
         # Without what belongs to this one pass.
         call = replace(call, packing=replace(call.packing, indices=None, numbers=None), recorded=None, encoder=None)
+        turns = [None if each.turn is None else each.turn.apply for each in layers]
+        layers = [each._replace(call=call, turn=None) for each in layers]
 
         def function(copied: list[Tensor], sinks: list[Tensor], weights: list[Tensor]) -> Tensor:
-            x, starts, lengths, *bias = copied
+            x, starts, lengths, *others = copied
             rest = iter(sinks)
             heads, ffns, neurons = ({index: next(rest) for index in kind} for kind in kinds)
             mine = replace(
@@ -182,9 +179,14 @@ class Graphs:
                 head_importance=heads,
                 ffn_importance=ffns,
                 neuron_importance=neurons,
-                position_bias=bias[0] if bias else None,
+                position_bias=None if call.position_bias is None else others[-1],
             )
-            return compute_layers(layers, x, mine, read=lambda x: None if x is None else weights[places[id(x)]])
+            angles = list(zip(others[::2], others[1::2], strict=False))
+            mine_of = [
+                each._replace(call=mine, turn=None if apply is None or place is None else Turn(apply, *angles[place]))
+                for each, apply, place in zip(layers, turns, places, strict=True)
+            ]
+            return compute_layers(mine_of, x, lambda x: None if x is None else weights[of_weights[id(x)]])
 
         before = _reserved(copied[0])
         graphed = Graphed(function, copied, sinks, weights, self._memory)
@@ -200,12 +202,16 @@ class Graphs:
         return entry
 
 
-def _obstacle(call: Call, hidden_states: Tensor) -> str | None:
+def _obstacle(stack: Stack, call: Call, hidden_states: Tensor) -> str | None:
     """Says why no graph can compute a forward pass, or None."""
     if hidden_states.device.type not in DEVICES:
         return f"tensors on a device of type {hidden_states.device.type!r}"
+    if not stack.are_plain:
+        return "weights that are no plain tensors"
     if not hidden_states.numel():
         return "no tokens"
+    if call.position_vectors is not None:
+        return "position vectors, which each layer projects"
     if call.packing.sequences.real is not None:
         return "holes in the attention mask, which are kept"
     if private.has_saving_hooks():
@@ -242,22 +248,18 @@ def _reserved(x: Tensor) -> int:
     return torch.cuda.memory_reserved(x.device) if x.is_cuda else 0
 
 
-class _Known:
-    """What need not be looked up in the layers anew as long as the handle's snapshot of them holds."""
-
-    def __init__(self, handle: "PatchHandle", base: Any) -> None:
-        self.snapshot = handle.snapshot or Snapshot(base, Look(None))
-        layers: list[torch.nn.Module] = list(handle.adapter.layers(base))
-        parts = list(map(handle.adapter.parts, layers))
-        self.weights = [x for each in parts for x in each.tensors() if x is not None]
-        self.are_plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in self.weights)
-        self._modules = [module for layer in layers for module in layer.modules()]
-        self._norms = [norm for each in parts for norm in (each.attention_norm, each.ffn_norm) if norm is not None]
-
-    def settings(self) -> tuple[Any, ...]:
-        """What the layers' ops depend on besides tensors."""
-        return (
-            self.snapshot,
-            tuple([module.training for module in self._modules]),
-            tuple([norm.eps for norm in self._norms]),
-        )
+def _angles(turns: list[Turn | None]) -> tuple[list[Tensor], tuple[int | None, ...]]:
+    """The cosines and sines of all layers, each pair once, and for each layer the place of its pair; None for none."""
+    found: dict[tuple[int, int], int] = {}
+    angles: list[Tensor] = []
+    places: list[int | None] = []
+    for turn in turns:
+        if turn is None:
+            places.append(None)
+            continue
+        key = turn.cosines.data_ptr(), turn.sines.data_ptr()
+        if key not in found:
+            found[key] = len(found)
+            angles += turn.cosines, turn.sines
+        places.append(found[key])
+    return angles, tuple(places)

@@ -22,7 +22,7 @@ from ticketops.models.adapter import Adapter
 from ticketops.models.boundary import HANDLES, ONLY_FIRST, Snapshot, leave_counts, only_first_tokens
 from ticketops.models.containers import callers, refuse_readers_of_padding, separate_columns, transformers_model
 from ticketops.models.embeddings import SWAPS
-from ticketops.models.encoder import EncoderPass
+from ticketops.models.encoder import EncoderPass, Stack
 from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
 from ticketops.models.graphs import DEVICES, Graphs
 from ticketops.models.inputs import Inputs
@@ -146,6 +146,7 @@ class PatchHandle:
         self.arguments = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._recording: Recording | None = None
         self.snapshot: Snapshot | None = None
+        self.stack: Stack | None = None
         self._states = [LayerState(self, index, each) for index, each in enumerate(parts)]
         self.note, self.loads_tickets = Note(), True
         # Whether somebody has called `apply`.
@@ -540,7 +541,7 @@ class PatchHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy that is made while importance is recorded does not record, and has modules of its own.
-        return {**vars(self), "_recording": None, "snapshot": None}
+        return {**vars(self), "_recording": None, "snapshot": None, "stack": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
