@@ -1,6 +1,8 @@
 """All layers of an encoder as one node of autograd, and when they are computed one by one."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ticketops
 from models.conftest import LAYERS
+from ticketops.models import handle
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +46,21 @@ def test_all_layers_are_computed_at_once(model, batch, counts, training):
         with torch.inference_mode():
             model(**batch)
         assert counts == [LAYERS] * 2
+
+
+def test_a_pass_leaves_nothing_to_the_garbage_collector(model, batch, monkeypatch):
+    passes, made = [], handle.EncoderPass
+    monkeypatch.setattr(handle, "EncoderPass", lambda *args: passes.append(weakref.ref(one := made(*args))) or one)
+    with ticketops.patch(model) as patched:
+        gc.collect()
+        gc.disable()
+        try:
+            gradients(model, batch, patched)
+            with torch.inference_mode():
+                model(**batch)
+            assert [one() for one in passes] == [None, None]
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("why", ["checkpointing", "hidden states", "hook", "distributed", "graphs"])

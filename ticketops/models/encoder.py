@@ -87,10 +87,12 @@ class EncoderPass:
         self._given.append((call, turn))
         if len(self._given) < len(stack.layers):
             return hidden_states
+        # The calls have this pass: a cycle of them would live on, and their tensors.
+        given, self._given = self._given, []
         done, graphs = None, self._handle.graphs
         if graphs is not None:
-            done = graphs.run(self._handle, stack, self._given, hidden_states)
-        return self._by_op(stack, hidden_states) if done is None else done
+            done = graphs.run(self._handle, stack, given, hidden_states)
+        return self._by_op(stack, given, hidden_states) if done is None else done
 
     def _stack_for(self, call: Call, hidden_states: Tensor) -> Stack | None:
         """The layers, if they can be computed at once."""
@@ -104,10 +106,10 @@ class EncoderPass:
             self._handle.graphs.eager[reason] += 1
         return None if reason else stack
 
-    def _by_op(self, stack: Stack, hidden_states: Tensor) -> Tensor:
-        given = described(self._handle, stack, self._given)
+    def _by_op(self, stack: Stack, given: list[tuple[Call, Turn | None]], hidden_states: Tensor) -> Tensor:
+        layers = described(self._handle, stack, given)
         # DistributedDataParallel sends a layer's gradients while those of the layers before it are computed.
-        for some in [[each] for each in given] if private.in_distributed_forward() else [given]:
+        for some in [[each] for each in layers] if private.in_distributed_forward() else [layers]:
             hidden_states = compute_layers(some, hidden_states)
         return hidden_states
 
