@@ -194,7 +194,7 @@ def _has_kernel(name: str, key: str = "CPU") -> bool:
 
 def _computes(name: str) -> bool:
     """True if an op of torch writes values: it is no view, no allocation and not made of other ops."""
-    if name.startswith(("empty", "new_empty", "set_")) or _has_kernel(name, "CompositeImplicitAutograd"):
+    if name.startswith(("empty", "new_empty", "set_", "detach_")) or _has_kernel(name, "CompositeImplicitAutograd"):
         return False
     packet = getattr(torch.ops.aten, name)
     schemas = (getattr(packet, each.partition(".")[2] or "default")._schema for each in _overloads()[name])
