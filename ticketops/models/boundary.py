@@ -466,6 +466,9 @@ def examine(handle: "PatchHandle", base: Any) -> Look:
     adapter = handle.adapter
     if reason := adapter.refusal(base.config) or adapter.altered():
         return Look(reason)
+    if (number := base.config.num_hidden_layers) != handle.num_layers:
+        # Some stock models then compute fewer.
+        return Look(f"config.num_hidden_layers={number} where it was {handle.num_layers} when it was patched")
     if handle.snapshot is not None and handle.snapshot.holds(base):
         return handle.snapshot.look
     look = _examine_modules(handle, base)
@@ -485,6 +488,8 @@ def _examine_modules(handle: "PatchHandle", base: Any) -> Look:
         return Look(fault)
     if adapter.position_bias is not None and is_hooked(table := adapter.position_bias(encoder)):
         return Look(f"hooks on its {_name_of(base, table)}, which a patched encoder does not call")
+    if not adapter.knows(stack := getattr(encoder, adapter.stack)):
+        return Look(f"its layers in a {type(stack).__name__}, which need not give all of them in their order")
     layers = adapter.layers(base)
     if len(layers) != handle.num_layers:
         return Look(f"{len(layers)} layers where there were {handle.num_layers} when it was patched")

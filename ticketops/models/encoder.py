@@ -129,13 +129,16 @@ def described(handle: "PatchHandle", stack: Stack, given: list[tuple[Call, Turn 
 
 def _obstacle(stack: Stack, call: Call, hidden_states: Tensor) -> str | None:
     """Says why the layers have to be computed one by one, or None."""
-    layer = stack.layers[0]
     if not call.whole or stack.dtype != hidden_states.dtype:
         return "layers that no single op computes"
     if call.spread:
         return "layers that hand on padded batches"
-    if layer.training and getattr(layer, "gradient_checkpointing", False):
+    # Any layer may differ from the first, such as lower ones that are frozen in evaluation.
+    if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in stack.layers):
         return "gradient checkpointing"
-    if type(hidden_states) is not Tensor or unsharded_class(type(layer)) is not type(layer):
+    if any(layer._compiled_call_impl is not None for layer in stack.layers):
+        return "layers that are compiled one by one"
+    kinds = set(map(type, stack.layers))
+    if type(hidden_states) is not Tensor or any(unsharded_class(kind) is not kind for kind in kinds):
         return "tensors or layers that are distributed"
     return None

@@ -67,11 +67,9 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, calls: Sequence[Call], x: Tensor, *parameters: Tensor | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        # For autograd's check that nobody changes them in place before the backward pass.
-        ctx.save_for_backward(x, *(each for each in parameters if each is not None))
         module = module_of(x)
         _, tokens, *needs = ctx.needs_input_grad
-        ctx.layers = []
+        ctx.layers, read = [], []
         prepared, entered = module.prepare([(call.inputs, call.settings) for call in calls])
         for place, (call, weights) in enumerate(zip(calls, prepared, strict=True)):
             inputs, settings = call.of(x).inputs, call.settings
@@ -83,18 +81,22 @@ class _Chain(torch.autograd.Function):
             half = _half(call, calls[place + 1], x) if place + 1 < len(calls) else None
             x, *saved = module.forward(inputs, settings, keep, weights, entered, half)
             if keep:
+                # Nobody else has the tokens between two layers.
+                given = (None if place else inputs.x, *inputs.weights[:PARAMETERS])
+                read += [each for each in given if each is not None]
                 ctx.layers.append((inputs, needed(Saved(*saved), wanted, settings), settings, wanted, sinks))
             else:
                 ctx.layers.append(None)
             entered, tokens = half, keep
+        # For autograd's check that nobody changes them in place before the backward pass.
+        ctx.save_for_backward(*read)
         out: Any = without_base(x)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
-        layers = ctx.layers
         if dout is None:
-            return (None,) * (2 + _WIDTH * len(layers))
+            return (None,) * len(ctx.needs_input_grad)
         if private.is_batched(dout):
             raise UnsupportedError(
                 "encoder layers have no backward pass for several gradients at once, as under is_grads_batched=True or "
@@ -102,7 +104,12 @@ class _Chain(torch.autograd.Function):
             )
         # Raises what torch does for a second backward pass without retain_graph=True, and where a weight has changed.
         ctx.saved_tensors  # noqa: B018
+        if (layers := ctx.layers) is None:
+            raise RuntimeError("a backward pass broke off in these encoder layers: run their forward pass again")
         module, keeps = module_of(dout), private.keeps_graph()
+        if not keeps:
+            # Layers are freed one by one, so no other pass may go on with those that are left.
+            ctx.layers = None
         watched = torch.is_grad_enabled() or is_watched(dout)
         gradients: list[Tensor | None] = [None] * (_WIDTH * len(layers))
         for place in reversed(range(len(layers))):
