@@ -131,6 +131,26 @@ def test_a_single_layer_that_is_computed_in_its_own_way(model, stock, batch, cha
         torch.testing.assert_close(*found, **roundings(1000, 10))
 
 
+@pytest.mark.parametrize("place", range(LAYERS))
+def test_a_hook_that_comes_within_the_pass(model, stock, batch, place):
+    with ticketops.patch(model):
+        found = []
+        for each in (model, stock):
+            each(**batch)
+            layer, hooks = each.bert.encoder.layer[place], []
+
+            def add(*_, layer=layer, hooks=hooks):
+                hooks.append(layer.register_forward_hook(lambda layer, given, output: output * 1.5))
+
+            hooks.append(each.bert.embeddings.register_forward_hook(add))
+            output = each(**batch)
+            output.loss.backward()
+            for hook in hooks:
+                hook.remove()
+            found.append([output.logits, *(p.grad for p in each.parameters())])
+        torch.testing.assert_close(*found, **roundings(1000, 10))
+
+
 class Dropping(nn.ModuleList):
     """Leaves out a layer, as LayerDrop does."""
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ticketops.models.bert import Given, Turn, compute_layers
+from ticketops.models.hooks import KINDS, is_hooked
 from ticketops.models.state import Call
 from ticketops.models.swapping import unsharded_class
 from ticketops.ops import private
@@ -40,7 +41,13 @@ class Stack:
         dtypes = {each.ffn_norm.weight.dtype if each.norm is nn.LayerNorm else None for each in parts}
         self.dtype: torch.dtype | None = dtypes.pop() if len(dtypes) == 1 else None
         self._modules = [module for layer in self.layers for module in layer.modules()]
+        self._hooks = [module.__dict__[kind] for module in self._modules for kind in KINDS]
         self._norms = [norm for each in parts for norm in (each.attention_norm, each.ffn_norm) if norm is not None]
+
+    def is_hooked(self) -> bool:
+        """True if there are hooks on the layers that the snapshot does not have, as the embeddings' hooks may add."""
+        # Nearly always there are none at all.
+        return any(self._hooks) and any(map(is_hooked, self._modules))
 
     def settings(self) -> tuple[Any, ...]:
         """What the layers' ops depend on besides tensors."""
@@ -133,6 +140,8 @@ def _obstacle(stack: Stack, call: Call, hidden_states: Tensor) -> str | None:
         return "layers that no single op computes"
     if call.spread:
         return "layers that hand on padded batches"
+    if stack.is_hooked():
+        return "hooks that came within the pass"
     # Any layer may differ from the first, such as lower ones that are frozen in evaluation.
     if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in stack.layers):
         return "gradient checkpointing"

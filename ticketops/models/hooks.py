@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ticketops.ops import private
 
-_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: The attributes in which a module has its hooks.
+KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WITH_KWARGS = {"_forward_hooks": "_forward_hooks_with_kwargs", "_forward_pre_hooks": "_forward_pre_hooks_with_kwargs"}
 
 #: What stock layers and embeddings are computed by, as it was when ticketops was imported.
@@ -41,7 +42,7 @@ def is_hooked(module: nn.Module) -> bool:
         return True
     # Most modules have none, and each is asked in every forward pass.
     state = module.__dict__
-    hooks = [hook for kind in _KINDS if state[kind] for hook in state[kind].values()]
+    hooks = [hook for kind in KINDS if state[kind] for hook in state[kind].values()]
     return not all(map(_is_neutral, hooks))
 
 
@@ -55,7 +56,7 @@ def minds_packing(module: nn.Module) -> bool:
         module: itself, not what is inside it.
     """
     state = module.__dict__
-    hooks = [hook for kind in _KINDS for hook in state[kind].values()]
+    hooks = [hook for kind in KINDS for hook in state[kind].values()]
     return bool(own_method(module)) or not all(_is_neutral(hook) or _requires_gradients(hook) for hook in hooks)
 
 
@@ -117,7 +118,7 @@ def methods_of(kind: type) -> list[str]:
 
 def any_module_is_hooked() -> bool:
     """True if torch's hooks for all modules of the process are in use."""
-    kinds = (getattr(torch_module, f"_global{name}", None) or {} for name in _KINDS)
+    kinds = (getattr(torch_module, f"_global{name}", None) or {} for name in KINDS)
     return any(not all(map(_is_neutral, hooks.values())) for hooks in kinds)
 
 
