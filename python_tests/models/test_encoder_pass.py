@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -52,6 +53,21 @@ def test_all_layers_are_computed_at_once(model, batch, counts, training):
         with torch.inference_mode():
             model(**batch)
         assert counts == [LAYERS] * 2
+
+
+def test_gradients_that_are_added_up_come_layer_by_layer(model, batch, counts):
+    with ticketops.patch(model):
+        model(**batch).loss.backward()
+        first = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        model(**batch).loss.backward()
+        assert counts == [LAYERS, *[1] * LAYERS]
+        twice = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert all(torch.equal(2 * one, both) for one, both in zip(first, twice, strict=True))
+        model.zero_grad(set_to_none=True)
+        model(**batch).loss.backward()
+        with torch.no_grad():
+            model(**batch)
+    assert counts[1 + LAYERS :] == [LAYERS] * 2
 
 
 def test_a_pass_leaves_nothing_to_the_garbage_collector(model, batch, monkeypatch):
@@ -131,17 +147,18 @@ def test_a_single_layer_that_is_computed_in_its_own_way(model, stock, batch, cha
         torch.testing.assert_close(*found, **roundings(1000, 10))
 
 
+def larger(layer, given, output):
+    return output * 1.5
+
+
 @pytest.mark.parametrize("place", range(LAYERS))
 def test_a_hook_that_comes_within_the_pass(model, stock, batch, place):
     with ticketops.patch(model):
         found = []
         for each in (model, stock):
             each(**batch)
-            layer, hooks = each.bert.encoder.layer[place], []
-
-            def add(*_, layer=layer, hooks=hooks):
-                hooks.append(layer.register_forward_hook(lambda layer, given, output: output * 1.5))
-
+            hooks, register = [], each.bert.encoder.layer[place].register_forward_hook
+            add = partial(lambda hooks, register, *_: hooks.append(register(larger)), hooks, register)
             hooks.append(each.bert.embeddings.register_forward_hook(add))
             output = each(**batch)
             output.loss.backward()

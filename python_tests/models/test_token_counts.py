@@ -204,6 +204,22 @@ def test_counts_of_a_batch_that_somebody_divides_are_left_aside(model, batch, pa
     assert packed == [None] * 4
 
 
+def test_counts_that_a_failed_pass_left_behind_are_not_those_of_a_changed_mask(model, batch, packed):
+    batch.pop("labels")
+    with ticketops.patch(model):
+        counted = COUNTED(batch)
+        hook = model.bert.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**counted)
+        hook.remove()
+        batch["attention_mask"][0, -2:] = 0
+        packed.clear()
+        model(**batch)
+        with torch.inference_mode():
+            model(**COUNTED({name: value.clone() for name, value in batch.items()}))
+    assert [counts is None for counts in packed] == [True, False]
+
+
 def test_a_mask_on_the_host_is_counted_before_it_travels(monkeypatch):
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]])
     counts = TokenCounts.of(mask)

@@ -317,7 +317,7 @@ def leave_counts(mask: Any, counts: TokenCounts) -> None:
         counts: what came with it.
     """
     if isinstance(mask, Tensor):
-        vars(_whole(mask))[_COUNTS] = counts
+        vars(_whole(mask))[_COUNTS] = counts, _version(mask)
 
 
 def _counts_of(mask: Any, counts: Any, batch: int, width: int) -> TokenCounts | None:
@@ -326,9 +326,15 @@ def _counts_of(mask: Any, counts: Any, batch: int, width: int) -> TokenCounts | 
     # What is compiled whole has static shapes, and would be compiled anew for each batch's numbers.
     if not isinstance(mask, Tensor) or torch.compiler.is_compiling():
         return None
-    counts = vars(_whole(mask)).pop(_COUNTS, counts)
+    counts, version = vars(_whole(mask)).pop(_COUNTS, (counts, _version(mask)))
     fits = isinstance(counts, TokenCounts) and (counts.rows, counts.width) == (batch, width)
-    return counts if fits else None
+    # The counts stay behind where a pass fails before the bare model takes them, and then the mask may change.
+    return counts if fits and version == _version(mask) else None
+
+
+def _version(mask: Tensor) -> int | None:
+    """How often a tensor has been changed in place; None for a tensor of inference mode, which does not tell."""
+    return None if mask.is_inference() else mask._version
 
 
 def _whole(mask: Tensor) -> Tensor:

@@ -116,9 +116,17 @@ class EncoderPass:
     def _by_op(self, stack: Stack, given: list[tuple[Call, Turn | None]], hidden_states: Tensor) -> Tensor:
         layers = described(self._handle, stack, given)
         # DistributedDataParallel sends a layer's gradients while those of the layers before it are computed.
-        for some in [[each] for each in layers] if private.in_distributed_forward() else [layers]:
+        apart = private.in_distributed_forward() or _accumulates(stack)
+        for some in [[each] for each in layers] if apart else [layers]:
             hidden_states = compute_layers(some, hidden_states)
         return hidden_states
+
+
+def _accumulates(stack: Stack) -> bool:
+    """True if there are gradients that others will be added to. All layers' together would take as much memory again,
+    those of one layer after the other are added as they come."""
+    parameters = (x for x in stack.weights if type(x) is nn.Parameter)
+    return torch.is_grad_enabled() and any(x.grad is not None for x in parameters)
 
 
 def described(handle: "PatchHandle", stack: Stack, given: list[tuple[Call, Turn | None]]) -> list[Given]:
