@@ -265,6 +265,8 @@ def test_an_extension_that_is_older_than_its_sources_is_left_aside(monkeypatch, 
     # Installed without its sources there is nothing to compare.
     assert building.changed_sources(listing, tmp_path / "csrc") == []
     monkeypatch.setattr(building, "changed_sources", lambda built_from: ["csrc/b.cpp"])
+    for variable in ("TICKETOPS_NATIVE", "TICKETOPS_CUDA"):
+        monkeypatch.delenv(variable, raising=False)
     for name, load in (("_native", extension._load), ("_cuda", cuda_extension._load)):
         monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(built_from="", built_for="sm_80"))
         with pytest.warns(RuntimeWarning, match="before csrc/b.cpp changed: run `python setup.py"):
