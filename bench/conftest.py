@@ -354,7 +354,9 @@ def report(
             for rival, others in times.items()
             if rival != contender and group["verdicts"][rival] == "green"
         }
-        floor = {} if "floor_ms" not in info else {"floor": info["floor_ms"] / median}
+        # The floor is that of the whole op.
+        has_floor = "floor_ms" in info and contender not in (contenders.HALF_MASKED, contenders.HALF_KEPT)
+        floor = {"floor": info["floor_ms"] / median} if has_floor else {}
         named = {"ms": median, "ms_q20": 1e3 * low, "ms_q80": 1e3 * high}
         facts = {**info, **group["gpu"][contender]}
         record_property("row", {**row, **named, "vs": {**ratios, **floor}, "turns": len(own), **facts})
