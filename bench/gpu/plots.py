@@ -1,18 +1,15 @@
-"""Bar charts of the measured times."""
+"""Charts of the measured times."""
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from bench.gpu.machine import Row
 
 
 def draw(rows: list[Row], device: str, folder: Path, stem: str) -> list[Path]:
-    """Draws one chart per benchmark and pass: a group of bars per workload, one bar per contender, whiskers from the
-    20 % to the 80 % quantile.
+    """Draws one chart per benchmark and pass: for each workload a point per contender, with whiskers from the 20 % to
+    the 80 % quantile, and a line at the floor.
 
     Args:
         rows: results; those without a time are skipped.
@@ -24,32 +21,31 @@ def draw(rows: list[Row], device: str, folder: Path, stem: str) -> list[Path]:
         The paths of the PNG files.
     """
     paths = []
-    kinds = dict.fromkeys((row["bench"], row["pass"]) for row in rows)
-    for bench, kind in kinds:
-        some = [row for row in rows if (row["bench"], row["pass"]) == (bench, kind) and row["ms"] is not None]
-        if not some:
-            continue
+    timed = [row for row in rows if row["ms"] is not None]
+    for bench, kind in dict.fromkeys((row["bench"], row["pass"]) for row in timed):
+        some = [row for row in timed if (row["bench"], row["pass"]) == (bench, kind)]
         workloads = list(dict.fromkeys(row["workload"] for row in some))
         contenders = list(dict.fromkeys(row["contender"] for row in some))
-        figure, axes = pyplot.subplots(figsize=(max(6, 1.2 * len(workloads)), 4), layout="constrained")
-        width = 0.8 / len(contenders)
-        for i, contender in enumerate(contenders):
-            mine = {row["workload"]: row for row in some if row["contender"] == contender}
-            places = [j for j, workload in enumerate(workloads) if workload in mine]
-            chosen = [mine[workloads[j]] for j in places]
-            medians = [row["ms"] for row in chosen]
-            whiskers = [
-                [row["ms"] - row["ms_q20"] for row in chosen],
-                [row["ms_q80"] - row["ms"] for row in chosen],
-            ]
-            axes.bar([j + i * width for j in places], medians, width, yerr=whiskers, label=contender)
-        axes.set_xticks([j + 0.4 - width / 2 for j in range(len(workloads))], workloads, rotation=30, ha="right")
+        figure = Figure(figsize=(max(6, 1.2 * len(workloads)) + 2, 4), layout="constrained")
+        axes = figure.subplots()
+        for place, contender in enumerate(contenders):
+            mine = [row for row in some if row["contender"] == contender]
+            shift = 0.8 * ((place + 0.5) / len(contenders) - 0.5)
+            whiskers = ([row["ms"] - row["ms_q20"] for row in mine], [row["ms_q80"] - row["ms"] for row in mine])
+            where = [workloads.index(row["workload"]) + shift for row in mine]
+            marker = "os^Dv"[place // 10]
+            axes.errorbar(where, [row["ms"] for row in mine], whiskers, fmt=marker, label=contender)
+        floors = {workloads.index(row["workload"]): row["floor_ms"] for row in some if "floor_ms" in row}
+        if floors:
+            ends = [place - 0.4 for place in floors], [place + 0.4 for place in floors]
+            axes.hlines(list(floors.values()), *ends, color="black", linewidth=1, label="floor")
+        axes.set_xticks(range(len(workloads)), workloads, rotation=30, ha="right")
+        axes.set_xlim(-0.6, len(workloads) - 0.4)
         axes.set_yscale("log")
         axes.set_ylabel("milliseconds")
-        axes.set_title(f"{bench}, {kind}: {device}")
-        axes.legend(fontsize="small")
+        axes.set_title(f"{bench}, {kind}\n{device}", fontsize="medium", loc="left")
+        figure.legend(loc="outside right upper", fontsize="small")
         path = folder / f"{stem}-{bench}-{kind.replace('+', '-')}.png"
         figure.savefig(path, dpi=150)
-        pyplot.close(figure)
         paths.append(path)
     return paths

@@ -38,7 +38,7 @@ def test_without_a_gpu_it_goes_all_the_way_on_tiny_shapes_and_claims_nothing(tmp
         for row in stage["rows"]:
             assert row["gate"] == "green"
             assert row["ms"] > 0, row
-    assert len(list(tmp_path.glob("*.png"))) == 9
+    assert len(list(tmp_path.glob("*.png"))) == 12
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
