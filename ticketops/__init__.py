@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from ticketops.errors import InputError, StoreError, TicketopsError, UnsupportedError
     from ticketops.models.callback import TicketCallback
     from ticketops.models.checkpoint import load
+    from ticketops.models.collators import CountingCollator, PackingCollator
     from ticketops.models.drawing import draw
     from ticketops.models.export import export
     from ticketops.models.handle import PatchHandle, patch
-    from ticketops.models.packing_collator import CountingCollator, PackingCollator
     from ticketops.models.rewind import rewind
     from ticketops.models.shared import SharedModel
     from ticketops.models.shrink import shrink

@@ -16,7 +16,7 @@ from ticketops.ops import private
 
 #: Of `private`, what has a public way instead: each is there in this version, so that nobody takes the slow one unseen.
 FOUND = ["_dispatch_modes", "_functorch_active", "_below_autograd", "_copy_all", "_assert_async"]
-FOUND += ["_function_modes", "_is_batched", "_saving_hooks", "_keeps_graph", "_unflatten"]
+FOUND += ["_function_modes", "_is_batched", "_saving_hooks", "_keeps_graph", "_unflatten", "_active_ddp"]
 
 
 class Mode(TorchDispatchMode):
@@ -74,6 +74,13 @@ def test_function_modes_and_batched_gradients_are_seen():
     torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
     assert seen == [True]
     assert not private.is_batched(x)
+
+
+def test_modules_that_are_compiled_by_themselves_are_seen():
+    module = torch.nn.Linear(2, 2)
+    assert not private.is_compiled(module)
+    module.compile(backend="eager")
+    assert private.is_compiled(module)
 
 
 def test_hooks_of_what_is_saved_and_kept_graphs_are_seen(monkeypatch):

@@ -2,11 +2,11 @@
 
 from ticketops.models.callback import TicketCallback
 from ticketops.models.checkpoint import load
+from ticketops.models.collators import CountingCollator, PackingCollator
 from ticketops.models.cost import Cost, costs, latencies
 from ticketops.models.drawing import Drawing, draw
 from ticketops.models.export import Format, expand, export
 from ticketops.models.handle import PatchHandle, patch
-from ticketops.models.packing_collator import CountingCollator, PackingCollator
 from ticketops.models.registry import check_supported, weight_counts
 from ticketops.models.rewind import rewind
 from ticketops.models.shared import SharedModel

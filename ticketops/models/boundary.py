@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ticketops.errors import InputError
 from ticketops.models.adapter import Adapter, LayerParts
+from ticketops.models.collators import PACKED, TOKEN_COUNTS
 from ticketops.models.embeddings import SWAPS, counts_no_tokens
 from ticketops.models.hooks import (
     any_module_is_hooked,
@@ -23,7 +24,6 @@ from ticketops.models.hooks import (
     sees_keywords,
     transform,
 )
-from ticketops.models.packing_collator import PACKED, TOKEN_COUNTS
 from ticketops.models.record import APPLIED
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stock_class, unsharded_class

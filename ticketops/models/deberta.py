@@ -15,9 +15,9 @@ from ticketops.architectures import Architecture
 from ticketops.models.adapter import Adapter, LayerParts, rate
 from ticketops.models.bert import TicketEncoder, post_norm_layer
 from ticketops.models.boundary import ONLY_FIRST
+from ticketops.models.collators import TOKEN_COUNTS
 from ticketops.models.embeddings import TicketEmbeddings
 from ticketops.models.first_tokens import TellingClassifier, ToldModel
-from ticketops.models.packing_collator import TOKEN_COUNTS
 from ticketops.models.state import Call, LayerState
 from ticketops.models.swapping import stand_in
 from ticketops.ops import Packing

@@ -114,7 +114,7 @@ class EncoderPass:
         return None if reason else stack
 
     def _by_op(self, stack: Stack, given: list[tuple[Call, Turn | None]], hidden_states: Tensor) -> Tensor:
-        layers = described(self._handle, stack, given)
+        layers = with_parts(self._handle, stack, given)
         # DistributedDataParallel sends a layer's gradients while those of the layers before it are computed.
         apart = private.in_distributed_forward() or _accumulates(stack)
         for some in [[each] for each in layers] if apart else [layers]:
@@ -129,7 +129,7 @@ def _accumulates(stack: Stack) -> bool:
     return torch.is_grad_enabled() and any(x.grad is not None for x in parameters)
 
 
-def described(handle: "PatchHandle", stack: Stack, given: list[tuple[Call, Turn | None]]) -> list[Given]:
+def with_parts(handle: "PatchHandle", stack: Stack, given: list[tuple[Call, Turn | None]]) -> list[Given]:
     """What each layer is computed from.
 
     Args:
@@ -153,7 +153,7 @@ def _obstacle(stack: Stack, call: Call, hidden_states: Tensor) -> str | None:
     # Any layer may differ from the first, such as lower ones that are frozen in evaluation.
     if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in stack.layers):
         return "gradient checkpointing"
-    if any(layer._compiled_call_impl is not None for layer in stack.layers):
+    if any(map(private.is_compiled, stack.layers)):
         return "layers that are compiled one by one"
     kinds = set(map(type, stack.layers))
     if type(hidden_states) is not Tensor or any(unsharded_class(kind) is not kind for kind in kinds):

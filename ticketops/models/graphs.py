@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ticketops.models.bert import Given, Turn, compute_layers
-from ticketops.models.encoder import Stack, described
+from ticketops.models.encoder import Stack, with_parts
 from ticketops.models.state import Call
 from ticketops.ops import Sequences, backends, private
 from ticketops.ops.graphs import Capture, Graphed, Memory, cuda_capture
@@ -136,7 +136,7 @@ class Graphs:
             self.eager["an earlier pass whose backward pass is to come"] += 1
             return None
         if entry is None:
-            entry = self._capture(described(handle, stack, given), places, copied, sinks, weights, key)
+            entry = self._capture(with_parts(handle, stack, given), places, copied, sinks, weights, key)
             if entry is None:
                 return None
         self._entries.move_to_end(key)

@@ -20,6 +20,7 @@ from ticketops import ops
 from ticketops.errors import InputError, TicketopsError, UnsupportedError
 from ticketops.models.adapter import Adapter
 from ticketops.models.boundary import HANDLES, ONLY_FIRST, Snapshot, leave_counts, only_first_tokens
+from ticketops.models.collators import PACKED, TOKEN_COUNTS, put_in_rows
 from ticketops.models.containers import callers, refuse_readers_of_padding, separate_columns, transformers_model
 from ticketops.models.embeddings import SWAPS
 from ticketops.models.encoder import EncoderPass, Stack
@@ -27,7 +28,6 @@ from ticketops.models.freezing import Frozen, freeze, is_frozen_as, unfreeze
 from ticketops.models.graphs import DEVICES, Graphs
 from ticketops.models.inputs import Inputs
 from ticketops.models.note import Note
-from ticketops.models.packing_collator import PACKED, TOKEN_COUNTS, put_in_rows
 from ticketops.models.record import applied_ticket, held_ticket, kept_neurons, num_neurons, read_applied, record_of
 from ticketops.models.recording import Recording
 from ticketops.models.registry import adapter_of, check_layers, find_adapter

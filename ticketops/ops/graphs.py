@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ticketops.errors import UnsupportedError
 from ticketops.ops import private
+from ticketops.ops.registration import refuse_batched
 
 #: Captures a function without arguments: returns its results, in memory of their own, and what computes them again.
 Capture = Callable[[Callable[[], list[Tensor]]], tuple[list[Tensor], Callable[[], None]]]
@@ -266,11 +267,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         graphed, turn = ctx.graphed, ctx.turn
         ctx.saved_tensors  # noqa: B018
-        if private.is_batched(dout):
-            raise UnsupportedError(
-                "an encoder in CUDA graphs has no backward pass for several gradients at once, as under "
-                "is_grads_batched=True or vectorize=True: take them one by one, or patch(model) without graphs"
-            )
+        refuse_batched("an encoder in CUDA graphs has", dout, otherwise="patch(model) without graphs")
         if turn.number != graphed.memory.turn:
             raise UnsupportedError(
                 "the encoder ran again, in CUDA graphs, before this backward pass: keep its graph alive by "

@@ -92,6 +92,11 @@ def keeps_graph() -> bool:
     return _keeps_graph is None or bool(_keeps_graph())
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """True if `module.compile()` has been called. False if this version of torch does not tell."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 def in_distributed_forward() -> bool:
     """True inside the forward pass of a DistributedDataParallel module. False if this version of torch does not
     tell."""

@@ -22,6 +22,24 @@ def _no_second_derivative(name: str) -> Callable:
     return refuse
 
 
+def refuse_batched(subject: str, *gradients: Tensor | None, otherwise: str = "revert() the model for it") -> None:
+    """Refuses gradients that stand for several, as under `torch.autograd.grad(is_grads_batched=True)`.
+
+    Args:
+        subject: what has no backward pass for them, and its verb.
+        gradients: of its results; None for none.
+        otherwise: what to do where they are needed.
+
+    Raises:
+        UnsupportedError: a gradient stands for several.
+    """
+    if any(gradient is not None and private.is_batched(gradient) for gradient in gradients):
+        raise UnsupportedError(
+            f"{subject} no backward pass for several gradients at once, as under is_grads_batched=True or "
+            f"vectorize=True: take them one by one, or {otherwise}"
+        )
+
+
 def _formula(name: str, backward: Callable, setup_context: Callable) -> tuple[Callable, Callable]:
     """Wraps an op's autograd formula, so that it runs only if some output has a gradient; outputs without one have
     None."""
@@ -34,11 +52,7 @@ def _formula(name: str, backward: Callable, setup_context: Callable) -> tuple[Ca
     def gradients(ctx, *gradients):
         if all(gradient is None for gradient in gradients):
             return (None,) * len(ctx.needs_input_grad)
-        if any(gradient is not None and private.is_batched(gradient) for gradient in gradients):
-            raise UnsupportedError(
-                f"{name} has no backward pass for several gradients at once, as under is_grads_batched=True or "
-                "vectorize=True: take them one by one, or revert() the model for it"
-            )
+        refuse_batched(f"{name} has", *gradients)
         return backward(ctx, *gradients)
 
     return gradients, setup

@@ -117,15 +117,16 @@ def encoder_layers(x: Tensor, layers: Sequence[Layer], sequences: Sequences) -> 
             LayerNorm after attention.
     """
     calls = _calls(x, layers, sequences)
-    tensors = [x, *(each for call in calls for each in (*call.tensors()[1:], *call.sinks))]
+    given = [(*call.tensors(), *call.sinks) for call in calls]
+    tensors = [each for some in given for each in some]
     needs_gradient = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
     if is_watched(*tensors) or (needs_gradient and private.has_saving_hooks()):
         # Whoever traces, counts or saves sees one op for each layer.
         for call in calls:
             x = encoder_layer_op(*call.of(x).tensors(), *call.sinks, *call.settings, call.per_token)
         return x
-    for call in calls:
-        check_devices("encoder_layer", _NAMES, (*call.tensors(), *call.sinks))
+    for some in given:
+        check_devices("encoder_layer", _NAMES, some)
     if needs_gradient:
         return differentiable(x, calls)
     module, half = module_of(x), calls[0].settings.dtype == torch.bfloat16

@@ -1,7 +1,7 @@
 """Encoder layers, one after the other, as one node of autograd.
 
-Autograd is entered once in place of once a layer, the seeds of all dropouts are one draw, and a GPU casts all weights
-at once. What a layer saves is freed as soon as its gradients are there, as with a node for each layer.
+Autograd is entered once in place of once a layer, and a GPU casts all weights at once. What a layer saves is freed as
+soon as its gradients are there, as with a node for each layer.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ticketops.errors import UnsupportedError
 from ticketops.ops import private
 from ticketops.ops.layer.arguments import PARAMETERS, Inputs, Saved, Settings, Wanted, needed
 from ticketops.ops.layer.registered import as_gradients, encoder_layer_backward_op, module_of
 from ticketops.ops.memory import empty
-from ticketops.ops.registration import is_watched, without_base
+from ticketops.ops.registration import is_watched, refuse_batched, without_base
 
 #: Number of a layer's tensors that may get a gradient: parameters and importance sinks.
 _WIDTH = PARAMETERS + 3
@@ -97,11 +96,7 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
-        if private.is_batched(dout):
-            raise UnsupportedError(
-                "encoder layers have no backward pass for several gradients at once, as under is_grads_batched=True or "
-                "vectorize=True: take them one by one, or revert() the model for it"
-            )
+        refuse_batched("encoder layers have", dout)
         # Raises what torch does for a second backward pass without retain_graph=True, and where a weight has changed.
         ctx.saved_tensors  # noqa: B018
         if (layers := ctx.layers) is None:
