@@ -18,10 +18,14 @@ BIN = Path(sysconfig.get_path("scripts"))
 # No compiler, neither by name nor on the PATH; CMake and Ninja are beside Python.
 WITHOUT_COMPILERS = {"PATH": str(BIN), "CXX": "/nonexistent", "CUDACXX": "/nonexistent"}
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("build", "cmake", "ninja", "pybind11")),
-    reason="needs the extra ticketops[dev]",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("build", "cmake", "ninja", "pybind11")),
+        reason="needs the extra ticketops[dev]",
+    ),
+    # Builds write into the folder of the sources: all run in one process of a parallel run.
+    pytest.mark.xdist_group("builds"),
+]
 
 
 def run(command: list[object], **environment: str) -> subprocess.CompletedProcess[str]:
